@@ -1,0 +1,1 @@
+"""One prediction protocol, several engines."""

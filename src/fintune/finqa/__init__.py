@@ -1,0 +1,1 @@
+"""The FinQA program language: parse, execute, compare, prompt. Standard library only (sympy for symbolic equality)."""

@@ -1,0 +1,1 @@
+"""Rows of the outside world turned into the records of `fintune.records`."""

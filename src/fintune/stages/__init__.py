@@ -1,0 +1,1 @@
+"""One verb a file; each is a function from a configuration and the artifacts before it to an artifact."""

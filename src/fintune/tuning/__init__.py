@@ -1,0 +1,1 @@
+"""Adapters, batches and the training loop."""
