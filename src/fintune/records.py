@@ -1,4 +1,4 @@
-"""Everything that crosses a file border, as frozen pydantic models: what is read is checked, what is written is complete."""
+"""Everything that crosses a file border, as frozen pydantic models: what is read is checked, all is written."""
 
 from __future__ import annotations
 

@@ -1,0 +1,217 @@
+"""YAML file and ``key=value`` overrides to a checked :class:`~fintune.options.Config`, with the origin of every value.
+
+Defaults < file < overrides. YAML 1.2 is read, in which ``1e-5`` is a number and ``no`` a string.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from fintune.errors import ConfigError
+from fintune.options import Config, Options, is_neutral
+
+DEFAULT = "default"
+OVERRIDE = "command line"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A configuration and where each of its values came from.
+
+    Attributes:
+        config: The checked options.
+        origin: Dotted key to ``"configs/demo.yaml:12"`` or ``"command line"``; keys not in it have their default.
+        path: The file.
+    """
+
+    config: Config
+    origin: Mapping[str, str]
+    path: Path | None
+
+
+def load(path: Path | None, overrides: Sequence[str] = ()) -> Loaded:
+    """Read a file and apply overrides.
+
+    Args:
+        path: YAML file, or None for defaults alone.
+        overrides: ``dotted.key=value``, values in YAML.
+
+    Raises:
+        ConfigError: Missing or malformed file, unknown key (with a suggestion), wrong type, impossible combination.
+    """
+    values, origin = _read(path) if path is not None else ({}, {})
+    for override in overrides:
+        key, value = _split(override)
+        _put(values, key, value, override)
+        origin = {old: place for old, place in origin.items() if not old.startswith(key + ".")}
+        origin[key] = OVERRIDE
+    _refuse_unknown(values, Config, (), origin)
+    try:
+        # JSON mode is strict about scalars ("3" is no number) and still takes a list for a tuple.
+        config = Config.model_validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        raise _explain(error, origin) from None
+    if not config.run.name:
+        name = path.stem if path is not None else "run"
+        config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
+    if Path(config.run.name).name != config.run.name:
+        raise ConfigError(
+            f"run.name: {config.run.name!r} is not a folder name", hint="set run.dir for the path before it"
+        )
+    return Loaded(config, origin, path)
+
+
+def fields(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """All options as (dotted key, field), in the order in which they are declared."""
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Options):
+            yield from fields(kind, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """All values by dotted key, as JSON has them."""
+    tree = config.model_dump(mode="json")
+    return {key: _get(tree, key) for key, _ in fields()}
+
+
+def effective(config: Config, prefixes: Sequence[str]) -> dict[str, Any]:
+    """The values below any of the prefixes (``"train"``, ``"data.max_eval"``) that can change a result."""
+    values = flat(config)
+    return {
+        key: values[key]
+        for key, field in fields()
+        if not is_neutral(field) and any(key == p or key.startswith(p + ".") for p in prefixes)
+    }
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = sorted(str(p) for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        hint = f"{path.parent} holds {', '.join(near)}" if near else "check the path"
+        raise ConfigError(f"{path}: no such configuration file", hint=hint) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a text file ({error})") from None
+    try:
+        tree = YAML(typ="rt").load(text)
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise ConfigError(
+            f"{path}:{line}: not valid YAML ({error.problem})", hint="look at that line and the one before it"
+        ) from None
+    except YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from None
+    if tree is None:
+        return {}, {}
+    if not isinstance(tree, CommentedMap):
+        raise ConfigError(
+            f"{path}: holds no sections such as 'model:'",
+            hint="see docs/options.md",
+        )
+    origin: dict[str, str] = {}
+    return _plain(tree, path, "", origin), origin
+
+
+def _plain(tree: CommentedMap, path: Path, prefix: str, origin: dict[str, str]) -> dict[str, Any]:
+    plain: dict[str, Any] = {}
+    for key, value in tree.items():
+        dotted = f"{prefix}{key}"
+        origin[dotted] = f"{path}:{tree.lc.key(key)[0] + 1}"
+        if isinstance(value, CommentedMap):
+            plain[str(key)] = _plain(value, path, f"{dotted}.", origin)
+        else:
+            plain[str(key)] = json.loads(json.dumps(value, default=str))
+    return plain
+
+
+def _split(override: str) -> tuple[str, Any]:
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise ConfigError(
+            f"{override!r}: not an override",
+            hint="write dotted.key=value, for example train.learning_rate=1e-4",
+        )
+    try:
+        value = YAML(typ="safe").load(text) if text.strip() else None
+    except YAMLError:
+        raise ConfigError(
+            f"{override!r}: the value is not valid YAML", hint="quote it, for example 'run.name=\"a: b\"'"
+        ) from None
+    return key, json.loads(json.dumps(value, default=str))
+
+
+def _put(values: dict[str, Any], key: str, value: Any, override: str) -> None:
+    *parents, last = key.split(".")
+    node = values
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{override!r}: {parent} is a value, not a section")
+        node = child
+    node[last] = value
+
+
+def _get(tree: Mapping[str, Any], key: str) -> Any:
+    node: Any = tree
+    for part in key.split("."):
+        node = node[part]
+    return node
+
+
+def _refuse_unknown(
+    values: Mapping[str, Any], model: type[BaseModel], path: tuple[str, ...], origin: Mapping[str, str]
+) -> None:
+    for name, value in values.items():
+        dotted = ".".join((*path, name))
+        place = f"{origin[dotted]}: " if dotted in origin else ""
+        field = model.model_fields.get(name)
+        if field is None:
+            known = [key for key, _ in fields()] + list(Config.model_fields)
+            here = [".".join((*path, other)) for other in model.model_fields]
+            near = difflib.get_close_matches(dotted, [*here, *known], n=1) or _same_leaf(name, known)
+            hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(model.model_fields)}"
+            raise ConfigError(f"{place}unknown option {dotted}", hint=hint)
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Options):
+            if not isinstance(value, Mapping):
+                example = next(iter(kind.model_fields))
+                raise ConfigError(
+                    f"{place}{dotted} is a section, not a value", hint=f"set for example {dotted}.{example}"
+                )
+            _refuse_unknown(value, kind, (*path, name), origin)
+
+
+def _same_leaf(name: str, known: Sequence[str]) -> list[str]:
+    leaves = {key.rsplit(".", 1)[-1]: key for key in known}
+    return [leaves[leaf] for leaf in difflib.get_close_matches(name, list(leaves), n=1)]
+
+
+def _explain(error: ValidationError, origin: Mapping[str, str]) -> ConfigError:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"] if isinstance(part, str))
+    known = {name for name, _ in fields()}
+    while key and key not in known and key not in origin and "." in key:
+        key = key.rsplit(".", 1)[0]
+    place = f"{origin[key]}: " if key in origin else ""
+    if first["type"] == "value_error":
+        return ConfigError(f"{place}{first['ctx']['error']}")
+    got = json.dumps(first["input"], default=str)
+    if first["type"] == "extra_forbidden":
+        return ConfigError(f"{place}unknown option {key}")
+    return ConfigError(f"{place}{key}: got {got}", hint=first["msg"][0].lower() + first["msg"][1:])

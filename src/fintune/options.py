@@ -1,0 +1,211 @@
+"""Every option of a run, written once: its name, type, default, unit and meaning.
+
+The YAML file, ``key=value`` overrides, ``fintune config show``, the manifest of each stage and ``docs/options.md`` all
+come from these fields. An option marked with :func:`neutral` cannot change a result (threads, how often to log); it is left
+out of the fingerprint that decides whether a stage is up to date.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
+
+ModelKind = Literal["base", "adapter", "merged", "F16", "Q4_K_M"]
+
+
+def neutral(default: Any, description: str, **limits: Any) -> Any:
+    """A field that cannot change any result."""
+    return Field(default, description=description, json_schema_extra={"neutral": True}, **limits)
+
+
+def is_neutral(field: FieldInfo) -> bool:
+    """Whether the field was declared with :func:`neutral`."""
+    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("neutral"))
+
+
+class Options(BaseModel):
+    """Base of all sections: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunOptions(Options):
+    """Where the run lives and what makes it repeatable."""
+
+    name: str = neutral("", "Name of the run's folder; the configuration file's name where empty.")
+    dir: Path = neutral(Path("runs"), "Folder that holds all runs.")
+    seed: int = Field(17, ge=0, description="Seed of data generation, sampling, adapter initialisation and shuffling.")
+
+
+class ModelOptions(Options):
+    """The base model."""
+
+    name: str = Field(
+        "builtin:smollm2-135m",
+        description="`builtin:smollm2-135m`, a local Hugging Face folder, or a hub id (`meta-llama/Llama-3.2-3B-Instruct`).",
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub model; its newest where empty.")
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that comes with the model. Off unless you trust its author."
+    )
+
+
+class StatementsOptions(Options):
+    """The generated pages of `data.source: builtin:statements`."""
+
+    train_companies: int = Field(200, ge=1, description="Companies whose pages are trained on.")
+    eval_companies: int = Field(40, ge=1, description="Companies whose pages are scored; none of them is trained on.")
+    pages_per_company: int = Field(2, ge=1, description="Pages a company.")
+    questions_per_page: int = Field(2, ge=1, description="Questions a page.")
+    size: Literal["small", "full"] = Field(
+        "full", description="`full`: as long as FinQA's pages; `small`: a fifth, for a CPU."
+    )
+
+
+class DataOptions(Options):
+    """Where examples come from."""
+
+    source: Literal["builtin:statements", "finqa"] = Field(
+        "builtin:statements",
+        description="`finqa`: the official JSON of `data.train` and `data.eval`; `builtin:statements`: generated.",
+    )
+    train: Path | None = Field(None, description="FinQA JSON (plain or .gz) to train on.")
+    eval: Path | None = Field(None, description="FinQA JSON (plain or .gz) to score on.")
+    max_train: int | None = Field(
+        None, ge=1, description="Train on at most so many examples, drawn with `run.seed`; all where empty."
+    )
+    max_eval: int | None = Field(
+        None, ge=1, description="Score at most so many examples, drawn with `run.seed`; all where empty."
+    )
+    strict: bool = Field(
+        False, description="Stop at the first record that cannot be used instead of dropping and counting it."
+    )
+    statements: StatementsOptions = Field(default_factory=StatementsOptions, description="Generated pages.")
+
+    @model_validator(mode="after")
+    def _files_are_named(self) -> DataOptions:
+        if self.source == "finqa" and (self.train is None or self.eval is None):
+            raise ValueError("data.source: finqa needs data.train and data.eval; set both to FinQA JSON files")
+        return self
+
+
+class PromptOptions(Options):
+    """How a page and a question become a prompt."""
+
+    system: str = Field(
+        "Write the program that answers the question from the page.",
+        description="System message; an empty one is left out.",
+    )
+    max_length: int = Field(
+        2048,
+        ge=64,
+        description="Tokens of prompt and completion together; the page is cut to fit, the question never is.",
+    )
+
+
+class AdapterOptions(Options):
+    """The low-rank adapter (LoRA: arXiv 2106.09685; DoRA: arXiv 2402.09353)."""
+
+    kind: Literal["lora", "dora"] = Field("lora", description="`lora`, or `dora` for LoRA with a trained magnitude.")
+    r: int = Field(16, ge=1, description="Rank.")
+    alpha: int = Field(32, ge=1, description="Scale; the update is multiplied by alpha / r.")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout before the adapter, as a probability.")
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        ("all-linear",),
+        description="Names of the layers that get an adapter; `all-linear` is every linear layer but the output head.",
+    )
+
+
+class TrainOptions(Options):
+    """Supervised fine-tuning on completions."""
+
+    epochs: float = Field(3.0, gt=0, description="Passes over the training examples.")
+    max_steps: int | None = Field(
+        None, ge=1, description="Stop after so many optimiser steps; overrides `train.epochs`."
+    )
+    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="Learning-rate schedule after warm-up."
+    )
+    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of the steps with a rising learning rate.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")
+    batch_size: int = Field(8, ge=1, description="Examples a forward pass and GPU.")
+    accumulation: int = Field(1, ge=1, description="Forward passes an optimiser step.")
+    precision: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto",
+        description="Arithmetic of the frozen weights; `auto` is bfloat16 where the processor multiplies it natively.",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, a third slower."
+    )
+    checkpoint_steps: int = Field(
+        100, ge=1, description="Steps between checkpoints, from which an interrupted run resumes."
+    )
+    log_steps: int = neutral(1, "Steps between lines of metrics.jsonl.", ge=1)
+    threads: int | None = neutral(None, "CPU threads; all cores where empty.", ge=1)
+
+
+class PredictOptions(Options):
+    """Greedy decoding of the evaluation questions with each kind of model."""
+
+    models: Annotated[tuple[ModelKind, ...], Field(min_length=1)] = Field(
+        ("base", "adapter", "merged", "F16", "Q4_K_M"),
+        description="What is measured: the model before training, base + adapter, the merged folder, GGUF files by type.",
+    )
+    max_new_tokens: int = Field(
+        96, ge=1, description="Tokens of a completion at most; the longest gold of FinQA needs about 90."
+    )
+    batch_size: int = Field(16, ge=1, description="Prompts decoded together.")
+    precision: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "float32", description="Arithmetic of the transformers engine."
+    )
+    threads: int | None = neutral(None, "CPU threads; all cores where empty.", ge=1)
+
+
+class MergeOptions(Options):
+    """Folding the adapter into the base weights."""
+
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="Type of the merged weights; `auto` is the base's."
+    )
+
+
+class ExportOptions(Options):
+    """GGUF files for llama.cpp."""
+
+    types: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        ("F16", "Q4_K_M"), description="GGUF types to write."
+    )
+    threads: int | None = neutral(None, "CPU threads; all cores where empty.", ge=1)
+
+
+class Config(Options):
+    """A whole run."""
+
+    run: RunOptions = Field(default_factory=RunOptions, description="Name, folder, seed.")
+    model: ModelOptions = Field(default_factory=ModelOptions, description="Base model.")
+    data: DataOptions = Field(default_factory=DataOptions, description="Examples.")
+    prompt: PromptOptions = Field(default_factory=PromptOptions, description="Prompt.")
+    adapter: AdapterOptions = Field(default_factory=AdapterOptions, description="Adapter.")
+    train: TrainOptions = Field(default_factory=TrainOptions, description="Training.")
+    merge: MergeOptions = Field(default_factory=MergeOptions, description="Merge.")
+    export: ExportOptions = Field(default_factory=ExportOptions, description="Export.")
+    predict: PredictOptions = Field(default_factory=PredictOptions, description="Prediction.")
+
+    @model_validator(mode="after")
+    def _measured_files_are_exported(self) -> Config:
+        missing = [kind for kind in self.predict.models if kind in {"F16", "Q4_K_M"} and kind not in self.export.types]
+        if missing:
+            raise ValueError(
+                f"predict.models asks for {', '.join(missing)}, which export.types does not write; add it there"
+            )
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.run.dir / self.run.name
