@@ -1,0 +1,228 @@
+"""The folder of a stage: what it was made from, whether it is up to date, and how it appears all at once.
+
+A stage works in ``runs/NAME/.work/STEP``. When it is done, ``manifest.json`` is written there last and the folder is
+renamed to ``runs/NAME/STEP``; so a folder under its final name is always complete, and what an interruption leaves
+behind never looks finished. Beside the work lies ``key.json``, which says what the unfinished work was for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fintune.errors import ArtifactError
+
+MANIFEST = "manifest.json"
+KEY = "key.json"
+WORK = ".work"
+
+Facts = dict[str, Any]
+"""What a stage found out: counts and figures, as JSON has them."""
+
+
+class Key(BaseModel):
+    """What decides whether a stage's result still holds.
+
+    Attributes:
+        step: Name of the step, ``predict/merged``.
+        options: Values by dotted key that can change the result.
+        sources: Fingerprints of things outside the run (data files, base model), by option name.
+        inputs: Digests of the stages that this one reads, by step name.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    step: str
+    options: dict[str, Any]
+    sources: dict[str, str]
+    inputs: dict[str, str]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash over all of it."""
+        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
+
+    def differences(self, old: Key) -> list[str]:
+        """What the user changed since ``old``, one phrase each; changed inputs are not named here."""
+        changes = []
+        for name in sorted(self.options.keys() | old.options.keys()):
+            was, now = old.options.get(name), self.options.get(name)
+            if was != now:
+                changes.append(f"{name} was {json.dumps(was)} and is now {json.dumps(now)}")
+        for name in sorted(self.sources.keys() | old.sources.keys()):
+            if self.sources.get(name) != old.sources.get(name):
+                changes.append(f"the content behind {name} has changed")
+        return changes
+
+
+class Manifest(BaseModel):
+    """What ``manifest.json`` holds.
+
+    Attributes:
+        key: What the result was made from.
+        outputs: SHA-256 of each file, by path below the folder.
+        facts: Counts and figures that the stage reported.
+        versions: Versions of Python and of the packages that matter.
+        commit: Commit of this package's checkout, with ``+`` where files were changed; None outside a checkout.
+        machine: Processor, cores, memory, GPU.
+        seconds: Wall time of the last attempt.
+        peak_memory_bytes: Largest resident memory of the process during the last attempt.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    key: Key
+    fingerprint: str
+    outputs: dict[str, str]
+    facts: Facts
+    versions: dict[str, str]
+    commit: str | None
+    machine: dict[str, str]
+    seed: int
+    finished: str
+    seconds: float
+    peak_memory_bytes: int
+
+    @property
+    def digest(self) -> str:
+        """Identity of the outputs: two runs that wrote the same bytes have the same."""
+        return hashlib.sha256(json.dumps(self.outputs, sort_keys=True).encode()).hexdigest()
+
+
+State = Literal["missing", "unfinished", "up to date", "inputs changed", "changed"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of one step below a run's folder."""
+
+    run: Path
+    step: str
+
+    @property
+    def folder(self) -> Path:
+        """The finished folder."""
+        return self.run / self.step
+
+    @property
+    def work(self) -> Path:
+        """Where unfinished work lies."""
+        return self.run / WORK / self.step.replace("/", "-")
+
+    def manifest(self) -> Manifest | None:
+        """The manifest of the finished folder, or None.
+
+        Raises:
+            ArtifactError: A manifest that cannot be read.
+        """
+        path = self.folder / MANIFEST
+        if not self.folder.exists() and (self.work / MANIFEST).exists():
+            self.work.replace(self.folder)  # an interruption came between the two renames of finish()
+        try:
+            return Manifest.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValidationError) as error:
+            reason = str(error).splitlines()[0]
+            raise ArtifactError(
+                f"{path}: not a manifest ({reason})", hint=f"--redo {self.step} makes it anew"
+            ) from None
+
+    def unfinished(self) -> Key | None:
+        """What the unfinished work was for, or None where there is none."""
+        try:
+            return Key.model_validate_json((self.work / KEY).read_bytes())
+        except (OSError, ValidationError):
+            return None
+
+    def state(self, key: Key) -> tuple[State, list[str]]:
+        """Compare what lies there with what is wanted.
+
+        Returns:
+            The state and, for "changed", what the user changed.
+        """
+        manifest = self.manifest()
+        if manifest is None:
+            return ("unfinished" if self.unfinished() else "missing"), []
+        if manifest.key == key:
+            return "up to date", []
+        changes = key.differences(manifest.key)
+        return ("changed", changes) if changes else ("inputs changed", [])
+
+    def begin(self, key: Key, *, resume: bool) -> Path:
+        """Make the work folder, keeping unfinished work for the same key where ``resume`` allows."""
+        if self.work.exists() and not (resume and self.unfinished() == key):
+            shutil.rmtree(self.work)
+        self.work.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.work / KEY, key.model_dump_json(indent=1))
+        return self.work
+
+    def finish(self, manifest: Manifest) -> None:
+        """Write the manifest and let the folder appear under its final name, replacing an older one."""
+        write_atomically(self.work / MANIFEST, manifest.model_dump_json(indent=1))
+        (self.work / KEY).unlink()
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        old = self.work.with_name(f"{self.work.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if self.folder.exists():
+            self.folder.replace(old)
+        self.work.replace(self.folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside, flush to disk, rename: the file is the old one or the new one, never half of it."""
+    beside = path.with_name(f".{path.name}.tmp")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's content, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder but the manifest and key, by path below it."""
+    return {
+        str(path.relative_to(folder)): sha256_file(path)
+        for path in _files(folder)
+        if path.name not in {MANIFEST, KEY} or path.parent != folder
+    }
+
+
+def folder_bytes(folder: Path) -> int:
+    """Sum of the sizes of all files below."""
+    return sum(path.stat().st_size for path in _files(folder))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def describe(changes: list[str]) -> str:
+    """Phrases as one line, the first two in full."""
+    more = f" and {len(changes) - 2} more" if len(changes) > 2 else ""
+    return "; ".join(changes[:2]) + more
+
+
+def read_facts(folders: Mapping[str, Path]) -> dict[str, Facts]:
+    """Facts of finished steps, by step name."""
+    return {
+        step: Manifest.model_validate_json((folder / MANIFEST).read_bytes()).facts for step, folder in folders.items()
+    }

@@ -1,0 +1,126 @@
+"""What a manifest records about the machine, and the checks of what it has left."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from fintune.errors import ResourceError
+
+PACKAGES = (
+    "fintune",
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "datasets",
+    "tokenizers",
+    "gguf",
+    "libggml-python",
+    "xllamacpp",
+)
+"""Packages whose versions a manifest records."""
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of Python and of :data:`PACKAGES`."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """Commit of the checkout that this package runs from, ``+`` behind it where files differ; None elsewhere."""
+    here = Path(__file__).resolve().parent
+    git = shutil.which("git")
+    if git is None or not any((parent / ".git").exists() for parent in here.parents):
+        return None
+
+    def ask(*words: str) -> str:
+        done = subprocess.run([git, "-C", str(here), *words], capture_output=True, text=True, check=False)  # noqa: S603
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    head = ask("rev-parse", "--short=12", "HEAD")
+    return head + ("+" if ask("status", "--porcelain", "--untracked-files=no") else "") if head else None
+
+
+def machine() -> dict[str, str]:
+    """Processor, cores, memory and GPU, for the manifest. The host's name is nobody's business."""
+    facts = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": str(os.cpu_count() or 0),
+    }
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        facts["memory_gib"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f}"
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def reset_peak_memory() -> None:
+    """Start the peak of :func:`peak_memory_bytes` anew where the kernel allows it (Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident memory of this process since the last reset (Linux) or its start (elsewhere)."""
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def require_space(folder: Path, needed_bytes: int, what: str) -> None:
+    """Refuse to start what would fill the disk.
+
+    Raises:
+        ResourceError: Less than ``needed_bytes`` is free where ``folder`` is or will be.
+    """
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed_bytes:
+        raise ResourceError(
+            f"no space for {what}: it needs about {size(needed_bytes)} in {folder}, {size(free)} is free",
+            hint="free some, or set run.dir to a folder on another disk",
+        )
+
+
+def size(num_bytes: float) -> str:
+    """Bytes for people, ``1.3 GB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(num_bytes) < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit in {"B", "kB"} or num_bytes >= 100 else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
