@@ -97,6 +97,20 @@ class Manifest(BaseModel):
         return hashlib.sha256(json.dumps(self.outputs, sort_keys=True).encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one step.
+
+    Attributes:
+        what: "done", "up to date" or "skipped".
+    """
+
+    step: str
+    what: str
+    seconds: float
+    facts: Facts
+
+
 State = Literal["missing", "unfinished", "up to date", "inputs changed", "changed"]
 
 

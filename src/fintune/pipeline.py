@@ -18,7 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from fintune import machine
-from fintune.artifact import Facts, Key, Manifest, Slot, State, describe, digests
+from fintune.artifact import Facts, Key, Manifest, Outcome, Slot, State, describe, digests
 from fintune.config import effective
 from fintune.errors import ArtifactError
 from fintune.options import Config
@@ -63,20 +63,6 @@ class Selection:
     start: str | None = None
     only: Collection[str] = ()
     redo: Collection[str] = ()
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one step.
-
-    Attributes:
-        what: "done", "up to date" or "skipped".
-    """
-
-    step: str
-    what: str
-    seconds: float
-    facts: Facts
 
 
 def matches(step: Step, names: Collection[str]) -> bool:

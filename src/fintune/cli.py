@@ -1,0 +1,234 @@
+"""The command line: verb to stage. Heavy imports stay inside the verbs, so that help and scoring need no torch."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn, TypeVar
+
+import click
+
+from fintune import __version__
+from fintune.errors import FintuneError
+
+if TYPE_CHECKING:
+    from fintune.pipeline import Selection
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+F = TypeVar("F", bound=Callable[..., object])
+_FILE = click.Path(path_type=Path)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake becomes one line on standard error and exit status 2."""
+    try:
+        app(standalone_mode=False)
+    except FintuneError as error:
+        _stop(str(error), USER_ERROR)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        sys.exit(USER_ERROR)
+    except click.ClickException as error:
+        _stop(error.format_message(), USER_ERROR)
+    except (KeyboardInterrupt, click.Abort):
+        _stop("interrupted; the same command goes on from here", INTERRUPTED)
+    except BrokenPipeError:
+        # The reader went away (`fintune ... | head`); Python would complain again while it closes standard output.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        _stop(f"{place}{os.strerror(error.errno).lower()}", USER_ERROR)
+
+
+def _stop(message: str, status: int) -> NoReturn:
+    sys.stderr.write(f"fintune: {' '.join(message.split())}\n")
+    sys.exit(status)
+
+
+def _config(command: F) -> F:
+    """CONFIG and its overrides."""
+    command = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")(command)
+    return click.argument("config", type=_FILE, metavar="CONFIG")(command)
+
+
+_redo = click.option("--redo", multiple=True, metavar="STAGE", help="Make a stage and what follows anew.")
+_dry_run = click.option("--dry-run", is_flag=True, help="Say what would be done, do nothing.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, package_name="fintune", message="fintune %(version)s")
+def app() -> None:
+    """Fine-tune, measure and ship language models for finance.
+
+    CONFIG is one YAML file; KEY=VALUE overrides its options, as in train.learning_rate=1e-4.
+    """
+
+
+@app.command()
+@_config
+@click.option("--skip", multiple=True, metavar="STAGE", help="Leave a stage as it lies.")
+@click.option("--from", "start", metavar="STAGE", help="Leave what comes before a stage as it lies.")
+@click.option("--only", multiple=True, metavar="STAGE", help="Leave all other stages as they lie.")
+@_redo
+@_dry_run
+def run(
+    config: Path,
+    overrides: tuple[str, ...],
+    skip: tuple[str, ...],
+    start: str | None,
+    only: tuple[str, ...],
+    redo: tuple[str, ...],
+    dry_run: bool,
+) -> None:
+    """Every stage, from data to a measured GGUF and one HTML page.
+
+    What is up to date is skipped. STAGE is a verb (predict) or one step of it (predict/merged).
+    """
+    from fintune.pipeline import Selection
+
+    _run(config, overrides, Selection(skip=skip, start=start, only=only, redo=redo), dry_run)
+
+
+@app.command()
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@_redo
+@_dry_run
+def demo(overrides: tuple[str, ...], redo: tuple[str, ...], dry_run: bool) -> None:
+    """The whole chain on the built-in model and generated pages, on a CPU."""
+    from fintune.pipeline import Selection
+
+    _run(packaged_config("demo.yaml"), overrides, Selection(redo=redo), dry_run)
+
+
+def _verb(name: str, doc: str) -> None:
+    @app.command(name, help=doc)
+    @_config
+    @click.option("--redo", is_flag=True, help="Even if it is up to date.")
+    @_dry_run
+    def command(config: Path, overrides: tuple[str, ...], redo: bool, dry_run: bool) -> None:
+        from fintune.pipeline import Selection
+
+        _run(config, overrides, Selection(only=(name,), redo=(name,) if redo else ()), dry_run)
+
+
+_verb("prepare", "Data to examples and tokens.")
+_verb("train", "Fine-tune an adapter; an interrupted run goes on from its last checkpoint.")
+_verb("merge", "Fold the adapter into the base model: a 16-bit Hugging Face folder.")
+_verb("export", "Merged model to GGUF files for llama.cpp.")
+_verb("predict", "Answer the evaluation questions with each kind of model.")
+_verb("report", "One HTML page of the run.")
+
+
+@app.command()
+@click.argument("config", type=_FILE, required=False, metavar="[CONFIG]")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--predictions", type=_FILE, help="JSON, JSONL or .gz of {id, predicted} or {id, program}.")
+@click.option("--gold", type=_FILE, help="Official FinQA JSON, plain or .gz.")
+@click.option("--csv", type=_FILE, help="Write one row a prediction here.")
+@click.option("--json", type=_FILE, help="Write all figures here.")
+@click.option("--strict", is_flag=True, help="Refuse files with duplicate, unknown or broken rows.")
+def score(
+    config: Path | None,
+    overrides: tuple[str, ...],
+    predictions: Path | None,
+    gold: Path | None,
+    csv: Path | None,
+    json: Path | None,
+    strict: bool,
+) -> None:
+    """Official FinQA verdicts of a run, or of --predictions against --gold. Needs no torch."""
+    from rich.console import Console
+
+    if config is not None and predictions is None and gold is None:
+        from fintune.pipeline import Selection
+
+        _run(config, overrides, Selection(only=("score",)), False)
+        return
+    if config is not None or predictions is None or gold is None:
+        raise click.UsageError("give a CONFIG, or both --predictions and --gold")
+
+    from fintune.report.tables import score_table
+    from fintune.stages.score import score_files
+
+    done = score_files(predictions, gold, csv=csv, json=json, strict=strict)
+    for problem in done.problems:
+        sys.stderr.write(f"fintune: {problem}\n")
+    Console().print(score_table({predictions.name: done.score}))
+
+
+@app.command()
+@_config
+@click.option("--examples", type=click.IntRange(min=0), default=3, show_default=True, help="Examples to show in full.")
+def inspect(config: Path, overrides: tuple[str, ...], examples: int) -> None:
+    """Counts, drops by reason, token lengths, and examples with the trained tokens in colour."""
+    from rich.console import Console
+
+    from fintune.config import load
+    from fintune.stages.inspect import inspect as stage
+
+    stage(load(config, overrides).config, Console(), num_examples=examples)
+
+
+@app.group("config")
+def config_group() -> None:
+    """Look at the options."""
+
+
+@config_group.command("show")
+@_config
+def config_show(config: Path, overrides: tuple[str, ...]) -> None:
+    """Every option with its value and where the value came from."""
+    from rich.console import Console
+
+    from fintune.config import load
+    from fintune.report.tables import config_table
+
+    Console().print(config_table(load(config, overrides)))
+
+
+@config_group.command("reference")
+def config_reference() -> None:
+    """The page of all options, docs/options.md, as Markdown."""
+    from fintune.reference import options_page
+
+    click.echo(options_page(), nl=False)
+
+
+def packaged_config(name: str) -> Path:
+    """A configuration that comes with the package: inside it when installed, beside ``src`` in a checkout."""
+    here = Path(__file__).resolve().parent
+    installed = here / "configs" / name
+    return installed if installed.is_file() else here.parents[1] / "configs" / name
+
+
+def _run(path: Path, overrides: tuple[str, ...], selection: Selection, dry_run: bool) -> None:
+    from rich.console import Console
+
+    from fintune.config import load
+    from fintune.pipeline import Pipeline
+    from fintune.report.tables import outcome_table, plan_table
+    from fintune.steps import build
+
+    loaded = load(path, overrides)
+    pipeline = Pipeline(loaded.config, build(loaded.config), selection)
+    out = Console()
+    if dry_run:
+        out.print(plan_table([(step.name, what, step.inputs) for step, what in pipeline.preview()]))
+        return
+    outcomes = pipeline.run()
+    out.print(outcome_table(outcomes))
+    page = loaded.config.folder / "report" / "index.html"
+    if page.is_file():
+        out.print(f"The run's page: {page}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

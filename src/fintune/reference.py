@@ -1,0 +1,71 @@
+"""``docs/options.md``: every option with its type, default and meaning, from the fields themselves."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fintune.config import fields
+from fintune.options import Config, is_neutral
+
+_HEAD = """# Options
+
+One YAML file holds a run's options in sections; a dotted `key=value` on the command line overrides one of them:
+
+```
+fintune run configs/demo.yaml train.learning_rate=1e-4 run.name=lower-rate
+```
+
+`fintune config show CONFIG` prints every value and where it came from. An unknown key is an error. Options marked °
+cannot change a result; all others belong to the fingerprint that decides whether a stage is up to date.
+
+This page is written by `fintune config reference` from `src/fintune/options.py`.
+"""
+
+
+def options_page() -> str:
+    """The page as Markdown."""
+    lines = [_HEAD]
+    section = ""
+    for key, field in fields():
+        parent, _, leaf = key.rpartition(".")
+        if parent != section:
+            section = parent
+            lines += [
+                f"\n## {section}\n",
+                f"{_section_meaning(section)}\n",
+                "| option | type | default | meaning |",
+                "|---|---|---|---|",
+            ]
+        mark = "°" if is_neutral(field) else ""
+        default = field.get_default(call_default_factory=True)
+        lines.append(f"| `{leaf}`{mark} | {_type(str(field.annotation))} | {_default(default)} | {field.description} |")
+    return "\n".join(lines) + "\n"
+
+
+def _section_meaning(section: str) -> str:
+    model: Any = Config
+    for part in section.split("."):
+        model = model.model_fields[part].annotation
+    return str(model.__doc__).strip().splitlines()[0]
+
+
+def _type(annotation: str) -> str:
+    plain = re.sub(r"typing\.|pathlib\.|<class '|'>", "", annotation)
+    plain = re.sub(r"Optional\[(.*)\]", r"\1 | None", plain).replace("Path", "path")
+    plain = re.sub(r"Literal\[([^\]]*)\]", lambda found: found[1].replace("', '", " or ").replace("'", ""), plain)
+    plain = re.sub(r"tuple\[(.*), \.\.\.\]", r"list of \1", plain)
+    return plain.replace("| None", "or empty").replace("|", "or")
+
+
+def _default(value: object) -> str:
+    if value is None or value == "":
+        return ""
+    if isinstance(value, Path):
+        return f"`{value}`"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return f"`[{', '.join(map(str, value))}]`"
+    return f"`{value if isinstance(value, str) else json.dumps(value)}`"

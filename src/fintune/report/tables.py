@@ -1,0 +1,62 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from fintune.artifact import Outcome
+from fintune.config import DEFAULT, Loaded, flat
+
+if TYPE_CHECKING:
+    from fintune.report.metrics import Score
+
+
+def plan_table(lines: Sequence[tuple[str, str, Sequence[str]]]) -> Table:
+    """What a run would do: name, what, and the stages that are read."""
+    table = Table("stage", "what", "reads", box=None, pad_edge=False)
+    for name, what, inputs in lines:
+        style = "dim" if what.startswith(("up to date", "skipped")) else ""
+        table.add_row(name, what, ", ".join(inputs) if len(inputs) < 4 else "all of them", style=style)
+    return table
+
+
+def config_table(loaded: Loaded) -> Table:
+    """Every option, its value and where that came from."""
+    table = Table("option", "value", "from", box=None, pad_edge=False)
+    for key, value in flat(loaded.config).items():
+        origin = _origin(key, loaded.origin)
+        table.add_row(key, json.dumps(value), origin, style="dim" if origin == DEFAULT else "")
+    return table
+
+
+def _origin(key: str, origins: Mapping[str, str]) -> str:
+    return origins.get(key, DEFAULT)
+
+
+def outcome_table(outcomes: Sequence[Outcome]) -> Table:
+    """What became of each stage, with the figure that matters most."""
+    table = Table("stage", "", "seconds", "result", box=None, pad_edge=False)
+    for outcome in outcomes:
+        seconds = f"{outcome.seconds:.1f}" if outcome.seconds else ""
+        table.add_row(outcome.step, outcome.what, seconds, str(outcome.facts.get("summary", "")))
+    for column in table.columns[2:3]:
+        column.justify = "right"
+    return table
+
+
+def score_table(scores: Mapping[str, Score]) -> Table:
+    """Official figures, a row a set of predictions."""
+    table = Table("predictions", "n", "execution accuracy", "program accuracy", "invalid", box=None, pad_edge=False)
+    for name, score in scores.items():
+        table.add_row(
+            name,
+            str(score.num_predictions),
+            f"{score.execution_accuracy:.2%}",
+            f"{score.program_accuracy:.2%}",
+            f"{score.invalid_rate:.2%}",
+        )
+    return table

@@ -1,0 +1,114 @@
+"""The steps of a run, made from its configuration. A stage is imported when its step runs, not before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from typing import get_args
+
+from fintune import disk
+from fintune.artifact import Facts, sha256_file
+from fintune.errors import DataError
+from fintune.options import Config, ModelKind
+from fintune.pipeline import Stage, Step
+
+NEEDS: Mapping[ModelKind, str] = {"adapter": "train", "merged": "merge", "F16": "export", "Q4_K_M": "export"}
+"""The step whose result each kind of model is read from; "base" needs none."""
+
+_EXAMPLES = ("run.seed", "model.name", "model.revision", "data", "prompt")
+_MODEL = ("model",)
+
+
+def build(config: Config) -> list[Step]:
+    """All steps of a run, in an order in which every input comes before what reads it."""
+    steps = [
+        Step("prepare", (), _EXAMPLES, _stage("prepare"), _data_and_model, disk.prepare_bytes),
+        *_measure(config, "base"),
+        Step(
+            "train",
+            ("prepare",),
+            ("run.seed", *_MODEL, "adapter", "train"),
+            _stage("train"),
+            _model,
+            disk.train_bytes,
+            resumes=True,
+        ),
+        *_measure(config, "adapter"),
+        Step("merge", ("prepare", "train"), (*_MODEL, "merge"), _stage("merge"), _model, disk.merge_bytes),
+        *_measure(config, "merged"),
+        Step("export", ("merge",), ("export",), _stage("export"), _nothing, disk.export_bytes),
+        *_measure(config, "F16"),
+        *_measure(config, "Q4_K_M"),
+    ]
+    steps.append(
+        Step("report", tuple(step.name for step in steps), (), _stage("report"), _nothing, lambda _: 50_000_000)
+    )
+    return steps
+
+
+def _measure(config: Config, kind: ModelKind) -> list[Step]:
+    if kind not in config.predict.models:
+        return []
+    needs = NEEDS.get(kind)
+    predict = Step(
+        f"predict/{kind}",
+        ("prepare", *([needs] if needs else [])),
+        (*_MODEL, *_predict_options(kind)),
+        _stage("predict", kind=kind),
+        _model,
+        disk.predict_bytes,
+        resumes=True,
+    )
+    score = Step(
+        f"score/{kind}", ("prepare", predict.name), (), _stage("score", kind=kind), _nothing, disk.predict_bytes
+    )
+    return [predict, score]
+
+
+def _predict_options(kind: ModelKind) -> tuple[str, ...]:
+    # Adding a kind to predict.models must not make the predictions of the others stale.
+    assert kind in get_args(ModelKind)
+    return ("predict.max_new_tokens", "predict.batch_size", "predict.precision")
+
+
+def _stage(name: str, **fixed: str) -> Stage:
+    def run(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
+        stage = getattr(import_module(f"fintune.stages.{name}"), name)
+        facts: Facts = stage(config, inputs, folder, **fixed)
+        return facts
+
+    return run
+
+
+def _nothing(config: Config) -> dict[str, str]:
+    return {}
+
+
+def _model(config: Config) -> dict[str, str]:
+    from fintune import models
+
+    return {"model.name": models.fingerprint(config.model.name, revision=config.model.revision)}
+
+
+def _data_and_model(config: Config) -> dict[str, str]:
+    found = _model(config)
+    for name in ("train", "eval"):
+        path: Path | None = getattr(config.data, name)
+        if config.data.source == "finqa" and path is not None:
+            found[f"data.{name}"] = _file(path, name)
+    return found
+
+
+def _file(path: Path, option: str) -> str:
+    if not path.is_file():
+        raise DataError("no such file", path=path, hint=f"data.{option} must name a FinQA JSON file")
+    stat = path.stat()
+    return _hash(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=16)
+def _hash(path: Path, size: int, mtime_ns: int) -> str:
+    # Size and time are only the cache's key; the fingerprint is of the content.
+    return sha256_file(path)
