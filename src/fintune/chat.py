@@ -1,0 +1,181 @@
+"""The one tokenisation path: messages through the model's chat template to token ids, with what is trained marked.
+
+Training, prediction, export and replay all call this module, so that a model is asked exactly as it was trained.
+Special tokens come from the template alone (``add_special_tokens=False``), hence never two BOS tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+from .errors import DataError, ModelError
+from .records import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Llama-3's templates print today's date; a prompt must not depend on the day, so this one is given: their own default.
+_TEMPLATE_DAY = date(2024, 7, 26)
+_PROBE = "fintuneprobe"
+_end_of_turn: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[str, tuple[int, ...]]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """A conversation as token ids.
+
+    Attributes:
+        input_ids: Prompt, completion, end-of-turn token; shape [num_tokens].
+        completion_mask: 1 where the token is trained (completion and end of turn), 0 on the prompt; same length.
+        follows_template: True where the ids are those of the template's own rendering of the whole conversation; False
+            where its rendering does not begin with the prompt's, so that the completion was put behind the prompt.
+    """
+
+    input_ids: list[int]
+    completion_mask: list[int]
+    follows_template: bool
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens before the first trained one."""
+        return self.completion_mask.index(1)
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+    """The conversation as the template writes it.
+
+    Thinking is switched off where a template knows ``enable_thinking``, and the date is fixed.
+
+    Raises:
+        ModelError: The tokenizer has no chat template.
+        DataError: The template refuses these messages (order of roles, no system turn ...).
+    """
+    from jinja2 import TemplateError
+
+    template = chat_template(tokenizer)
+    try:
+        text = tokenizer.apply_chat_template(
+            [message.model_dump() for message in messages],
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            enable_thinking=False,
+            date_string=_TEMPLATE_DAY.strftime("%d %b %Y"),
+            strftime_now=_TEMPLATE_DAY.strftime,
+        )
+    except TemplateError as error:
+        roles = ", ".join(message.role for message in messages)
+        raise DataError(f"the chat template of {tokenizer.name_or_path} refuses the turns {roles}: {error}") from error
+    return str(text)
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """Ids of the conversation up to where the assistant's turn begins; the same ids that training saw.
+
+    Raises:
+        ModelError: No chat template, or the prompt begins with two BOS tokens.
+        DataError: The template refuses these messages.
+    """
+    ids = _encode(tokenizer, render(tokenizer, messages))
+    if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
+        raise ModelError(
+            f"a prompt of {tokenizer.name_or_path} begins with two {tokenizer.bos_token} tokens",
+            hint="the chat template and the tokenizer both add it; remove it from one",
+        )
+    return ids
+
+
+def encode_example(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], completion: str) -> EncodedExample:
+    """Ids of the conversation with the assistant's turn, trained on that turn and the token that ends it.
+
+    Equal to the template's rendering of the whole conversation, cut behind the end-of-turn token, wherever that
+    rendering begins with the prompt's ids; else prompt and completion are encoded apart, as generation joins them.
+
+    Raises:
+        ModelError: No chat template, none that ends a turn, or one that changes the completion's text.
+        DataError: The completion is empty or holds the end-of-turn token, or the template refuses the messages.
+    """
+    prompt = render(tokenizer, messages)
+    prompt_ids = encode_prompt(tokenizer, messages)
+    end_id = end_of_turn_ids(tokenizer)[0]
+    end_text = str(tokenizer.convert_ids_to_tokens(end_id))
+    if not completion.strip():
+        raise DataError("the completion is empty, so there is nothing to train on")
+    if end_text in completion:
+        raise DataError(f"the completion holds {end_text}, the token that ends a turn")
+
+    whole = render(tokenizer, [*messages, Message(role="assistant", content=completion)], add_generation_prompt=False)
+    turn = whole.removeprefix(prompt) if whole.startswith(prompt) else completion + end_text
+    turn = turn[: turn.find(end_text) + len(end_text)]
+    if turn.removesuffix(end_text).strip() != completion.strip():
+        raise ModelError(
+            f"the chat template of {tokenizer.name_or_path} writes the completion {completion[:60]!r} as {turn[:80]!r}"
+        )
+    ids = _encode(tokenizer, prompt + turn)
+    follows = whole.startswith(prompt + turn) and ids[: len(prompt_ids)] == prompt_ids
+    if not follows:
+        ids = prompt_ids + _encode(tokenizer, turn)
+    if ids[-1] != end_id or ids.count(end_id) != prompt_ids.count(end_id) + 1:
+        raise ModelError(f"{end_text} does not end the encoded completion {completion[:60]!r}")
+    num_trained = len(ids) - len(prompt_ids)
+    return EncodedExample(ids, [0] * len(prompt_ids) + [1] * num_trained, follows)
+
+
+def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids at which generation stops.
+
+    First the token that the template writes behind an assistant's turn (it is trained), then the tokenizer's EOS where
+    that is another.
+
+    Raises:
+        ModelError: No chat template, or it puts no special token behind an assistant's turn.
+    """
+    template = chat_template(tokenizer)
+    known = _end_of_turn.get(tokenizer)
+    if known is not None and known[0] == template:
+        return known[1]
+    turns = [Message(role="user", content="question"), Message(role="assistant", content=_PROBE)]
+    behind = render(tokenizer, turns, add_generation_prompt=False).rpartition(_PROBE)[2]
+    special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+    end = next((id_ for id_ in _encode(tokenizer, behind) if id_ in special), None)
+    if end is None:
+        raise ModelError(
+            f"the chat template of {tokenizer.name_or_path} puts no special token behind an assistant's turn",
+            hint="use one that ends each turn, as ChatML does with <|im_end|>; else generation never stops",
+        )
+    eos = tokenizer.eos_token_id
+    ids = (end,) if eos is None or eos == end else (end, eos)
+    _end_of_turn[tokenizer] = template, ids
+    return ids
+
+
+def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The Jinja text of the tokenizer's (default) chat template.
+
+    Raises:
+        ModelError: It has none.
+    """
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not template:
+        raise ModelError(
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template",
+            hint="use an instruction-tuned model, or put a chat_template.jinja into its folder",
+        )
+    return str(template)
+
+
+def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 of the chat template's text; in every manifest, so that a mixed-up template shows."""
+    return hashlib.sha256(chat_template(tokenizer).encode()).hexdigest()
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return ids

@@ -1,0 +1,350 @@
+"""The only place that loads a model or tokenizer.
+
+::
+
+    ref = fetch(resolve("builtin:smollm2-135m"))      # or a local folder, or a hub id
+    tokenizer = load_tokenizer(ref)
+    model = load_model(ref, dtype="auto")
+    model = load_adapter(model, Path("runs/x/train/adapter"))
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from . import builtin
+from .chat import end_of_turn_ids
+from .errors import ModelError, ResourceError
+from .model_folder import (
+    MODEL_FILES,
+    adapter_base,
+    check_model_folder,
+    check_safetensors,
+    licence_of,
+    model_fingerprint,
+    read_json,
+)
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "ModelRef",
+    "Precision",
+    "detect_precision",
+    "ensure_pad",
+    "fetch",
+    "load_adapter",
+    "load_model",
+    "load_tokenizer",
+    "model_fingerprint",
+    "resolve",
+]
+
+DtypeName = Literal["float32", "bfloat16", "float16"]
+Load = Literal["16bit", "4bit"]
+
+# Special tokens that models carry for padding, or carry unused; the first in the vocabulary that nothing uses wins.
+_PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|padding|>", "<|endoftext|>", "<|dummy_0|>")
+_RESERVED = re.compile(r"reserved|unused|extra_?id|_pad\b|_pad_|dummy", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A model that was named and found, or is still on the hub.
+
+    Attributes:
+        name: As the user wrote it.
+        path: Local folder; None until ``fetch`` brought it there.
+        base_name: Short name for reports and file names.
+        licence: SPDX-like name, or None where not known.
+        revision: Hub revision asked for, or None.
+    """
+
+    name: str
+    path: Path | None
+    base_name: str
+    licence: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A number type to compute in.
+
+    Attributes:
+        dtype: Name of the torch type.
+        reason: Why, as a sentence for the user.
+    """
+
+    dtype: DtypeName
+    reason: str
+
+
+def resolve(name: str, *, revision: str | None = None) -> ModelRef:
+    """Finds out what a model's name means, without loading or downloading anything.
+
+    Args:
+        name: ``builtin:NAME``, a local folder, or a hub id (``OWNER/NAME``).
+        revision: Branch, tag or commit on the hub.
+
+    Raises:
+        ModelError: No such folder or built-in, an incomplete folder, or a name that is none of the three.
+    """
+    if name.startswith(builtin.PREFIX):
+        spec = builtin.describe(name)
+        return ModelRef(name, builtin.cached(name), name.removeprefix(builtin.PREFIX), spec.licence)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        check_model_folder(folder)
+        return ModelRef(name, folder, folder.resolve().name, licence_of(folder))
+    if folder.is_file():
+        raise ModelError(f"{name} is a file", hint="a folder in Hugging Face form is needed here")
+    if not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", name, re.ASCII) or name.endswith(".gguf"):
+        raise ModelError(
+            f"no folder {name}", hint="name an existing model folder, a hub id OWNER/NAME, or builtin:NAME"
+        )
+    return ModelRef(name, None, name.rpartition("/")[2], revision=revision)
+
+
+def fetch(ref: ModelRef) -> ModelRef:
+    """The same model with its files in a local folder, downloaded where they are not there yet.
+
+    From the hub come only configuration, tokenizer and safetensors files.
+
+    Raises:
+        ModelError: Unknown, gated or incomplete model.
+        ResourceError: The hub cannot be reached and the model is not in its local cache.
+    """
+    if ref.path is not None:
+        return ref
+    if ref.name.startswith(builtin.PREFIX):
+        return replace(ref, path=builtin.ensure(ref.name))
+    from huggingface_hub import errors, snapshot_download
+
+    what = f"{ref.name}, revision {ref.revision}" if ref.revision else ref.name
+    try:
+        folder = Path(
+            snapshot_download(ref.name, revision=ref.revision, allow_patterns=[*MODEL_FILES, "README.md", "LICENSE*"])
+        )
+    except errors.GatedRepoError as error:
+        hint = "accept its licence on its page and log in with `hf auth login`"
+        raise ModelError(f"the hub gives {what} only to those who accepted its licence", hint=hint) from error
+    except errors.RevisionNotFoundError as error:
+        raise ModelError(f"the hub has no revision {ref.revision} of {ref.name}") from error
+    except errors.RepositoryNotFoundError as error:
+        hint = "check the spelling; for a private model log in with `hf auth login`"
+        raise ModelError(
+            f"there is no folder {ref.name} here and no model of that name on the hub", hint=hint
+        ) from error
+    except (errors.HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise ResourceError(
+            f"cannot fetch {what}: the hub cannot be reached and the model is not in the local hub cache ({reason})",
+            hint="connect once, or give a local model folder or builtin:smollm2-135m",
+        ) from error
+    check_model_folder(folder)
+    return replace(ref, path=folder, licence=licence_of(folder))
+
+
+def load_tokenizer(ref: ModelRef, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's fast tokenizer, with a padding token that is not its end token.
+
+    Raises:
+        ModelError: No fast tokenizer, one that does not fit the model's vocabulary, or none to pad with.
+        ResourceError: As ``fetch``.
+    """
+    from transformers import AutoTokenizer
+
+    folder = _folder(ref)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"{folder}: the tokenizer cannot be loaded ({_first_line(error)})") from error
+    if not tokenizer.is_fast:
+        raise ModelError(f"{folder} has only a slow tokenizer", hint="add its tokenizer.json")
+    vocab_size = read_json(folder / "config.json").get("vocab_size")
+    if isinstance(vocab_size, int) and len(tokenizer) > vocab_size:
+        raise ModelError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the model only {vocab_size}")
+    return ensure_pad(tokenizer)
+
+
+def ensure_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Gives the tokenizer a padding token that ends nothing; one that its vocabulary has already.
+
+    Were it the end token, masking the padding would mask the end of every answer, and the model would never stop. The
+    vocabulary is never made larger.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ModelError: The vocabulary has no special token to spare.
+    """
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    taken = {tokenizer.eos_token_id, tokenizer.bos_token_id} | set(end_of_turn_ids(tokenizer) if template else ())
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in taken:
+        return tokenizer
+    added = tokenizer.added_tokens_decoder.items()
+    spare = [t.content for i, t in added if t.special and i not in taken and t.content not in template]
+    choices = [t for t in _PAD_TOKENS if t in spare] + [t for t in spare if _RESERVED.search(t)]
+    # Last: byte-fallback vocabularies never write their unknown token.
+    choices += [t for t in spare if t == tokenizer.unk_token]
+    if not choices:
+        raise ModelError(
+            f"the tokenizer of {tokenizer.name_or_path} has no special token to pad with besides its end token",
+            hint="set pad_token in its tokenizer_config.json to a special token that no text uses",
+        )
+    tokenizer.pad_token = choices[0]
+    return tokenizer
+
+
+def detect_precision() -> Precision:
+    """The 16-bit type that this machine multiplies natively, else float32; with the reason."""
+    import torch
+
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_name(0)
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return Precision("bfloat16", f"{gpu} computes in bfloat16")
+        return Precision("float16", f"{gpu} has no bfloat16 units, so float16")
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    units = ["amx_bf16", "avx512_bf16"]
+    if platform.system() == "Linux":  # torch's Arm kernels for bfloat16 are in the Linux builds
+        units += ["sve_bf16", "bf16"]
+    native = next((unit for unit in units if capabilities.get(unit)), None)
+    if native:
+        return Precision("bfloat16", f"no CUDA GPU; this processor multiplies bfloat16 natively ({native})")
+    return Precision("float32", "no CUDA GPU, and this processor has no bfloat16 multiplication, so float32")
+
+
+def load_model(
+    ref: ModelRef,
+    *,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    device: str = "auto",
+    load: Load = "16bit",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Loads a causal language model in evaluation mode.
+
+    Args:
+        ref: From ``resolve``; fetched where it is not local yet.
+        dtype: Type of the weights, with ``load="4bit"`` of the arithmetic; "auto" takes ``detect_precision``'s.
+        device: A torch device, or "auto": the first CUDA GPU, else the processor.
+        load: "4bit" stores the linear layers as 4-bit NormalFloat with double quantisation (QLoRA, arXiv 2305.14314).
+        trust_remote_code: Whether the model's own Python code may run.
+
+    Raises:
+        ModelError: The weights do not fit the configuration, or transformers does not know the architecture.
+        ResourceError: bitsandbytes is missing for 4-bit, or as ``fetch``.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = _folder(ref)
+    compute = getattr(torch, detect_precision().dtype if dtype == "auto" else dtype)
+    if device == "auto":
+        device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    options = {"quantization_config": _four_bit(compute)} if load == "4bit" else {}
+    try:
+        with _no_progress_bar():
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=compute,
+                device_map={"": device},
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                **options,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise ModelError(f"{folder}: the model cannot be loaded ({_first_line(error)})") from error
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise ModelError(
+            f"{folder}: the weight files lack {len(missing)} tensors that config.json asks for: {missing[0]}",
+            hint="they would start at random values; take weights and config.json from the same model",
+        )
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+def load_adapter(model: PreTrainedModel, path: Path, *, trainable: bool = False) -> PeftModel:
+    """Puts a PEFT adapter (LoRA or DoRA) on a model.
+
+    Raises:
+        ModelError: No adapter in that folder, or one that was trained on another base.
+    """
+    from peft import PeftModel
+
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (path / name).is_file():
+            raise ModelError(f"{path} holds no adapter: {name} is missing", hint="give a folder in PEFT format")
+    check_safetensors(path / "adapter_model.safetensors")
+    _check_adapter_fits(model, path)
+    adapted: PeftModel = PeftModel.from_pretrained(model, path, is_trainable=trainable)
+    return adapted
+
+
+def _check_adapter_fits(model: PreTrainedModel, path: Path) -> None:
+    from safetensors import safe_open
+
+    modules = dict(model.named_modules())
+    base = f"{path} was trained on {adapter_base(path)}, not on {model.name_or_path}"
+    # lora_A is [rank, in], lora_B is [out, rank]; embeddings are stored the other way round and checked by PEFT.
+    with safe_open(path / "adapter_model.safetensors", framework="pt") as tensors:
+        for key in tensors.keys():  # noqa: SIM118 - the handle is no mapping
+            module, _, part = key.removeprefix("base_model.model.").partition(".lora_")
+            if part not in ("A.weight", "B.weight"):
+                continue
+            if module not in modules:
+                raise ModelError(f"{base}: it adapts {module}, which this model does not have")
+            rows, columns = tensors.get_slice(key).get_shape()
+            side, asked = ("in_features", columns) if part.startswith("A") else ("out_features", rows)
+            here = getattr(modules[module], side, asked)
+            if here != asked:
+                raise ModelError(f"{base}: {module} has {here} {side} here and {asked} in the adapter")
+
+
+def _folder(ref: ModelRef) -> Path:
+    path = fetch(ref).path
+    assert path is not None, "fetch fills the path"
+    return path
+
+
+def _four_bit(compute: object) -> object:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ResourceError("4-bit loading needs bitsandbytes", hint="pip install bitsandbytes, or load 16bit")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+    )
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    # transformers draws a bar of its own, which breaks into those of this package.
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
