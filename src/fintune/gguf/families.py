@@ -1,0 +1,272 @@
+"""The model families that can be exported: tensor names, metadata, and what is rearranged.
+
+A row of :data:`FAMILIES` is all that a family needs. Source of names and keys: llama.cpp's GGUF specification
+(``docs/gguf.md`` of ggml) and the converter's behaviour for these families.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fintune.errors import ModelError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from gguf import GGUFWriter
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one Hugging Face ``model_type`` becomes a GGUF architecture.
+
+    Attributes:
+        arch: llama.cpp's architecture name.
+        permutes_qk: llama.cpp rotates neighbouring pairs in this architecture, so rows of q and k are interleaved.
+        writes_rope_dimension: Whether the vocabulary size and the rotary dimension are written.
+        required: Tensors of each layer that must be there, as Hugging Face names them.
+    """
+
+    arch: str
+    permutes_qk: bool
+    writes_rope_dimension: bool
+    required: tuple[str, ...]
+
+
+# Hugging Face's name within a layer -> GGUF's.
+_LAYER_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_OTHER_NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+_DENSE = tuple(f"{name}.weight" for name in _LAYER_NAMES if not name.endswith(("q_norm", "k_norm")))
+_QKV_BIAS = ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias")
+_QK_NORM = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("llama", True, True, _DENSE),
+    "mistral": Family("llama", True, True, _DENSE),
+    "qwen2": Family("qwen2", False, False, _DENSE + _QKV_BIAS),
+    "qwen3": Family("qwen3", False, False, _DENSE + _QK_NORM),
+}
+
+
+class ModelConfig:
+    """``config.json`` of a Hugging Face folder, checked for what the export needs.
+
+    Args:
+        folder: The model's folder.
+
+    Attributes:
+        family: Row of :data:`FAMILIES`.
+        num_layers: Decoder layers.
+        num_heads: Query heads.
+        num_kv_heads: Key and value heads.
+        head_dim: Width of a head.
+        vocab_size: Rows of the embedding.
+        tied: Whether input and output embedding are one tensor.
+        rope: Rotary parameters in transformers' newer form, the older keys folded in.
+
+    Raises:
+        ModelError: Missing or unreadable file, unknown family, missing key, rotary scaling that is not served.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "config.json"
+        if not self.path.is_file():
+            raise ModelError(f"{folder}: no config.json", hint="give a Hugging Face model folder")
+        try:
+            raw = json.loads(self.path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ModelError(f"{self.path}: unreadable: {error}") from error
+        self._raw: dict[str, Any] = raw if isinstance(raw, dict) else {}
+        model_type = self._raw.get("model_type")
+        if model_type not in FAMILIES:
+            raise ModelError(
+                f"{self.path}: model_type {model_type!r} cannot be exported to GGUF",
+                hint=f"known: {', '.join(FAMILIES)}; convert other families with llama.cpp's own tools",
+            )
+        self.family = FAMILIES[model_type]
+        self.num_layers = self.integer("num_hidden_layers")
+        self.num_heads = self.integer("num_attention_heads")
+        self.num_kv_heads = self.integer("num_key_value_heads", self.num_heads)
+        self.head_dim = self.integer("head_dim", self.integer("hidden_size") // self.num_heads)
+        self.vocab_size = self.integer("vocab_size")
+        self.tied = bool(self._raw.get("tie_word_embeddings", False))
+        self.rope = self._read_rope()
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """A whole number of the file, ``default`` where it is absent or null."""
+        value = self._raw.get(key)
+        if value is None:
+            value = default
+        if not isinstance(value, int):
+            raise ModelError(f"{self.path}: {key} is {value!r}, expected a whole number")
+        return value
+
+    @property
+    def is_70b(self) -> bool:
+        """Whether llama.cpp counts the model as its size 70B, which has a mixture rule of its own."""
+        grouped = self.num_heads != self.num_kv_heads
+        return self.num_layers == 80 and (self.family.arch == "qwen2" or (self.family.arch == "llama" and grouped))
+
+    def _read_rope(self) -> dict[str, Any]:
+        rope = dict(self._raw.get("rope_parameters") or self._raw.get("rope_scaling") or {})
+        if "rope_theta" not in rope and self._raw.get("rope_theta") is not None:
+            rope["rope_theta"] = self._raw["rope_theta"]
+        rope.setdefault("rope_type", rope.get("type", "default"))
+        known = ("default", "linear", "yarn", "llama3")
+        if rope["rope_type"] not in known:
+            raise ModelError(
+                f"{self.path}: rotary scaling {rope['rope_type']!r} cannot be exported",
+                hint=f"known: {', '.join(known)}",
+            )
+        return rope
+
+    def write_metadata(self, writer: GGUFWriter) -> None:
+        """Add the architecture's keys (everything but the tokenizer, the quantisation version and the file type)."""
+        import gguf
+
+        writer.add_block_count(self.num_layers)
+        writer.add_context_length(self.integer("max_position_embeddings"))
+        writer.add_embedding_length(self.integer("hidden_size"))
+        writer.add_feed_forward_length(self.integer("intermediate_size"))
+        writer.add_head_count(self.num_heads)
+        if self._raw.get("num_key_value_heads") is not None:
+            writer.add_head_count_kv(self.num_kv_heads)
+        rope = self.rope
+        if rope["rope_type"] in ("linear", "yarn") and rope.get("factor") is not None:
+            writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+            writer.add_rope_scaling_factor(rope["factor"])
+            if rope["rope_type"] == "yarn":
+                self._write_yarn(writer)
+        if rope.get("rope_theta") is not None:
+            writer.add_rope_freq_base(rope["rope_theta"])
+        writer.add_layer_norm_rms_eps(self._raw.get("rms_norm_eps", 1e-6))
+        if self._raw.get("head_dim") is not None:
+            writer.add_key_length(self.head_dim)
+            writer.add_value_length(self.head_dim)
+
+    def _write_yarn(self, writer: GGUFWriter) -> None:
+        rope = self.rope
+        original = rope.get("original_max_position_embeddings") or self.integer("max_position_embeddings")
+        writer.add_rope_scaling_orig_ctx_len(original)
+        for key, add in (
+            ("extrapolation_factor", writer.add_rope_scaling_yarn_ext_factor),
+            ("attention_factor", writer.add_rope_scaling_yarn_attn_factor),
+            ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
+            ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
+        ):
+            if rope.get(key) is not None:
+                add(rope[key])
+
+    def write_rope_dimension(self, writer: GGUFWriter) -> None:
+        """Add the keys that only some architectures carry; llama.cpp's converter puts them after the file type."""
+        if self.family.writes_rope_dimension:
+            writer.add_vocab_size(self.vocab_size)
+            writer.add_rope_dimension_count(self.head_dim)
+
+
+def gguf_names(config: ModelConfig, names: Mapping[str, object]) -> dict[str, str]:
+    """Map a folder's tensor names.
+
+    Args:
+        config: The model.
+        names: Tensor names of the folder, in its order.
+
+    Returns:
+        Hugging Face name -> GGUF name, in the same order, without buffers that GGUF does not carry.
+
+    Raises:
+        ModelError: A tensor that the family does not know, or one that it needs and does not have.
+    """
+    mapped: dict[str, str] = {}
+    for name in names:
+        if name.endswith(".rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight"):
+            continue
+        target = _gguf_name(name, config.num_layers)
+        if target is None:
+            raise ModelError(
+                f"{config.path.parent}: tensor {name} has no place in a {config.family.arch} GGUF",
+                hint="merge an adapter before the export; other architectures need llama.cpp's own tools",
+            )
+        mapped[name] = target
+    needed = [name for name in _OTHER_NAMES if name != "lm_head.weight" or not config.tied]
+    for layer in range(config.num_layers):
+        needed += [f"model.layers.{layer}.{name}" for name in config.family.required]
+    missing = [name for name in needed if name not in mapped]
+    if missing:
+        raise ModelError(
+            f"{config.path.parent}: {len(missing)} tensors are missing, the first is {missing[0]}",
+            hint="the folder is incomplete, or its config.json belongs to another model",
+        )
+    return mapped
+
+
+def _gguf_name(name: str, num_layers: int) -> str | None:
+    if name in _OTHER_NAMES:
+        return _OTHER_NAMES[name]
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
+    if not match or int(match[1]) >= num_layers or match[2] not in _LAYER_NAMES:
+        return None
+    return f"blk.{int(match[1])}.{_LAYER_NAMES[match[2]]}.{match[3]}"
+
+
+def heads_to_permute(config: ModelConfig, name: str) -> int | None:
+    """Number of heads whose rows are interleaved in this GGUF tensor, None where rows stay as they are."""
+    if not config.family.permutes_qk:
+        return None
+    if re.search(r"\.attn_q\.(weight|bias)$", name):
+        return config.num_heads
+    if re.search(r"\.attn_k\.(weight|bias)$", name):
+        return config.num_kv_heads
+    return None
+
+
+def rope_factors(config: ModelConfig) -> NDArray[np.float32] | None:
+    """Per-frequency divisors of Llama 3's rotary scaling, (head_dim / 2,), None for other scalings.
+
+    The power is taken in double and rounded, the rest is single precision: so the bits equal llama.cpp's converter.
+    """
+    import numpy as np
+
+    rope = config.rope
+    if rope["rope_type"] != "llama3" or config.family.arch != "llama":
+        return None
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    powers = np.float64(rope.get("rope_theta", 10000.0)) ** exponents.astype(np.float64)
+    frequencies = np.float32(1) / powers.astype(np.float32)
+    factor, low, high = (
+        rope.get(k, d) for k, d in (("factor", 8.0), ("low_freq_factor", 1.0), ("high_freq_factor", 4.0))
+    )
+    original = rope.get("original_max_position_embeddings", 8192)
+    factors = []
+    for frequency in frequencies:
+        wavelength = 2 * math.pi / frequency
+        if wavelength < original / high:
+            factors.append(1.0)
+        elif wavelength > original / low:
+            factors.append(factor)
+        else:
+            smooth = (original / wavelength - low) / (high - low)
+            factors.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(factors, np.float32)
