@@ -1,0 +1,66 @@
+"""What happens beside TRL's loop: the log, the bar, the checkpoints' marks, the check of the gradients."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import FintuneError
+from ..progress import Bar
+from . import checkpoints, metrics
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+
+def make_callback(*, folder: Path, plan_tokens: Sequence[int], bar: Bar, seconds: float) -> TrainerCallback:
+    """A callback for transformers' Trainer.
+
+    Args:
+        folder: Gets ``metrics.jsonl``; its ``checkpoints/`` are marked.
+        plan_tokens: Tokens behind each step.
+        bar: Moves one a step.
+        seconds: Training time of earlier attempts.
+    """
+    import torch
+    from transformers import TrainerCallback
+
+    class Recorder(TrainerCallback):  # type: ignore[misc]
+        """Logs, shows, marks."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.started, self.first_step = time.monotonic(), state.global_step
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            if args.fp16:  # the scaler meets infinite gradients on purpose, and skips those steps
+                return
+            grads = [weight.grad for weight in model.parameters() if weight.grad is not None]
+            if not bool(torch.stack(torch._foreach_norm(grads)).isfinite().all()):
+                raise FintuneError(
+                    f"the gradient is not finite at step {state.global_step + 1}",
+                    hint="lower train.learning_rate, or set train.precision to float32",
+                )
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            bar.advance()
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+            if "loss" not in logs:  # the summary at the end of training
+                return
+            here = time.monotonic() - self.started
+            tokens = plan_tokens[state.global_step]
+            rate = (tokens - plan_tokens[self.first_step]) / max(here, 1e-9)
+            bar.note(f"loss {logs['loss']:.3f}  {rate:.0f} tok/s")
+            line = {"step": state.global_step}
+            line |= {key: logs[key] for key in ("loss", "learning_rate", "grad_norm") if key in logs}
+            line |= {"tokens": tokens, "seconds": round(seconds + here, 3)}
+            metrics.append(folder / "metrics.jsonl", line)
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            where = folder / "checkpoints"
+            checkpoints.mark_complete(where / f"checkpoint-{state.global_step}")
+            checkpoints.drop_old(where)
+
+    return Recorder()

@@ -1,0 +1,123 @@
+"""The order of the examples and how a batch is put together."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from ..errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORED = -100
+"""Label of a position that is not trained."""
+
+# Batches of like length waste little on padding; sorting only within a window keeps the order close to random.
+_WINDOW_BATCHES = 32
+
+
+def training_order(lengths: Sequence[int], num_examples: int, batch_size: int, seed: int) -> list[int]:
+    """Which example comes when, for the whole run at once, so that a resumed run only has to count.
+
+    Every pass over the data is shuffled anew. Within a window of some batches the examples are sorted by length, then the
+    batches are shuffled. Only the last batch may be smaller.
+
+    Args:
+        lengths: Tokens of each example.
+        num_examples: How many to see in the run; more than there are means several passes.
+        batch_size: Examples an optimiser step, over all devices and accumulated passes.
+        seed: Seed of the order.
+
+    Returns:
+        ``num_examples`` indices into ``lengths``.
+    """
+    draw = random.Random(seed)  # noqa: S311 - an order, not a secret
+    stream: list[int] = []
+    while len(stream) < num_examples:
+        one_pass = list(range(len(lengths)))
+        draw.shuffle(one_pass)
+        stream += one_pass
+    del stream[num_examples:]
+    window = _WINDOW_BATCHES * batch_size
+    order: list[int] = []
+    for start in range(0, num_examples, window):
+        part = sorted(stream[start : start + window], key=lambda index: lengths[index])
+        # The remainder comes off a random place, not always off the longest ones.
+        num_left = len(part) % batch_size
+        cut = draw.randrange(len(part) - num_left + 1)
+        left, part = part[cut : cut + num_left], part[:cut] + part[cut + num_left :]
+        batches = [part[at : at + batch_size] for at in range(0, len(part), batch_size)]
+        draw.shuffle(batches)
+        order += [index for batch in batches for index in batch] + left
+    return order
+
+
+def num_steps(num_rows: int, epochs: float, batch_size: int, max_steps: int | None) -> tuple[int, int]:
+    """Examples and optimiser steps of a run.
+
+    Returns:
+        Number of examples seen, and of optimiser steps.
+    """
+    if max_steps is not None:
+        return max_steps * batch_size, max_steps
+    num_examples = max(1, round(num_rows * epochs))
+    return num_examples, math.ceil(num_examples / batch_size)
+
+
+class CompletionCollator:
+    """Rows of token ids to one batch, padded on the right; only the completion is trained, padding never.
+
+    Args:
+        pad_token_id: Id that fills the shorter rows.
+    """
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, rows: Sequence[Mapping[str, object]]) -> dict[str, torch.Tensor]:
+        """``input_ids``, ``attention_mask`` and ``labels``, each of shape [batch, longest row].
+
+        Raises:
+            DataError: A row in which nothing or everything is trained, or whose columns differ in length.
+        """
+        import torch
+
+        width = max(len(_ints(row, "input_ids")) for row in rows)
+        shape = (len(rows), width)
+        input_ids = torch.full(shape, self.pad_token_id)
+        attention_mask = torch.zeros(shape, dtype=torch.long)
+        labels = torch.full(shape, IGNORED)
+        for at, row in enumerate(rows):
+            ids, mask = _ints(row, "input_ids"), _ints(row, "completion_mask")
+            check_mask(str(row.get("id", "?")), ids, mask)
+            tokens = torch.tensor(ids)
+            input_ids[at, : len(ids)] = tokens
+            attention_mask[at, : len(ids)] = 1
+            labels[at, : len(ids)] = torch.where(torch.tensor(mask) == 1, tokens, IGNORED)
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def check_mask(record_id: str, input_ids: Sequence[int], completion_mask: Sequence[int]) -> None:
+    """Refuse a row that would train nothing, or the prompt as well.
+
+    Raises:
+        DataError: With the row's id.
+    """
+    if len(input_ids) != len(completion_mask):
+        raise DataError(
+            f"{len(input_ids)} tokens but a mask of {len(completion_mask)}", record_id=record_id, hint="prepare again"
+        )
+    num_trained = sum(completion_mask)
+    if num_trained == 0:
+        raise DataError("no token of this example is trained", record_id=record_id, hint="prepare again")
+    if num_trained == len(completion_mask):
+        raise DataError("every token is trained, the prompt too", record_id=record_id, hint="prepare again")
+
+
+def _ints(row: Mapping[str, object], column: str) -> list[int]:
+    values = row[column]
+    assert isinstance(values, list), f"column {column} holds lists of numbers"
+    return values

@@ -1,0 +1,232 @@
+"""Supervised fine-tuning: TRL's SFTTrainer on rows that are tokenised already.
+
+TRL owns the loop. What is added: the order of the examples, the collator, callbacks that log, checkpoint and stop on a
+loss that is not finite.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import FintuneError
+from ..options import TrainOptions
+from ..progress import bar
+from . import checkpoints, metrics
+from .adapter import compute_in_base_type
+from .callbacks import make_callback
+from .collate import CompletionCollator, num_steps, training_order
+from .head import score_trained_positions
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+    from trl import SFTConfig, SFTTrainer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run in numbers.
+
+    Attributes:
+        order: Indices of the examples, in the order of training.
+        steps: Optimiser steps.
+        tokens: Tokens (padding not counted) behind each step, from step 0; length ``steps + 1``.
+    """
+
+    order: list[int]
+    steps: int
+    tokens: list[int]
+
+
+def make_plan(lengths: Sequence[int], options: TrainOptions, seed: int) -> Plan:
+    """Lay the whole run out.
+
+    Args:
+        lengths: Tokens of each example.
+        options: Epochs, batch size and accumulation.
+        seed: Seed of the order.
+    """
+    batch_size = options.batch_size * options.accumulation
+    num_examples, steps = num_steps(len(lengths), options.epochs, batch_size, options.max_steps)
+    order = training_order(lengths, num_examples, batch_size, seed)
+    tokens = [0]
+    for step in range(steps):
+        tokens.append(tokens[-1] + sum(lengths[i] for i in order[step * batch_size : (step + 1) * batch_size]))
+    return Plan(order, steps, tokens)
+
+
+def train(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    options: TrainOptions,
+    *,
+    seed: int,
+    folder: Path,
+    extra_callbacks: Sequence[object] = (),
+) -> None:
+    """Train the adapter in place, going on from the last complete checkpoint in ``folder/checkpoints``.
+
+    Args:
+        model: From :func:`fintune.tuning.adapter.attach`, on the device to train on.
+        tokenizer: With a padding token.
+        rows: Columns ``id``, ``input_ids``, ``completion_mask``.
+        options: How to train.
+        seed: Seed of the order and of dropout.
+        folder: Gets ``metrics.jsonl`` and ``checkpoints/``.
+        extra_callbacks: Further callbacks of transformers' Trainer.
+
+    Raises:
+        FintuneError: Loss or gradient is not finite; with the step and the examples.
+        DataError: A row in which nothing or everything is trained.
+    """
+    from transformers import PrinterCallback
+
+    plan = make_plan([len(ids) for ids in rows["input_ids"]], options, seed)
+    resume = checkpoints.latest(folder / "checkpoints")
+    done = checkpoints.step_of(resume) if resume else 0
+    earlier = metrics.cut(folder / "metrics.jsonl", done)
+    with quiet_libraries(), bar("train", plan.steps, done=done) as shown:
+        args = _arguments(model, options, plan, seed, folder / "checkpoints")
+        callback = make_callback(
+            folder=folder, plan_tokens=plan.tokens, bar=shown, seconds=earlier[-1]["seconds"] if earlier else 0.0
+        )
+        trainer = _make_trainer(model, tokenizer, rows.select(plan.order), args, [callback, *extra_callbacks])
+        trainer.remove_callback(PrinterCallback)
+        guard = _LossGuard(rows, trainer)
+        handle = trainer.model.register_forward_hook(guard, with_kwargs=True)
+        try:
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        finally:
+            handle.remove()
+
+
+def _make_trainer(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, args: SFTConfig, callbacks: list[Any]
+) -> SFTTrainer:
+    from trl import SFTTrainer
+
+    trainer = SFTTrainer(
+        model=model,
+        args=args,
+        data_collator=CompletionCollator(tokenizer.pad_token_id),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+    trainer.create_model_card = lambda *_args, **_kwargs: None  # one a checkpoint, of which nobody reads any
+    if args.device.type == "cpu":
+        score_trained_positions(model.get_base_model())
+    if args.bf16 or args.fp16:
+        compute_in_base_type(model)
+    return trainer
+
+
+def _arguments(model: PeftModel, options: TrainOptions, plan: Plan, seed: int, folder: Path) -> SFTConfig:
+    import torch
+    from trl import SFTConfig
+
+    weights = next(weight for weight in model.parameters() if not weight.requires_grad)
+    schedule = "constant_with_warmup" if options.schedule == "constant" else options.schedule
+    return SFTConfig(
+        output_dir=str(folder),
+        use_cpu=weights.device.type == "cpu",
+        max_steps=plan.steps,
+        num_train_epochs=1,
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.accumulation,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type=schedule,
+        warmup_steps=round(options.warmup_ratio * plan.steps),
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        optim="adamw_torch",
+        bf16=weights.dtype == torch.bfloat16,
+        fp16=weights.dtype == torch.float16,
+        gradient_checkpointing=options.gradient_checkpointing,
+        # The order is laid out already; a sampler of the trainer's would shuffle it again.
+        train_sampling_strategy="sequential",
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        max_length=None,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=False,
+        logging_strategy="steps",
+        logging_steps=options.log_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=options.checkpoint_steps,
+        save_total_limit=None,  # the callback removes old ones, after the new one is known to be complete
+        seed=seed,
+        data_seed=seed,
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+class _LossGuard:
+    """Forward hook that stops the run at a loss that is not finite, before the optimiser takes the step.
+
+    Args:
+        rows: The examples, to name those in the batch.
+        trainer: For the step.
+    """
+
+    def __init__(self, rows: Dataset, trainer: SFTTrainer) -> None:
+        self._rows, self._trainer = rows, trainer
+
+    def __call__(self, _model: object, _args: object, kwargs: dict[str, Any], output: Any) -> None:
+        log_probs = getattr(output, "log_probs", None)
+        if log_probs is None or bool(log_probs.isfinite().all()):
+            return
+        step = self._trainer.state.global_step + 1
+        raise FintuneError(
+            f"the loss is not finite at step {step}; examples {', '.join(self._ids(kwargs))}",
+            hint="lower train.learning_rate, or set train.precision to float32; the last checkpoint is kept",
+        )
+
+    def _ids(self, inputs: dict[str, torch.Tensor]) -> list[str]:
+        batch = [
+            tuple(ids[mask.bool()].tolist())
+            for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+        ]
+        known = {tuple(row["input_ids"]): str(row["id"]) for row in self._rows if tuple(row["input_ids"]) in set(batch)}
+        return [known.get(ids, "?") for ids in batch]
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """No chatter of transformers, PEFT, TRL and accelerate: what matters goes through the bar and metrics.jsonl."""
+    import logging
+
+    from transformers.utils import logging as hf_logging
+
+    names = ("transformers", "peft", "trl", "accelerate", "datasets")
+    before = {name: logging.getLogger(name).level for name in names}
+    shown = hf_logging.is_progress_bar_enabled()
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    hf_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"(transformers|peft|trl|accelerate|torch)\b")
+            yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
+        if shown:
+            hf_logging.enable_progress_bar()
+
+
+def peak_tokens_per_second(lines: Sequence[dict[str, Any]], started: float) -> float:
+    """Tokens a second over the logged lines."""
+    return float(lines[-1]["tokens"]) / max(time.monotonic() - started, 1e-9)
