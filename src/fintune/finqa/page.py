@@ -1,0 +1,56 @@
+"""A report page as FinQA sees it: sentences ``text_0 … text_n`` and table rows ``table_0 … table_m``.
+
+``text_k`` is sentence k of the text before and after the table taken together, ``table_k`` is row k of the table with
+the header as row 0: the keys of ``gold_inds``. Follows the preprocessing of github.com/czyssrs/FinQA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from fintune.records import FinQARecord
+
+
+@dataclass(frozen=True)
+class PageUnit:
+    """A sentence or a table row.
+
+    Attributes:
+        kind: "text" or "table".
+        index: k of ``text_k`` or ``table_k``.
+        text: The sentence as it stands, or the row in words (:func:`table_row_to_text`).
+    """
+
+    kind: Literal["text", "table"]
+    index: int
+    text: str
+
+    @property
+    def key(self) -> str:
+        """The name by which ``gold_inds`` calls the unit, ``"table_2"``."""
+        return f"{self.kind}_{self.index}"
+
+
+def table_row_to_text(header: Sequence[str], row: Sequence[str]) -> str:
+    """A row in words: ``(in millions) the revenue of 2009 is $ 12 ; the revenue of 2008 is 10 ;``.
+
+    Args:
+        header: Cells of row 0; its first, where not empty, goes before the rest.
+        row: Cells of the row; cell 0 is its name.
+    """
+    name = row[0] if row else ""
+    corner = header[0] if header else ""
+    cells = (f"the {name} of {column} is {cell} ;" for column, cell in zip(header[1:], row[1:], strict=False))
+    # Only spaces are squeezed, as the official code does; other white space of a cell stays.
+    return " ".join(part for part in " ".join((corner, *cells)).split(" ") if part)
+
+
+def page_units(record: FinQARecord) -> tuple[PageUnit, ...]:
+    """All units in the order of the page: text before, table with its header, text after."""
+    num_before = len(record.pre_text)
+    before = [PageUnit("text", k, text) for k, text in enumerate(record.pre_text)]
+    rows = [PageUnit("table", k, table_row_to_text(record.table[0], row)) for k, row in enumerate(record.table)]
+    after = [PageUnit("text", num_before + k, text) for k, text in enumerate(record.post_text)]
+    return (*before, *rows, *after)

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fintune.finqa.page import page_units, table_row_to_text
+from fintune.records import FinQARecord
+from fintune.sources.finqa_json import read_finqa
+
+SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "finqa"
+
+
+def test_units_are_numbered_as_evidence_is_and_stand_in_page_order() -> None:
+    record = FinQARecord.model_validate(
+        {
+            "id": "A/2009/page_1.pdf-1",
+            "pre_text": ["one .", "two ."],
+            "post_text": ["three ."],
+            "table": [["", "2009"], ["revenue", "$ 12"]],
+            "qa": {"question": "q", "program": "add(1, 2)", "exe_ans": 3},
+        }
+    )
+    units = page_units(record)
+    assert [unit.key for unit in units] == ["text_0", "text_1", "table_0", "table_1", "text_2"]
+    assert units[4].text == "three ."
+    assert units[3].text == "the revenue of 2009 is $ 12 ;"
+
+
+def test_a_page_without_a_table_has_only_sentences() -> None:
+    qa = {"question": "q", "program": "add(1, 2)", "exe_ans": 3}
+    record = FinQARecord.model_validate({"id": "A", "pre_text": [], "post_text": ["a ."], "table": [], "qa": qa})
+    assert [unit.key for unit in page_units(record)] == ["text_0"]
+
+
+def test_the_corner_goes_before_the_cells_and_spaces_are_squeezed() -> None:
+    header = ("( in millions )", "2009", "2008")
+    assert table_row_to_text(header, ("net  sales", "1", "")) == (
+        "( in millions ) the net sales of 2009 is 1 ; the net sales of 2008 is ;"
+    )
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no FinQA files beside the repository")
+def test_real_evidence_equals_the_units_but_for_spaces_around_punctuation() -> None:
+    num_equal = num_all = 0
+    for record in read_finqa(SHARED / "dev.json.gz").records:
+        units = {unit.key: unit.text for unit in page_units(record)}
+        for key, text in (record.qa.gold_inds or {}).items():
+            assert units[key].replace(" ", "") == text.replace(" ", ""), (record.id, key)
+            num_equal += units[key] == text
+            num_all += 1
+    assert num_all > 1000
+    assert num_equal / num_all > 0.95

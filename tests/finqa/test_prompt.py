@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fintune.finqa.prompt import (
+    TooLongError,
+    build_messages,
+    clean_cell,
+    clean_numbers,
+    clean_question,
+    page_lines,
+    prompt_budget,
+    table_lines,
+)
+from fintune.records import FinQARecord, Message
+from fintune.sources.finqa_json import read_finqa
+
+SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "finqa"
+
+
+def count(text: str) -> int:
+    return len(text.split())
+
+
+def make(**changes: Any) -> FinQARecord:
+    raw = {
+        "id": "A/2009/page_1.pdf-1",
+        "pre_text": ["the board met in the spring .", "cash rose to $ 7.5 million ."],
+        "post_text": ["goodwill fell by 5.5% ( 5.5 % ) to 40 .", "nothing else was said ."],
+        "table": [["( in millions )", "2009", "2008"], ["revenue", "$ 12", "-10 ( 10 )"], ["costs", "", "3"]],
+        "qa": {"question": "what was the goodwill ?", "program": "add(1, 2)", "exe_ans": 3},
+    }
+    return FinQARecord.model_validate({**raw, **changes})
+
+
+def test_the_prompt_is_text_table_text_and_last_the_question() -> None:
+    built = build_messages(make(), system="Be brief.", budget=1000, count_tokens=count)
+    assert built.messages[0] == Message(role="system", content="Be brief.")
+    assert built.messages[1].content == (
+        "the board met in the spring .\n"
+        "cash rose to $ 7.5 million .\n"
+        "\n"
+        "( in millions )\n"
+        "revenue | 2009: 12 | 2008: -10\n"
+        "costs | 2008: 3\n"
+        "\n"
+        "goodwill fell by 5.5% to 40 .\n"
+        "nothing else was said .\n"
+        "\n"
+        "Question: what was the goodwill ?"
+    )
+    assert built.num_cut == 0
+    assert len(built.kept) == 7
+
+
+def test_an_empty_system_message_is_left_out() -> None:
+    built = build_messages(make(), system="", budget=1000, count_tokens=count)
+    assert [message.role for message in built.messages] == ["user"]
+
+
+def test_columns_that_share_words_are_named_in_full_by_the_header_and_short_by_the_rows() -> None:
+    table = [["", "december 31 , 2009 ( in millions )", "december 31 , 2008 ( in millions )"], ["cash", "1", "2"]]
+    assert table_lines(table) == [
+        " | december 31 , 2009 ( in millions ) | december 31 , 2008 ( in millions )",
+        "cash | 2009: 1 | 2008: 2",
+    ]
+
+
+def test_a_bracket_that_only_some_columns_share_stays_whole() -> None:
+    table = [["", "volume ( billions )", "cards ( millions )"], ["visa", "1", "2"]]
+    assert table_lines(table)[1] == "visa | volume ( billions ): 1 | cards ( millions ): 2"
+
+
+def test_a_single_column_is_named_by_the_header_line() -> None:
+    assert table_lines([["", "amount ( in millions )"], ["net revenue", "$ 536.7"]]) == [
+        " | amount ( in millions )",
+        "net revenue | 536.7",
+    ]
+
+
+def test_columns_of_the_same_name_and_rows_of_odd_length_lose_no_cell() -> None:
+    assert table_lines([["", "high", "high"], ["first", "1", "2", "3"], ["second", "4"], [], ["third"]]) == [
+        "",
+        "first | high: 1 | high: 2 | 3",
+        "second | high: 4",
+        "",
+        "third",
+    ]
+
+
+def test_row_names_stay_exactly_as_they_are() -> None:
+    name = "$ 5 notes at 6% ( 6 % ) due -3 ( 3 )"
+    assert table_lines([["", "2009"], [name, "1"]])[1] == f"{name} | 1"
+
+
+@pytest.mark.parametrize(
+    ("cell", "number"),
+    [
+        ("$ 5829", "5829"),
+        ("-32 ( 32 )", "-32"),
+        ("$ -181 ( 181 )", "-181"),
+        ("-.3 ( .3 )", "-.3"),
+        ("23.6% ( 23.6 % )", "23.6%"),
+        ("( 41 ) % (  % )", "( 41 ) %"),
+        ("12 % (  % )", "12 %"),
+        ("28% ( 28 % ) to 84% ( 84 % ) ( 61%/60% ( 61%/60 % ) )", "28% to 84% ( 61%/60% )"),
+        ("31 to 150 ( 84/78 )", "31 to 150 ( 84/78 )"),
+        ("2022 ( 2 )", "2022 ( 2 )"),
+        ("-32 ( 31 )", "-32 ( 31 )"),
+        ("-", "-"),
+        ("", ""),
+    ],
+)
+def test_a_cell_shows_the_number_as_programs_write_it(cell: str, number: str) -> None:
+    assert clean_cell(cell) == number
+
+
+def test_sentences_keep_their_currency() -> None:
+    assert (
+        clean_numbers("a fall of $ 5 million , or 8% ( 8 % ) , to -3 ( 3 )") == "a fall of $ 5 million , or 8% , to -3"
+    )
+
+
+@pytest.mark.parametrize("tail", ["", " ", "\n", "\\n", "\\\\n", " \\n\\n "])
+def test_a_typed_newline_behind_a_question_is_left_out(tail: str) -> None:
+    assert clean_question(f"what is the margin{tail}") == "what is the margin"
+
+
+def test_the_cut_takes_what_has_least_to_do_with_the_question_and_counts_it() -> None:
+    whole = build_messages(make(), system="", budget=1000, count_tokens=count)
+    built = build_messages(make(), system="", budget=whole.num_tokens - 4, count_tokens=count)
+    assert built.num_cut == 1
+    assert "the board met" not in built.messages[-1].content
+    assert "goodwill fell" in built.messages[-1].content
+    assert [unit.key for unit in built.kept] == ["text_1", "table_0", "table_1", "table_2", "text_2", "text_3"]
+
+
+def test_every_budget_is_kept_the_question_stays_and_the_header_goes_last() -> None:
+    record = make()
+    total = build_messages(record, system="s", budget=1000, count_tokens=count).num_tokens
+    least = count("s Question: what was the goodwill ?")
+    for budget in range(least, total + 1):
+        built = build_messages(record, system="s", budget=budget, count_tokens=count)
+        assert built.num_tokens <= budget
+        assert built.messages[-1].content.endswith("Question: what was the goodwill ?")
+        assert built.num_cut == 7 - len(built.kept)
+        keys = {unit.key for unit in built.kept}
+        if any(key.startswith("table") for key in keys):
+            assert "table_0" in keys
+
+
+def test_a_question_that_alone_does_not_fit_is_an_error() -> None:
+    with pytest.raises(TooLongError, match="needs 6 of 5"):
+        build_messages(make(), system="", budget=5, count_tokens=count)
+
+
+def test_the_rendered_prompt_decides_where_it_is_longer_than_its_parts() -> None:
+    def rendered(messages: Any) -> int:
+        # A template whose overhead grows with the number of lines, as no sum over lines can know.
+        return sum(count(m.content) + 3 * m.content.count("\n") for m in messages)
+
+    built = build_messages(make(), system="", budget=40, count_tokens=count, count_prompt=rendered)
+    assert built.num_tokens == rendered(built.messages) <= 40
+    assert built.num_cut > 0
+
+
+def test_the_answer_does_not_change_the_prompt() -> None:
+    other = make(
+        qa={
+            "question": "what was the goodwill ?",
+            "program": "divide(7.5, 40)",
+            "exe_ans": 1,
+            "gold_inds": {"text_1": ""},
+        }
+    )
+    one, two = (build_messages(r, system="", budget=30, count_tokens=count) for r in (make(), other))
+    assert one.num_cut > 0
+    assert one == two
+
+
+def test_the_room_for_the_completion_grows_only_with_one_that_is_longer() -> None:
+    assert prompt_budget(1024) == prompt_budget(1024, 20) == 928
+    assert prompt_budget(1024, 100) == 924
+    assert prompt_budget(64) == 48
+
+
+def literals(program: str) -> list[str]:
+    args = [arg for step in re.findall(r"\((.*?)\)(?:, |$)", program) for arg in step.split(", ")]
+    return [arg for arg in args if not arg.startswith(("#", "const_")) and arg != "none"]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no FinQA files beside the repository")
+def test_no_number_of_a_real_program_is_lost_by_the_form_of_the_prompt() -> None:
+    num_lost = num_all = 0
+    for record in read_finqa(SHARED / "dev.json.gz").records:
+        table = " ".join(" ".join(row) for row in record.table)
+        page = " ".join((*record.pre_text, *record.post_text, table, record.qa.question))
+        prompt = " ".join(line for _, line in page_lines(record)) + record.qa.question
+        for literal in literals(record.qa.program):
+            num_all += 1
+            if literal in page and literal not in prompt:
+                num_lost += 1
+    assert num_all > 1500
+    assert num_lost == 0
