@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import platform
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -46,6 +47,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "model_fingerprint",
+    "quiet_peft",
     "resolve",
 ]
 
@@ -103,7 +105,7 @@ def resolve(name: str, *, revision: str | None = None) -> ModelRef:
         spec = builtin.describe(name)
         return ModelRef(name, builtin.cached(name), name.removeprefix(builtin.PREFIX), spec.licence)
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         check_model_folder(folder)
         return ModelRef(name, folder, folder.resolve().name, licence_of(folder))
     if folder.is_file():
@@ -291,8 +293,17 @@ def load_adapter(model: PreTrainedModel, path: Path, *, trainable: bool = False)
             raise ModelError(f"{path} holds no adapter: {name} is missing", hint="give a folder in PEFT format")
     check_safetensors(path / "adapter_model.safetensors")
     _check_adapter_fits(model, path)
-    adapted: PeftModel = PeftModel.from_pretrained(model, path, is_trainable=trainable)
+    with quiet_peft():
+        adapted: PeftModel = PeftModel.from_pretrained(model, path, is_trainable=trainable)
     return adapted
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Silences the one warning that PEFT 0.21 causes in transformers 5.23 whenever it wraps a model."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        yield
 
 
 def _check_adapter_fits(model: PreTrainedModel, path: Path) -> None:

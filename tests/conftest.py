@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tiny import make_tiny_model
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """Folder of a random two-layer Llama with a ChatML tokenizer; copy it before changing it."""
+    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def builtin_model() -> Path:
+    """Folder of the built-in model in the user's own cache folder; for tests marked slow."""
+    from fintune.builtin import ensure
+
+    return ensure("builtin:smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def _session_cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(request, monkeypatch, _session_cache) -> None:
+    # Only slow tests, which need the built-in model, may touch the user's cache folder.
+    if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setenv("FINTUNE_CACHE", str(_session_cache))
