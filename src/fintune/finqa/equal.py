@@ -1,0 +1,242 @@
+"""Program accuracy: whether two programs are one, decided as the official script decides it.
+
+The official script turns the gold program's literals and table steps into symbols, asks that the predicted program use
+no others, and compares what ``sympy.simplify`` makes of the two last steps. That costs some 20 ms a pair. Here sympy is
+asked only where it is needed:
+
+1. identical tokens are equal, and so are expressions that sympy builds as one object (``a + b``, ``b + a``);
+2. expressions with different values at some point are not equal, since simplifying changes no value;
+3. what is left is one function in two shapes, ``(a + b) / c`` and ``a / c + b / c``: sympy decides. Symbols are
+   numbered by their place in the gold program, so programs over other numbers share what it made of one shape.
+
+sympy is given expressions of its own symbols and never a text, so that nothing of a prediction is evaluated as code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from fintune.errors import DataError
+from fintune.finqa.constants import ARITHMETIC_OPERATIONS
+from fintune.finqa.expression import Graph, Node, differ
+from fintune.finqa.official import split_step, split_steps, structure_error
+
+if TYPE_CHECKING:
+    from sympy import Basic
+
+
+@dataclass(frozen=True)
+class _RawStep:
+    key: str
+    operation: str
+    arguments: tuple[str, str]
+
+    @property
+    def reads_table(self) -> bool:
+        return "table" in self.operation
+
+
+@dataclass(frozen=True)
+class _Gold:
+    body: tuple[str, ...]
+    symbols: dict[str, int]
+    graph: Graph
+    root: int
+    equals_itself: bool
+    failure: str | None = None
+
+
+class _NotComparableError(Exception):
+    """A program that the official comparison cannot read."""
+
+
+def equal_program(gold_tokens: Sequence[str], pred_tokens: Sequence[str]) -> bool:
+    """Whether a predicted program equals the gold one.
+
+    Args:
+        gold_tokens: Official tokens of the gold program, "EOF" included.
+        pred_tokens: Official tokens of the prediction; the last is dropped whatever it is.
+
+    Raises:
+        DataError: The gold program is none, so that the official script itself fails on it.
+    """
+    gold = _gold(tuple(gold_tokens))
+    body = pred_tokens[:-1]
+    if gold.equals_itself and tuple(body) == gold.body:
+        return True
+    try:
+        steps = _checked(body, gold.symbols)
+    except _NotComparableError:
+        return False
+    if gold.failure:
+        raise _gold_error(gold_tokens, gold.failure)
+    graph = gold.graph.copy()
+    try:
+        root = _build(graph, steps, gold.symbols)
+    except _NotComparableError:
+        return False
+    if root == gold.root:
+        return True
+    if differ(graph, gold.root, root):
+        return False
+    try:
+        simplified = _simplify(tuple(graph.nodes[: root + 1]), root)
+    except Exception:
+        # What sympy cannot simplify is unequal for the official script, whatever the reason.
+        return False
+    return bool(_simplify(tuple(gold.graph.nodes[: gold.root + 1]), gold.root) == simplified)
+
+
+@lru_cache(maxsize=8192)
+def _gold(tokens: tuple[str, ...]) -> _Gold:
+    body = tokens[:-1]
+    try:
+        steps = _read(body)
+    except _NotComparableError as error:
+        raise _gold_error(tokens, str(error)) from None
+    symbols = _symbols(steps)
+    graph = Graph()
+    try:
+        root = _build(graph, steps, symbols)
+    except _NotComparableError as error:
+        # The official script fails on this one, too, but not before it has refused predictions with other literals.
+        return _Gold(body, symbols, graph, -1, equals_itself=False, failure=str(error))
+    try:
+        _checked(body, symbols)
+        equals_itself = True
+    except _NotComparableError:
+        equals_itself = False
+    return _Gold(body, symbols, graph, root, equals_itself)
+
+
+def _gold_error(tokens: Sequence[str], reason: str) -> DataError:
+    return DataError(f"the gold program {' '.join(tokens)!r} cannot be compared: {reason}")
+
+
+def _read(body: Sequence[str]) -> list[_RawStep]:
+    steps: list[_RawStep] = []
+    for raw in split_steps(body):
+        key = raw.strip()
+        try:
+            operation, first, second = split_step(key)
+        except ValueError as error:
+            raise _NotComparableError(str(error)) from None
+        # The key keeps the "|" that parts it from the step before: a table step that comes first and one that comes
+        # later are two symbols, though they read the same row.
+        steps.append(_RawStep(key, operation, (first, second)))
+    return steps
+
+
+def _symbols(steps: Sequence[_RawStep]) -> dict[str, int]:
+    symbols: dict[str, int] = {}
+    for step in steps:
+        names = [step.key] if step.reads_table else [name for name in step.arguments if "#" not in name]
+        for name in names:
+            symbols.setdefault(name, len(symbols))
+    return symbols
+
+
+def _checked(body: Sequence[str], symbols: dict[str, int]) -> list[_RawStep]:
+    """The official test of a prediction: structure, only the gold program's literals, references to earlier steps."""
+    if broken := structure_error(body):
+        raise _NotComparableError(broken)
+    steps = _read(body)
+    for index, step in enumerate(steps):
+        if step.reads_table:
+            if step.key not in symbols:
+                raise _NotComparableError(f"{step.key!r} is not in the gold program")
+            continue
+        for name in step.arguments:
+            if "#" in name:
+                if _reference(name.strip("#")) >= index:
+                    raise _NotComparableError(f"{name!r} is no earlier step")
+            elif name not in symbols:
+                raise _NotComparableError(f"{name!r} is not in the gold program")
+    return steps
+
+
+def _reference(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise _NotComparableError(f"{text!r} is no step number") from None
+
+
+def _build(graph: Graph, steps: Sequence[_RawStep], symbols: dict[str, int]) -> int:
+    """Add the last step and all that it uses to a graph, and return its id; other steps are not looked at."""
+    if not steps:
+        raise _NotComparableError("no step")
+    ids: dict[int, int] = {}
+    for index in sorted(_used(steps)):
+        step = steps[index]
+        if step.reads_table:
+            ids[index] = graph.symbol(symbols[step.key])
+            continue
+        if step.operation not in ARITHMETIC_OPERATIONS:
+            raise _NotComparableError(f"{step.operation!r} is no operation")
+        operands = [
+            ids[_reference(name.replace("#", ""))] if "#" in name else graph.symbol(symbols[name])
+            for name in step.arguments
+        ]
+        if any(graph.nodes[operand][0] == "greater" for operand in operands):
+            # For sympy as for the official script, a comparison is no operand of anything.
+            raise _NotComparableError("the result of greater is used in a calculation")
+        ids[index] = graph.node(step.operation, operands[0], operands[1])
+    return ids[len(steps) - 1]
+
+
+def _used(steps: Sequence[_RawStep]) -> set[int]:
+    used: set[int] = set()
+    pending = [len(steps) - 1]
+    while pending:
+        index = pending.pop()
+        if index in used:
+            continue
+        used.add(index)
+        if steps[index].reads_table:
+            continue
+        for name in steps[index].arguments:
+            if "#" not in name:
+                continue
+            reference = _reference(name.replace("#", ""))
+            if not 0 <= reference < index:
+                raise _NotComparableError(f"{name!r} is no earlier step")
+            pending.append(reference)
+    return used
+
+
+@lru_cache(maxsize=8192)
+def _simplify(nodes: tuple[Node, ...], root: int) -> Basic:
+    from sympy import simplify
+
+    # The script calls simplify(text, evaluate=False); the option reaches only what simplify calls, the text itself is
+    # read with evaluation on, which is what Python's operators on symbols do.
+    return simplify(build_sympy(nodes, root), evaluate=False)
+
+
+def build_sympy(nodes: Sequence[Node], root: int) -> Basic:
+    """The sympy expression of a node, with symbols a0, a1, ... as the official script names them."""
+    from sympy import Symbol
+
+    built: list[Basic] = []
+    for operation, left, right in nodes[: root + 1]:
+        if operation == "symbol":
+            built.append(Symbol(f"a{left}"))
+            continue
+        first, second = built[left], built[right]
+        if operation == "add":
+            built.append(first + second)
+        elif operation == "subtract":
+            built.append(first - second)
+        elif operation == "multiply":
+            built.append(first * second)
+        elif operation == "divide":
+            built.append(first / second)
+        elif operation == "exp":
+            built.append(first**second)
+        else:
+            built.append(first > second)
+    return built[root]
