@@ -1,0 +1,189 @@
+"""Do two copies of one model give the same programs, example by example, and where do they part?
+
+Merging, a 16-bit GGUF and another engine should change nothing but the last bits of the arithmetic. Greedy decoding
+shows such a change only where the two best tokens are nearly as likely; anything else that differs is a fault in the
+chain (a template, a stop token, a weight). So each difference carries the log-probability gap at the token where the
+two completions part. Standard library only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from fintune.errors import DataError
+from fintune.records import Prediction
+
+_Value = TypeVar("_Value")
+
+NEAR_TIE_NATS = 0.1
+"""Default threshold: at 0.1 nats the best token is at most 1.105 times as likely as the second."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One example on which two models do not say the same.
+
+    Attributes:
+        id: The example.
+        position: 0-based index of the first generated token that differs, or None where token ids are not known.
+        token_a: Token id of the first model there, or None where its completion had ended.
+        token_b: The same of the second model.
+        margin_a: The first model's natural-log probability gap between its best and second-best token there.
+        margin_b: The same of the second model. The prefix is the same for both, so the two gaps together say by how
+            much the log-probabilities of the two tokens moved at least.
+        near_tie: Whether both gaps lie below the threshold; None where one of them is not known.
+        program_a: Program of the first model.
+        program_b: Program of the second model.
+        correct_a: Official execution verdict of the first model, or None where it was not scored.
+        correct_b: The same of the second model.
+    """
+
+    id: str
+    position: int | None
+    token_a: int | None
+    token_b: int | None
+    margin_a: float | None
+    margin_b: float | None
+    near_tie: bool | None
+    program_a: str
+    program_b: str
+    correct_a: bool | None
+    correct_b: bool | None
+
+    @property
+    def same_program(self) -> bool:
+        """Whether the difference lies only outside the program (other text, another end)."""
+        return self.program_a == self.program_b
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Two models side by side.
+
+    Attributes:
+        num_common: Examples that both answered.
+        num_only_a: Examples that only the first answered.
+        num_only_b: Examples that only the second answered.
+        num_same_completion: Of the common ones, with identical tokens (identical text where token ids are missing).
+        num_same_program: Of the common ones, with identical programs.
+        num_same_verdict: Of those that were scored on both sides, with the same execution verdict.
+        num_scored: Common examples that were scored on both sides.
+        threshold_nats: Gap below which a difference is called a near-tie.
+        differences: The common examples whose completions are not identical, in the order of the first model.
+    """
+
+    num_common: int
+    num_only_a: int
+    num_only_b: int
+    num_same_completion: int
+    num_same_program: int
+    num_same_verdict: int
+    num_scored: int
+    threshold_nats: float
+    differences: tuple[Difference, ...]
+
+    @property
+    def program_differences(self) -> tuple[Difference, ...]:
+        """The differences that changed the program."""
+        return tuple(difference for difference in self.differences if not difference.same_program)
+
+    @property
+    def unexplained(self) -> tuple[Difference, ...]:
+        """The changed programs that no near-tie explains (an unknown gap explains nothing)."""
+        return tuple(difference for difference in self.program_differences if difference.near_tie is not True)
+
+    @property
+    def faithful(self) -> bool:
+        """Whether both answered the same examples and every changed program began at a near-tie."""
+        return not (self.num_only_a or self.num_only_b or self.unexplained)
+
+
+def compare(
+    a: Sequence[Prediction],
+    b: Sequence[Prediction],
+    *,
+    verdicts_a: Mapping[str, bool] | None = None,
+    verdicts_b: Mapping[str, bool] | None = None,
+    threshold_nats: float = NEAR_TIE_NATS,
+) -> Agreement:
+    """Compare two sets of predictions by example id.
+
+    Args:
+        a: Predictions of the model that is the reference.
+        b: Predictions of its copy.
+        verdicts_a: Execution verdicts of ``a`` by id.
+        verdicts_b: Execution verdicts of ``b`` by id.
+        threshold_nats: A difference is a near-tie where both models hold their two best tokens closer than this.
+
+    Raises:
+        DataError: One id occurs twice on one side.
+    """
+    by_id_a, by_id_b = _by_id(a), _by_id(b)
+    right_a, right_b = verdicts_a or {}, verdicts_b or {}
+    common = [id_ for id_ in by_id_a if id_ in by_id_b]
+    scored = [id_ for id_ in common if id_ in right_a and id_ in right_b]
+    differences = tuple(
+        _difference(by_id_a[id_], by_id_b[id_], right_a.get(id_), right_b.get(id_), threshold_nats)
+        for id_ in common
+        if not _same_completion(by_id_a[id_], by_id_b[id_])
+    )
+    return Agreement(
+        num_common=len(common),
+        num_only_a=len(by_id_a) - len(common),
+        num_only_b=len(by_id_b) - len(common),
+        num_same_completion=len(common) - len(differences),
+        num_same_program=sum(by_id_a[id_].program == by_id_b[id_].program for id_ in common),
+        num_same_verdict=sum(right_a[id_] == right_b[id_] for id_ in scored),
+        num_scored=len(scored),
+        threshold_nats=threshold_nats,
+        differences=differences,
+    )
+
+
+def _by_id(predictions: Sequence[Prediction]) -> dict[str, Prediction]:
+    found: dict[str, Prediction] = {}
+    for row, prediction in enumerate(predictions, start=1):
+        if prediction.id in found:
+            raise DataError(
+                "predicted twice", row=row, record_id=prediction.id, hint="keep one prediction for each example"
+            )
+        found[prediction.id] = prediction
+    return found
+
+
+def _same_completion(a: Prediction, b: Prediction) -> bool:
+    if a.token_ids and b.token_ids:
+        # Engines differ in whether they hand over the end token, so a shared text and end also count.
+        return a.token_ids == b.token_ids or (a.text == b.text and a.finish_reason == b.finish_reason)
+    return a.text == b.text
+
+
+def _difference(
+    a: Prediction, b: Prediction, correct_a: bool | None, correct_b: bool | None, threshold_nats: float
+) -> Difference:
+    position = None
+    if a.token_ids and b.token_ids:
+        shorter = min(len(a.token_ids), len(b.token_ids))
+        pairs = zip(a.token_ids, b.token_ids, strict=False)
+        position = next((index for index, (one, other) in enumerate(pairs) if one != other), shorter)
+    margin_a, margin_b = _at(a.margins, position), _at(b.margins, position)
+    near_tie = None if margin_a is None or margin_b is None else max(margin_a, margin_b) < threshold_nats
+    return Difference(
+        id=a.id,
+        position=position,
+        token_a=_at(a.token_ids, position),
+        token_b=_at(b.token_ids, position),
+        margin_a=margin_a,
+        margin_b=margin_b,
+        near_tie=near_tie,
+        program_a=a.program,
+        program_b=b.program,
+        correct_a=correct_a,
+        correct_b=correct_b,
+    )
+
+
+def _at(values: Sequence[_Value], position: int | None) -> _Value | None:
+    return values[position] if position is not None and position < len(values) else None

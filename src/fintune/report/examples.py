@@ -1,0 +1,207 @@
+"""What the example browser of a page shows: each question with its page, the parts that the gold program uses, answers.
+
+Two blocks of JSON: a small index that is parsed when the page opens, and the report pages, one a line, each of which is
+parsed only when a reader opens a question on it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fintune.finqa.parse import ParseError, parse
+from fintune.finqa.program import Number, RowName
+from fintune.records import FinQARecord, Prediction
+
+RIGHT, OTHER_PROGRAM, WRONG, INVALID = range(4)
+"""Verdicts as the browser counts them: right by an equal program, right by another, executable but wrong, invalid."""
+
+MAX_TEXT_CHARACTERS = 600
+"""So much of a completion is shown where it is not just its program."""
+
+_NUMBER = re.compile(r"-?(?:\d[\d,]*\.?\d*|\.\d+)")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The official verdict on one prediction, as a row of ``score.csv`` has it.
+
+    Attributes:
+        exe_correct: Executes to the gold result.
+        program_correct: Equal to the gold program.
+        invalid: Does not execute.
+        result: What it executes to.
+    """
+
+    exe_correct: bool
+    program_correct: bool
+    invalid: bool
+    result: str
+
+    @property
+    def code(self) -> int:
+        """One of RIGHT, OTHER_PROGRAM, WRONG, INVALID."""
+        if self.exe_correct:
+            return RIGHT if self.program_correct else OTHER_PROGRAM
+        return INVALID if self.invalid else WRONG
+
+
+@dataclass(frozen=True)
+class Used:
+    """The parts of a page that a program uses.
+
+    Attributes:
+        rows: Indices of the table rows that are evidence (``table_k``).
+        cells: (row, column) of the cells whose number is an operand, or that a table operation reads.
+        sentences: Indices of the sentences that are evidence (``text_k``), each with the indices of its words (split
+            at spaces) that are operands.
+        derived: Whether ``gold_inds`` was missing, so that the parts were found from the operands alone.
+    """
+
+    rows: tuple[int, ...]
+    cells: tuple[tuple[int, int], ...]
+    sentences: Mapping[int, tuple[int, ...]]
+    derived: bool
+
+
+def used_parts(record: FinQARecord) -> Used:
+    """Which cells and sentences the gold program of a record uses.
+
+    Evidence comes from ``gold_inds``; within it, operands are found by their number, without regard to sign, currency
+    or percent sign (programs write ``32`` for a cell ``-32 ( 32 )``). Where ``gold_inds`` is missing, the whole page is
+    searched, the table first.
+    """
+    numbers, row_names = _operands(record.qa.program)
+    sentences = (*record.pre_text, *record.post_text)
+    evidence = record.qa.gold_inds
+    if evidence is not None:
+        rows = _indices(evidence, "table", len(record.table))
+        text = _indices(evidence, "text", len(sentences))
+    else:
+        rows, text = list(range(len(record.table))), []
+    cells = [
+        (row, column)
+        for row in rows
+        for column, cell in enumerate(record.table[row])
+        if column and (_numbers(cell) & numbers or (record.table[row][0].strip() in row_names and cell.strip()))
+    ]
+    missing = numbers - {number for row, column in cells for number in _numbers(record.table[row][column])}
+    if evidence is None:
+        rows = sorted({row for row, _ in cells})
+        hits = {index: _words(sentence, missing) for index, sentence in enumerate(sentences)}
+        marks = {index: words for index, words in hits.items() if words}
+    else:
+        marks = {index: _words(sentences[index], numbers) for index in text}
+        # Where a page's first row was taken for a header, operands stand in it, and gold_inds name the row below.
+        missing -= {_number(sentences[index].split(" ")[word]) for index, words in marks.items() for word in words}
+        header = record.table[0] if rows and 0 not in rows else ()
+        cells += [(0, column) for column, cell in enumerate(header) if column and _numbers(cell) & missing]
+    return Used(tuple(rows), tuple(cells), marks, evidence is None)
+
+
+def browser_blocks(
+    records: Sequence[FinQARecord],
+    predictions: Mapping[str, Mapping[str, Prediction]],
+    verdicts: Mapping[str, Mapping[str, Verdict]],
+    num_cut: Mapping[str, int],
+) -> tuple[str, str]:
+    """The two blocks for the page, safe inside a ``script`` element.
+
+    Args:
+        records: The evaluation records.
+        predictions: By kind of model, then by id.
+        verdicts: By kind of model, then by id; a kind may be missing where it was not scored.
+        num_cut: Units of the page that were left out of the prompt, by id.
+
+    Returns:
+        The index (one JSON object) and the pages (one JSON object a line).
+    """
+    pages: dict[str, int] = {}
+    examples = []
+    for record in records:
+        page = script_json({"n": len(record.pre_text), "s": [*record.pre_text, *record.post_text], "t": record.table})
+        used = used_parts(record)
+        examples.append(
+            {
+                "id": record.id,
+                "q": record.qa.question,
+                "p": record.qa.program,
+                "v": record.qa.exe_ans,
+                "a": record.qa.answer or "",
+                "page": pages.setdefault(page, len(pages)),
+                "rows": used.rows,
+                "cells": used.cells,
+                "text": {str(index): words for index, words in used.sentences.items()},
+                "derived": used.derived,
+                "cut": num_cut.get(record.id, 0),
+                "m": [
+                    _answer(by_id.get(record.id), verdicts.get(kind, {}).get(record.id))
+                    for kind, by_id in predictions.items()
+                ],
+            }
+        )
+    return script_json({"kinds": list(predictions), "examples": examples}), "\n".join(pages)
+
+
+def script_json(value: Any) -> str:
+    """JSON on one line that cannot end a ``script`` element or begin a comment in it."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _answer(prediction: Prediction | None, verdict: Verdict | None) -> dict[str, Any] | None:
+    if prediction is None:
+        return None
+    answer: dict[str, Any] = {"p": prediction.program}
+    if prediction.text.strip() != prediction.program:
+        answer["t"] = prediction.text[:MAX_TEXT_CHARACTERS]
+    if prediction.finish_reason != "stop":
+        answer["f"] = prediction.finish_reason
+    if verdict is not None:
+        answer |= {"c": verdict.code, "r": verdict.result}
+    return answer
+
+
+def _operands(program: str) -> tuple[set[float], set[str]]:
+    numbers: set[float] = set()
+    row_names: set[str] = set()
+    try:
+        steps = parse(program).steps
+    except ParseError:  # prepare has checked the programs; one that gets here is still worth showing, without marks
+        return numbers, row_names
+    for step in steps:
+        for argument in (step.first, step.second):
+            if isinstance(argument, Number):
+                numbers |= _numbers(argument.text)
+            elif isinstance(argument, RowName):
+                row_names.add(argument.text.strip())
+    return numbers, row_names
+
+
+def _indices(evidence: Mapping[str, str], kind: str, length: int) -> list[int]:
+    names = (name.split("_") for name in evidence)
+    found = {int(name[1]) for name in names if len(name) == 2 and name[0] == kind and name[1].isdigit()}
+    return sorted(index for index in found if index < length)
+
+
+def _numbers(text: str) -> set[float]:
+    """The numbers of a cell, without their signs."""
+    return {abs(float(found.replace(",", ""))) for found in _NUMBER.findall(text)}
+
+
+def _number(text: str) -> float | None:
+    """The number of an operand or word, without its sign; None where there is none."""
+    return next(iter(_numbers(text)), None)
+
+
+def _words(sentence: str, numbers: set[float]) -> tuple[int, ...]:
+    return tuple(
+        index
+        for index, word in enumerate(sentence.split(" "))
+        if _NUMBER.fullmatch(word.strip("$%().;:")) and _number(word) in numbers
+    )

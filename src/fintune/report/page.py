@@ -1,0 +1,83 @@
+"""The HTML page of a run: one self-contained file, made from what the stages left behind.
+
+:func:`render` is a function of :class:`~fintune.report.run_page.RunPage` alone and reads no file of the run; a part
+whose data are missing, since its stage was skipped, is left out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fintune import __version__
+from fintune.report.agreement import NEAR_TIE_NATS
+from fintune.report.examples import browser_blocks
+from fintune.report.parts import accuracy, data, made, pairs, training
+from fintune.report.run_page import KINDS, RunPage
+
+FILTERS = (
+    ("all", "all"),
+    ("wrong", "wrong"),
+    ("executable", "wrong but executable"),
+    ("invalid", "invalid"),
+    ("disagree", "models disagree"),
+)
+
+
+def render(page: RunPage) -> str:
+    """The page as HTML."""
+    compared = [pairs.pair(page, a, b, agreement) for a, b, agreement in page.agreements]
+    trained, prepared = training.context(page.metrics), data.context(page.data)
+    index, pages = ("", "")
+    if page.records and page.predictions:
+        shown = {KINDS.get(kind, kind): by_id for kind, by_id in page.predictions.items()}
+        verdicts = {KINDS.get(kind, kind): by_id for kind, by_id in page.verdicts.items()}
+        index, pages = browser_blocks(page.records, shown, verdicts, page.num_cut)
+    present = (
+        (page.measured, "accuracy", "Accuracy"),
+        (compared, "agreement", "Agreement"),
+        (trained, "training", "Training"),
+        (prepared, "data", "Data"),
+        (index, "examples", "Examples"),
+        (True, "made", "How it was made"),
+    )
+    changed, unchanged = made.options(page.config)
+    return render_template(
+        "run.html.j2",
+        title=f"{page.name} - fintune run",
+        page=page,
+        hero=accuracy.hero(page),
+        chips=made.chips(page),
+        parts=[(id_, words) for there, id_, words in present if there],
+        measured=[accuracy.row(measured) for measured in page.measured],
+        same_n=accuracy.same_n(page.measured),
+        unended=accuracy.unended(page.measured),
+        plot=markup(accuracy.plot(page.measured)) if page.measured else "",
+        pairs=compared,
+        threshold=NEAR_TIE_NATS,
+        training=trained,
+        data=prepared,
+        filters=FILTERS,
+        index=markup(index),
+        pages=markup(pages),
+        changed=changed,
+        unchanged=unchanged,
+        origin=made.origin(page),
+        versions=made.versions(page.made),
+    )
+
+
+def render_template(name: str, **context: Any) -> str:
+    """Fill one of this package's templates; everything but :func:`markup` is escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("fintune.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template(name).render(version=__version__, **context)
+
+
+def markup(text: str) -> Any:
+    """Text that is HTML already (our own SVG, :func:`~fintune.report.examples.script_json`)."""
+    from markupsafe import Markup
+
+    return Markup(text)  # noqa: S704

@@ -1,0 +1,85 @@
+"""The headline: accuracy of every form of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fintune.report.plots import Dot, dot_plot
+from fintune.report.run_page import KINDS, Measured, RunPage, percent
+
+
+def hero(page: RunPage) -> dict[str, str]:
+    """The one sentence on top: before, after, and what ships."""
+    by_kind = {measured.kind: measured for measured in page.measured}
+    after = by_kind.get("adapter") or next((m for m in page.measured if m.kind != "base"), None)
+    before = by_kind.get("base")
+    if after is None and before is None:
+        return {"before": page.name, "after": "", "words": "No predictions were scored in this run yet."}
+    words = f"execution accuracy on {same_n(page.measured) or 'the'} evaluation questions"
+    if after is None or before is None:
+        only = after or before
+        assert only is not None
+        return {"before": percent(only.execution_accuracy), "after": "", "words": f"{words} ({KINDS[only.kind]})"}
+    smallest = by_kind.get("Q4_K_M")
+    tail = ""
+    if smallest is not None and smallest is not after:
+        size = f" in {smallest.weights_bytes / 1e6:.0f} MB" if smallest.weights_bytes else ""
+        tail = f"; {percent(smallest.execution_accuracy)} as the Q4_K_M file that ships{size}"
+    return {
+        "before": percent(before.execution_accuracy),
+        "after": percent(after.execution_accuracy),
+        "words": f"{words}, before and after training{tail}",
+    }
+
+
+def row(measured: Measured) -> dict[str, Any]:
+    """One row of the table, as text."""
+    return {
+        "label": KINDS[measured.kind],
+        "colour": list(KINDS).index(measured.kind),
+        "exe": percent(measured.execution_accuracy),
+        "interval": f"{100 * measured.exe_low:.1f} - {100 * measured.exe_high:.1f}".replace("-", "\u2013"),
+        "program": percent(measured.program_accuracy),
+        "invalid": percent(measured.invalid_rate),
+        "num": f"{measured.num_predictions:,}",
+        "seconds": f"{measured.predict_seconds:,.0f}"
+        if measured.predict_seconds >= 10
+        else f"{measured.predict_seconds:.1f}",
+        "megabytes": "" if measured.weights_bytes is None else f"{measured.weights_bytes / 1e6:,.1f}",
+    }
+
+
+def same_n(measured: Sequence[Measured]) -> str:
+    """N where it is the same for all, else nothing."""
+    numbers = {m.num_predictions for m in measured}
+    return f"{numbers.pop():,}" if len(numbers) == 1 else ""
+
+
+def unended(measured: Sequence[Measured]) -> str:
+    """A sentence about completions that reached the token limit, or nothing."""
+    ended = [f"{KINDS[m.kind]} {m.num_unended}" for m in measured if m.num_unended]
+    return f"Completions cut off at the token limit: {', '.join(ended)}." if ended else ""
+
+
+def plot(measured: Sequence[Measured]) -> str:
+    """Dots and intervals."""
+    rows = [
+        Dot(
+            KINDS[m.kind].replace("GGUF ", ""),
+            m.execution_accuracy,
+            m.exe_low,
+            m.exe_high,
+            m.program_accuracy,
+            list(KINDS).index(m.kind),
+        )
+        for m in measured
+    ]
+    number = same_n(measured)
+    words = "; ".join(f"{row.label} {percent(row.value)}" for row in rows)
+    return dot_plot(
+        "accuracy-plot",
+        f"Execution accuracy: {words}",
+        rows,
+        f"execution accuracy, %{f' (n = {number})' if number else ''}",
+    )

@@ -1,0 +1,48 @@
+"""The loss curve and the speed of training, from ``metrics.jsonl``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fintune.report.plots import Curve, loss_plot
+
+
+def context(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the template prints, or nothing where there was no training.
+
+    Args:
+        lines: Objects with ``step`` and any of ``loss``, ``learning_rate``, ``eval_loss``, and ``tokens`` and
+            ``seconds`` since the start of training.
+    """
+    train, evaluated, rate = (_curve(lines, key) for key in ("loss", "eval_loss", "learning_rate"))
+    if not train.steps:
+        return {}
+    timed = [line for line in lines if line.get("seconds") and line.get("tokens")]
+    rows = [("optimiser steps", f"{train.steps[-1]:,}")]
+    if timed:
+        tokens, seconds = timed[-1]["tokens"], timed[-1]["seconds"]
+        rows += [
+            ("tokens seen", f"{tokens:,}"),
+            ("seconds", f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.1f}"),
+            ("tokens a second", f"{tokens / seconds:,.0f}"),
+        ]
+    rows += [("first loss", f"{train.values[0]:.3f}"), ("last loss", f"{train.values[-1]:.4f}")]
+    legend = [("s1", "training loss" + (", with its moving average" if len(train.steps) > 60 else ""))]
+    if evaluated.steps:
+        rows.append(("last evaluation loss", f"{evaluated.values[-1]:.4f}"))
+        legend.append(("s4", "evaluation loss"))
+    if rate.steps:
+        rows.append(("peak learning rate", f"{max(rate.values):.2g}"))
+    words = f"Loss fell from {train.values[0]:.2f} to {train.values[-1]:.3f} in {train.steps[-1]:,} steps"
+    return {
+        "words": "Mean negative log-likelihood of the completion's tokens; the prompt is not trained on.",
+        "plot": loss_plot("loss-plot", words, train, evaluated, rate),
+        "legend": legend,
+        "rows": rows,
+    }
+
+
+def _curve(lines: Sequence[Mapping[str, Any]], key: str) -> Curve:
+    found = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), (int, float))]
+    return Curve([step for step, _ in found], [value for _, value in found])

@@ -1,0 +1,118 @@
+"""What the page of a run shows, as plain data: made by the report stage, drawn by :mod:`fintune.report.page`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+from fintune.options import Config
+from fintune.records import FinQARecord, Prediction
+from fintune.report.agreement import Agreement, compare
+from fintune.report.examples import Verdict
+
+KINDS: Mapping[str, str] = {
+    "base": "base",
+    "adapter": "adapter",
+    "merged": "merged",
+    "F16": "GGUF F16",
+    "Q4_K_M": "GGUF Q4_K_M",
+}
+"""Kinds of model in the order of the chain, with the name that the page gives them."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The figures of one kind of model; shares are fractions.
+
+    Attributes:
+        kind: Key of KINDS.
+        num_predictions: n.
+        exe_low: Lower end of the 95 % interval of the execution accuracy.
+        exe_high: Its upper end.
+        num_unended: Completions that reached the token limit.
+        predict_seconds: Generating all completions.
+        weights_bytes: Size of the weight files, or None where the run holds none of this kind.
+    """
+
+    kind: str
+    num_predictions: int
+    execution_accuracy: float
+    exe_low: float
+    exe_high: float
+    program_accuracy: float
+    invalid_rate: float
+    num_unended: int
+    predict_seconds: float
+    weights_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Made:
+    """What the manifest of one stage says."""
+
+    step: str
+    finished: str
+    fingerprint: str
+    seconds: float
+    peak_memory_bytes: int
+    seed: int
+    commit: str | None
+    versions: Mapping[str, str]
+    machine: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class RunPage:
+    """All that the page shows.
+
+    Attributes:
+        name: The run's.
+        config: Its options.
+        measured: One for each kind that was scored, in the order of the chain.
+        metrics: Lines of ``metrics.jsonl``.
+        data: ``prepare/report.json``.
+        records: The evaluation records.
+        num_cut: Units cut from the prompt, by example id.
+        predictions: By kind, then by id.
+        verdicts: By kind, then by id.
+        made: One for each stage, in the order of the run.
+        token_names: Text of a token by its id, where the tokenizer is at hand.
+    """
+
+    name: str
+    config: Config
+    measured: Sequence[Measured] = ()
+    metrics: Sequence[Mapping[str, Any]] = ()
+    data: Mapping[str, Any] = field(default_factory=dict)
+    records: Sequence[FinQARecord] = ()
+    num_cut: Mapping[str, int] = field(default_factory=dict)
+    predictions: Mapping[str, Mapping[str, Prediction]] = field(default_factory=dict)
+    verdicts: Mapping[str, Mapping[str, Verdict]] = field(default_factory=dict)
+    made: Sequence[Made] = ()
+    token_names: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def agreements(self) -> list[tuple[str, str, Agreement]]:
+        """Every pair of trained kinds, compared."""
+        trained = [kind for kind in self.predictions if kind != "base"]
+        right = {kind: {id_: v.exe_correct for id_, v in by_id.items()} for kind, by_id in self.verdicts.items()}
+        return [
+            (
+                a,
+                b,
+                compare(
+                    list(self.predictions[a].values()),
+                    list(self.predictions[b].values()),
+                    verdicts_a=right.get(a),
+                    verdicts_b=right.get(b),
+                ),
+            )
+            for a, b in combinations(trained, 2)
+        ]
+
+
+def percent(value: float) -> str:
+    """``62.5 %``, with a space that does not break."""
+    return f"{100 * value:.1f}\u00a0%"
