@@ -85,4 +85,6 @@ def _num_weights(config: Config) -> int:
 def _base(config: Config) -> dict[str, tuple[int, ...]]:
     from fintune import models
 
-    return shapes(models.resolve(config.model.name, revision=config.model.revision).path)
+    path = models.fetch(models.resolve(config.model.name, revision=config.model.revision)).path
+    assert path is not None, "fetch fills the path"
+    return shapes(path)

@@ -137,13 +137,14 @@ class Pipeline:
                         f"{step.name} needs {name}, which is left out and has no result in {self.config.folder}",
                         hint=f"run it first: fintune run CONFIG --only {name}",
                     )
-            if remade & set(step.inputs):
-                if self.slot(step.name).manifest() is not None:
-                    self._refuse_changed(step, self.key(step))
-                remade.add(step.name)
-                lines.append((step, "run"))
-                continue
-            word = self._word(step, self.key(step))
+            slot = self.slot(step.name)
+            if slot.manifest() is None and slot.unfinished() is None:
+                word = "run"  # nothing to compare with, so the model need not be fetched to say so
+            elif remade & set(step.inputs):
+                self._refuse_changed(step, self.key(step))
+                word = "run"
+            else:
+                word = self._word(step, self.key(step))
             if word != "up to date":
                 remade.add(step.name)
             lines.append((step, word))

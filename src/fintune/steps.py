@@ -87,9 +87,18 @@ def _nothing(config: Config) -> dict[str, str]:
 
 
 def _model(config: Config) -> dict[str, str]:
-    from fintune import models
+    return {"model.name": _model_fingerprint(config.model.name, config.model.revision)}
 
-    return {"model.name": models.fingerprint(config.model.name, revision=config.model.revision)}
+
+@lru_cache(maxsize=4)
+def _model_fingerprint(name: str, revision: str | None) -> str:
+    from fintune import builtin, models
+
+    if name.startswith(builtin.PREFIX):
+        return builtin.describe(name).wheel_sha256  # known before it is fetched
+    path = models.fetch(models.resolve(name, revision=revision)).path
+    assert path is not None, "fetch fills the path"
+    return models.model_fingerprint(path)
 
 
 def _data_and_model(config: Config) -> dict[str, str]:
