@@ -20,6 +20,8 @@ _CORPUS = (
     "subtract(5829, 5735), divide(#0, 5735) add(1, 2), multiply(#1, const_100) greater(#0, #1) exp(2, const_3)",
     "table_average(total assets, none) table_sum(net income, none) table_max(cash, none) table_min(cash, none)",
     "| year ended december 31 , | 2019 | 2018 |\n| net income | 12.5 % | -32 ( 32 ) |",
+    # White space before numbers, where losing the digit splitting shows.
+    "in thousands  2019  2018  2017  2016  2015",
 )
 
 
