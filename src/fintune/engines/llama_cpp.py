@@ -1,0 +1,215 @@
+"""GGUF files through llama.cpp, in this process (package xllamacpp).
+
+llama.cpp's server runs the prompts in slots with continuous batching. Two of its habits are turned off because they
+would change results: sampling defaults that a GGUF file may carry, and the BOS that it puts before a text. The latter
+is why prompts are tokenised first (through the server's own ``/tokenize``, which only listens on loopback, behind a
+random key) and given as token ids.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import math
+import os
+import secrets
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from urllib.parse import urlsplit
+
+from fintune.engines.protocol import Completion
+from fintune.errors import ModelError, ResourceError
+
+# Greedy, whatever `general.sampling.*` of the file says.
+_GREEDY = {
+    "temperature": 0.0,
+    "samplers": ["temperature"],
+    "repeat_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "n_probs": 2,
+    "cache_prompt": False,
+}
+
+
+class LlamaCppEngine:
+    """A GGUF file in llama.cpp.
+
+    Args:
+        path: The file.
+        context_tokens: Longest prompt with its completion, in tokens; each slot has a cache of this length.
+        threads: Threads of the arithmetic.
+        parallel: Prompts in flight. Batches of different widths round differently, so a near-tie may fall
+            otherwise at another width.
+
+    Raises:
+        ModelError: The path is a folder, missing, no GGUF file, or one that llama.cpp cannot load.
+        ResourceError: xllamacpp is not installed.
+    """
+
+    def __init__(self, path: Path | str, *, context_tokens: int = 2048, threads: int = 2, parallel: int = 4) -> None:
+        self.name = "llama.cpp"
+        self.path = Path(path)
+        self.context_tokens = context_tokens
+        self._parallel = parallel
+        self._key = secrets.token_urlsafe(16)
+        _check_file(self.path)
+        self._server: Any = self._start(threads)
+
+    def _start(self, threads: int) -> Any:
+        # OpenMP reads it when it is loaded: idle threads then sleep instead of burning a core that others need.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        try:
+            import xllamacpp
+        except ImportError as error:
+            raise ResourceError(
+                "xllamacpp is not installed, so no GGUF file can be run", hint='pip install "fintune[gguf]"'
+            ) from error
+        params = xllamacpp.CommonParams()
+        params.model.path = str(self.path)
+        params.n_parallel = self._parallel
+        # Slots of a fixed length of their own: one prompt's length then never touches another's.
+        params.n_ctx = self.context_tokens * self._parallel
+        params.kv_unified = False
+        # Both sets: prompts and single tokens are computed by different pools.
+        params.cpuparams.n_threads = threads
+        params.cpuparams_batch.n_threads = threads
+        params.cache_prompt = False
+        params.cache_ram_mib = 0
+        params.cache_idle_slots = False
+        params.fit_params = False
+        params.warmup = False
+        params.ui = False
+        params.verbosity = -1
+        params.n_threads_http = 1
+        params.hostnames = ["127.0.0.1"]
+        params.port = 0
+        params.api_keys = [self._key]
+        try:
+            return xllamacpp.Server(params)
+        except RuntimeError as error:
+            raise ModelError(
+                f"{self.path}: llama.cpp cannot load it: {error}",
+                hint="the file may be truncated, or too large for the memory at this context length",
+            ) from error
+
+    def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts as llama.cpp sees them: special tokens parsed, none added."""
+        address = urlsplit(self._server.listening_address)
+        connection = http.client.HTTPConnection(address.hostname or "127.0.0.1", address.port, timeout=600)
+        headers = {"content-type": "application/json", "authorization": f"Bearer {self._key}"}
+        result = []
+        try:
+            for text in texts:
+                body = json.dumps({"content": text, "add_special": False, "parse_special": True})
+                connection.request("POST", "/tokenize", body, headers)
+                answer = json.loads(connection.getresponse().read())
+                if "tokens" not in answer:
+                    raise ModelError(f"{self.path}: llama.cpp cannot tokenise: {answer.get('error')}")
+                result.append([int(token) for token in answer["tokens"]])
+        finally:
+            connection.close()
+        return result
+
+    def generate(self, prompts: Sequence[str], *, max_new_tokens: int) -> Iterator[Completion]:
+        """Complete prompts greedily; see :class:`fintune.engines.protocol.Engine`.
+
+        Raises:
+            ModelError: A prompt is empty, or does not fit the context with its completion.
+        """
+        rows = self.tokenise(prompts)
+        for index, row in enumerate(rows):
+            if not row:
+                raise ModelError(f"prompt {index} is empty")
+            if len(row) + max_new_tokens > self.context_tokens:
+                raise ModelError(
+                    f"prompt {index} has {len(row)} tokens, with {max_new_tokens} new ones "
+                    f"it does not fit the context of {self.context_tokens}",
+                    hint="cut the page, or raise the context length",
+                )
+        return self._run(rows, max_new_tokens)
+
+    def _run(self, rows: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[Completion]:
+        clock = _Shares()
+
+        def one(row: Sequence[int]) -> Completion:
+            answer = self._server.handle_completions({"prompt": list(row), "n_predict": max_new_tokens, **_GREEDY})
+            return _completion(answer, clock.take(), len(row))
+
+        pool = ThreadPoolExecutor(self._parallel)
+        try:
+            yield from pool.map(one, rows)
+        finally:
+            # A consumer that stops early must not wait for prompts that nobody asked for any more.
+            pool.shutdown(cancel_futures=True)
+
+    def close(self) -> None:
+        """Stop the server and free the weights."""
+        self._server = None
+
+    def __enter__(self) -> LlamaCppEngine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class _Shares:
+    """Splits wall time among completions: each gets the time since the one that finished before it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last = time.monotonic()
+
+    def take(self) -> float:
+        with self._lock:
+            now = time.monotonic()
+            share, self._last = now - self._last, now
+            return share
+
+
+def _completion(answer: Mapping[str, Any], seconds: float, num_prompt_tokens: int) -> Completion:
+    if "choices" not in answer:
+        error = answer.get("error", answer)
+        raise ModelError(f"llama.cpp refused a prompt: {error.get('message', error)}")
+    choice = answer["choices"][0]
+    steps = (choice.get("logprobs") or {}).get("content") or []
+    usage = answer["usage"]
+    assert usage["prompt_tokens"] == num_prompt_tokens, "llama.cpp changed the prompt"
+    assert usage["completion_tokens"] == len(steps), "llama.cpp left out the probabilities of some tokens"
+    return Completion(
+        token_ids=tuple(int(step["id"]) for step in steps),
+        text=str(choice["text"]),
+        finish_reason="stop" if choice["finish_reason"] == "stop" else "length",
+        margins=tuple(_margin(step["top_logprobs"]) for step in steps),
+        num_prompt_tokens=num_prompt_tokens,
+        seconds=seconds,
+    )
+
+
+def _margin(best: Sequence[Mapping[str, Any]]) -> float:
+    first, second = best[0]["logprob"], best[1]["logprob"]
+    # JSON has no infinity: a probability that underflowed comes as null.
+    return math.inf if first is None or second is None else float(first) - float(second)
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise ModelError(
+            f"{path} is a folder, llama.cpp needs a GGUF file", hint="give the .gguf file, or another engine"
+        )
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ModelError(f"{path}: no GGUF file", hint="export the model first")
