@@ -78,6 +78,4 @@ def _forward(model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tens
     def spread(values: torch.Tensor) -> torch.Tensor:
         return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
-    return ModelOutput(
-        log_probs=spread(log_probs), entropy=spread(entropy), is_top1=spread(is_top1), label_mask=mask
-    )
+    return ModelOutput(log_probs=spread(log_probs), entropy=spread(entropy), is_top1=spread(is_top1), label_mask=mask)

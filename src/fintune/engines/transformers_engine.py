@@ -1,0 +1,188 @@
+"""Batched greedy decoding with transformers: base models, merged folders, and PEFT adapters on their base.
+
+The loop is written out here: rows that have ended leave the batch at once, and for each token the gap to the
+second-best is kept, for which ``generate`` would hold the scores of all steps in memory.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from .. import chat
+from ..errors import ModelError
+from .protocol import Completion
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+_WINDOW_BATCHES = 8
+"""Prompts are sorted by length within so many batches; results come, in the order asked, window by window."""
+
+
+@dataclass
+class _Row:
+    """One prompt on its way through the loop."""
+
+    prompt_ids: list[int]
+    max_new_tokens: int
+    token_ids: list[int] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)
+    stopped: bool = False
+    seconds: float = 0.0
+
+    @property
+    def open(self) -> bool:
+        return not self.stopped and len(self.token_ids) < self.max_new_tokens
+
+
+class TransformersEngine:
+    """Decodes prompts with a transformers model, on whatever device it is.
+
+    Args:
+        model: In evaluation mode.
+        tokenizer: With a padding token and a chat template, whose end-of-turn token ends a completion.
+        batch_size: Prompts decoded together.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
+        self._model, self._tokenizer, self._batch_size = model, tokenizer, batch_size
+        self._stop_ids = frozenset(chat.end_of_turn_ids(tokenizer))
+        self._context = int(model.config.get_text_config().max_position_embeddings)
+
+    def generate(self, prompts: Sequence[str], *, max_new_tokens: int) -> Iterator[Completion]:
+        """Greedy completions, in the order of the prompts.
+
+        Args:
+            prompts: Rendered through the chat template; special tokens are in the text.
+            max_new_tokens: Tokens of a completion at most, end-of-turn included.
+
+        Raises:
+            ModelError: A prompt that leaves no room in the model's context; raised before anything is decoded.
+        """
+        rows = [self._row(number, prompt, max_new_tokens) for number, prompt in enumerate(prompts, 1)]
+        return self._windows(rows)
+
+    def _windows(self, rows: list[_Row]) -> Iterator[Completion]:
+        window = self._batch_size * _WINDOW_BATCHES
+        for start in range(0, len(rows), window):
+            part = rows[start : start + window]
+            by_length = sorted(part, key=lambda row: len(row.prompt_ids))
+            for at in range(0, len(by_length), self._batch_size):
+                self._decode(by_length[at : at + self._batch_size])
+            yield from map(self._completion, part)
+
+    def _row(self, number: int, prompt: str, max_new_tokens: int) -> _Row:
+        ids: list[int] = self._tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) >= self._context:
+            raise ModelError(
+                f"prompt {number} has {len(ids)} tokens, but {self._model.config.name_or_path} reads at most "
+                f"{self._context}",
+                hint="lower prompt.max_length",
+            )
+        return _Row(ids, min(max_new_tokens, self._context - len(ids)))
+
+    def _decode(self, rows: list[_Row]) -> None:
+        """Run one batch to its end."""
+        import torch
+
+        started = time.perf_counter()
+        device = self._model.device
+        with torch.inference_mode():
+            state = self._prefill(rows)
+            open_rows = self._take(rows, state.logits)
+            while open_rows:
+                if len(open_rows) < len(state.rows):
+                    state = state.only(open_rows)
+                last = torch.tensor([[row.token_ids[-1]] for row in open_rows], device=device)
+                state.mask = torch.cat([state.mask, torch.ones_like(last)], dim=1)
+                out = self._model(
+                    input_ids=last,
+                    attention_mask=state.mask,
+                    position_ids=state.mask.sum(1, keepdim=True) - 1,
+                    past_key_values=state.cache,
+                    use_cache=True,
+                )
+                open_rows = self._take(open_rows, out.logits)
+        for row in rows:
+            row.seconds = (time.perf_counter() - started) / len(rows)
+
+    def _prefill(self, rows: list[_Row]) -> _State:
+        import torch
+        from transformers import DynamicCache
+
+        width = max(len(row.prompt_ids) for row in rows)
+        pad = self._tokenizer.pad_token_id
+        input_ids = torch.tensor([[pad] * (width - len(row.prompt_ids)) + row.prompt_ids for row in rows])
+        mask = torch.tensor([[0] * (width - len(row.prompt_ids)) + [1] * len(row.prompt_ids) for row in rows])
+        input_ids, mask = input_ids.to(self._model.device), mask.to(self._model.device)
+        cache = DynamicCache(config=self._model.config)
+        out = self._model(
+            input_ids=input_ids,
+            attention_mask=mask,
+            # Padding stands on the left; each prompt's own first token is at position 0.
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return _State(rows, mask, cache, out.logits)
+
+    def _take(self, rows: list[_Row], logits: torch.Tensor) -> list[_Row]:
+        """Append the best token of each row.
+
+        Args:
+            rows: The rows of the batch.
+            logits: Shape [rows, 1, vocabulary].
+
+        Returns:
+            The rows that go on.
+        """
+        best = logits[:, -1].float().topk(2, dim=-1)
+        # The difference of two logits is that of their log-probabilities.
+        gaps = (best.values[:, 0] - best.values[:, 1]).tolist()
+        for row, token, gap in zip(rows, best.indices[:, 0].tolist(), gaps, strict=True):
+            row.token_ids.append(token)
+            row.margins.append(gap)
+            row.stopped = token in self._stop_ids
+        return [row for row in rows if row.open]
+
+    def _completion(self, row: _Row) -> Completion:
+        return Completion(
+            token_ids=tuple(row.token_ids),
+            text=self._tokenizer.decode(row.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+            finish_reason="stop" if row.stopped else "length",
+            margins=tuple(row.margins),
+            num_prompt_tokens=len(row.prompt_ids),
+            seconds=row.seconds,
+        )
+
+
+@dataclass
+class _State:
+    """A batch between two steps.
+
+    Attributes:
+        rows: What is in the batch.
+        mask: Attention mask, shape [rows, tokens so far].
+        cache: Keys and values.
+        logits: Of the last position after the prefill, shape [rows, 1, vocabulary].
+    """
+
+    rows: list[_Row]
+    mask: torch.Tensor
+    cache: DynamicCache
+    logits: torch.Tensor
+
+    def only(self, kept: list[_Row]) -> _State:
+        """The batch without the rows that have ended."""
+        import torch
+
+        places = {id(row): place for place, row in enumerate(self.rows)}
+        indices = torch.tensor([places[id(row)] for row in kept], device=self.mask.device)
+        self.cache.batch_select_indices(indices)
+        return _State(kept, self.mask[indices], self.cache, self.logits)

@@ -1,0 +1,212 @@
+"""``fintune predict``: greedy completions of the evaluation questions with one kind of model."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from .. import chat, models
+from ..engines.journal import Journal
+from ..errors import ArtifactError, ModelError
+from ..finqa.execute import execute
+from ..finqa.program import extract_program, tokenize
+from ..options import Config, ModelKind
+from ..progress import bar
+from ..records import Example, FinQARecord, Prediction
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ..engines.protocol import Completion, Engine
+
+
+def predict(config: Config, inputs: Mapping[str, Path], folder: Path, *, kind: ModelKind) -> dict[str, Any]:
+    """Decode every evaluation prompt; goes on where an interrupted attempt in ``folder`` stopped.
+
+    Args:
+        config: The run.
+        inputs: Needs ``prepare``, and ``train``, ``merge`` or ``export`` according to the kind.
+        folder: Gets ``predictions.jsonl`` and ``official.json``, both in the order of ``eval.jsonl``.
+        kind: The model before training, base + adapter, the merged folder, or a GGUF file by its type.
+
+    Returns:
+        Predictions, seconds, generated tokens a second, share that was cut off at ``predict.max_new_tokens``.
+
+    Raises:
+        ModelError: The model cannot be used, a prompt does not fit its context, or a GGUF file's tokenizer counts
+            otherwise than the model's.
+        ArtifactError: ``predictions.jsonl`` was begun with another model or other prompts.
+    """
+    examples = _examples(inputs["prepare"] / "eval.jsonl")
+    tokenizer = _tokenizer(config)
+    prompts = {each.id: chat.render(tokenizer, each.messages) for each in examples}
+    key = {
+        "model": _fingerprint(config, inputs, kind),
+        "prompts": hashlib.sha256("\0".join(prompts.values()).encode()).hexdigest(),
+        "decoding": f"greedy, {config.predict.max_new_tokens} tokens, {config.predict.precision}",
+    }
+    journal = Journal(folder / "predictions.jsonl", key)
+    finished = False
+    try:
+        todo = [each for each in examples if each.id not in journal.done]
+        if todo:
+            engine = _open_engine(config, inputs, kind, tokenizer)
+            _decode(config, engine, tokenizer, todo, prompts, journal, _Gold(inputs["prepare"] / "gold.json"), kind)
+            del engine
+            gc.collect()  # the next kind's model should not stand beside this one in memory
+        finished = True
+    finally:
+        journal.close(finished=finished)
+    return _finish(folder, [journal.done[each.id] for each in examples])
+
+
+def _decode(
+    config: Config,
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    todo: Sequence[Example],
+    prompts: Mapping[str, str],
+    journal: Journal,
+    gold: _Gold,
+    kind: str,
+) -> None:
+    for done in journal.done.values():
+        gold.add(done)
+    num_tokens, seconds = 0, 0.0
+    with bar(f"predict {kind}", len(todo) + len(journal.done), done=len(journal.done)) as shown:
+        completions = engine.generate([prompts[e.id] for e in todo], max_new_tokens=config.predict.max_new_tokens)
+        for example, completion in zip(todo, completions, strict=True):
+            _check_prompt(example, completion, tokenizer, kind)
+            prediction = _prediction(example.id, completion)
+            journal.append(prediction)
+            gold.add(prediction)
+            num_tokens += len(completion.token_ids)
+            seconds += completion.seconds
+            shown.advance()
+            shown.note(f"{num_tokens / max(seconds, 1e-9):.0f} tok/s{gold.told()}")
+
+
+def _prediction(example_id: str, completion: Completion) -> Prediction:
+    return Prediction(
+        id=example_id,
+        text=completion.text,
+        program=extract_program(completion.text),
+        finish_reason=completion.finish_reason,
+        seconds=completion.seconds,
+        num_prompt_tokens=completion.num_prompt_tokens,
+        token_ids=tuple(completion.token_ids),
+        margins=tuple(completion.margins),
+    )
+
+
+def _check_prompt(example: Example, completion: Completion, tokenizer: PreTrainedTokenizerBase, kind: str) -> None:
+    expected = len(chat.encode_prompt(tokenizer, example.messages))
+    if completion.num_prompt_tokens != expected:
+        raise ModelError(
+            f"the {kind} model reads the prompt of {example.id} as {completion.num_prompt_tokens} tokens, the tokenizer "
+            f"as {expected}",
+            hint="its tokenizer differs from the one of training; export it again",
+        )
+
+
+def _finish(folder: Path, predictions: Sequence[Prediction]) -> dict[str, Any]:
+    lines = "".join(each.model_dump_json() + "\n" for each in predictions)
+    _write(folder / "predictions.jsonl", lines)
+    official = [{"id": each.id, "predicted": tokenize(each.program)} for each in predictions]
+    _write(folder / "official.json", json.dumps(official, ensure_ascii=False, indent=1) + "\n")
+    seconds = sum(each.seconds for each in predictions)
+    num_tokens = sum(len(each.token_ids) for each in predictions)
+    length_share = sum(each.finish_reason == "length" for each in predictions) / max(len(predictions), 1)
+    rate = num_tokens / max(seconds, 1e-9)
+    return {
+        "num_predictions": len(predictions),
+        "predict_seconds": round(seconds, 3),
+        "num_tokens": num_tokens,
+        "tokens_per_second": round(rate, 1),
+        "length_share": length_share,
+        "summary": f"{len(predictions)} predictions, {rate:.0f} tok/s, {length_share:.0%} cut off",
+    }
+
+
+def _write(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+def _examples(path: Path) -> list[Example]:
+    try:
+        with path.open(encoding="utf-8") as lines:
+            return [Example.model_validate_json(line) for line in lines]
+    except (OSError, ValidationError) as error:
+        raise ArtifactError(f"{path}: {str(error).splitlines()[0]}", hint="run fintune prepare again") from None
+
+
+def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    ref = models.fetch(models.resolve(config.model.name, revision=config.model.revision))
+    return models.load_tokenizer(ref, trust_remote_code=config.model.trust_remote_code)
+
+
+def _gguf(config: Config, inputs: Mapping[str, Path], kind: str) -> Path:
+    return inputs["export"] / f"{config.run.name}-{kind}.gguf"
+
+
+def _fingerprint(config: Config, inputs: Mapping[str, Path], kind: str) -> str:
+    """What tells this model from others; hashes of weights are kept in the cache folder by :mod:`fintune.models`."""
+    if kind in ("base", "adapter"):
+        ref = models.fetch(models.resolve(config.model.name, revision=config.model.revision))
+        assert ref.path is not None, "fetch fills the path"
+        base = models.model_fingerprint(ref.path)
+        return base if kind == "base" else f"{base} {models.model_fingerprint(inputs['train'] / 'adapter')}"
+    if kind == "merged":
+        return models.model_fingerprint(inputs["merge"])
+    stat = _gguf(config, inputs, kind).stat()
+    return f"{kind} {stat.st_size} {stat.st_mtime_ns}"
+
+
+def _open_engine(config: Config, inputs: Mapping[str, Path], kind: str, tokenizer: PreTrainedTokenizerBase) -> Engine:
+    threads = config.predict.threads or os.cpu_count() or 1
+    if kind not in ("base", "adapter", "merged"):
+        from ..engines.llama_cpp import LlamaCppEngine
+
+        return LlamaCppEngine(_gguf(config, inputs, kind), threads=threads)
+
+    import torch
+
+    from ..engines.transformers_engine import TransformersEngine
+
+    torch.set_num_threads(threads)
+    name, revision = (str(inputs["merge"]), None) if kind == "merged" else (config.model.name, config.model.revision)
+    ref = models.resolve(name, revision=revision)
+    model = models.load_model(ref, dtype=config.predict.precision, trust_remote_code=config.model.trust_remote_code)
+    if kind == "adapter":
+        model = models.load_adapter(model, inputs["train"] / "adapter")
+    return TransformersEngine(model.eval(), tokenizer, config.predict.batch_size)
+
+
+class _Gold:
+    """Running execution accuracy; says nothing where there is no gold."""
+
+    def __init__(self, path: Path) -> None:
+        raw = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        self._records = {record.id: record for record in map(FinQARecord.model_validate, raw)}
+        self._num, self._num_right = 0, 0
+
+    def add(self, prediction: Prediction) -> None:
+        """Count one prediction."""
+        record = self._records.get(prediction.id)
+        if record is not None:
+            execution = execute(tokenize(prediction.program), record.table)
+            self._num += 1
+            self._num_right += not execution.invalid and execution.result == record.qa.exe_ans
+
+    def told(self) -> str:
+        """``, 12.5% right``, or nothing."""
+        return f", {self._num_right / self._num:.1%} right" if self._num else ""
