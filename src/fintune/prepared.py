@@ -1,0 +1,282 @@
+"""The folder of ``prepare``: how it is written, read back and summed up.
+
+::
+
+    train.jsonl, eval.jsonl    records.Example a line
+    gold.json                  the evaluation records in FinQA's official list form
+    tokens/train, tokens/eval  datasets folders: id, input_ids, completion_mask
+    report.json                PrepareReport
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from fintune.chat import template_hash
+from fintune.config import effective
+from fintune.errors import ArtifactError
+from fintune.examples import EncodedRecord, EncodedSplit
+from fintune.finqa.distribution import FINQA_TEST, distribution
+from fintune.options import Config
+from fintune.records import FinQARecord, Record
+from fintune.sources.splits import Split
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+OPTIONS = ("run.seed", "model.name", "model.revision", "data", "prompt")
+"""Prefixes of the options that decide the result."""
+NUM_PROBLEMS = 20
+"""Problems that a report quotes; all are counted."""
+NUM_BINS = 12
+_WIDTHS = [step * 10**power for power in range(10) for step in (1, 2, 5)]
+
+
+class Lengths(Record):
+    """Token counts of examples.
+
+    Attributes:
+        histogram: (from, up to but without, examples), equally wide.
+    """
+
+    mean: float
+    p50: int
+    p95: int
+    max: int
+    total: int
+    histogram: tuple[tuple[int, int, int], ...]
+
+
+class Evidence(Record):
+    """How much of the gold evidence is still in the prompts.
+
+    Attributes:
+        num_examples: Examples whose evidence is known.
+        num_complete: Those of them with all of it.
+        num_units: Sentences and rows of evidence.
+        num_kept: Those of them that a prompt holds.
+    """
+
+    num_examples: int
+    num_complete: int
+    num_units: int
+    num_kept: int
+
+    def told(self) -> str:
+        """``; 97.3% of the gold evidence is kept``, or nothing where none is known."""
+        return f"; {self.num_kept / self.num_units:.1%} of the gold evidence is kept" if self.num_units else ""
+
+
+class SplitReport(Record):
+    """What became of a split.
+
+    Attributes:
+        num_read: Usable records of the source.
+        num_sampled: Those of them that were drawn.
+        num_examples: Those of them that became examples.
+        dropped: Records left out, by reason: in reading and in encoding.
+        problems: The first of them in words.
+        num_cut_examples: Examples whose page was cut.
+        num_cut_units: Sentences and rows that were cut.
+        num_units: Sentences and rows of all pages.
+        prompt_tokens: Template included.
+        completion_tokens: End-of-turn token included.
+        steps: Share of programs by number of steps.
+        operations: Share of steps by operation.
+    """
+
+    num_read: int
+    num_sampled: int
+    num_examples: int
+    dropped: dict[str, int]
+    problems: tuple[str, ...]
+    num_cut_examples: int
+    num_cut_units: int
+    num_units: int
+    prompt_tokens: Lengths
+    completion_tokens: Lengths
+    evidence: Evidence
+    steps: dict[str, float]
+    operations: dict[str, float]
+
+
+class PrepareReport(Record):
+    """What ``prepare`` did.
+
+    Attributes:
+        template_hash: sha256 of the chat template.
+        max_length: Tokens of prompt and completion together.
+        num_shared_pages: Evaluation examples whose page is also trained on.
+        train: The training split.
+        eval: The evaluation split.
+        finqa_test_steps: Shares in FinQA's test set, to compare with.
+        finqa_test_operations: Likewise.
+        options: Options that decided it, by dotted key, as JSON text.
+    """
+
+    template_hash: str
+    max_length: int
+    num_shared_pages: int
+    train: SplitReport
+    eval: SplitReport
+    finqa_test_steps: dict[str, float]
+    finqa_test_operations: dict[str, float]
+    options: dict[str, str]
+
+    def notes(self) -> list[str]:
+        """What a user should know, a line each; none where all went in whole."""
+        lines = []
+        for name, split in (("train", self.train), ("eval", self.eval)):
+            if split.dropped:
+                reasons = ", ".join(f"{number} {reason}" for reason, number in split.dropped.items())
+                lines.append(f"{name}: dropped {reasons}; the first: {split.problems[0]}")
+            if split.num_cut_examples:
+                share = f"{split.num_cut_units} of {split.num_units} sentences and rows"
+                pages = f"{split.num_cut_examples} of {split.num_examples} pages"
+                lines.append(f"{name}: {pages} cut to fit {self.max_length} tokens ({share}){split.evidence.told()}")
+        if self.num_shared_pages:
+            lines.append(f"{self.num_shared_pages} eval examples ask about a page that is also trained on")
+        return lines
+
+
+def lengths(numbers: Sequence[int]) -> Lengths:
+    """Sum up token counts (at least one)."""
+    ordered = sorted(numbers)
+    last = len(ordered) - 1
+    span = ordered[-1] - ordered[0] + 1
+    width = next(w for w in _WIDTHS if span <= w * (NUM_BINS - 1))
+    bins = Counter(number // width for number in ordered)
+    return Lengths(
+        mean=round(sum(ordered) / len(ordered), 1),
+        p50=ordered[last // 2],
+        p95=ordered[round(0.95 * last)],
+        max=ordered[-1],
+        total=sum(ordered),
+        histogram=tuple((b * width, (b + 1) * width, bins[b]) for b in range(min(bins), max(bins) + 1)),
+    )
+
+
+def report(
+    config: Config, tokenizer: PreTrainedTokenizerBase, sources: Mapping[str, Split], splits: Mapping[str, EncodedSplit]
+) -> PrepareReport:
+    """Sum up both splits.
+
+    Args:
+        config: What they were made with.
+        tokenizer: Likewise.
+        sources: The records that were drawn, by split.
+        splits: What became of them.
+    """
+    trained = {page_of(each.record) for each in splits["train"].examples}
+    return PrepareReport(
+        template_hash=template_hash(tokenizer),
+        max_length=config.prompt.max_length,
+        num_shared_pages=sum(page_of(each.record) in trained for each in splits["eval"].examples),
+        train=_split_report(sources["train"], splits["train"]),
+        eval=_split_report(sources["eval"], splits["eval"]),
+        finqa_test_steps=dict(FINQA_TEST.steps),
+        finqa_test_operations=dict(FINQA_TEST.operations),
+        options=options_of(config),
+    )
+
+
+def options_of(config: Config) -> dict[str, str]:
+    """The options that decide what is prepared, as JSON text by dotted key."""
+    return {key: json.dumps(value) for key, value in effective(config, OPTIONS).items()}
+
+
+def _split_report(source: Split, split: EncodedSplit) -> SplitReport:
+    examples = split.examples
+    shares = distribution(each.example.completion for each in examples)
+    return SplitReport(
+        num_read=source.num_read,
+        num_sampled=len(source.records),
+        num_examples=len(examples),
+        dropped=dict((source.dropped + split.dropped).most_common()),
+        problems=tuple([*source.problems, *split.problems][:NUM_PROBLEMS]),
+        num_cut_examples=sum(each.example.num_cut > 0 for each in examples),
+        num_cut_units=sum(each.example.num_cut for each in examples),
+        num_units=sum(each.num_units for each in examples),
+        prompt_tokens=lengths([each.num_prompt_tokens for each in examples]),
+        completion_tokens=lengths([sum(each.completion_mask) for each in examples]),
+        evidence=_evidence(examples),
+        steps=dict(shares.steps),
+        operations=dict(shares.operations),
+    )
+
+
+def _evidence(examples: Sequence[EncodedRecord]) -> Evidence:
+    known = [(each.record.qa.gold_inds.keys(), each.kept) for each in examples if each.record.qa.gold_inds]
+    return Evidence(
+        num_examples=len(known),
+        num_complete=sum(gold <= kept for gold, kept in known),
+        num_units=sum(len(gold) for gold, _ in known),
+        num_kept=sum(len(gold & kept) for gold, kept in known),
+    )
+
+
+def page_of(record: FinQARecord) -> str:
+    """The page that a record asks about: ``ACME/2009/page_17.pdf`` of ``ACME/2009/page_17.pdf-3``."""
+    return record.id.rpartition("-")[0] or record.id
+
+
+def write(folder: Path, splits: Mapping[str, EncodedSplit], report: PrepareReport) -> None:
+    """Fill an empty folder."""
+    for name, split in splits.items():
+        text = "".join(f"{each.example.model_dump_json()}\n" for each in split.examples)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        _write_tokens(folder / "tokens" / name, split.examples)
+    gold = [each.record.model_dump(mode="json") for each in splits["eval"].examples]
+    (folder / "gold.json").write_text(json.dumps(gold, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    (folder / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def _write_tokens(folder: Path, examples: Sequence[EncodedRecord]) -> None:
+    import datasets
+
+    features = datasets.Features(
+        {
+            "id": datasets.Value("string"),
+            "input_ids": datasets.List(datasets.Value("int32")),
+            "completion_mask": datasets.List(datasets.Value("int8")),
+        }
+    )
+    columns = {
+        "id": [each.example.id for each in examples],
+        "input_ids": [each.input_ids for each in examples],
+        "completion_mask": [each.completion_mask for each in examples],
+    }
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        datasets.Dataset.from_dict(columns, features=features).save_to_disk(str(folder))
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def read_report(folder: Path) -> PrepareReport:
+    """The report of a finished folder.
+
+    Raises:
+        ArtifactError: It is missing or was written by another version.
+    """
+    try:
+        return PrepareReport.model_validate_json((folder / "report.json").read_bytes())
+    except (OSError, ValidationError) as error:
+        raise ArtifactError(f"{folder / 'report.json'} cannot be read", hint="run `fintune prepare` again") from error
+
+
+def read_tokens(folder: Path, split: str, num: int) -> list[tuple[str, list[int], list[int]]]:
+    """The first ``num`` examples of a split: id, input_ids, completion_mask."""
+    import datasets
+
+    stored = datasets.load_from_disk(str(folder / "tokens" / split))
+    rows = stored.select(range(min(num, len(stored))))
+    return [(str(row["id"]), list(row["input_ids"]), list(row["completion_mask"])) for row in rows]

@@ -1,0 +1,91 @@
+"""``data.source`` to the records of the two splits, sampled."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+
+from fintune.errors import DataError
+from fintune.options import Config, DataOptions
+from fintune.records import FinQARecord
+from fintune.sources.finqa_json import ReadResult, read_finqa
+
+
+@dataclass(frozen=True)
+class Split:
+    """The records of a split.
+
+    Attributes:
+        records: What was drawn, in the source's order.
+        num_read: Usable records of the source.
+        dropped: Records that were not usable, by reason.
+        problems: One line for each of them.
+    """
+
+    records: list[FinQARecord]
+    num_read: int
+    dropped: Counter[str] = field(default_factory=Counter)
+    problems: list[str] = field(default_factory=list)
+
+
+def load(config: Config, *, limit: int | None = None) -> dict[str, Split]:
+    """Read or generate "train" and "eval".
+
+    Args:
+        config: Its ``data`` and ``run.seed`` are read.
+        limit: At most so many records a split, on top of ``data.max_train`` and ``data.max_eval``.
+
+    Raises:
+        DataError: A file that cannot be used, or with ``data.strict`` a record.
+    """
+    data = config.data
+    train, evaluation = _generated(data, config.run.seed) if data.source == "builtin:statements" else _files(data)
+    return {
+        "train": _draw(train, _least(data.max_train, limit), config.run.seed),
+        "eval": _draw(evaluation, _least(data.max_eval, limit), config.run.seed),
+    }
+
+
+def _files(data: DataOptions) -> tuple[ReadResult, ReadResult]:
+    if data.train is None or data.eval is None:
+        raise DataError("data.source: finqa needs data.train and data.eval")
+    return read_finqa(data.train, strict=data.strict), read_finqa(data.eval, strict=data.strict)
+
+
+def _generated(data: DataOptions, seed: int) -> tuple[ReadResult, ReadResult]:
+    """Pages of some companies to train on and of others to score on."""
+    from fintune.sources.statements import generate
+
+    pages = data.statements
+    records = generate(
+        num_companies=pages.train_companies + pages.eval_companies,
+        pages_per_company=pages.pages_per_company,
+        questions_per_page=pages.questions_per_page,
+        size=pages.size,
+        seed=seed,
+    )
+    by_company: dict[str, list[FinQARecord]] = {}
+    for record in records:
+        by_company.setdefault(company_of(record), []).append(record)
+    companies = list(by_company)
+    parts = companies[: pages.train_companies], companies[pages.train_companies :]
+    train, evaluation = ([record for company in part for record in by_company[company]] for part in parts)
+    return ReadResult(train), ReadResult(evaluation)
+
+
+def company_of(record: FinQARecord) -> str:
+    """The company of a record: ``ACME`` of ``ACME/2009/page_17.pdf-3``."""
+    return record.id.partition("/")[0]
+
+
+def _least(*limits: int | None) -> int | None:
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _draw(result: ReadResult, number: int | None, seed: int) -> Split:
+    records = result.records
+    if number is not None and number < len(records):
+        drawn = random.Random(seed).sample(range(len(records)), number)  # noqa: S311 - a sample, no secret
+        records = [records[k] for k in sorted(drawn)]
+    return Split(records, len(result.records), result.dropped, result.problems)

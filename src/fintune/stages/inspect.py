@@ -1,0 +1,196 @@
+"""``fintune inspect``: what the examples are, before or after anything was made from them.
+
+Counts, drops by reason, cuts, token lengths, the distribution of programs beside FinQA's, and examples as the model sees
+them, with the trained tokens in colour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from fintune import models, prepared
+from fintune.artifact import MANIFEST
+from fintune.examples import Encoder
+from fintune.options import Config
+from fintune.prepared import Lengths, PrepareReport, SplitReport
+from fintune.sources import splits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SAMPLE = 200
+"""Records a split that are encoded where no prepared folder is at hand."""
+BAR_WIDTH = 40
+
+PROMPT_STYLE, SPECIAL_STYLE = "dim", "dim reverse"
+TRAINED_STYLE, TRAINED_SPECIAL_STYLE = "green", "bold green reverse"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One tokenised example.
+
+    Attributes:
+        input_ids: Prompt, completion, end-of-turn token.
+        completion_mask: 1 where the token is trained.
+    """
+
+    id: str
+    input_ids: Sequence[int]
+    completion_mask: Sequence[int]
+
+
+def inspect(config: Config, console: Console, *, num_examples: int = 3) -> None:
+    """Print it.
+
+    A run's ``prepare`` folder is read where it was made with these options; else the data is prepared in memory, at
+    most :data:`SAMPLE` records a split, and nothing is written.
+
+    Args:
+        config: The run.
+        console: Where to print.
+        num_examples: Training examples to render.
+
+    Raises:
+        DataError: The data cannot be used.
+        ModelError: The model has no usable tokenizer.
+    """
+    reference = models.resolve(config.model.name, revision=config.model.revision)
+    tokenizer = models.load_tokenizer(reference, trust_remote_code=config.model.trust_remote_code)
+    folder = config.folder / "prepare"
+    report, examples, origin = _stored(config, folder, num_examples) or _fresh(config, tokenizer, num_examples)
+    console.print(Text(origin, style="bold"))
+    console.print(_counts(report))
+    for note in report.notes():
+        console.print(f"  {escape(note)}")
+    for name, split in (("train", report.train), ("eval", report.eval)):
+        for problem in split.problems:
+            console.print(f"  [red]{name}[/red] {escape(problem)}")
+        console.print(_histogram(f"{name}: tokens of a prompt", split.prompt_tokens))
+    console.print(_histogram("train: tokens of a completion, end of turn included", report.train.completion_tokens))
+    console.print(_shares(report))
+    for shown in examples:
+        title = escape(f"{shown.id}: {len(shown.input_ids)} tokens, {sum(shown.completion_mask)} trained")
+        console.print(Panel(render(tokenizer, shown), title=title, title_align="left"))
+    if examples:
+        console.print(_legend())
+
+
+def _stored(config: Config, folder: Path, number: int) -> tuple[PrepareReport, list[Shown], str] | None:
+    if not (folder / MANIFEST).is_file():
+        return None
+    report = prepared.read_report(folder)
+    if report.options != prepared.options_of(config):
+        return None
+    rows = [Shown(*row) for row in prepared.read_tokens(folder, "train", number)]
+    return report, rows, f"{folder}, all examples"
+
+
+def _fresh(config: Config, tokenizer: PreTrainedTokenizerBase, number: int) -> tuple[PrepareReport, list[Shown], str]:
+    sources = splits.load(config, limit=SAMPLE)
+    encoder = Encoder(tokenizer, system=config.prompt.system, max_length=config.prompt.max_length)
+    encoded = {name: encoder.split(split.records, name, strict=config.data.strict) for name, split in sources.items()}
+    report = prepared.report(config, tokenizer, sources, encoded)
+    rows = [Shown(each.example.id, each.input_ids, each.completion_mask) for each in encoded["train"].examples[:number]]
+    return report, rows, f"not prepared yet with these options: read anew, at most {SAMPLE} examples a split"
+
+
+def render(tokenizer: PreTrainedTokenizerBase, shown: Shown) -> Text:
+    """An example as text: the prompt dim, what is trained green, special tokens reversed."""
+    special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+    text = Text()
+    run: list[int] = []
+    style = ""
+
+    def flush() -> None:
+        # Whole runs, since a character may be spread over several tokens.
+        if run:
+            text.append(str(tokenizer.decode(run, clean_up_tokenization_spaces=False)), style)
+        run.clear()
+
+    for id_, trained in zip(shown.input_ids, shown.completion_mask, strict=True):
+        plain, marked = (TRAINED_STYLE, TRAINED_SPECIAL_STYLE) if trained else (PROMPT_STYLE, SPECIAL_STYLE)
+        here = marked if id_ in special else plain
+        if here != style or id_ in special:
+            flush()
+            style = here
+        run.append(id_)
+    flush()
+    return text
+
+
+def _legend() -> Text:
+    return Text.assemble(
+        ("prompt", PROMPT_STYLE),
+        "  ",
+        ("special token", SPECIAL_STYLE),
+        "  ",
+        ("trained", TRAINED_STYLE),
+        "  ",
+        ("trained special token", TRAINED_SPECIAL_STYLE),
+    )
+
+
+def _counts(report: PrepareReport) -> Table:
+    table = Table("", "train", "eval", box=None, pad_edge=False)
+    pair = (report.train, report.eval)
+
+    def row(name: str, *cells: str) -> None:
+        table.add_row(name, *cells)
+
+    row("records read", *(f"{split.num_read}" for split in pair))
+    row("drawn", *(f"{split.num_sampled}" for split in pair))
+    row("examples", *(f"{split.num_examples}" for split in pair))
+    for reason in dict.fromkeys([*report.train.dropped, *report.eval.dropped]):
+        row(f"dropped: {reason}", *(f"{split.dropped.get(reason, 0)}" for split in pair))
+    row("pages cut", *(f"{split.num_cut_examples}" for split in pair))
+    row("sentences and rows cut", *(f"{split.num_cut_units} of {split.num_units}" for split in pair))
+    row("evidence kept", *(_evidence(split) for split in pair))
+    row("tokens, prompts", *(f"{split.prompt_tokens.total}" for split in pair))
+    row("tokens, completions", *(f"{split.completion_tokens.total}" for split in pair))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
+
+
+def _evidence(split: SplitReport) -> str:
+    found = split.evidence
+    return f"{found.num_kept} of {found.num_units}" if found.num_units else "not known"
+
+
+def _histogram(title: str, found: Lengths) -> Table:
+    figures = f"mean {found.mean:g}, median {found.p50}, 95 % {found.p95}, longest {found.max}"
+    table = Table("from", "to", "", "", box=None, pad_edge=False, title=f"{title} ({figures})", title_justify="left")
+    most = max(number for _, _, number in found.histogram)
+    for low, high, number in found.histogram:
+        width = -(-number * BAR_WIDTH // most)
+        table.add_row(str(low), str(high - 1), "█" * width, str(number) if number else "")
+    for column in table.columns[:2]:
+        column.justify = "right"
+    return table
+
+
+def _shares(report: PrepareReport) -> Table:
+    table = Table("programs", "train", "eval", "FinQA test", box=None, pad_edge=False)
+
+    def rows(
+        known: Mapping[str, float], train: Mapping[str, float], evaluation: Mapping[str, float], what: str
+    ) -> None:
+        for key in dict.fromkeys([*known, *train, *evaluation]):
+            shares = (shares.get(key, 0.0) for shares in (train, evaluation, known))
+            table.add_row(what.format(key), *(f"{share:.1%}" for share in shares))
+
+    rows(report.finqa_test_steps, report.train.steps, report.eval.steps, "steps: {}")
+    rows(report.finqa_test_operations, report.train.operations, report.eval.operations, "{}")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table

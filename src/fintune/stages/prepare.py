@@ -1,0 +1,48 @@
+"""``fintune prepare``: records to examples, tokens and gold file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from fintune import models, prepared
+from fintune.artifact import Facts
+from fintune.examples import Encoder
+from fintune.options import Config
+from fintune.progress import console
+from fintune.sources import splits
+
+
+def prepare(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
+    """Fill ``folder`` with what training and prediction read; the files are listed in :mod:`fintune.prepared`.
+
+    Args:
+        config: ``data``, ``prompt``, ``model.name`` and ``run.seed`` decide the result.
+        inputs: None are needed.
+        folder: Empty.
+
+    Returns:
+        Counts for the manifest, and a line for the summary table.
+
+    Raises:
+        DataError: A data file, or every record of it, cannot be used.
+        ModelError: The model has no usable tokenizer.
+    """
+    sources = splits.load(config)
+    reference = models.resolve(config.model.name, revision=config.model.revision)
+    tokenizer = models.load_tokenizer(reference, trust_remote_code=config.model.trust_remote_code)
+    encoder = Encoder(tokenizer, system=config.prompt.system, max_length=config.prompt.max_length)
+    encoded = {name: encoder.split(split.records, name, strict=config.data.strict) for name, split in sources.items()}
+    report = prepared.report(config, tokenizer, sources, encoded)
+    prepared.write(folder, encoded, report)
+    for note in report.notes():
+        console.print(f"  {note}")
+    return {
+        "summary": f"{report.train.num_examples} train, {report.eval.num_examples} eval examples",
+        "template_hash": report.template_hash,
+        "num_train": report.train.num_examples,
+        "num_eval": report.eval.num_examples,
+        "num_dropped": {"train": report.train.dropped, "eval": report.eval.dropped},
+        "num_cut": {"train": report.train.num_cut_examples, "eval": report.eval.num_cut_examples},
+        "num_train_tokens": report.train.prompt_tokens.total + report.train.completion_tokens.total,
+    }
