@@ -50,6 +50,7 @@ class TransformersEngine:
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
+        self.name = "transformers"
         self._model, self._tokenizer, self._batch_size = model, tokenizer, batch_size
         self._stop_ids = frozenset(chat.end_of_turn_ids(tokenizer))
         self._context = int(model.config.get_text_config().max_position_embeddings)
@@ -66,6 +67,10 @@ class TransformersEngine:
         """
         rows = [self._row(number, prompt, max_new_tokens) for number, prompt in enumerate(prompts, 1)]
         return self._windows(rows)
+
+    def close(self) -> None:
+        """Let go of the model; the engine cannot be used afterwards."""
+        del self._model
 
     def _windows(self, rows: list[_Row]) -> Iterator[Completion]:
         window = self._batch_size * _WINDOW_BATCHES

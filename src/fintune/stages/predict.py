@@ -59,7 +59,7 @@ def predict(config: Config, inputs: Mapping[str, Path], folder: Path, *, kind: M
         if todo:
             engine = _open_engine(config, inputs, kind, tokenizer)
             _decode(config, engine, tokenizer, todo, prompts, journal, _Gold(inputs["prepare"] / "gold.json"), kind)
-            del engine
+            engine.close()
             gc.collect()  # the next kind's model should not stand beside this one in memory
         finished = True
     finally:
@@ -110,8 +110,8 @@ def _check_prompt(example: Example, completion: Completion, tokenizer: PreTraine
     expected = len(chat.encode_prompt(tokenizer, example.messages))
     if completion.num_prompt_tokens != expected:
         raise ModelError(
-            f"the {kind} model reads the prompt of {example.id} as {completion.num_prompt_tokens} tokens, the tokenizer "
-            f"as {expected}",
+            f"the {kind} model reads the prompt of {example.id} as {completion.num_prompt_tokens} tokens, "
+            f"the tokenizer as {expected}",
             hint="its tokenizer differs from the one of training; export it again",
         )
 
@@ -176,7 +176,11 @@ def _open_engine(config: Config, inputs: Mapping[str, Path], kind: str, tokenize
     if kind not in ("base", "adapter", "merged"):
         from ..engines.llama_cpp import LlamaCppEngine
 
-        return LlamaCppEngine(_gguf(config, inputs, kind), threads=threads)
+        return LlamaCppEngine(
+            _gguf(config, inputs, kind),
+            context_tokens=config.prompt.max_length + config.predict.max_new_tokens,
+            threads=threads,
+        )
 
     import torch
 

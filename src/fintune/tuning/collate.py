@@ -22,8 +22,8 @@ _WINDOW_BATCHES = 32
 def training_order(lengths: Sequence[int], num_examples: int, batch_size: int, seed: int) -> list[int]:
     """Which example comes when, for the whole run at once, so that a resumed run only has to count.
 
-    Every pass over the data is shuffled anew. Within a window of some batches the examples are sorted by length, then the
-    batches are shuffled. Only the last batch may be smaller.
+    Every pass over the data is shuffled anew. Within a window of some batches the examples are sorted by length, then
+    the batches are shuffled. Only the last batch may be smaller.
 
     Args:
         lengths: Tokens of each example.

@@ -1,8 +1,8 @@
 """The loss over the trained positions only, on a CPU.
 
-TRL's fused head skips the positions without a label on devices with Triton; elsewhere it multiplies every position of the
-batch with the vocabulary, which on a small model with a long prompt is a third of the step. This forward takes its place
-there, with the same result.
+TRL's fused head skips the positions without a label on devices with Triton; elsewhere it multiplies every position of
+the batch with the vocabulary, which on a small model with a long prompt is a third of the step. This forward takes its
+place there, with the same result.
 """
 
 from __future__ import annotations
