@@ -78,10 +78,10 @@ def equal_program(gold_tokens: Sequence[str], pred_tokens: Sequence[str]) -> boo
         root = _build(graph, steps, gold.symbols)
     except _NotComparableError:
         return False
-    if root == gold.root:
-        return True
-    if differ(graph, gold.root, root):
-        return False
+    return root == gold.root or (not differ(graph, gold.root, root) and _sympy_agrees(gold, graph, root))
+
+
+def _sympy_agrees(gold: _Gold, graph: Graph, root: int) -> bool:
     try:
         simplified = _simplify(tuple(graph.nodes[: root + 1]), root)
     except Exception:
