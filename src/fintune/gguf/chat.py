@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import NoReturn
 
-from fintune.errors import ModelError
+from ..errors import ModelError
+
+# A template that prints the day must render alike every day.
+_TEMPLATE_DAY = date(2024, 7, 26)
 
 
 def read_chat_template(folder: Path) -> str | None:
@@ -55,16 +59,36 @@ def render_chat(
     def raise_exception(message: str) -> NoReturn:
         raise TemplateError(message)
 
+    def strftime_now(form: str) -> str:
+        return _TEMPLATE_DAY.strftime(form)
+
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = strftime_now
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
     try:
         return environment.from_string(template).render(
-            messages=list(messages), add_generation_prompt=add_generation_prompt, **special_tokens
+            messages=list(messages),
+            add_generation_prompt=add_generation_prompt,
+            enable_thinking=False,
+            **special_tokens,
         )
     except (TemplateError, TypeError, ValueError) as error:
         raise ModelError(f"the chat template cannot be rendered: {error}") from error
+
+
+def special_token_texts(folder: Path) -> dict[str, str]:
+    """``bos_token``, ``eos_token`` and the like of ``tokenizer_config.json``; "" where one is not set."""
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    texts = {}
+    for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"):
+        entry = config.get(f"{kind}_token")
+        content = entry.get("content") if isinstance(entry, dict) else entry
+        texts[f"{kind}_token"] = content if isinstance(content, str) else ""
+    return texts
 
 
 def turn_ending(template: str, special_tokens: Mapping[str, str]) -> str:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fintune.errors import ResourceError
+from ..errors import ResourceError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -9,15 +9,16 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fintune.errors import ModelError
-from fintune.gguf.families import ModelConfig, gguf_names, heads_to_permute, rope_factors
-from fintune.gguf.ggml import TYPES, row_bytes
-from fintune.gguf.mixtures import mixture, tensor_types
-from fintune.gguf.safetensor_reader import SafetensorFolder, StoredTensor
-from fintune.gguf.vocab import Vocabulary, read_vocabulary
+from ..errors import ModelError
+from .families import ModelConfig, gguf_names, heads_to_permute, rope_factors
+from .ggml import TYPES, row_bytes
+from .mixtures import mixture, tensor_types
+from .safetensor_reader import SafetensorFolder, StoredTensor
+from .vocab import Vocabulary, read_vocabulary
 
 if TYPE_CHECKING:
     import numpy as np
+    from gguf import GGUFWriter
     from numpy.typing import NDArray
 
 _ALIGNMENT = 32
@@ -164,7 +165,7 @@ class ModelPlan:
         stream.write(bytes(-stream.tell() % _ALIGNMENT))
         return stream.getvalue()
 
-    def _general(self, writer: object) -> None:
+    def _general(self, writer: GGUFWriter) -> None:
         import gguf
 
         num_parameters = sum(prod(source.shape) for source in self.sources.values())
@@ -175,5 +176,5 @@ class ModelPlan:
             metadata.name = self.folder.name
         if metadata.size_label is None:
             metadata.size_label = gguf.size_label(num_parameters, num_parameters, 0, 0)
-        writer.add_type(gguf.GGUFType.MODEL)  # type: ignore[attr-defined]
+        writer.add_type(gguf.GGUFType.MODEL)
         metadata.set_gguf_meta_model(writer)

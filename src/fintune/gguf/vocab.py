@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fintune.errors import ModelError
-from fintune.gguf.chat import read_chat_template, turn_ending
+from ..errors import ModelError
+from .chat import read_chat_template, special_token_texts, turn_ending
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -46,7 +46,6 @@ _LLAMA3_SPLIT = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _PRE_BY_SPLIT = {_LLAMA3_SPLIT: "llama-bpe", _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2"}
-_SPECIAL_KINDS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     config_eos = _special_ids(folder).get("eos")
     eos = config_eos
     if template is not None:
-        ending = turn_ending(template, _special_texts(folder))
+        ending = turn_ending(template, special_token_texts(folder))
         specials = {t for t, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         ids = tokenizer.encode(ending.strip(), add_special_tokens=False).ids
         eos = ids[0] if ids and ids[0] in specials else config_eos
@@ -218,14 +217,3 @@ def _special_ids(folder: Path) -> dict[str, int]:
     import gguf
 
     return dict(gguf.SpecialVocab(folder).special_token_ids)
-
-
-def _special_texts(folder: Path) -> dict[str, str]:
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    texts = {}
-    for kind in _SPECIAL_KINDS:
-        entry = config.get(f"{kind}_token")
-        content = entry.get("content") if isinstance(entry, dict) else entry
-        texts[f"{kind}_token"] = content if isinstance(content, str) else ""
-    return texts
