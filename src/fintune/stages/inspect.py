@@ -1,7 +1,7 @@
 """``fintune inspect``: what the examples are, before or after anything was made from them.
 
-Counts, drops by reason, cuts, token lengths, the distribution of programs beside FinQA's, and examples as the model sees
-them, with the trained tokens in colour.
+Counts, drops by reason, cuts, token lengths, the distribution of programs beside FinQA's, and examples as the model
+sees them: trained tokens in colour, or between brackets where there is no colour.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -33,6 +32,7 @@ BAR_WIDTH = 40
 
 PROMPT_STYLE, SPECIAL_STYLE = "dim", "dim reverse"
 TRAINED_STYLE, TRAINED_SPECIAL_STYLE = "green", "bold green reverse"
+OPEN, CLOSE = "⟦", "⟧"
 
 
 @dataclass(frozen=True)
@@ -68,21 +68,24 @@ def inspect(config: Config, console: Console, *, num_examples: int = 3) -> None:
     tokenizer = models.load_tokenizer(reference, trust_remote_code=config.model.trust_remote_code)
     folder = config.folder / "prepare"
     report, examples, origin = _stored(config, folder, num_examples) or _fresh(config, tokenizer, num_examples)
+    coloured = console.color_system is not None
     console.print(Text(origin, style="bold"))
     console.print(_counts(report))
     for note in report.notes():
-        console.print(f"  {escape(note)}")
+        console.print(Text(f"  {note}"))
     for name, split in (("train", report.train), ("eval", report.eval)):
         for problem in split.problems:
-            console.print(f"  [red]{name}[/red] {escape(problem)}")
-        console.print(_histogram(f"{name}: tokens of a prompt", split.prompt_tokens))
-    console.print(_histogram("train: tokens of a completion, end of turn included", report.train.completion_tokens))
+            console.print(Text.assemble((f"  {name} ", "red"), problem))
+    _histogram(console, "train: tokens of a prompt", report.train.prompt_tokens)
+    _histogram(console, "eval: tokens of a prompt", report.eval.prompt_tokens)
+    _histogram(console, "train: tokens of a completion, end of turn included", report.train.completion_tokens)
     console.print(_shares(report))
     for shown in examples:
-        title = escape(f"{shown.id}: {len(shown.input_ids)} tokens, {sum(shown.completion_mask)} trained")
-        console.print(Panel(render(tokenizer, shown), title=title, title_align="left"))
+        title = Text(f"{shown.id}: {len(shown.input_ids)} tokens, {sum(shown.completion_mask)} trained")
+        text = render(tokenizer, shown, brackets=not coloured)
+        console.print(Panel(text, title=title, title_align="left"))
     if examples:
-        console.print(_legend())
+        console.print(_legend() if coloured else Text(f"{OPEN}trained{CLOSE}"))
 
 
 def _stored(config: Config, folder: Path, number: int) -> tuple[PrepareReport, list[Shown], str] | None:
@@ -104,12 +107,18 @@ def _fresh(config: Config, tokenizer: PreTrainedTokenizerBase, number: int) -> t
     return report, rows, f"not prepared yet with these options: read anew, at most {SAMPLE} examples a split"
 
 
-def render(tokenizer: PreTrainedTokenizerBase, shown: Shown) -> Text:
-    """An example as text: the prompt dim, what is trained green, special tokens reversed."""
+def render(tokenizer: PreTrainedTokenizerBase, shown: Shown, *, brackets: bool = False) -> Text:
+    """An example as text: the prompt dim, what is trained green, special tokens reversed.
+
+    Args:
+        tokenizer: The model's.
+        shown: The example.
+        brackets: Put what is trained between brackets, for where styles do not show.
+    """
     special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
     text = Text()
     run: list[int] = []
-    style = ""
+    style, was_trained = "", 0
 
     def flush() -> None:
         # Whole runs, since a character may be spread over several tokens.
@@ -123,8 +132,14 @@ def render(tokenizer: PreTrainedTokenizerBase, shown: Shown) -> Text:
         if here != style or id_ in special:
             flush()
             style = here
+        if brackets and trained != was_trained:
+            flush()
+            text.append(OPEN if trained else CLOSE)
+        was_trained = trained
         run.append(id_)
     flush()
+    if brackets and was_trained:
+        text.append(CLOSE)
     return text
 
 
@@ -167,16 +182,17 @@ def _evidence(split: SplitReport) -> str:
     return f"{found.num_kept} of {found.num_units}" if found.num_units else "not known"
 
 
-def _histogram(title: str, found: Lengths) -> Table:
-    figures = f"mean {found.mean:g}, median {found.p50}, 95 % {found.p95}, longest {found.max}"
-    table = Table("from", "to", "", "", box=None, pad_edge=False, title=f"{title} ({figures})", title_justify="left")
+def _histogram(console: Console, title: str, found: Lengths) -> None:
+    figures = f"mean {found.mean:g}, median {found.p50}, 95th percentile {found.p95}, longest {found.max}"
+    console.print(Text.assemble("\n", (title, "bold"), f" ({figures})"))
+    table = Table("from", "to", "", "", box=None, pad_edge=False)
     most = max(number for _, _, number in found.histogram)
     for low, high, number in found.histogram:
         width = -(-number * BAR_WIDTH // most)
         table.add_row(str(low), str(high - 1), "█" * width, str(number) if number else "")
-    for column in table.columns[:2]:
+    for column in (*table.columns[:2], table.columns[3]):
         column.justify = "right"
-    return table
+    console.print(table, "")
 
 
 def _shares(report: PrepareReport) -> Table:

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fintune.chat import encode_prompt
+from fintune.config import load
+from fintune.errors import DataError
+from fintune.models import load_tokenizer, resolve
+from fintune.options import Config
+from fintune.prepared import lengths, page_of, read_report, read_tokens
+from fintune.records import Example, FinQARecord
+from fintune.sources.finqa_json import read_finqa
+from fintune.stages.prepare import prepare
+
+SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "finqa"
+
+
+def record(record_id: str, **qa: Any) -> dict[str, Any]:
+    return {
+        "id": record_id,
+        "pre_text": ["the company grew ."],
+        "post_text": [f"note {n} says nothing of interest ." for n in range(30)],
+        "table": [["", "2009", "2008"], ["revenue", "$ 12", "10"]],
+        "qa": {
+            "question": "what was revenue ?",
+            "program": "subtract(12, 10)",
+            "exe_ans": 2.0,
+            "gold_inds": {"table_1": "x", "text_3": "y"},
+            **qa,
+        },
+    }
+
+
+TRAIN = [
+    *(record(f"A/2009/page_{n}.pdf-1") for n in range(4)),
+    record("A/2009/page_9.pdf-1", program=""),
+    record("A/2009/page_9.pdf-2", question="why " * 500),
+]
+EVAL = [record("B/2009/page_1.pdf-1"), record("A/2009/page_1.pdf-2", program="greater(12, 10)", exe_ans="yes")]
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_model: Path) -> Config:
+    for name, rows in (("train", TRAIN), ("eval", EVAL)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
+    files = [f"data.{name}={tmp_path / name}.json" for name in ("train", "eval")]
+    return load(None, ["data.source=finqa", *files, f"model.name={tiny_model}", "prompt.max_length=512"]).config
+
+
+def test_the_folder_holds_examples_gold_and_tokens_that_agree(config: Config, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    facts = prepare(config, {}, folder)
+    assert (facts["num_train"], facts["num_eval"]) == (4, 2)
+    tokenizer = load_tokenizer(resolve(config.model.name))
+    for split, rows in (("train", TRAIN[:4]), ("eval", EVAL)):
+        lines = (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        examples = [Example.model_validate_json(line) for line in lines]
+        assert [each.id for each in examples] == [row["id"] for row in rows]
+        assert [each.completion for each in examples] == [row["qa"]["program"] for row in rows]
+        for example, (id_, ids, mask) in zip(examples, read_tokens(folder, split, 99), strict=True):
+            assert id_ == example.id
+            prompt = encode_prompt(tokenizer, example.messages)
+            assert ids[: len(prompt)] == prompt
+            assert mask == [0] * len(prompt) + [1] * (len(ids) - len(prompt))
+            assert len(ids) <= 512
+    assert read_finqa(folder / "gold.json").records == [FinQARecord.model_validate(row) for row in EVAL]
+
+
+def test_the_report_counts_drops_cuts_evidence_and_shared_pages(config: Config, tmp_path: Path) -> None:
+    prepare(config, {}, tmp_path)
+    report = read_report(tmp_path)
+    assert report.train.num_read == 5
+    assert report.train.num_examples == 4
+    assert report.train.dropped == {"no program": 1, "too long": 1}
+    assert any("row 5, id A/2009/page_9.pdf-1" in problem for problem in report.train.problems)
+    assert report.train.num_cut_examples == 4
+    assert report.train.num_units == 4 * 33
+    assert report.train.evidence.num_units == 8
+    assert 4 <= report.train.evidence.num_kept <= 8
+    assert report.num_shared_pages == 1
+    assert report.eval.operations["greater"] == 0.5
+    assert report.eval.steps == {"1": 1.0, "2": 0.0, "3": 0.0, "4+": 0.0}
+    notes = "\n".join(report.notes())
+    assert "1 no program" in notes
+    assert "1 eval examples ask about a page that is also trained on" in notes
+
+
+def test_the_same_configuration_gives_the_same_bytes(config: Config, tmp_path: Path) -> None:
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+        prepare(config, {}, folder)
+    names = ["train.jsonl", "eval.jsonl", "gold.json", "report.json"]
+    assert [(folders[0] / name).read_bytes() for name in names] == [(folders[1] / name).read_bytes() for name in names]
+
+
+def test_a_length_at_which_nothing_fits_is_an_error(config: Config, tmp_path: Path) -> None:
+    prompt = config.prompt.model_copy(update={"max_length": 64, "system": "word " * 100})
+    with pytest.raises(DataError, match=r"none of 5 train records.*raise prompt\.max_length"):
+        prepare(config.model_copy(update={"prompt": prompt}), {}, tmp_path)
+
+
+def test_strict_stops_at_the_first_broken_record(config: Config, tmp_path: Path) -> None:
+    data = config.data.model_copy(update={"strict": True})
+    with pytest.raises(DataError, match=r"row 5, id A/2009/page_9\.pdf-1"):
+        prepare(config.model_copy(update={"data": data}), {}, tmp_path)
+
+
+def test_lengths_are_summed_up_in_bins_that_hold_them_all() -> None:
+    found = lengths([5, 7, 100, 130])
+    assert (found.p50, found.max, found.total) == (7, 130, 242)
+    assert sum(number for _, _, number in found.histogram) == 4
+    assert found.histogram[0] == (0, 20, 2)
+    assert lengths([3]).histogram == ((3, 4, 1),)
+
+
+def test_a_page_is_the_id_without_the_question() -> None:
+    (row,) = [copy.deepcopy(TRAIN[0])]
+    assert page_of(FinQARecord.model_validate(row)) == "A/2009/page_0.pdf"
+
+
+def test_importing_the_stage_needs_neither_torch_nor_transformers() -> None:
+    heavy = "{'torch', 'transformers', 'datasets'} & set(sys.modules)"
+    code = f"import sys, fintune.stages.prepare, fintune.stages.inspect; sys.exit(bool({heavy}))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no FinQA files beside the repository")
+def test_real_records_are_prepared_with_their_evidence(config: Config, tmp_path: Path) -> None:
+    data = config.data.model_copy(
+        update={"train": SHARED / "train.json.gz", "eval": SHARED / "dev.json.gz", "max_train": 20, "max_eval": 20}
+    )
+    prompt = config.prompt.model_copy(update={"max_length": 2048})
+    prepare(config.model_copy(update={"data": data, "prompt": prompt}), {}, tmp_path)
+    report = read_report(tmp_path)
+    assert (report.train.num_examples, report.eval.num_examples) == (20, 20)
+    assert report.num_shared_pages == 0
+    assert report.eval.evidence.num_kept / report.eval.evidence.num_units > 0.9
