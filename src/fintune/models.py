@@ -16,22 +16,14 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from . import builtin
 from .chat import end_of_turn_ids
 from .errors import ModelError, ResourceError
-from .model_folder import (
-    MODEL_FILES,
-    adapter_base,
-    check_model_folder,
-    check_safetensors,
-    licence_of,
-    model_fingerprint,
-    read_json,
-)
+from .model_folder import adapter_base, check_safetensors, model_fingerprint, read_json
+from .model_ref import ModelRef, fetch, resolve
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -60,25 +52,6 @@ _RESERVED = re.compile(r"reserved|unused|extra_?id|_pad\b|_pad_|dummy", re.IGNOR
 
 
 @dataclass(frozen=True)
-class ModelRef:
-    """A model that was named and found, or is still on the hub.
-
-    Attributes:
-        name: As the user wrote it.
-        path: Local folder; None until ``fetch`` brought it there.
-        base_name: Short name for reports and file names.
-        licence: SPDX-like name, or None where not known.
-        revision: Hub revision asked for, or None.
-    """
-
-    name: str
-    path: Path | None
-    base_name: str
-    licence: str | None = None
-    revision: str | None = None
-
-
-@dataclass(frozen=True)
 class Precision:
     """A number type to compute in.
 
@@ -89,72 +62,6 @@ class Precision:
 
     dtype: DtypeName
     reason: str
-
-
-def resolve(name: str, *, revision: str | None = None) -> ModelRef:
-    """Finds out what a model's name means, without loading or downloading anything.
-
-    Args:
-        name: ``builtin:NAME``, a local folder, or a hub id (``OWNER/NAME``).
-        revision: Branch, tag or commit on the hub.
-
-    Raises:
-        ModelError: No such folder or built-in, an incomplete folder, or a name that is none of the three.
-    """
-    if name.startswith(builtin.PREFIX):
-        spec = builtin.describe(name)
-        return ModelRef(name, builtin.cached(name), name.removeprefix(builtin.PREFIX), spec.licence)
-    folder = Path(name).expanduser()
-    if name and folder.is_dir():
-        check_model_folder(folder)
-        return ModelRef(name, folder, folder.resolve().name, licence_of(folder))
-    if folder.is_file():
-        raise ModelError(f"{name} is a file", hint="a folder in Hugging Face form is needed here")
-    if not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", name, re.ASCII) or name.endswith(".gguf"):
-        raise ModelError(
-            f"no folder {name}", hint="name an existing model folder, a hub id OWNER/NAME, or builtin:NAME"
-        )
-    return ModelRef(name, None, name.rpartition("/")[2], revision=revision)
-
-
-def fetch(ref: ModelRef) -> ModelRef:
-    """The same model with its files in a local folder, downloaded where they are not there yet.
-
-    From the hub come only configuration, tokenizer and safetensors files.
-
-    Raises:
-        ModelError: Unknown, gated or incomplete model.
-        ResourceError: The hub cannot be reached and the model is not in its local cache.
-    """
-    if ref.path is not None:
-        return ref
-    if ref.name.startswith(builtin.PREFIX):
-        return replace(ref, path=builtin.ensure(ref.name))
-    from huggingface_hub import errors, snapshot_download
-
-    what = f"{ref.name}, revision {ref.revision}" if ref.revision else ref.name
-    try:
-        folder = Path(
-            snapshot_download(ref.name, revision=ref.revision, allow_patterns=[*MODEL_FILES, "README.md", "LICENSE*"])
-        )
-    except errors.GatedRepoError as error:
-        hint = "accept its licence on its page and log in with `hf auth login`"
-        raise ModelError(f"the hub gives {what} only to those who accepted its licence", hint=hint) from error
-    except errors.RevisionNotFoundError as error:
-        raise ModelError(f"the hub has no revision {ref.revision} of {ref.name}") from error
-    except errors.RepositoryNotFoundError as error:
-        hint = "check the spelling; for a private model log in with `hf auth login`"
-        raise ModelError(
-            f"there is no folder {ref.name} here and no model of that name on the hub", hint=hint
-        ) from error
-    except (errors.HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise ResourceError(
-            f"cannot fetch {what}: the hub cannot be reached and the model is not in the local hub cache ({reason})",
-            hint="connect once, or give a local model folder or builtin:smollm2-135m",
-        ) from error
-    check_model_folder(folder)
-    return replace(ref, path=folder, licence=licence_of(folder))
 
 
 def load_tokenizer(ref: ModelRef, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
