@@ -1,0 +1,180 @@
+"""Score predicted programs against a FinQA file: the official verdicts, and more beside them.
+
+``fintune score --predictions P --gold G [--csv F] [--json F]``; no configuration and no torch. As a step of a run it
+reads ``predict/KIND/predictions.jsonl`` and ``prepare/gold.json`` and writes ``score.json`` and ``score.csv``.
+"""
+
+from __future__ import annotations
+
+import csv as csv_module
+import io
+import json as json_module
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fintune.artifact import Facts, write_atomically
+from fintune.errors import DataError, FintuneError
+from fintune.options import Config
+from fintune.records import FinQARecord
+from fintune.report.metrics import Score, Verdict
+from fintune.report.metrics import score as score_predictions
+from fintune.sources.finqa_json import read_finqa
+from fintune.sources.predictions import PredictedProgram, read_predictions
+
+FIRST_COLUMNS = ("id", "exe_correct", "program_correct", "invalid", "result")
+"""The CSV starts with these; flags are 0 or 1."""
+
+
+@dataclass(frozen=True)
+class ScoreRun:
+    """What scoring gave.
+
+    Attributes:
+        score: All figures.
+        verdicts: One a scored prediction, in file order.
+        problems: One line for each row that was not scored, or scored with a doubt (a duplicate id).
+        num_unscored: Rows that are in no figure, by reason. Those of a known id are missing in the whole-file figures.
+    """
+
+    score: Score
+    verdicts: list[Verdict]
+    problems: list[str]
+    num_unscored: Mapping[str, int]
+
+
+def score(config: Config, inputs: Mapping[str, Path], folder: Path, *, kind: str) -> Facts:
+    """Score the predictions of one kind of model, as a step of a run."""
+    done = score_files(
+        inputs[f"predict/{kind}"] / "predictions.jsonl",
+        inputs["prepare"] / "gold.json",
+        csv=folder / "score.csv",
+        json=folder / "score.json",
+        strict=True,
+    )
+    figures = done.score
+    return {
+        "summary": f"execution {figures.execution_accuracy:.2%}, program {figures.program_accuracy:.2%}, "
+        f"invalid {figures.invalid_rate:.2%} of {figures.num_predictions}",
+        "num_predictions": figures.num_predictions,
+        "execution_accuracy": figures.execution_accuracy,
+        "program_accuracy": figures.program_accuracy,
+        "invalid_rate": figures.invalid_rate,
+    }
+
+
+def score_files(
+    predictions: Path, gold: Path, *, csv: Path | None = None, json: Path | None = None, strict: bool = False
+) -> ScoreRun:
+    """Score a file of predictions.
+
+    Args:
+        predictions: Any form that `fintune.sources.predictions` reads.
+        gold: FinQA JSON, plain or gzip.
+        csv: Write one row a prediction here.
+        json: Write all figures here.
+        strict: Refuse a file with a duplicate id, an unknown id, or a row without id or program.
+
+    Raises:
+        DataError: A file cannot be read, nothing in it can be scored, or ``strict`` and a row is wrong.
+        FintuneError: ``csv`` or ``json`` cannot be written.
+    """
+    for target in (csv, json):
+        # Before the work, so that an hour's predictions are not scored for a typing error.
+        if target is not None and not target.parent.is_dir():
+            raise FintuneError(f"{target}: its folder does not exist", hint="create it or name another file")
+    read_gold = read_finqa(gold, strict=strict)
+    found = read_predictions(predictions)
+    usable, doubts, num_unknown = _known(predictions, found.predictions, read_gold.records)
+    problems = [*found.problems, *doubts]
+    problems.sort(key=lambda problem: problem.row or 0)
+    if strict and problems:
+        more = f" ({len(problems) - 1} more rows like this)" if len(problems) > 1 else ""
+        problems[0].hint = f"mend the file, or score without --strict what can be scored{more}"
+        raise problems[0]
+    if not usable:
+        raise DataError(
+            "no prediction has an id of the gold file",
+            path=predictions,
+            hint=f"{gold} holds ids like {read_gold.records[0].id}",
+        )
+    figures, verdicts = score_predictions(read_gold.records, [(row.id, row.tokens) for row in usable])
+    num_unscored = Counter(found.unusable)
+    if num_unknown:
+        num_unscored["unknown id"] = num_unknown
+    lines = [*read_gold.problems, *map(str, problems), *_remarks(gold, figures, verdicts)]
+    done = ScoreRun(figures, verdicts, lines, dict(num_unscored))
+    if csv is not None:
+        _write(csv, csv_text(verdicts))
+    if json is not None:
+        _write(json, json_text(done))
+    return done
+
+
+def json_text(done: ScoreRun) -> str:
+    """All figures as JSON: num_predictions and the three official fractions first."""
+    data = {**done.score.model_dump(mode="json"), "num_unscored": done.num_unscored, "problems": done.problems}
+    return json_module.dumps(data, indent=2, ensure_ascii=False) + "\n"
+
+
+def csv_text(verdicts: Iterable[Verdict]) -> str:
+    """One row a prediction: `FIRST_COLUMNS`, then the verdict's other fields; unknown is empty."""
+    columns = [*FIRST_COLUMNS, *(name for name in Verdict.model_fields if name not in FIRST_COLUMNS)]
+    file = io.StringIO()
+    writer = csv_module.writer(file, lineterminator="\n")
+    writer.writerow(columns)
+    for verdict in verdicts:
+        writer.writerow([_cell(getattr(verdict, name)) for name in columns])
+    return file.getvalue()
+
+
+def _cell(value: object) -> object:
+    if isinstance(value, bool):
+        return int(value)
+    if isinstance(value, tuple):
+        return " ".join(value)
+    return value
+
+
+def _known(
+    path: Path, rows: Sequence[PredictedProgram], gold: Sequence[FinQARecord]
+) -> tuple[list[PredictedProgram], list[DataError], int]:
+    """Rows whose id is in the gold file, what is wrong with rows, and how many ids are not in it."""
+    ids = {record.id for record in gold}
+    usable: list[PredictedProgram] = []
+    doubts: list[DataError] = []
+    first: dict[str, int] = {}
+    for row in rows:
+        if row.id not in ids:
+            doubts.append(
+                DataError("the gold file has no such id; not scored", path=path, row=row.row, record_id=row.id)
+            )
+            continue
+        usable.append(row)
+        if row.id in first:
+            why = f"the same id as row {first[row.id]}; scored again, as officially"
+            doubts.append(DataError(why, path=path, row=row.row, record_id=row.id))
+        first.setdefault(row.id, row.row)
+    return usable, doubts, len(rows) - len(usable)
+
+
+def _remarks(gold: Path, figures: Score, verdicts: Sequence[Verdict]) -> list[str]:
+    lines: list[str] = []
+    if figures.num_gold_not_comparable:
+        number = figures.num_gold_not_comparable
+        lines.append(f"{gold}: {number} predictions have a gold program that is none; none of them is program-correct")
+    if figures.num_equality_raised:
+        first = next(verdict.id for verdict in verdicts if verdict.equality_raised)
+        lines.append(
+            f"{gold}: {figures.num_equality_raised} predictions equal their gold program with another result, "
+            f"on which the official script stops; counted as program-correct and execution-incorrect, first id {first}"
+        )
+    return lines
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        write_atomically(path, text)
+    except OSError as error:
+        raise FintuneError(f"{path}: cannot be written ({error.strerror or error})") from None
