@@ -144,7 +144,8 @@ def _literal(text: str, position: int, literal: str) -> int:
 def _argument(text: str, start: int, atom: str, operation: str, *, num_steps: int) -> Argument:
     if operation in TABLE_OPERATIONS:
         if not atom or atom != atom.strip() or atom.startswith("#"):
-            raise ParseError(text, start, f"the name of a table row, the first argument of {operation}")
+            what = "the name of a table row (without parentheses, ', ', '#', '|' and space at its ends)"
+            raise ParseError(text, start, what)
         return RowName(atom)
     if _NUMBER.fullmatch(atom):
         return Number(atom)
