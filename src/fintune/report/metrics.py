@@ -66,7 +66,7 @@ class Score(Rates):
     Attributes:
         num_duplicates: Predictions for an id that has an earlier one; they count, as they do officially.
         num_equality_raised: See `Verdict.equality_raised`.
-        num_gold_not_comparable: Predictions whose gold program the official comparison cannot read.
+        num_gold_not_comparable: Predictions at which the official comparison stops, since the gold program is none.
         outcomes: Predictions by `Verdict.outcome`.
         by_num_steps: By steps of the gold program.
         by_operation: By operation of the gold program; one with two operations counts under both.
