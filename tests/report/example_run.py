@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fintune.artifact import Key, Manifest
-from fintune.finqa.execute import execute
+from fintune.finqa.distribution import FINQA_TEST
 from fintune.finqa.program import tokenize
 from fintune.options import Config
+from fintune.prepared import Evidence, PrepareReport, SplitReport, lengths
 from fintune.records import FinQARecord, Prediction
+from fintune.report.metrics import score
 
 KINDS = ("base", "adapter", "merged", "F16", "Q4_K_M")
 RIGHT = {"base": 0.01, "adapter": 0.62, "merged": 0.62, "F16": 0.62, "Q4_K_M": 0.58}
@@ -32,7 +34,11 @@ def records(number: int = 12) -> list[FinQARecord]:
                     "id": f"ACME{k}/2010/page_1.pdf-1",
                     "pre_text": [f"acme {k} makes anvils .", "."],
                     "post_text": [f"dividends were $ {k + 3} million ."],
-                    "table": [["in millions", "2010", "2009"], ["revenue", f"$ {new}", f"{old}"], ["costs", "-32 ( 32 )", "1"]],
+                    "table": [
+                        ["in millions", "2010", "2009"],
+                        ["revenue", f"$ {new}", f"{old}"],
+                        ["costs", "-32 ( 32 )", "1"],
+                    ],
                     "qa": {
                         "question": f"what was the growth of revenue in case {k}?",
                         "program": f"subtract({new}, {old}), divide(#0, {old})",
@@ -56,11 +62,13 @@ def predictions(items: Sequence[FinQARecord], kind: str, seed: int = 3) -> list[
         tie = draw > 0.98
         if kind == "base":
             text = "The answer is 12 %. " + NASTY if own.random() < 0.5 else "add(1, 2)"
-            program = text if text.startswith("add") else text
+            program = text
         elif draw > RIGHT["adapter"] or (kind == "Q4_K_M" and own.random() < 0.1):
             fate = shared.random()
             if fate < 0.6:
-                program = program.replace("subtract", "add", 1) if "subtract" in program else f"{program}, add(#0, const_1)"
+                program = (
+                    program.replace("subtract", "add", 1) if "subtract" in program else f"{program}, add(#0, const_1)"
+                )
             elif fate < 0.8:
                 program = program.replace("(", "( ", 1).replace("1", "x", 1)
             else:
@@ -84,7 +92,9 @@ def predictions(items: Sequence[FinQARecord], kind: str, seed: int = 3) -> list[
     return made
 
 
-def write_run(folder: Path, config: Config, items: Sequence[FinQARecord], kinds: Sequence[str] = KINDS) -> dict[str, Path]:
+def write_run(
+    folder: Path, config: Config, items: Sequence[FinQARecord], kinds: Sequence[str] = KINDS
+) -> dict[str, Path]:
     """Write all stages; gives the folders by step name."""
     inputs: dict[str, Path] = {}
 
@@ -98,13 +108,18 @@ def write_run(folder: Path, config: Config, items: Sequence[FinQARecord], kinds:
     (prepare / "eval.jsonl").write_text(
         "".join(
             json.dumps(
-                {"id": item.id, "messages": [{"role": "user", "content": "?"}], "completion": item.qa.program, "num_cut": k % 3}
+                {
+                    "id": item.id,
+                    "messages": [{"role": "user", "content": "?"}],
+                    "completion": item.qa.program,
+                    "num_cut": k % 3,
+                }
             )
             + "\n"
             for k, item in enumerate(items)
         )
     )
-    (prepare / "report.json").write_text(json.dumps(DATA))
+    (prepare / "report.json").write_text(prepare_report().model_dump_json())
     train = stage("train")
     (train / "adapter").mkdir()
     (train / "adapter" / "adapter_model.safetensors").write_bytes(bytes(19_500))
@@ -127,25 +142,11 @@ def write_run(folder: Path, config: Config, items: Sequence[FinQARecord], kinds:
 
 def write_score(folder: Path, items: Sequence[FinQARecord], made: Sequence[Prediction]) -> None:
     """score.json and score.csv."""
-    rows = []
-    for item, prediction in zip(items, made, strict=True):
-        done = execute(tokenize(prediction.program), item.table)
-        right = not done.invalid and done.result == item.qa.exe_ans
-        same = prediction.program == item.qa.program
-        rows.append([item.id, int(right), int(right and same), int(done.invalid), done.result])
+    figures, verdicts = score(items, [(each.id, tokenize(each.program)) for each in made])
+    (folder / "score.json").write_text(figures.model_dump_json())
+    rows = [[v.id, int(v.exe_correct), int(v.program_correct), int(v.invalid), v.result] for v in verdicts]
     with (folder / "score.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["id", "exe_correct", "program_correct", "invalid", "result"], *rows])
-    n = len(rows)
-    exe, program, invalid = (sum(row[k] for row in rows) / n for k in (1, 2, 3))
-    half = 1.96 * math.sqrt(exe * (1 - exe) / n)
-    score = {
-        "num_predictions": n,
-        "execution_accuracy": exe,
-        "program_accuracy": program,
-        "invalid_rate": invalid,
-        "execution_interval": [max(0.0, exe - half), min(1.0, exe + half)],
-    }
-    (folder / "score.json").write_text(json.dumps(score))
 
 
 def metrics(steps: int = 120) -> list[dict[str, float]]:
@@ -156,7 +157,14 @@ def metrics(steps: int = 120) -> list[dict[str, float]]:
         loss = 2.6 * math.exp(-step / 18) + 0.12 + 0.08 * noise.random()
         rate = 2e-4 * 0.5 * (1 + math.cos(math.pi * step / steps))
         lines.append(
-            {"step": step, "loss": loss, "learning_rate": rate, "grad_norm": 1.0, "tokens": 9100 * step, "seconds": 4.1 * step}
+            {
+                "step": step,
+                "loss": loss,
+                "learning_rate": rate,
+                "grad_norm": 1.0,
+                "tokens": 9100 * step,
+                "seconds": 4.1 * step,
+            }
         )
         if step % 30 == 0:
             lines.append({"step": step, "eval_loss": loss * 1.1 + 0.03})
@@ -181,4 +189,34 @@ def manifest(step: str) -> Manifest:
     )
 
 
-DATA: dict[str, object] = {}
+def split_report(number: int) -> SplitReport:
+    """A split of so many examples, two of them dropped."""
+    return SplitReport(
+        num_read=number + 2,
+        num_sampled=number + 2,
+        num_examples=number,
+        dropped={"program does not run": 2},
+        problems=("train.json, row 3, id X: <b>program</b> does not run",),
+        num_cut_examples=number // 4,
+        num_cut_units=number,
+        num_units=31 * number,
+        prompt_tokens=lengths([700 + 13 * (k * k % 101) for k in range(number)]),
+        completion_tokens=lengths([18 + k % 23 for k in range(number)]),
+        evidence=Evidence(num_examples=number, num_complete=number - 1, num_units=2 * number, num_kept=2 * number - 1),
+        steps={"1": 0.5, "2": 0.4, "3": 0.08, "4+": 0.02},
+        operations={"divide": 0.5, "subtract": 0.3, "add": 0.15, "table_average": 0.05},
+    )
+
+
+def prepare_report() -> PrepareReport:
+    """What prepare reports."""
+    return PrepareReport(
+        template_hash="ab" * 32,
+        max_length=2048,
+        num_shared_pages=0,
+        train=split_report(800),
+        eval=split_report(160),
+        finqa_test_steps=dict(FINQA_TEST.steps),
+        finqa_test_operations=dict(FINQA_TEST.operations),
+        options={},
+    )

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fintune.finqa.execute import Run, Value, run
 from fintune.finqa.parse import ParseError, parse
-from fintune.finqa.program import Number, RowName
+from fintune.finqa.program import Number, RowName, tokenize
 from fintune.records import FinQARecord, Prediction
 
 RIGHT, OTHER_PROGRAM, WRONG, INVALID = range(4)
@@ -26,7 +27,7 @@ _NUMBER = re.compile(r"-?(?:\d[\d,]*\.?\d*|\.\d+)")
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Judged:
     """The official verdict on one prediction, as a row of ``score.csv`` has it.
 
     Attributes:
@@ -105,7 +106,7 @@ def used_parts(record: FinQARecord) -> Used:
 def browser_blocks(
     records: Sequence[FinQARecord],
     predictions: Mapping[str, Mapping[str, Prediction]],
-    verdicts: Mapping[str, Mapping[str, Verdict]],
+    verdicts: Mapping[str, Mapping[str, Judged]],
     num_cut: Mapping[str, int],
 ) -> tuple[str, str]:
     """The two blocks for the page, safe inside a ``script`` element.
@@ -130,6 +131,7 @@ def browser_blocks(
                 "q": record.qa.question,
                 "p": record.qa.program,
                 "v": record.qa.exe_ans,
+                "s": step_values(run(tokenize(record.qa.program), record.table)),
                 "a": record.qa.answer or "",
                 "page": pages.setdefault(page, len(pages)),
                 "rows": used.rows,
@@ -138,7 +140,7 @@ def browser_blocks(
                 "derived": used.derived,
                 "cut": num_cut.get(record.id, 0),
                 "m": [
-                    _answer(by_id.get(record.id), verdicts.get(kind, {}).get(record.id))
+                    _answer(record, by_id.get(record.id), verdicts.get(kind, {}).get(record.id))
                     for kind, by_id in predictions.items()
                 ],
             }
@@ -154,16 +156,30 @@ def script_json(value: Any) -> str:
     return text
 
 
-def _answer(prediction: Prediction | None, verdict: Verdict | None) -> dict[str, Any] | None:
+def step_values(ran: Run) -> list[str]:
+    """The value of each step for people, "failed" for one that has none."""
+    return ["failed" if step.value is None else _shown(step.value) for step in ran.steps]
+
+
+def _shown(value: Value) -> str:
+    if isinstance(value, float) and abs(value) < 1e15:
+        return f"{value:,.5f}".rstrip("0").rstrip(".") if abs(value) >= 1 else f"{value:.5g}"
+    return str(value)
+
+
+def _answer(record: FinQARecord, prediction: Prediction | None, judged: Judged | None) -> dict[str, Any] | None:
     if prediction is None:
         return None
-    answer: dict[str, Any] = {"p": prediction.program}
+    ran = run(tokenize(prediction.program), record.table)
+    answer: dict[str, Any] = {"p": prediction.program, "s": step_values(ran)}
+    if ran.reason is not None:
+        answer["why"] = ran.reason
     if prediction.text.strip() != prediction.program:
         answer["t"] = prediction.text[:MAX_TEXT_CHARACTERS]
     if prediction.finish_reason != "stop":
         answer["f"] = prediction.finish_reason
-    if verdict is not None:
-        answer |= {"c": verdict.code, "r": verdict.result}
+    if judged is not None:
+        answer |= {"c": judged.code, "r": judged.result}
     return answer
 
 

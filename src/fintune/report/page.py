@@ -49,16 +49,17 @@ def render(page: RunPage) -> str:
         chips=made.chips(page),
         parts=[(id_, words) for there, id_, words in present if there],
         measured=[accuracy.row(measured) for measured in page.measured],
+        breakdowns=accuracy.breakdowns(page.measured),
         same_n=accuracy.same_n(page.measured),
         unended=accuracy.unended(page.measured),
-        plot=markup(accuracy.plot(page.measured)) if page.measured else "",
+        plot=accuracy.plot(page.measured) if page.measured else "",
         pairs=compared,
         threshold=NEAR_TIE_NATS,
         training=trained,
         data=prepared,
         filters=FILTERS,
-        index=markup(index),
-        pages=markup(pages),
+        index=index,
+        pages=pages,
         changed=changed,
         unchanged=unchanged,
         origin=made.origin(page),
@@ -67,17 +68,10 @@ def render(page: RunPage) -> str:
 
 
 def render_template(name: str, **context: Any) -> str:
-    """Fill one of this package's templates; everything but :func:`markup` is escaped."""
+    """Fill one of this package's templates; all data are escaped, our own SVG and JSON blocks come in as they are."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
         loader=PackageLoader("fintune.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     return environment.get_template(name).render(version=__version__, **context)
-
-
-def markup(text: str) -> Any:
-    """Text that is HTML already (our own SVG, :func:`~fintune.report.examples.script_json`)."""
-    from markupsafe import Markup
-
-    return Markup(text)  # noqa: S704

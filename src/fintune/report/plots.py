@@ -104,6 +104,7 @@ def loss_plot(name: str, title: str, train: Curve, evaluated: Curve, rate: Curve
 
     The loss axis is logarithmic where the largest loss is more than 20 times the smallest.
     """
+    from matplotlib.ticker import LogLocator
 
     def draw(figure: Figure, wide: bool) -> None:
         loss, below = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
@@ -120,6 +121,7 @@ def loss_plot(name: str, title: str, train: Curve, evaluated: Curve, rate: Curve
         logarithmic = bool(values) and max(values) > 20 * min(values)
         if logarithmic:
             loss.set_yscale("log")
+            loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             loss.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             loss.yaxis.set_minor_formatter("")
         loss.set_ylabel("loss, nats" + (" (log scale)" if logarithmic else ""))
@@ -136,7 +138,7 @@ def loss_plot(name: str, title: str, train: Curve, evaluated: Curve, rate: Curve
     return _figure(name, title, draw, height=330)
 
 
-def share_plot(name: str, title: str, ours: Mapping[str, float], other: Mapping[str, float]) -> str:
+def share_plot(name: str, title: str, ours: Mapping[str, float], other: Mapping[str, float], axis: str) -> str:
     """Shares of named parts, this run's (bar) beside another's (hollow diamond), as fractions of 1."""
     labels = [*ours, *(label for label in other if label not in ours)]
 
@@ -152,24 +154,57 @@ def share_plot(name: str, title: str, ours: Mapping[str, float], other: Mapping[
                 color=_INK,
                 markerfacecolor="none",
                 markersize=6,
+                clip_on=False,
             )
         axes.set_yticks(places, labels)
         axes.set_ylim(len(labels) - 0.4, -0.6)
-        axes.set_xlim(left=0)
-        axes.set_xlabel("% of programs")
+        axes.set_xlim(0, 105 * max([0.01, *ours.values(), *other.values()]))
+        axes.set_xlabel(axis)
         axes.locator_params(axis="x", nbins=7 if wide else 5)
         _plain(axes, grid="x")
 
     return _figure(name, title, draw, height=48 + 24 * len(labels))
 
 
-def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
-    """Exponential moving average, corrected for its start so that the first value is the first of the input."""
-    total, out = 0.0, []
-    for index, value in enumerate(values, start=1):
-        total = weight * total + (1 - weight) * value
-        out.append(total / (1 - weight**index))
-    return out
+def length_plot(
+    name: str, title: str, histograms: Sequence[Sequence[tuple[int, int, int]]], limit: int | None = None
+) -> str:
+    """Histograms of lengths in tokens, each as the share of its examples per 100 tokens.
+
+    Args:
+        name: Unique on the page.
+        title: For a screen reader.
+        histograms: Lists of (from, up to but without, count), without gaps; coloured ``--s1``, ``--s4``.
+        limit: A length that none may pass, drawn as a line.
+    """
+
+    def draw(figure: Figure, wide: bool) -> None:
+        axes = figure.add_subplot()
+        for bins, colour in zip(histograms, (_SERIES[1], _SERIES[4]), strict=False):
+            total = sum(count for _, _, count in bins) or 1
+            heights = [100 * count / total * 100 / (end - start) for start, end, count in bins]
+            edges = [bins[0][0], *(end for _, end, _ in bins)]
+            axes.stairs(heights, edges, color=colour, fill=True, alpha=0.18)
+            axes.stairs(heights, edges, color=colour, linewidth=1.8)
+        if limit is not None:
+            axes.axvline(limit, color=_MUTED, linewidth=1.2, linestyle="--")
+        axes.set_ylim(bottom=0)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("tokens of the prompt")
+        axes.set_ylabel("% of examples\nper 100 tokens")
+        axes.locator_params(axis="x", nbins=8 if wide else 5)
+        axes.locator_params(axis="y", nbins=5)
+        _plain(axes, grid="y")
+
+    return _figure(name, title, draw, height=230)
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Mean over a window around each value, a twentieth of the whole wide and narrower at both ends."""
+    half = max(1, len(values) // 40)
+    reaches = [min(half, index, len(values) - 1 - index) for index in range(len(values))]
+    windows = [values[index - reach : index + reach + 1] for index, reach in enumerate(reaches)]
+    return [sum(window) / len(window) for window in windows]
 
 
 def _plain(axes: Axes, *, grid: Literal["x", "y"]) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 from fintune.options import Config
 from fintune.records import FinQARecord, Prediction
 from fintune.report.agreement import Agreement, compare
-from fintune.report.examples import Verdict
+from fintune.report.examples import Judged
+from fintune.report.metrics import Score
 
 KINDS: Mapping[str, str] = {
     "base": "base",
@@ -24,25 +25,18 @@ KINDS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Measured:
-    """The figures of one kind of model; shares are fractions.
+    """The figures of one kind of model.
 
     Attributes:
         kind: Key of KINDS.
-        num_predictions: n.
-        exe_low: Lower end of the 95 % interval of the execution accuracy.
-        exe_high: Its upper end.
+        score: Official figures.
         num_unended: Completions that reached the token limit.
         predict_seconds: Generating all completions.
         weights_bytes: Size of the weight files, or None where the run holds none of this kind.
     """
 
     kind: str
-    num_predictions: int
-    execution_accuracy: float
-    exe_low: float
-    exe_high: float
-    program_accuracy: float
-    invalid_rate: float
+    score: Score
     num_unended: int
     predict_seconds: float
     weights_bytes: int | None
@@ -89,7 +83,7 @@ class RunPage:
     records: Sequence[FinQARecord] = ()
     num_cut: Mapping[str, int] = field(default_factory=dict)
     predictions: Mapping[str, Mapping[str, Prediction]] = field(default_factory=dict)
-    verdicts: Mapping[str, Mapping[str, Verdict]] = field(default_factory=dict)
+    verdicts: Mapping[str, Mapping[str, Judged]] = field(default_factory=dict)
     made: Sequence[Made] = ()
     token_names: Mapping[int, str] = field(default_factory=dict)
 

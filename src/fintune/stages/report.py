@@ -14,7 +14,8 @@ from fintune.artifact import MANIFEST, Facts, Manifest, write_atomically
 from fintune.errors import ArtifactError
 from fintune.options import Config
 from fintune.records import Example, FinQARecord, Prediction
-from fintune.report.examples import Verdict
+from fintune.report.examples import Judged
+from fintune.report.metrics import Score
 from fintune.report.page import render
 from fintune.report.run_page import KINDS, Made, Measured, RunPage
 
@@ -35,12 +36,13 @@ def report(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
     Raises:
         ArtifactError: A file of a finished stage that cannot be read.
     """
-    html = render(collect(config, inputs))
+    page = collect(config, inputs)
+    html = render(page)
     write_atomically(folder / "index.html", html)
     num_bytes = len(html.encode())
-    kinds = [step.partition("/")[2] for step in inputs if step.startswith("predict/")]
     return {
-        "num_kinds": len(kinds),
+        "num_examples": len(page.records),
+        "num_kinds": len(page.predictions),
         "page_bytes": num_bytes,
         "summary": f"index.html, {num_bytes / 1e6:.1f} MB",
     }
@@ -76,23 +78,17 @@ def collect(config: Config, inputs: Mapping[str, Path]) -> RunPage:
 
 def _measured(kind: str, inputs: Mapping[str, Path], predictions: Mapping[str, Prediction]) -> Measured:
     path = inputs[f"score/{kind}"] / "score.json"
-    score = _object(path)
     try:
-        low, high = score["execution_interval"]
-        return Measured(
-            kind=kind,
-            num_predictions=score["num_predictions"],
-            execution_accuracy=score["execution_accuracy"],
-            exe_low=low,
-            exe_high=high,
-            program_accuracy=score["program_accuracy"],
-            invalid_rate=score["invalid_rate"],
-            num_unended=sum(prediction.finish_reason == "length" for prediction in predictions.values()),
-            predict_seconds=sum(prediction.seconds for prediction in predictions.values()),
-            weights_bytes=_weights_bytes(kind, inputs),
-        )
-    except KeyError as error:
-        raise _unreadable(path, f"no key {error}") from None
+        score = Score.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise _unreadable(path, str(error).splitlines()[0]) from None
+    return Measured(
+        kind=kind,
+        score=score,
+        num_unended=sum(prediction.finish_reason == "length" for prediction in predictions.values()),
+        predict_seconds=sum(prediction.seconds for prediction in predictions.values()),
+        weights_bytes=_weights_bytes(kind, inputs),
+    )
 
 
 def _weights_bytes(kind: str, inputs: Mapping[str, Path]) -> int | None:
@@ -140,11 +136,11 @@ def _token_names(inputs: Mapping[str, Path]) -> dict[int, str]:
     return {number: token.translate({0x120: " ", 0x10A: "\n", 0x2581: " "}) for number, token in names.items()}
 
 
-def _verdicts(path: Path) -> dict[str, Verdict]:
+def _verdicts(path: Path) -> dict[str, Judged]:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             return {
-                row["id"]: Verdict(
+                row["id"]: Judged(
                     exe_correct=row["exe_correct"] == "1",
                     program_correct=row["program_correct"] == "1",
                     invalid=row["invalid"] == "1",

@@ -20,29 +20,30 @@ def hero(page: RunPage) -> dict[str, str]:
     if after is None or before is None:
         only = after or before
         assert only is not None
-        return {"before": percent(only.execution_accuracy), "after": "", "words": f"{words} ({KINDS[only.kind]})"}
+        return {"before": percent(only.score.execution_accuracy), "after": "", "words": f"{words} ({KINDS[only.kind]})"}
     smallest = by_kind.get("Q4_K_M")
     tail = ""
     if smallest is not None and smallest is not after:
         size = f" in {smallest.weights_bytes / 1e6:.0f} MB" if smallest.weights_bytes else ""
-        tail = f"; {percent(smallest.execution_accuracy)} as the Q4_K_M file that ships{size}"
+        tail = f"; {percent(smallest.score.execution_accuracy)} as the Q4_K_M file that ships{size}"
     return {
-        "before": percent(before.execution_accuracy),
-        "after": percent(after.execution_accuracy),
+        "before": percent(before.score.execution_accuracy),
+        "after": percent(after.score.execution_accuracy),
         "words": f"{words}, before and after training{tail}",
     }
 
 
 def row(measured: Measured) -> dict[str, Any]:
     """One row of the table, as text."""
+    low, high = measured.score.execution_accuracy_interval
     return {
         "label": KINDS[measured.kind],
         "colour": list(KINDS).index(measured.kind),
-        "exe": percent(measured.execution_accuracy),
-        "interval": f"{100 * measured.exe_low:.1f} - {100 * measured.exe_high:.1f}".replace("-", "\u2013"),
-        "program": percent(measured.program_accuracy),
-        "invalid": percent(measured.invalid_rate),
-        "num": f"{measured.num_predictions:,}",
+        "exe": percent(measured.score.execution_accuracy),
+        "interval": f"{100 * low:.1f}\u2013{100 * high:.1f}",
+        "program": percent(measured.score.program_accuracy),
+        "invalid": percent(measured.score.invalid_rate),
+        "num": f"{measured.score.num_predictions:,}",
         "seconds": f"{measured.predict_seconds:,.0f}"
         if measured.predict_seconds >= 10
         else f"{measured.predict_seconds:.1f}",
@@ -52,7 +53,7 @@ def row(measured: Measured) -> dict[str, Any]:
 
 def same_n(measured: Sequence[Measured]) -> str:
     """N where it is the same for all, else nothing."""
-    numbers = {m.num_predictions for m in measured}
+    numbers = {m.score.num_predictions for m in measured}
     return f"{numbers.pop():,}" if len(numbers) == 1 else ""
 
 
@@ -67,10 +68,9 @@ def plot(measured: Sequence[Measured]) -> str:
     rows = [
         Dot(
             KINDS[m.kind].replace("GGUF ", ""),
-            m.execution_accuracy,
-            m.exe_low,
-            m.exe_high,
-            m.program_accuracy,
+            m.score.execution_accuracy,
+            *m.score.execution_accuracy_interval,
+            m.score.program_accuracy,
             list(KINDS).index(m.kind),
         )
         for m in measured
@@ -83,3 +83,29 @@ def plot(measured: Sequence[Measured]) -> str:
         rows,
         f"execution accuracy, %{f' (n = {number})' if number else ''}",
     )
+
+
+def breakdowns(measured: Sequence[Measured]) -> list[dict[str, Any]]:
+    """Execution accuracy by kind of question, one table each: the groups in rows, the models in columns."""
+    if not measured:
+        return []
+    names = (
+        ("steps of the gold program", "by_num_steps"),
+        ("operation in the gold program", "by_operation"),
+        ("where the evidence stands", "by_evidence"),
+        ("type of question", "by_question_type"),
+    )
+    tables = []
+    for name, attribute in names:
+        groups = [getattr(m.score, attribute) for m in measured]
+        keys = sorted({key for group in groups for key in group}, key=str)
+        rows = [
+            {
+                "name": str(key).replace("yes_no", "yes or no"),
+                "n": max(group[key].num_predictions for group in groups if key in group),
+                "cells": [percent(group[key].execution_accuracy) if key in group else "" for group in groups],
+            }
+            for key in keys
+        ]
+        tables.append({"name": name, "rows": rows})
+    return tables

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from fintune.records import FinQARecord
+from fintune.report.examples import (
+    INVALID,
+    OTHER_PROGRAM,
+    RIGHT,
+    WRONG,
+    Judged,
+    browser_blocks,
+    script_json,
+    used_parts,
+)
+from report.example_run import NASTY, predictions, records
+
+DEV = Path(__file__).parents[3] / "shared" / "finqa" / "dev.json.gz"
+
+
+def record(**qa) -> FinQARecord:
+    values = {"question": "q", "program": "subtract(50, 32)", "exe_ans": 18.0, "gold_inds": None, **qa}
+    return FinQARecord.model_validate(
+        {
+            "id": "A/1/page_1.pdf-1",
+            "pre_text": ["first .", "we paid $ 1,250.5 and 50% in 2010 ."],
+            "post_text": ["last 32 ."],
+            "table": [["", "2010", "2009"], ["a", "$ 50", "7"], ["b", "-32 ( 32 )", "50"], ["c", "1", ""]],
+            "qa": values,
+        }
+    )
+
+
+def test_operands_are_found_only_in_the_rows_that_are_evidence():
+    used = used_parts(record(gold_inds={"table_1": "...", "table_3": "..."}))
+    assert used.rows == (1, 3)
+    assert used.cells == ((1, 1),)
+    assert not used.derived
+
+
+def test_a_negative_cell_in_parentheses_is_found_without_its_sign():
+    assert (2, 1) in used_parts(record(gold_inds={"table_2": "..."})).cells
+
+
+def test_without_gold_inds_the_whole_page_is_searched_and_that_is_said():
+    used = used_parts(record(program="subtract(50, 1250.5)"))
+    assert used.derived
+    assert used.cells == ((1, 1), (2, 2))
+    assert used.sentences == {1: (3,)}
+
+
+def test_a_table_operation_uses_the_filled_cells_of_its_row():
+    assert used_parts(record(program="table_max(c, none)", gold_inds={"table_3": ""})).cells == ((3, 1),)
+
+
+def test_sentences_count_across_the_table_and_mark_operands_with_currency_and_percent():
+    used = used_parts(record(program="multiply(50%, 1250.5)", gold_inds={"text_1": "", "text_2": ""}))
+    assert used.sentences == {1: (3, 5), 2: ()}
+
+
+def test_an_operand_in_a_first_row_that_is_no_header_is_found():
+    assert used_parts(record(program="subtract(50, 2010)", gold_inds={"table_1": ""})).cells == ((1, 1), (0, 1))
+
+
+def test_constants_and_steps_mark_nothing():
+    used = used_parts(record(program="divide(7, const_1), add(#0, const_50)", gold_inds={"table_1": "", "table_2": ""}))
+    assert used.cells == ((1, 2),)
+
+
+def test_evidence_that_the_page_does_not_have_is_left_out():
+    assert used_parts(record(gold_inds={"table_9": "", "text_77": "", "odd": ""})).rows == ()
+
+
+@pytest.mark.skipif(not DEV.exists(), reason="needs FinQA's dev set beside the repository")
+def test_every_operand_of_nearly_all_gold_programs_of_dev_is_found():
+    items = [FinQARecord.model_validate(row) for row in json.loads(gzip.decompress(DEV.read_bytes()))]
+    marked = [used for used in map(used_parts, items) if used.cells or any(used.sentences.values())]
+    assert len(marked) >= 0.99 * len(items)
+
+
+@pytest.mark.parametrize(
+    ("flags", "code"),
+    [
+        ((True, True, False), RIGHT),
+        ((True, False, False), OTHER_PROGRAM),
+        ((False, False, False), WRONG),
+        ((False, True, False), WRONG),
+        ((False, False, True), INVALID),
+    ],
+)
+def test_each_verdict_has_one_code(flags, code):
+    assert Judged(*flags, result="1").code == code
+
+
+def test_json_for_a_page_cannot_leave_its_element_and_comes_back_whole():
+    text = script_json({"x": NASTY})
+    assert not set("<>&\u2028\n") & set(text)
+    assert json.loads(text) == {"x": NASTY}
+
+
+def test_pages_that_questions_share_are_stored_once():
+    one, other = record(), record(question="another").model_copy(update={"id": "A/1/page_1.pdf-2"})
+    index, pages = browser_blocks([one, other, *records(2)], {}, {}, {})
+    assert len(pages.split("\n")) == 3
+    assert [example["page"] for example in json.loads(index)["examples"]] == [0, 0, 1, 2]
+    assert json.loads(pages.split("\n")[0])["t"][1] == ["a", "$ 50", "7"]
+
+
+def test_the_index_tells_steps_verdicts_cuts_and_missing_predictions():
+    items = records(3)
+    said = {each.id: each for each in predictions(items, "base")[:2]}
+    judged = {items[0].id: Judged(False, False, True, "n/a")}
+    index = json.loads(browser_blocks(items, {"base": said}, {"base": judged}, {items[1].id: 4})[0])
+    first, second, third = index["examples"]
+    assert index["kinds"] == ["base"]
+    assert first["s"] == ["30", "0.3"]
+    assert first["m"][0]["c"] == INVALID
+    assert "c" not in second["m"][0]
+    assert second["cut"] == 4
+    assert third["m"] == [None]
