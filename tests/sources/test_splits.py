@@ -10,7 +10,7 @@ import pytest
 from fintune.config import load as load_config
 from fintune.errors import DataError
 from fintune.sources import splits
-from fintune.sources.splits import company_of
+from fintune.sources.statements import company_of
 
 
 def rows(name: str, number: int) -> list[dict[str, Any]]:
@@ -59,9 +59,8 @@ def test_strict_reaches_the_reader(files: list[str]) -> None:
 
 
 def test_generated_companies_are_trained_on_or_scored_never_both() -> None:
-    pytest.importorskip("fintune.sources.statements.generate", reason="no generated pages in this version")
     sizes = {"train_companies": 5, "eval_companies": 3, "pages_per_company": 2, "questions_per_page": 2}
     found = load([f"data.statements.{key}={value}" for key, value in sizes.items()])
-    train, evaluation = ({company_of(r) for r in found[name].records} for name in ("train", "eval"))
+    train, evaluation = ({company_of(r.id) for r in found[name].records} for name in ("train", "eval"))
     assert (len(train), len(evaluation)) == (5, 3)
     assert not train & evaluation

@@ -55,28 +55,18 @@ def _files(data: DataOptions) -> tuple[ReadResult, ReadResult]:
 
 def _generated(data: DataOptions, seed: int) -> tuple[ReadResult, ReadResult]:
     """Pages of some companies to train on and of others to score on."""
-    from fintune.sources.statements import generate
+    from fintune.sources.statements import generate, split_by_company
 
     pages = data.statements
     records = generate(
-        num_companies=pages.train_companies + pages.eval_companies,
+        pages.train_companies + pages.eval_companies,
         pages_per_company=pages.pages_per_company,
         questions_per_page=pages.questions_per_page,
-        size=pages.size,
         seed=seed,
+        size=pages.size,
     )
-    by_company: dict[str, list[FinQARecord]] = {}
-    for record in records:
-        by_company.setdefault(company_of(record), []).append(record)
-    companies = list(by_company)
-    parts = companies[: pages.train_companies], companies[pages.train_companies :]
-    train, evaluation = ([record for company in part for record in by_company[company]] for part in parts)
+    train, evaluation = split_by_company(records, num_train=pages.train_companies)
     return ReadResult(train), ReadResult(evaluation)
-
-
-def company_of(record: FinQARecord) -> str:
-    """The company of a record: ``ACME`` of ``ACME/2009/page_17.pdf-3``."""
-    return record.id.partition("/")[0]
 
 
 def _least(*limits: int | None) -> int | None:
