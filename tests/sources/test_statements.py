@@ -155,7 +155,7 @@ def test_no_position_gives_the_answer(size):
         row = int(keys[0].removeprefix("table_"))
         rows[len(record.table)][row] += 1
         cells = [cell.removeprefix("$ ").split(" ")[0] for cell in record.table[row]]
-        if numbers[0] in cells:
+        if numbers[0] in cells and re.search(r"\d{4}$", record.table[0][1]):
             columns[len(cells)][cells.index(numbers[0])] += 1
         shapes[re.sub(r"-?\b[\d.]+%?", "N", record.qa.program)] += 1
     for counts in (*(columns[width] for width in (3, 4)), *rows.values()):
@@ -180,3 +180,39 @@ def test_wordings_are_many():
     starts = Counter(" ".join(question.split()[:4]) for question in questions)
     assert len(starts) > 100
     assert starts.most_common(1)[0][1] < 0.15 * len(questions)
+
+
+def test_no_two_quantities_of_a_page_share_a_name():
+    import random
+
+    from fintune.sources.statements.accounts import make_accounts
+    from fintune.sources.statements.companies import make_company
+    from fintune.sources.statements.pages import make_page
+
+    for size in SIZES:
+        for index in range(150):
+            rng = random.Random(index)
+            company = make_company(3, index, small=size == "small")
+            page = make_page(company, make_accounts(company, rng, small=size == "small"), rng, size=size)
+            names = [series.name for series in (*page.table.series, *page.text_series)]
+            assert len(set(names)) == len(names), names
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_numbers_of_text_and_table_meet_in_one_unit(size):
+    """A one-step program that divides the text's money by the table's has both in one unit."""
+    words = {"million": 10**6, "billion": 10**9}
+    num_checked = 0
+    for record in records(size):
+        evidence = record.qa.gold_inds or {}
+        operands = re.fullmatch(r"divide\((\d[\d.]*), (-?\d[\d.]*)\)", record.qa.program)
+        if operands is None or {key.split("_")[0] for key in evidence} != {"table", "text"}:
+            continue
+        sentence = next(value for key, value in evidence.items() if key.startswith("text_"))
+        said = re.search(rf"\$ {re.escape(operands[1])}(?: (million|billion))?(?= )", sentence)
+        if said is None:
+            continue
+        unit = 10**3 if "thousand" in " ".join(record.table[0]) else 10**6
+        assert words.get(said[1], 1) == unit, record.id
+        num_checked += 1
+    assert num_checked >= 10

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from fintune.sources.statements import pairs, questions
+from fintune.sources.statements import pairs, parts, questions
 from fintune.sources.statements.page import Breakdown, Page, Size
 from fintune.sources.statements.questions import Draft, Kind, Pool
 
@@ -35,12 +35,12 @@ MIXTURES: dict[Size, dict[tuple[str, int], float]] = {
     "full": {
         ("table", 1): 34, ("table", 2): 22, ("table", 3): 3.0, ("table", 4): 1.5,
         ("text", 1): 14, ("text", 2): 8.0, ("text", 3): 1.2, ("text", 4): 0.5,
-        ("both", 1): 10, ("both", 2): 6.0, ("both", 3): 1.4, ("both", 4): 0.6,
+        ("both", 1): 11, ("both", 2): 6.6, ("both", 3): 1.4, ("both", 4): 0.6,
     },
     "small": {
-        ("table", 1): 31, ("table", 2): 20, ("table", 3): 3.5, ("table", 4): 1.2,
+        ("table", 1): 30, ("table", 2): 19, ("table", 3): 3.5, ("table", 4): 1.5,
         ("text", 1): 15, ("text", 2): 9.0, ("text", 3): 1.5, ("text", 4): 0.6,
-        ("both", 1): 13, ("both", 2): 9.5, ("both", 3): 4.0, ("both", 4): 1.2,
+        ("both", 1): 19, ("both", 2): 14.0, ("both", 3): 5.0, ("both", 4): 1.4,
     },
 }  # fmt: skip
 
@@ -81,8 +81,8 @@ def _entries() -> tuple[Entry, ...]:
     for evidence in ("table", "text"):
         over, total = partial(_over, evidence), partial(_of_total, evidence)
         add(evidence, 1, 14, over(q.change))
-        add(evidence, 1, 32, total(q.share))
-        add(evidence, 1, 3, total(q.rest))
+        add(evidence, 1, 32, total(parts.share))
+        add(evidence, 1, 3, total(parts.rest))
         add(evidence, 1, 2, over(q.sum_years))
         add(evidence, 1, 2, over(q.ratio_years))
         add(evidence, 1, 0.8, over(q.rose))
@@ -91,18 +91,18 @@ def _entries() -> tuple[Entry, ...]:
         add(evidence, 2, 2, over(partial(q.sum_years, num_years=3)))
         add(evidence, 2, 1, over(q.in_billions))
         add(evidence, 2, 1, over(q.yearly_change))
-        add(evidence, 2, 2, total(q.share_rest))
+        add(evidence, 2, 2, total(parts.share_rest))
         add(evidence, 3, 3, over(partial(q.average, num_years=3)))
         add(evidence, 4, 1, over(partial(q.average, num_years=4)))
-    for operation, weight in (("average", 2.4), ("max", 1.3), ("min", 0.9), ("sum", 3.0)):
+    for operation, weight in (("average", 3.2), ("max", 1.6), ("min", 1.1), ("sum", 2.4)):
         add("table", 1, weight, _over("table", q.over_row(f"table_{operation}")))
     add("table", 3, 0.6, _over("table", q.row_range))
     add("table", 2, 6, _over("table", q.roi))
     add("table", 4, 2, _over("table", q.roi_gap))
     for kind, steps, weight in (("share_two", 2, 5.0), ("sum", 1, 4.0), ("difference", 1, 2.0), ("ratio", 1, 1.0)):
-        add("table", steps, weight, _of_total("table", q.two_parts(kind)))
-    add("table", 1, 0.4, _of_total("table", q.two_parts("greater")))
-    add("table", 3, 2, _of_total("table", q.share_change))
+        add("table", steps, weight, _of_total("table", parts.two_parts(kind)))
+    add("table", 1, 0.4, _of_total("table", parts.two_parts("greater")))
+    add("table", 3, 2, _of_total("table", parts.share_change))
     for evidence in ("table", "text", "both"):
         pair = partial(_of_pair, evidence)
         weight = {"table": 0.6, "text": 0.4, "both": 1}[evidence]
@@ -118,7 +118,8 @@ def _entries() -> tuple[Entry, ...]:
     add("both", (1, 2), 45, p.rate)
     add("both", (2, 3), 12, p.product_share)
     add("both", 2, 6, p.per_piece)
-    add("text", (1, 2), 30, p.product)
+    add("text", (1, 2), 30, partial(p.product, in_table=False))
+    add("table", (1, 2), 40, partial(p.product, in_table=True))
     return tuple(entries)
 
 

@@ -64,14 +64,15 @@ class Breakdown:
         total_name: What a question calls the total.
         parts: Part's name to number; never all of them negative and positive mixed.
         year: The year that the figures belong to, or None where the parts are years themselves.
-        wording: Which templates fit: "part" (of a total in a year), "due" (payments by year), "price" (of a purchase).
+        wording: Which templates fit: "part" (of a total in a year), "due" (payments by year), "month" (of purchases),
+            "price" (of a purchase).
     """
 
     total_name: str
     parts: dict[str, Number]
     total: Number
     year: int | None
-    wording: Literal["part", "due", "price", "facility"] = "part"
+    wording: Literal["part", "due", "month", "price", "facility"] = "part"
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ class Table:
     title: str
     series: tuple[Series, ...] = ()
     breakdowns: tuple[Breakdown, ...] = ()
+    products: tuple[Product, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -7,19 +7,20 @@ import random
 from fintune.sources.statements.accounts import Accounts
 from fintune.sources.statements.companies import Company
 from fintune.sources.statements.facts import COMPARABLE, MAKERS, Setting
-from fintune.sources.statements.page import Fact, Page, Size
-from fintune.sources.statements.prose import filler
+from fintune.sources.statements.page import Fact, Page, Size, Table
+from fintune.sources.statements.prose import filler, lead_in
 from fintune.sources.statements.tables import KINDS, make_table
 
 # Facts that would speak of a quantity which this kind of table shows, with another figure.
 _CLASHES = {
     "cash_flow": {"share_repurchase", "acquisition", "dividend"},
     "leases": {"rent"},
+    "buybacks": {"share_repurchase"},
     "maturities": {"notes"},
 }
 _WEIGHTS = {
     "income": 5, "balance": 4, "cash_flow": 3, "segments": 4, "regions": 2, "maturities": 3, "leases": 2,
-    "performance": 1.5,
+    "performance": 1.5, "buybacks": 1.5,
 }  # fmt: skip
 
 
@@ -29,7 +30,7 @@ def make_page(company: Company, books: Accounts, rng: random.Random, *, size: Si
     kind = rng.choices(KINDS, [_WEIGHTS[kind] for kind in KINDS])[0]
     year = rng.choice(books.years[2:])
     table = make_table(kind, company, books, year, rng, small=small)
-    num_facts = rng.choice((1, 2, 2)) if small else rng.randint(4, 8)
+    num_facts = _num_small_facts(table, rng) if small else rng.randint(4, 8)
     usable = [name for name in MAKERS if name not in _CLASHES.get(kind, ())]
     first = rng.choice([name for name in usable if name in COMPARABLE])
     names = [first, *rng.sample([name for name in usable if name != first], num_facts - 1)]
@@ -38,12 +39,20 @@ def make_page(company: Company, books: Accounts, rng: random.Random, *, size: Si
     return _laid_out(Page(year, table, facts, (), ()), company, rng, small=small)
 
 
+def _num_small_facts(table: Table, rng: random.Random) -> int:
+    """One fact beside a large table, one or two beside others: small pages are to be of one length."""
+    return 1 if len(table.rows) * (len(table.rows[0]) - 1) > 8 else rng.choice((1, 2, 2))
+
+
 def _laid_out(page: Page, company: Company, rng: random.Random, *, small: bool) -> Page:
     """The page with its sentences before and after the table; facts stand anywhere, in any order."""
     sentences: list[Fact | str] = list(page.facts)
     sentences += filler(company, page.year, rng, small=small)
     rng.shuffle(sentences)
     cut = rng.randint(0, len(sentences))
+    if not small:
+        sentences.insert(cut, lead_in(company, page.table.title, page.year, rng))
+        cut += 1
     places = {id(item): place for place, item in enumerate(sentences) if isinstance(item, Fact)}
     texts = [item.sentence if isinstance(item, Fact) else item for item in sentences]
     return Page(

@@ -7,13 +7,15 @@ from collections.abc import Callable
 
 from fintune.sources.statements.page import Page, Series
 from fintune.sources.statements.programs import Builder
-from fintune.sources.statements.questions import Draft, Pool, put, same_sign, unit_of
+from fintune.sources.statements.questions import CHANGES, Draft, Pool, put, same_sign, unit_of
 
 PairKind = Callable[[Pool, Pool, random.Random], Draft | None]
 
 # Charges that lowered income, and the lines that they lowered.
 _CHARGES = frozenset({"impairment", "restructuring", "rent", "advertising", "warranty"})
 _LOWERED = frozenset({"operating_income", "pretax_income", "gross_profit"})
+# A question with "total liabilities and equity and …" could be read in two ways.
+_UNPAIRED = CHANGES | {"liabilities_and_equity"}
 
 
 def pick_pair(
@@ -25,6 +27,7 @@ def pick_pair(
         for x in first
         for y in second
         if x.key != y.key
+        and not {x.key, y.key} & _UNPAIRED
         and x.measure == y.measure == "money"
         and (x.when == y.when or first is not second)
         and len(set(x.years) & set(y.years)) >= num_years
@@ -151,9 +154,9 @@ def without_charge(page: Page, rng: random.Random) -> Draft | None:
     return Draft(put("without_charge", rng, x=charge.name, y=income.name, b=b), build)
 
 
-def product(page: Page, rng: random.Random) -> Draft | None:
+def product(page: Page, rng: random.Random, *, in_table: bool) -> Draft | None:
     """``multiply(quantity, price)``; plain counts of shares sometimes in millions, by one step more."""
-    found = [item for fact in page.facts for item in fact.products]
+    found = page.table.products if in_table else [item for fact in page.facts for item in fact.products]
     if not found:
         return None
     item = rng.choice(found)

@@ -1,21 +1,24 @@
-"""Kinds of question: each looks for what it needs on a page and builds question and program, or finds nothing."""
+"""Kinds of question over one quantity: each looks for a fitting series and builds question and program, or nothing."""
 
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from fintune.finqa.program import Reference
-from fintune.sources.statements.page import Breakdown, Number, Page, Series
+from fintune.sources.statements.page import Number, Page, Series
 from fintune.sources.statements.programs import Builder
 from fintune.sources.statements.wordings import WORDINGS
 
 AnswerForm = Literal["number", "percent", "yes_no"]
 UNITS = {1_000: "thousands", 1_000_000: "millions", 1_000_000_000: "billions"}
+# "the average the tax rate"
+_DOUBLED_ARTICLE = re.compile(r"\b(average|annual|combined|greatest|highest|lowest|m(?:ax|in)imum|smallest|total) the ")
 # Lines that are changes themselves: "the change in the change in cash" is no question.
-_CHANGES = frozenset({"cash_change", "working_capital", "net_borrowings"})
+CHANGES = frozenset({"cash_change", "working_capital", "net_borrowings"})
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ Kind = Callable[[Page, random.Random], Draft | None]
 def put(kind: str, rng: random.Random, **slots: object) -> str:
     """One wording of a kind; those that name the unit only where there is one."""
     fitting = [text for text in WORDINGS[kind] if "{unit}" not in text or slots.get("unit")]
-    return rng.choice(fitting).format(**slots)
+    text = rng.choice(fitting).format(**slots)
+    return _DOUBLED_ARTICLE.sub(r"\1 ", text)
 
 
 def unit_of(number: Number) -> str:
@@ -49,7 +53,7 @@ def same_sign(*numbers: Number) -> bool:
 
 def pick(pool: Pool, rng: random.Random, num_years: int = 2, measures: Sequence[str] = ("money",)) -> Series | None:
     """A series of enough years."""
-    fitting = [s for s in pool if len(s.numbers) >= num_years and s.measure in measures and s.key not in _CHANGES]
+    fitting = [s for s in pool if len(s.numbers) >= num_years and s.measure in measures and s.key not in CHANGES]
     return rng.choice(fitting) if fitting else None
 
 
@@ -183,7 +187,8 @@ def over_row(operation: str) -> Callable[[Pool, random.Random], Draft | None]:
 
     def make(pool: Pool, rng: random.Random) -> Draft | None:
         fitting = [s for s in pool if s.row_name and (operation != "table_sum" or s.when == "flow")]
-        series = pick(fitting, rng, measures=("money", "percent", "index") if operation != "table_sum" else ("money",))
+        measures = ("money",) if operation == "table_sum" else ("money", "percent", "per_share")
+        series = pick(fitting, rng, measures=measures)
         if series is None or (
             operation in ("table_max", "table_min") and next(iter(series.numbers.values())).value < 0
         ):
@@ -227,99 +232,6 @@ def roi_gap(pool: Pool, rng: random.Random) -> Draft | None:
     second = build.do("divide", build.do("subtract", y.numbers[b], 100), 100)
     build.do("subtract", first, second)
     return Draft(put("roi_gap", rng, x=x.name, y=y.name, a=x.years[0], b=b), build, "percent")
-
-
-def share(page: Page, rng: random.Random, breakdowns: Sequence[Breakdown]) -> Draft | None:
-    """``divide(part, total)``."""
-    return _of_breakdown(rng, breakdowns, "share")
-
-
-def rest(page: Page, rng: random.Random, breakdowns: Sequence[Breakdown]) -> Draft | None:
-    """``subtract(total, part)``."""
-    return _of_breakdown(rng, breakdowns, "rest")
-
-
-def share_rest(page: Page, rng: random.Random, breakdowns: Sequence[Breakdown]) -> Draft | None:
-    """``subtract(total, part), divide(#0, total)``."""
-    return _of_breakdown(rng, breakdowns, "share_rest")
-
-
-def _of_breakdown(rng: random.Random, breakdowns: Sequence[Breakdown], kind: str) -> Draft | None:
-    found = _part(rng, breakdowns)
-    if found is None:
-        return None
-    whole, name, part = found
-    build = Builder()
-    if kind == "share":
-        build.do("divide", part, whole.total)
-    elif kind == "rest":
-        build.do("subtract", whole.total, part)
-    else:
-        build.do("divide", build.do("subtract", whole.total, part), whole.total)
-    suffix = "" if whole.wording == "part" else f"_{whole.wording}"
-    if whole.wording == "due" and name == "thereafter":
-        if kind != "share":
-            return None
-        suffix, name = "_after", list(whole.parts)[-2]
-    question = put(kind + suffix, rng, t=whole.total_name, p=name, b=whole.year)
-    return Draft(question, build, "number" if kind == "rest" else "percent")
-
-
-def two_parts(kind: str) -> Callable[[Page, random.Random, Sequence[Breakdown]], Draft | None]:
-    """A kind over two parts of a total: their share, sum, difference, ratio, or whether one is greater."""
-
-    def make(page: Page, rng: random.Random, breakdowns: Sequence[Breakdown]) -> Draft | None:
-        fitting = [b for b in breakdowns if sum(n != "thereafter" for n in b.parts) > 1]
-        fitting = [b for b in fitting if b.wording == "due" or (kind == "share_two" and b.wording == "part")]
-        if not fitting:
-            return None
-        whole = rng.choice(fitting)
-        names = [name for name in whole.parts if name != "thereafter"]
-        p, q = (names[i] for i in sorted(rng.sample(range(len(names)), 2)))
-        if kind in ("difference", "ratio", "greater") and whole.parts[p].value < whole.parts[q].value:
-            p, q = q, p
-        if kind == "greater" and rng.random() < 0.5:
-            p, q = q, p
-        first, second = whole.parts[p], whole.parts[q]
-        if not same_sign(first, second, whole.total):
-            return None
-        build = Builder()
-        if kind == "share_two":
-            build.do("divide", build.do("add", first, second), whole.total)
-        else:
-            build.do({"sum": "add", "difference": "subtract", "ratio": "divide"}.get(kind, kind), first, second)
-        form: AnswerForm = {"share_two": "percent", "greater": "yes_no"}.get(kind, "number")  # type: ignore[assignment]
-        key = kind if whole.wording == "part" else f"{kind}_due"
-        return Draft(put(key, rng, t=whole.total_name, p=p, q=q, b=whole.year), build, form)
-
-    return make
-
-
-def share_change(page: Page, rng: random.Random, breakdowns: Sequence[Breakdown]) -> Draft | None:
-    """``divide(part, total), divide(part, total), subtract(#0, #1)`` over two years, later less earlier."""
-    found = _part(rng, [b for b in breakdowns if b.year is not None])
-    if found is None:
-        return None
-    one, name, _ = found
-    others = [b for b in breakdowns if b.total_name == one.total_name and b.year != one.year and name in b.parts]
-    if not others:
-        return None
-    old, new = sorted((one, rng.choice(others)), key=lambda b: b.year or 0)
-    if not same_sign(old.parts[name], old.total, new.parts[name], new.total):
-        return None
-    build = Builder()
-    later = build.do("divide", new.parts[name], new.total)
-    build.do("subtract", later, build.do("divide", old.parts[name], old.total))
-    return Draft(put("share_change", rng, p=name, t=one.total_name, a=old.year, b=new.year), build, "percent")
-
-
-def _part(rng: random.Random, breakdowns: Sequence[Breakdown]) -> tuple[Breakdown, str, Number] | None:
-    if not breakdowns:
-        return None
-    whole = rng.choice(breakdowns)
-    name = rng.choice(list(whole.parts))
-    part = whole.parts[name]
-    return (whole, name, part) if same_sign(part, whole.total) else None
 
 
 def _add_up(numbers: Sequence[Number], build: Builder) -> Reference:

@@ -1,13 +1,15 @@
-"""Tables in the FinQA form, cut from a company's books: statements, segments, maturities, stock performance."""
+"""Tables of lines over years, cut from a company's books: statements, segments, regions."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
 
-from fintune.sources.statements.accounts import Accounts, split
+from fintune.sources.statements.accounts import Accounts
+from fintune.sources.statements.cells import cell, corner, figure
 from fintune.sources.statements.companies import Company
 from fintune.sources.statements.page import Breakdown, Measure, Number, Series, Table, When
+from fintune.sources.statements.schedules import buybacks, performance, schedule
 
 # Statement to its lines in order.
 STATEMENTS: dict[str, tuple[str, ...]] = {
@@ -38,7 +40,7 @@ TOTALS: dict[str, tuple[str, ...]] = {
 TITLES = {
     "income": "results of operations", "balance": "financial position", "cash_flow": "cash flows",
     "segments": "revenue by segment", "regions": "revenue by region", "maturities": "debt maturities",
-    "leases": "minimum lease payments", "performance": "stock performance",
+    "leases": "minimum lease payments", "performance": "stock performance", "buybacks": "purchases of common stock",
 }  # fmt: skip
 KINDS = tuple(TITLES)
 
@@ -55,9 +57,11 @@ def make_table(kind: str, company: Company, books: Accounts, year: int, rng: ran
         small: At most 4 rows and 3 years.
     """
     if kind in ("maturities", "leases"):
-        return _schedule(kind, company, books, year, rng, small=small)
+        return schedule(kind, company, books, year, rng, small=small)
     if kind == "performance":
-        return _performance(company, year, rng, small=small)
+        return performance(company, year, rng, small=small)
+    if kind == "buybacks":
+        return buybacks(company, year, rng, small=small)
     past = [other for other in books.years if other <= year]
     if kind in STATEMENTS:
         lines, num_years = _statement_lines(kind, books, past, rng, small=small)
@@ -68,7 +72,10 @@ def make_table(kind: str, company: Company, books: Accounts, year: int, rng: ran
         lines["total"] = books.lines["revenue"]
         num_years = 2 if small else rng.choice((2, 3))
     years = past[-num_years:]
-    return _Grid(company, kind, years, rng, small=small).fill(lines)
+    grid = _Grid(company, kind, years, rng, small=small)
+    if kind == "income" and rng.random() < (0.12 if small else 0.4):
+        grid.derive(books, rng.choice(("operating_margin", "earnings_per_share")), lines)
+    return grid.fill(lines)
 
 
 def _statement_lines(
@@ -95,6 +102,8 @@ class _Grid:
     def __init__(self, company: Company, kind: str, years: Sequence[int], rng: random.Random, *, small: bool) -> None:
         self.company, self.kind, self.years, self.rng, self.small = company, kind, tuple(years), rng, small
         self.columns = tuple(reversed(self.years)) if company.newest_first else self.years
+        self.derived: dict[str, tuple[Measure, dict[int, str]]] = {}
+        self.across = not small and rng.random() < 0.1
         self.dollars = rng.choice(("none", "ends")) if small else rng.choice(("none", "ends", "ends", "all"))
 
     def name(self, key: str) -> str:
@@ -104,19 +113,54 @@ class _Grid:
             return revenue if revenue.startswith("total") else f"total {revenue}"
         return self.company.names.get(key, key)
 
+    def spoken(self, key: str) -> str:
+        """What a question calls a line: a segment's row "coal" is "coal net sales"."""
+        if key == "total" or key in self.company.names:
+            return self.name(key)
+        return f"{key} {self.company.names['revenue'].removeprefix('total ')}"
+
+    def derive(self, books: Accounts, key: str, lines: Mapping[str, object]) -> None:
+        """Add a row of percentages or amounts a share below the lines.
+
+        The margin only where the table lacks one of its two lines: with both, a question for the ratio of the two would
+        have two answers.
+        """
+        if key == "operating_margin" and {"revenue", "operating_income"} <= set(lines):
+            return
+        texts = {}
+        for year in self.years:
+            if key == "operating_margin":
+                texts[year] = f"{100 * books.lines['operating_income'][year] / books.lines['revenue'][year]:.1f}%"
+            else:
+                income = books.lines["net_income"][year] / 10**self.company.decimals * self.company.unit
+                texts[year] = f"{income / 1_000_000 / books.shares[year]:.2f}"
+        if all(float(text.rstrip("%")) for text in texts.values()):
+            self.derived[key] = ("percent" if key == "operating_margin" else "per_share", texts)
+
     def fill(self, lines: Mapping[str, Mapping[int, int]]) -> Table:
-        """The table with its series and breakdowns."""
+        """The table with its series and breakdowns; in a tenth of the full-size ones the years run down."""
         when: When = "stock" if self.kind == "balance" else "flow"
-        rows: list[tuple[str, ...]] = [(corner(self.company, self.rng, small=self.small), *self.header())]
+        texts: dict[str, tuple[Measure, dict[int, str]]] = {
+            key: ("money", {year: figure(values[year], self.company.decimals) for year in self.years})
+            for key, values in lines.items()
+        }
+        texts |= self.derived
+        head = (corner(self.company, self.rng, small=self.small), *self.header())
+        rows: list[tuple[str, ...]] = [head]
         series: dict[str, Series] = {}
-        for key, values in lines.items():
-            row = len(rows)
+        for row, (key, (measure, values)) in enumerate(texts.items(), 1):
             dollar = self.dollars == "all" or (self.dollars == "ends" and row in (1, len(lines)))
+            scale = self.company.unit if measure == "money" else 1
             numbers = {
-                year: Number(figure(values[year], self.company.decimals), self.company.unit, row) for year in self.years
+                year: Number(values[year], scale, 1 + self.columns.index(year) if self.across else row)
+                for year in self.years
             }
-            rows.append((self.name(key), *(cell(numbers[year].text, dollar=dollar) for year in self.columns)))
-            series[key] = Series(key, self.name(key), numbers, when=when, row_name=self.name(key))
+            cells = (cell(values[year], dollar=dollar, measure=measure) for year in self.columns)
+            rows.append((self.name(key), *cells))
+            row_name = None if self.across else self.name(key)
+            series[key] = Series(key, self.spoken(key), numbers, measure, when, row_name)
+        if self.across:
+            rows = list(zip(*rows, strict=True))
         breakdowns = tuple(part for key in lines for part in self.breakdowns(key, series))
         return Table(tuple(rows), self.company.unit, TITLES[self.kind], tuple(series.values()), breakdowns)
 
@@ -134,82 +178,6 @@ class _Grid:
             return []
         total = series[key]
         return [
-            Breakdown(total.name, {part.name: part.numbers[year] for part in shown}, total.numbers[year], year)
+            Breakdown(total.name, {self.name(p.key): p.numbers[year] for p in shown}, total.numbers[year], year)
             for year in self.years
         ]
-
-
-def _schedule(kind: str, company: Company, books: Accounts, year: int, rng: random.Random, *, small: bool) -> Table:
-    """Payments by year with their total: one column, or one row in a fifth of the full-size tables."""
-    num_years = rng.choice((2, 3)) if small else rng.choice((3, 5, 5))
-    labels = [str(year + step) for step in range(1, num_years + 1)] + ["thereafter"]
-    owed = books.lines["long_term_debt"][year] + books.lines["current_debt"][year]
-    if kind == "leases":
-        owed = max(10 * len(labels), round(books.lines["revenue"][year] * rng.uniform(0.05, 0.3)))
-    weights = [rng.uniform(0.3, 1.5) for _ in labels[:-1]] + [rng.uniform(0.5, 4)]
-    values = [max(1, value) for value in split(owed, weights)]
-    name = {
-        "maturities": ("debt maturities", "long-term debt maturities", "principal payments", "scheduled maturities"),
-        "leases": ("minimum lease payments", "operating lease obligations", "future lease payments", "rental payments"),
-    }[kind]
-    title = rng.choice(name)
-    total_name = rng.choice(("total", f"total {title}"))
-    dollar_all = rng.random() < 0.3
-    texts = [figure(value, company.decimals) for value in (*values, sum(values))]
-    names = [*labels, total_name]
-    ends = (0, len(texts) - 1)
-    cells = [cell(text, dollar=dollar_all or place in ends) for place, text in enumerate(texts)]
-    unit = corner(company, rng, small=small)
-    amount = rng.choice(("amount", "payments", title))
-    if not small and rng.random() < 0.2:
-        rows: tuple[tuple[str, ...], ...] = ((unit, *names), (title, *cells))
-        places = [1] * len(texts)
-    else:
-        rows = ((rng.choice(("year", "")), f"{amount} {unit}".strip()), *zip(names, cells, strict=True))
-        places = list(range(1, len(texts) + 1))
-    numbers = [Number(text, company.unit, row) for text, row in zip(texts, places, strict=True)]
-    parts = dict(zip(labels, numbers, strict=False))
-    whole = Breakdown(f"total {title}", parts, numbers[-1], None, "due")
-    owed_now = Series(kind, whole.total_name, {year: whole.total}, when="stock")
-    return Table(rows, company.unit, title, (owed_now,), (whole,))
-
-
-def _performance(company: Company, year: int, rng: random.Random, *, small: bool) -> Table:
-    """What 100 dollars became: the company beside an index or two."""
-    num_years = 2 if small else 5
-    years = [year - num_years + step for step in range(num_years + 1)]
-    names = [company.short_name, "s&p 500", f"{company.sector} index"]
-    if not small and rng.random() < 0.4:
-        names.append("peer group")
-    rows: list[tuple[str, ...]] = [("", *(str(y) if small else f"12/31/{y}" for y in years))]
-    series = []
-    for name in names[: 2 if small else None]:
-        values, value = ["100" if small else "100.00"], 100.0
-        for _ in years[1:]:
-            value *= rng.uniform(0.75, 1.4)
-            values.append(str(round(value)) if small else f"{value:.2f}")
-        numbers = {y: Number(text, 1, len(rows)) for y, text in zip(years, values, strict=True)}
-        rows.append((name, *(cell(text, dollar=not small) for text in values)))
-        series.append(Series(f"index/{name}", name, numbers, "index", "stock", name))
-    return Table(tuple(rows), 1, TITLES["performance"], tuple(series))
-
-
-def corner(company: Company, rng: random.Random, *, small: bool) -> str:
-    """The unit, as the first cell of the header says it."""
-    unit = company.unit_name
-    if small:
-        return rng.choice((f"in {unit}", unit))
-    return rng.choice((f"( in {unit} )", f"in {unit}", f"{unit} of dollars", f"( $ in {unit} )", f"( {unit} )"))
-
-
-def figure(value: int, decimals: int) -> str:
-    """A value in whole units of ``10 ** -decimals`` as digits."""
-    return f"{value / 10**decimals:.{decimals}f}"
-
-
-def cell(text: str, *, dollar: bool, measure: Measure = "money") -> str:
-    """A number as FinQA's tables write it: ``$ 58``, ``$ -32 ( 32 )``, ``23.6% ( 23.6 % )``."""
-    if measure == "percent":
-        return f"{text} ( {text.replace('%', ' %')} )"
-    shown = f"{text} ( {text[1:]} )" if text.startswith("-") else text
-    return f"$ {shown}" if dollar else shown

@@ -189,6 +189,39 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "what portion of {t} was drawn in {b}?",
         "in {b} , what percent of {t} was outstanding?",
     ),
+    "share_month": (
+        "what percentage of {t} was purchased in {p}?",
+        "what portion of {t} was bought in {p}?",
+        "purchases in {p} were what percent of {t}?",
+    ),
+    "rest_month": (
+        "how many of {t} were not purchased in {p}?",
+        "what was {t} excluding {p}?",
+    ),
+    "share_rest_month": (
+        "what percentage of {t} was not purchased in {p}?",
+        "what portion of {t} was bought in other months than {p}?",
+    ),
+    "share_two_month": (
+        "what percentage of {t} was purchased in {p} and {q}?",
+        "what portion of {t} was bought in {p} and {q} combined?",
+    ),
+    "sum_month": (
+        "how many shares were purchased in {p} and {q} combined?",
+        "what is the sum of the shares purchased in {p} and {q}?",
+    ),
+    "difference_month": (
+        "how many more shares were purchased in {p} than in {q}?",
+        "what is the difference between the shares purchased in {p} and in {q}?",
+    ),
+    "ratio_month": (
+        "what is the ratio of the shares purchased in {p} to those in {q}?",
+        "purchases in {p} were how many times those in {q}?",
+    ),
+    "greater_month": (
+        "were more shares purchased in {p} than in {q}?",
+        "did the shares purchased in {p} exceed those in {q}?",
+    ),
     "rest": (
         "what was {t} excluding {p} in {b}?",
         "without {p} , what would {t} have been in {b}?",
