@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ModelError
 
@@ -31,12 +31,15 @@ class Family:
         permutes_qk: llama.cpp rotates neighbouring pairs in this architecture, so rows of q and k are interleaved.
         writes_rope_dimension: Whether the vocabulary size and the rotary dimension are written.
         required: Tensors of each layer that must be there, as Hugging Face names them.
+        default_head_dim: Width of a head that transformers assumes where config.json is silent: a number, "split" for
+            the hidden size shared among the heads, None where the family has no such key.
     """
 
     arch: str
     permutes_qk: bool
     writes_rope_dimension: bool
     required: tuple[str, ...]
+    default_head_dim: int | Literal["split"] | None
 
 
 # Hugging Face's name within a layer -> GGUF's.
@@ -63,10 +66,10 @@ _QKV_BIAS = ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj
 _QK_NORM = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family("llama", True, True, _DENSE),
-    "mistral": Family("llama", True, True, _DENSE),
-    "qwen2": Family("qwen2", False, False, _DENSE + _QKV_BIAS),
-    "qwen3": Family("qwen3", False, False, _DENSE + _QK_NORM),
+    "llama": Family("llama", True, True, _DENSE, "split"),
+    "mistral": Family("llama", True, True, _DENSE, "split"),
+    "qwen2": Family("qwen2", False, False, _DENSE + _QKV_BIAS, None),
+    "qwen3": Family("qwen3", False, False, _DENSE + _QK_NORM, 128),
 }
 
 
@@ -82,6 +85,7 @@ class ModelConfig:
         num_heads: Query heads.
         num_kv_heads: Key and value heads.
         head_dim: Width of a head.
+        writes_head_dim: Whether it is written as key and value length.
         vocab_size: Rows of the embedding.
         tied: Whether input and output embedding are one tensor.
         rope: Rotary parameters in transformers' newer form, the older keys folded in.
@@ -108,8 +112,12 @@ class ModelConfig:
         self.family = FAMILIES[model_type]
         self.num_layers = self.integer("num_hidden_layers")
         self.num_heads = self.integer("num_attention_heads")
-        self.num_kv_heads = self.integer("num_key_value_heads", self.num_heads)
-        self.head_dim = self.integer("head_dim", self.integer("hidden_size") // self.num_heads)
+        # Only Llama's configuration has a default that does not depend on the version of transformers.
+        self.num_kv_heads = self.integer("num_key_value_heads", self.num_heads if model_type == "llama" else None)
+        default_head_dim = self.family.default_head_dim
+        self.writes_head_dim = self._raw.get("head_dim") is not None or default_head_dim is not None
+        split = self.integer("hidden_size") // self.num_heads
+        self.head_dim = self.integer("head_dim", default_head_dim if isinstance(default_head_dim, int) else split)
         self.vocab_size = self.integer("vocab_size")
         self.tied = bool(self._raw.get("tie_word_embeddings", False))
         self.rope = self._read_rope()
@@ -131,8 +139,7 @@ class ModelConfig:
 
     def _read_rope(self) -> dict[str, Any]:
         rope = dict(self._raw.get("rope_parameters") or self._raw.get("rope_scaling") or {})
-        if "rope_theta" not in rope and self._raw.get("rope_theta") is not None:
-            rope["rope_theta"] = self._raw["rope_theta"]
+        rope.setdefault("rope_theta", self._raw.get("rope_theta", 10000.0))
         rope.setdefault("rope_type", rope.get("type", "default"))
         known = ("default", "linear", "yarn", "llama3")
         if rope["rope_type"] not in known:
@@ -151,18 +158,16 @@ class ModelConfig:
         writer.add_embedding_length(self.integer("hidden_size"))
         writer.add_feed_forward_length(self.integer("intermediate_size"))
         writer.add_head_count(self.num_heads)
-        if self._raw.get("num_key_value_heads") is not None:
-            writer.add_head_count_kv(self.num_kv_heads)
+        writer.add_head_count_kv(self.num_kv_heads)
         rope = self.rope
         if rope["rope_type"] in ("linear", "yarn") and rope.get("factor") is not None:
             writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
             writer.add_rope_scaling_factor(rope["factor"])
             if rope["rope_type"] == "yarn":
                 self._write_yarn(writer)
-        if rope.get("rope_theta") is not None:
-            writer.add_rope_freq_base(rope["rope_theta"])
+        writer.add_rope_freq_base(rope["rope_theta"])
         writer.add_layer_norm_rms_eps(self._raw.get("rms_norm_eps", 1e-6))
-        if self._raw.get("head_dim") is not None:
+        if self.writes_head_dim:
             writer.add_key_length(self.head_dim)
             writer.add_value_length(self.head_dim)
 
@@ -253,7 +258,7 @@ def rope_factors(config: ModelConfig) -> NDArray[np.float32] | None:
     if rope["rope_type"] != "llama3" or config.family.arch != "llama":
         return None
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    powers = np.float64(rope.get("rope_theta", 10000.0)) ** exponents.astype(np.float64)
+    powers = np.float64(rope["rope_theta"]) ** exponents.astype(np.float64)
     frequencies = np.float32(1) / powers.astype(np.float32)
     factor, low, high = (
         rope.get(k, d) for k, d in (("factor", 8.0), ("low_freq_factor", 1.0), ("high_freq_factor", 4.0))
