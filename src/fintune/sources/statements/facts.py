@@ -34,8 +34,9 @@ class Setting:
         return self.rng.choice(texts[:2] if self.small else texts)
 
     def years(self, num_years: int) -> tuple[int, ...]:
-        """The newest years, newest first."""
-        return tuple(self.year - step for step in range(num_years))
+        """The newest years in the order in which a sentence lists them, mostly the newest first."""
+        years = tuple(self.year - step for step in range(num_years))
+        return years if self.rng.random() < 0.6 else years[::-1]
 
     def amounts(self, low: float, high: float, num_amounts: int = 1) -> tuple[list[Number], list[str]]:
         """Amounts of money between two shares of revenue, as numbers and as the text writes them.
@@ -116,7 +117,7 @@ def _plain(
         name = at.rng.choice(names)
         years = at.years(2)
         base = at.rng.uniform(low, min(high, 30 * low) if at.small else high)
-        texts: list[str] = []
+        texts = _effective_rates(at, years) if key == "tax_rate" else []
         while len(texts) < 2:
             value = base * at.rng.uniform(0.8, 1.25)
             text = {"count": f"{value:.0f}", "percent": f"{value:.1f}%", "per_share": f"{value:.2f}"}[measure]
@@ -138,6 +139,15 @@ def _plain(
         return Fact(sentence, (Series(key, name, numbers, measure, when),), rates=rates)
 
     return make
+
+
+def _effective_rates(at: Setting, years: Sequence[int]) -> list[str]:
+    """Tax by income before tax, from the books; none where a year has a loss or both years are alike."""
+    tax, income = at.books.lines["income_tax"], at.books.lines["pretax_income"]
+    if any(income[year] <= 0 for year in years):
+        return []
+    texts = [f"{100 * tax[year] / income[year]:.1f}%" for year in years]
+    return texts if len(set(texts)) == len(texts) else []
 
 
 def _acquisition(at: Setting) -> Fact:
@@ -213,7 +223,7 @@ def _notes(at: Setting) -> Fact:
 def _customer(at: Setting) -> Fact:
     rate = at.number(f"{at.rng.randint(5, 38)}%")
     shown = f"{rate.text} ( {rate.text[:-1]} % )"
-    where = at.rng.choice(("our largest customer", "the u.s. government", "sales outside the home market"))
+    where = at.rng.choice(("our largest customer", "the u.s. government", "one distributor"))
     revenue = at.company.names["revenue"]
     sentence = at.choice(
         f"{where} was {shown} of {revenue} in {at.year} .",
@@ -241,10 +251,10 @@ MAKERS: dict[str, Callable[[Setting], Fact]] = {
     "advertising": _over_years("advertising", ("advertising expense", "advertising cost"), 0.01, 0.06),
     "impairment": _over_years("impairment", ("the impairment charge", "impairment of assets"), 0.01, 0.08),
     "restructuring": _over_years("restructuring", ("restructuring expense", "severance cost"), 0.01, 0.06),
-    "pension": _over_years("pension", ("pension contributions", "pension expense"), 0.01, 0.05),
+    "pension": _over_years("pension", ("pension expense", "pension cost"), 0.01, 0.05),
     "warranty": _over_years("warranty", ("warranty expense", "warranty cost"), 0.005, 0.03),
     "backlog": _over_years("backlog", ("order backlog", "backlog"), 0.3, 1.5, when="stock"),
-    "unrecognized_tax": _over_years("unrecognized_tax", ("unrecognized tax benefits",), 0.02, 0.1, when="stock"),
+    "unrecognized_tax": _over_years("unrecognized_tax", ("the unrecognized tax liability",), 0.02, 0.1, when="stock"),
     "employees": _plain("employees", ("the number of employees", "headcount"), 120, 40_000, "count", "stock"),
     "stores": _plain("stores", ("the number of stores", "the store count"), 30, 4_000, "count", "stock"),
     "tax_rate": _plain("tax_rate", ("the effective tax rate", "the income tax rate"), 20, 38, "percent", "flow"),

@@ -33,9 +33,9 @@ class Entry:
 # another is drawn: the weights make up for it, more on small pages.
 MIXTURES: dict[Size, dict[tuple[str, int], float]] = {
     "full": {
-        ("table", 1): 34, ("table", 2): 22, ("table", 3): 3.0, ("table", 4): 1.5,
-        ("text", 1): 14, ("text", 2): 8.0, ("text", 3): 1.2, ("text", 4): 0.5,
-        ("both", 1): 11, ("both", 2): 6.6, ("both", 3): 1.4, ("both", 4): 0.6,
+        ("table", 1): 35, ("table", 2): 20.5, ("table", 3): 3.6, ("table", 4): 1.5,
+        ("text", 1): 14, ("text", 2): 7.0, ("text", 3): 1.4, ("text", 4): 0.5,
+        ("both", 1): 12, ("both", 2): 6.2, ("both", 3): 1.6, ("both", 4): 0.6,
     },
     "small": {
         ("table", 1): 30, ("table", 2): 19, ("table", 3): 3.5, ("table", 4): 1.5,
@@ -94,7 +94,7 @@ def _entries() -> tuple[Entry, ...]:
         add(evidence, 2, 2, total(parts.share_rest))
         add(evidence, 3, 3, over(partial(q.average, num_years=3)))
         add(evidence, 4, 1, over(partial(q.average, num_years=4)))
-    for operation, weight in (("average", 3.2), ("max", 1.6), ("min", 1.1), ("sum", 2.4)):
+    for operation, weight in (("average", 4.5), ("max", 2.4), ("min", 1.8), ("sum", 4.0)):
         add("table", 1, weight, _over("table", q.over_row(f"table_{operation}")))
     add("table", 3, 0.6, _over("table", q.row_range))
     add("table", 2, 6, _over("table", q.roi))
