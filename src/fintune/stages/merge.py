@@ -13,6 +13,7 @@ from ..errors import ArtifactError, ModelError
 from ..options import Config
 from ..progress import track
 from ..records import Example
+from ..tuning.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +47,8 @@ def merge(config: Config, inputs: Mapping[str, Path], folder: Path) -> dict[str,
     dtype = stored_dtype(ref.path) if config.merge.dtype == "auto" else config.merge.dtype
 
     base = models.load_model(ref, dtype="float32", device="cpu", trust_remote_code=trust)
-    adapted = models.load_adapter(base, inputs["train"] / "adapter")
+    with quiet_libraries():
+        adapted = models.load_adapter(base, inputs["train"] / "adapter")
     expected = _logits(adapted, golden, "base + adapter")
     before = _sums(base, dtype)
     merged = adapted.merge_and_unload()
@@ -55,7 +57,8 @@ def merge(config: Config, inputs: Mapping[str, Path], folder: Path) -> dict[str,
         raise ArtifactError(
             "the adapter changes no weight of the model", hint="it is untrained; look at train/metrics.jsonl"
         )
-    _save(merged, tokenizer, ref.path, dtype, folder)
+    with quiet_libraries():
+        _save(merged, tokenizer, ref.path, dtype, folder)
     del base, adapted, merged
     gc.collect()
 
@@ -70,6 +73,7 @@ def merge(config: Config, inputs: Mapping[str, Path], folder: Path) -> dict[str,
         "max_logit_difference": difference,
         "same_best_token_share": num_same / sum(len(ids) for ids in golden),
         "max_logit": max(float(a.abs().max()) for a in expected),
+        "summary": f"{dtype}, {num_moved} weights moved, logits within {difference:.2g} of base + adapter",
     }
 
 

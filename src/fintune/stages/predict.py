@@ -20,6 +20,7 @@ from ..finqa.program import extract_program, tokenize
 from ..options import Config, ModelKind
 from ..progress import bar
 from ..records import Example, FinQARecord, Prediction
+from ..tuning.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -191,7 +192,8 @@ def _open_engine(config: Config, inputs: Mapping[str, Path], kind: str, tokenize
     ref = models.resolve(name, revision=revision)
     model = models.load_model(ref, dtype=config.predict.precision, trust_remote_code=config.model.trust_remote_code)
     if kind == "adapter":
-        model = models.load_adapter(model, inputs["train"] / "adapter")
+        with quiet_libraries():
+            model = models.load_adapter(model, inputs["train"] / "adapter")
     return TransformersEngine(model.eval(), tokenizer, config.predict.batch_size)
 
 

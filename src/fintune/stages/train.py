@@ -34,37 +34,48 @@ def train(config: Config, inputs: Mapping[str, Path], folder: Path) -> dict[str,
         ModelError: The base model cannot be used.
         ConfigError: A target that the model does not have.
     """
-    import torch
-    from transformers import set_seed
-
-    torch.set_num_threads(config.train.threads or os.cpu_count() or 1)
     rows = _rows(inputs["prepare"] / "tokens" / "train")
-    precision = models.detect_precision()
-    dtype = precision.dtype if config.train.precision == "auto" else config.train.precision
-    reason = precision.reason if config.train.precision == "auto" else "train.precision says so"
-    console.print(f"  precision {dtype}: {reason}")
-    ref = models.fetch(models.resolve(config.model.name, revision=config.model.revision))
-    tokenizer = models.load_tokenizer(ref, trust_remote_code=config.model.trust_remote_code)
-    set_seed(config.run.seed)
-    with sft.quiet_libraries():
-        base = models.load_model(ref, dtype=dtype, trust_remote_code=config.model.trust_remote_code)
-        model = adapter.attach(base, config.adapter)
-    sft.train(model, tokenizer, rows, config.train, seed=config.run.seed, folder=folder)
-    adapter.save(model, config.model.name, config.model.revision, folder / "adapter")
+    # An earlier attempt may have been interrupted between the adapter's appearance and the stage's end.
+    if not (folder / "adapter").exists():
+        _train(config, rows, folder)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     lines = metrics.read(folder / "metrics.jsonl")
     last = lines[-1]
+    rate = last["tokens"] / max(last["seconds"], 1e-9)
     return {
         "num_examples": len(rows),
         "num_steps": last["step"],
         "num_tokens": last["tokens"],
-        "num_trainable": adapter.num_trainable(model),
-        "precision": dtype,
+        "num_trainable": adapter.num_saved(folder / "adapter"),
+        "precision": _precision(config).dtype,
         "first_loss": lines[0]["loss"],
         "last_loss": last["loss"],
         "train_seconds": last["seconds"],
-        "tokens_per_second": round(last["tokens"] / max(last["seconds"], 1e-9), 1),
+        "tokens_per_second": round(rate, 1),
+        "summary": f"{last['step']} steps, loss {lines[0]['loss']:.2f} to {last['loss']:.2f}, {rate:.0f} tok/s",
     }
+
+
+def _train(config: Config, rows: Dataset, folder: Path) -> None:
+    import torch
+    from transformers import set_seed
+
+    torch.set_num_threads(config.train.threads or os.cpu_count() or 1)
+    precision = _precision(config)
+    console.print(f"  precision {precision.dtype}: {precision.reason}")
+    ref = models.fetch(models.resolve(config.model.name, revision=config.model.revision))
+    tokenizer = models.load_tokenizer(ref, trust_remote_code=config.model.trust_remote_code)
+    set_seed(config.run.seed)
+    base = models.load_model(ref, dtype=precision.dtype, trust_remote_code=config.model.trust_remote_code)
+    model = adapter.attach(base, config.adapter)
+    sft.train(model, tokenizer, rows, config.train, seed=config.run.seed, folder=folder)
+    adapter.save(model, config.model.name, config.model.revision, folder / "adapter")
+
+
+def _precision(config: Config) -> models.Precision:
+    if config.train.precision == "auto":
+        return models.detect_precision()
+    return models.Precision(config.train.precision, "train.precision says so")
 
 
 def _rows(folder: Path) -> Dataset:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
 from ..options import AdapterOptions
+from .quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -43,7 +44,8 @@ def attach(model: PreTrainedModel, options: AdapterOptions) -> PeftModel:
         target_modules=targets,
         use_dora=options.kind == "dora",
     )
-    adapted: PeftModel = get_peft_model(model, config)
+    with quiet_libraries():
+        adapted: PeftModel = get_peft_model(model, config)
     return adapted
 
 
@@ -80,9 +82,14 @@ def linear_names(model: nn.Module) -> set[str]:
     }
 
 
-def num_trainable(model: nn.Module) -> int:
-    """Numbers that training changes."""
-    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+def num_saved(folder: Path) -> int:
+    """Numbers in a saved adapter."""
+    from math import prod
+
+    from safetensors import safe_open
+
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as tensors:
+        return sum(prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118 - no mapping
 
 
 def save(model: PeftModel, base_name: str, revision: str | None, folder: Path) -> None:
@@ -99,7 +106,8 @@ def save(model: PeftModel, base_name: str, revision: str | None, folder: Path) -
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = base_name, revision
     # Without an explicit "no", PEFT looks the base model up on the hub to see whether its vocabulary grew.
-    model.save_pretrained(str(beside), save_embedding_layers=False)
+    with quiet_libraries():
+        model.save_pretrained(str(beside), save_embedding_layers=False)
     (beside / "README.md").unlink(missing_ok=True)  # an empty form; the run's own card says more
     shutil.rmtree(folder, ignore_errors=True)
     beside.replace(folder)

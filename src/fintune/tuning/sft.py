@@ -6,10 +6,7 @@ loss that is not finite.
 
 from __future__ import annotations
 
-import time
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +19,7 @@ from .adapter import compute_in_base_type
 from .callbacks import make_callback
 from .collate import CompletionCollator, num_steps, training_order
 from .head import score_trained_positions
+from .quiet import quiet_libraries
 
 if TYPE_CHECKING:
     import torch
@@ -201,32 +199,3 @@ class _LossGuard:
         ]
         known = {tuple(row["input_ids"]): str(row["id"]) for row in self._rows if tuple(row["input_ids"]) in set(batch)}
         return [known.get(ids, "?") for ids in batch]
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """No chatter of transformers, PEFT, TRL and accelerate: what matters goes through the bar and metrics.jsonl."""
-    import logging
-
-    from transformers.utils import logging as hf_logging
-
-    names = ("transformers", "peft", "trl", "accelerate", "datasets")
-    before = {name: logging.getLogger(name).level for name in names}
-    shown = hf_logging.is_progress_bar_enabled()
-    for name in names:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    hf_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"(transformers|peft|trl|accelerate|torch)\b")
-            yield
-    finally:
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)
-        if shown:
-            hf_logging.enable_progress_bar()
-
-
-def peak_tokens_per_second(lines: Sequence[dict[str, Any]], started: float) -> float:
-    """Tokens a second over the logged lines."""
-    return float(lines[-1]["tokens"]) / max(time.monotonic() - started, 1e-9)

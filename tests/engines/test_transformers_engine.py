@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import pytest
+
+from fintune import chat, models
+from fintune.engines.transformers_engine import TransformersEngine
+from fintune.errors import ModelError
+from fintune.records import Message
+
+torch = pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return models.load_model(models.resolve(str(tiny_model)), dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    return models.load_tokenizer(models.resolve(str(tiny_model)))
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer):
+    questions = ["what is the average revenue ? " * (1 + (i * 3) % 5) + str(i) for i in range(11)]
+    return [chat.render(tokenizer, [Message(role="user", content=question)]) for question in questions]
+
+
+def test_the_batch_size_changes_no_token(model, tokenizer, prompts):
+    one = list(TransformersEngine(model, tokenizer, 1).generate(prompts, max_new_tokens=10))
+    four = list(TransformersEngine(model, tokenizer, 4).generate(prompts, max_new_tokens=10))
+    assert [each.token_ids for each in one] == [each.token_ids for each in four]
+    for a, b in zip(one, four, strict=True):
+        assert a.margins == pytest.approx(b.margins, abs=1e-4)
+
+
+def test_tokens_and_margins_are_those_of_one_forward_pass(model, tokenizer, prompts):
+    for prompt, found in zip(
+        prompts, TransformersEngine(model, tokenizer, 4).generate(prompts, max_new_tokens=6), strict=True
+    ):
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        assert found.num_prompt_tokens == len(ids)
+        logits = model(torch.tensor([ids + list(found.token_ids)])).logits[0, len(ids) - 1 : -1]
+        best = logits.log_softmax(-1).topk(2)
+        assert best.indices[:, 0].tolist() == list(found.token_ids)
+        assert found.margins == pytest.approx((best.values[:, 0] - best.values[:, 1]).tolist(), abs=1e-4)
+
+
+def test_a_row_ends_at_the_stop_token_while_others_go_on(model, tokenizer, prompts):
+    free = list(TransformersEngine(model, tokenizer, 4).generate(prompts, max_new_tokens=8))
+    engine = TransformersEngine(model, tokenizer, 4)
+    stop = free[0].token_ids[2]
+    engine._stop_ids = frozenset({stop})
+    cut = list(engine.generate(prompts, max_new_tokens=8))
+    for a, b in zip(free, cut, strict=True):
+        expected = a.token_ids[: a.token_ids.index(stop) + 1] if stop in a.token_ids else a.token_ids
+        assert b.token_ids == expected
+        assert b.finish_reason == ("stop" if stop in a.token_ids else "length")
+        assert len(b.margins) == len(b.token_ids)
+
+
+def test_special_tokens_are_not_in_the_text(model, tokenizer, prompts):
+    engine = TransformersEngine(model, tokenizer, 1)
+    for each in engine.generate(prompts[:3], max_new_tokens=4):
+        assert "<|" not in each.text
+
+
+def test_a_prompt_longer_than_the_context_is_refused_before_decoding(model, tokenizer, prompts):
+    with pytest.raises(ModelError, match=r"prompt 2 has \d+ tokens, but .* reads at most 4096"):
+        TransformersEngine(model, tokenizer, 4).generate([prompts[0], "revenue " * 5000], max_new_tokens=4)
+
+
+def test_no_more_tokens_than_the_context_has_room_for(model, tokenizer):
+    prompt = "1" * 4094
+    (found,) = TransformersEngine(model, tokenizer, 1).generate([prompt], max_new_tokens=50)
+    assert found.num_prompt_tokens == 4094
+    assert len(found.token_ids) <= 2

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fintune.engines.transformers_engine import TransformersEngine
+from fintune.errors import ArtifactError, ModelError
+from fintune.options import Config
+from fintune.records import Prediction
+from fintune.stages.predict import predict
+from prepared_rows import prepared
+
+pytest.importorskip("torch")
+
+
+def config(model, **options):
+    return Config.model_validate(
+        {"model": {"name": str(model)}, "predict": {"max_new_tokens": 6, "batch_size": 2, **options}}
+    )
+
+
+@pytest.fixture
+def inputs(tmp_path, tiny_model):
+    return {"prepare": prepared(tmp_path / "prepare", tiny_model, 5)}
+
+
+def run(tiny_model, inputs, folder, **options):
+    folder.mkdir(exist_ok=True)
+    facts = predict(config(tiny_model, **options), inputs, folder, kind="base")
+    lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    return facts, [Prediction.model_validate_json(line) for line in lines]
+
+
+def without_seconds(predictions):
+    return [each.model_copy(update={"seconds": 0.0, "margins": ()}) for each in predictions]
+
+
+def test_every_question_is_predicted_in_order(tiny_model, inputs, tmp_path):
+    facts, predictions = run(tiny_model, inputs, tmp_path / "p")
+    assert [each.id for each in predictions] == ["x0", "x1", "x2", "x3", "x4"]
+    official = json.loads((tmp_path / "p/official.json").read_text())
+    assert [each["id"] for each in official] == ["x0", "x1", "x2", "x3", "x4"]
+    assert all(each["predicted"][-1] == "EOF" for each in official)
+    assert facts["num_predictions"] == 5
+    assert facts["num_tokens"] == sum(len(each.token_ids) for each in predictions)
+    assert sorted(path.name for path in (tmp_path / "p").iterdir()) == ["official.json", "predictions.jsonl"]
+
+
+def test_an_interrupted_run_goes_on_behind_a_torn_line(tiny_model, inputs, tmp_path, monkeypatch):
+    _, whole = run(tiny_model, inputs, tmp_path / "whole")
+    generate, seen = TransformersEngine.generate, []
+
+    def short(self, prompts, *, max_new_tokens):
+        seen.append(len(prompts))
+        for number, completion in enumerate(generate(self, prompts, max_new_tokens=max_new_tokens)):
+            if number == 3 and len(seen) == 1:
+                raise KeyboardInterrupt
+            yield completion
+
+    monkeypatch.setattr(TransformersEngine, "generate", short)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_model, inputs, tmp_path / "cut")
+    with (tmp_path / "cut/predictions.jsonl").open("a") as file:
+        file.write('{"id": "x3", "te')
+    _, resumed = run(tiny_model, inputs, tmp_path / "cut")
+    assert seen == [5, 2]
+    assert without_seconds(resumed) == without_seconds(whole)
+
+
+def test_another_decoding_does_not_mix(tiny_model, inputs, tmp_path, monkeypatch):
+    def stop(self, prompts, *, max_new_tokens):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersEngine, "generate", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny_model, inputs, tmp_path / "p")
+    with pytest.raises(ArtifactError, match="begun with another decoding"):
+        run(tiny_model, inputs, tmp_path / "p", max_new_tokens=7)
+
+
+def test_a_tokenizer_that_counts_otherwise_is_refused(tiny_model, inputs, tmp_path, monkeypatch):
+    generate = TransformersEngine.generate
+
+    def longer(self, prompts, *, max_new_tokens):
+        return generate(self, [prompt + "x" for prompt in prompts], max_new_tokens=max_new_tokens)
+
+    monkeypatch.setattr(TransformersEngine, "generate", longer)
+    with pytest.raises(ModelError, match=r"base model reads the prompt of x0 as \d+ tokens, the tokenizer as \d+"):
+        run(tiny_model, inputs, tmp_path / "p")

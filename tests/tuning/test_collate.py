@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from fintune.errors import DataError
+from fintune.tuning.collate import IGNORED, CompletionCollator, num_steps, training_order
+
+LENGTHS = [5 + (i * 7) % 40 for i in range(100)]
+
+
+def test_every_pass_sees_every_example_once():
+    order = training_order(LENGTHS, 300, 8, seed=1)
+    assert Counter(order) == Counter(dict.fromkeys(range(100), 3))
+
+
+def test_a_part_of_a_pass_repeats_nothing():
+    order = training_order(LENGTHS, 50, 8, seed=1)
+    assert len(set(order)) == len(order) == 50
+
+
+def test_the_order_depends_on_the_seed_alone():
+    assert training_order(LENGTHS, 200, 8, seed=1) == training_order(LENGTHS, 200, 8, seed=1)
+    assert training_order(LENGTHS, 200, 8, seed=1) != training_order(LENGTHS, 200, 8, seed=2)
+
+
+def test_batches_hold_examples_of_like_length():
+    order = training_order(LENGTHS, 100, 10, seed=1)
+    spreads = [max(b) - min(b) for b in ([LENGTHS[i] for i in order[at : at + 10]] for at in range(0, 100, 10))]
+    assert sum(spreads) / len(spreads) < 8
+
+
+def test_the_batches_of_a_window_are_not_in_order_of_length():
+    order = training_order(LENGTHS, 100, 10, seed=1)
+    means = [sum(LENGTHS[i] for i in order[at : at + 10]) for at in range(0, 100, 10)]
+    assert means != sorted(means)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "max_steps", "expected"),
+    [(1, None, (10, 3)), (1.5, None, (15, 4)), (3, 2, (8, 2)), (0.01, None, (1, 1))],
+)
+def test_num_steps(epochs, max_steps, expected):
+    assert num_steps(10, epochs, 4, max_steps) == expected
+
+
+def test_padding_and_prompt_are_never_trained():
+    batch = CompletionCollator(0)(
+        [
+            {"id": "a", "input_ids": [5, 6, 7], "completion_mask": [0, 0, 1]},
+            {"id": "b", "input_ids": [8, 9], "completion_mask": [0, 1]},
+        ]
+    )
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch["labels"].tolist() == [[IGNORED, IGNORED, 7], [IGNORED, 9, IGNORED]]
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"), [([0, 0], "no token"), ([1, 1], "every token"), ([0], "2 tokens but a mask of 1")]
+)
+def test_a_wrong_mask_names_the_example(mask, message):
+    with pytest.raises(DataError, match=f"id bad: {message}"):
+        CompletionCollator(0)([{"id": "bad", "input_ids": [1, 2], "completion_mask": mask}])

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import pytest
+
+from fintune import models
+from fintune.errors import ConfigError, FintuneError
+from fintune.options import AdapterOptions, TrainOptions
+from fintune.tuning import adapter, metrics, sft
+from prepared_rows import prepared
+
+torch = pytest.importorskip("torch")
+
+
+@pytest.fixture
+def rows(tmp_path, tiny_model):
+    from datasets import load_from_disk
+
+    return load_from_disk(str(prepared(tmp_path / "prepare", tiny_model) / "tokens" / "train"))
+
+
+def run(tiny_model, rows, folder, *, callbacks=(), spoil=None, kind="lora", dropout=0.1, dtype="float32", **options):
+    """Train from scratch or resume; gives the adapter's weights."""
+    from transformers import set_seed
+
+    folder.mkdir(exist_ok=True)
+    ref = models.resolve(str(tiny_model))
+    set_seed(5)
+    model = adapter.attach(
+        models.load_model(ref, dtype=dtype, device="cpu"), AdapterOptions(kind=kind, r=4, alpha=8, dropout=dropout)
+    )
+    if spoil:
+        spoil(model)
+    defaults = {"batch_size": 4, "max_steps": 8, "checkpoint_steps": 3, "learning_rate": 1e-2}
+    sft.train(
+        model,
+        models.load_tokenizer(ref),
+        rows,
+        TrainOptions(**(defaults | options)),
+        seed=5,
+        folder=folder,
+        extra_callbacks=callbacks,
+    )
+    return {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def history(folder):
+    lines = metrics.read(folder / "metrics.jsonl")
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def stop_at(step):
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            if state.global_step == step:
+                raise KeyboardInterrupt
+
+    return Stop()
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tiny_model, rows, tmp_path):
+    whole = run(tiny_model, rows, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_model, rows, tmp_path / "cut", callbacks=[stop_at(5)])
+    assert [line["step"] for line in history(tmp_path / "cut")] == [1, 2, 3, 4, 5]
+    resumed = run(tiny_model, rows, tmp_path / "cut")
+    assert same(whole, resumed)
+    assert history(tmp_path / "whole") == history(tmp_path / "cut")
+
+
+def test_the_loss_falls(tiny_model, rows, tmp_path):
+    run(tiny_model, rows, tmp_path / "run", dropout=0.0, max_steps=40, learning_rate=5e-2, checkpoint_steps=99)
+    losses = [line["loss"] for line in history(tmp_path / "run")]
+    # The tiny model's small tied embeddings bound its logits: uniform is 5.99, and much below 5.6 it cannot go.
+    assert sum(losses[-5:]) / 5 < sum(losses[:5]) / 5 - 0.15
+
+
+def test_eight_examples_at_once_equal_eight_accumulated(tiny_model, rows, tmp_path):
+    at_once = run(tiny_model, rows, tmp_path / "a", dropout=0.0, batch_size=8, max_steps=3)
+    accumulated = run(tiny_model, rows, tmp_path / "b", dropout=0.0, batch_size=1, accumulation=8, max_steps=3)
+    for a, b in zip(history(tmp_path / "a"), history(tmp_path / "b"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["tokens"] == b["tokens"]
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    assert max(float((at_once[n] - accumulated[n]).abs().max()) for n in at_once) < 1e-3
+
+
+def test_the_head_over_trained_positions_gives_trls_loss_and_gradients(tiny_model, rows, tmp_path, monkeypatch):
+    own = run(tiny_model, rows, tmp_path / "own", dropout=0.0, max_steps=2)
+    monkeypatch.setattr(sft, "score_trained_positions", lambda _model: False)
+    trl = run(tiny_model, rows, tmp_path / "trl", dropout=0.0, max_steps=2)
+    for a, b in zip(history(tmp_path / "own"), history(tmp_path / "trl"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    assert max(float((own[n] - trl[n]).abs().max()) for n in own) < 1e-3
+
+
+def test_bfloat16_trains_float32_adapters_close_to_float32(tiny_model, rows, tmp_path):
+    weights = run(tiny_model, rows, tmp_path / "bf16", dropout=0.0, dtype="bfloat16")
+    run(tiny_model, rows, tmp_path / "fp32", dropout=0.0)
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    for a, b in zip(history(tmp_path / "bf16"), history(tmp_path / "fp32"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.02)
+
+
+def test_the_magnitude_of_dora_moves(tiny_model, rows, tmp_path):
+    start = run(tiny_model, rows, tmp_path / "a", kind="dora", max_steps=1, learning_rate=1e-12)
+    end = run(tiny_model, rows, tmp_path / "b", kind="dora")
+    moved = [not torch.equal(start[name], end[name]) for name in start if "magnitude" in name]
+    assert len(moved) == 14
+    assert all(moved)
+
+
+def test_a_loss_that_is_not_finite_names_step_and_examples(tiny_model, rows, tmp_path):
+    def spoil(model):
+        next(weight for name, weight in model.named_parameters() if "lora_A" in name).data.fill_(float("nan"))
+
+    with pytest.raises(FintuneError, match=r"the loss is not finite at step 1; examples x\d+, x\d+, x\d+, x\d+: lower"):
+        run(tiny_model, rows, tmp_path / "run", spoil=spoil)
+    assert not list((tmp_path / "run").glob("checkpoints/*/complete"))
+
+
+def test_two_checkpoints_are_kept_while_training(tiny_model, rows, tmp_path):
+    run(tiny_model, rows, tmp_path / "run", checkpoint_steps=2)
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["checkpoint-6", "checkpoint-8"]
+
+
+def test_an_unknown_target_is_refused_with_those_there_are(tiny_model):
+    model = models.load_model(models.resolve(str(tiny_model)), dtype="float32", device="cpu")
+    with pytest.raises(ConfigError, match=r"no linear layer 'q_prj': it has down_proj, .*q_proj"):
+        adapter.attach(model, AdapterOptions(targets=("q_prj",)))
