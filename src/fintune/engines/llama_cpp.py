@@ -3,7 +3,8 @@
 llama.cpp's server runs the prompts in slots with continuous batching. Two of its habits are turned off because they
 would change results: sampling defaults that a GGUF file may carry, and the BOS that it puts before a text. The latter
 is why prompts are tokenised first (through the server's own ``/tokenize``, which only listens on loopback, behind a
-random key) and given as token ids.
+random key) and given as token ids. Its OpenAI-style answers leave out tokens that end within a UTF-8 character, so the
+server's own ``/completion`` is asked; for such a token the margin is not known and given as 0.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,6 +35,7 @@ _GREEDY = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
     "n_probs": 2,
+    "return_tokens": True,
     "cache_prompt": False,
 }
 
@@ -86,7 +89,7 @@ class LlamaCppEngine:
         params.warmup = False
         params.ui = False
         params.verbosity = -1
-        params.n_threads_http = 1
+        params.n_threads_http = self._parallel + 1
         params.hostnames = ["127.0.0.1"]
         params.port = 0
         params.api_keys = [self._key]
@@ -100,21 +103,26 @@ class LlamaCppEngine:
 
     def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts as llama.cpp sees them: special tokens parsed, none added."""
+        with closing(self._connect()) as connection:
+            answers = [
+                self._post(connection, "/tokenize", {"content": text, "add_special": False, "parse_special": True})
+                for text in texts
+            ]
+        return [[int(token) for token in answer["tokens"]] for answer in answers]
+
+    def _connect(self) -> http.client.HTTPConnection:
         address = urlsplit(self._server.listening_address)
-        connection = http.client.HTTPConnection(address.hostname or "127.0.0.1", address.port, timeout=600)
+        # No time limit: the server is this process, and a long prompt of a large model takes its time.
+        return http.client.HTTPConnection(address.hostname or "127.0.0.1", address.port)
+
+    def _post(self, connection: http.client.HTTPConnection, route: str, body: Mapping[str, Any]) -> dict[str, Any]:
         headers = {"content-type": "application/json", "authorization": f"Bearer {self._key}"}
-        result = []
-        try:
-            for text in texts:
-                body = json.dumps({"content": text, "add_special": False, "parse_special": True})
-                connection.request("POST", "/tokenize", body, headers)
-                answer = json.loads(connection.getresponse().read())
-                if "tokens" not in answer:
-                    raise ModelError(f"{self.path}: llama.cpp cannot tokenise: {answer.get('error')}")
-                result.append([int(token) for token in answer["tokens"]])
-        finally:
-            connection.close()
-        return result
+        connection.request("POST", route, json.dumps(body), headers)
+        answer = json.loads(connection.getresponse().read())
+        if not isinstance(answer, dict) or "error" in answer:
+            error = answer.get("error", {}) if isinstance(answer, dict) else {}
+            raise ModelError(f"{self.path}: llama.cpp refused a prompt: {error.get('message', answer)}")
+        return answer
 
     def generate(self, prompts: Sequence[str], *, max_new_tokens: int) -> Iterator[Completion]:
         """Complete prompts greedily; see :class:`fintune.engines.protocol.Engine`.
@@ -138,7 +146,9 @@ class LlamaCppEngine:
         clock = _Shares()
 
         def one(row: Sequence[int]) -> Completion:
-            answer = self._server.handle_completions({"prompt": list(row), "n_predict": max_new_tokens, **_GREEDY})
+            body = {"prompt": list(row), "n_predict": max_new_tokens, **_GREEDY}
+            with closing(self._connect()) as connection:
+                answer = self._post(connection, "/completion", body)
             return _completion(answer, clock.take(), len(row))
 
         pool = ThreadPoolExecutor(self._parallel)
@@ -179,28 +189,30 @@ class _Shares:
 
 
 def _completion(answer: Mapping[str, Any], seconds: float, num_prompt_tokens: int) -> Completion:
-    if "choices" not in answer:
-        error = answer.get("error", answer)
-        raise ModelError(f"llama.cpp refused a prompt: {error.get('message', error)}")
-    choice = answer["choices"][0]
-    steps = (choice.get("logprobs") or {}).get("content") or []
-    usage = answer["usage"]
-    assert usage["prompt_tokens"] == num_prompt_tokens, "llama.cpp changed the prompt"
-    assert usage["completion_tokens"] == len(steps), "llama.cpp left out the probabilities of some tokens"
+    assert answer["tokens_evaluated"] == num_prompt_tokens, "llama.cpp changed the prompt"
+    tokens = tuple(int(token) for token in answer["tokens"])
     return Completion(
-        token_ids=tuple(int(step["id"]) for step in steps),
-        text=str(choice["text"]),
-        finish_reason="stop" if choice["finish_reason"] == "stop" else "length",
-        margins=tuple(_margin(step["top_logprobs"]) for step in steps),
+        token_ids=tokens,
+        text=str(answer["content"]),
+        finish_reason="stop" if answer["stop_type"] == "eos" else "length",
+        margins=_margins(tokens, answer.get("completion_probabilities", [])),
         num_prompt_tokens=num_prompt_tokens,
         seconds=seconds,
     )
 
 
-def _margin(best: Sequence[Mapping[str, Any]]) -> float:
-    first, second = best[0]["logprob"], best[1]["logprob"]
-    # JSON has no infinity: a probability that underflowed comes as null.
-    return math.inf if first is None or second is None else float(first) - float(second)
+def _margins(tokens: Sequence[int], steps: Sequence[Mapping[str, Any]]) -> tuple[float, ...]:
+    """One margin per token; llama.cpp reports none for a token that ends within a UTF-8 character."""
+    margins, waiting = [], list(reversed(steps))
+    for token in tokens:
+        if waiting and waiting[-1]["id"] == token:
+            first, second = (best["logprob"] for best in waiting.pop()["top_logprobs"])
+            # JSON has no infinity: a probability that underflowed comes as null.
+            margins.append(math.inf if first is None or second is None else float(first) - float(second))
+        else:
+            margins.append(0.0)
+    assert not waiting, "llama.cpp reported tokens that it did not generate"
+    return tuple(margins)
 
 
 def _check_file(path: Path) -> None:

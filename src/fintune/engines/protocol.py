@@ -15,7 +15,8 @@ class Completion:
         token_ids: Generated tokens, end-of-turn included.
         text: The same as text, special tokens removed.
         finish_reason: "stop" when an end token came, "length" when the limit did.
-        margins: For each generated token the natural-log probability gap between the best and the second-best token.
+        margins: For each generated token the natural-log probability gap between the best and the second-best token;
+            0 where an engine does not know it.
         num_prompt_tokens: Length of the prompt as this engine tokenised it.
         seconds: Share of the call's wall time; the shares of all prompts add up to it.
     """

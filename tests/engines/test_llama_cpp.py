@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import json
+import math
+import shutil
+
+import pytest
+from tokenizers import Tokenizer
+
+from fintune.engines.llama_cpp import LlamaCppEngine
+from fintune.errors import ModelError
+from fintune.gguf.export import export
+from fintune.tokenizer_check import probe_strings
+from synthetic import PRE_TOKENIZERS, write_folder
+from tiny import patch_json
+
+PROMPTS = [
+    f"<|im_start|>user\n{'the revenue ' * (i % 4)}in 20{i:02}<|im_end|>\n<|im_start|>assistant\n" for i in range(7)
+]
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("engine")
+    write_folder(folder / "model", num_layers=2)
+    export(folder / "model", {"F16": folder / "m.gguf", "Q4_K_M": folder / "q.gguf"})
+    return folder / "m.gguf"
+
+
+@pytest.fixture(scope="module")
+def engine(gguf_file):
+    with LlamaCppEngine(gguf_file, context_tokens=256, parallel=3) as started:
+        yield started
+
+
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+def test_llama_cpp_splits_text_as_the_tokenizer_does(tmp_path, pre):
+    folder = write_folder(tmp_path / "model", num_layers=1, pre=pre)
+    export(folder, {"F16": tmp_path / "m.gguf"})
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    texts = probe_strings()
+    with LlamaCppEngine(tmp_path / "m.gguf", context_tokens=64, parallel=1) as engine:
+        ours = engine.tokenise(texts)
+    theirs = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    assert len(texts) > 100
+    assert [text for text, a, b in zip(texts, ours, theirs, strict=True) if a != b] == []
+
+
+def test_completions_come_in_the_order_of_the_prompts(engine):
+    together = list(engine.generate(PROMPTS, max_new_tokens=6))
+    counts = [len(row) for row in engine.tokenise(PROMPTS)]
+    assert [completion.num_prompt_tokens for completion in together] == counts
+    assert len(set(counts)) > 1
+
+
+def test_greedy_decoding_repeats_itself(engine):
+    first, second = (list(engine.generate(PROMPTS[:1], max_new_tokens=12)) for _ in range(2))
+    assert first[0].token_ids == second[0].token_ids
+    assert first[0].margins == pytest.approx(second[0].margins, abs=1e-4)
+
+
+def test_every_token_has_a_margin_and_the_shares_of_time_are_positive(engine):
+    for completion in engine.generate(PROMPTS, max_new_tokens=5):
+        assert len(completion.margins) == len(completion.token_ids) <= 5
+        assert all(margin >= 0 and math.isfinite(margin) for margin in completion.margins)
+        assert completion.seconds >= 0
+
+
+def test_tokens_within_a_utf8_character_are_kept(engine):
+    # Random weights write single bytes: most tokens end within a character, for which no margin is reported.
+    completions = list(engine.generate(PROMPTS, max_new_tokens=30))
+    assert any("\ufffd" in completion.text for completion in completions)
+    assert all(len(c.token_ids) == 30 for c in completions if c.finish_reason == "length")
+
+
+def test_the_limit_and_the_end_token_are_told_apart(engine):
+    endings = set()
+    for completion in engine.generate(PROMPTS, max_new_tokens=200):
+        endings.add(completion.finish_reason)
+        assert (completion.token_ids[-1] == 2) == (completion.finish_reason == "stop")
+        assert completion.finish_reason == "stop" or len(completion.token_ids) == 200
+        assert "<|im_end|>" not in completion.text
+    short = next(iter(engine.generate(PROMPTS[:1], max_new_tokens=1)))
+    assert short.finish_reason == "length" or short.token_ids == (2,)
+
+
+def test_no_bos_is_put_before_a_prompt_even_where_the_vocabulary_wants_one(gguf_file, tmp_path):
+    folder = shutil.copytree(gguf_file.parent / "model", tmp_path / "model")
+    patch_json(folder / "tokenizer_config.json", add_bos_token=True)
+    export(folder, {"F16": tmp_path / "m.gguf"})
+    with LlamaCppEngine(tmp_path / "m.gguf", context_tokens=128, parallel=1) as engine:
+        (completion,) = engine.generate(["in the"], max_new_tokens=1)
+        assert completion.num_prompt_tokens == len(engine.tokenise(["in the"])[0])
+        assert engine.tokenise(["in the"])[0][0] != 1
+
+
+def test_sampling_defaults_of_the_file_are_not_used(gguf_file, tmp_path, engine):
+    folder = shutil.copytree(gguf_file.parent / "model", tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"temperature": 5.0, "penalty_repeat": 3.0}))
+    export(folder, {"F16": tmp_path / "m.gguf"})
+    with LlamaCppEngine(tmp_path / "m.gguf", context_tokens=256, parallel=1) as other:
+        (theirs,) = other.generate(PROMPTS[:1], max_new_tokens=20)
+    (ours,) = engine.generate(PROMPTS[:1], max_new_tokens=20)
+    assert theirs.token_ids == ours.token_ids
+
+
+def test_a_consumer_may_stop_early(engine):
+    completions = engine.generate(PROMPTS, max_new_tokens=20)
+    next(completions)
+    completions.close()
+    assert len(list(engine.generate(PROMPTS[:2], max_new_tokens=2))) == 2
+
+
+def test_a_quantised_file_runs(gguf_file):
+    with LlamaCppEngine(gguf_file.with_name("q.gguf"), context_tokens=128, parallel=1) as engine:
+        assert len(list(engine.generate(PROMPTS[:1], max_new_tokens=3))) == 1
+
+
+def test_a_prompt_longer_than_the_context_is_named(engine):
+    with pytest.raises(ModelError, match=r"prompt 1 has \d+ tokens, with 10 new ones it .* the context of 256"):
+        engine.generate([PROMPTS[0], "in the " * 300], max_new_tokens=10)
+
+
+def test_an_empty_prompt_is_named(engine):
+    with pytest.raises(ModelError, match="prompt 0 is empty"):
+        engine.generate([""], max_new_tokens=1)
+
+
+def test_a_folder_a_missing_file_and_another_format_are_refused(tmp_path):
+    with pytest.raises(ModelError, match="is a folder"):
+        LlamaCppEngine(tmp_path)
+    with pytest.raises(ModelError, match="no such file"):
+        LlamaCppEngine(tmp_path / "none.gguf")
+    (tmp_path / "text.gguf").write_text("no model")
+    with pytest.raises(ModelError, match="no GGUF file"):
+        LlamaCppEngine(tmp_path / "text.gguf")
+
+
+def test_a_truncated_file_is_refused(gguf_file, tmp_path):
+    (tmp_path / "m.gguf").write_bytes(gguf_file.read_bytes()[:-200_000])
+    with pytest.raises(ModelError, match=r"llama\.cpp cannot load it"):
+        LlamaCppEngine(tmp_path / "m.gguf", context_tokens=64, parallel=1)

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from fintune.errors import ModelError
+from fintune.gguf.chat import render_chat
+from fintune.gguf.modelfile import modelfile
+from synthetic import write_tokenizer
+from tiny import CHATML, patch_json
+
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{{ m.content | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+DEFAULT_SYSTEM = "{% if messages[0].role != 'system' %}<|im_start|>system\nYou compute.<|im_end|>\n{% endif %}" + CHATML
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_tokenizer(tmp_path)
+    return tmp_path
+
+
+def go(text: str, messages: list[dict[str, str]]) -> str:
+    """Run the part of Go's template language that a Modelfile of ours uses."""
+    body = re.search(r'TEMPLATE """(.*?)"""', text, re.DOTALL)[1]
+    head, loop, tail = re.fullmatch(
+        r"(.*)\{\{ range \.Messages \}\}(.*\{\{ end \}\})\{\{ end \}\}(.*)", body, re.DOTALL
+    ).groups()
+    default = re.search(r"\{\{ if not \.System \}\}(.*?)\{\{ end \}\}", head, re.DOTALL)
+    opening = head[: default.start()] if default else head
+    branches = dict(re.findall(r'\{\{ (?:else )?if eq \.Role "(\w+)" \}\}(.*?)(?=\{\{ (?:else|end))', loop, re.DOTALL))
+    no_system = all(message["role"] != "system" for message in messages)
+    turns = "".join(branches[message["role"]].replace("{{ .Content }}", message["content"]) for message in messages)
+    return opening + (default[1] if default and no_system else "") + turns + tail
+
+
+@pytest.mark.parametrize("template", [CHATML, DEFAULT_SYSTEM, LLAMA3])
+@pytest.mark.parametrize("roles", [["user"], ["system", "user"], ["user", "assistant", "user"]])
+def test_ollama_renders_what_the_chat_template_renders(folder, template, roles):
+    (folder / "chat_template.jinja").write_text(template)
+    messages = [{"role": role, "content": f"{role} says {index} %"} for index, role in enumerate(roles)]
+    expected = render_chat(template, messages, special_tokens={"bos_token": "<|im_start|>"}, add_generation_prompt=True)
+    assert go(modelfile(folder, "m.gguf", context_tokens=2048), messages) == expected
+
+
+def test_bos_is_left_to_ollama_where_the_vocabulary_adds_it(folder):
+    (folder / "chat_template.jinja").write_text(LLAMA3)
+    patch_json(folder / "tokenizer_config.json", add_bos_token=True)
+    assert 'TEMPLATE """{{ range' in modelfile(folder, "m.gguf", context_tokens=2048)
+
+
+def test_it_names_the_file_the_stop_token_and_the_context(folder):
+    lines = modelfile(folder, "m-Q4_K_M.gguf", context_tokens=512).splitlines()
+    assert lines[0] == "FROM ./m-Q4_K_M.gguf"
+    assert {'PARAMETER stop "<|im_end|>"', "PARAMETER num_ctx 512", "PARAMETER temperature 0"} <= set(lines)
+
+
+def test_a_template_that_is_not_made_of_turns_is_refused(folder):
+    (folder / "chat_template.jinja").write_text(CHATML + "{{ messages | length }}")
+    with pytest.raises(ModelError, match="cannot be written as an Ollama template"):
+        modelfile(folder, "m.gguf", context_tokens=512)
+
+
+def test_a_folder_without_a_template_is_refused(folder):
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(ModelError, match="no chat template"):
+        modelfile(folder, "m.gguf", context_tokens=512)
