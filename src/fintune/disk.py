@@ -17,18 +17,6 @@ _HEADER_BYTES = 100 << 20
 _EXAMPLE_BYTES = 24_000
 """A prepared FinQA example: prompt text, gold record and tokens; the largest page of dev makes 21 kB."""
 
-BITS_PER_WEIGHT = {
-    "F32": 32,
-    "F16": 16,
-    "BF16": 16,
-    "Q8_0": 8.5,
-    "Q6_K": 6.6,
-    "Q5_K_M": 6.0,
-    "Q4_K_M": 5.4,
-    "Q4_K_S": 5.2,
-}
-"""Upper estimates over whole models, vocabulary and fallbacks of odd widths included."""
-
 
 def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of a folder's safetensors files, from their headers alone."""
@@ -68,9 +56,14 @@ def merge_bytes(config: Config) -> int:
 
 
 def export_bytes(config: Config) -> int:
-    """All GGUF files together."""
-    bits = sum(BITS_PER_WEIGHT.get(kind, 32) for kind in config.export.types)
-    return int(_num_weights(config) * bits / 8 * _MARGIN) + 20_000_000
+    """All GGUF files together; the merged model has the base's shapes.
+
+    Raises:
+        ModelError: A base that cannot become a GGUF, found out before hours of training.
+    """
+    from fintune.gguf.export import predict_bytes as gguf_bytes
+
+    return gguf_bytes(_base_folder(config), config.export.types)
 
 
 def predict_bytes(config: Config) -> int:
@@ -83,8 +76,12 @@ def _num_weights(config: Config) -> int:
 
 
 def _base(config: Config) -> dict[str, tuple[int, ...]]:
+    return shapes(_base_folder(config))
+
+
+def _base_folder(config: Config) -> Path:
     from fintune import models
 
     path = models.fetch(models.resolve(config.model.name, revision=config.model.revision)).path
     assert path is not None, "fetch fills the path"
-    return shapes(path)
+    return path

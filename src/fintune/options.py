@@ -1,8 +1,8 @@
 """Every option of a run, written once: its name, type, default, unit and meaning.
 
 The YAML file, ``key=value`` overrides, ``fintune config show``, the manifest of each stage and ``docs/options.md`` all
-come from these fields. An option marked with :func:`neutral` cannot change a result (threads, how often to log); it is left
-out of the fingerprint that decides whether a stage is up to date.
+come from these fields. An option marked with :func:`neutral` cannot change a result (threads, how often to log); it is
+left out of the fingerprint that decides whether a stage is up to date.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class ModelOptions(Options):
 
     name: str = Field(
         "builtin:smollm2-135m",
-        description="`builtin:smollm2-135m`, a local Hugging Face folder, or a hub id (`meta-llama/Llama-3.2-3B-Instruct`).",
+        description="`builtin:smollm2-135m`, a local Hugging Face folder, or a hub id such as `Qwen/Qwen3-1.7B`.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model; its newest where empty.")
     trust_remote_code: bool = Field(
@@ -154,7 +154,7 @@ class PredictOptions(Options):
 
     models: Annotated[tuple[ModelKind, ...], Field(min_length=1)] = Field(
         ("base", "adapter", "merged", "F16", "Q4_K_M"),
-        description="What is measured: the model before training, base + adapter, the merged folder, GGUF files by type.",
+        description="What is measured: the model before training, base + adapter, merged folder, GGUF files by type.",
     )
     max_new_tokens: int = Field(
         96, ge=1, description="Tokens of a completion at most; the longest gold of FinQA needs about 90."

@@ -158,8 +158,14 @@ class Pipeline:
             FintuneError: Whatever a stage refuses.
         """
         with lock(self.config.folder):
-            self.preview()
+            self._require_space(self.preview())
             return [self._do(step) for step in self.steps]
+
+    def _require_space(self, plan: Sequence[tuple[Step, str]]) -> None:
+        """Hours into a run is a bad time to learn that its last stage does not fit, or cannot be done at all."""
+        work = [step for step, word in plan if not word.startswith(("skipped", "up to date"))]
+        needed = sum(step.needed_bytes(self.config) for step in work)
+        machine.require_space(self.config.folder, needed, f"the run's {len(work)} stages")
 
     def _do(self, step: Step) -> Outcome:
         slot = self.slot(step.name)
