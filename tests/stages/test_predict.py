@@ -44,7 +44,11 @@ def test_every_question_is_predicted_in_order(tiny_model, inputs, tmp_path):
     assert all(each["predicted"][-1] == "EOF" for each in official)
     assert facts["num_predictions"] == 5
     assert facts["num_tokens"] == sum(len(each.token_ids) for each in predictions)
-    assert sorted(path.name for path in (tmp_path / "p").iterdir()) == ["official.json", "predictions.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "p").iterdir()) == [
+        "official.json",
+        "predictions.jsonl",
+        "predictions.key.json",
+    ]
 
 
 def test_an_interrupted_run_goes_on_behind_a_torn_line(tiny_model, inputs, tmp_path, monkeypatch):
@@ -89,3 +93,28 @@ def test_a_tokenizer_that_counts_otherwise_is_refused(tiny_model, inputs, tmp_pa
     monkeypatch.setattr(TransformersEngine, "generate", longer)
     with pytest.raises(ModelError, match=r"base model reads the prompt of x0 as \d+ tokens, the tokenizer as \d+"):
         run(tiny_model, inputs, tmp_path / "p")
+
+
+def test_adapter_and_merged_folder_predict_the_same_and_not_as_the_base(tiny_model, inputs, tmp_path):
+    from fintune.stages.merge import merge
+    from fintune.stages.train import train
+
+    trained = Config.model_validate(
+        {
+            "model": {"name": str(tiny_model)},
+            "adapter": {"r": 4},
+            "train": {"precision": "float32", "batch_size": 4, "max_steps": 10, "learning_rate": 3e-2},
+            "predict": {"max_new_tokens": 6, "batch_size": 2},
+        }
+    )
+    found = {}
+    for step in ("train", "merge", "base", "adapter", "merged"):
+        inputs[step] = tmp_path / step
+        inputs[step].mkdir()
+    train(trained, inputs, inputs["train"])
+    merge(trained, inputs, inputs["merge"])
+    for kind in ("base", "adapter", "merged"):
+        predict(trained, inputs, inputs[kind], kind=kind)
+        lines = (inputs[kind] / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        found[kind] = [Prediction.model_validate_json(line).token_ids for line in lines]
+    assert found["adapter"] == found["merged"] != found["base"]

@@ -100,9 +100,10 @@ def test_the_head_over_trained_positions_gives_trls_loss_and_gradients(tiny_mode
     assert max(float((own[n] - trl[n]).abs().max()) for n in own) < 1e-3
 
 
-def test_bfloat16_trains_float32_adapters_close_to_float32(tiny_model, rows, tmp_path):
-    weights = run(tiny_model, rows, tmp_path / "bf16", dropout=0.0, dtype="bfloat16")
-    run(tiny_model, rows, tmp_path / "fp32", dropout=0.0)
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_bfloat16_trains_float32_adapters_close_to_float32(tiny_model, rows, tmp_path, kind):
+    weights = run(tiny_model, rows, tmp_path / "bf16", dropout=0.0, dtype="bfloat16", kind=kind)
+    run(tiny_model, rows, tmp_path / "fp32", dropout=0.0, kind=kind)
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
     for a, b in zip(history(tmp_path / "bf16"), history(tmp_path / "fp32"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=0.02)

@@ -20,7 +20,7 @@ class Journal:
     """Predictions that are there and room for more.
 
     Args:
-        path: The file; beside it lies ``NAME.key.json``, which says what it is for, until :meth:`close`.
+        path: The file; beside it lies ``NAME.key.json``, which says what it is for.
         key: What the predictions depend on: model, prompts, decoding.
 
     Raises:
@@ -47,22 +47,22 @@ class Journal:
         os.fsync(self._file.fileno())
         self._synced = time.monotonic()
 
-    def close(self, *, finished: bool) -> None:
-        """Stop writing; a finished file loses its key, which the folder's manifest holds from then on."""
+    def close(self) -> None:
+        """Bring everything to the disk and stop writing."""
         self.sync()
         self._file.close()
-        if finished:
-            self._beside.unlink()
 
     def _check_key(self, key: dict[str, str]) -> None:
-        if self._path.exists() and self._beside.exists():
+        if self._beside.exists():
             old = json.loads(self._beside.read_text(encoding="utf-8"))
             changed = [name for name in sorted(key.keys() | old.keys()) if key.get(name) != old.get(name)]
             if changed:
                 raise ArtifactError(
                     f"{self._path} was begun with another {', '.join(changed)}",
-                    hint="remove it, or run the stage with --redo",
+                    hint="remove the folder, or run the stage with --redo",
                 )
+        elif self._path.exists():
+            raise ArtifactError(f"{self._path} does not say which model it is from", hint="remove it")
         temporary = self._beside.with_name(f".{self._beside.name}.tmp")
         temporary.write_text(json.dumps(key, indent=1), encoding="utf-8")
         temporary.replace(self._beside)

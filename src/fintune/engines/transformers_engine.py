@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from .. import chat
 from ..errors import ModelError
+from .cache_room import cache_with_room
 from .protocol import Completion
 
 if TYPE_CHECKING:
@@ -118,14 +119,13 @@ class TransformersEngine:
 
     def _prefill(self, rows: list[_Row]) -> _State:
         import torch
-        from transformers import DynamicCache
 
         width = max(len(row.prompt_ids) for row in rows)
         pad = self._tokenizer.pad_token_id
         input_ids = torch.tensor([[pad] * (width - len(row.prompt_ids)) + row.prompt_ids for row in rows])
         mask = torch.tensor([[0] * (width - len(row.prompt_ids)) + [1] * len(row.prompt_ids) for row in rows])
         input_ids, mask = input_ids.to(self._model.device), mask.to(self._model.device)
-        cache = DynamicCache(config=self._model.config)
+        cache = cache_with_room(self._model.config, max(row.max_new_tokens for row in rows))
         out = self._model(
             input_ids=input_ids,
             attention_mask=mask,

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import chat, models
-from ..errors import ArtifactError, ModelError
-from ..options import Config
-from ..progress import track
-from ..records import Example
-from ..tuning.quiet import quiet_libraries
+from fintune import chat, models
+from fintune.errors import ArtifactError, ModelError
+from fintune.options import Config
+from fintune.progress import track
+from fintune.records import Example
+from fintune.tuning.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     import torch

@@ -34,7 +34,8 @@ def predict(config: Config, inputs: Mapping[str, Path], folder: Path, *, kind: M
     Args:
         config: The run.
         inputs: Needs ``prepare``, and ``train``, ``merge`` or ``export`` according to the kind.
-        folder: Gets ``predictions.jsonl`` and ``official.json``, both in the order of ``eval.jsonl``.
+        folder: Gets ``predictions.jsonl`` and ``official.json``, both in the order of ``eval.jsonl``, and
+            ``predictions.key.json``, which says what they are from.
         kind: The model before training, base + adapter, the merged folder, or a GGUF file by its type.
 
     Returns:
@@ -54,7 +55,6 @@ def predict(config: Config, inputs: Mapping[str, Path], folder: Path, *, kind: M
         "decoding": f"greedy, {config.predict.max_new_tokens} tokens, {config.predict.precision}",
     }
     journal = Journal(folder / "predictions.jsonl", key)
-    finished = False
     try:
         todo = [each for each in examples if each.id not in journal.done]
         if todo:
@@ -62,9 +62,8 @@ def predict(config: Config, inputs: Mapping[str, Path], folder: Path, *, kind: M
             _decode(config, engine, tokenizer, todo, prompts, journal, _Gold(inputs["prepare"] / "gold.json"), kind)
             engine.close()
             gc.collect()  # the next kind's model should not stand beside this one in memory
-        finished = True
     finally:
-        journal.close(finished=finished)
+        journal.close()
     return _finish(folder, [journal.done[each.id] for each in examples])
 
 

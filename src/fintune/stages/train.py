@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import models
-from ..errors import ArtifactError
-from ..options import Config
-from ..progress import console
-from ..tuning import adapter, metrics, sft
+from fintune import models
+from fintune.errors import ArtifactError
+from fintune.options import Config
+from fintune.progress import console
+from fintune.tuning import adapter, metrics, sft
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import ConfigError
-from ..options import AdapterOptions
-from .quiet import quiet_libraries
+from fintune.errors import ConfigError
+from fintune.options import AdapterOptions
+from fintune.tuning.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import FintuneError
-from ..progress import Bar
-from . import checkpoints, metrics
+from fintune.errors import FintuneError
+from fintune.progress import Bar
+from fintune.tuning import checkpoints, metrics
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback

@@ -7,7 +7,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ..errors import DataError
+from fintune.errors import DataError
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@ from __future__ import annotations
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-from .collate import IGNORED
+from fintune.tuning.collate import IGNORED
 
 if TYPE_CHECKING:
     import torch

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import FintuneError
-from ..options import TrainOptions
-from ..progress import bar
-from . import checkpoints, metrics
-from .adapter import compute_in_base_type
-from .callbacks import make_callback
-from .collate import CompletionCollator, num_steps, training_order
-from .head import score_trained_positions
-from .quiet import quiet_libraries
+from fintune.errors import FintuneError
+from fintune.options import TrainOptions
+from fintune.progress import bar
+from fintune.tuning import checkpoints, metrics
+from fintune.tuning.adapter import compute_in_base_type
+from fintune.tuning.callbacks import make_callback
+from fintune.tuning.collate import CompletionCollator, num_steps, training_order
+from fintune.tuning.head import score_trained_positions
+from fintune.tuning.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     import torch
