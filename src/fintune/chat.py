@@ -14,8 +14,8 @@ from datetime import date
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from .errors import DataError, ModelError
-from .records import Message
+from fintune.errors import DataError, ModelError
+from fintune.records import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -127,6 +127,32 @@ def encode_example(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Messag
         raise ModelError(f"{end_text} does not end the encoded completion {completion[:60]!r}")
     num_trained = len(ids) - len(prompt_ids)
     return EncodedExample(ids, [0] * len(prompt_ids) + [1] * num_trained, follows)
+
+
+def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> EncodedExample:
+    """Ids of a conversation that ends with the assistant, trained on every assistant's turn and what ends it.
+
+    Raises:
+        ModelError: As ``encode_example``, or the template rewrites earlier turns once there is a later one.
+        DataError: As ``encode_example``, or the last turn is not the assistant's.
+    """
+    if not messages or messages[-1].role != "assistant":
+        raise DataError("a conversation to train on ends with the assistant's turn")
+    ids: list[int] = []
+    mask: list[int] = []
+    follows = True
+    for place, message in enumerate(messages):
+        if message.role != "assistant":
+            continue
+        turn = encode_example(tokenizer, messages[:place], message.content)
+        if turn.input_ids[: len(ids)] != ids:
+            raise ModelError(
+                f"the chat template of {tokenizer.name_or_path} rewrites earlier turns",
+                hint="it cannot train several turns at once; set data.group_questions to 1",
+            )
+        mask += turn.completion_mask[len(ids) :]
+        ids, follows = turn.input_ids, follows and turn.follows_template
+    return EncodedExample(ids, mask, follows)
 
 
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -8,8 +8,8 @@ import re
 import tempfile
 from pathlib import Path
 
-from .cache import cache_folder
-from .errors import ModelError
+from fintune.cache import cache_folder
+from fintune.errors import ModelError
 
 TOKENIZER_FILES = (
     "tokenizer.json",

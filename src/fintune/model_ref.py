@@ -6,9 +6,9 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from . import builtin
-from .errors import ModelError, ResourceError
-from .model_folder import MODEL_FILES, check_model_folder, licence_of
+from fintune import builtin
+from fintune.errors import ModelError, ResourceError
+from fintune.model_folder import MODEL_FILES, check_model_folder, licence_of
 
 
 @dataclass(frozen=True)

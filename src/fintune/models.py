@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from .chat import end_of_turn_ids
-from .errors import ModelError, ResourceError
-from .model_folder import adapter_base, check_safetensors, model_fingerprint, read_json
-from .model_ref import ModelRef, fetch, resolve
+from fintune.chat import end_of_turn_ids
+from fintune.errors import ModelError, ResourceError
+from fintune.model_folder import adapter_base, check_safetensors, model_fingerprint, read_json
+from fintune.model_ref import ModelRef, fetch, resolve
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import ModelError, ResourceError
+from fintune.errors import ModelError, ResourceError
 
 _FINANCE = (
     "net revenue was $ 1,234.5 million in 2009 , compared with $ ( 832 ) million in 2008 .",

@@ -8,7 +8,7 @@ from datetime import date
 from pathlib import Path
 from typing import NoReturn
 
-from ..errors import ModelError
+from fintune.errors import ModelError
 
 # A template that prints the day must render alike every day.
 _TEMPLATE_DAY = date(2024, 7, 26)

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from ..errors import ModelError, ResourceError
-from .ggml import Ggml, load_ggml
-from .plan import FilePlan, ModelPlan, Source
-from .safetensor_reader import SafetensorFolder
+from fintune.errors import ModelError, ResourceError
+from fintune.gguf.ggml import Ggml, load_ggml
+from fintune.gguf.plan import FilePlan, ModelPlan, Source
+from fintune.gguf.safetensor_reader import SafetensorFolder
 
 if TYPE_CHECKING:
     import numpy as np

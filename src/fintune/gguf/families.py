@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import ModelError
+from fintune.errors import ModelError
 
 if TYPE_CHECKING:
     import numpy as np

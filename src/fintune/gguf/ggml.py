@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import ResourceError
+from fintune.errors import ResourceError
 
 if TYPE_CHECKING:
     import numpy as np

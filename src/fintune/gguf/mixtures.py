@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..errors import ModelError
-from .ggml import TYPES
+from fintune.errors import ModelError
+from fintune.gguf.ggml import TYPES
 
 
 @dataclass(frozen=True)

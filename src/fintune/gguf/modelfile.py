@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import ModelError
-from .chat import read_chat_template, render_chat, special_token_texts, turn_ending
+from fintune.errors import ModelError
+from fintune.gguf.chat import read_chat_template, render_chat, special_token_texts, turn_ending
 
 _ROLES = {"s": "system", "u": "user", "a": "assistant"}
 # Conversations by role; the first is the probe, all are compared.

@@ -9,12 +9,12 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import ModelError
-from .families import ModelConfig, gguf_names, heads_to_permute, rope_factors
-from .ggml import TYPES, row_bytes
-from .mixtures import mixture, tensor_types
-from .safetensor_reader import SafetensorFolder, StoredTensor
-from .vocab import Vocabulary, read_vocabulary
+from fintune.errors import ModelError
+from fintune.gguf.families import ModelConfig, gguf_names, heads_to_permute, rope_factors
+from fintune.gguf.ggml import TYPES, row_bytes
+from fintune.gguf.mixtures import mixture, tensor_types
+from fintune.gguf.safetensor_reader import SafetensorFolder, StoredTensor
+from fintune.gguf.vocab import Vocabulary, read_vocabulary
 
 if TYPE_CHECKING:
     import numpy as np

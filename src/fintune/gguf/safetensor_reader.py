@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
 
-from ..errors import ModelError
+from fintune.errors import ModelError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ModelError
-from .chat import read_chat_template, special_token_texts, turn_ending
+from fintune.errors import ModelError
+from fintune.gguf.chat import read_chat_template, special_token_texts, turn_ending
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
