@@ -10,8 +10,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from ..errors import ArtifactError
-from ..records import Prediction
+from fintune.errors import ArtifactError
+from fintune.records import Prediction
 
 _SYNC_SECONDS = 5.0
 

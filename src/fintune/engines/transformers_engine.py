@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .. import chat
-from ..errors import ModelError
-from .cache_room import cache_with_room
-from .protocol import Completion
+from fintune import chat
+from fintune.engines.cache_room import cache_with_room
+from fintune.engines.protocol import Completion
+from fintune.errors import ModelError
 
 if TYPE_CHECKING:
     import torch

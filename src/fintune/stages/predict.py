@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from .. import chat, models
-from ..engines.journal import Journal
-from ..errors import ArtifactError, ModelError
-from ..finqa.execute import execute
-from ..finqa.program import extract_program, tokenize
-from ..options import Config, ModelKind
-from ..progress import bar
-from ..records import Example, FinQARecord, Prediction
-from ..tuning.quiet import quiet_libraries
+from fintune import chat, models
+from fintune.engines.journal import Journal
+from fintune.errors import ArtifactError, ModelError
+from fintune.finqa.execute import execute
+from fintune.finqa.program import extract_program, tokenize
+from fintune.options import Config, ModelKind
+from fintune.progress import bar
+from fintune.records import Example, FinQARecord, Prediction
+from fintune.tuning.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ..engines.protocol import Completion, Engine
+    from fintune.engines.protocol import Completion, Engine
 
 
 def predict(config: Config, inputs: Mapping[str, Path], folder: Path, *, kind: ModelKind) -> dict[str, Any]:
@@ -174,7 +174,7 @@ def _fingerprint(config: Config, inputs: Mapping[str, Path], kind: str) -> str:
 def _open_engine(config: Config, inputs: Mapping[str, Path], kind: str, tokenizer: PreTrainedTokenizerBase) -> Engine:
     threads = config.predict.threads or os.cpu_count() or 1
     if kind not in ("base", "adapter", "merged"):
-        from ..engines.llama_cpp import LlamaCppEngine
+        from fintune.engines.llama_cpp import LlamaCppEngine
 
         return LlamaCppEngine(
             _gguf(config, inputs, kind),
@@ -184,7 +184,7 @@ def _open_engine(config: Config, inputs: Mapping[str, Path], kind: str, tokenize
 
     import torch
 
-    from ..engines.transformers_engine import TransformersEngine
+    from fintune.engines.transformers_engine import TransformersEngine
 
     torch.set_num_threads(threads)
     name, revision = (str(inputs["merge"]), None) if kind == "merged" else (config.model.name, config.model.revision)
