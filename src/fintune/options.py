@@ -80,6 +80,12 @@ class DataOptions(Options):
     max_eval: int | None = Field(
         None, ge=1, description="Score at most so many examples, drawn with `run.seed`; all where empty."
     )
+    group_questions: int = Field(
+        1,
+        ge=1,
+        description="Train on conversations of up to so many questions about one page, which is then read once for all "
+        "of them. Prediction always asks a single question.",
+    )
     strict: bool = Field(
         False, description="Stop at the first record that cannot be used instead of dropping and counting it."
     )

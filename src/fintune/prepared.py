@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from fintune.chat import template_hash
 from fintune.config import effective
+from fintune.conversations import Sequenced, grouped, single
 from fintune.errors import ArtifactError
 from fintune.examples import EncodedRecord, EncodedSplit
 from fintune.finqa.distribution import FINQA_TEST, distribution
@@ -87,6 +88,8 @@ class SplitReport(Record):
         num_units: Sentences and rows of all pages.
         prompt_tokens: Template included.
         completion_tokens: End-of-turn token included.
+        num_rows: Rows of the tokens; fewer than examples where questions of a page share one (data.group_questions).
+        num_row_tokens: Tokens of all rows, which is what one pass over the split reads.
         steps: Share of programs by number of steps.
         operations: Share of steps by operation.
     """
@@ -101,6 +104,8 @@ class SplitReport(Record):
     num_units: int
     prompt_tokens: Lengths
     completion_tokens: Lengths
+    num_rows: int
+    num_row_tokens: int
     evidence: Evidence
     steps: dict[str, float]
     operations: dict[str, float]
@@ -162,8 +167,25 @@ def lengths(numbers: Sequence[int]) -> Lengths:
     )
 
 
+def lay_out(
+    config: Config, tokenizer: PreTrainedTokenizerBase, splits: Mapping[str, EncodedSplit]
+) -> dict[str, list[Sequenced]]:
+    """The rows of the tokens: questions of a page joined for training, single for the loss on the evaluation split."""
+    train = grouped(
+        tokenizer,
+        splits["train"].examples,
+        num_questions=config.data.group_questions,
+        max_length=config.prompt.max_length,
+    )
+    return {"train": train, "eval": single(splits["eval"].examples)}
+
+
 def report(
-    config: Config, tokenizer: PreTrainedTokenizerBase, sources: Mapping[str, Split], splits: Mapping[str, EncodedSplit]
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Mapping[str, Split],
+    splits: Mapping[str, EncodedSplit],
+    rows: Mapping[str, Sequence[Sequenced]],
 ) -> PrepareReport:
     """Sum up both splits.
 
@@ -172,14 +194,15 @@ def report(
         tokenizer: Likewise.
         sources: The records that were drawn, by split.
         splits: What became of them.
+        rows: How they are laid out for training.
     """
     trained = {page_of(each.record) for each in splits["train"].examples}
     return PrepareReport(
         template_hash=template_hash(tokenizer),
         max_length=config.prompt.max_length,
         num_shared_pages=sum(page_of(each.record) in trained for each in splits["eval"].examples),
-        train=_split_report(sources["train"], splits["train"]),
-        eval=_split_report(sources["eval"], splits["eval"]),
+        train=_split_report(sources["train"], splits["train"], rows["train"]),
+        eval=_split_report(sources["eval"], splits["eval"], rows["eval"]),
         finqa_test_steps=dict(FINQA_TEST.steps),
         finqa_test_operations=dict(FINQA_TEST.operations),
         options=options_of(config),
@@ -191,7 +214,7 @@ def options_of(config: Config) -> dict[str, str]:
     return {key: json.dumps(value) for key, value in effective(config, OPTIONS).items()}
 
 
-def _split_report(source: Split, split: EncodedSplit) -> SplitReport:
+def _split_report(source: Split, split: EncodedSplit, rows: Sequence[Sequenced]) -> SplitReport:
     examples = split.examples
     shares = distribution(each.example.completion for each in examples)
     return SplitReport(
@@ -205,6 +228,8 @@ def _split_report(source: Split, split: EncodedSplit) -> SplitReport:
         num_units=sum(each.num_units for each in examples),
         prompt_tokens=lengths([each.num_prompt_tokens for each in examples]),
         completion_tokens=lengths([sum(each.completion_mask) for each in examples]),
+        num_rows=len(rows),
+        num_row_tokens=sum(len(row.input_ids) for row in rows),
         evidence=_evidence(examples),
         steps=dict(shares.steps),
         operations=dict(shares.operations),
@@ -226,18 +251,20 @@ def page_of(record: FinQARecord) -> str:
     return record.id.rpartition("-")[0] or record.id
 
 
-def write(folder: Path, splits: Mapping[str, EncodedSplit], report: PrepareReport) -> None:
+def write(
+    folder: Path, splits: Mapping[str, EncodedSplit], rows: Mapping[str, Sequence[Sequenced]], report: PrepareReport
+) -> None:
     """Fill an empty folder."""
     for name, split in splits.items():
         text = "".join(f"{each.example.model_dump_json()}\n" for each in split.examples)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-        _write_tokens(folder / "tokens" / name, split.examples)
+        _write_tokens(folder / "tokens" / name, rows[name])
     gold = [each.record.model_dump(mode="json") for each in splits["eval"].examples]
     (folder / "gold.json").write_text(json.dumps(gold, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     (folder / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
-def _write_tokens(folder: Path, examples: Sequence[EncodedRecord]) -> None:
+def _write_tokens(folder: Path, rows: Sequence[Sequenced]) -> None:
     import datasets
 
     features = datasets.Features(
@@ -248,9 +275,9 @@ def _write_tokens(folder: Path, examples: Sequence[EncodedRecord]) -> None:
         }
     )
     columns = {
-        "id": [each.example.id for each in examples],
-        "input_ids": [each.input_ids for each in examples],
-        "completion_mask": [each.completion_mask for each in examples],
+        "id": [row.id for row in rows],
+        "input_ids": [row.input_ids for row in rows],
+        "completion_mask": [row.completion_mask for row in rows],
     }
     shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
@@ -274,7 +301,7 @@ def read_report(folder: Path) -> PrepareReport:
 
 
 def read_tokens(folder: Path, split: str, num: int) -> list[tuple[str, list[int], list[int]]]:
-    """The first ``num`` examples of a split: id, input_ids, completion_mask."""
+    """The first ``num`` rows of a split: id, input_ids, completion_mask."""
     import datasets
 
     stored = datasets.load_from_disk(str(folder / "tokens" / split))

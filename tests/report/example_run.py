@@ -202,6 +202,8 @@ def split_report(number: int) -> SplitReport:
         num_units=31 * number,
         prompt_tokens=lengths([700 + 13 * (k * k % 101) for k in range(number)]),
         completion_tokens=lengths([18 + k % 23 for k in range(number)]),
+        num_rows=number,
+        num_row_tokens=730 * number,
         evidence=Evidence(num_examples=number, num_complete=number - 1, num_units=2 * number, num_kept=2 * number - 1),
         steps={"1": 0.5, "2": 0.4, "3": 0.08, "4+": 0.02},
         operations={"divide": 0.5, "subtract": 0.3, "add": 0.15, "table_average": 0.05},

@@ -227,4 +227,9 @@ def _content(lines: Sequence[tuple[PageUnit, str]], question: str) -> str:
         if line:
             blocks[-1].append(line)
     parts = ["\n".join(block) for block in blocks if block]
-    return "\n\n".join([*parts, f"Question: {question}"])
+    return "\n\n".join([*parts, ask(question)])
+
+
+def ask(question: str) -> str:
+    """The line that asks; alone, it is a further question about a page that was shown before."""
+    return f"Question: {clean_question(question)}"

@@ -102,9 +102,10 @@ def _fresh(config: Config, tokenizer: PreTrainedTokenizerBase, number: int) -> t
     sources = splits.load(config, limit=SAMPLE)
     encoder = Encoder(tokenizer, system=config.prompt.system, max_length=config.prompt.max_length)
     encoded = {name: encoder.split(split.records, name, strict=config.data.strict) for name, split in sources.items()}
-    report = prepared.report(config, tokenizer, sources, encoded)
-    rows = [Shown(each.example.id, each.input_ids, each.completion_mask) for each in encoded["train"].examples[:number]]
-    return report, rows, f"not prepared yet with these options: read anew, at most {SAMPLE} examples a split"
+    rows = prepared.lay_out(config, tokenizer, encoded)
+    report = prepared.report(config, tokenizer, sources, encoded, rows)
+    shown = [Shown(row.id, row.input_ids, row.completion_mask) for row in rows["train"][:number]]
+    return report, shown, f"not prepared yet with these options: read anew, at most {SAMPLE} examples a split"
 
 
 def render(tokenizer: PreTrainedTokenizerBase, shown: Shown, *, brackets: bool = False) -> Text:

@@ -33,8 +33,9 @@ def prepare(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
     tokenizer = models.load_tokenizer(reference, trust_remote_code=config.model.trust_remote_code)
     encoder = Encoder(tokenizer, system=config.prompt.system, max_length=config.prompt.max_length)
     encoded = {name: encoder.split(split.records, name, strict=config.data.strict) for name, split in sources.items()}
-    report = prepared.report(config, tokenizer, sources, encoded)
-    prepared.write(folder, encoded, report)
+    rows = prepared.lay_out(config, tokenizer, encoded)
+    report = prepared.report(config, tokenizer, sources, encoded, rows)
+    prepared.write(folder, encoded, rows, report)
     for note in report.notes():
         console.print(f"  {note}")
     return {
@@ -44,5 +45,6 @@ def prepare(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
         "num_eval": report.eval.num_examples,
         "num_dropped": {"train": report.train.dropped, "eval": report.eval.dropped},
         "num_cut": {"train": report.train.num_cut_examples, "eval": report.eval.num_cut_examples},
-        "num_train_tokens": report.train.prompt_tokens.total + report.train.completion_tokens.total,
+        "num_train_rows": report.train.num_rows,
+        "num_train_tokens": report.train.num_row_tokens,
     }
