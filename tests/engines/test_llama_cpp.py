@@ -47,16 +47,20 @@ def test_llama_cpp_splits_text_as_the_tokenizer_does(tmp_path, pre):
 
 
 def test_completions_come_in_the_order_of_the_prompts(engine):
-    together = list(engine.generate(PROMPTS, max_new_tokens=6))
-    counts = [len(row) for row in engine.tokenise(PROMPTS)]
+    prompts = PROMPTS * 3
+    together = list(engine.generate(prompts, max_new_tokens=6))
+    counts = [len(row) for row in engine.tokenise(prompts)]
     assert [completion.num_prompt_tokens for completion in together] == counts
     assert len(set(counts)) > 1
 
 
-def test_greedy_decoding_repeats_itself(engine):
-    first, second = (list(engine.generate(PROMPTS[:1], max_new_tokens=12)) for _ in range(2))
-    assert first[0].token_ids == second[0].token_ids
-    assert first[0].margins == pytest.approx(second[0].margins, abs=1e-4)
+@pytest.mark.parametrize("name", ["m.gguf", "q.gguf"])
+def test_batched_decoding_repeats_itself(gguf_file, name):
+    def run():
+        with LlamaCppEngine(gguf_file.with_name(name), context_tokens=256, parallel=2) as fresh:
+            return [(done.token_ids, done.margins) for done in fresh.generate(PROMPTS * 2, max_new_tokens=12)]
+
+    assert run() == run()
 
 
 def test_every_token_has_a_margin_and_the_shares_of_time_are_positive(engine):

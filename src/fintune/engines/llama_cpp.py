@@ -14,10 +14,8 @@ import json
 import math
 import os
 import secrets
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
@@ -38,6 +36,9 @@ _GREEDY = {
     "return_tokens": True,
     "cache_prompt": False,
 }
+# Prompts of one request are taken up together, so that the batches do not depend on when a request arrives: the
+# rounding of quantised weights does depend on the batches. More of them would delay the first answer.
+_PROMPTS_PER_SLOT = 4
 
 
 class LlamaCppEngine:
@@ -47,8 +48,8 @@ class LlamaCppEngine:
         path: The file.
         context_tokens: Longest prompt with its completion, in tokens; each slot has a cache of this length.
         threads: Threads of the arithmetic.
-        parallel: Prompts in flight. Batches of different widths round differently, so a near-tie may fall
-            otherwise at another width.
+        parallel: Prompts in flight. The same prompts give the same completions from a fresh engine; at another width,
+            and for quantised files beside other prompts, rounding differs and near-ties may fall otherwise.
 
     Raises:
         ModelError: The path is a folder, missing, no GGUF file, or one that llama.cpp cannot load.
@@ -79,6 +80,8 @@ class LlamaCppEngine:
         # Slots of a fixed length of their own: one prompt's length then never touches another's.
         params.n_ctx = self.context_tokens * self._parallel
         params.kv_unified = False
+        # A free slot is taken by its age, not by what it computed last.
+        params.slot_prompt_similarity = 0.0
         # Both sets: prompts and single tokens are computed by different pools.
         params.cpuparams.n_threads = threads
         params.cpuparams_batch.n_threads = threads
@@ -89,7 +92,7 @@ class LlamaCppEngine:
         params.warmup = False
         params.ui = False
         params.verbosity = -1
-        params.n_threads_http = self._parallel + 1
+        params.n_threads_http = 1
         params.hostnames = ["127.0.0.1"]
         params.port = 0
         params.api_keys = [self._key]
@@ -115,13 +118,12 @@ class LlamaCppEngine:
         # No time limit: the server is this process, and a long prompt of a large model takes its time.
         return http.client.HTTPConnection(address.hostname or "127.0.0.1", address.port)
 
-    def _post(self, connection: http.client.HTTPConnection, route: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    def _post(self, connection: http.client.HTTPConnection, route: str, body: Mapping[str, Any]) -> Any:
         headers = {"content-type": "application/json", "authorization": f"Bearer {self._key}"}
         connection.request("POST", route, json.dumps(body), headers)
         answer = json.loads(connection.getresponse().read())
-        if not isinstance(answer, dict) or "error" in answer:
-            error = answer.get("error", {}) if isinstance(answer, dict) else {}
-            raise ModelError(f"{self.path}: llama.cpp refused a prompt: {error.get('message', answer)}")
+        if isinstance(answer, dict) and "error" in answer:
+            raise ModelError(f"{self.path}: llama.cpp refused a prompt: {answer['error'].get('message', answer)}")
         return answer
 
     def generate(self, prompts: Sequence[str], *, max_new_tokens: int) -> Iterator[Completion]:
@@ -142,21 +144,19 @@ class LlamaCppEngine:
                 )
         return self._run(rows, max_new_tokens)
 
-    def _run(self, rows: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[Completion]:
-        clock = _Shares()
-
-        def one(row: Sequence[int]) -> Completion:
-            body = {"prompt": list(row), "n_predict": max_new_tokens, **_GREEDY}
-            with closing(self._connect()) as connection:
+    def _run(self, rows: Sequence[list[int]], max_new_tokens: int) -> Iterator[Completion]:
+        size = self._parallel * _PROMPTS_PER_SLOT
+        with closing(self._connect()) as connection:
+            for start in range(0, len(rows), size):
+                group = rows[start : start + size]
+                started = time.monotonic()
+                body = {"prompt": group, "n_predict": max_new_tokens, **_GREEDY}
                 answer = self._post(connection, "/completion", body)
-            return _completion(answer, clock.take(), len(row))
-
-        pool = ThreadPoolExecutor(self._parallel)
-        try:
-            yield from pool.map(one, rows)
-        finally:
-            # A consumer that stops early must not wait for prompts that nobody asked for any more.
-            pool.shutdown(cancel_futures=True)
+                # One prompt is answered by an object, several by a list in their order.
+                answers = answer if isinstance(answer, list) else [answer]
+                seconds = (time.monotonic() - started) / len(group)
+                for row, each in zip(group, answers, strict=True):
+                    yield _completion(each, seconds, len(row))
 
     def close(self) -> None:
         """Stop the server and free the weights."""
@@ -172,20 +172,6 @@ class LlamaCppEngine:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-class _Shares:
-    """Splits wall time among completions: each gets the time since the one that finished before it."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._last = time.monotonic()
-
-    def take(self) -> float:
-        with self._lock:
-            now = time.monotonic()
-            share, self._last = now - self._last, now
-            return share
 
 
 def _completion(answer: Mapping[str, Any], seconds: float, num_prompt_tokens: int) -> Completion:
