@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import math
@@ -17,6 +16,7 @@ from fintune.options import Config
 from fintune.prepared import Evidence, PrepareReport, SplitReport, lengths
 from fintune.records import FinQARecord, Prediction
 from fintune.report.metrics import score
+from fintune.stages.score import ScoreRun, csv_text, json_text
 
 KINDS = ("base", "adapter", "merged", "F16", "Q4_K_M")
 RIGHT = {"base": 0.01, "adapter": 0.62, "merged": 0.62, "F16": 0.62, "Q4_K_M": 0.58}
@@ -143,10 +143,8 @@ def write_run(
 def write_score(folder: Path, items: Sequence[FinQARecord], made: Sequence[Prediction]) -> None:
     """score.json and score.csv."""
     figures, verdicts = score(items, [(each.id, tokenize(each.program)) for each in made])
-    (folder / "score.json").write_text(figures.model_dump_json())
-    rows = [[v.id, int(v.exe_correct), int(v.program_correct), int(v.invalid), v.result] for v in verdicts]
-    with (folder / "score.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([["id", "exe_correct", "program_correct", "invalid", "result"], *rows])
+    (folder / "score.json").write_text(json_text(ScoreRun(figures, verdicts, [], {})))
+    (folder / "score.csv").write_text(csv_text(verdicts))
 
 
 def metrics(steps: int = 120) -> list[dict[str, float]]:

@@ -15,7 +15,7 @@ from fintune.errors import DataError
 from fintune.records import FinQARecord, Record
 from fintune.report.verdict import Evidence, Outcome, QuestionType, Verdict, judge
 
-__all__ = ["Rates", "Score", "Tolerant", "Verdict", "WholeFile", "score", "wilson"]
+__all__ = ["Rates", "Score", "ScoreFile", "Tolerant", "Verdict", "WholeFile", "score", "wilson"]
 
 Interval: TypeAlias = tuple[float, float]
 _Key = TypeVar("_Key", int, str, Evidence, QuestionType)
@@ -82,6 +82,18 @@ class Score(Rates):
     by_operation: dict[str, Rates]
     by_evidence: dict[Evidence, Rates]
     by_question_type: dict[QuestionType, Rates]
+
+
+class ScoreFile(Score):
+    """What ``score.json`` holds: the figures, and what was not scored or scored with a doubt.
+
+    Attributes:
+        num_unscored: Rows that are in no figure, by reason.
+        problems: One line for each such row, and for each scored with a doubt.
+    """
+
+    num_unscored: dict[str, int]
+    problems: tuple[str, ...]
 
 
 def score(gold: Sequence[FinQARecord], predictions: Sequence[tuple[str, Sequence[str]]]) -> tuple[Score, list[Verdict]]:

@@ -15,7 +15,7 @@ from fintune.errors import ArtifactError
 from fintune.options import Config
 from fintune.records import Example, FinQARecord, Prediction
 from fintune.report.examples import Judged
-from fintune.report.metrics import Score
+from fintune.report.metrics import ScoreFile
 from fintune.report.page import render
 from fintune.report.run_page import KINDS, Made, Measured, RunPage
 
@@ -79,7 +79,7 @@ def collect(config: Config, inputs: Mapping[str, Path]) -> RunPage:
 def _measured(kind: str, inputs: Mapping[str, Path], predictions: Mapping[str, Prediction]) -> Measured:
     path = inputs[f"score/{kind}"] / "score.json"
     try:
-        score = Score.model_validate_json(path.read_bytes())
+        score = ScoreFile.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
         raise _unreadable(path, str(error).splitlines()[0]) from None
     return Measured(

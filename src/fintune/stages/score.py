@@ -18,7 +18,7 @@ from fintune.artifact import Facts, write_atomically
 from fintune.errors import DataError, FintuneError
 from fintune.options import Config
 from fintune.records import FinQARecord
-from fintune.report.metrics import Score, Verdict
+from fintune.report.metrics import Score, ScoreFile, Verdict
 from fintune.report.metrics import score as score_predictions
 from fintune.sources.finqa_json import read_finqa
 from fintune.sources.predictions import PredictedProgram, read_predictions
@@ -114,8 +114,8 @@ def score_files(
 
 def json_text(done: ScoreRun) -> str:
     """All figures as JSON: num_predictions and the three official fractions first."""
-    data = {**done.score.model_dump(mode="json"), "num_unscored": done.num_unscored, "problems": done.problems}
-    return json_module.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    file = ScoreFile(**dict(done.score), num_unscored=dict(done.num_unscored), problems=tuple(done.problems))
+    return json_module.dumps(file.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
 
 
 def csv_text(verdicts: Iterable[Verdict]) -> str:
