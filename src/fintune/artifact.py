@@ -2,7 +2,8 @@
 
 A stage works in ``runs/NAME/.work/STEP``. When it is done, ``manifest.json`` is written there last and the folder is
 renamed to ``runs/NAME/STEP``; so a folder under its final name is always complete, and what an interruption leaves
-behind never looks finished. Beside the work lies ``key.json``, which says what the unfinished work was for.
+behind never looks finished. Beside the work lies ``key.json``, which says what the unfinished work was for. Work that
+holds a manifest is finished: only its renaming was interrupted, and :meth:`Slot.settle` makes up for that.
 """
 
 from __future__ import annotations
@@ -132,23 +133,22 @@ class Slot:
         return self.run / WORK / self.step.replace("/", "-")
 
     def manifest(self) -> Manifest | None:
-        """The manifest of the finished folder, or None.
+        """The manifest of the finished result, or None. Touches nothing.
 
         Raises:
             ArtifactError: A manifest that cannot be read.
         """
-        path = self.folder / MANIFEST
-        if not self.folder.exists() and (self.work / MANIFEST).exists():
-            self.work.replace(self.folder)  # an interruption came between the two renames of finish()
-        try:
-            return Manifest.model_validate_json(path.read_bytes())
-        except FileNotFoundError:
-            return None
-        except (OSError, ValidationError) as error:
-            reason = str(error).splitlines()[0]
-            raise ArtifactError(
-                f"{path}: not a manifest ({reason})", hint=f"--redo {self.step} makes it anew"
-            ) from None
+        for path in (self.work / MANIFEST, self.folder / MANIFEST):
+            try:
+                return Manifest.model_validate_json(path.read_bytes())
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except (OSError, ValidationError) as error:
+                reason = str(error).splitlines()[0]
+                raise ArtifactError(
+                    f"{path}: not a manifest ({reason})", hint=f"--redo {self.step} makes it anew"
+                ) from None
+        return None
 
     def unfinished(self) -> Key | None:
         """What the unfinished work was for, or None where there is none."""
@@ -182,13 +182,21 @@ class Slot:
     def finish(self, manifest: Manifest) -> None:
         """Write the manifest and let the folder appear under its final name, replacing an older one."""
         write_atomically(self.work / MANIFEST, manifest.model_dump_json(indent=1))
-        (self.work / KEY).unlink()
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        self.settle()
+
+    def settle(self) -> None:
+        """Rename finished work; what an interruption at any point of this left behind is taken up by the next call.
+
+        Only for the process that holds the run's lock.
+        """
         old = self.work.with_name(f"{self.work.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if self.folder.exists():
-            self.folder.replace(old)
-        self.work.replace(self.folder)
+        if (self.work / MANIFEST).exists():
+            (self.work / KEY).unlink(missing_ok=True)
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(old, ignore_errors=True)
+            if self.folder.exists():
+                self.folder.replace(old)
+            self.work.replace(self.folder)
         shutil.rmtree(old, ignore_errors=True)
 
 
