@@ -20,6 +20,18 @@ if TYPE_CHECKING:
 USER_ERROR = 2
 INTERRUPTED = 130
 
+_OUTSIDE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+}
+"""Errors of the file system that are the outside world's; any other is a bug of ours and keeps its traceback."""
+
 F = TypeVar("F", bound=Callable[..., object])
 _FILE = click.Path(path_type=Path)
 
@@ -42,7 +54,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}:
+        if error.errno not in _OUTSIDE:
             raise
         place = f"{error.filename}: " if error.filename else ""
         _stop(f"{place}{os.strerror(error.errno).lower()}", USER_ERROR)
@@ -59,7 +71,9 @@ def _config(command: F) -> F:
     return click.argument("config", type=_FILE, metavar="CONFIG")(command)
 
 
-_redo = click.option("--redo", multiple=True, metavar="STAGE", help="Make a stage and what follows anew.")
+_redo = click.option(
+    "--redo", multiple=True, metavar="STAGE", help="Make a stage anew, and what follows where its result changes."
+)
 _dry_run = click.option("--dry-run", is_flag=True, help="Say what would be done, do nothing.")
 
 

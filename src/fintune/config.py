@@ -51,11 +51,11 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> Loaded:
         ConfigError: Missing or malformed file, unknown key (with a suggestion), wrong type, impossible combination.
     """
     values, origin = _read(path) if path is not None else ({}, {})
+    _drop_empty_sections(values, Config)
     for override in overrides:
-        key, value = _split(override)
-        _put(values, key, value, override)
-        origin = {old: place for old, place in origin.items() if not old.startswith(key + ".")}
-        origin[key] = OVERRIDE
+        for key, value in _leaves(*_split(override)):
+            _put(values, key, value, override)
+            origin[key] = OVERRIDE
     _refuse_unknown(values, Config, (), origin)
     try:
         # JSON mode is strict about scalars ("3" is no number) and still takes a list for a tuple.
@@ -65,7 +65,7 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> Loaded:
     if not config.run.name:
         name = path.stem if path is not None else "run"
         config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
-    if Path(config.run.name).name != config.run.name:
+    if Path(config.run.name).name != config.run.name or config.run.name.startswith("."):
         raise ConfigError(
             f"run.name: {config.run.name!r} is not a folder name", hint="set run.dir for the path before it"
         )
@@ -101,12 +101,16 @@ def effective(config: Config, prefixes: Sequence[str]) -> dict[str, Any]:
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        near = sorted(str(p) for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-        hint = f"{path.parent} holds {', '.join(near)}" if near else "check the path"
-        raise ConfigError(f"{path}: no such configuration file", hint=hint) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as a text file ({error})") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"{path}: no such configuration file", hint=_where_to_look(path)) from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder, not a configuration file", hint=_where_to_look(path / "_")) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: not UTF-8 text (byte {error.start})", hint="a configuration is a YAML file, see docs/options.md"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from None
     try:
         tree = YAML(typ="rt").load(text)
     except MarkedYAMLError as error:
@@ -127,11 +131,30 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return _plain(tree, path, "", origin), origin
 
 
+def _where_to_look(path: Path) -> str:
+    if "=" in str(path):
+        return "the first argument is the configuration file, overrides come after it"
+    near = sorted(str(p) for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+    return f"{path.parent} holds {', '.join(near)}" if near else "check the path"
+
+
+def _drop_empty_sections(values: dict[str, Any], model: type[BaseModel]) -> None:
+    """A section whose options are all commented out reads as null; its options have their defaults."""
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if name in values and isinstance(kind, type) and issubclass(kind, Options):
+            if values[name] is None:
+                del values[name]
+            elif isinstance(values[name], dict):
+                _drop_empty_sections(values[name], kind)
+
+
 def _plain(tree: CommentedMap, path: Path, prefix: str, origin: dict[str, str]) -> dict[str, Any]:
     plain: dict[str, Any] = {}
     for key, value in tree.items():
         dotted = f"{prefix}{key}"
-        origin[dotted] = f"{path}:{tree.lc.key(key)[0] + 1}"
+        # A key that came from elsewhere by a merge (`<<: *anchor`) has no line of its own.
+        origin[dotted] = f"{path}:{(tree.lc.key(key)[0] if key in tree.lc.data else tree.lc.line) + 1}"
         if isinstance(value, CommentedMap):
             plain[str(key)] = _plain(value, path, f"{dotted}.", origin)
         else:
@@ -154,6 +177,15 @@ def _split(override: str) -> tuple[str, Any]:
             f"{override!r}: the value is not valid YAML", hint="quote it, for example 'run.name=\"a: b\"'"
         ) from None
     return key, json.loads(json.dumps(value, default=str))
+
+
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    # `train={epochs: 1}` sets what it names and leaves the rest of the section.
+    if isinstance(value, dict) and value and key.partition(".")[0] in Config.model_fields:
+        for name, below in value.items():
+            yield from _leaves(f"{key}.{name}", below)
+    else:
+        yield key, value
 
 
 def _put(values: dict[str, Any], key: str, value: Any, override: str) -> None:

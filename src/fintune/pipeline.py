@@ -1,4 +1,4 @@
-"""The order of stages: what a run will do is worked out and printed before any work starts.
+"""The order of stages: what a run will do is worked out and checked before any work starts.
 
 A step is up to date when its options, the user's files behind them and the outputs of the steps before it are what
 they were. An option or file that the user changed stops the run with its name, since the old result may be dear; a
@@ -8,6 +8,7 @@ step whose inputs were made anew in this run is made anew without asking.
 from __future__ import annotations
 
 import datetime
+import difflib
 import gc
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from fintune import machine
-from fintune.artifact import Facts, Key, Manifest, Outcome, Slot, State, describe, digests
+from fintune.artifact import Facts, Key, Manifest, Outcome, Slot, describe, digests
 from fintune.config import effective
 from fintune.errors import ArtifactError
 from fintune.options import Config
@@ -39,6 +40,7 @@ class Step:
         sources: Fingerprints of the user's files and model that it reads, by option name.
         needed_bytes: Disk that it will take, predicted.
         resumes: Whether it goes on with an earlier, unfinished attempt.
+        check: Refuses at once what is sure to fail later, such as a data file that is not there; loads nothing.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Step:
     sources: Callable[[Config], dict[str, str]]
     needed_bytes: Callable[[Config], int]
     resumes: bool = False
+    check: Callable[[Config], None] = lambda _: None
 
     @property
     def verb(self) -> str:
@@ -80,9 +83,9 @@ def check_names(steps: Sequence[Step], selection: Selection) -> None:
     asked = [*selection.skip, *selection.only, *selection.redo, *([selection.start] if selection.start else [])]
     for name in asked:
         if name not in known:
-            raise ArtifactError(
-                f"{name!r} is no stage of this run", hint=f"there are {', '.join(s.name for s in steps)}"
-            )
+            near = difflib.get_close_matches(name, known, n=1)
+            there = f"there are {', '.join(step.name for step in steps)}"
+            raise ArtifactError(f"{name!r} is no stage of this run", hint=f"did you mean {near[0]}?" if near else there)
 
 
 def selected(steps: Sequence[Step], selection: Selection) -> set[str]:
@@ -103,19 +106,34 @@ class Pipeline:
         check_names(steps, selection)
         self.config, self.steps, self.selection = config, steps, selection
         self.chosen = selected(steps, selection)
+        self.redone = {step.name for step in steps if matches(step, selection.redo)}
+        if left_out := self.redone - self.chosen:
+            raise ArtifactError(
+                f"--redo asks for {', '.join(sorted(left_out))}, which --skip, --from or --only leaves out",
+                hint="drop one of the two",
+            )
 
     def slot(self, name: str) -> Slot:
         """Where a step's result lies."""
         return Slot(self.config.folder, name)
 
-    def key(self, step: Step) -> Key | None:
-        """What the step's result will depend on; None while a step before it has no result yet."""
-        inputs = {}
-        for name in self._present_inputs(step):
-            manifest = self.slot(name).manifest()
-            if manifest is None:
+    def manifest(self, name: str) -> Manifest | None:
+        """A step's manifest; None where there is none, or none that can be read and the step is to be made anew.
+
+        Raises:
+            ArtifactError: A manifest that cannot be read.
+        """
+        try:
+            return self.slot(name).manifest()
+        except ArtifactError:
+            if name in self.redone:
                 return None
-            inputs[name] = manifest.digest
+            raise
+
+    def key(self, step: Step) -> Key:
+        """What the step's result will depend on; an input that has no result yet counts as an empty digest."""
+        manifests = {name: self.manifest(name) for name in self._present_inputs(step)}
+        inputs = {name: manifest.digest if manifest is not None else "" for name, manifest in manifests.items()}
         options = effective(self.config, step.options)
         return Key(step=step.name, options=options, sources=step.sources(self.config), inputs=inputs)
 
@@ -124,31 +142,38 @@ class Pipeline:
 
         Raises:
             ArtifactError: A changed option, or a skipped step whose result is needed and not there.
+            FintuneError: Whatever a step's ``check`` refuses.
         """
         lines, remade = [], set[str]()
         for step in self.steps:
             if step.name not in self.chosen:
-                there = self.slot(step.name).manifest() is not None
+                there = self.manifest(step.name) is not None
                 lines.append((step, "skipped" + (", its result is there" if there else "")))
                 continue
             for name in step.inputs:
-                if name not in self.chosen and self.slot(name).manifest() is None and not self._optional(step):
+                if name not in self.chosen and self.manifest(name) is None and not self._optional(step):
                     raise ArtifactError(
                         f"{step.name} needs {name}, which is left out and has no result in {self.config.folder}",
                         hint=f"run it first: fintune run CONFIG --only {name}",
                     )
-            slot = self.slot(step.name)
-            if slot.manifest() is None and slot.unfinished() is None:
-                word = "run"  # nothing to compare with, so the model need not be fetched to say so
-            elif remade & set(step.inputs):
-                self._refuse_changed(step, self.key(step))
-                word = "run"
-            else:
-                word = self._word(step, self.key(step))
+            word = self._foreseen(step, bool(remade & set(step.inputs)))
             if word != "up to date":
+                step.check(self.config)
                 remade.add(step.name)
             lines.append((step, word))
         return lines
+
+    def _foreseen(self, step: Step, inputs_remade: bool) -> str:
+        slot = self.slot(step.name)
+        finished = self.manifest(step.name) is not None
+        if step.name in self.redone or not (finished or slot.unfinished()):
+            # Nothing to compare with, so the model need not be fetched to say so.
+            self._refuse_foreign(step)
+            return "run anew, as asked" if step.name in self.redone else "run"
+        word = self._word(step, self.key(step))
+        if inputs_remade:
+            return "run, if what it reads changes" if finished else "run"
+        return word
 
     def run(self) -> list[Outcome]:
         """Do what :meth:`preview` says.
@@ -158,6 +183,8 @@ class Pipeline:
             FintuneError: Whatever a stage refuses.
         """
         with lock(self.config.folder):
+            for step in self.steps:
+                self.slot(step.name).settle()
             self._require_space(self.preview())
             return [self._do(step) for step in self.steps]
 
@@ -172,17 +199,18 @@ class Pipeline:
         if step.name not in self.chosen:
             return Outcome(step.name, "skipped", 0.0, {})
         key = self.key(step)
-        assert key is not None, "preview() has checked that every input has a result"
         word = self._word(step, key)
+        finished = self.manifest(step.name)
         if word == "up to date":
-            manifest = slot.manifest()
-            assert manifest is not None
+            assert finished is not None
             console.print(f"[dim]· {step.name}: up to date[/dim]")
-            return Outcome(step.name, word, manifest.seconds, manifest.facts)
+            return Outcome(step.name, word, finished.seconds, finished.facts)
         needed = step.needed_bytes(self.config)
         machine.require_space(self.config.folder, needed, step.name)
         console.print(f"[bold]> {step.name}[/bold] [dim]{word}[/dim]")
-        folder = slot.begin(key, resume=step.resumes)
+        # Beside a finished result, unfinished work is that of an interrupted --redo, which the same command takes up.
+        anew = step.name in self.redone and finished is None
+        folder = slot.begin(key, resume=step.resumes and not anew)
         machine.reset_peak_memory()
         started = time.monotonic()
         inputs = {name: self.slot(name).folder for name in self._present_inputs(step)}
@@ -206,39 +234,44 @@ class Pipeline:
         console.print(f"  {step.name}: done in {seconds:.0f} s")
         return Outcome(step.name, "done", seconds, facts)
 
-    def _word(self, step: Step, key: Key | None) -> str:
-        """What is to be done about a step whose inputs all stand still."""
-        if key is None:
-            return "run"
-        state: State = self.slot(step.name).state(key)[0]
-        redo = matches(step, self.selection.redo)
-        if state == "up to date" and not redo:
-            return "up to date"
-        if redo:
-            return "run anew, as asked"
-        self._refuse_changed(step, key)
-        if state == "inputs changed":
-            return "run anew, its inputs changed"
-        return "resume" if state == "unfinished" and step.resumes else "run"
+    def _word(self, step: Step, key: Key) -> str:
+        """What is to be done about a step whose inputs all stand still.
 
-    def _refuse_changed(self, step: Step, key: Key | None) -> None:
-        if key is None or matches(step, self.selection.redo):
-            return
+        Raises:
+            ArtifactError: The user changed what its result, or its unfinished work, was made with.
+        """
+        if step.name in self.redone:
+            return "run anew, as asked"
         slot = self.slot(step.name)
         state, changes = slot.state(key)
-        unfinished = slot.unfinished()
-        if state == "unfinished" and step.resumes and unfinished is not None and unfinished != key:
+        unfinished = slot.unfinished() if step.resumes and state == "unfinished" else None
+        if unfinished is not None:
             changes = key.differences(unfinished)
         if changes:
+            made = "was made" if unfinished is None else "is unfinished work, made"
             raise ArtifactError(
-                f"{slot.folder} was made with other settings: {describe(changes)}",
-                hint=f"--redo {step.name} makes it and what follows anew, run.name=OTHER keeps it",
+                f"{slot.folder} {made} with other settings: {describe(changes)}",
+                hint=f"--redo {step.name} makes it anew, run.name=OTHER keeps it",
+            )
+        if state == "inputs changed":
+            return "run anew, its inputs changed"
+        if state == "up to date":
+            return state
+        return "resume" if unfinished == key else "run"
+
+    def _refuse_foreign(self, step: Step) -> None:
+        """What someone else laid under a step's name is not ours to delete."""
+        folder = self.slot(step.name).folder
+        if step.name not in self.redone and folder.exists():
+            raise ArtifactError(
+                f"{folder} is in the way: it holds no manifest.json, so no finished stage made it",
+                hint=f"move it elsewhere, or --redo {step.name} replaces it",
             )
 
     def _present_inputs(self, step: Step) -> list[str]:
         if not self._optional(step):
             return list(step.inputs)
-        return [name for name in step.inputs if name in self.chosen or self.slot(name).manifest() is not None]
+        return [name for name in step.inputs if name in self.chosen or self.manifest(name) is not None]
 
     @staticmethod
     def _optional(step: Step) -> bool:
@@ -251,9 +284,15 @@ def lock(folder: Path) -> Iterator[None]:
     """Hold a run's folder for this process.
 
     Raises:
-        ArtifactError: Another process holds it.
+        ArtifactError: Another process holds it, or it cannot be a folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ArtifactError(
+            f"{folder} cannot be made: a file is in its place",
+            hint="set run.dir to a folder, or run.name to another name",
+        ) from None
     try:
         with FileLock(folder / ".lock", timeout=0):
             yield

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -24,7 +24,15 @@ _MODEL = ("model",)
 def build(config: Config) -> list[Step]:
     """All steps of a run, in an order in which every input comes before what reads it."""
     steps = [
-        Step("prepare", (), _EXAMPLES, _stage("prepare"), _data_and_model, disk.prepare_bytes),
+        Step(
+            "prepare",
+            (),
+            _EXAMPLES,
+            _stage("prepare"),
+            _data_and_model,
+            disk.prepare_bytes,
+            check=_check_data_and_model,
+        ),
         *_measure(config, "base"),
         Step(
             "train",
@@ -34,9 +42,18 @@ def build(config: Config) -> list[Step]:
             _model,
             disk.train_bytes,
             resumes=True,
+            check=_check_model,
         ),
         *_measure(config, "adapter"),
-        Step("merge", ("prepare", "train"), (*_MODEL, "merge"), _stage("merge"), _model, disk.merge_bytes),
+        Step(
+            "merge",
+            ("prepare", "train"),
+            (*_MODEL, "merge"),
+            _stage("merge"),
+            _model,
+            disk.merge_bytes,
+            check=_check_model,
+        ),
         *_measure(config, "merged"),
         Step("export", ("merge",), ("export",), _stage("export"), _nothing, disk.export_bytes),
         *_measure(config, "F16"),
@@ -60,6 +77,7 @@ def _measure(config: Config, kind: ModelKind) -> list[Step]:
         _model,
         disk.predict_bytes,
         resumes=True,
+        check=_check_model,
     )
     score = Step(
         f"score/{kind}", ("prepare", predict.name), (), _stage("score", kind=kind), _nothing, disk.predict_bytes
@@ -102,19 +120,33 @@ def _model_fingerprint(name: str, revision: str | None) -> str:
 
 
 def _data_and_model(config: Config) -> dict[str, str]:
-    found = _model(config)
+    # The files first: a missing one is known before the model is fetched.
+    found = {}
+    for option, path in _files(config):
+        stat = path.stat()
+        found[option] = _hash(path, stat.st_size, stat.st_mtime_ns)
+    return found | _model(config)
+
+
+def _check_data_and_model(config: Config) -> None:
+    list(_files(config))
+    _check_model(config)
+
+
+def _check_model(config: Config) -> None:
+    from fintune.model_ref import resolve
+
+    resolve(config.model.name, revision=config.model.revision)
+
+
+def _files(config: Config) -> Iterator[tuple[str, Path]]:
     for name in ("train", "eval"):
         path: Path | None = getattr(config.data, name)
         if config.data.source == "finqa" and path is not None:
-            found[f"data.{name}"] = _file(path, name)
-    return found
-
-
-def _file(path: Path, option: str) -> str:
-    if not path.is_file():
-        raise DataError("no such file", path=path, hint=f"data.{option} must name a FinQA JSON file")
-    stat = path.stat()
-    return _hash(path, stat.st_size, stat.st_mtime_ns)
+            if not path.is_file():
+                what = "is a folder, not a file" if path.is_dir() else "no such file"
+                raise DataError(what, path=path, hint=f"data.{name} must name a FinQA JSON file")
+            yield f"data.{name}", path
 
 
 @lru_cache(maxsize=16)
