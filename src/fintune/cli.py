@@ -228,7 +228,8 @@ def _run(path: Path, overrides: tuple[str, ...], selection: Selection, dry_run: 
 
     from fintune.config import load
     from fintune.pipeline import Pipeline
-    from fintune.report.tables import outcome_table, plan_table
+    from fintune.report.metrics import read_score
+    from fintune.report.tables import plan_table, score_table
     from fintune.steps import build
 
     loaded = load(path, overrides)
@@ -237,11 +238,14 @@ def _run(path: Path, overrides: tuple[str, ...], selection: Selection, dry_run: 
     if dry_run:
         out.print(plan_table([(step.name, what, step.inputs) for step, what in pipeline.preview()]))
         return
-    outcomes = pipeline.run()
-    out.print(outcome_table(outcomes))
-    page = loaded.config.folder / "report" / "index.html"
-    if page.is_file():
-        out.print(f"The run's page: {page}", soft_wrap=True)
+    folder = loaded.config.folder
+    looked_at = [outcome.step for outcome in pipeline.run() if outcome.what != "skipped"]
+    scored = [step for step in looked_at if step.startswith("score/")]
+    if scored:
+        scores = {step.removeprefix("score/"): read_score(folder / step / "score.json") for step in scored}
+        out.print("", score_table(scores, "model"), "", sep="\n")
+    if "report" in looked_at:
+        out.print(f"The run's page: {folder / 'report' / 'index.html'}", markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -117,6 +117,15 @@ def require_space(folder: Path, needed_bytes: int, what: str) -> None:
         )
 
 
+def duration(seconds: float) -> str:
+    """Seconds for people, ``4 min 5 s``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
 def size(num_bytes: float) -> str:
     """Bytes for people, ``1.3 GB``."""
     for unit in ("B", "kB", "MB", "GB"):

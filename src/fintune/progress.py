@@ -7,8 +7,18 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 T = TypeVar("T")
 
@@ -41,7 +51,7 @@ class _RichBar:
 
 
 class _LineBar:
-    def __init__(self, description: str, total: float | None) -> None:
+    def __init__(self, description: str, total: float) -> None:
         self._description, self._total, self._done, self._note = description, total, 0.0, ""
         self._last = time.monotonic()
 
@@ -50,41 +60,86 @@ class _LineBar:
         now = time.monotonic()
         if now - self._last >= QUIET_SECONDS:
             self._last = now
-            total = f"/{self._total:g}" if self._total else ""
-            console.print(f"  {self._description} {self._done:g}{total} {self._note}".rstrip())
+            say(f"{self._description} {self._done:g}/{self._total:g} {self._note}".rstrip())
 
     def note(self, text: str) -> None:
         self._note = text
 
 
+class _OfBars(ProgressColumn):
+    """A column that stays empty in the line of a stage, which counts nothing."""
+
+    def __init__(self, inner: ProgressColumn) -> None:
+        super().__init__()
+        self._inner = inner
+
+    def render(self, task: Task) -> RenderableType:
+        return Text() if task.total is None else self._inner(task)
+
+
+_live: Progress | None = None
+"""The live area of the stage that is at work; rich allows one at a time."""
+
+
 @contextmanager
-def bar(description: str, total: float | None = None, *, done: float = 0) -> Iterator[Bar]:
+def stage(name: str) -> Iterator[None]:
+    """Show on a terminal that a stage is at work, its bars below its name; nothing of it stays."""
+    with _area() as progress:
+        if progress is not None:
+            progress.add_task(f"[bold]{name}", total=None, note="")
+        yield
+
+
+@contextmanager
+def _area() -> Iterator[Progress | None]:
+    """The live area, made where there is none yet; None where the output is no terminal."""
+    global _live  # noqa: PLW0603 - the terminal is one, too
+    if _live is not None or not console.is_terminal:
+        yield _live
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        _OfBars(BarColumn(bar_width=30)),
+        _OfBars(MofNCompleteColumn()),
+        TimeElapsedColumn(),
+        _OfBars(TimeRemainingColumn()),
+        TextColumn("[dim]{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as _live:
+        try:
+            yield _live
+        finally:
+            _live = None
+
+
+@contextmanager
+def bar(description: str, total: float, *, done: float = 0) -> Iterator[Bar]:
     """A progress bar for the length of the block.
 
     Args:
         description: Two or three words.
-        total: Number of units, or None where it is not known.
+        total: Number of units.
         done: Units that an earlier, interrupted attempt has done.
     """
-    if not console.is_terminal:
-        line = _LineBar(description, total)
-        line.advance(done)
-        yield line
-        return
-    columns = (
-        TextColumn("  {task.description}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(description, total=total, completed=done, note="")  # type: ignore[arg-type]
-        yield _RichBar(progress, task)
+    with _area() as progress:
+        if progress is None:
+            line = _LineBar(description, total)
+            line.advance(done)
+            yield line
+            return
+        task = progress.add_task(f"  {description}", total=total, completed=done, note="")  # type: ignore[arg-type]
+        try:
+            yield _RichBar(progress, task)
+        finally:
+            progress.remove_task(task)
 
 
-def track(items: Iterable[T], description: str, total: float | None = None) -> Iterator[T]:
+def say(text: str) -> None:
+    """A remark of a stage: one line, however long, in which brackets are no markup."""
+    console.print(f"  {text}", markup=False, soft_wrap=True)
+
+
+def track(items: Iterable[T], description: str, total: float) -> Iterator[T]:
     """Iterate with a bar."""
     with bar(description, total) as shown:
         for item in items:

@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TypeAlias, TypeVar
 
-from fintune.errors import DataError
+from pydantic import ValidationError
+
+from fintune.errors import ArtifactError, DataError
 from fintune.records import FinQARecord, Record
 from fintune.report.verdict import Evidence, Outcome, QuestionType, Verdict, judge
 
-__all__ = ["Rates", "Score", "ScoreFile", "Tolerant", "Verdict", "WholeFile", "score", "wilson"]
+__all__ = ["Rates", "Score", "ScoreFile", "Tolerant", "Verdict", "WholeFile", "read_score", "score", "wilson"]
 
 Interval: TypeAlias = tuple[float, float]
 _Key = TypeVar("_Key", int, str, Evidence, QuestionType)
@@ -94,6 +97,21 @@ class ScoreFile(Score):
 
     num_unscored: dict[str, int]
     problems: tuple[str, ...]
+
+
+def read_score(path: Path) -> ScoreFile:
+    """Read a ``score.json``.
+
+    Raises:
+        ArtifactError: It is missing, or no such file.
+    """
+    try:
+        return ScoreFile.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise ArtifactError(
+            f"{path}: cannot be read ({str(error).splitlines()[0]})",
+            hint=f"--redo score/{path.parent.name} makes it anew",
+        ) from None
 
 
 def score(gold: Sequence[FinQARecord], predictions: Sequence[tuple[str, Sequence[str]]]) -> tuple[Score, list[Verdict]]:

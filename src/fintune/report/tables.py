@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from fintune.artifact import Outcome
 from fintune.config import DEFAULT, Loaded, flat
 
 if TYPE_CHECKING:
-    from fintune.report.metrics import Score
+    from fintune.report.metrics import Rates
 
 
 def plan_table(lines: Sequence[tuple[str, str, Sequence[str]]]) -> Table:
@@ -37,26 +36,20 @@ def _origin(key: str, origins: Mapping[str, str]) -> str:
     return origins.get(key, DEFAULT)
 
 
-def outcome_table(outcomes: Sequence[Outcome]) -> Table:
-    """What became of each stage, with the figure that matters most."""
-    table = Table("stage", "", "seconds", "result", box=None, pad_edge=False)
-    for outcome in outcomes:
-        seconds = f"{outcome.seconds:.1f}" if outcome.seconds else ""
-        table.add_row(outcome.step, outcome.what, seconds, str(outcome.facts.get("summary", "")))
-    for column in table.columns[2:3]:
-        column.justify = "right"
-    return table
-
-
-def score_table(scores: Mapping[str, Score]) -> Table:
+def score_table(scores: Mapping[str, Rates], what: str = "predictions") -> Table:
     """Official figures, a row a set of predictions."""
-    table = Table("predictions", "n", "execution accuracy", "program accuracy", "invalid", box=None, pad_edge=False)
+    columns = (what, "n", "execution accuracy", "95 % interval", "program accuracy", "invalid")
+    table = Table(*columns, box=None, pad_edge=False)
     for name, score in scores.items():
+        low, high = score.execution_accuracy_interval
         table.add_row(
             name,
             str(score.num_predictions),
             f"{score.execution_accuracy:.2%}",
+            f"{100 * low:.1f} to {high:.1%}",
             f"{score.program_accuracy:.2%}",
             f"{score.invalid_rate:.2%}",
         )
+    for column in table.columns[1:]:
+        column.justify = "right"
     return table

@@ -11,7 +11,7 @@ from fintune.gguf.export import export as write_gguf
 from fintune.gguf.modelfile import modelfile
 from fintune.machine import size
 from fintune.options import Config
-from fintune.progress import bar, console
+from fintune.progress import bar, say
 
 
 def gguf_path(config: Config, folder: Path, kind: str) -> Path:
@@ -48,7 +48,7 @@ def export(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
             name=config.run.name,
         )
     for note in report.notes:
-        console.print(f"  {note}")
+        say(note)
     last = config.export.types[-1]
     text = modelfile(inputs["merge"], outputs[last].name, context_tokens=config.prompt.max_length)
     (folder / "Modelfile").write_text(text, encoding="utf-8")

@@ -15,7 +15,7 @@ from fintune.errors import ArtifactError
 from fintune.options import Config
 from fintune.records import Example, FinQARecord, Prediction
 from fintune.report.examples import Judged
-from fintune.report.metrics import ScoreFile
+from fintune.report.metrics import read_score
 from fintune.report.page import render
 from fintune.report.run_page import KINDS, Made, Measured, RunPage
 
@@ -77,14 +77,9 @@ def collect(config: Config, inputs: Mapping[str, Path]) -> RunPage:
 
 
 def _measured(kind: str, inputs: Mapping[str, Path], predictions: Mapping[str, Prediction]) -> Measured:
-    path = inputs[f"score/{kind}"] / "score.json"
-    try:
-        score = ScoreFile.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise _unreadable(path, str(error).splitlines()[0]) from None
     return Measured(
         kind=kind,
-        score=score,
+        score=read_score(inputs[f"score/{kind}"] / "score.json"),
         num_unended=sum(prediction.finish_reason == "length" for prediction in predictions.values()),
         predict_seconds=sum(prediction.seconds for prediction in predictions.values()),
         weights_bytes=_weights_bytes(kind, inputs),

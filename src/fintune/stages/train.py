@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fintune import models
 from fintune.errors import ArtifactError
 from fintune.options import Config
-from fintune.progress import console
+from fintune.progress import say
 from fintune.tuning import adapter, metrics, sft
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _train(config: Config, rows: Dataset, folder: Path) -> None:
 
     torch.set_num_threads(config.train.threads or os.cpu_count() or 1)
     precision = _precision(config)
-    console.print(f"  precision {precision.dtype}: {precision.reason}")
+    say(f"precision {precision.dtype}: {precision.reason}")
     ref = models.fetch(models.resolve(config.model.name, revision=config.model.revision))
     tokenizer = models.load_tokenizer(ref, trust_remote_code=config.model.trust_remote_code)
     set_seed(config.run.seed)
