@@ -214,7 +214,7 @@ def _refuse_unknown(
         place = f"{origin[dotted]}: " if dotted in origin else ""
         field = model.model_fields.get(name)
         if field is None:
-            known = [key for key, _ in fields()] + list(Config.model_fields)
+            known = [key for key, _ in fields()] + ([] if path else list(Config.model_fields))
             here = [".".join((*path, other)) for other in model.model_fields]
             near = difflib.get_close_matches(dotted, [*here, *known], n=1) or _same_leaf(name, known)
             hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(model.model_fields)}"
