@@ -17,13 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from rich.text import Text
 
 from fintune import machine
 from fintune.artifact import Facts, Key, Manifest, Outcome, Slot, describe, digests
 from fintune.config import effective
 from fintune.errors import ArtifactError
 from fintune.options import Config
-from fintune.progress import console
+from fintune.progress import console, say, stage
+
+_NOTHING_TO_DO = ("skipped", "up to date")
 
 Stage = Callable[[Config, Mapping[str, Path], Path], Facts]
 
@@ -185,12 +188,15 @@ class Pipeline:
         with lock(self.config.folder):
             for step in self.steps:
                 self.slot(step.name).settle()
-            self._require_space(self.preview())
+            plan = self.preview()
+            self._require_space(plan)
+            num_work = sum(not word.startswith(_NOTHING_TO_DO) for _, word in plan)
+            console.print(Text(f"{self.config.folder}: {num_work} of {len(plan)} stages to do"), soft_wrap=True)
             return [self._do(step) for step in self.steps]
 
     def _require_space(self, plan: Sequence[tuple[Step, str]]) -> None:
         """Hours into a run is a bad time to learn that its last stage does not fit, or cannot be done at all."""
-        work = [step for step, word in plan if not word.startswith(("skipped", "up to date"))]
+        work = [step for step, word in plan if not word.startswith(_NOTHING_TO_DO)]
         needed = sum(step.needed_bytes(self.config) for step in work)
         machine.require_space(self.config.folder, needed, f"the run's {len(work)} stages")
 
@@ -203,18 +209,20 @@ class Pipeline:
         finished = self.manifest(step.name)
         if word == "up to date":
             assert finished is not None
-            console.print(f"[dim]· {step.name}: up to date[/dim]")
+            self._tell(step, finished.facts, word, style="dim")
             return Outcome(step.name, word, finished.seconds, finished.facts)
         needed = step.needed_bytes(self.config)
         machine.require_space(self.config.folder, needed, step.name)
-        console.print(f"[bold]> {step.name}[/bold] [dim]{word}[/dim]")
+        if word != "run":
+            say(f"{step.name}: {word}")
         # Beside a finished result, unfinished work is that of an interrupted --redo, which the same command takes up.
         anew = step.name in self.redone and finished is None
         folder = slot.begin(key, resume=step.resumes and not anew)
         machine.reset_peak_memory()
         started = time.monotonic()
         inputs = {name: self.slot(name).folder for name in self._present_inputs(step)}
-        facts = step.run(self.config, inputs, folder)
+        with stage(step.name):
+            facts = step.run(self.config, inputs, folder)
         gc.collect()  # a model of the stage before must not count against the next
         seconds = time.monotonic() - started
         manifest = Manifest(
@@ -231,8 +239,14 @@ class Pipeline:
             peak_memory_bytes=machine.peak_memory_bytes(),
         )
         slot.finish(manifest)
-        console.print(f"  {step.name}: done in {seconds:.0f} s")
+        self._tell(step, facts, machine.duration(seconds) if seconds >= 1 else "")
         return Outcome(step.name, "done", seconds, facts)
+
+    def _tell(self, step: Step, facts: Facts, what: str, style: str = "") -> None:
+        """One line a stage: its name, the figure that matters most, and how it came to be."""
+        name = step.name.ljust(max(len(step.name) for step in self.steps))
+        told = ", ".join(part for part in (str(facts.get("summary", "")), what) if part)
+        console.print(Text.assemble((name, "bold"), "  ", told, style=style), soft_wrap=True)
 
     def _word(self, step: Step, key: Key) -> str:
         """What is to be done about a step whose inputs all stand still.
