@@ -22,8 +22,8 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..errors import ModelError, ResourceError
-from .protocol import Completion
+from fintune.engines.protocol import Completion
+from fintune.errors import ModelError, ResourceError
 
 # Greedy, whatever `general.sampling.*` of the file says.
 _GREEDY = {
