@@ -1,5 +1,6 @@
 # make demo   the whole chain on the built-in model and generated pages; prints where its page lies
 # make test   ruff, mypy and all tests
+# ARGS passes overrides to the demo: make demo ARGS="train.epochs=2 run.name=longer"
 # Both make .venv with the pinned packages first; PYTHON names another interpreter (3.10 to 3.13).
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ STAMP := .venv/.installed
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
-	@$(BIN)/fintune demo
+	@$(BIN)/fintune demo $(ARGS)
 
 test: lint
 	$(BIN)/pytest
