@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from pathlib import Path
+from typing import NamedTuple
 
+from fintune.model_folder import read_json
 from fintune.options import Config
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_STORED_BYTES = {"F64": 8, "F32": 4, "F8_E4M3": 1, "F8_E5M2": 1}
 _MARGIN = 1.05
 _HEADER_BYTES = 100 << 20
 """Largest header of a safetensors file that its authors' reader takes."""
@@ -18,25 +20,56 @@ _EXAMPLE_BYTES = 24_000
 """A prepared FinQA example: prompt text, gold record and tokens; the largest page of dev makes 21 kB."""
 
 
-def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of a folder's safetensors files, from their headers alone."""
-    found: dict[str, tuple[int, ...]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+class Tensor(NamedTuple):
+    """A stored weight."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def num_weights(self) -> int:
+        """Numbers in it."""
+        return math.prod(self.shape)
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """Every weight of a model folder, from the headers of its safetensors files alone.
+
+    Raises:
+        ModelError: An index that cannot be read.
+    """
+    found: dict[str, Tensor] = {}
+    for path in _weight_files(folder):
         with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
+            length = int.from_bytes(file.read(8), "little")
             if length > _HEADER_BYTES:
                 continue  # damaged; the stage that reads it says so
             header = json.loads(file.read(length))
-        found |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+        found |= {
+            name: Tensor(tuple(entry["shape"]), entry["dtype"])
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
     return found
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    # Some folders hold the same weights once more in another layout, which nothing reads.
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+        return [folder / name for name in sorted(names)]
+    return sorted(folder.glob("model*.safetensors"))
 
 
 def prepare_bytes(config: Config) -> int:
     """Examples, gold records and tokens."""
     if config.data.source == "finqa":
         files = [path for path in (config.data.train, config.data.eval) if path is not None and path.is_file()]
-        # JSON shrinks about fivefold under gzip; text, gold and tokens are each about as large as the JSON.
-        return int(sum(path.stat().st_size * (15 if path.suffix == ".gz" else 3) for path in files) * _MARGIN)
+        # JSON shrinks fivefold under gzip. Text and gold record are each about as large as the JSON, and the tokens, at
+        # five bytes each, as two or three of it where a tokenizer cuts short.
+        return int(sum(path.stat().st_size * (25 if path.suffix == ".gz" else 5) for path in files) * _MARGIN)
     pages = config.data.statements
     companies = pages.train_companies + pages.eval_companies
     return companies * pages.pages_per_company * pages.questions_per_page * _EXAMPLE_BYTES
@@ -44,15 +77,18 @@ def prepare_bytes(config: Config) -> int:
 
 def train_bytes(config: Config) -> int:
     """Adapter, and three checkpoints of adapter and Adam's two moments, in float32."""
-    layers = [shape for name, shape in _base(config).items() if len(shape) == 2 and "embed" not in name]
+    layers = [t.shape for name, t in _base(config).items() if len(t.shape) == 2 and "embed" not in name]
     weights = sum(config.adapter.r * sum(shape) for shape in layers)
     return int(4 * weights * (1 + 3 * 3) * _MARGIN) + 20_000_000
 
 
 def merge_bytes(config: Config) -> int:
     """The merged folder."""
-    width = _BYTES.get(config.merge.dtype, 2)
-    return int(_num_weights(config) * width * _MARGIN) + 20_000_000
+    stored = sum(
+        tensor.num_weights * _BYTES.get(config.merge.dtype, _STORED_BYTES.get(tensor.dtype, 2))
+        for tensor in _base(config).values()
+    )
+    return int(stored * _MARGIN) + 20_000_000
 
 
 def export_bytes(config: Config) -> int:
@@ -71,12 +107,8 @@ def predict_bytes(config: Config) -> int:
     return 20_000_000
 
 
-def _num_weights(config: Config) -> int:
-    return sum(math.prod(shape) for shape in _base(config).values())
-
-
-def _base(config: Config) -> dict[str, tuple[int, ...]]:
-    return shapes(_base_folder(config))
+def _base(config: Config) -> dict[str, Tensor]:
+    return tensors(_base_folder(config))
 
 
 def _base_folder(config: Config) -> Path:
