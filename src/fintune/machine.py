@@ -129,7 +129,8 @@ def duration(seconds: float) -> str:
 def size(num_bytes: float) -> str:
     """Bytes for people, ``1.3 GB``."""
     for unit in ("B", "kB", "MB", "GB"):
-        if abs(num_bytes) < 1000:
-            return f"{num_bytes:.0f} {unit}" if unit in {"B", "kB"} or num_bytes >= 100 else f"{num_bytes:.1f} {unit}"
+        digits = 0 if unit in {"B", "kB"} or round(num_bytes, 1) >= 100 else 1
+        if round(num_bytes, digits) < 1000:
+            return f"{num_bytes:.{digits}f} {unit}"
         num_bytes /= 1000
-    return f"{num_bytes:.1f} TB"
+    return f"{num_bytes:.{0 if num_bytes >= 100 else 1}f} TB"

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from fintune import machine
+from fintune.errors import ResourceError
+
+
+def test_versions_name_python_and_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "PACKAGES", ("pydantic", "no-such-package-here"))
+    found = machine.versions()
+    assert found.keys() == {"python", "pydantic"}
+    assert found["python"] == platform.python_version()
+
+
+def test_the_facts_of_a_machine_name_no_host_user_or_path() -> None:
+    told = json.dumps(machine.machine())
+    assert int(machine.machine()["cores"]) > 0
+    assert socket.gethostname() not in told
+    assert str(Path.home()) not in told
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A repository with one commit, from which the module believes to run."""
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    module = tmp_path / "src" / "machine.py"
+    module.parent.mkdir()
+    module.write_text("x")
+    who = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
+    for words in (["init", "-q"], ["add", "."], [*who, "commit", "-q", "-m", "first"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    monkeypatch.setattr(machine, "__file__", str(module))
+    return module
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_commit_is_marked_where_files_differ_from_it(checkout: Path) -> None:
+    clean = machine.commit()
+    assert clean is not None
+    assert len(clean) == 12
+    (checkout.parent / "new.txt").write_text("untracked files are the user's own")
+    assert machine.commit() == clean
+    checkout.write_text("y")
+    assert machine.commit() == f"{clean}+"
+
+
+def test_there_is_no_commit_outside_a_checkout_or_without_git(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "which", lambda _: None)
+        assert machine.commit() is None
+    shutil.rmtree(tmp_path / ".git")
+    assert machine.commit() is None
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs a kernel that forgets the peak")
+def test_peak_memory_covers_what_was_held_and_can_start_anew() -> None:
+    machine.reset_peak_memory()
+    before = machine.peak_memory_bytes()
+    held = bytearray(64 << 20)
+    held[::4096] = b"x" * len(held[::4096])
+    peak = machine.peak_memory_bytes()
+    assert peak > before + (48 << 20)
+    del held
+    machine.reset_peak_memory()
+    assert machine.peak_memory_bytes() <= peak
+
+
+def test_too_little_space_is_refused_with_both_sizes_and_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Path] = []
+
+    def usage(place: Path) -> SimpleNamespace:
+        asked.append(place)
+        return SimpleNamespace(free=1_000_000)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    folder = tmp_path / "runs" / "not" / "there" / "yet"
+    machine.require_space(folder, 1_000_000, "train")
+    with pytest.raises(ResourceError) as caught:
+        machine.require_space(folder, 2_500_000, "train")
+    assert asked == [tmp_path, tmp_path]
+    assert str(caught.value) == (
+        f"no space for train: it needs about 2.5 MB in {folder}, 1.0 MB is free: "
+        "free some, or set run.dir to a folder on another disk"
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "told"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (999_400, "999 kB"),
+        (1_340_000, "1.3 MB"),
+        (99_960_000, "100 MB"),
+        (134_000_000, "134 MB"),
+        (999_600_000, "1.0 GB"),
+        (1_340_000_000, "1.3 GB"),
+        (5e15, "5000 TB"),
+    ],
+)
+def test_sizes_are_for_people(num_bytes: float, told: str) -> None:
+    assert machine.size(num_bytes) == told
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (245, "4 min 5 s"), (3600, "1 h 0 min"), (7384, "2 h 3 min")],
+)
+def test_durations_are_for_people(seconds: float, told: str) -> None:
+    assert machine.duration(seconds) == told

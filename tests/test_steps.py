@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from fintune.config import effective, fields, load
+from fintune.errors import DataError, ModelError
+from fintune.options import Config, ModelKind
+from fintune.steps import NEEDS, build
+
+
+def names(config: Config) -> list[str]:
+    return [step.name for step in build(config)]
+
+
+def test_the_whole_chain_in_its_order() -> None:
+    assert names(Config()) == [
+        "prepare",
+        *("predict/base", "score/base", "train", "predict/adapter", "score/adapter"),
+        *("merge", "predict/merged", "score/merged", "export"),
+        *("predict/F16", "score/F16", "predict/Q4_K_M", "score/Q4_K_M", "report"),
+    ]
+
+
+def test_only_what_is_asked_for_is_measured() -> None:
+    assert names(load(None, ["predict.models=[merged]"]).config) == [
+        *("prepare", "train", "merge", "predict/merged", "score/merged", "export", "report")
+    ]
+
+
+def test_every_input_comes_before_what_reads_it() -> None:
+    for models in (["base"], ["Q4_K_M"], list(get_args(ModelKind))):
+        seen: set[str] = set()
+        for step in build(load(None, [f"predict.models={json.dumps(models)}"]).config):
+            assert set(step.inputs) <= seen, step.name
+            seen.add(step.name)
+
+
+def test_each_kind_of_model_is_read_from_the_step_that_makes_it() -> None:
+    assert set(NEEDS) == set(get_args(ModelKind)) - {"base"}
+    inputs = {step.name: step.inputs for step in build(Config())}
+    assert inputs["predict/base"] == ("prepare",)
+    assert inputs["predict/Q4_K_M"] == ("prepare", "export")
+    assert inputs["score/Q4_K_M"] == ("prepare", "predict/Q4_K_M")
+    assert set(inputs["report"]) == set(inputs) - {"report"}
+
+
+def test_every_step_has_a_stage_of_its_verbs_name() -> None:
+    for verb in {step.verb for step in build(Config())}:
+        assert callable(getattr(import_module(f"fintune.stages.{verb}"), verb))
+
+
+def test_options_of_a_step_name_options_that_there_are() -> None:
+    for step in build(Config()):
+        for prefix in step.options:
+            assert effective(Config(), [prefix]) or prefix == "merge", f"{step.name}: {prefix}"
+
+
+def test_every_option_that_can_change_a_result_belongs_to_a_step() -> None:
+    owned = {key for step in build(Config()) for key in effective(Config(), step.options)}
+    # Which models are measured decides which steps there are, not what any of them gives.
+    assert effective(Config(), list(Config.model_fields)).keys() - owned == {"predict.models"}
+
+
+def test_asking_for_one_more_kind_of_model_makes_no_other_stale() -> None:
+    few, all_kinds = (load(None, [f"predict.models={models}"]).config for models in ("[base]", "[base, adapter]"))
+    keys = [{step.name: effective(config, step.options) for step in build(config)} for config in (few, all_kinds)]
+    assert keys[0]["predict/base"] == keys[1]["predict/base"]
+
+
+def test_only_stages_that_can_go_on_are_resumed() -> None:
+    assert {step.verb for step in build(Config()) if step.resumes} == {"train", "predict"}
+
+
+def test_building_the_steps_loads_no_stage_and_no_library() -> None:
+    code = (
+        "import sys; from fintune.options import Config; from fintune.steps import build; build(Config())\n"
+        "print(*[name for name in sys.modules if name.startswith('fintune.stages') or name in "
+        "('torch', 'transformers', 'datasets', 'numpy')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+@pytest.fixture
+def finqa(tmp_path: Path, tiny_model: Path) -> Config:
+    for name in ("train", "eval"):
+        (tmp_path / f"{name}.json").write_text("[1]")
+    files = [f"data.{name}={tmp_path / name}.json" for name in ("train", "eval")]
+    return load(None, ["data.source=finqa", *files, f"model.name={tiny_model}"]).config
+
+
+def test_the_fingerprint_of_data_is_that_of_its_content(finqa: Config, tmp_path: Path) -> None:
+    prepare = build(finqa)[0]
+    before = prepare.sources(finqa)
+    assert before.keys() == {"data.train", "data.eval", "model.name"}
+    assert before["data.train"] == before["data.eval"]
+    (tmp_path / "train.json").write_text("[1]")
+    assert prepare.sources(finqa) == before
+    (tmp_path / "train.json").write_text("[2]")
+    after = prepare.sources(finqa)
+    assert after["data.train"] != before["data.train"]
+    assert after["data.eval"] == before["data.eval"]
+
+
+def test_files_count_only_where_they_are_read(tmp_path: Path, tiny_model: Path) -> None:
+    config = load(None, [f"data.train={tmp_path / 'no.json'}", f"model.name={tiny_model}"]).config
+    build(config)[0].check(config)
+    assert build(config)[0].sources(config).keys() == {"model.name"}
+
+
+def test_a_missing_file_and_a_folder_are_refused_before_the_model_is_looked_at(finqa: Config, tmp_path: Path) -> None:
+    nowhere = finqa.model_copy(update={"model": finqa.model.model_copy(update={"name": "/no/such/model"})})
+    (tmp_path / "eval.json").unlink()
+    for act in (build(finqa)[0].check, build(finqa)[0].sources):
+        with pytest.raises(DataError, match=r"eval\.json: no such file: data\.eval must name a FinQA JSON file"):
+            act(nowhere)
+    (tmp_path / "eval.json").mkdir()
+    with pytest.raises(DataError, match=r"eval\.json: is a folder, not a file"):
+        build(finqa)[0].check(finqa)
+
+
+def test_every_step_that_loads_the_base_refuses_an_incomplete_one_at_once(finqa: Config, tmp_path: Path) -> None:
+    broken = tmp_path / "model"
+    broken.mkdir()
+    (broken / "config.json").write_text("{}")
+    config = finqa.model_copy(update={"model": finqa.model.model_copy(update={"name": str(broken)})})
+    refused = set()
+    for step in build(config):
+        try:
+            step.check(config)
+        except ModelError as error:
+            assert "holds no safetensors weights" in str(error)
+            refused.add(step.verb)
+    assert refused == {"prepare", "train", "merge", "predict"}
+
+
+def test_every_step_predicts_its_disk(finqa: Config) -> None:
+    for step in build(finqa):
+        assert step.needed_bytes(finqa) > 0, step.name
+
+
+def test_the_built_in_model_is_known_before_it_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: object) -> None:
+        raise AssertionError("nothing may be fetched")
+
+    monkeypatch.setattr("fintune.builtin.ensure", refuse)
+    prepare = build(Config())[0]
+    prepare.check(Config())
+    assert len(prepare.sources(Config())["model.name"]) == 64
+
+
+def test_packed_data_has_the_fingerprint_of_its_file(finqa: Config, tmp_path: Path) -> None:
+    path = tmp_path / "train.json.gz"
+    path.write_bytes(gzip.compress(b"[1]"))
+    config = finqa.model_copy(update={"data": finqa.data.model_copy(update={"train": path})})
+    found = build(config)[0].sources(config)
+    assert found["data.train"] != found["data.eval"]
+
+
+def test_options_are_all_reachable_by_name() -> None:
+    assert {key.split(".")[0] for key, _ in fields()} == set(Config.model_fields)
