@@ -1,0 +1,243 @@
+"""The program language as a grammar for constrained decoding, defined once and written in two notations.
+
+=====  ================================================================================================
+GBNF   llama.cpp (``grammar`` of its server and tools)
+Lark   llguidance and what builds on it (vLLM, SGLang, ...); an EBNF of rules and upper-case terminals
+=====  ================================================================================================
+
+`general` takes what `fintune.finqa.parse.parse` takes, up to a number of steps (a reference must point below its step,
+so steps are written out one by one) and without control characters and uncommon spaces in row names. `restricted`
+takes only what can be said about one page: see `Vocabulary`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from fintune.finqa.constants import ARITHMETIC_OPERATIONS, CONSTANTS, NOTHING, TABLE_OPERATIONS
+from fintune.finqa.official import cell_number
+from fintune.finqa.program import Constant, Number, Program, RowName
+
+MAX_STEPS = 6
+"""One more than the longest gold program of FinQA has."""
+
+_BREAKS = r"()#|\x00-\x20\x7f-\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+"""What stands in no word of a row name, as the inside of a character class."""
+_ROW_NAME = re.compile(rf"(?:(?:,*[^,{_BREAKS}])+ +)*(?:(?:,*[^,{_BREAKS}])+,*|,+)")
+_NUMBER = re.compile(r"(-|- |\( *)?((?<![\d.])(?:\d[\d,]*\.?\d*|\.\d+))( ?%)?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Exactly this text."""
+
+    value: str
+
+
+@dataclass(frozen=True)
+class Characters:
+    """One character of a class; ``inside`` is what stands between the brackets, the same in both notations."""
+
+    inside: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the rule of this name says."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Series:
+    """One after the other."""
+
+    parts: tuple[Expression, ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of several."""
+
+    options: tuple[Expression, ...]
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """``?``, ``*`` or ``+`` of one thing."""
+
+    item: Expression
+    sign: str
+
+
+Expression: TypeAlias = Text | Characters | Rule | Series | Choice | Repeated
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """Rules by name; the first is where a text begins.
+
+    Attributes:
+        rules: Names are letters and digits, as both notations take them.
+        terminals: Names of rules that Lark must treat as one word, because their parts are single characters.
+    """
+
+    rules: Mapping[str, Expression]
+    terminals: frozenset[str] = frozenset()
+
+    def gbnf(self) -> str:
+        """The grammar as llama.cpp reads it."""
+        names = {name: "root" if k == 0 else name for k, name in enumerate(self.rules)}
+        return "".join(f"{names[name]} ::= {_write(rule, names, '[]')}\n" for name, rule in self.rules.items())
+
+    def lark(self) -> str:
+        """The grammar as Lark and llguidance read it."""
+        names = {name: name.upper() if name in self.terminals else name for name in self.rules}
+        names[next(iter(self.rules))] = "start"
+        return "".join(f"{names[name]}: {_write(rule, names, '//')}\n" for name, rule in self.rules.items())
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a program about one page can name.
+
+    Attributes:
+        numbers: As programs write them: without "," and "$"; with "-" where the page has a minus or a bracket before
+            the number, and with "%" where the page has one after it, each also without.
+        rows: Names of the rows that a table operation can read: every cell but the name is a number, and the name holds
+            nothing that ends an argument. Of rows of one name the last counts, as in the official script.
+        constants: Those of FinQA's own vocabulary.
+    """
+
+    numbers: frozenset[str]
+    rows: frozenset[str]
+    constants: tuple[str, ...] = CONSTANTS
+
+
+def vocabulary(table: Sequence[Sequence[str]], texts: Iterable[str]) -> Vocabulary:
+    """The words of one page.
+
+    Args:
+        table: Rows of cells.
+        texts: Its sentences, and the question: some programs take a number from there.
+    """
+    numbers: set[str] = set()
+    for text in (*(cell for row in table for cell in row), *texts):
+        for sign, digits, percent in _NUMBER.findall(text):
+            bare = digits.replace(",", "")
+            for number in {bare, bare.rstrip(".")}:
+                forms = {number, f"{number}%"} if percent else {number}
+                numbers |= forms | ({f"-{form}" for form in forms} if sign else set())
+    last = {row[0]: row for row in table if row}
+    return Vocabulary(frozenset(numbers), frozenset(name for name, row in last.items() if _can_be_read(row)))
+
+
+def can_be_named(name: str) -> bool:
+    """Whether a program can call a table row by this name: nothing in it ends an argument, no space at its ends."""
+    return _ROW_NAME.fullmatch(name) is not None
+
+
+def general(max_steps: int = MAX_STEPS) -> Grammar:
+    """The whole language, in programs of at most so many steps."""
+    digits = Repeated(Characters("0-9"), "+")
+    point = Series((Text("."), Repeated(Characters("0-9"), "*")))
+    amount = Choice((Series((digits, Repeated(point, "?"))), Series((Text("."), digits))))
+    word = Repeated(Series((Repeated(Text(","), "*"), Characters(f"^,{_BREAKS}"))), "+")
+    # The comma before "none" belongs to this rule, too: a name may end in commas, and a lexer does not step back.
+    words = Series((Repeated(Series((word, Repeated(Text(" "), "+"))), "*"), _last(word), Text(f", {NOTHING}")))
+    return _grammar(
+        {
+            "number": Series((Repeated(Text("-"), "?"), amount, Repeated(Text("%"), "?"))),
+            "constant": Series((Text("const_"), Repeated(Text("m"), "?"), amount)),
+            "row": words,
+        },
+        max_steps,
+    )
+
+
+def restricted(words: Vocabulary, max_steps: int = MAX_STEPS) -> Grammar:
+    """What can be said about one page, in programs of at most so many steps."""
+    lists = {
+        "number": words.numbers,
+        "constant": words.constants,
+        "row": [f"{name}, {NOTHING}" for name in words.rows],
+    }
+    # The longest first: some readers take the first that fits.
+    ordered = {kind: sorted(each, key=lambda word: (-len(word), word)) for kind, each in lists.items()}
+    return _grammar({kind: Choice(tuple(map(Text, each))) for kind, each in ordered.items() if each}, max_steps)
+
+
+def outside(program: Program, words: Vocabulary, max_steps: int = MAX_STEPS) -> list[str]:
+    """Why `restricted` refuses a program, a reason for each argument that it cannot take; none where it takes it."""
+    reasons = ["more steps"] if len(program.steps) > max_steps else []
+    known = {number.strip("-%") for number in words.numbers}
+    for argument in (each for step in program.steps for each in (step.first, step.second)):
+        if isinstance(argument, Number) and argument.text not in words.numbers:
+            other = argument.text.strip("-%") in known
+            reasons.append("number with another sign or percent sign" if other else "number that is not on the page")
+        elif isinstance(argument, Constant) and argument.text not in words.constants:
+            reasons.append("constant outside FinQA's vocabulary")
+        elif isinstance(argument, RowName) and argument.text not in words.rows:
+            reasons.append("row that no table operation can read")
+    return reasons
+
+
+def _grammar(words: dict[str, Expression], max_steps: int) -> Grammar:
+    if max_steps < 1:
+        raise ValueError("a program has at least one step")
+    rules: dict[str, Expression] = {}
+    for step in range(max_steps):
+        more = Series((Text(", "), Rule(f"steps{step + 1}")))
+        last = step == max_steps - 1
+        rules[f"steps{step}"] = Rule(f"step{step}") if last else Series((Rule(f"step{step}"), Repeated(more, "?")))
+    for step in range(max_steps):
+        argument = Rule(f"argument{step}")
+        forms: list[Expression] = [Series((Rule("arithmetic"), Text("("), argument, Text(", "), argument, Text(")")))]
+        if "row" in words:
+            forms.append(Series((Rule("over"), Text("("), Rule("row"), Text(")"))))
+        rules[f"step{step}"] = Choice(tuple(forms))
+        names = [Rule(name) for name in ("number", "constant") if name in words]
+        rules[f"argument{step}"] = Choice((*names, *(Text(f"#{earlier}") for earlier in range(step))))
+    rules["arithmetic"] = Choice(tuple(map(Text, ARITHMETIC_OPERATIONS)))
+    if "row" in words:
+        rules["over"] = Choice(tuple(map(Text, TABLE_OPERATIONS)))
+    return Grammar(rules | words, frozenset(words))
+
+
+def _last(word: Expression) -> Expression:
+    """The last word of a name, which may end in commas or be nothing else."""
+    return Choice((Series((word, Repeated(Text(","), "*"))), Repeated(Text(","), "+")))
+
+
+def _can_be_read(row: Sequence[str]) -> bool:
+    try:
+        return can_be_named(row[0]) and len(row) > 1 and all(cell_number(cell) is not None for cell in row[1:])
+    except ValueError:
+        return False
+
+
+def _write(rule: Expression, names: Mapping[str, str], marks: str, *, part: bool = False) -> str:
+    """A rule in one notation.
+
+    Args:
+        rule: What to write.
+        names: Rule names as the notation has them.
+        marks: What a character class begins and ends with, "[]" or "//".
+        part: It stands within something else, so that what is joined needs brackets.
+    """
+    if isinstance(rule, Text):
+        return '"' + rule.value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if isinstance(rule, Characters):
+        return f"[{rule.inside}]" if marks == "[]" else f"/[{rule.inside}]/"
+    if isinstance(rule, Rule):
+        return names[rule.name]
+    if isinstance(rule, Repeated):
+        return _write(rule.item, names, marks, part=True) + rule.sign
+    if isinstance(rule, Choice):
+        text, joined = " | ".join(_write(each, names, marks) for each in rule.options), len(rule.options) > 1
+    else:
+        text, joined = " ".join(_write(each, names, marks, part=True) for each in rule.parts), True
+    return f"({text})" if part and joined else text
