@@ -349,7 +349,7 @@ def test_a_disk_that_fills_meanwhile_stops_before_the_stage_that_would_not_fit(
     chain: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chain.needed = dict.fromkeys(ALL, 1_000)
-    free = iter([10_000, 10_000, 500])
+    free = iter([10_000, 10_000, 10_000, 500])
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=next(free)))
     with pytest.raises(ResourceError, match="no space for train"):
         chain.run()

@@ -65,6 +65,8 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> Loaded:
     if not config.run.name:
         name = path.stem if path is not None else "run"
         config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
+        if path is not None:
+            origin["run.name"] = f"{path}, its name"
     if Path(config.run.name).name != config.run.name or config.run.name.startswith("."):
         raise ConfigError(
             f"run.name: {config.run.name!r} is not a folder name", hint="set run.dir for the path before it"

@@ -87,7 +87,8 @@ def fetch(ref: ModelRef) -> ModelRef:
             f"there is no folder {ref.name} here and no model of that name on the hub", hint=hint
         ) from error
     except (errors.HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        # The first sentence; what follows is advice for users of the library.
+        reason = str(error).strip().splitlines()[0].split(". ")[0][:200] if str(error).strip() else type(error).__name__
         raise ResourceError(
             f"cannot fetch {what}: the hub cannot be reached and the model is not in the local hub cache ({reason})",
             hint="connect once, or give a local model folder or builtin:smollm2-135m",

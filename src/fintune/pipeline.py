@@ -159,6 +159,11 @@ class Pipeline:
                         f"{step.name} needs {name}, which is left out and has no result in {self.config.folder}",
                         hint=f"run it first: fintune run CONFIG --only {name}",
                     )
+            if step.inputs and not self._present_inputs(step):
+                raise ArtifactError(
+                    f"{step.name} has nothing to read: no stage has a result in {self.config.folder}",
+                    hint="make one first: fintune run CONFIG",
+                )
             word = self._foreseen(step, bool(remade & set(step.inputs)))
             if word != "up to date":
                 step.check(self.config)
@@ -185,6 +190,8 @@ class Pipeline:
             ArtifactError: As ``preview``, or the run's folder is in use.
             FintuneError: Whatever a stage refuses.
         """
+        if not self.config.folder.exists():
+            self._require_space(self.preview())  # what is refused leaves no folder behind
         with lock(self.config.folder):
             for step in self.steps:
                 self.slot(step.name).settle()
@@ -302,10 +309,11 @@ def lock(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
+    except OSError as error:
+        in_place = isinstance(error, (FileExistsError, NotADirectoryError))
+        reason = "a file is in its place" if in_place else (error.strerror or str(error)).lower()
         raise ArtifactError(
-            f"{folder} cannot be made: a file is in its place",
-            hint="set run.dir to a folder, or run.name to another name",
+            f"{folder} cannot be made: {reason}", hint="set run.dir to another folder, or run.name to another name"
         ) from None
     try:
         with FileLock(folder / ".lock", timeout=0):

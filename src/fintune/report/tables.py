@@ -26,6 +26,8 @@ def plan_table(lines: Sequence[tuple[str, str, Sequence[str]]]) -> Table:
 def config_table(loaded: Loaded) -> Table:
     """Every option, its value and where that came from."""
     table = Table("option", "value", "from", box=None, pad_edge=False)
+    for column in table.columns:
+        column.overflow = "fold"  # a cut value or place would be no answer
     for key, value in flat(loaded.config).items():
         origin = _origin(key, loaded.origin)
         table.add_row(key, json.dumps(value), origin, style="dim" if origin == DEFAULT else "")

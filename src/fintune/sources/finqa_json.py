@@ -88,7 +88,7 @@ def _text(path: Path) -> str:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise DataError("no such file", path=path, hint="check data.train and data.eval") from None
+        raise DataError("no such file", path=path, hint="check its name") from None
     except OSError as error:
         raise DataError(f"cannot be read ({error.strerror or error})", path=path) from None
     if data.startswith(GZIP_MAGIC):
