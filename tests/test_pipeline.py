@@ -20,7 +20,9 @@ ALL = ["prepare", "train", "predict/base", "predict/merged", "report"]
 
 @pytest.fixture
 def chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Chain:
-    monkeypatch.setattr("fintune.machine.commit", lambda: None)  # git takes longer than all these steps
+    # Asking git and the installed packages takes longer than all these steps.
+    monkeypatch.setattr("fintune.machine.commit", lambda: "0123456789ab")
+    monkeypatch.setattr("fintune.machine.versions", lambda: {"python": "3"})
     return Chain(tmp_path / "runs")
 
 
@@ -70,7 +72,7 @@ def test_a_manifest_says_what_the_result_was_made_from(chain: Chain) -> None:
     assert "train.threads" not in written["key"]["options"]
     assert written["seed"] == 17
     assert written["outputs"].keys() == {"out.json"}
-    assert written["versions"]["python"]
+    assert (written["versions"], written["commit"]) == ({"python": "3"}, "0123456789ab")
     assert "\n" not in written["machine"]["processor"]
 
 
