@@ -36,10 +36,10 @@ F = TypeVar("F", bound=Callable[..., object])
 _FILE = click.Path(path_type=Path)
 
 
-def main() -> None:
-    """Run the command line; a user's mistake becomes one line on standard error and exit status 2."""
+def main(command: click.Command | None = None) -> None:
+    """Run a command, fintune's own unless told; a user's mistake becomes one line on standard error, exit status 2."""
     try:
-        app(standalone_mode=False)
+        (command or app)(standalone_mode=False)
     except FintuneError as error:
         _stop(str(error), USER_ERROR)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -148,6 +148,7 @@ _verb("report", "One HTML page of the run.")
 @click.option("--gold", type=_FILE, help="Official FinQA JSON, plain or .gz.")
 @click.option("--csv", type=_FILE, help="Write one row a prediction here.")
 @click.option("--json", type=_FILE, help="Write all figures here.")
+@click.option("--html", type=_FILE, help="Write a page with figures, plots and every example here.")
 @click.option("--strict", is_flag=True, help="Refuse files with duplicate, unknown or broken rows.")
 def score(
     config: Path | None,
@@ -156,11 +157,10 @@ def score(
     gold: Path | None,
     csv: Path | None,
     json: Path | None,
+    html: Path | None,
     strict: bool,
 ) -> None:
     """Official FinQA verdicts of a run, or of --predictions against --gold. Needs no torch."""
-    from rich.console import Console
-
     if config is not None and predictions is None and gold is None:
         from fintune.pipeline import Selection
 
@@ -169,10 +169,25 @@ def score(
     if config is not None or predictions is None or gold is None:
         raise click.UsageError("give a CONFIG, or both --predictions and --gold")
 
+    print_score(predictions, gold, csv=csv, json=json, html=html, strict=strict)
+
+
+def print_score(
+    predictions: Path,
+    gold: Path,
+    *,
+    csv: Path | None = None,
+    json: Path | None = None,
+    html: Path | None = None,
+    strict: bool = False,
+) -> None:
+    """Score files as `fintune.stages.score.score_files` does: remarks to standard error, figures to standard output."""
+    from rich.console import Console
+
     from fintune.report.tables import score_table
     from fintune.stages.score import score_files
 
-    done = score_files(predictions, gold, csv=csv, json=json, strict=strict)
+    done = score_files(predictions, gold, csv=csv, json=json, html=html, strict=strict)
     for problem in done.problems:
         sys.stderr.write(f"fintune: {problem}\n")
     Console().print(score_table({predictions.name: done.score}))

@@ -6,17 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from fintune.finqa.program import tokenize
 from fintune.records import FinQARecord
-from fintune.report.examples import (
-    INVALID,
-    OTHER_PROGRAM,
-    RIGHT,
-    WRONG,
-    Judged,
-    browser_blocks,
-    script_json,
-    used_parts,
-)
+from fintune.report.examples import Answer, browser_blocks, script_json, used_parts
+from fintune.report.verdict import OUTCOMES, Judged, judge
 from report.example_run import NASTY, predictions, records
 
 DEV = Path(__file__).parents[3] / "shared" / "finqa" / "dev.json.gz"
@@ -83,17 +76,22 @@ def test_every_operand_of_nearly_all_gold_programs_of_dev_is_found():
 
 
 @pytest.mark.parametrize(
-    ("flags", "code"),
+    ("tokens", "outcome"),
     [
-        ((True, True, False), RIGHT),
-        ((True, False, False), OTHER_PROGRAM),
-        ((False, False, False), WRONG),
-        ((False, True, False), WRONG),
-        ((False, False, True), INVALID),
+        (tokenize("subtract(50, 32)"), "equal_program"),
+        (tokenize("add(32, 50), subtract(#0, 64)"), "other_program"),
+        (tokenize("add(50, 32)"), "wrong_result"),
+        (["subtract(", "50", "32", ")"], "no_result"),
+        (tokenize("subtract(50, x)"), "invalid"),
     ],
 )
-def test_each_verdict_has_one_code(flags, code):
-    assert Judged(*flags, result="1").code == code
+def test_each_outcome_is_told_by_its_place_and_the_judged_tokens_are_run(tokens, outcome):
+    item = record()
+    verdict, _ = judge(item, tokens)
+    answers = {"predicted": {item.id: Answer(tokens, verdict.program, verdict)}}
+    [answer] = json.loads(browser_blocks([item], answers, {})[0])["examples"][0]["m"]
+    assert OUTCOMES[answer["c"]] == verdict.outcome == outcome
+    assert (answer["s"] == []) == (outcome == "no_result")
 
 
 def test_json_for_a_page_cannot_leave_its_element_and_comes_back_whole():
@@ -104,7 +102,7 @@ def test_json_for_a_page_cannot_leave_its_element_and_comes_back_whole():
 
 def test_pages_that_questions_share_are_stored_once():
     one, other = record(), record(question="another").model_copy(update={"id": "A/1/page_1.pdf-2"})
-    index, pages = browser_blocks([one, other, *records(2)], {}, {}, {})
+    index, pages = browser_blocks([one, other, *records(2)], {}, {})
     assert len(pages.split("\n")) == 3
     assert [example["page"] for example in json.loads(index)["examples"]] == [0, 0, 1, 2]
     assert json.loads(pages.split("\n")[0])["t"][1] == ["a", "$ 50", "7"]
@@ -112,13 +110,22 @@ def test_pages_that_questions_share_are_stored_once():
 
 def test_the_index_tells_steps_verdicts_cuts_and_missing_predictions():
     items = records(3)
-    said = {each.id: each for each in predictions(items, "base")[:2]}
-    judged = {items[0].id: Judged(False, False, True, "n/a")}
-    index = json.loads(browser_blocks(items, {"base": said}, {"base": judged}, {items[1].id: 4})[0])
-    first, second, third = index["examples"]
+    invalid = Judged(
+        id=items[0].id, exe_correct=False, program_correct=False, invalid=True, result="n/a", outcome="invalid"
+    )
+    first, second = predictions(items, "base")[:2]
+    answers = {
+        first.id: Answer.of(first.model_copy(update={"finish_reason": "length"}), invalid),
+        second.id: Answer.of(second.model_copy(update={"finish_reason": "stop", "text": "so: x"}), None),
+    }
+    index = json.loads(browser_blocks(items, {"base": answers}, {items[1].id: 4})[0])
+    one, two, three = index["examples"]
     assert index["kinds"] == ["base"]
-    assert first["s"] == ["30", "0.3"]
-    assert first["m"][0]["c"] == INVALID
-    assert "c" not in second["m"][0]
-    assert second["cut"] == 4
-    assert third["m"] == [None]
+    assert one["s"] == ["30", "0.3"]
+    assert OUTCOMES[one["m"][0]["c"]] == "invalid"
+    assert one["m"][0]["cut"]
+    assert "c" not in two["m"][0]
+    assert "cut" not in two["m"][0]
+    assert two["m"][0]["t"] == "so: x"
+    assert two["cut"] == 4
+    assert three["m"] == [None]

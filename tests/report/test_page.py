@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from html.parser import HTMLParser
 
 import pytest
 
@@ -12,47 +11,7 @@ from fintune.report.page import render
 from fintune.report.run_page import RunPage
 from fintune.stages.report import collect
 from report.example_run import KINDS, NASTY, predictions, records, write_run
-
-VOID = {"meta", "img", "input", "br", "link"}
-
-
-class Outline(HTMLParser):
-    """What a test asks about a page."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.blocks: dict[str, str] = {}
-        self.text = ""
-        self._block = ""
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-        self._block = dict(attrs).get("id") or "code" if tag == "script" else ""
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-        self._block = ""
-
-    def handle_data(self, data):
-        if self._block:
-            self.blocks[self._block] = self.blocks.get(self._block, "") + data
-        elif self.open[-1:] != ["style"]:
-            self.text += f" {data.strip()}"
-
-
-def outline(html: str) -> Outline:
-    parsed = Outline()
-    parsed.feed(html)
-    parsed.close()
-    assert not parsed.open
-    return parsed
+from report.outline import Outline, outline
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +10,9 @@ import pytest
 from fintune.errors import ArtifactError
 from fintune.options import Config
 from fintune.stages.report import collect, report
+from report.browser import needs_chromium, opened
 from report.example_run import records, write_run
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CONFIG = Config.model_validate({"run": {"name": "demo"}})
 
 
@@ -98,24 +96,11 @@ def test_importing_the_stage_loads_nothing_heavy():
     assert done.returncode == 0
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium to open the page")
+@needs_chromium
 def test_in_a_browser_the_page_runs_without_an_error_and_opens_an_example(inputs, folder, tmp_path):
     report(CONFIG, inputs, folder)
-    address = (folder / "index.html").as_uri() + "#example:ACME1/2010/page_1.pdf-1"
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    more = (
-        f"--disable-component-update --disable-sync --virtual-time-budget=3000 --user-data-dir={tmp_path / 'profile'}"
-    )
-    done = subprocess.run(
-        [CHROMIUM, *flags.split(), *more.split(), "--enable-logging=stderr", "--dump-dom", address],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env={**os.environ, "HOME": str(tmp_path)},
-    )
-    assert "CONSOLE" not in done.stderr
-    assert "1 of 6 examples" in done.stdout
-    assert re.search(r'<td class="used"[^>]*>\$ 141</td>', done.stdout)
-    assert "names no evidence" in done.stdout
-    assert "#0 = 34" in done.stdout
+    shown = opened(folder / "index.html", "example:ACME1/2010/page_1.pdf-1", tmp_path / "profile")
+    assert "1 of 6 examples" in shown
+    assert re.search(r'<td class="used"[^>]*>\$ 141</td>', shown)
+    assert "names no evidence" in shown
+    assert "#0 = 34" in shown

@@ -16,9 +16,7 @@ from fintune.finqa.execute import Run, Value, run
 from fintune.finqa.parse import ParseError, parse
 from fintune.finqa.program import Number, RowName, tokenize
 from fintune.records import FinQARecord, Prediction
-
-RIGHT, OTHER_PROGRAM, WRONG, INVALID = range(4)
-"""Verdicts as the browser counts them: right by an equal program, right by another, executable but wrong, invalid."""
+from fintune.report.verdict import OUTCOMES, Judged
 
 MAX_TEXT_CHARACTERS = 600
 """So much of a completion is shown where it is not just its program."""
@@ -27,27 +25,29 @@ _NUMBER = re.compile(r"-?(?:\d[\d,]*\.?\d*|\.\d+)")
 
 
 @dataclass(frozen=True)
-class Judged:
-    """The official verdict on one prediction, as a row of ``score.csv`` has it.
+class Answer:
+    """What was predicted for one question.
 
     Attributes:
-        exe_correct: Executes to the gold result.
-        program_correct: Equal to the gold program.
-        invalid: Does not execute.
-        result: What it executes to.
+        tokens: The official tokens that were judged, "EOF" included.
+        program: The program as text.
+        judged: The verdict, or None where it was not scored.
+        text: What the model wrote, where that is not just its program.
+        cut_off: Whether it reached the token limit.
     """
 
-    exe_correct: bool
-    program_correct: bool
-    invalid: bool
-    result: str
+    tokens: Sequence[str]
+    program: str
+    judged: Judged | None = None
+    text: str = ""
+    cut_off: bool = False
 
-    @property
-    def code(self) -> int:
-        """One of RIGHT, OTHER_PROGRAM, WRONG, INVALID."""
-        if self.exe_correct:
-            return RIGHT if self.program_correct else OTHER_PROGRAM
-        return INVALID if self.invalid else WRONG
+    @classmethod
+    def of(cls, prediction: Prediction, judged: Judged | None) -> Answer:
+        """The answer that a prediction of a run is."""
+        program = prediction.program
+        text = "" if prediction.text.strip() == program else prediction.text
+        return cls(tokenize(program), program, judged, text, prediction.finish_reason == "length")
 
 
 @dataclass(frozen=True)
@@ -105,16 +105,14 @@ def used_parts(record: FinQARecord) -> Used:
 
 def browser_blocks(
     records: Sequence[FinQARecord],
-    predictions: Mapping[str, Mapping[str, Prediction]],
-    verdicts: Mapping[str, Mapping[str, Judged]],
+    answers: Mapping[str, Mapping[str, Answer]],
     num_cut: Mapping[str, int],
 ) -> tuple[str, str]:
     """The two blocks for the page, safe inside a ``script`` element.
 
     Args:
-        records: The evaluation records.
-        predictions: By kind of model, then by id.
-        verdicts: By kind of model, then by id; a kind may be missing where it was not scored.
+        records: The questions to show.
+        answers: By the name of who answered, then by id.
         num_cut: Units of the page that were left out of the prompt, by id.
 
     Returns:
@@ -139,13 +137,10 @@ def browser_blocks(
                 "text": {str(index): words for index, words in used.sentences.items()},
                 "derived": used.derived,
                 "cut": num_cut.get(record.id, 0),
-                "m": [
-                    _answer(record, by_id.get(record.id), verdicts.get(kind, {}).get(record.id))
-                    for kind, by_id in predictions.items()
-                ],
+                "m": [_answer(record, by_id.get(record.id)) for by_id in answers.values()],
             }
         )
-    return script_json({"kinds": list(predictions), "examples": examples}), "\n".join(pages)
+    return script_json({"kinds": list(answers), "examples": examples}), "\n".join(pages)
 
 
 def script_json(value: Any) -> str:
@@ -167,20 +162,20 @@ def _shown(value: Value) -> str:
     return str(value)
 
 
-def _answer(record: FinQARecord, prediction: Prediction | None, judged: Judged | None) -> dict[str, Any] | None:
-    if prediction is None:
+def _answer(record: FinQARecord, answer: Answer | None) -> dict[str, Any] | None:
+    if answer is None:
         return None
-    ran = run(tokenize(prediction.program), record.table)
-    answer: dict[str, Any] = {"p": prediction.program, "s": step_values(ran)}
+    ran = run(answer.tokens, record.table)
+    shown: dict[str, Any] = {"p": answer.program, "s": step_values(ran)}
     if ran.reason is not None:
-        answer["why"] = ran.reason
-    if prediction.text.strip() != prediction.program:
-        answer["t"] = prediction.text[:MAX_TEXT_CHARACTERS]
-    if prediction.finish_reason != "stop":
-        answer["f"] = prediction.finish_reason
-    if judged is not None:
-        answer |= {"c": judged.code, "r": judged.result}
-    return answer
+        shown["why"] = ran.reason
+    if answer.text:
+        shown["t"] = answer.text[:MAX_TEXT_CHARACTERS]
+    if answer.cut_off:
+        shown["cut"] = 1
+    if answer.judged is not None:
+        shown |= {"c": OUTCOMES.index(answer.judged.outcome), "r": str(answer.judged.result)}
+    return shown
 
 
 def _operands(program: str) -> tuple[set[float], set[str]]:

@@ -6,13 +6,11 @@ whose data are missing, since its stage was skipped, is left out.
 
 from __future__ import annotations
 
-from typing import Any
-
-from fintune import __version__
 from fintune.report.agreement import NEAR_TIE_NATS
-from fintune.report.examples import browser_blocks
+from fintune.report.examples import Answer, browser_blocks
 from fintune.report.parts import accuracy, data, made, pairs, training
 from fintune.report.run_page import KINDS, RunPage
+from fintune.report.templating import fill
 
 FILTERS = (
     ("all", "all"),
@@ -29,9 +27,13 @@ def render(page: RunPage) -> str:
     trained, prepared = training.context(page.metrics), data.context(page.data)
     index, pages = ("", "")
     if page.records and page.predictions:
-        shown = {KINDS.get(kind, kind): by_id for kind, by_id in page.predictions.items()}
-        verdicts = {KINDS.get(kind, kind): by_id for kind, by_id in page.verdicts.items()}
-        index, pages = browser_blocks(page.records, shown, verdicts, page.num_cut)
+        answers = {
+            KINDS.get(kind, kind): {
+                id_: Answer.of(prediction, page.verdicts.get(kind, {}).get(id_)) for id_, prediction in by_id.items()
+            }
+            for kind, by_id in page.predictions.items()
+        }
+        index, pages = browser_blocks(page.records, answers, page.num_cut)
     present = (
         (page.measured, "accuracy", "Accuracy"),
         (compared, "agreement", "Agreement"),
@@ -41,7 +43,7 @@ def render(page: RunPage) -> str:
         (True, "made", "How it was made"),
     )
     changed, unchanged = made.options(page.config)
-    return render_template(
+    return fill(
         "run.html.j2",
         title=f"{page.name} - fintune run",
         page=page,
@@ -65,13 +67,3 @@ def render(page: RunPage) -> str:
         origin=made.origin(page),
         versions=made.versions(page.made),
     )
-
-
-def render_template(name: str, **context: Any) -> str:
-    """Fill one of this package's templates; all data are escaped, our own SVG and JSON blocks come in as they are."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("fintune.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    return environment.get_template(name).render(version=__version__, **context)

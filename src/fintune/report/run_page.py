@@ -10,8 +10,8 @@ from typing import Any
 from fintune.options import Config
 from fintune.records import FinQARecord, Prediction
 from fintune.report.agreement import Agreement, compare
-from fintune.report.examples import Judged
 from fintune.report.metrics import Score
+from fintune.report.verdict import Judged
 
 KINDS: Mapping[str, str] = {
     "base": "base",
@@ -105,6 +105,11 @@ class RunPage:
             )
             for a, b in combinations(trained, 2)
         ]
+
+
+def span(interval: tuple[float, float]) -> str:
+    """``58.1–66.7``, the ends of an interval of fractions in percent."""
+    return f"{100 * interval[0]:.1f}\u2013{100 * interval[1]:.1f}"
 
 
 def percent(value: float) -> str:

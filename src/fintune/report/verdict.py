@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from fintune.errors import DataError
 from fintune.finqa.constants import OPERATIONS
@@ -18,22 +18,37 @@ from fintune.records import FinQARecord, Record
 Evidence: TypeAlias = Literal["table", "text", "both", "unknown"]
 QuestionType: TypeAlias = Literal["percent", "yes_no", "amount"]
 Outcome: TypeAlias = Literal["equal_program", "other_program", "wrong_result", "no_result", "invalid"]
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
 _PERCENT = re.compile(r"percent|%|growth rate|portion", re.IGNORECASE)
 _NUMBER = re.compile(r"-?(?:\d[\d,]*\.?\d*|\.\d+)", re.ASCII)
 
 
-class Verdict(Record):
-    """The verdict on one prediction, and what it is grouped by.
+class Judged(Record):
+    """The official verdict on one prediction: the first columns of a row of ``score.csv``.
 
     Attributes:
         exe_correct: Executes to exactly ``exe_ans``.
         program_correct: Equal to the gold program as the official script decides it.
         invalid: The official invalid flag.
         result: Official result; text for "yes", "no", "n/a" and what is no finite number.
+        outcome: The kind of success or failure; no_result has no complete step and is not officially invalid.
+    """
+
+    id: str
+    exe_correct: bool
+    program_correct: bool
+    invalid: bool
+    result: float | str
+    outcome: Outcome
+
+
+class Verdict(Judged):
+    """The verdict on one prediction, and what it is grouped by.
+
+    Attributes:
         equality_raised: The official script would stop with an AssertionError here: an equal program with another
             result. It counts as program-correct and, by its result, as execution-incorrect.
-        outcome: The kind of success or failure; no_result has no complete step and is not officially invalid.
         reason: Why there is no result, in words; None where there is one.
         sign_insensitive: Correct, or with the other sign.
         scale_100: Correct, or a hundred times too large or too small.
@@ -47,14 +62,8 @@ class Verdict(Record):
         question_type: yes_no by ``exe_ans``; percent by the words of the question and the sign in the answer.
     """
 
-    id: str
-    exe_correct: bool
-    program_correct: bool
-    invalid: bool
-    result: float | str
     exe_ans: float | str
     equality_raised: bool
-    outcome: Outcome
     reason: str | None
     sign_insensitive: bool
     scale_100: bool

@@ -14,10 +14,10 @@ from fintune.artifact import MANIFEST, Facts, Manifest, write_atomically
 from fintune.errors import ArtifactError
 from fintune.options import Config
 from fintune.records import Example, FinQARecord, Prediction
-from fintune.report.examples import Judged
 from fintune.report.metrics import read_score
 from fintune.report.page import render
 from fintune.report.run_page import KINDS, Made, Measured, RunPage
+from fintune.report.verdict import Judged
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -135,16 +135,11 @@ def _verdicts(path: Path) -> dict[str, Judged]:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             return {
-                row["id"]: Judged(
-                    exe_correct=row["exe_correct"] == "1",
-                    program_correct=row["program_correct"] == "1",
-                    invalid=row["invalid"] == "1",
-                    result=row["result"],
-                )
+                row["id"]: Judged.model_validate({name: row[name] for name in Judged.model_fields})
                 for row in csv.DictReader(file)
             }
-    except (OSError, UnicodeDecodeError, csv.Error, KeyError) as error:
-        raise _unreadable(path, str(error)) from None
+    except (OSError, ValueError, csv.Error, KeyError) as error:
+        raise _unreadable(path, str(error).splitlines()[0]) from None
 
 
 def _records(path: Path) -> list[FinQARecord]:

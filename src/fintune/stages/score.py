@@ -1,7 +1,7 @@
 """Score predicted programs against a FinQA file: the official verdicts, and more beside them.
 
-``fintune score --predictions P --gold G [--csv F] [--json F]``; no configuration and no torch. As a step of a run it
-reads ``predict/KIND/predictions.jsonl`` and ``prepare/gold.json`` and writes ``score.json`` and ``score.csv``.
+``fintune score --predictions P --gold G [--csv F] [--json F] [--html F]``; no configuration and no torch. As a step of
+a run it reads ``predict/KIND/predictions.jsonl`` and ``prepare/gold.json``, writes ``score.json`` and ``score.csv``.
 """
 
 from __future__ import annotations
@@ -14,17 +14,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fintune.artifact import Facts, write_atomically
+from fintune.artifact import Facts, sha256_file, write_atomically
 from fintune.errors import DataError, FintuneError
 from fintune.options import Config
 from fintune.records import FinQARecord
 from fintune.report.metrics import Score, ScoreFile, Verdict
 from fintune.report.metrics import score as score_predictions
+from fintune.report.score_page import ScorePage, render_score
 from fintune.sources.finqa_json import read_finqa
 from fintune.sources.predictions import PredictedProgram, read_predictions
-
-FIRST_COLUMNS = ("id", "exe_correct", "program_correct", "invalid", "result")
-"""The CSV starts with these; flags are 0 or 1."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,13 @@ def score(config: Config, inputs: Mapping[str, Path], folder: Path, *, kind: str
 
 
 def score_files(
-    predictions: Path, gold: Path, *, csv: Path | None = None, json: Path | None = None, strict: bool = False
+    predictions: Path,
+    gold: Path,
+    *,
+    csv: Path | None = None,
+    json: Path | None = None,
+    html: Path | None = None,
+    strict: bool = False,
 ) -> ScoreRun:
     """Score a file of predictions.
 
@@ -74,13 +78,14 @@ def score_files(
         gold: FinQA JSON, plain or gzip.
         csv: Write one row a prediction here.
         json: Write all figures here.
+        html: Write the page of figures, plots and examples here.
         strict: Refuse a file with a duplicate id, an unknown id, or a row without id or program.
 
     Raises:
         DataError: A file cannot be read, nothing in it can be scored, or ``strict`` and a row is wrong.
-        FintuneError: ``csv`` or ``json`` cannot be written.
+        FintuneError: ``csv``, ``json`` or ``html`` cannot be written.
     """
-    for target in (csv, json):
+    for target in (csv, json, html):
         # Before the work, so that an hour's predictions are not scored for a typing error.
         if target is not None and not target.parent.is_dir():
             raise FintuneError(f"{target}: its folder does not exist", hint="create it or name another file")
@@ -109,6 +114,19 @@ def score_files(
         _write(csv, csv_text(verdicts))
     if json is not None:
         _write(json, json_text(done))
+    if html is not None:
+        page = ScorePage(
+            predictions.name,
+            gold.name,
+            figures,
+            verdicts,
+            read_gold.records,
+            [row.tokens for row in usable],
+            {path.name: sha256_file(path) for path in (predictions, gold)},
+            done.num_unscored,
+            lines,
+        )
+        _write(html, render_score(page))
     return done
 
 
@@ -119,8 +137,8 @@ def json_text(done: ScoreRun) -> str:
 
 
 def csv_text(verdicts: Iterable[Verdict]) -> str:
-    """One row a prediction: `FIRST_COLUMNS`, then the verdict's other fields; unknown is empty."""
-    columns = [*FIRST_COLUMNS, *(name for name in Verdict.model_fields if name not in FIRST_COLUMNS)]
+    """One row a prediction: the fields of `Verdict`, flags as 0 and 1; unknown is empty."""
+    columns = list(Verdict.model_fields)
     file = io.StringIO()
     writer = csv_module.writer(file, lineterminator="\n")
     writer.writerow(columns)

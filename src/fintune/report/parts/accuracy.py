@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from fintune.report.plots import Dot, dot_plot
-from fintune.report.run_page import KINDS, Measured, RunPage, percent
+from fintune.report.run_page import KINDS, Measured, RunPage, percent, span
+
+GROUPS = (
+    ("steps of the gold program", "by_num_steps"),
+    ("operation in the gold program", "by_operation"),
+    ("where the evidence stands", "by_evidence"),
+    ("type of question", "by_question_type"),
+)
+"""Kinds of question by name, with the attribute of a score that has their figures."""
 
 
 def hero(page: RunPage) -> dict[str, str]:
@@ -35,12 +43,11 @@ def hero(page: RunPage) -> dict[str, str]:
 
 def row(measured: Measured) -> dict[str, Any]:
     """One row of the table, as text."""
-    low, high = measured.score.execution_accuracy_interval
     return {
         "label": KINDS[measured.kind],
         "colour": list(KINDS).index(measured.kind),
         "exe": percent(measured.score.execution_accuracy),
-        "interval": f"{100 * low:.1f}\u2013{100 * high:.1f}",
+        "interval": span(measured.score.execution_accuracy_interval),
         "program": percent(measured.score.program_accuracy),
         "invalid": percent(measured.score.invalid_rate),
         "num": f"{measured.score.num_predictions:,}",
@@ -85,23 +92,22 @@ def plot(measured: Sequence[Measured]) -> str:
     )
 
 
+def group_name(key: int | str) -> str:
+    """A group's name for people."""
+    return str(key).replace("yes_no", "yes or no")
+
+
 def breakdowns(measured: Sequence[Measured]) -> list[dict[str, Any]]:
     """Execution accuracy by kind of question, one table each: the groups in rows, the models in columns."""
     if not measured:
         return []
-    names = (
-        ("steps of the gold program", "by_num_steps"),
-        ("operation in the gold program", "by_operation"),
-        ("where the evidence stands", "by_evidence"),
-        ("type of question", "by_question_type"),
-    )
     tables = []
-    for name, attribute in names:
+    for name, attribute in GROUPS:
         groups = [getattr(m.score, attribute) for m in measured]
         keys = sorted({key for group in groups for key in group}, key=str)
         rows = [
             {
-                "name": str(key).replace("yes_no", "yes or no"),
+                "name": group_name(key),
                 "n": max(group[key].num_predictions for group in groups if key in group),
                 "cells": [percent(group[key].execution_accuracy) if key in group else "" for group in groups],
             }

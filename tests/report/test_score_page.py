@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from fintune.finqa.program import tokenize
+from fintune.records import FinQARecord
+from fintune.report.metrics import score
+from fintune.report.parts import errors
+from fintune.report.score_page import ScorePage, render_score
+from fintune.report.verdict import judge
+from report.browser import needs_chromium, opened
+from report.example_run import NASTY, records
+from report.outline import Outline, outline
+
+SHARED = Path(__file__).parents[3] / "shared" / "finqa"
+
+RECORDS = records(8)
+RIGHT = RECORDS[0].qa.program
+NEW, OLD = 130 + 11 * 3, 100 + 7 * 3
+PREDICTED = [
+    tokenize(RIGHT),
+    tokenize(f"{RECORDS[1].qa.program}, add(#1, 0)"),
+    tokenize(RECORDS[2].qa.program.replace("subtract", "add")),
+    ["divide(", str(NEW), str(OLD), ")", "subtract(", "#0", "1", ")", "EOF"],
+    tokenize(NASTY),
+    ["add(", "1", "2", ")"],
+]
+
+
+def page(programs: list[list[str]] = PREDICTED, items: list[FinQARecord] = RECORDS, **more) -> ScorePage:
+    figures, verdicts = score(items, [(item.id, tokens) for item, tokens in zip(items, programs, strict=False)])
+    digests = {"<p>.json": "ab" * 32, "gold.json": "cd" * 32}
+    return ScorePage("<p>.json", "gold.json", figures, verdicts, items, programs, digests, **more)
+
+
+@pytest.fixture(scope="module")
+def html() -> str:
+    return render_score(page(num_unscored={"no <id>": 2}, problems=["<p>.json, row 9: no id"]))
+
+
+@pytest.fixture(scope="module")
+def parsed(html) -> Outline:
+    return outline(html)
+
+
+def test_headline_has_both_denominators_with_intervals_and_n(parsed):
+    figures = page().score
+    for words in ("50.0\u00a0%", "37.5\u00a0%", "16.7\u00a0%", "12.5\u00a0%", "on 6 predictions", "without a prediction 2"):
+        assert words in parsed.text
+    assert f"{100 * figures.execution_accuracy_interval[0]:.1f}\u2013" in parsed.text
+    assert f"{100 * figures.whole_file.execution_accuracy_interval[0]:.1f}\u2013" in parsed.text
+
+
+def test_tolerant_views_stand_under_their_own_names(parsed):
+    assert "no official figures" in parsed.text
+    for name in ("sign-insensitive", "times or divided by 100", "within 1 %", "agrees with answer"):
+        assert name in parsed.text
+
+
+def test_the_page_is_one_file_with_unique_ids_and_links_that_lead_somewhere(html, parsed):
+    ids = [attrs["id"] for _, attrs in parsed.tags if attrs.get("id")]
+    assert len(ids) == len(set(ids))
+    links = [attrs["href"][1:] for tag, attrs in parsed.tags if tag == "a"]
+    questions = {f"example:{item.id}" for item in RECORDS}
+    assert set(links) <= set(ids) | questions
+    assert all(attrs[name].startswith("#") for _, attrs in parsed.tags for name in ("src", "href") if name in attrs)
+    assert "url(http" not in html
+
+
+def test_what_the_files_hold_cannot_become_markup(html, parsed):
+    assert "&lt;p&gt;.json" in html
+    assert "no &lt;id&gt; 2" in html
+    assert NASTY not in html
+    assert not [attrs for tag, attrs in parsed.tags if tag == "img"]
+
+
+def test_only_questions_with_a_prediction_are_shown_and_of_two_the_first(parsed):
+    assert len(json.loads(parsed.blocks["example-index"])["examples"]) == len(PREDICTED)
+    items = [RECORDS[0], RECORDS[0]]
+    figures, verdicts = score(RECORDS, [(item.id, PREDICTED[k]) for k, item in enumerate(items)])
+    shown = outline(render_score(ScorePage("p", "g", figures, verdicts, RECORDS, PREDICTED[:2])))
+    [example] = json.loads(shown.blocks["example-index"])["examples"]
+    assert example["m"][0]["p"] == RIGHT
+    assert "1 are second ones" in shown.text
+
+
+def test_all_right_leaves_the_errors_out():
+    shown = outline(render_score(page([tokenize(item.qa.program) for item in RECORDS])))
+    assert "errors" not in [attrs["id"] for tag, attrs in shown.tags if tag == "section"]
+    assert not [attrs for tag, attrs in shown.tags if attrs.get("value") == "noresult"]
+
+
+@pytest.mark.parametrize(
+    ("program", "kind"),
+    [
+        ("subtract(100, 130), divide(#0, 100)", "other sign"),
+        ("subtract(130, 100), divide(#0, const_1)", "100 times off"),
+        ("divide(301, 1000)", "within 1 %"),
+        ("add(1, 2)", "another result"),
+        ("average(1, 2)", "unknown operation"),
+        ("add(1,2)", "broken form"),
+        ("add(x, 2)", "operand is no number"),
+        ("add(const_x, 2)", "unknown constant"),
+        ("add(#3, 2)", "no such earlier step"),
+        ("divide(1, 0)", "division by zero"),
+        ("exp(1000, 1000)", "result too large"),
+        ("greater(2, 1), add(#0, 1)", "yes or no as operand"),
+        ("table_max(profit, none)", "no such table row"),
+        ("", "no complete step"),
+    ],
+)
+def test_each_error_has_a_kind(program, kind):
+    verdict, _ = judge(RECORDS[0], tokenize(program))
+    assert errors.kind(verdict) == kind
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/finqa beside the repository")
+def test_every_error_of_the_official_vectors_has_a_kind():
+    with gzip.open(SHARED / "dev.json.gz", "rt", encoding="utf-8") as file:
+        gold = {row["id"]: FinQARecord.model_validate(row) for row in json.load(file)}
+    with gzip.open(SHARED / "evaluator_vectors_dev.jsonl.gz", "rt", encoding="utf-8") as file:
+        rows = [row for line in file if not (row := json.loads(line))["exe_correct"]][::5]
+    kinds = Counter(errors.kind(judge(gold[row["id"]], row["tokens"])[0]) for row in rows)
+    assert errors.OTHER_REASON not in kinds
+    assert len(kinds) >= 12
+
+
+@needs_chromium
+def test_in_a_browser_gold_and_prediction_stand_beside_each_other_step_by_step(html, tmp_path):
+    (tmp_path / "page.html").write_text(html, encoding="utf-8")
+    shown = opened(tmp_path / "page.html", f"example:{RECORDS[2].id}", tmp_path / "profile")
+    assert "1 of 6 examples" in shown
+    assert '<span class="differs">add</span>(152, 114)' in shown
+    assert '<td class="mono num">38</td>' in shown
+    assert '<td class="mono num">266</td>' in shown
+    assert 'class="used"' in shown
+
+
+@needs_chromium
+def test_in_a_browser_filters_count_what_the_score_counts_on_a_file_as_large_as_the_test_set(tmp_path):
+    items = records(1147)
+    figures = page([PREDICTED[k % 6] if k % 6 > 3 else tokenize(RECORDS[k % 2].qa.program) for k in range(1147)], items)
+    click = """<script>
+      const found = [];
+      for (const input of document.querySelectorAll("input[name=filter]")) {
+        input.click();
+        found.push(input.value + " " + document.getElementById("count").textContent);
+      }
+      document.title = found.join("; ");
+    </script></body>"""
+    file = tmp_path / "page.html"
+    file.write_text(render_score(figures).replace("</body>", click), encoding="utf-8")
+    title = opened(file, "", tmp_path / "profile").split("<title>")[1].split("</title>")[0]
+    outcomes = figures.score.outcomes
+    expected = {
+        "all": 1147,
+        "executable": outcomes["wrong_result"],
+        "invalid": outcomes["invalid"],
+        "noresult": outcomes["no_result"],
+        "other": outcomes.get("other_program", 0),
+    }
+    assert title == "; ".join(f"{name} {number} of 1147 examples" for name, number in expected.items())
