@@ -15,7 +15,11 @@ from fintune import __version__
 from fintune.errors import FintuneError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from fintune.pipeline import Selection
+
+_PIPE_COLUMNS = 400
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -36,15 +40,18 @@ F = TypeVar("F", bound=Callable[..., object])
 _FILE = click.Path(path_type=Path)
 
 
-def main(command: click.Command | None = None) -> None:
+def main(command: click.Command | None = None, name: str = "fintune") -> None:
     """Run a command, fintune's own unless told; a user's mistake becomes one line on standard error, exit status 2."""
     try:
-        (command or app)(standalone_mode=False)
+        (command or app)(prog_name=name, standalone_mode=False)
     except FintuneError as error:
         _stop(str(error), USER_ERROR)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         sys.exit(USER_ERROR)
+    except click.UsageError as error:
+        verb = error.ctx.command_path if error.ctx is not None else "fintune"
+        _stop(f"{error.format_message().rstrip('.')}; see {verb} --help", USER_ERROR)
     except click.ClickException as error:
         _stop(error.format_message(), USER_ERROR)
     except (KeyboardInterrupt, click.Abort):
@@ -182,15 +189,13 @@ def print_score(
     strict: bool = False,
 ) -> None:
     """Score files as `fintune.stages.score.score_files` does: remarks to standard error, figures to standard output."""
-    from rich.console import Console
-
     from fintune.report.tables import score_table
     from fintune.stages.score import score_files
 
     done = score_files(predictions, gold, csv=csv, json=json, html=html, strict=strict)
     for problem in done.problems:
         sys.stderr.write(f"fintune: {problem}\n")
-    Console().print(score_table({predictions.name: done.score}))
+    _stdout().print(score_table({predictions.name: done.score}))
 
 
 @app.command()
@@ -215,12 +220,10 @@ def config_group() -> None:
 @_config
 def config_show(config: Path, overrides: tuple[str, ...]) -> None:
     """Every option with its value and where the value came from."""
-    from rich.console import Console
-
     from fintune.config import load
     from fintune.report.tables import config_table
 
-    Console().print(config_table(load(config, overrides)))
+    _stdout().print(config_table(load(config, overrides)))
 
 
 @config_group.command("reference")
@@ -231,6 +234,14 @@ def config_reference() -> None:
     click.echo(options_page(), nl=False)
 
 
+def _stdout() -> Console:
+    """Where tables go; a file or pipe takes lines of any length."""
+    from rich.console import Console
+
+    out = Console()
+    return out if out.is_terminal else Console(width=_PIPE_COLUMNS)
+
+
 def packaged_config(name: str) -> Path:
     """A configuration that comes with the package: inside it when installed, beside ``src`` in a checkout."""
     here = Path(__file__).resolve().parent
@@ -239,8 +250,6 @@ def packaged_config(name: str) -> Path:
 
 
 def _run(path: Path, overrides: tuple[str, ...], selection: Selection, dry_run: bool) -> None:
-    from rich.console import Console
-
     from fintune.config import load
     from fintune.pipeline import Pipeline
     from fintune.report.metrics import read_score
@@ -249,7 +258,7 @@ def _run(path: Path, overrides: tuple[str, ...], selection: Selection, dry_run: 
 
     loaded = load(path, overrides)
     pipeline = Pipeline(loaded.config, build(loaded.config), selection)
-    out = Console()
+    out = _stdout()
     if dry_run:
         out.print(plan_table([(step.name, what, step.inputs) for step, what in pipeline.preview()]))
         return
