@@ -148,6 +148,9 @@ class TrainOptions(Options):
     )
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of the steps with a rising learning rate.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
+    adam_beta2: float = Field(
+        0.999, gt=0, lt=1, description="AdamW's memory of squared gradients; 0.99 suits runs of a few hundred steps."
+    )
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")
     batch_size: int = Field(8, ge=1, description="Examples a forward pass and GPU.")
     accumulation: int = Field(1, ge=1, description="Forward passes an optimiser step.")

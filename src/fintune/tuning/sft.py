@@ -145,6 +145,7 @@ def _arguments(model: PeftModel, options: TrainOptions, plan: Plan, seed: int, f
         lr_scheduler_type=schedule,
         warmup_steps=round(options.warmup_ratio * plan.steps),
         weight_decay=options.weight_decay,
+        adam_beta2=options.adam_beta2,
         max_grad_norm=options.max_grad_norm,
         optim="adamw_torch",
         bf16=weights.dtype == torch.bfloat16,
