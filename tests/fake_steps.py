@@ -9,7 +9,8 @@ from pathlib import Path
 
 from fintune.config import effective, load
 from fintune.options import Config
-from fintune.pipeline import Pipeline, Selection, Step
+from fintune.pipeline import Pipeline
+from fintune.selection import Selection, Step
 
 Act = Callable[[Config, Mapping[str, Path], Path], None]
 

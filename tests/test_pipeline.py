@@ -13,7 +13,8 @@ import pytest
 from fake_steps import Chain
 from fintune.artifact import MANIFEST, Slot
 from fintune.errors import ArtifactError, DataError, ResourceError
-from fintune.pipeline import Pipeline, Selection, lock
+from fintune.pipeline import Pipeline, lock
+from fintune.selection import Selection
 
 ALL = ["prepare", "train", "predict/base", "predict/merged", "report"]
 

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Literal, NoReturn, TypeVar
 
 import click
 
@@ -17,7 +17,7 @@ from fintune.errors import FintuneError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fintune.pipeline import Selection
+    from fintune.selection import Selection
 
 _PIPE_COLUMNS = 400
 
@@ -113,7 +113,7 @@ def run(
 
     What is up to date is skipped. STAGE is a verb (predict) or one step of it (predict/merged).
     """
-    from fintune.pipeline import Selection
+    from fintune.selection import Selection
 
     _run(config, overrides, Selection(skip=skip, start=start, only=only, redo=redo), dry_run)
 
@@ -124,7 +124,7 @@ def run(
 @_dry_run
 def demo(overrides: tuple[str, ...], redo: tuple[str, ...], dry_run: bool) -> None:
     """The whole chain on the built-in model and generated pages, on a CPU."""
-    from fintune.pipeline import Selection
+    from fintune.selection import Selection
 
     _run(packaged_config("demo.yaml"), overrides, Selection(redo=redo), dry_run)
 
@@ -135,7 +135,7 @@ def _verb(name: str, doc: str) -> None:
     @click.option("--redo", is_flag=True, help="Even if it is up to date.")
     @_dry_run
     def command(config: Path, overrides: tuple[str, ...], redo: bool, dry_run: bool) -> None:
-        from fintune.pipeline import Selection
+        from fintune.selection import Selection
 
         _run(config, overrides, Selection(only=(name,), redo=(name,) if redo else ()), dry_run)
 
@@ -169,7 +169,7 @@ def score(
 ) -> None:
     """Official FinQA verdicts of a run, or of --predictions against --gold. Needs no torch."""
     if config is not None and predictions is None and gold is None:
-        from fintune.pipeline import Selection
+        from fintune.selection import Selection
 
         _run(config, overrides, Selection(only=("score",)), False)
         return
@@ -209,6 +209,34 @@ def inspect(config: Path, overrides: tuple[str, ...], examples: int) -> None:
     from fintune.stages.inspect import inspect as stage
 
     stage(load(config, overrides).config, Console(), num_examples=examples)
+
+
+@app.command()
+@click.argument("files", type=_FILE, nargs=-1, required=True, metavar="FILE...")
+@click.option("--json", type=_FILE, help="Write all figures and the ids of every finding here.")
+@click.option("--write-splits", type=_FILE, metavar="DIR", help="Write the files anew, divided by --by.")
+@click.option(
+    "--by",
+    type=click.Choice(["report", "company"]),
+    default="report",
+    show_default=True,
+    help="What no two written files share.",
+)
+@click.option("--strict", is_flag=True, help="Stop at the first record that cannot be used.")
+def audit(
+    files: tuple[Path, ...],
+    json: Path | None,
+    write_splits: Path | None,
+    by: Literal["report", "company"],
+    strict: bool,
+) -> None:
+    """What is odd about FinQA files and what they share. Needs no torch."""
+    from fintune.stages.audit import audit_files
+
+    done = audit_files(files, json=json, write_splits=write_splits, by=by, strict=strict)
+    for problem in done.problems:
+        sys.stderr.write(f"fintune: {problem}\n")
+    done.show(_stdout())
 
 
 @app.group("config")

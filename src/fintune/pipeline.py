@@ -8,12 +8,10 @@ step whose inputs were made anew in this run is made anew without asking.
 from __future__ import annotations
 
 import datetime
-import difflib
 import gc
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -25,81 +23,9 @@ from fintune.config import effective
 from fintune.errors import ArtifactError
 from fintune.options import Config
 from fintune.progress import console, say, stage
+from fintune.selection import Selection, Step, check_names, matches, selected
 
 _NOTHING_TO_DO = ("skipped", "up to date")
-
-Stage = Callable[[Config, Mapping[str, Path], Path], Facts]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One stage of a run, or one of its variants.
-
-    Attributes:
-        name: ``train`` or ``predict/merged``; the folder below the run's.
-        inputs: Steps whose folders it reads.
-        options: Prefixes of the options that can change its result.
-        run: The stage.
-        sources: Fingerprints of the user's files and model that it reads, by option name.
-        needed_bytes: Disk that it will take, predicted.
-        resumes: Whether it goes on with an earlier, unfinished attempt.
-        check: Refuses at once what is sure to fail later, such as a data file that is not there; loads nothing.
-    """
-
-    name: str
-    inputs: tuple[str, ...]
-    options: tuple[str, ...]
-    run: Stage
-    sources: Callable[[Config], dict[str, str]]
-    needed_bytes: Callable[[Config], int]
-    resumes: bool = False
-    check: Callable[[Config], None] = lambda _: None
-
-    @property
-    def verb(self) -> str:
-        """``predict`` of ``predict/merged``."""
-        return self.name.partition("/")[0]
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What of the pipeline the user asked for; names are verbs (``predict``) or steps (``predict/merged``)."""
-
-    skip: Collection[str] = ()
-    start: str | None = None
-    only: Collection[str] = ()
-    redo: Collection[str] = ()
-
-
-def matches(step: Step, names: Collection[str]) -> bool:
-    """Whether a step is meant by one of the names."""
-    return step.name in names or step.verb in names
-
-
-def check_names(steps: Sequence[Step], selection: Selection) -> None:
-    """Refuse a name that is no step.
-
-    Raises:
-        ArtifactError: With the names that there are.
-    """
-    known = {step.name for step in steps} | {step.verb for step in steps}
-    asked = [*selection.skip, *selection.only, *selection.redo, *([selection.start] if selection.start else [])]
-    for name in asked:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            there = f"there are {', '.join(step.name for step in steps)}"
-            raise ArtifactError(f"{name!r} is no stage of this run", hint=f"did you mean {near[0]}?" if near else there)
-
-
-def selected(steps: Sequence[Step], selection: Selection) -> set[str]:
-    """Names of the steps to look at; the others are taken as they lie."""
-    chosen = {step.name for step in steps if not matches(step, selection.skip)}
-    if selection.only:
-        chosen &= {step.name for step in steps if matches(step, selection.only)}
-    if selection.start is not None:
-        first = next(i for i, step in enumerate(steps) if matches(step, [selection.start]))
-        chosen &= {step.name for step in steps[first:]}
-    return chosen
 
 
 class Pipeline:

@@ -12,7 +12,7 @@ from fintune import disk
 from fintune.artifact import Facts, sha256_file
 from fintune.errors import DataError
 from fintune.options import Config, ModelKind
-from fintune.pipeline import Stage, Step
+from fintune.selection import Stage, Step
 
 NEEDS: Mapping[ModelKind, str] = {"adapter": "train", "merged": "merge", "F16": "export", "Q4_K_M": "export"}
 """The step whose result each kind of model is read from; "base" needs none."""
