@@ -1,0 +1,33 @@
+"""A FinQA JSON file to a Hugging Face dataset folder (`datasets.load_from_disk`), by the older flags.
+
+python scripts/preprocess.py --input_json data/FinQA_train.json --output_dataset data/processed/train
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from fintune.cli import main
+
+FILE = click.Path(path_type=Path)
+
+
+@click.command()
+@click.option("--input_json", type=FILE, required=True, help="Official FinQA JSON, a list or lines, plain or .gz.")
+@click.option("--output_dataset", type=FILE, required=True, metavar="DIR", help="Folder to write.")
+@click.option("--strict", is_flag=True, help="Refuse a file with a record that cannot be used.")
+def preprocess(input_json: Path, output_dataset: Path, strict: bool) -> None:
+    """Check FinQA records and write them as a dataset; needs no model."""
+    from fintune.stages.preprocess import preprocess as stage
+
+    done = stage(input_json, output_dataset, strict=strict)
+    for problem in done.problems:
+        click.echo(f"fintune: {problem}", err=True)
+    left_out = f", {len(done.problems)} left out" if done.problems else ""
+    click.echo(f"{output_dataset}: {done.num_records} records{left_out}")
+
+
+if __name__ == "__main__":
+    main(preprocess, "preprocess.py")
