@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import llguidance
@@ -174,6 +176,15 @@ def test_a_page_without_numbers_and_rows_still_has_constants() -> None:
     notation = Reader(restricted(vocabulary([], [])).lark())
     assert notation.takes("add(const_1, const_2), divide(#0, const_m1)")
     assert not notation.begins("table_max(")
+
+
+def test_the_code_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "finqa.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/finqa.md", "exec"), {})
+    assert Path("finqa.gbnf").read_text() == general().gbnf()
+    assert Reader(Path("page.lark").read_text()).takes("subtract(5829, 5735), divide(#0, 5735)")
 
 
 def test_a_grammar_of_no_step_is_refused() -> None:
