@@ -45,6 +45,16 @@ def test_gold_programs_equal_themselves_without_sympy(monkeypatch: pytest.Monkey
         assert equal_program(tokenize(record["qa"]["program"]), tokenize(record["qa"]["program"]))
 
 
+@pytest.mark.parametrize(
+    "predicted",
+    ["add(x, y), add(#0, x)", "add(x, x), add(y, #0)", "add(y, x), add(x, #0)"],
+)
+def test_sums_that_repeat_a_literal_need_no_sympy(predicted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_simplify", lambda *_: pytest.fail("sympy was asked"))
+    assert equal_program(tokenize("add(x, x), add(#0, y)"), tokenize(predicted))
+    assert not equal_program(tokenize("add(x, x), add(#0, y)"), tokenize(f"{predicted}, add(#1, y)"))
+
+
 @given(steps(), steps())
 @settings(max_examples=60, deadline=None)
 def test_verdicts_are_those_of_sympy_asked_directly(gold: Steps, predicted: Steps) -> None:

@@ -46,13 +46,13 @@ class Graph:
     def node(self, operation: str, left: int, right: int) -> int:
         """Id of an operation over two nodes.
 
-        Operands of + and * may stand in either order. Sums of distinct symbols are one node in whatever order and
-        with whatever parentheses they are written, and so are products and quotients of distinct symbols and such
-        sums; sympy brings these to one object as it builds them.
+        Operands of + and * may stand in either order. Sums of symbols in which nothing cancels are one node in
+        whatever order and with whatever parentheses they are written, and so are products and quotients of distinct
+        symbols and of sums of distinct symbols; sympy brings these to one object as it builds them.
         """
         sign = -1 if operation in {"subtract", "divide"} else 1
         if operation in {"add", "subtract"}:
-            terms = _merged(self._as_sum(left), self._as_sum(right), sign)
+            terms = _collected(self._as_sum(left), self._as_sum(right), sign)
             if terms is not None:
                 return self._intern(("sum", *sorted(terms.items())), (operation, left, right), None, terms)
         elif operation in {"multiply", "divide"}:
@@ -76,8 +76,21 @@ class Graph:
         return {node: 1} if self.nodes[node][0] == "symbol" else self._terms[node]
 
     def _as_product(self, node: int) -> dict[int, int] | None:
-        is_factor = self.nodes[node][0] == "symbol" or self._terms[node] is not None
+        # A multiple (a + a) is no factor: sympy moves its 2 about, and then the order of the factors matters.
+        terms = {node: 1} if self.nodes[node][0] == "symbol" else self._terms[node]
+        is_factor = terms is not None and all(abs(number) == 1 for number in terms.values())
         return {node: 1} if is_factor else self._factors[node]
+
+
+def _collected(left: dict[int, int] | None, right: dict[int, int] | None, sign: int) -> dict[int, int] | None:
+    if left is None or right is None:
+        return None
+    terms = left.copy()
+    for node, number in right.items():
+        if terms.get(node, 0) * sign * number < 0:
+            return None
+        terms[node] = terms.get(node, 0) + sign * number
+    return terms
 
 
 def _merged(left: dict[int, int] | None, right: dict[int, int] | None, sign: int) -> dict[int, int] | None:
