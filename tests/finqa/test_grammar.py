@@ -10,7 +10,7 @@ from typing import Any
 
 import llguidance
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
@@ -62,21 +62,44 @@ RESTRICTED = readers(restricted(WORDS))
 
 
 @pytest.mark.parametrize("notation", GENERAL, ids=["lark", "gbnf"])
+@settings(deadline=None)
 @given(program=programs())
 def test_the_general_grammar_takes_what_the_parser_takes(notation: Reader, program: Program) -> None:
     assert notation.takes(program.text)
 
 
+PIECES = [
+    "",
+    "add(",
+    "table_max(",
+    "1",
+    ".",
+    "-",
+    "%",
+    "#0",
+    "#1",
+    "const_",
+    "m",
+    ", ",
+    ",",
+    " ",
+    "a",
+    "none",
+    "(",
+    ")",
+]
+
+
 @pytest.mark.parametrize("notation", GENERAL, ids=["lark", "gbnf"])
-@given(
-    text=st.lists(
-        st.sampled_from(
-            ["add(", "table_max(", "1", ".", "-", "%", "#0", "#1", "const_", ", ", ",", " ", "a", "none", ")"]
-        ),
-        max_size=14,
-    ).map("".join)
-)
-def test_the_general_grammar_takes_nothing_else(notation: Reader, text: str) -> None:
+@settings(deadline=None)
+@given(program=programs(max_steps=3), data=st.data())
+def test_a_changed_program_is_in_the_general_grammar_where_the_parser_reads_it(
+    notation: Reader, program: Program, data: st.DataObject
+) -> None:
+    text = program.text
+    start = data.draw(st.integers(0, len(text)))
+    end = data.draw(st.integers(start, min(len(text), start + 3)))
+    text = text[:start] + data.draw(st.sampled_from(PIECES)) + text[end:]
     try:
         parse(text)
         known = True
@@ -158,6 +181,7 @@ def test_what_is_outside_a_page_is_told(text: str, reason: str) -> None:
     assert not RESTRICTED[0].takes(text)
 
 
+@settings(deadline=None)
 @given(st.text(st.sampled_from("ab, é(|#\t"), min_size=1, max_size=8))
 def test_a_row_can_be_named_where_the_parser_reads_its_name(name: str) -> None:
     try:

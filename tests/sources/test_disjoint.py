@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fintune.finqa.identity import group_of
@@ -54,6 +54,7 @@ def test_an_id_that_comes_again_is_left_out_and_counted() -> None:
 IDS = st.lists(st.builds("{}/{}/p{}-{}".format, *[st.integers(0, 4)] * 4), unique=True, max_size=40)
 
 
+@settings(deadline=None)
 @given(train=IDS, dev=IDS, test=IDS, by=st.sampled_from(["report", "company"]))
 def test_no_record_is_lost_and_nothing_is_shared(train: list[str], dev: list[str], test: list[str], by: str) -> None:
     splits = {name: list(map(record, each)) for name, each in {"train": train, "dev": dev, "test": test}.items()}
