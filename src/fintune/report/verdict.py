@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias, get_args
+from functools import lru_cache
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 from fintune.errors import DataError
 from fintune.finqa.constants import OPERATIONS
@@ -87,16 +88,15 @@ def judge(record: FinQARecord, tokens: Sequence[str]) -> tuple[Verdict, bool]:
     Returns:
         The verdict, and whether the official comparison can read the gold program at all.
     """
-    gold_tokens = tokenize(record.qa.program)
+    gold = _gold(record.qa.program)
     ran = run(tokens, record.table)
     execution, exe_ans = ran.execution, record.qa.exe_ans
     exe_correct = not execution.invalid and execution.result == exe_ans
     comparable = True
     try:
-        program_correct = equal_program(gold_tokens, tokens)
+        program_correct = equal_program(gold.tokens, tokens)
     except DataError:
         comparable = program_correct = False
-    operations = _operations(gold_tokens)
     return Verdict(
         id=record.id,
         exe_correct=exe_correct,
@@ -113,21 +113,29 @@ def judge(record: FinQARecord, tokens: Sequence[str]) -> tuple[Verdict, bool]:
         answer_agreement=agrees_with_answer(execution, record.qa.answer),
         program=untokenize(tokens),
         gold_program=record.qa.program,
-        num_steps=len(operations),
-        operations=tuple(name for name in OPERATIONS if name in operations),
+        num_steps=gold.num_steps,
+        operations=gold.operations,
         evidence=_evidence(record),
         question_type=_question_type(record),
     ), comparable
 
 
-def _operations(gold_tokens: Sequence[str]) -> list[str]:
-    operations: list[str] = []
-    for raw in split_steps(gold_tokens[:-1]):
+class _Gold(NamedTuple):
+    tokens: tuple[str, ...]
+    num_steps: int
+    operations: tuple[str, ...]
+
+
+@lru_cache(maxsize=16384)
+def _gold(program: str) -> _Gold:
+    tokens = tuple(tokenize(program))
+    named: list[str] = []
+    for raw in split_steps(tokens[:-1]):
         try:
-            operations.append(split_step(raw)[0])
+            named.append(split_step(raw)[0])
         except ValueError:
-            operations.append("")
-    return operations
+            named.append("")
+    return _Gold(tokens, len(named), tuple(name for name in OPERATIONS if name in named))
 
 
 def _outcome(execution: Execution, exe_correct: bool, program_correct: bool) -> Outcome:
