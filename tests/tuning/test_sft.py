@@ -18,7 +18,19 @@ def rows(tmp_path, tiny_model):
     return load_from_disk(str(prepared(tmp_path / "prepare", tiny_model) / "tokens" / "train"))
 
 
-def run(tiny_model, rows, folder, *, callbacks=(), spoil=None, kind="lora", dropout=0.1, dtype="float32", **options):
+def run(
+    tiny_model,
+    rows,
+    folder,
+    *,
+    callbacks=(),
+    spoil=None,
+    kind="lora",
+    dropout=0.1,
+    dtype="float32",
+    compute=None,
+    **options,
+):
     """Train from scratch or resume; gives the adapter's weights."""
     from transformers import set_seed
 
@@ -36,6 +48,7 @@ def run(tiny_model, rows, folder, *, callbacks=(), spoil=None, kind="lora", drop
         models.load_tokenizer(ref),
         rows,
         TrainOptions(**(defaults | options)),
+        compute=compute or dtype,
         seed=5,
         folder=folder,
         extra_callbacks=callbacks,

@@ -67,6 +67,7 @@ def train(
     rows: Dataset,
     options: TrainOptions,
     *,
+    compute: str,
     seed: int,
     folder: Path,
     extra_callbacks: Sequence[object] = (),
@@ -78,6 +79,8 @@ def train(
         tokenizer: With a padding token.
         rows: Columns ``id``, ``input_ids``, ``completion_mask``.
         options: How to train.
+        compute: Type in which products are taken, ``float32``, ``bfloat16`` or ``float16``; weights of another type are
+            cast as they are used (autocast).
         seed: Seed of the order and of dropout.
         folder: Gets ``metrics.jsonl`` and ``checkpoints/``.
         extra_callbacks: Further callbacks of transformers' Trainer.
@@ -93,7 +96,7 @@ def train(
     done = checkpoints.step_of(resume) if resume else 0
     earlier = metrics.cut(folder / "metrics.jsonl", done)
     with quiet_libraries(), bar("train", plan.steps, done=done) as shown:
-        args = _arguments(model, options, plan, seed, folder / "checkpoints")
+        args = _arguments(model, options, plan, compute, seed, folder / "checkpoints")
         callback = make_callback(
             folder=folder, plan_tokens=plan.tokens, bar=shown, seconds=earlier[-1]["seconds"] if earlier else 0.0
         )
@@ -128,8 +131,7 @@ def _make_trainer(
     return trainer
 
 
-def _arguments(model: PeftModel, options: TrainOptions, plan: Plan, seed: int, folder: Path) -> SFTConfig:
-    import torch
+def _arguments(model: PeftModel, options: TrainOptions, plan: Plan, compute: str, seed: int, folder: Path) -> SFTConfig:
     from trl import SFTConfig
 
     weights = next(weight for weight in model.parameters() if not weight.requires_grad)
@@ -148,8 +150,8 @@ def _arguments(model: PeftModel, options: TrainOptions, plan: Plan, seed: int, f
         adam_beta2=options.adam_beta2,
         max_grad_norm=options.max_grad_norm,
         optim="adamw_torch",
-        bf16=weights.dtype == torch.bfloat16,
-        fp16=weights.dtype == torch.float16,
+        bf16=compute == "bfloat16",
+        fp16=compute == "float16",
         gradient_checkpointing=options.gradient_checkpointing,
         # The order is laid out already; a sampler of the trainer's would shuffle it again.
         train_sampling_strategy="sequential",
