@@ -8,6 +8,7 @@ import pytest
 from tiny import make_tiny_model
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the command line does, see machine.share_cores
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

@@ -124,3 +124,18 @@ def test_sizes_are_for_people(num_bytes: float, told: str) -> None:
 )
 def test_durations_are_for_people(seconds: float, told: str) -> None:
     assert machine.duration(seconds) == told
+
+
+def test_waiting_threads_sleep_soon_unless_the_user_says_how_they_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that both are put back afterwards
+        monkeypatch.delenv(name)
+    machine.share_cores()
+    assert os.environ["GOMP_SPINCOUNT"] == "1000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    machine.share_cores()
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    machine.share_cores()
+    assert "GOMP_SPINCOUNT" not in os.environ
