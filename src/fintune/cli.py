@@ -43,9 +43,6 @@ _FILE = click.Path(path_type=Path)
 def main(command: click.Command | None = None, name: str = "fintune") -> None:
     """Run a command, fintune's own unless told; a user's mistake becomes one line on standard error, exit status 2."""
     machine.share_cores()
-    # Read when torch starts its threads: idle ones then sleep instead of spinning, without which training beside other
-    # work on the same cores is several times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         (command or app)(prog_name=name, standalone_mode=False)
     except FintuneError as error:
