@@ -6,10 +6,8 @@ is dropped under a short reason and told in one line; a file that cannot be read
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,8 +17,8 @@ from pydantic import ValidationError
 
 from fintune.errors import DataError
 from fintune.records import FinQARecord
+from fintune.sources.json_files import read_text
 
-GZIP_MAGIC = b"\x1f\x8b"
 _HINT = "FinQA records look like those of github.com/czyssrs/FinQA, dataset/dev.json"
 
 
@@ -62,7 +60,10 @@ def read_finqa(path: Path, *, strict: bool = False) -> ReadResult:
     dropped: Counter[str] = Counter()
     problems: list[str] = []
     rows: dict[str, int] = {}
-    for row, raw in _rows(path, _text(path)):
+    text, damage = read_text(path, hint=_HINT)
+    if damage:
+        raise DataError(damage, path=path, hint="copy or download it again")
+    for row, raw in _rows(path, text):
         record_id = _id(raw)
         try:
             record = _record(raw)
@@ -82,29 +83,6 @@ def read_finqa(path: Path, *, strict: bool = False) -> ReadResult:
         counts = ", ".join(f"{reason} {number}" for reason, number in dropped.most_common())
         raise DataError(f"no record can be used ({counts}); the first: {problems[0]}", path=path, hint=_HINT)
     return ReadResult(records, dropped, problems)
-
-
-def _text(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise DataError("no such file", path=path, hint="check its name") from None
-    except OSError as error:
-        raise DataError(f"cannot be read ({error.strerror or error})", path=path) from None
-    if data.startswith(GZIP_MAGIC):
-        try:
-            data = gzip.decompress(data)
-        except EOFError:
-            raise DataError("truncated gzip file", path=path, hint="copy or download it again") from None
-        except (OSError, zlib.error) as error:
-            raise DataError(f"damaged gzip file ({error})", path=path, hint="copy or download it again") from None
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8 text (byte {error.start})", path=path, hint=_HINT) from None
-    if not text.strip():
-        raise DataError("the file is empty", path=path, hint=_HINT)
-    return text
 
 
 def _rows(path: Path, text: str) -> Iterator[tuple[int, object]]:

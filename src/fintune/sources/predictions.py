@@ -8,7 +8,6 @@ one object a line, plain or gzip, told by the content. A text is cut into tokens
 from __future__ import annotations
 
 import json
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,8 +15,8 @@ from pathlib import Path
 
 from fintune.errors import DataError
 from fintune.finqa.program import tokenize
+from fintune.sources.json_files import read_text
 
-_GZIP_MAGIC = b"\x1f\x8b"
 _HINT = 'expected {"id": ..., "predicted": [tokens]} or {"id": ..., "program": "text"}, as a JSON list or a line each'
 
 
@@ -59,7 +58,7 @@ def read_predictions(path: Path) -> PredictionFile:
         DataError: The file is missing, unreadable or empty, or no row of it can be used.
     """
     found = PredictionFile(path)
-    text, damage = _text(path)
+    text, damage = read_text(path, hint=_HINT)
     # Damage ends the text, and what ends early is reported once, as that.
     for row, value in _rows(found, text, damage):
         _take(found, row, value)
@@ -68,44 +67,6 @@ def read_predictions(path: Path) -> PredictionFile:
             raise DataError("holds no predictions", path=path, hint=_HINT)
         raise DataError(f"no row can be scored; the first problem: {found.problems[0].message}", hint=_HINT)
     return found
-
-
-def _text(path: Path) -> tuple[str, str | None]:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise DataError("no such file", path=path, hint="check the name of the predictions") from None
-    except OSError as error:
-        raise DataError(f"cannot be read ({error.strerror or error})", path=path) from None
-    damage = None
-    if data.startswith(_GZIP_MAGIC):
-        data, damage = _unzip(data)
-    try:
-        text = data.decode("utf-8-sig", errors="strict" if damage is None else "ignore")
-    except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8 text (byte {error.start})", path=path, hint=_HINT) from None
-    if not text.strip():
-        raise DataError(damage or "the file is empty", path=path, hint="copy it again" if damage else _HINT)
-    return text, damage
-
-
-def _unzip(data: bytes) -> tuple[bytes, str | None]:
-    parts: list[bytes] = []
-    while data:
-        unzip = zlib.decompressobj(wbits=31)
-        try:
-            # In pieces, so that what comes before damage is kept.
-            for start in range(0, len(data), 1 << 16):
-                parts.append(unzip.decompress(data[start : start + (1 << 16)]))
-                if unzip.eof:
-                    break
-        except zlib.error as error:
-            return b"".join(parts), f"damaged gzip file ({error})"
-        if not unzip.eof:
-            return b"".join(parts), "truncated gzip file"
-        rest = unzip.unused_data + data[start + (1 << 16) :]
-        data = rest.lstrip(b"\0")
-    return b"".join(parts), None
 
 
 def _rows(found: PredictionFile, text: str, damage: str | None) -> Iterator[tuple[int, object]]:
