@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from tiny import make_tokenizer
 
 from fintune import chat
 from fintune.conversations import grouped
@@ -11,6 +10,7 @@ from fintune.errors import DataError, ModelError
 from fintune.examples import EncodedRecord, Encoder
 from fintune.records import FinQARecord, Message
 from fintune.sources.statements import generate
+from tiny import make_tokenizer
 
 MAX_LENGTH = 2000
 
@@ -94,5 +94,5 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_with_what_to_set(reco
         "{{ m.content[:3] if m.role == 'assistant' and not loop.last else m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    with pytest.raises(ModelError, match="set data.group_questions to 1"):
+    with pytest.raises(ModelError, match=r"set data\.group_questions to 1"):
         grouped(tokenizer, encode(tokenizer, records[:2]), num_questions=2, max_length=MAX_LENGTH)
