@@ -50,7 +50,14 @@ def parsed(html) -> Outline:
 
 def test_headline_has_both_denominators_with_intervals_and_n(parsed):
     figures = page().score
-    for words in ("50.0\u00a0%", "37.5\u00a0%", "16.7\u00a0%", "12.5\u00a0%", "on 6 predictions", "without a prediction 2"):
+    for words in (
+        "50.0\u00a0%",
+        "37.5\u00a0%",
+        "16.7\u00a0%",
+        "12.5\u00a0%",
+        "on 6 predictions",
+        "without a prediction 2",
+    ):
         assert words in parsed.text
     assert f"{100 * figures.execution_accuracy_interval[0]:.1f}\u2013" in parsed.text
     assert f"{100 * figures.whole_file.execution_accuracy_interval[0]:.1f}\u2013" in parsed.text
