@@ -139,3 +139,16 @@ def test_waiting_threads_sleep_soon_unless_the_user_says_how_they_wait(monkeypat
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     machine.share_cores()
     assert "GOMP_SPINCOUNT" not in os.environ
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps freed blocks")
+def test_freed_blocks_go_back_to_the_system() -> None:
+    blocks = [b"x" * 100_000 for _ in range(2000)]
+    machine.reset_peak_memory()
+    full = machine.peak_memory_bytes()
+    kept = blocks[-1]
+    del blocks
+    machine.release_memory()
+    machine.reset_peak_memory()
+    assert full - machine.peak_memory_bytes() > 150_000_000
+    assert len(kept) == 100_000

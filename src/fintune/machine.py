@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import platform
 import shutil
@@ -85,6 +87,20 @@ def share_cores() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+def release_memory() -> None:
+    """Give back what a finished stage no longer uses: cycles of Python, free blocks of glibc, the GPU's cache.
+
+    glibc keeps freed blocks below 32 MB: after training the built-in model, 5 GB of them stayed with the process while
+    the next stages loaded their models beside them.
+    """
+    gc.collect()
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def reset_peak_memory() -> None:

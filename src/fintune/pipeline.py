@@ -8,7 +8,6 @@ step whose inputs were made anew in this run is made anew without asking.
 from __future__ import annotations
 
 import datetime
-import gc
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -156,7 +155,7 @@ class Pipeline:
         inputs = {name: self.slot(name).folder for name in self._present_inputs(step)}
         with stage(step.name):
             facts = step.run(self.config, inputs, folder)
-        gc.collect()  # a model of the stage before must not count against the next
+        machine.release_memory()  # a model of the stage before must not count against the next
         seconds = time.monotonic() - started
         manifest = Manifest(
             key=key,
