@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fintune.artifact import Facts
+from fintune.errors import ModelError
 from fintune.gguf.export import export as write_gguf
 from fintune.gguf.modelfile import modelfile
 from fintune.machine import size
@@ -25,7 +26,8 @@ def export(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
     Args:
         config: The run.
         inputs: Needs ``merge``.
-        folder: Gets ``NAME-TYPE.gguf`` for each type, and ``Modelfile`` for the last, the smallest by custom.
+        folder: Gets ``NAME-TYPE.gguf`` for each type, and ``Modelfile`` for the last, the smallest by custom, where
+            Ollama's language can express the chat template.
 
     Raises:
         ModelError: A family, tensor or tokenizer that llama.cpp does not have.
@@ -47,16 +49,21 @@ def export(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
             progress=progress,
             name=config.run.name,
         )
-    for note in report.notes:
-        say(note)
+    notes = list(report.notes)
     last = config.export.types[-1]
-    text = modelfile(inputs["merge"], outputs[last].name, context_tokens=config.prompt.max_length)
-    (folder / "Modelfile").write_text(text, encoding="utf-8")
+    try:
+        text = modelfile(inputs["merge"], outputs[last].name, context_tokens=config.prompt.max_length)
+        (folder / "Modelfile").write_text(text, encoding="utf-8")
+    except ModelError as error:
+        # The GGUF files hold the template itself; only Ollama, which has a language of its own, goes without.
+        notes.append(f"no Modelfile: {error}")
+    for note in notes:
+        say(note)
     sizes = {file.kind: file.num_bytes for file in report.files}
     return {
         "file_bytes": sizes,
         "tensors_by_type": {file.kind: dict(file.num_tensors_by_type) for file in report.files},
         "eos_token": report.eos_token,
-        "notes": list(report.notes),
+        "notes": notes,
         "summary": ", ".join(f"{kind} {size(num)}" for kind, num in sizes.items()),
     }
