@@ -217,8 +217,9 @@ def _refuse_unknown(
         field = model.model_fields.get(name)
         if field is None:
             known = [key for key, _ in fields()] + ([] if path else list(Config.model_fields))
-            here = [".".join((*path, other)) for other in model.model_fields]
-            near = difflib.get_close_matches(dotted, [*here, *known], n=1) or _same_leaf(name, known)
+            here = {other: ".".join((*path, other)) for other in model.model_fields}
+            near = _initials(name, here) or difflib.get_close_matches(dotted, [*here.values(), *known], n=1)
+            near = near or _same_leaf(name, known)
             hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(model.model_fields)}"
             raise ConfigError(f"{place}unknown option {dotted}", hint=hint)
         kind = field.annotation
@@ -229,6 +230,11 @@ def _refuse_unknown(
                     f"{place}{dotted} is a section, not a value", hint=f"set for example {dotted}.{example}"
                 )
             _refuse_unknown(value, kind, (*path, name), origin)
+
+
+def _initials(name: str, here: Mapping[str, str]) -> list[str]:
+    """``learning_rate`` for ``lr``, as other programs abbreviate it."""
+    return [dotted for other, dotted in here.items() if "".join(word[0] for word in other.split("_")) == name]
 
 
 def _same_leaf(name: str, known: Sequence[str]) -> list[str]:
