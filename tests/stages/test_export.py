@@ -36,9 +36,9 @@ def test_a_template_that_ollama_cannot_express_costs_the_modelfile_alone(tiny_mo
     merged, folder = tmp_path / "merge", tmp_path / "export"
     shutil.copytree(tiny_model, merged)
     folder.mkdir()
-    # The words themselves are changed, which no text around them can do.
+    # Turns are numbered, which Ollama's language cannot do role by role.
     template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | upper }}<|im_end|>\n"
+        "{% for m in messages %}<|im_start|>{{ m.role }} {{ loop.index }}\n{{ m.content }}<|im_end|>\n"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     (merged / "chat_template.jinja").write_text(template, encoding="utf-8")

@@ -9,7 +9,7 @@ from fintune import models, prepared
 from fintune.artifact import Facts
 from fintune.examples import Encoder
 from fintune.options import Config
-from fintune.progress import console
+from fintune.progress import say
 from fintune.sources import splits
 
 
@@ -37,7 +37,7 @@ def prepare(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
     report = prepared.report(config, tokenizer, sources, encoded, rows)
     prepared.write(folder, encoded, rows, report)
     for note in report.notes():
-        console.print(f"  {note}")
+        say(note)
     return {
         "summary": f"{report.train.num_examples} train, {report.eval.num_examples} eval examples",
         "template_hash": report.template_hash,
