@@ -9,9 +9,6 @@ import pytest
 from fintune.finqa.prompt import (
     TooLongError,
     build_messages,
-    clean_cell,
-    clean_numbers,
-    clean_question,
     page_lines,
     prompt_budget,
     table_lines,
@@ -97,37 +94,22 @@ def test_row_names_stay_exactly_as_they_are() -> None:
     assert table_lines([["", "2009"], [name, "1"]])[1] == f"{name} | 1"
 
 
-@pytest.mark.parametrize(
-    ("cell", "number"),
-    [
-        ("$ 5829", "5829"),
-        ("-32 ( 32 )", "-32"),
-        ("$ -181 ( 181 )", "-181"),
-        ("-.3 ( .3 )", "-.3"),
-        ("23.6% ( 23.6 % )", "23.6%"),
-        ("( 41 ) % (  % )", "( 41 ) %"),
-        ("12 % (  % )", "12 %"),
-        ("28% ( 28 % ) to 84% ( 84 % ) ( 61%/60% ( 61%/60 % ) )", "28% to 84% ( 61%/60% )"),
-        ("31 to 150 ( 84/78 )", "31 to 150 ( 84/78 )"),
-        ("2022 ( 2 )", "2022 ( 2 )"),
-        ("-32 ( 31 )", "-32 ( 31 )"),
-        ("-", "-"),
-        ("", ""),
-    ],
-)
-def test_a_cell_shows_the_number_as_programs_write_it(cell: str, number: str) -> None:
-    assert clean_cell(cell) == number
-
-
-def test_sentences_keep_their_currency() -> None:
-    assert (
-        clean_numbers("a fall of $ 5 million , or 8% ( 8 % ) , to -3 ( 3 )") == "a fall of $ 5 million , or 8% , to -3"
+def test_the_prompt_is_clean_and_has_no_line_for_a_lone_stop() -> None:
+    record = make(pre_text=["the firm 2019s cash rose .", ".", "it is the 201cbank 201d ."], post_text=["."], table=[])
+    built = build_messages(record, system="", budget=1000, count_tokens=count)
+    assert built.messages[0].content == (
+        'the firm\'s cash rose .\nit is the "bank" .\n\nQuestion: what was the goodwill ?'
     )
+    assert built.num_cut == 0
+    assert [unit.key for unit in built.kept] == ["text_0", "text_1", "text_2", "text_3"]
+    assert built.kept[0].text == "the firm 2019s cash rose ."
 
 
-@pytest.mark.parametrize("tail", ["", " ", "\n", "\\n", "\\\\n", " \\n\\n "])
-def test_a_typed_newline_behind_a_question_is_left_out(tail: str) -> None:
-    assert clean_question(f"what is the margin{tail}") == "what is the margin"
+def test_a_lone_stop_takes_no_room_and_is_never_cut() -> None:
+    record = make(pre_text=["."] * 20, post_text=["the board met in the spring ."], table=[])
+    built = build_messages(record, system="", budget=6, count_tokens=lambda text: max(1, len(text.split())))
+    assert built.num_cut == 1
+    assert len(built.kept) == 20
 
 
 def test_the_cut_takes_what_has_least_to_do_with_the_question_and_counts_it() -> None:

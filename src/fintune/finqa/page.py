@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from fintune.errors import DataError
+from fintune.finqa.cleaning import Edit, clean, restore
+from fintune.finqa.cleaning_rules import Kind
 from fintune.records import FinQARecord
 
 
@@ -54,3 +57,45 @@ def page_units(record: FinQARecord) -> tuple[PageUnit, ...]:
     rows = [PageUnit("table", k, table_row_to_text(record.table[0], row)) for k, row in enumerate(record.table)]
     after = [PageUnit("text", num_before + k, text) for k, text in enumerate(record.post_text)]
     return (*before, *rows, *after)
+
+
+def clean_record(record: FinQARecord) -> tuple[FinQARecord, tuple[tuple[Edit, ...], ...]]:
+    """A record whose texts are clean, and the edits of each: text before, table, text after, question.
+
+    Sentences that are left out stand there empty, so that ``gold_inds`` names the same ones as before. First cells of
+    rows, program, answer and evidence stay as they are. See `fintune.finqa.cleaning`.
+    """
+    results = [(text, ()) if kind is None else clean(text, kind) for kind, text in _texts(record)]
+    return _filled(record, [text for text, _ in results]), tuple(edits for _, edits in results)
+
+
+def restore_record(cleaned: FinQARecord, edits: Sequence[Sequence[Edit]]) -> FinQARecord:
+    """The record that `clean_record` was given.
+
+    Raises:
+        DataError: The edits are those of another record.
+    """
+    texts = [text for _, text in _texts(cleaned)]
+    if len(texts) != len(edits):
+        raise DataError(f"edits of {len(edits)} texts for a record of {len(texts)}", record_id=cleaned.id)
+    return _filled(cleaned, [restore(text, each) for text, each in zip(texts, edits, strict=True)])
+
+
+def _texts(record: FinQARecord) -> list[tuple[Kind | None, str]]:
+    """All texts with their kinds; None for a row's name."""
+    cells: list[tuple[Kind | None, str]] = [
+        ("cell" if k else None, c) for row in record.table for k, c in enumerate(row)
+    ]
+    before: list[tuple[Kind | None, str]] = [("sentence", text) for text in record.pre_text]
+    after: list[tuple[Kind | None, str]] = [("sentence", text) for text in record.post_text]
+    return [*before, *cells, *after, ("question", record.qa.question)]
+
+
+def _filled(record: FinQARecord, texts: Sequence[str]) -> FinQARecord:
+    """The record with other texts, in the order of `_texts`."""
+    rest = iter(texts)
+    pre_text = tuple(next(rest) for _ in record.pre_text)
+    table = tuple(tuple(next(rest) for _ in row) for row in record.table)
+    post_text = tuple(next(rest) for _ in record.post_text)
+    qa = record.qa.model_copy(update={"question": next(rest)})
+    return record.model_copy(update={"pre_text": pre_text, "table": table, "post_text": post_text, "qa": qa})

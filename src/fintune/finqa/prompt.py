@@ -1,4 +1,4 @@
-r"""A page and a question as chat messages, cut to a number of tokens.
+"""A page and a question as chat messages, cut to a number of tokens.
 
 The user's message is the text before the table, the table, the text after it and, last, the question; one sentence and
 one table row a line. A table row names its columns, so that a cell is found by row and column name without counting::
@@ -8,14 +8,8 @@ one table row a line. A table row names its columns, so that a cell is found by 
 
 Words that all column names share at their beginning or end are left to the header line (:func:`table_lines`).
 
-Numbers stand as the programs of FinQA write them (``subtract(1267, 1356)``). The page is changed in these ways only:
-
-- ``-32 ( 32 )`` becomes ``-32``, ``23.6% ( 23.6 % )`` becomes ``23.6%`` and ``( 5 ) % (  % )`` becomes ``( 5 ) %``, in
-  sentences, columns and cells. Nothing is lost: the bracket repeats the number.
-- ``$ 5829`` becomes ``5829`` in columns and cells (not in sentences). The mark is lost; no program names it.
-- Empty cells are left out of a row. Nothing is lost: the row then has no such column.
-- The characters ``\n`` that some questions end in are left out.
-- White space is squeezed.
+Numbers stand as the programs of FinQA write them (``subtract(1267, 1356)``). Texts and cells are cleaned by
+`fintune.finqa.cleaning`; a row leaves out its empty cells, the page its empty sentences.
 
 Row names stay as they are, because table operations call rows by them.
 """
@@ -28,6 +22,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from fintune.errors import DataError
+from fintune.finqa.cleaning import clean_cell, clean_question, clean_sentence
 from fintune.finqa.page import PageUnit, page_units
 from fintune.finqa.relevance import rank
 from fintune.records import FinQARecord, Message
@@ -37,10 +32,6 @@ PromptCount = Callable[[Sequence[Message]], int]
 
 COMPLETION_TOKENS = 96
 """Room kept for the program; FinQA's longest gold needs about 90 tokens where every digit is one."""
-
-_NEGATIVE = re.compile(r"(?<!\S)-([\d.,]+) \( \1 \)")
-_PERCENT = re.compile(r"([^\s()]*)( ?)% \( +\1 ?% \)")
-_TYPED_NEWLINE = re.compile(r"(\s|\\+n)+$")
 
 
 class TooLongError(DataError):
@@ -140,26 +131,30 @@ def _cut(
         )
     room = budget - num_tokens
     taken: list[int] = []
+    # Sentences that cleaning left empty take no room, so none of them is cut.
+    empty = {k for k, (unit, line) in enumerate(lines) if unit.kind == "text" and not line}
     for k in order:
+        if k in empty:
+            continue
         cost = count_tokens(lines[k][1] + "\n")
         if cost <= room:
             room -= cost
             taken.append(k)
     while taken:
-        kept = set(taken)
+        kept = empty | set(taken)
         messages = build(kept)
         num_tokens = measure(messages)
         if num_tokens <= budget:
             return kept, messages, num_tokens
         taken.pop()
-    return set(), build(set()), measure(build(set()))
+    return empty, build(empty), measure(build(empty))
 
 
 def page_lines(record: FinQARecord) -> list[tuple[PageUnit, str]]:
     """The units of a page with the lines that stand for them in a prompt."""
     rows = table_lines(record.table)
     return [
-        (unit, rows[unit.index] if unit.kind == "table" else clean_numbers(unit.text)) for unit in page_units(record)
+        (unit, rows[unit.index] if unit.kind == "table" else clean_sentence(unit.text)) for unit in page_units(record)
     ]
 
 
@@ -199,22 +194,6 @@ def _num_shared(names: Sequence[Sequence[str]]) -> int:
     while number < shortest - 1 and len({name[number] for name in names}) == 1:
         number += 1
     return number
-
-
-def clean_numbers(text: str) -> str:
-    """A text whose negative numbers and percentages stand once, as programs write them."""
-    text = " ".join(text.split())
-    return _PERCENT.sub(r"\1\2%", _NEGATIVE.sub(r"-\1", text))
-
-
-def clean_cell(cell: str) -> str:
-    """A cell as programs write its number: without ``$`` and without the repetition in brackets."""
-    return clean_numbers(cell.replace("$", " "))
-
-
-def clean_question(question: str) -> str:
-    r"""A question without white space around it and without the typed ``\n`` that some of FinQA's end in."""
-    return _TYPED_NEWLINE.sub("", question).strip()
 
 
 def _content(lines: Sequence[tuple[PageUnit, str]], question: str) -> str:
