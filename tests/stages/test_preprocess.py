@@ -37,6 +37,8 @@ def test_load_from_disk_gives_pages_answers_and_conversations(source: Path, tmp_
     assert (tuple(first["pre_text"]), tuple(first["post_text"])) == (item.pre_text, item.post_text)
     assert float(first["exe_ans"]) == item.qa.exe_ans
     assert (first["evidence"], second["evidence"], third["exe_ans"]) == (["table_1"], None, "yes")
+    # Derived evidence stands in a column of its own, and only where nothing was annotated.
+    assert (first["derived_evidence"], second["derived_evidence"]) == (None, ["table_1"])
     assert [turn["role"] for turn in first["prompt"]] == ["system", "user"]
     assert "revenue | 2010: 130 | 2009: 100" in first["prompt"][-1]["content"]
     assert first["prompt"][-1]["content"].rstrip().endswith(item.qa.question)

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from fintune.errors import FintuneError, ResourceError
+from fintune.finqa.evidence import derive
+from fintune.finqa.program import tokenize
 from fintune.finqa.prompt import build_messages
 from fintune.options import PromptOptions
 from fintune.records import FinQARecord
@@ -90,12 +92,18 @@ def row(record: FinQARecord, system: str) -> dict[str, _Column]:
         "exe_ans": str(qa.exe_ans),
         "answer": qa.answer,
         "evidence": None if qa.gold_inds is None else list(qa.gold_inds),
+        "derived_evidence": _derived(record) if qa.gold_inds is None else None,
         "pre_text": record.pre_text,
         "table": record.table,
         "post_text": record.post_text,
         "prompt": [turn.model_dump() for turn in built.messages],
         "completion": [{"role": "assistant", "content": qa.program.strip()}],
     }
+
+
+def _derived(record: FinQARecord) -> list[str]:
+    sentences = [*record.pre_text, *record.post_text]
+    return list(derive(tokenize(record.qa.program), record.table, sentences, record.qa.question).units)
 
 
 def features() -> Features:
@@ -112,6 +120,7 @@ def features() -> Features:
             "exe_ans": text,
             "answer": text,
             "evidence": List(text),
+            "derived_evidence": List(text),
             "pre_text": List(text),
             "table": List(List(text)),
             "post_text": List(text),
