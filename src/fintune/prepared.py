@@ -24,6 +24,7 @@ from fintune.conversations import Sequenced, grouped, single
 from fintune.errors import ArtifactError
 from fintune.examples import EncodedRecord, EncodedSplit
 from fintune.finqa.distribution import FINQA_TEST, distribution
+from fintune.finqa.identity import group_of
 from fintune.options import Config
 from fintune.records import FinQARecord, Record
 from fintune.sources.splits import Split
@@ -248,7 +249,7 @@ def _evidence(examples: Sequence[EncodedRecord]) -> Evidence:
 
 def page_of(record: FinQARecord) -> str:
     """The page that a record asks about: ``ACME/2009/page_17.pdf`` of ``ACME/2009/page_17.pdf-3``."""
-    return record.id.rpartition("-")[0] or record.id
+    return group_of(record.id, "page")
 
 
 def write(

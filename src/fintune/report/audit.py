@@ -19,7 +19,7 @@ from fintune.finqa.program import Program, Reference, tokenize
 from fintune.finqa.trace import Trace, trace
 from fintune.records import FinQARecord, Record
 from fintune.report.audit_evidence import EvidenceAudit, audit_evidence
-from fintune.report.verdict import agrees_with_answer
+from fintune.report.verdict import NUMBER, PERCENT, agrees_with_answer
 
 KINDS: Mapping[str, str] = {
     "not_in_language": "gold program is outside the language",
@@ -44,8 +44,6 @@ KINDS: Mapping[str, str] = {
 }
 """Kinds of finding in the order in which they are shown, with their meaning."""
 
-_PERCENT = re.compile(r"percent|%|growth rate|portion", re.IGNORECASE)
-_NUMBER = re.compile(r"-?(?:\d[\d,]*\.?\d*|\.\d+)", re.ASCII)
 _WORD = re.compile(r"[^\W_]+(?:[.,]\d+)*")
 _POWERS = (2, 3, 6, 9, -2, -3, -6, -9)
 
@@ -119,7 +117,7 @@ def _program(record: FinQARecord, traced: Trace) -> Iterator[str]:
         return
     if _unused(program):
         yield "unused_step"
-    if _in_percent(program) and _PERCENT.search(record.qa.question):
+    if _in_percent(program) and PERCENT.search(record.qa.question):
         yield "percent_times_100"
     for reason in outside(program, vocabulary(record.table, (*_sentences(record), record.qa.question))):
         if reason.startswith("number"):
@@ -165,7 +163,7 @@ def _answer(record: FinQARecord, execution: Execution) -> Iterator[str]:
     elif agrees is None:
         yield "answer_not_numeric"
     elif not agrees:
-        numbers = _NUMBER.findall(answer)
+        numbers = NUMBER.findall(answer)
         value = execution.unrounded
         if value is None or not numbers:
             yield "answer_other_value"

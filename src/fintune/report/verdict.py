@@ -21,8 +21,8 @@ QuestionType: TypeAlias = Literal["percent", "yes_no", "amount"]
 Outcome: TypeAlias = Literal["equal_program", "other_program", "wrong_result", "no_result", "invalid"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
-_PERCENT = re.compile(r"percent|%|growth rate|portion", re.IGNORECASE)
-_NUMBER = re.compile(r"-?(?:\d[\d,]*\.?\d*|\.\d+)", re.ASCII)
+PERCENT = re.compile(r"percent|%|growth rate|portion", re.IGNORECASE)
+NUMBER = re.compile(r"-?(?:\d[\d,]*\.?\d*|\.\d+)", re.ASCII)
 
 
 class Judged(Record):
@@ -172,7 +172,7 @@ def _evidence(record: FinQARecord) -> Evidence:
 def _question_type(record: FinQARecord) -> QuestionType:
     if isinstance(record.qa.exe_ans, str):
         return "yes_no"
-    percent = _PERCENT.search(record.qa.question) or "%" in (record.qa.answer or "")
+    percent = PERCENT.search(record.qa.question) or "%" in (record.qa.answer or "")
     return "percent" if percent else "amount"
 
 
@@ -185,7 +185,7 @@ def agrees_with_answer(execution: Execution, answer: str | None) -> bool | None:
     text = (answer or "").strip().lower()
     if text in {"yes", "no"}:
         return not execution.invalid and execution.result == text
-    numbers = _NUMBER.findall(text)
+    numbers = NUMBER.findall(text)
     if len(numbers) != 1:
         return None
     if execution.invalid or execution.unrounded is None:

@@ -101,17 +101,7 @@ def ratio_change(first: Pool, second: Pool, rng: random.Random) -> Draft | None:
 
 def ratio_growth(first: Pool, second: Pool, rng: random.Random) -> Draft | None:
     """The percentage change of a ratio, in four steps."""
-    found = pick_pair(first, second, rng, 2)
-    if found is None:
-        return None
-    x, y, (a, b) = found
-    if x.numbers[a].scale != y.numbers[a].scale:
-        return None
-    build = Builder()
-    later = build.do("divide", x.numbers[b], y.numbers[b])
-    earlier = build.do("divide", x.numbers[a], y.numbers[a])
-    build.do("divide", build.do("subtract", later, earlier), earlier)
-    return Draft(put("ratio_growth", rng, x=x.name, y=y.name, a=a, b=b), build, "percent")
+    return _growth_of("divide", "ratio_growth", first, second, rng)
 
 
 def growth_gap(first: Pool, second: Pool, rng: random.Random) -> Draft | None:
@@ -129,6 +119,11 @@ def growth_gap(first: Pool, second: Pool, rng: random.Random) -> Draft | None:
 
 def total_growth(first: Pool, second: Pool, rng: random.Random) -> Draft | None:
     """The percentage change of a sum, in four steps."""
+    return _growth_of("add", "total_growth", first, second, rng)
+
+
+def _growth_of(operation: str, wording: str, first: Pool, second: Pool, rng: random.Random) -> Draft | None:
+    """The percentage change of what ``operation`` makes of two lines."""
     found = pick_pair(first, second, rng, 2)
     if found is None:
         return None
@@ -136,10 +131,10 @@ def total_growth(first: Pool, second: Pool, rng: random.Random) -> Draft | None:
     if x.numbers[a].scale != y.numbers[a].scale:
         return None
     build = Builder()
-    later = build.do("add", x.numbers[b], y.numbers[b])
-    earlier = build.do("add", x.numbers[a], y.numbers[a])
+    later = build.do(operation, x.numbers[b], y.numbers[b])
+    earlier = build.do(operation, x.numbers[a], y.numbers[a])
     build.do("divide", build.do("subtract", later, earlier), earlier)
-    return Draft(put("total_growth", rng, x=x.name, y=y.name, a=a, b=b), build, "percent")
+    return Draft(put(wording, rng, x=x.name, y=y.name, a=a, b=b), build, "percent")
 
 
 def without_charge(page: Page, rng: random.Random) -> Draft | None:
