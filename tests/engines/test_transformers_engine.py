@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 
 from fintune import chat, models
+from fintune.engines import transformers_engine
+from fintune.engines.prefixes import Cut
 from fintune.engines.transformers_engine import TransformersEngine
 from fintune.errors import ModelError
 from fintune.records import Message
@@ -75,3 +77,60 @@ def test_no_more_tokens_than_the_context_has_room_for(model, tokenizer):
     (found,) = TransformersEngine(model, tokenizer, 1).generate([prompt], max_new_tokens=50)
     assert found.num_prompt_tokens == 4094
     assert len(found.token_ids) <= 2
+
+
+def _unshared(prompts):
+    return Cut(max(map(len, prompts)), [], [0] * len(prompts))
+
+
+PAGE = "net revenue of $ 5829 million in 2019 compared with $ 5735 million in 2018 . "
+SETS = {
+    "pages of questions": [PAGE * (2 + p) + f"{p}\n{q} {'what was it ? ' * q}" for q in range(4) for p in range(3)],
+    "one question each": [PAGE * (2 + p) + f"{p} what ?" for p in range(4)] + [PAGE * 3 + "0 what", PAGE * 3 + "1 who"],
+    "very different lengths": ["1"] + [PAGE * 9 + f"{q} ?" for q in range(3)] + ["what was it ? " * 30],
+    "one begins the others": [PAGE * n for n in (1, 2, 4, 8)],
+    "duplicates": [PAGE * 3] * 5 + [PAGE * 2] * 2,
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_sharing_beginnings_changes_no_token(model, tokenizer, monkeypatch, name):
+    prompts = [chat.render(tokenizer, [Message(role="user", content=text)]) for text in SETS[name]]
+    passes = []
+    hook = model.register_forward_pre_hook(
+        lambda _, __, given: passes.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    shared = list(TransformersEngine(model, tokenizer, 7).generate(prompts, max_new_tokens=12))
+    num_shared, passes[:] = sum(passes), []
+    monkeypatch.setattr(transformers_engine, "cut", _unshared)
+    alone = list(TransformersEngine(model, tokenizer, 7).generate(prompts, max_new_tokens=12))
+    hook.remove()
+    assert num_shared < sum(passes)
+    for a, b in zip(shared, alone, strict=True):
+        assert a.token_ids == b.token_ids
+        assert a.num_prompt_tokens == b.num_prompt_tokens
+        assert a.margins == pytest.approx(b.margins, abs=1e-4)
+
+
+def test_a_model_that_forgets_tokens_computes_prompts_whole(tokenizer, prompts):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sliding = MistralForCausalLM(
+            MistralConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                sliding_window=16,
+            )
+        ).eval()
+    texts = [chat.render(tokenizer, [Message(role="user", content=PAGE * 3 + str(q))]) for q in range(3)]
+    found = list(TransformersEngine(sliding, tokenizer, 3).generate(texts, max_new_tokens=5))
+    for text, each in zip(texts, found, strict=True):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        logits = sliding(torch.tensor([ids + list(each.token_ids)])).logits[0, len(ids) - 1 : -1]
+        assert logits.argmax(-1).tolist() == list(each.token_ids)

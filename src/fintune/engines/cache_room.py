@@ -51,7 +51,28 @@ def cache_with_room(config: PreTrainedConfig, room: int) -> DynamicCache:
                 self.buffers = [buffer.index_select(0, indices) for buffer in self.buffers]
                 self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
 
+        def spread(self, rows: torch.Tensor, columns: torch.Tensor) -> None:
+            self.buffers = [buffer.transpose(1, 2)[rows[:, None], columns].transpose(1, 2) for buffer in self.buffers]
+            self.keys, self.values = self.buffers
+
     cache = DynamicCache(config=config)
     # Exactly this class: its subclasses keep their tokens otherwise.
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def can_spread(cache: DynamicCache) -> bool:
+    """Whether :func:`spread` can be used: all layers keep all tokens."""
+    return bool(cache.layers) and all(hasattr(layer, "spread") for layer in cache.layers)
+
+
+def spread(cache: DynamicCache, rows: torch.Tensor, columns: torch.Tensor) -> None:
+    """Make a cache of other rows from the tokens that it has; none of them is computed again.
+
+    Args:
+        cache: From :func:`cache_with_room`, not empty.
+        rows: For each new row the old one that it is taken from, shape [rows].
+        columns: For each token of a new row its place in the old one, shape [rows, tokens].
+    """
+    for layer in cache.layers:
+        layer.spread(rows, columns)

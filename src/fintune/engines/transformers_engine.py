@@ -1,7 +1,8 @@
 """Batched greedy decoding with transformers: base models, merged folders, and PEFT adapters on their base.
 
 The loop is written out here: rows that have ended leave the batch at once, and for each token the gap to the
-second-best is kept, for which ``generate`` would hold the scores of all steps in memory.
+second-best is kept, for which ``generate`` would hold the scores of all steps in memory. What the prompts of a batch
+have in common at their beginning (several questions on a page) is computed once, where all layers attend to all tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from fintune import chat
-from fintune.engines.cache_room import cache_with_room
+from fintune.engines.cache_room import cache_with_room, can_spread, spread
+from fintune.engines.prefixes import cut, families
 from fintune.engines.protocol import Completion
 from fintune.errors import ModelError
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 _WINDOW_BATCHES = 8
-"""Prompts are sorted by length within so many batches; results come, in the order asked, window by window."""
+"""Prompts are sorted, by page and length, within so many batches; results come, in the order asked, by windows."""
 
 
 @dataclass
@@ -77,9 +79,9 @@ class TransformersEngine:
         window = self._batch_size * _WINDOW_BATCHES
         for start in range(0, len(rows), window):
             part = rows[start : start + window]
-            by_length = sorted(part, key=lambda row: len(row.prompt_ids))
-            for at in range(0, len(by_length), self._batch_size):
-                self._decode(by_length[at : at + self._batch_size])
+            ordered = [part[place] for family in families([row.prompt_ids for row in part]) for place in family]
+            for at in range(0, len(ordered), self._batch_size):
+                self._decode(ordered[at : at + self._batch_size])
             yield from map(self._completion, part)
 
     def _row(self, number: int, prompt: str, max_new_tokens: int) -> _Row:
@@ -120,22 +122,47 @@ class TransformersEngine:
     def _prefill(self, rows: list[_Row]) -> _State:
         import torch
 
-        width = max(len(row.prompt_ids) for row in rows)
-        pad = self._tokenizer.pad_token_id
-        input_ids = torch.tensor([[pad] * (width - len(row.prompt_ids)) + row.prompt_ids for row in rows])
-        mask = torch.tensor([[0] * (width - len(row.prompt_ids)) + [1] * len(row.prompt_ids) for row in rows])
-        input_ids, mask = input_ids.to(self._model.device), mask.to(self._model.device)
+        prompts = [row.prompt_ids for row in rows]
+        width = max(map(len, prompts))
+        pad, device = self._tokenizer.pad_token_id, self._model.device
+        input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+        # Padding stands on the left; each prompt's own first token is at position 0.
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0)
         cache = cache_with_room(self._model.config, max(row.max_new_tokens for row in rows))
+        num_tail = self._prefill_heads(prompts, cache) if can_spread(cache) else width
         out = self._model(
-            input_ids=input_ids,
+            input_ids=input_ids[:, -num_tail:],
             attention_mask=mask,
-            # Padding stands on the left; each prompt's own first token is at position 0.
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            position_ids=position_ids[:, -num_tail:],
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         )
         return _State(rows, mask, cache, out.logits)
+
+    def _prefill_heads(self, prompts: list[list[int]], cache: DynamicCache) -> int:
+        """Fill the cache with the beginnings of the prompts, computing those that are shared only once.
+
+        Returns:
+            Tokens at the end of the prompts that are left to compute.
+        """
+        import torch
+
+        plan = cut(prompts)
+        if not plan.heads:
+            return plan.num_tail
+        device = self._model.device
+        width, num_head = max(map(len, prompts)), max(map(len, plan.heads))
+        pad = self._tokenizer.pad_token_id
+        # Padding on the right, which no head's own tokens see, so that no mask is needed.
+        input_ids = torch.tensor([[*head, *[pad] * (num_head - len(head))] for head in plan.heads], device=device)
+        self._model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        # From there to the right end of each prompt's row; what stands before its first token is masked.
+        num_pads = torch.tensor([[width - len(ids)] for ids in prompts], device=device)
+        columns = (torch.arange(width - plan.num_tail, device=device) - num_pads).clamp(min=0)
+        spread(cache, torch.tensor(plan.head_of, device=device), columns)
+        return plan.num_tail
 
     def _take(self, rows: list[_Row], logits: torch.Tensor) -> list[_Row]:
         """Append the best token of each row.
