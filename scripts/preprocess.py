@@ -20,13 +20,14 @@ FILE = click.Path(path_type=Path)
 @click.option("--strict", is_flag=True, help="Refuse a file with a record that cannot be used.")
 def preprocess(input_json: Path, output_dataset: Path, strict: bool) -> None:
     """Check FinQA records and write them as a dataset; needs no model."""
+    from fintune.outputs import abridged
     from fintune.stages.preprocess import preprocess as stage
 
     done = stage(input_json, output_dataset, strict=strict)
-    for problem in done.problems:
+    for problem in abridged(done.problems):
         click.echo(f"fintune: {problem}", err=True)
-    left_out = f", {len(done.problems)} left out" if done.problems else ""
-    click.echo(f"{output_dataset}: {done.num_records} records{left_out}")
+    left_out = ", ".join(f"{number} {reason}" for reason, number in done.dropped.items())
+    click.echo(f"{output_dataset}: {done.num_records} records{left_out and f', left out {left_out}'}")
 
 
 if __name__ == "__main__":

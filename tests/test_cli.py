@@ -414,9 +414,12 @@ def files(tmp_path: Path) -> list[str]:
 def test_score_prints_its_table_on_standard_output(run, files: list[str]) -> None:
     done = run(*files)
     assert (done.status, done.err) == (0, "")
-    head, row = done.out.splitlines()
-    assert "execution accuracy" in head
-    assert row.split()[:3] == ["p.jsonl", "2", "50.00%"]
+    head, execution, program, invalid, number, *views = done.out.splitlines()
+    assert head.startswith("p.jsonl")
+    assert head.index("of the predictions") < head.index("of the whole file")
+    assert execution.split()[:3] == ["execution", "accuracy", "50.00%"]
+    assert [line.split()[0] for line in (program, invalid, number)] == ["program", "invalid", "n"]
+    assert "other views, not official" in views[1]
 
 
 @pytest.mark.parametrize("gone", ["p.jsonl", "gold.json"])
@@ -438,7 +441,9 @@ def test_score_reports_rows_that_it_leaves_out_and_refuses_them_where_strict(
         file.write('{"id": "B", "program": "add(1, 1)"}\n')
     done = run(*files)
     assert done.status == 0
-    assert done.err.startswith("fintune: p.jsonl, row 3, id B: ")
+    told, counted = done.err.splitlines()
+    assert told.startswith("fintune: p.jsonl, row 3, id B: ")
+    assert counted == "fintune: p.jsonl: not scored: 1 unknown id"
     assert "p.jsonl, row 3, id B: " in mistake(*files, "--strict")
 
 

@@ -61,7 +61,7 @@ def test_preprocess_writes_a_dataset_and_names_the_rows_that_it_left_out(tmp_pat
     gold.write_text(json.dumps(rows))
     done = run("preprocess.py", "--input_json", gold, "--output_dataset", tmp_path / "data" / "train")
     assert done.returncode == 0
-    assert "3 records, 1 left out" in done.stdout
+    assert "3 records, left out 1 no program" in done.stdout
     assert f"{gold}, row 2, id {rows[1]['id']}: qa.program" in done.stderr
     assert (tmp_path / "data" / "train" / "dataset_info.json").is_file()
     strict = run("preprocess.py", "--input_json", gold, "--output_dataset", tmp_path / "other", "--strict")
@@ -77,7 +77,7 @@ def test_preprocess_writes_a_dataset_and_names_the_rows_that_it_left_out(tmp_pat
         ("score_finqa.py", ["--pred_json", "GOLD", "--gold_json", "no.json"], "no.json: no such file"),
         ("score_finqa.py", ["--gold_json", "GOLD"], "--pred_json"),
         ("preprocess.py", ["--input_json", "no.json", "--output_dataset", "DIR"], "no.json: no such file"),
-        ("preprocess.py", ["--input_json", "GOLD", "--output_dataset", "GOLD"], "exists and is no dataset"),
+        ("preprocess.py", ["--input_json", "GOLD", "--output_dataset", "GOLD"], "holds more than a dataset"),
         ("preprocess.py", ["--input_json", "GOLD"], "--output_dataset"),
     ],
 )

@@ -190,13 +190,17 @@ def print_score(
     strict: bool = False,
 ) -> None:
     """Score files as `fintune.stages.score.score_files` does: remarks to standard error, figures to standard output."""
-    from fintune.report.tables import score_table
+    from fintune.outputs import abridged
+    from fintune.report.score_table import headline_table, views_table
     from fintune.stages.score import score_files
 
     done = score_files(predictions, gold, csv=csv, json=json, html=html, strict=strict)
-    for problem in done.problems:
+    for problem in abridged(done.problems, "--json writes all of them"):
         sys.stderr.write(f"fintune: {problem}\n")
-    _stdout().print(score_table({predictions.name: done.score}))
+    if done.num_unscored:
+        reasons = ", ".join(f"{number} {reason}" for reason, number in done.num_unscored.items())
+        sys.stderr.write(f"fintune: {predictions}: not scored: {reasons}\n")
+    _stdout().print(headline_table(done.score, predictions.name), "", views_table(done.score), sep="\n")
 
 
 @app.command()
@@ -232,10 +236,11 @@ def audit(
     strict: bool,
 ) -> None:
     """What is odd about FinQA files and what they share. Needs no torch."""
+    from fintune.outputs import abridged
     from fintune.stages.audit import audit_files
 
     done = audit_files(files, json=json, write_splits=write_splits, by=by, strict=strict)
-    for problem in done.problems:
+    for problem in abridged(done.problems):
         sys.stderr.write(f"fintune: {problem}\n")
     done.show(_stdout())
 

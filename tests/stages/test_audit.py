@@ -36,6 +36,11 @@ def cli(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+def _read(path: Path) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = json.loads(path.read_text(encoding="utf-8"))
+    return rows
+
+
 def test_files_are_called_by_their_names_and_counted(files: list[Path]) -> None:
     done = audit_files(files)
     assert {name: each.num_records for name, each in done.audit.splits.items()} == {"train": 3, "dev": 2}
@@ -73,6 +78,38 @@ def test_written_splits_share_nothing_and_are_read_again(files: list[Path], tmp_
     told = json.loads((folder / "splits.json").read_text())
     assert told["by"] == "company"
     assert told["splits"]["train"]["num_records"] == len(new["train"])
+
+
+def test_written_splits_keep_the_keys_that_fintune_does_not_read(files: list[Path], tmp_path: Path) -> None:
+    rows = json.loads(files[0].read_text())
+    rows[0] |= {"table_ori": [["A"]], "filename": "A/1/p"}
+    rows[0]["qa"]["steps"] = [{"op": "add1-1", "res": "3"}]
+    files[0].write_text(json.dumps(rows))
+    audit_files(files, write_splits=tmp_path / "new")
+    written = {each["id"]: each for name in ("train", "dev") for each in _read(tmp_path / "new" / f"{name}.json")}
+    assert written["A/1/p-1"] == rows[0]
+
+
+def test_three_files_stay_three_near_their_sizes_and_the_place_is_told(tmp_path: Path) -> None:
+    paths = []
+    for name, number in (("train", 60), ("dev", 20), ("test", 20)):
+        # Every company has pages in each file, more of them in the larger ones.
+        items = [row(f"C{k % 20}/{k}/{name}-{k}") for k in range(number)]
+        paths.append(tmp_path / f"{name}.json")
+        paths[-1].write_text(json.dumps(items))
+    done = cli(*paths, "--write-splits", tmp_path / "new", "--by", "company")
+    assert done.returncode == 0, done.stderr
+    assert "no two of these files share a company" in done.stdout
+    assert {name: len(_read(tmp_path / "new" / f"{name}.json")) for name in ("train", "dev", "test")} == {
+        "train": 60,
+        "dev": 20,
+        "test": 20,
+    }
+
+
+def test_the_figures_are_not_written_over_a_file_that_is_read(files: list[Path]) -> None:
+    with pytest.raises(FintuneError, match="would be overwritten"):
+        audit_files(files, json=files[0])
 
 
 def test_nothing_is_overwritten(files: list[Path], tmp_path: Path) -> None:

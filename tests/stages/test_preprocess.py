@@ -61,9 +61,25 @@ def test_a_folder_of_ours_is_replaced_and_nothing_else_remains(source: Path, tmp
 def test_a_folder_with_anything_else_is_kept(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
-    with pytest.raises(FintuneError, match="no dataset that this command wrote"):
+    with pytest.raises(FintuneError, match="more than a dataset that this command wrote"):
         preprocess(source, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_a_note_that_was_put_into_a_dataset_is_kept(source: Path, tmp_path: Path) -> None:
+    preprocess(source, tmp_path / "out")
+    (tmp_path / "out" / "cache-0a1b.arrow").write_text("")
+    assert preprocess(source, tmp_path / "out").num_records == 3
+    (tmp_path / "out" / "notes.md").write_text("mine")
+    with pytest.raises(FintuneError, match="holds more than"):
+        preprocess(source, tmp_path / "out")
+    assert (tmp_path / "out" / "notes.md").read_text() == "mine"
+
+
+def test_a_file_in_the_folder_that_would_be_replaced_is_refused(source: Path, tmp_path: Path) -> None:
+    preprocess(source, tmp_path / "out")
+    with pytest.raises(FintuneError, match=r"records\.jsonl: stands in the folder that would be replaced"):
+        preprocess(tmp_path / "out" / "records.jsonl", tmp_path / "out")
 
 
 def test_a_failure_half_way_leaves_the_former_dataset(source: Path, tmp_path: Path, monkeypatch) -> None:
@@ -81,6 +97,7 @@ def test_a_bad_record_is_left_out_with_its_row_unless_strict(source: Path, tmp_p
     source.write_text(json.dumps(rows))
     done = preprocess(source, tmp_path / "out")
     assert done.num_records == 2
+    assert dict(done.dropped) == {"bad exe_ans": 1}
     assert "row 2" in done.problems[0]
     with pytest.raises(DataError, match="row 2"):
         preprocess(source, tmp_path / "strict", strict=True)

@@ -200,6 +200,24 @@ def test_a_target_without_folder_is_refused_before_any_work(tmp_path: Path, gold
         score_files(tmp_path / "nowhere.json", gold, json=tmp_path / "no" / "s.json")
 
 
+@pytest.mark.parametrize("target", ["csv", "json", "html"])
+@pytest.mark.parametrize("source", ["gold.json", "p.json"])
+def test_no_file_that_is_read_is_overwritten(tmp_path: Path, gold: Path, target: str, source: str) -> None:
+    path = _predictions(tmp_path, [_text("a")])
+    path.rename(tmp_path / "p.json")
+    before = (tmp_path / source).read_bytes()
+    with pytest.raises(FintuneError, match="is read, and would be overwritten"):
+        score_files(tmp_path / "p.json", gold, **{target: tmp_path / source})
+    assert (tmp_path / source).read_bytes() == before
+
+
+def test_strict_names_the_way_out_that_the_command_has(tmp_path: Path, gold: Path) -> None:
+    gold.write_text(json.dumps([_gold("a"), {"id": "b"}]))
+    with pytest.raises(DataError) as caught:
+        score_files(_predictions(tmp_path, [_text("a")]), gold, strict=True)
+    assert "leave out --strict" in str(caught.value)
+
+
 def test_an_event_of_the_official_script_is_told(tmp_path: Path, gold: Path) -> None:
     path = _predictions(tmp_path, [{"id": "a", "program": "subtract(1, 1), divide(2, #0), add(1, 2)"}])
     done = score_files(path, gold)

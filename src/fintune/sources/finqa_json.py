@@ -20,6 +20,9 @@ from fintune.records import FinQARecord
 from fintune.sources.json_files import read_text
 
 _HINT = "FinQA records look like those of github.com/czyssrs/FinQA, dataset/dev.json"
+_NOT_STRICT = "set data.strict: false"
+WITHOUT_STRICT = "leave out --strict"
+"""How a command's user has records dropped that cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,13 @@ class _BrokenError(Exception):
         self.reason, self.why = reason, why
 
 
-def read_finqa(path: Path, *, strict: bool = False) -> ReadResult:
+def read_finqa(path: Path, *, strict: bool = False, instead: str = _NOT_STRICT) -> ReadResult:
     """Read a FinQA file.
 
     Args:
         path: JSON list or JSON lines, plain or gzip.
         strict: Stop at the first record that cannot be used, instead of dropping and counting it.
+        instead: How the user would have it dropped, for the hint of that error.
 
     Raises:
         DataError: The file is missing, unreadable, truncated, no list or empty; no record of it can be used; or, with
@@ -72,7 +76,7 @@ def read_finqa(path: Path, *, strict: bool = False) -> ReadResult:
         except _BrokenError as broken:
             error = DataError(broken.why, path=path, row=row, record_id=record_id)
             if strict:
-                error.hint = "mend or remove the record, or set data.strict: false to drop and count such records"
+                error.hint = f"mend or remove the record, or {instead} to drop and count such records"
                 raise error from None
             dropped[broken.reason] += 1
             problems.append(str(error))
@@ -80,9 +84,21 @@ def read_finqa(path: Path, *, strict: bool = False) -> ReadResult:
         rows[record.id] = row
         records.append(record)
     if not records:
-        counts = ", ".join(f"{reason} {number}" for reason, number in dropped.most_common())
+        counts = ", ".join(f"{reason}: {number}" for reason, number in dropped.most_common())
         raise DataError(f"no record can be used ({counts}); the first: {problems[0]}", path=path, hint=_HINT)
     return ReadResult(records, dropped, problems)
+
+
+def read_objects(path: Path) -> dict[str, dict[str, object]]:
+    """The objects of a file that `read_finqa` has read, by id, as they stand there; of several with one id the first.
+
+    They hold what a record leaves out: keys that this package has no use for.
+    """
+    objects: dict[str, dict[str, object]] = {}
+    for _, raw in _rows(path, read_text(path, hint=_HINT)[0]):
+        if isinstance(raw, dict) and (record_id := _id(raw)) is not None:
+            objects.setdefault(record_id, raw)
+    return objects
 
 
 def _rows(path: Path, text: str) -> Iterator[tuple[int, object]]:
@@ -164,11 +180,15 @@ def _record(raw: object) -> FinQARecord:
         first = error.errors()[0]
         where = [str(part) for part in first["loc"] if part not in {"float", "str"}]
         name = where[1] if where[0] == "qa" and len(where) > 1 else where[0]
-        raise _BrokenError(f"bad {name}", f"{'.'.join(where)}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+        raise _BrokenError(f"bad {name}", f"{'.'.join(where)}: {_plain(first['msg'])}") from None
     answer = record.qa.exe_ans
     if answer not in {"yes", "no"} and (isinstance(answer, str) or not math.isfinite(answer)):
         raise _BrokenError("bad exe_ans", f"qa.exe_ans is {answer!r}, which is neither a number nor 'yes' or 'no'")
     return record
+
+
+def _plain(message: str) -> str:
+    return f"{message[0].lower()}{message[1:]}".replace("a valid tuple", "a list").replace("dictionary", "object")
 
 
 def _kind(value: object) -> str:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json as json_
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
+from fintune import outputs
 from fintune.errors import DataError, FintuneError
 from fintune.finqa.identity import Level
-from fintune.records import FinQARecord, Record
+from fintune.records import Record
 from fintune.report.audit import KINDS, SplitAudit, audit_split
 from fintune.report.audit_table import evidence_table, findings_table, overlap_table, splits_table
 from fintune.report.overlap import Overlap, overlaps
 from fintune.sources.disjoint import Disjoint, divide
-from fintune.sources.finqa_json import read_finqa
+from fintune.sources.finqa_json import WITHOUT_STRICT, read_finqa, read_objects
 
 ENDINGS = (".gz", ".json", ".jsonl")
 
@@ -45,12 +45,14 @@ class AuditRun:
         problems: A line for each record that cannot be used.
         divided: The splits that were written, None where none were asked for.
         by: What the new splits do not share.
+        folder: Where they are.
     """
 
     audit: Audit
     problems: tuple[str, ...]
     divided: Disjoint | None
     by: Level
+    folder: Path | None = None
 
     def show(self, console: Console) -> None:
         """Print the tables."""
@@ -63,7 +65,10 @@ class AuditRun:
                 (f"{name}.json", new.num_before[name], len(kept), new.num_came[name], len(new.groups[name]))
                 for name, kept in new.splits.items()
             ]
-            console.print("", splits_table(rows, self.by), sep="\n")
+            console.print("", splits_table(rows, self.by), "", sep="\n")
+            left_out = f"; {new.num_repeated} repeated ids are left out" if new.num_repeated else ""
+            told = f"{self.folder}: no two of these files share a {self.by}{left_out}"
+            console.print(told, markup=False, highlight=False, soft_wrap=True)
 
 
 def audit_files(
@@ -79,8 +84,8 @@ def audit_files(
     Args:
         files: FinQA JSON or JSON lines, plain or gzip; a file's name without endings is its split's.
         json: Write all figures here.
-        write_splits: Write ``NAME.json`` for each file here, and ``splits.json`` about them: the same records, divided
-            so that no two files share a report or company. Nothing there is overwritten.
+        write_splits: Write ``NAME.json`` for each file here, and ``splits.json`` about them: the same records with all
+            their keys, divided so that no two files share a report or company. Nothing there is overwritten.
         by: "report" or "company".
         strict: Stop at the first record that cannot be used.
 
@@ -89,11 +94,12 @@ def audit_files(
         FintuneError: Two files of one name, one file to divide, or a place that cannot be written.
     """
     names = _names(files)
-    if json is not None and not json.parent.is_dir():
-        raise FintuneError(f"{json}: its folder does not exist", hint="create it or name another file")
+    outputs.check((json,), read=files)
     if write_splits is not None:
         _check_target(write_splits, names)
-    read = {name: read_finqa(path, strict=strict) for name, path in zip(names, files, strict=True)}
+    read = {
+        name: read_finqa(path, strict=strict, instead=WITHOUT_STRICT) for name, path in zip(names, files, strict=True)
+    }
     records = {name: result.records for name, result in read.items()}
     divided = divide(records, by) if write_splits is not None else None
     if divided is not None:
@@ -104,10 +110,11 @@ def audit_files(
         overlaps=tuple(overlaps(records)),
     )
     if json is not None:
-        _replace(json, audit.model_dump_json(indent=2) + "\n")
+        outputs.write(json, audit.model_dump_json(indent=2) + "\n")
     if write_splits is not None and divided is not None:
-        _write(write_splits, divided, by)
-    return AuditRun(audit, tuple(line for result in read.values() for line in result.problems), divided, by)
+        _write(write_splits, divided, by, files)
+    problems = tuple(line for result in read.values() for line in result.problems)
+    return AuditRun(audit, problems, divided, by, write_splits)
 
 
 def _names(files: Sequence[Path]) -> list[str]:
@@ -141,10 +148,14 @@ def _check_divided(divided: Disjoint, by: Level) -> None:
         raise DataError(f"divided by {by}, nothing is left for {empty[0]}", hint=f"each {by} must be in one file")
 
 
-def _write(folder: Path, divided: Disjoint, by: Level) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+def _write(folder: Path, divided: Disjoint, by: Level, files: Sequence[Path]) -> None:
+    outputs.make_folder(folder)
+    objects: dict[str, dict[str, object]] = {}
+    for path in files:
+        objects = read_objects(path) | objects
     for name, records in divided.splits.items():
-        _replace(folder / f"{name}.json", _official(records))
+        rows = [objects[record.id] for record in records]
+        outputs.write(folder / f"{name}.json", json_.dumps(rows, ensure_ascii=False, indent=1) + "\n")
     told: Mapping[str, object] = {
         "by": by,
         "num_repeated": divided.num_repeated,
@@ -159,18 +170,4 @@ def _write(folder: Path, divided: Disjoint, by: Level) -> None:
         },
     }
     # Last: where it lies, all others do.
-    _replace(folder / "splits.json", json_.dumps(told, indent=2) + "\n")
-
-
-def _official(records: Sequence[FinQARecord]) -> str:
-    rows = [record.model_dump(mode="json") for record in records]
-    return json_.dumps(rows, ensure_ascii=False, indent=1) + "\n"
-
-
-def _replace(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    outputs.write(folder / "splits.json", json_.dumps(told, indent=2) + "\n")

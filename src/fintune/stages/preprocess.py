@@ -11,24 +11,27 @@ depends on a tokenizer, and is cut by ``fintune prepare``.
 
 from __future__ import annotations
 
+import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from fintune import outputs
 from fintune.errors import FintuneError, ResourceError
 from fintune.finqa.evidence import derive
 from fintune.finqa.program import tokenize
 from fintune.finqa.prompt import build_messages
 from fintune.options import PromptOptions
 from fintune.records import FinQARecord
-from fintune.sources.finqa_json import read_finqa
+from fintune.sources.finqa_json import WITHOUT_STRICT, read_finqa
 
 if TYPE_CHECKING:
     from datasets import Features
 
 RECORDS = "records.jsonl"
+_ARROW = re.compile(r"(?:data|cache)-[\w.-]+\.arrow")
 
 _Messages: TypeAlias = list[dict[str, str]]
 _Column: TypeAlias = str | Sequence[str] | Sequence[Sequence[str]] | _Messages | None
@@ -40,10 +43,12 @@ class Preprocessed:
 
     Attributes:
         num_records: Rows of the dataset.
+        dropped: Records that were left out, by reason.
         problems: One line for each record that was left out: file, row, id, why.
     """
 
     num_records: int
+    dropped: Mapping[str, int]
     problems: list[str]
 
 
@@ -58,16 +63,19 @@ def preprocess(source: Path, folder: Path, *, strict: bool = False, system: str 
 
     Raises:
         DataError: The file cannot be read, no record of it can be used, or, with ``strict``, one cannot.
-        FintuneError: Something else is at ``folder``.
+        FintuneError: Something else is at ``folder`` or in it, ``source`` is in it, or it cannot be written.
         ResourceError: The package datasets is missing.
     """
     if not _may_replace(folder):
         raise FintuneError(
-            f"{folder}: exists and is no dataset that this command wrote", hint="move it away or name another folder"
+            f"{folder}: exists and holds more than a dataset that this command wrote",
+            hint="move it away or name another folder",
         )
-    read = read_finqa(source, strict=strict)
+    if folder.resolve() in source.resolve().parents:
+        raise FintuneError(f"{source}: stands in the folder that would be replaced", hint="name another folder")
+    read = read_finqa(source, strict=strict, instead=WITHOUT_STRICT)
     message = PromptOptions().system if system is None else system
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    outputs.make_folder(folder.parent)
     # In a folder of its own beside the target, so that a stop half-way leaves what was there.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as work:
         made, old = Path(work) / "made", Path(work) / "old"
@@ -78,7 +86,7 @@ def preprocess(source: Path, folder: Path, *, strict: bool = False, system: str 
         if folder.exists():
             folder.rename(old)
         made.rename(folder)
-    return Preprocessed(len(read.records), read.problems)
+    return Preprocessed(len(read.records), dict(read.dropped.most_common()), read.problems)
 
 
 def row(record: FinQARecord, system: str) -> dict[str, _Column]:
@@ -154,4 +162,6 @@ def _may_replace(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     names = {path.name for path in folder.iterdir()}
-    return not names or {RECORDS, "dataset_info.json", "state.json"} <= names
+    own = {RECORDS, "dataset_info.json", "state.json"}
+    # A file that someone put beside is kept, and so is the folder; what `datasets` computed from ours is not theirs.
+    return not names or (own <= names and all(_ARROW.fullmatch(name) for name in names - own))

@@ -14,14 +14,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fintune.artifact import Facts, sha256_file, write_atomically
-from fintune.errors import DataError, FintuneError
+from fintune import outputs
+from fintune.artifact import Facts, sha256_file
+from fintune.errors import DataError
 from fintune.options import Config
 from fintune.records import FinQARecord
 from fintune.report.metrics import Score, ScoreFile, Verdict
 from fintune.report.metrics import score as score_predictions
 from fintune.report.score_page import ScorePage, render_score
-from fintune.sources.finqa_json import read_finqa
+from fintune.sources.finqa_json import WITHOUT_STRICT, read_finqa
 from fintune.sources.predictions import PredictedProgram, read_predictions
 
 
@@ -83,19 +84,18 @@ def score_files(
 
     Raises:
         DataError: A file cannot be read, nothing in it can be scored, or ``strict`` and a row is wrong.
-        FintuneError: ``csv``, ``json`` or ``html`` cannot be written.
+        FintuneError: ``csv``, ``json`` or ``html`` cannot be written, is one of the files that are read, or another of
+            these three.
     """
-    for target in (csv, json, html):
-        # Before the work, so that an hour's predictions are not scored for a typing error.
-        if target is not None and not target.parent.is_dir():
-            raise FintuneError(f"{target}: its folder does not exist", hint="create it or name another file")
-    read_gold = read_finqa(gold, strict=strict)
+    outputs.check((csv, json, html), read=(predictions, gold))
+    read_gold = read_finqa(gold, strict=strict, instead=WITHOUT_STRICT)
     found = read_predictions(predictions)
     usable, doubts, num_unknown = _known(predictions, found.predictions, read_gold.records)
     problems = [*found.problems, *doubts]
     problems.sort(key=lambda problem: problem.row or 0)
     if strict and problems:
-        more = f" ({len(problems) - 1} more rows like this)" if len(problems) > 1 else ""
+        num_more = len(problems) - 1
+        more = f"; {num_more} more row{'s' if num_more > 1 else ''} to mend" if num_more else ""
         problems[0].hint = f"mend the file, or score without --strict what can be scored{more}"
         raise problems[0]
     if not usable:
@@ -111,9 +111,9 @@ def score_files(
     lines = [*read_gold.problems, *map(str, problems), *_remarks(gold, figures, verdicts)]
     done = ScoreRun(figures, verdicts, lines, dict(num_unscored))
     if csv is not None:
-        _write(csv, csv_text(verdicts))
+        outputs.write(csv, csv_text(verdicts))
     if json is not None:
-        _write(json, json_text(done))
+        outputs.write(json, json_text(done))
     if html is not None:
         page = ScorePage(
             predictions.name,
@@ -126,7 +126,7 @@ def score_files(
             done.num_unscored,
             lines,
         )
-        _write(html, render_score(page))
+        outputs.write(html, render_score(page))
     return done
 
 
@@ -189,10 +189,3 @@ def _remarks(gold: Path, figures: Score, verdicts: Sequence[Verdict]) -> list[st
             f"on which the official script stops; counted as program-correct and execution-incorrect, first id {first}"
         )
     return lines
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        write_atomically(path, text)
-    except OSError as error:
-        raise FintuneError(f"{path}: cannot be written ({error.strerror or error})") from None

@@ -1,0 +1,77 @@
+"""Files that a user names to be written: checked before the work, written whole or not at all; and lists of remarks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from fintune.artifact import write_atomically
+from fintune.errors import FintuneError
+
+MAX_REMARKS = 20
+"""So many remarks are shown; the others are counted."""
+
+
+def check(targets: Iterable[Path | None], read: Iterable[Path]) -> None:
+    """Refuse places that cannot be meant, before an hour's work is lost to a typing error.
+
+    Args:
+        targets: Files to write; None where none is wanted.
+        read: Files that are read, none of which may be overwritten.
+
+    Raises:
+        FintuneError: A target is a folder, has none to stand in, is read as well, or is named twice.
+    """
+    sources = {path.resolve() for path in read}
+    seen: set[Path] = set()
+    for target in targets:
+        if target is None:
+            continue
+        place = target.resolve()
+        if target.is_dir():
+            raise FintuneError(f"{target}: a folder, and no file can be written there", hint="name a file in it")
+        if not target.parent.is_dir():
+            raise FintuneError(f"{target}: its folder does not exist", hint="create it or name another file")
+        if place in sources:
+            raise FintuneError(f"{target}: is read, and would be overwritten", hint="name another file to write")
+        if place in seen:
+            raise FintuneError(f"{target}: would be written twice", hint="give each file a name of its own")
+        seen.add(place)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file, replacing the one that was there when the new one is whole.
+
+    Raises:
+        FintuneError: It cannot be written.
+    """
+    try:
+        write_atomically(path, text)
+    except OSError as error:
+        path.with_name(f".{path.name}.tmp").unlink(missing_ok=True)
+        raise FintuneError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those that it stands in.
+
+    Raises:
+        FintuneError: It cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FintuneError(f"{folder}: cannot be made ({error.strerror or error})") from None
+
+
+def abridged(remarks: Sequence[str], where: str = "") -> list[str]:
+    """The first remarks, and how many more there are.
+
+    Args:
+        remarks: A line each.
+        where: Where all of them are, in words; nothing where nowhere.
+    """
+    num_more = len(remarks) - MAX_REMARKS
+    if num_more <= 1:
+        return list(remarks)
+    return [*remarks[:MAX_REMARKS], f"and {num_more} more remarks{where and f'; {where}'}"]
