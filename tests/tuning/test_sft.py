@@ -113,6 +113,26 @@ def test_the_head_over_trained_positions_gives_trls_loss_and_gradients(tiny_mode
     assert max(float((own[n] - trl[n]).abs().max()) for n in own) < 1e-3
 
 
+def test_weights_stored_in_the_compute_type_give_the_losses_of_weights_cast_in_every_step(
+    tiny_model, rows, tmp_path, monkeypatch
+):
+    cast_once = run(tiny_model, rows, tmp_path / "once", compute="bfloat16")
+    monkeypatch.setattr(sft, "store_frozen_weights", lambda _model, _dtype: 0)
+    cast_always = run(tiny_model, rows, tmp_path / "always", compute="bfloat16")
+    assert same(cast_once, cast_always)
+    assert history(tmp_path / "once") == history(tmp_path / "always")
+
+
+def test_only_adapted_lora_layers_change_their_type(tiny_model):
+    for kind, stored in (("lora", torch.bfloat16), ("dora", torch.float32)):
+        base = models.load_model(models.resolve(str(tiny_model)), dtype="float32", device="cpu")
+        model = adapter.attach(base, AdapterOptions(kind=kind, r=4, alpha=8))
+        assert adapter.store_frozen_weights(model, "bfloat16") == (14 if kind == "lora" else 0)
+        types = {name: weight.dtype for name, weight in model.named_parameters()}
+        assert {dtype for name, dtype in types.items() if "base_layer" in name} == {stored}
+        assert {dtype for name, dtype in types.items() if "base_layer" not in name} == {torch.float32}
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_bfloat16_trains_float32_adapters_close_to_float32(tiny_model, rows, tmp_path, kind):
     weights = run(tiny_model, rows, tmp_path / "bf16", dropout=0.0, dtype="bfloat16", kind=kind)

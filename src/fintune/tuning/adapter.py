@@ -56,6 +56,31 @@ def compute_in_base_type(model: nn.Module) -> None:
             module.cast_input_dtype_enabled = False
 
 
+def store_frozen_weights(model: PeftModel, dtype: str) -> int:
+    """Keep the weights of adapted linear layers in the type that autocast takes their products in.
+
+    The numbers are those that autocast would make of them in every step; they are made once. Embeddings, norms and a
+    tied head keep their type. DoRA's norms are taken from the weights, so its layers are left as they are.
+
+    Args:
+        model: From :func:`attach`, with float32 weights.
+        dtype: Name of the torch type.
+
+    Returns:
+        Number of weights that changed their type.
+    """
+    import torch
+    from peft.tuners.lora import Linear
+
+    num_stored = 0
+    for layer in model.modules():
+        if isinstance(layer, Linear) and not any(layer.use_dora.values()):
+            weight = layer.get_base_layer().weight
+            weight.data = weight.data.to(getattr(torch, dtype))
+            num_stored += 1
+    return num_stored
+
+
 def check_targets(model: nn.Module, targets: tuple[str, ...]) -> None:
     """Refuse a target that matches no linear layer.
 

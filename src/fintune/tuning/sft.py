@@ -15,7 +15,8 @@ from fintune.errors import FintuneError
 from fintune.options import TrainOptions
 from fintune.progress import bar
 from fintune.tuning import checkpoints, metrics
-from fintune.tuning.adapter import compute_in_base_type
+from fintune.tuning.adapter import compute_in_base_type, store_frozen_weights
+from fintune.tuning.attention import use_short_causal_attention
 from fintune.tuning.callbacks import make_callback
 from fintune.tuning.collate import CompletionCollator, num_steps, training_order
 from fintune.tuning.head import score_trained_positions
@@ -124,10 +125,13 @@ def _make_trainer(
         callbacks=callbacks,
     )
     trainer.create_model_card = lambda *_args, **_kwargs: None  # one a checkpoint, of which nobody reads any
-    if args.device.type == "cpu":
-        score_trained_positions(model.get_base_model())
     if args.bf16 or args.fp16:
         compute_in_base_type(model)
+    if args.device.type == "cpu":
+        score_trained_positions(model.get_base_model())
+        use_short_causal_attention(model.get_base_model())
+        if args.bf16:
+            store_frozen_weights(model, "bfloat16")
     return trainer
 
 
