@@ -8,6 +8,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from fintune.engines.llama_cpp import LlamaCppEngine
+from fintune.engines.prefixes import common
 from fintune.errors import ModelError
 from fintune.gguf.export import export
 from fintune.tokenizer_check import probe_strings
@@ -16,6 +17,12 @@ from tiny import patch_json
 
 PROMPTS = [
     f"<|im_start|>user\n{'the revenue ' * (i % 4)}in 20{i:02}<|im_end|>\n<|im_start|>assistant\n" for i in range(7)
+]
+
+PAGES = [
+    f"<|im_start|>user\n20{page:02} {'the revenue ' * (9 + page)}\n{'in the ' * question}{question}<|im_end|>\n"
+    for question in range(3)
+    for page in range(4)
 ]
 
 
@@ -58,9 +65,51 @@ def test_completions_come_in_the_order_of_the_prompts(engine):
 def test_batched_decoding_repeats_itself(gguf_file, name):
     def run():
         with LlamaCppEngine(gguf_file.with_name(name), context_tokens=256, parallel=2) as fresh:
-            return [(done.token_ids, done.margins) for done in fresh.generate(PROMPTS * 2, max_new_tokens=12)]
+            found = fresh.generate(PROMPTS * 2 + PAGES, max_new_tokens=12)
+            return [(done.token_ids, done.margins) for done in found]
 
     assert run() == run()
+
+
+@pytest.mark.parametrize("parallel", [1, 3])
+def test_a_page_is_computed_once_for_its_questions(gguf_file, monkeypatch, parallel):
+    with LlamaCppEngine(gguf_file, context_tokens=256, parallel=parallel) as fresh:
+        post, computed = fresh._post, []
+
+        def counting(connection, route, body):
+            answer = post(connection, route, body)
+            if route == "/completion":
+                computed.extend(
+                    each["timings"]["prompt_n"] for each in (answer if isinstance(answer, list) else [answer])
+                )
+            return answer
+
+        monkeypatch.setattr(fresh, "_post", counting)
+        completions = list(fresh.generate(PAGES, max_new_tokens=4))
+        rows = fresh.tokenise(PAGES)
+    counts = [completion.num_prompt_tokens for completion in completions]
+    assert counts == list(map(len, rows))
+    begun = [row for page in range(4) for row in rows[page::4][:1]]
+    own = [len(row) - common(row, first) for page, first in enumerate(begun) for row in rows[page::4]]
+    assert sum(computed) <= sum(map(len, begun)) + sum(own) + len(rows)
+    assert sum(computed) < 0.6 * sum(counts)
+
+
+def test_what_a_slot_holds_moves_nothing_but_near_ties(gguf_file, engine):
+    together = list(engine.generate(PAGES, max_new_tokens=12))
+    for prompt, found in zip(PAGES, together, strict=True):
+        with LlamaCppEngine(gguf_file, context_tokens=256, parallel=1) as fresh:
+            (alone,) = fresh.generate([prompt], max_new_tokens=12)
+        num_same = common([*found.token_ids], [*alone.token_ids])
+        assert found.margins[:num_same] == pytest.approx(alone.margins[:num_same], abs=0.01)
+        if num_same < 12:
+            assert max(found.margins[num_same], alone.margins[num_same]) < 0.01
+
+
+def test_the_same_prompt_twice_is_answered_twice(engine):
+    first, second, third = engine.generate([PAGES[0]] * 3, max_new_tokens=8)
+    assert first.token_ids == second.token_ids == third.token_ids
+    assert first.num_prompt_tokens == third.num_prompt_tokens
 
 
 def test_every_token_has_a_margin_and_the_shares_of_time_are_positive(engine):

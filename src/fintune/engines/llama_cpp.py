@@ -5,6 +5,10 @@ would change results: sampling defaults that a GGUF file may carry, and the BOS 
 is why prompts are tokenised first (through the server's own ``/tokenize``, which only listens on loopback, behind a
 random key) and given as token ids. Its OpenAI-style answers leave out tokens that end within a UTF-8 character, so the
 server's own ``/completion`` is asked; for such a token the margin is not known and given as 0.
+
+Questions on a page share the page: they follow each other in one slot, which keeps the tokens that the next prompt
+begins with and computes only the others. The slot is found by similarity; one request can name one slot only, and
+several requests would start as they happen to arrive.
 """
 
 from __future__ import annotations
@@ -22,7 +26,9 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
+from fintune.engines.prefixes import families
 from fintune.engines.protocol import Completion
+from fintune.engines.waves import waves
 from fintune.errors import ModelError, ResourceError
 
 # Greedy, whatever `general.sampling.*` of the file says.
@@ -34,11 +40,16 @@ _GREEDY = {
     "frequency_penalty": 0.0,
     "n_probs": 2,
     "return_tokens": True,
-    "cache_prompt": False,
+    "cache_prompt": True,
+    # Only what a prompt begins with is reused, never a piece from elsewhere that is moved to another position.
+    "n_cache_reuse": 0,
 }
-# Prompts of one request are taken up together, so that the batches do not depend on when a request arrives: the
-# rounding of quantised weights does depend on the batches. More of them would delay the first answer.
-_PROMPTS_PER_SLOT = 4
+# Prompts of one request are taken up together, and the next request follows when all are answered, so that the batches
+# do not depend on when a request arrives: the rounding does depend on the batches.
+_WINDOW_PER_SLOT = 16
+"""Families are looked for among so many prompts for each slot; results come in the order asked."""
+_SIMILARITY = 0.4
+"""Share of a prompt that a slot must hold to be taken for it; members of a family share at least half."""
 
 
 class LlamaCppEngine:
@@ -49,7 +60,7 @@ class LlamaCppEngine:
         context_tokens: Longest prompt with its completion, in tokens; each slot has a cache of this length.
         threads: Threads of the arithmetic.
         parallel: Prompts in flight. The same prompts give the same completions from a fresh engine; at another width,
-            and for quantised files beside other prompts, rounding differs and near-ties may fall otherwise.
+            or beside and behind other prompts, rounding differs and near-ties may fall otherwise.
 
     Raises:
         ModelError: The path is a folder, missing, no GGUF file, or one that llama.cpp cannot load.
@@ -80,12 +91,11 @@ class LlamaCppEngine:
         # Slots of a fixed length of their own: one prompt's length then never touches another's.
         params.n_ctx = self.context_tokens * self._parallel
         params.kv_unified = False
-        # A free slot is taken by its age, not by what it computed last.
-        params.slot_prompt_similarity = 0.0
+        params.slot_prompt_similarity = _SIMILARITY
         # Both sets: prompts and single tokens are computed by different pools.
         params.cpuparams.n_threads = threads
         params.cpuparams_batch.n_threads = threads
-        params.cache_prompt = False
+        params.n_cache_reuse = 0
         params.cache_ram_mib = 0
         params.cache_idle_slots = False
         params.fit_params = False
@@ -145,18 +155,29 @@ class LlamaCppEngine:
         return self._run(rows, max_new_tokens)
 
     def _run(self, rows: Sequence[list[int]], max_new_tokens: int) -> Iterator[Completion]:
-        size = self._parallel * _PROMPTS_PER_SLOT
+        size = self._parallel * _WINDOW_PER_SLOT
         with closing(self._connect()) as connection:
             for start in range(0, len(rows), size):
-                group = rows[start : start + size]
-                started = time.monotonic()
-                body = {"prompt": group, "n_predict": max_new_tokens, **_GREEDY}
-                answer = self._post(connection, "/completion", body)
-                # One prompt is answered by an object, several by a list in their order.
-                answers = answer if isinstance(answer, list) else [answer]
-                seconds = (time.monotonic() - started) / len(group)
-                for row, each in zip(group, answers, strict=True):
-                    yield _completion(each, seconds, len(row))
+                window = rows[start : start + size]
+                done: dict[int, Completion] = {}
+                num_given = 0
+                for places in waves(sorted(families(window), key=min), self._parallel):
+                    found = self._complete(connection, [window[place] for place in places], max_new_tokens)
+                    done.update(zip(places, found, strict=True))
+                    while num_given in done:
+                        yield done[num_given]
+                        num_given += 1
+
+    def _complete(
+        self, connection: http.client.HTTPConnection, rows: Sequence[list[int]], max_new_tokens: int
+    ) -> list[Completion]:
+        """Answers of one request."""
+        started = time.monotonic()
+        answer = self._post(connection, "/completion", {"prompt": rows, "n_predict": max_new_tokens, **_GREEDY})
+        # One prompt is answered by an object, several by a list in their order.
+        answers = answer if isinstance(answer, list) else [answer]
+        seconds = (time.monotonic() - started) / len(rows)
+        return [_completion(each, seconds, len(row)) for row, each in zip(rows, answers, strict=True)]
 
     def close(self) -> None:
         """Stop the server and free the weights."""
