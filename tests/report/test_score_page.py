@@ -4,6 +4,7 @@ import gzip
 import json
 from collections import Counter
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -30,6 +31,12 @@ PREDICTED = [
     tokenize(NASTY),
     ["add(", "1", "2", ")"],
 ]
+
+
+def record(*, table, post_text, program, gold_inds):
+    base = RECORDS[0]
+    qa = base.qa.model_copy(update={"program": program, "gold_inds": gold_inds, "exe_ans": 20.0})
+    return base.model_copy(update={"pre_text": (), "table": table, "post_text": post_text, "qa": qa})
 
 
 def page(programs: list[list[str]] = PREDICTED, items: list[FinQARecord] = RECORDS, **more) -> ScorePage:
@@ -72,9 +79,9 @@ def test_tolerant_views_stand_under_their_own_names(parsed):
 def test_the_page_is_one_file_with_unique_ids_and_links_that_lead_somewhere(html, parsed):
     ids = [attrs["id"] for _, attrs in parsed.tags if attrs.get("id")]
     assert len(ids) == len(set(ids))
-    links = [attrs["href"][1:] for tag, attrs in parsed.tags if tag == "a"]
-    questions = {f"example:{item.id}" for item in RECORDS}
-    assert set(links) <= set(ids) | questions
+    links = [unquote(attrs["href"][1:]) for tag, attrs in parsed.tags if tag == "a"]
+    answers = [each["m"][0] for each in json.loads(parsed.blocks["example-index"])["examples"]]
+    assert set(links) <= set(ids) | {f"error:{each['e']}" for each in answers if "e" in each}
     assert all(attrs[name].startswith("#") for _, attrs in parsed.tags for name in ("src", "href") if name in attrs)
     assert "url(http" not in html
 
@@ -108,7 +115,11 @@ def test_all_right_leaves_the_errors_out():
         ("subtract(100, 130), divide(#0, 100)", "other sign"),
         ("subtract(130, 100), divide(#0, const_1)", "100 times off"),
         ("divide(301, 1000)", "within 1 %"),
-        ("add(1, 2)", "another result"),
+        ("subtract(100, 130), divide(#0, 130)", "right numbers, other steps"),
+        ("divide(-130, 100), multiply(#0, const_7)", "right numbers, other steps"),
+        ("divide(130, 99)", "some other numbers"),
+        ("add(1, 2)", "other numbers"),
+        ("table_max(revenue, none)", "other numbers"),
         ("average(1, 2)", "unknown operation"),
         ("add(1,2)", "broken form"),
         ("add(x, 2)", "operand is no number"),
@@ -145,7 +156,37 @@ def test_in_a_browser_gold_and_prediction_stand_beside_each_other_step_by_step(h
     assert '<span class="differs">add</span>(152, 114)' in shown
     assert '<td class="mono num">38</td>' in shown
     assert '<td class="mono num">266</td>' in shown
-    assert 'class="used"' in shown
+    assert 'class="used read"' in shown
+    assert "revenue · " in shown
+
+
+@needs_chromium
+def test_in_a_browser_a_number_from_the_wrong_cell_or_from_nowhere_is_told_from_golds(tmp_path):
+    item = record(
+        table=(("", "2010", "2009"), ("revenue", "50", "40"), ("costs", "30", "20")),
+        post_text=("taxes were 7 .",),
+        program="subtract(50, 30)",
+        gold_inds={"table_1": "", "table_2": ""},
+    )
+    file = tmp_path / "page.html"
+    file.write_text(render_score(page([tokenize("subtract(50, 20), add(#0, 7), add(#1, 99)")], [item])), "utf-8")
+    shown = opened(file, f"example:{item.id}", tmp_path / "profile")
+    assert '<td class="used read" title="read by both">50</td>' in shown
+    assert '<td class="used" title="read by the gold program">30</td>' in shown
+    assert '<td class="read" title="read by the prediction">20</td>' in shown
+    assert ">50: revenue · 2010<" in shown
+    assert ">20: costs · 2009<" in shown
+    assert "text_0, read by the prediction alone" in shown
+    assert '<mark class="read">7</mark>' in shown
+    assert '99: <b class="odd">nowhere on the page</b>' in shown
+    assert "wrong: some other numbers" in shown
+
+
+@needs_chromium
+def test_in_a_browser_the_examples_of_a_kind_of_error_are_listed(html, tmp_path):
+    (tmp_path / "page.html").write_text(html, encoding="utf-8")
+    shown = opened(tmp_path / "page.html", "error:no%20complete%20step", tmp_path / "profile")
+    assert "1 of 6 examples" in shown
 
 
 @needs_chromium

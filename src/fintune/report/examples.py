@@ -12,10 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fintune.finqa.execute import Run, Value, run
+from fintune.finqa.execute import Value
 from fintune.finqa.parse import ParseError, parse
 from fintune.finqa.program import Number, RowName, tokenize
+from fintune.finqa.trace import Trace, trace
 from fintune.records import FinQARecord, Prediction
+from fintune.report.operands import Used, shown_operands, words_of
 from fintune.report.verdict import OUTCOMES, Judged
 
 MAX_TEXT_CHARACTERS = 600
@@ -34,6 +36,7 @@ class Answer:
         judged: The verdict, or None where it was not scored.
         text: What the model wrote, where that is not just its program.
         cut_off: Whether it reached the token limit.
+        error: The kind of its error, where that is known.
     """
 
     tokens: Sequence[str]
@@ -41,6 +44,7 @@ class Answer:
     judged: Judged | None = None
     text: str = ""
     cut_off: bool = False
+    error: str = ""
 
     @classmethod
     def of(cls, prediction: Prediction, judged: Judged | None) -> Answer:
@@ -48,24 +52,6 @@ class Answer:
         program = prediction.program
         text = "" if prediction.text.strip() == program else prediction.text
         return cls(tokenize(program), program, judged, text, prediction.finish_reason == "length")
-
-
-@dataclass(frozen=True)
-class Used:
-    """The parts of a page that a program uses.
-
-    Attributes:
-        rows: Indices of the table rows that are evidence (``table_k``).
-        cells: (row, column) of the cells whose number is an operand, or that a table operation reads.
-        sentences: Indices of the sentences that are evidence (``text_k``), each with the indices of its words (split
-            at spaces) that are operands.
-        derived: Whether ``gold_inds`` was missing, so that the parts were found from the operands alone.
-    """
-
-    rows: tuple[int, ...]
-    cells: tuple[tuple[int, int], ...]
-    sentences: Mapping[int, tuple[int, ...]]
-    derived: bool
 
 
 def used_parts(record: FinQARecord) -> Used:
@@ -92,10 +78,10 @@ def used_parts(record: FinQARecord) -> Used:
     missing = numbers - {number for row, column in cells for number in _numbers(record.table[row][column])}
     if evidence is None:
         rows = sorted({row for row, _ in cells})
-        hits = {index: _words(sentence, missing) for index, sentence in enumerate(sentences)}
+        hits = {index: words_of(sentence, missing) for index, sentence in enumerate(sentences)}
         marks = {index: words for index, words in hits.items() if words}
     else:
-        marks = {index: _words(sentences[index], numbers) for index in text}
+        marks = {index: words_of(sentences[index], numbers) for index in text}
         # Where a page's first row was taken for a header, operands stand in it, and gold_inds name the row below.
         missing -= {_number(sentences[index].split(" ")[word]) for index, words in marks.items() for word in words}
         header = record.table[0] if rows and 0 not in rows else ()
@@ -123,13 +109,15 @@ def browser_blocks(
     for record in records:
         page = script_json({"n": len(record.pre_text), "s": [*record.pre_text, *record.post_text], "t": record.table})
         used = used_parts(record)
+        gold = _traced(record, tokenize(record.qa.program))
         examples.append(
             {
                 "id": record.id,
                 "q": record.qa.question,
                 "p": record.qa.program,
                 "v": record.qa.exe_ans,
-                "s": step_values(run(tokenize(record.qa.program), record.table)),
+                "s": step_values(gold),
+                "o": shown_operands(gold, record, used),
                 "a": record.qa.answer or "",
                 "page": pages.setdefault(page, len(pages)),
                 "rows": used.rows,
@@ -137,7 +125,7 @@ def browser_blocks(
                 "text": {str(index): words for index, words in used.sentences.items()},
                 "derived": used.derived,
                 "cut": num_cut.get(record.id, 0),
-                "m": [_answer(record, by_id.get(record.id)) for by_id in answers.values()],
+                "m": [_answer(record, by_id.get(record.id), used) for by_id in answers.values()],
             }
         )
     return script_json({"kinds": list(answers), "examples": examples}), "\n".join(pages)
@@ -151,7 +139,7 @@ def script_json(value: Any) -> str:
     return text
 
 
-def step_values(ran: Run) -> list[str]:
+def step_values(ran: Trace) -> list[str]:
     """The value of each step for people, "failed" for one that has none."""
     return ["failed" if step.value is None else _shown(step.value) for step in ran.steps]
 
@@ -162,17 +150,23 @@ def _shown(value: Value) -> str:
     return str(value)
 
 
-def _answer(record: FinQARecord, answer: Answer | None) -> dict[str, Any] | None:
+def _traced(record: FinQARecord, tokens: Sequence[str]) -> Trace:
+    return trace(tokens, record.table, (*record.pre_text, *record.post_text))
+
+
+def _answer(record: FinQARecord, answer: Answer | None, gold: Used) -> dict[str, Any] | None:
     if answer is None:
         return None
-    ran = run(answer.tokens, record.table)
-    shown: dict[str, Any] = {"p": answer.program, "s": step_values(ran)}
+    ran = _traced(record, answer.tokens)
+    shown: dict[str, Any] = {"p": answer.program, "s": step_values(ran), "o": shown_operands(ran, record, gold)}
     if ran.reason is not None:
         shown["why"] = ran.reason
     if answer.text:
         shown["t"] = answer.text[:MAX_TEXT_CHARACTERS]
     if answer.cut_off:
         shown["cut"] = 1
+    if answer.error:
+        shown["e"] = answer.error
     if answer.judged is not None:
         shown |= {"c": OUTCOMES.index(answer.judged.outcome), "r": str(answer.judged.result)}
     return shown
@@ -208,11 +202,3 @@ def _numbers(text: str) -> set[float]:
 def _number(text: str) -> float | None:
     """The number of an operand or word, without its sign; None where there is none."""
     return next(iter(_numbers(text)), None)
-
-
-def _words(sentence: str, numbers: set[float]) -> tuple[int, ...]:
-    return tuple(
-        index
-        for index, word in enumerate(sentence.split(" "))
-        if _NUMBER.fullmatch(word.strip("$%().;:")) and _number(word) in numbers
-    )

@@ -83,9 +83,10 @@ def dot_plot(name: str, title: str, rows: Sequence[Dot], axis: str) -> str:
             axes.annotate(
                 f"{100 * row.value:.1f} %",
                 (100 * row.value, place),
-                xytext=(0, 8),
+                # Centred over the dot, but not over the row's name.
+                xytext=(0 if row.value > 0.04 else -5, 8),
                 textcoords="offset points",
-                ha="center",
+                ha="center" if row.value > 0.04 else "left",
                 color=_INK,
                 fontweight="bold",
             )

@@ -62,7 +62,8 @@ def render_score(page: ScorePage) -> str:
     answers: dict[str, Answer] = {}
     for verdict, tokens in zip(page.verdicts, page.tokens, strict=True):
         # Of several predictions for an id the first is shown, as it is the one that counts over the whole file.
-        answers.setdefault(verdict.id, Answer(tokens, verdict.program, verdict))
+        error = "" if verdict.exe_correct else errors.kind(verdict)
+        answers.setdefault(verdict.id, Answer(tokens, verdict.program, verdict, error=error))
     records = [record for record in page.records if record.id in answers]
     index, pages = browser_blocks(records, {PREDICTED: answers}, {})
     outcomes = {verdict.outcome for verdict in page.verdicts}
