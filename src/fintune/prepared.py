@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from fintune.chat import template_hash
 from fintune.config import effective
@@ -25,6 +25,7 @@ from fintune.errors import ArtifactError
 from fintune.examples import EncodedRecord, EncodedSplit
 from fintune.finqa.distribution import FINQA_TEST, distribution
 from fintune.finqa.identity import group_of
+from fintune.finqa.page import clean_record
 from fintune.options import Config
 from fintune.records import FinQARecord, Record
 from fintune.sources.splits import Split
@@ -87,6 +88,7 @@ class SplitReport(Record):
         num_cut_examples: Examples whose page was cut.
         num_cut_units: Sentences and rows that were cut.
         num_units: Sentences and rows of all pages.
+        cleaned: Changes of their texts by rule of `fintune.finqa.cleaning_rules`, the frequent first.
         prompt_tokens: Template included.
         completion_tokens: End-of-turn token included.
         num_rows: Rows of the tokens; fewer than examples where questions of a page share one (data.group_questions).
@@ -103,6 +105,7 @@ class SplitReport(Record):
     num_cut_examples: int
     num_cut_units: int
     num_units: int
+    cleaned: dict[str, int] = Field(default_factory=dict)
     prompt_tokens: Lengths
     completion_tokens: Lengths
     num_rows: int
@@ -227,6 +230,7 @@ def _split_report(source: Split, split: EncodedSplit, rows: Sequence[Sequenced])
         num_cut_examples=sum(each.example.num_cut > 0 for each in examples),
         num_cut_units=sum(each.example.num_cut for each in examples),
         num_units=sum(each.num_units for each in examples),
+        cleaned=_cleaned(examples),
         prompt_tokens=lengths([each.num_prompt_tokens for each in examples]),
         completion_tokens=lengths([sum(each.completion_mask) for each in examples]),
         num_rows=len(rows),
@@ -235,6 +239,11 @@ def _split_report(source: Split, split: EncodedSplit, rows: Sequence[Sequenced])
         steps=dict(shares.steps),
         operations=dict(shares.operations),
     )
+
+
+def _cleaned(examples: Sequence[EncodedRecord]) -> dict[str, int]:
+    edits = (edit for each in examples for text in clean_record(each.record)[1] for edit in text)
+    return dict(Counter(edit.rule for edit in edits).most_common())
 
 
 def _evidence(examples: Sequence[EncodedRecord]) -> Evidence:

@@ -7,11 +7,12 @@ from itertools import islice
 
 import pytest
 
+from fintune.finqa.distribution import distribution
 from fintune.finqa.execute import execute
 from fintune.finqa.page import page_units
 from fintune.finqa.program import tokenize
 from fintune.records import FinQARecord
-from fintune.sources.statements import company_of, distribution, generate, split_by_company
+from fintune.sources.statements import company_of, generate, split_by_company
 
 SIZES = ("small", "full")
 
@@ -118,20 +119,21 @@ def test_text_is_written_as_finqa_writes_it(size):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_the_mixture_is_near_that_of_finqa(size):
-    counts = distribution(records(size))
-    share = {key: value / counts.num_records for key, value in counts.steps.items()}
-    assert 0.50 < share["1"] < 0.66
-    assert 0.28 < share["2"] < 0.42
-    assert 0.02 < share["3"] < 0.09
-    assert 0.005 < share[">=4"] < 0.05
-    evidence = {key: value / counts.num_records for key, value in counts.evidence.items()}
-    assert 0.5 < evidence["table"] < 0.7
-    assert 0.17 < evidence["text"] < 0.33
-    assert 0.09 < evidence["both"] < 0.22
-    used = counts.operations
+    shares = distribution(record.qa.program for record in records(size))
+    assert 0.50 < shares.steps["1"] < 0.66
+    assert 0.28 < shares.steps["2"] < 0.42
+    assert 0.02 < shares.steps["3"] < 0.09
+    assert 0.005 < shares.steps["4+"] < 0.05
+    kinds = [frozenset(key.partition("_")[0] for key in record.qa.gold_inds or ()) for record in records(size)]
+    evidence = {kind: number / len(kinds) for kind, number in Counter(kinds).items()}
+    assert 0.5 < evidence[frozenset({"table"})] < 0.7
+    assert 0.17 < evidence[frozenset({"text"})] < 0.33
+    assert 0.09 < evidence[frozenset({"table", "text"})] < 0.22
+    used = shares.operations
     assert used["divide"] > used["subtract"] > used["add"] > used["multiply"] > used["greater"] > 0
     assert all(used[f"table_{name}"] for name in ("average", "max", "min", "sum"))
-    assert 0.003 < counts.answers["yes/no"] / counts.num_records < 0.05
+    num_words = sum(isinstance(record.qa.exe_ans, str) for record in records(size))
+    assert 0.003 < num_words / len(records(size)) < 0.05
 
 
 @pytest.mark.parametrize("size", SIZES)

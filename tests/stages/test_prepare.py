@@ -83,6 +83,7 @@ def test_the_report_counts_drops_cuts_evidence_and_shared_pages(config: Config, 
     assert any("row 5, id A/2009/page_9.pdf-1" in problem for problem in report.train.problems)
     assert report.train.num_cut_examples == 4
     assert report.train.num_units == 4 * 33
+    assert report.train.cleaned == {"currency": 4}
     assert report.train.evidence.num_units == 8
     assert 4 <= report.train.evidence.num_kept <= 8
     assert report.num_shared_pages == 1
@@ -144,3 +145,6 @@ def test_real_records_are_prepared_with_their_evidence(config: Config, tmp_path:
     assert (report.train.num_examples, report.eval.num_examples) == (20, 20)
     assert report.num_shared_pages == 0
     assert report.eval.evidence.num_kept / report.eval.evidence.num_units > 0.9
+    counts = list(report.train.cleaned.values())
+    assert counts == sorted(counts, reverse=True)
+    assert {"percentage", "negative", "apostrophe", "lone stop"} <= set(report.train.cleaned)

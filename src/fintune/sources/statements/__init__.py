@@ -6,8 +6,7 @@ of the kinds that FinQA asks. Licence: the package's own; nothing is taken from 
 
 from __future__ import annotations
 
-from fintune.sources.statements.distribution import Distribution, distribution
 from fintune.sources.statements.generate import company_records, generate
 from fintune.sources.statements.split import company_of, split_by_company
 
-__all__ = ["Distribution", "company_of", "company_records", "distribution", "generate", "split_by_company"]
+__all__ = ["company_of", "company_records", "generate", "split_by_company"]
