@@ -14,10 +14,10 @@ sympy is given expressions of its own symbols and never a text, so that nothing 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from fintune.errors import DataError
 from fintune.finqa.constants import ARITHMETIC_OPERATIONS
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from sympy import Basic
 
 
-@dataclass(frozen=True)
-class _RawStep:
+class _RawStep(NamedTuple):
     key: str
     operation: str
     arguments: tuple[str, str]
@@ -39,10 +38,14 @@ class _RawStep:
         return "table" in self.operation
 
 
-@dataclass(frozen=True)
-class _Gold:
+class _Gold(NamedTuple):
     body: tuple[str, ...]
+    steps: list[_RawStep]
     symbols: dict[str, int]
+
+
+@dataclass(frozen=True)
+class _Meaning:
     graph: Graph
     root: int
     equals_itself: bool
@@ -63,25 +66,27 @@ def equal_program(gold_tokens: Sequence[str], pred_tokens: Sequence[str]) -> boo
     Raises:
         DataError: The gold program is none, so that the official script itself fails on it.
     """
-    gold = _gold(tuple(gold_tokens))
+    tokens = tuple(gold_tokens)
+    gold = _gold(tokens)
     body = pred_tokens[:-1]
-    if gold.equals_itself and tuple(body) == gold.body:
+    if tuple(body) == gold.body and _meaning(tokens).equals_itself:
         return True
     try:
         steps = _checked(body, gold.symbols)
     except _NotComparableError:
         return False
-    if gold.failure:
-        raise _gold_error(gold_tokens, gold.failure)
-    graph = gold.graph.copy()
+    meaning = _meaning(tokens)
+    if meaning.failure:
+        raise _gold_error(gold_tokens, meaning.failure)
+    graph = meaning.graph.copy()
     try:
         root = _build(graph, steps, gold.symbols)
     except _NotComparableError:
         return False
-    return root == gold.root or (not differ(graph, gold.root, root) and _sympy_agrees(gold, graph, root))
+    return root == meaning.root or (not differ(graph, meaning.root, root) and _sympy_agrees(meaning, graph, root))
 
 
-def _sympy_agrees(gold: _Gold, graph: Graph, root: int) -> bool:
+def _sympy_agrees(gold: _Meaning, graph: Graph, root: int) -> bool:
     try:
         simplified = _simplify(tuple(graph.nodes[: root + 1]), root)
     except Exception:
@@ -97,19 +102,24 @@ def _gold(tokens: tuple[str, ...]) -> _Gold:
         steps = _read(body)
     except _NotComparableError as error:
         raise _gold_error(tokens, str(error)) from None
-    symbols = _symbols(steps)
+    return _Gold(body, steps, _symbols(steps))
+
+
+@lru_cache(maxsize=8192)
+def _meaning(tokens: tuple[str, ...]) -> _Meaning:
+    gold = _gold(tokens)
     graph = Graph()
     try:
-        root = _build(graph, steps, symbols)
+        root = _build(graph, gold.steps, gold.symbols)
     except _NotComparableError as error:
         # The official script fails on this one, too, but not before it has refused predictions with other literals.
-        return _Gold(body, symbols, graph, -1, equals_itself=False, failure=str(error))
+        return _Meaning(graph, -1, equals_itself=False, failure=str(error))
     try:
-        _checked(body, symbols)
-        equals_itself = True
+        _check_steps(gold.steps, gold.symbols)
+        equals_itself = structure_error(gold.body) is None
     except _NotComparableError:
         equals_itself = False
-    return _Gold(body, symbols, graph, root, equals_itself)
+    return _Meaning(graph, root, equals_itself)
 
 
 def _gold_error(tokens: Sequence[str], reason: str) -> DataError:
@@ -140,10 +150,16 @@ def _symbols(steps: Sequence[_RawStep]) -> dict[str, int]:
 
 
 def _checked(body: Sequence[str], symbols: dict[str, int]) -> list[_RawStep]:
-    """The official test of a prediction: structure, only the gold program's literals, references to earlier steps."""
+    """The steps of a prediction that passes the official test."""
     if broken := structure_error(body):
         raise _NotComparableError(broken)
     steps = _read(body)
+    _check_steps(steps, symbols)
+    return steps
+
+
+def _check_steps(steps: Sequence[_RawStep], symbols: Mapping[str, int]) -> None:
+    """The official test: only the gold program's literals, references to earlier steps."""
     for index, step in enumerate(steps):
         if step.reads_table:
             if step.key not in symbols:
@@ -155,7 +171,6 @@ def _checked(body: Sequence[str], symbols: dict[str, int]) -> list[_RawStep]:
                     raise _NotComparableError(f"{name!r} is no earlier step")
             elif name not in symbols:
                 raise _NotComparableError(f"{name!r} is not in the gold program")
-    return steps
 
 
 def _reference(text: str) -> int:

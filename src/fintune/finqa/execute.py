@@ -8,8 +8,7 @@ name the last counts, the result alone is rounded. `execute` gives the verdict, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from fintune.finqa.constants import ARITHMETIC_OPERATIONS
 from fintune.finqa.official import cell_number, split_step, split_steps, str_to_num, structure_error
@@ -20,8 +19,7 @@ Table: TypeAlias = Sequence[Sequence[str]]
 NO_RESULT = "n/a"
 
 
-@dataclass(frozen=True)
-class Execution:
+class Execution(NamedTuple):
     """The official verdict on one program.
 
     Attributes:
@@ -36,8 +34,7 @@ class Execution:
     unrounded: float | None = None
 
 
-@dataclass(frozen=True)
-class OperandRun:
+class OperandRun(NamedTuple):
     """One argument as the run saw it.
 
     Attributes:
@@ -53,8 +50,7 @@ class OperandRun:
     row: int | None = None
 
 
-@dataclass(frozen=True)
-class StepRun:
+class StepRun(NamedTuple):
     """One step as the run saw it.
 
     Attributes:
@@ -70,8 +66,7 @@ class StepRun:
     reason: str | None = None
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """A program's execution with every step that was reached.
 
     Attributes:

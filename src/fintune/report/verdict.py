@@ -107,9 +107,9 @@ def judge(record: FinQARecord, tokens: Sequence[str]) -> tuple[Verdict, bool]:
         equality_raised=program_correct and execution.result != exe_ans,
         outcome=_outcome(execution, exe_correct, program_correct),
         reason=ran.reason,
-        sign_insensitive=exe_correct or _near(execution, exe_ans, lambda value, gold: abs(value) == abs(gold)),
+        sign_insensitive=exe_correct or _near(execution, exe_ans, _is_opposite),
         scale_100=exe_correct or _near(execution, exe_ans, _is_scaled),
-        within_1_percent=exe_correct or _near(execution, exe_ans, lambda value, gold: _close(value, gold, 0.01)),
+        within_1_percent=exe_correct or _near(execution, exe_ans, _is_near),
         answer_agreement=agrees_with_answer(execution, record.qa.answer),
         program=untokenize(tokens),
         gold_program=record.qa.program,
@@ -150,6 +150,14 @@ def _near(execution: Execution, exe_ans: float | str, test: Callable[[float, flo
     if execution.invalid or execution.unrounded is None or isinstance(exe_ans, str):
         return False
     return test(execution.unrounded, exe_ans) or test(round(execution.unrounded, 5), exe_ans)
+
+
+def _is_opposite(value: float, gold: float) -> bool:
+    return abs(value) == abs(gold)
+
+
+def _is_near(value: float, gold: float) -> bool:
+    return _close(value, gold, 0.01)
 
 
 def _is_scaled(value: float, gold: float) -> bool:
