@@ -8,6 +8,7 @@ from fintune.engines.prefixes import Cut
 from fintune.engines.transformers_engine import TransformersEngine
 from fintune.errors import ModelError
 from fintune.records import Message
+from fintune.tuning.quiet import quiet_libraries
 
 torch = pytest.importorskip("torch")
 
@@ -134,3 +135,19 @@ def test_a_model_that_forgets_tokens_computes_prompts_whole(tokenizer, prompts):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         logits = sliding(torch.tensor([ids + list(each.token_ids)])).logits[0, len(ids) - 1 : -1]
         assert logits.argmax(-1).tolist() == list(each.token_ids)
+
+
+def test_an_adapter_shares_beginnings_too(tiny_model, tokenizer, monkeypatch):
+    from peft import LoraConfig, get_peft_model
+
+    base = models.load_model(models.resolve(str(tiny_model)), dtype="float32", device="cpu")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+        with quiet_libraries():
+            adapted = get_peft_model(base, lora).eval()
+    prompts = [chat.render(tokenizer, [Message(role="user", content=text)]) for text in SETS["pages of questions"]]
+    shared = list(TransformersEngine(adapted, tokenizer, 8).generate(prompts, max_new_tokens=8))
+    monkeypatch.setattr(transformers_engine, "cut", _unshared)
+    alone = list(TransformersEngine(adapted, tokenizer, 8).generate(prompts, max_new_tokens=8))
+    assert [each.token_ids for each in shared] == [each.token_ids for each in alone]
