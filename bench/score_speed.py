@@ -1,6 +1,9 @@
 """How long scoring takes: fintune against FinQA's official way, on one machine in one run.
 
-    python bench/score_speed.py --finqa ../shared/finqa --out bench/results/score_speed.json
+    python bench/score_speed.py --finqa ../shared/finqa --out bench/results/score_speed.json [--script evaluate.py]
+
+The official way is `bench/official_way.py`, written for this repository. With ``--script`` the functions of FinQA's own
+script (github.com/czyssrs/FinQA, code/evaluate/evaluate.py), which is not part of it, are timed and compared as well.
 
 Two sets of predictions on FinQA's 883 dev questions: every gold program as its own prediction, and the programs that
 real models wrote (the rows of `evaluator_vectors_dev.jsonl.gz` of kind "model output"). Both ways start from records
@@ -13,17 +16,20 @@ beside the wall time, since they hold on a busy machine, too; both ways use one 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
+import importlib.util
+import io
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 SETS = {"gold as predictions": "gold", "model output": "model output"}
-WAYS = ("fintune", "official")
 
 
 def main() -> None:
@@ -32,12 +38,13 @@ def main() -> None:
     parser.add_argument("--finqa", type=Path, required=True, help="folder of dev.json.gz and the evaluator vectors")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--repeats", type=int, default=5, help="runs of fintune, of which the median counts")
+    parser.add_argument("--script", type=Path, help="FinQA's own evaluate.py, to be timed as well")
     parser.add_argument("--one", nargs=2, metavar=("SET", "WAY"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
-        json.dump(measure(given.finqa, *given.one), sys.stdout)
+        json.dump(measure(given.finqa, *given.one, given.script), sys.stdout)
         return
-    result = compare(given.finqa, given.repeats)
+    result = compare(given.finqa, given.repeats, given.script)
     text = json.dumps(result, indent=2) + "\n"
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
@@ -45,8 +52,8 @@ def main() -> None:
     print(text, end="")
 
 
-def compare(finqa: Path, repeats: int) -> dict[str, Any]:
-    """Both ways on both sets; the official way runs once, between the runs of fintune."""
+def compare(finqa: Path, repeats: int, script: Path | None) -> dict[str, Any]:
+    """All ways on both sets; the official ones run once, between the runs of fintune."""
     from importlib.metadata import version
 
     from fintune.machine import commit, machine
@@ -57,8 +64,9 @@ def compare(finqa: Path, repeats: int) -> dict[str, Any]:
         half = (repeats + 1) // 2
         ours = [child(finqa, name, "fintune") for _ in range(half)]
         official = child(finqa, name, "official")
+        own = child(finqa, name, "script", script) if script else None
         ours += [child(finqa, name, "fintune") for _ in range(repeats - half)]
-        if any(one["verdicts"] != official["verdicts"] for one in ours):
+        if any(one["verdicts"] != official["verdicts"] for one in [*ours, *([own] if own else [])]):
             raise SystemExit(f"{name}: the verdicts of the two ways differ")
         seconds = sorted(one["seconds"] for one in ours)
         median, processor = middle(seconds), middle([one["processor_seconds"] for one in ours])
@@ -75,6 +83,13 @@ def compare(finqa: Path, repeats: int) -> dict[str, Any]:
             "processor_ratio": round(official["processor_seconds"] / processor, 1),
             "verdicts_agree": True,
         }
+        if own:
+            sets[name] |= {
+                "script_seconds": round(own["seconds"], 3),
+                "script_processor_seconds": round(own["processor_seconds"], 3),
+                "script_ratio": round(own["seconds"] / median, 1),
+                "script_processor_ratio": round(own["processor_seconds"] / processor, 1),
+            }
     return {
         "what": "scoring time of the official way (bench/official_way.py) over that of fintune, cold caches",
         "sets": sets,
@@ -91,14 +106,15 @@ def middle(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
-def child(finqa: Path, name: str, way: str) -> dict[str, Any]:
+def child(finqa: Path, name: str, way: str, script: Path | None = None) -> dict[str, Any]:
     """One measurement in a process of its own."""
     command = [sys.executable, __file__, "--finqa", str(finqa), "--one", name, way]
+    command += ["--script", str(script)] if script else []
     done: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     return done
 
 
-def measure(finqa: Path, name: str, way: str) -> dict[str, Any]:
+def measure(finqa: Path, name: str, way: str, script: Path | None = None) -> dict[str, Any]:
     """Wall and processor seconds, and of each prediction: execution correct, program correct, invalid."""
     from fintune.records import FinQARecord
 
@@ -115,20 +131,33 @@ def measure(finqa: Path, name: str, way: str) -> dict[str, Any]:
         seconds, processor = time.perf_counter() - start, time.process_time() - started
         judged = [(one.exe_correct, one.program_correct, one.invalid) for one in verdicts]
     else:
-        import official_way
-        from fintune.finqa.program import tokenize
-
         by_id = {record.id: record for record in records}
         start, started = time.perf_counter(), time.process_time()
+        tokenize, execute, equal = functions(script)
         judged = []
         for record_id, tokens in predictions:
             record = by_id[record_id]
             gold = tokenize(record.qa.program)
-            invalid, result = official_way.execute(tokens, record.table)
-            correct = invalid == 0 and result == record.qa.exe_ans
-            judged.append((correct, official_way.equal(gold, tokens), bool(invalid)))
+            # The script prints what it refuses.
+            with contextlib.redirect_stdout(io.StringIO()):
+                invalid, result = execute(tokens, record.table)
+                correct = invalid == 0 and result == record.qa.exe_ans
+                judged.append((correct, equal(gold, tokens), bool(invalid)))
         seconds, processor = time.perf_counter() - start, time.process_time() - started
     return {"seconds": seconds, "processor_seconds": processor, "verdicts": judged}
+
+
+def functions(script: Path | None) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+    """How the official way, or a script, cuts a text, executes tokens and compares two programs."""
+    if script is None:
+        import official_way
+        from fintune.finqa.program import tokenize
+
+        return tokenize, official_way.execute, official_way.equal
+    spec = importlib.util.spec_from_file_location("evaluate", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.program_tokenization, module.eval_program, module.equal_program
 
 
 if __name__ == "__main__":

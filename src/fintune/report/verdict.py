@@ -170,11 +170,10 @@ def _close(value: float, gold: float, tolerance: float) -> bool:
 
 
 def _evidence(record: FinQARecord) -> Evidence:
-    inds = record.qa.gold_inds or {}
-    table, text = (any(name.startswith(kind) for name in inds) for kind in ("table_", "text_"))
-    if table:
-        return "both" if text else "table"
-    return "text" if text else "unknown"
+    kinds = {name.partition("_")[0] for name in record.qa.gold_inds or ()}
+    if "table" in kinds:
+        return "both" if "text" in kinds else "table"
+    return "text" if "text" in kinds else "unknown"
 
 
 def _question_type(record: FinQARecord) -> QuestionType:
