@@ -44,8 +44,6 @@ _GREEDY = {
     # Only what a prompt begins with is reused, never a piece from elsewhere that is moved to another position.
     "n_cache_reuse": 0,
 }
-# Prompts of one request are taken up together, and the next request follows when all are answered, so that the batches
-# do not depend on when a request arrives: the rounding does depend on the batches.
 _WINDOW_PER_SLOT = 16
 """Families are looked for among so many prompts for each slot; results come in the order asked."""
 _SIMILARITY = 0.4
@@ -171,7 +169,11 @@ class LlamaCppEngine:
     def _complete(
         self, connection: http.client.HTTPConnection, rows: Sequence[list[int]], max_new_tokens: int
     ) -> list[Completion]:
-        """Answers of one request."""
+        """Answers of one request.
+
+        Its prompts are taken up together, and the next request follows when all are answered, so that the batches do
+        not depend on when a request arrives: the rounding does depend on the batches.
+        """
         started = time.monotonic()
         answer = self._post(connection, "/completion", {"prompt": rows, "n_predict": max_new_tokens, **_GREEDY})
         # One prompt is answered by an object, several by a list in their order.
