@@ -416,7 +416,7 @@ def test_score_prints_its_table_on_standard_output(run, files: list[str]) -> Non
     assert (done.status, done.err) == (0, "")
     head, execution, program, invalid, number, *views = done.out.splitlines()
     assert head.startswith("p.jsonl")
-    assert head.index("of the predictions") < head.index("of the whole file")
+    assert head.index("predictions") < head.index("whole file")
     assert execution.split()[:3] == ["execution", "accuracy", "50.00%"]
     assert [line.split()[0] for line in (program, invalid, number)] == ["program", "invalid", "n"]
     assert "other views, not official" in views[1]

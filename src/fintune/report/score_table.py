@@ -10,7 +10,7 @@ from fintune.report.metrics import Interval, Score
 def headline_table(score: Score, name: str) -> Table:
     """The official figures over the predictions, beside them those over the whole gold file, each with its interval."""
     whole = score.whole_file
-    table = _table(name, "of the predictions", "95 % interval", "of the whole file", "95 % interval")
+    table = _table(name, "predictions", "95 % interval", "whole file", "95 % interval")
     rows = (
         ("execution accuracy", "execution_accuracy", True),
         ("program accuracy", "program_accuracy", True),
