@@ -40,13 +40,15 @@ def check(targets: Iterable[Path | None], read: Iterable[Path]) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file, replacing the one that was there when the new one is whole.
+    r"""Write a file, replacing the one that was there when the new one is whole.
+
+    Half of a surrogate pair, which JSON can hold and UTF-8 cannot, is written as JSON writes it, ``\ud800``.
 
     Raises:
         FintuneError: It cannot be written.
     """
     try:
-        write_atomically(path, text)
+        write_atomically(path, text.encode("utf-8", errors="backslashreplace").decode("utf-8"))
     except OSError as error:
         path.with_name(f".{path.name}.tmp").unlink(missing_ok=True)
         raise FintuneError(f"{path}: cannot be written ({error.strerror or error})") from None

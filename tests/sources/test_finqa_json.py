@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fintune.errors import DataError
-from fintune.sources.finqa_json import read_finqa
+from fintune.sources.finqa_json import read_finqa, read_objects
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "finqa"
 
@@ -127,7 +127,7 @@ def test_a_broken_line_is_dropped_and_the_rest_kept(tmp_path: Path) -> None:
 
 def test_a_file_without_any_usable_record_is_an_error_that_names_reasons_and_the_first(tmp_path: Path) -> None:
     path = write(tmp_path / "a.json", [record("A/1", program=""), record("A/2", program=None)])
-    with pytest.raises(DataError, match=r"no program 2.*row 1, id A/1"):
+    with pytest.raises(DataError, match=r"no program: 2.*row 1, id A/1"):
         read_finqa(path)
 
 
@@ -194,3 +194,11 @@ def test_every_record_of_the_real_files_is_read(name: str, number: int) -> None:
     result = read_finqa(SHARED / f"{name}.json.gz", strict=True)
     assert len(result.records) == number
     assert not result.dropped
+
+
+def test_the_objects_of_a_file_are_those_of_its_records_as_they_stand_there(tmp_path: Path) -> None:
+    whole = record("A") | {"table_ori": [["X"]]}
+    rows = [record("A", program=""), whole, record("A"), "no object", {"no": "id"}]
+    path = write(tmp_path / "a.json", rows)
+    assert [each.id for each in read_finqa(path).records] == ["A"]
+    assert read_objects(path) == {"A": whole}

@@ -211,6 +211,17 @@ def test_no_file_that_is_read_is_overwritten(tmp_path: Path, gold: Path, target:
     assert (tmp_path / source).read_bytes() == before
 
 
+def test_half_a_surrogate_pair_in_a_prediction_is_no_obstacle(tmp_path: Path, gold: Path) -> None:
+    path = tmp_path / "p.json"
+    path.write_text('[{"id": "a", "predicted": ["add(", "\\ud800", "2", ")", "EOF"]}]')
+    places = {kind: tmp_path / f"s.{kind}" for kind in ("csv", "json", "html")}
+    done = score_files(path, gold, **places)
+    assert done.score.invalid_rate == 1
+    assert "ud800" in places["csv"].read_text()
+    assert json.loads(places["json"].read_text())["num_predictions"] == 1
+    assert "ud800" in places["html"].read_text()
+
+
 def test_strict_names_the_way_out_that_the_command_has(tmp_path: Path, gold: Path) -> None:
     gold.write_text(json.dumps([_gold("a"), {"id": "b"}]))
     with pytest.raises(DataError) as caught:

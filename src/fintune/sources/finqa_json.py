@@ -90,14 +90,18 @@ def read_finqa(path: Path, *, strict: bool = False, instead: str = _NOT_STRICT) 
 
 
 def read_objects(path: Path) -> dict[str, dict[str, object]]:
-    """The objects of a file that `read_finqa` has read, by id, as they stand there; of several with one id the first.
+    """What `read_finqa` makes its records of, by id, as it stands in the file.
 
     They hold what a record leaves out: keys that this package has no use for.
     """
     objects: dict[str, dict[str, object]] = {}
     for _, raw in _rows(path, read_text(path, hint=_HINT)[0]):
-        if isinstance(raw, dict) and (record_id := _id(raw)) is not None:
-            objects.setdefault(record_id, raw)
+        try:
+            record = _record(raw)
+        except _BrokenError:
+            continue
+        if isinstance(raw, dict):
+            objects.setdefault(record.id, raw)
     return objects
 
 

@@ -181,11 +181,15 @@ def _remarks(gold: Path, figures: Score, verdicts: Sequence[Verdict]) -> list[st
     lines: list[str] = []
     if figures.num_gold_not_comparable:
         number = figures.num_gold_not_comparable
-        lines.append(f"{gold}: {number} predictions have a gold program that is none; none of them is program-correct")
+        lines.append(f"{gold}: the gold program is none for {_predictions(number)}; none of them is program-correct")
     if figures.num_equality_raised:
         first = next(verdict.id for verdict in verdicts if verdict.equality_raised)
         lines.append(
-            f"{gold}: {figures.num_equality_raised} predictions equal their gold program with another result, "
-            f"on which the official script stops; counted as program-correct and execution-incorrect, first id {first}"
+            f"{gold}: the gold program, but with another result, in {_predictions(figures.num_equality_raised)}, "
+            f"where the official script stops; counted as program-correct and execution-incorrect, first id {first}"
         )
     return lines
+
+
+def _predictions(number: int) -> str:
+    return f"{number} prediction{'s' if number > 1 else ''}"
