@@ -35,6 +35,17 @@ def test_logits_and_gradients_are_those_of_torchs_kernel(model, length):
     assert close(own[1], torchs[1])
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_torchs_kernel_is_not_called_in_bfloat16_nor_under_autocast(tiny_model, monkeypatch, autocast):
+    dtype = "float32" if autocast else "bfloat16"
+    model = models.load_model(models.resolve(str(tiny_model)), dtype=dtype, device="cpu")
+    attention.use_short_causal_attention(model)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        logits = model(input_ids=torch.arange(3, 43)[None]).logits
+    assert logits.isfinite().all()
+
+
 def test_a_later_token_changes_nothing_before_it(model):
     attention.use_short_causal_attention(model)
     ids = torch.arange(3, 43)[None]

@@ -63,3 +63,11 @@ def test_padding_and_prompt_are_never_trained():
 def test_a_wrong_mask_names_the_example(mask, message):
     with pytest.raises(DataError, match=f"id bad: {message}"):
         CompletionCollator(0)([{"id": "bad", "input_ids": [1, 2], "completion_mask": mask}])
+
+
+def test_the_width_of_a_batch_is_rounded_up_and_what_is_added_is_padding():
+    row = {"id": "a", "input_ids": [5, 6, 7, 8, 9], "completion_mask": [0, 0, 0, 1, 1]}
+    batch = CompletionCollator(3, multiple=4)([row])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 3, 3, 3]]
+    assert batch["attention_mask"].tolist() == [[1] * 5 + [0] * 3]
+    assert batch["labels"].tolist() == [[IGNORED] * 3 + [8, 9] + [IGNORED] * 3]

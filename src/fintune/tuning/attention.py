@@ -53,13 +53,35 @@ def _attend(
     import torch
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    batch, heads, length, width = query.shape
+    batch, heads, length, _ = query.shape
+    # Under autocast the rotary embedding leaves float32, and torch's kernel would be handed bfloat16.
+    autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    in_bfloat16 = autocast or query.dtype == torch.bfloat16
     plain = attention_mask is None and dropout == 0.0 and key.shape[2] == length and not rest.get("sliding_window")
     held = batch * heads * length * length <= _MAX_SCORES
-    if not (plain and held and scaling is not None and length > 1 and query.dtype == torch.bfloat16):
+    if not (plain and held and scaling is not None and length > 1 and in_bfloat16):
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **rest
         )
+    query, key, value = (each.to(torch.bfloat16) for each in (query, key, value))
+    return short_causal(query, key, value, scaling).transpose(1, 2).contiguous(), None
+
+
+def short_causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Causal attention with the scores held in memory.
+
+    Args:
+        query: [batch, heads, length, width].
+        key: [batch, key heads, length, width].
+        value: As key.
+        scaling: Factor of the scores.
+
+    Returns:
+        [batch, heads, length, width].
+    """
+    import torch
+
+    batch, heads, length, width = query.shape
     groups = heads // key.shape[1]
     rows = (batch * heads, length, width)
     query = query.reshape(rows)
@@ -68,5 +90,4 @@ def _attend(
     later = query.new_full((length, length), float("-inf")).triu_(1)
     scores = torch.baddbmm(later.expand(rows[0], -1, -1), query, key.transpose(1, 2), alpha=scaling)
     # The softmax sums in float32 whatever the type of its input.
-    mixed = torch.bmm(scores.softmax(-1), value)
-    return mixed.view(batch, heads, length, width).transpose(1, 2).contiguous(), None
+    return torch.bmm(scores.softmax(-1), value).view(batch, heads, length, width)

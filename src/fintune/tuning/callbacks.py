@@ -30,13 +30,15 @@ def make_callback(*, folder: Path, plan_tokens: Sequence[int], bar: Bar, seconds
     class Recorder(TrainerCallback):  # type: ignore[misc]
         """Logs, shows, marks."""
 
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             self.started, self.first_step = time.monotonic(), state.global_step
+            # Walking the modules of an adapted model takes longer than the norms.
+            self.trained = [weight for weight in model.parameters() if weight.requires_grad]
 
-        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if args.fp16:  # the scaler meets infinite gradients on purpose, and skips those steps
                 return
-            grads = [weight.grad for weight in model.parameters() if weight.grad is not None]
+            grads = [weight.grad for weight in self.trained if weight.grad is not None]
             if not bool(torch.stack(torch._foreach_norm(grads)).isfinite().all()):
                 raise FintuneError(
                     f"the gradient is not finite at step {state.global_step + 1}",

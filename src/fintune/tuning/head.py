@@ -59,7 +59,7 @@ def score_trained_positions(model: PreTrainedModel) -> bool:
 
 
 def _forward(model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor) -> object:
-    """Log-probability, entropy and hit of each label; shapes [batch, length - 1], zero where nothing is trained."""
+    """Log-probability and hit of each label; shapes [batch, length - 1], zero where nothing is trained."""
     import torch
     from transformers.utils import ModelOutput
 
@@ -72,10 +72,11 @@ def _forward(model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tens
     logits = model.get_output_embeddings()(rows).float()
     log_probs = -torch.nn.functional.cross_entropy(logits, chosen, reduction="none")
     with torch.no_grad():
-        entropy = torch.distributions.Categorical(logits=logits, validate_args=False).entropy()
         is_top1 = logits.argmax(-1) == chosen
 
     def spread(values: torch.Tensor) -> torch.Tensor:
         return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
-    return ModelOutput(log_probs=spread(log_probs), entropy=spread(entropy), is_top1=spread(is_top1), label_mask=mask)
+    # TRL only logs the entropy, which costs as much as the loss; nothing here reads that log.
+    entropy = torch.zeros(mask.shape, device=hidden.device)
+    return ModelOutput(log_probs=spread(log_probs), entropy=entropy, is_top1=spread(is_top1), label_mask=mask)

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from trl import SFTConfig, SFTTrainer
 
 
+_WIDTHS = 32
+"""Batches are padded to multiples of so many tokens."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """A run in numbers.
@@ -119,7 +123,7 @@ def _make_trainer(
     trainer = SFTTrainer(
         model=model,
         args=args,
-        data_collator=CompletionCollator(tokenizer.pad_token_id),
+        data_collator=CompletionCollator(tokenizer.pad_token_id, multiple=_WIDTHS),
         train_dataset=rows,
         processing_class=tokenizer,
         callbacks=callbacks,
@@ -153,7 +157,7 @@ def _arguments(model: PeftModel, options: TrainOptions, plan: Plan, compute: str
         weight_decay=options.weight_decay,
         adam_beta2=options.adam_beta2,
         max_grad_norm=options.max_grad_norm,
-        optim="adamw_torch",
+        optim="adamw_torch_fused",
         bf16=compute == "bfloat16",
         fp16=compute == "float16",
         gradient_checkpointing=options.gradient_checkpointing,
