@@ -161,6 +161,11 @@ class TrainOptions(Options):
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, a third slower."
     )
+    fused_layers: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="Run the decoder layers of Llama, Mistral, Qwen2 and Qwen3 through this package's forward and backward "
+        "pass (same mathematics, faster); `auto`: on a CUDA GPU, where the model and its adapter allow it.",
+    )
     checkpoint_steps: int = Field(
         100, ge=1, description="Steps between checkpoints, from which an interrupted run resumes."
     )

@@ -142,6 +142,41 @@ def test_bfloat16_trains_float32_adapters_close_to_float32(tiny_model, rows, tmp
         assert a["loss"] == pytest.approx(b["loss"], rel=0.02)
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_the_fused_layers_train_as_transformers_own(tiny_model, rows, tmp_path, kind, gradient_checkpointing):
+    common = {"dropout": 0.0, "kind": kind, "max_steps": 3, "batch_size": 2, "accumulation": 2}
+    own = run(
+        tiny_model,
+        rows,
+        tmp_path / "own",
+        fused_layers="always",
+        gradient_checkpointing=gradient_checkpointing,
+        **common,
+    )
+    theirs = run(tiny_model, rows, tmp_path / "theirs", fused_layers="never", **common)
+    for a, b in zip(history(tmp_path / "own"), history(tmp_path / "theirs"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    assert own.keys() == theirs.keys()
+    assert max(float((own[n] - theirs[n]).abs().max()) for n in own) < 1e-3
+
+
+def test_a_run_through_fused_layers_resumes_bit_for_bit(tiny_model, rows, tmp_path):
+    fused = {"dropout": 0.0, "kind": "dora", "fused_layers": "always"}
+    whole = run(tiny_model, rows, tmp_path / "whole", **fused)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_model, rows, tmp_path / "cut", callbacks=[stop_at(5)], **fused)
+    resumed = run(tiny_model, rows, tmp_path / "cut", **fused)
+    assert same(whole, resumed)
+    assert history(tmp_path / "whole") == history(tmp_path / "cut")
+
+
+def test_fused_layers_that_cannot_be_had_are_refused_with_the_reason(tiny_model, rows, tmp_path):
+    with pytest.raises(ConfigError, match=r"fused_layers: always, but adapter.dropout is not 0"):
+        run(tiny_model, rows, tmp_path / "run", dropout=0.1, fused_layers="always")
+
+
 def test_the_magnitude_of_dora_moves(tiny_model, rows, tmp_path):
     start = run(tiny_model, rows, tmp_path / "a", kind="dora", max_steps=1, learning_rate=1e-12)
     end = run(tiny_model, rows, tmp_path / "b", kind="dora")
@@ -150,12 +185,13 @@ def test_the_magnitude_of_dora_moves(tiny_model, rows, tmp_path):
     assert all(moved)
 
 
-def test_a_loss_that_is_not_finite_names_step_and_examples(tiny_model, rows, tmp_path):
+@pytest.mark.parametrize("fused_layers", ["never", "always"])
+def test_a_loss_that_is_not_finite_names_step_and_examples(tiny_model, rows, tmp_path, fused_layers):
     def spoil(model):
         next(weight for name, weight in model.named_parameters() if "lora_A" in name).data.fill_(float("nan"))
 
     with pytest.raises(FintuneError, match=r"the loss is not finite at step 1; examples x\d+, x\d+, x\d+, x\d+: lower"):
-        run(tiny_model, rows, tmp_path / "run", spoil=spoil)
+        run(tiny_model, rows, tmp_path / "run", spoil=spoil, dropout=0.0, fused_layers=fused_layers)
     assert not list((tmp_path / "run").glob("checkpoints/*/complete"))
 
 

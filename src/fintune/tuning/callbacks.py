@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +30,17 @@ def make_callback(*, folder: Path, plan_tokens: Sequence[int], bar: Bar, seconds
     class Recorder(TrainerCallback):  # type: ignore[misc]
         """Logs, shows, marks."""
 
+        check_losses: Callable[[int], None] | None = None
+        """Called with the step before its optimiser runs; raises where a loss is not finite."""
+
         def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             self.started, self.first_step = time.monotonic(), state.global_step
             # Walking the modules of an adapted model takes longer than the norms.
             self.trained = [weight for weight in model.parameters() if weight.requires_grad]
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if self.check_losses is not None:
+                self.check_losses(state.global_step + 1)
             if args.fp16:  # the scaler meets infinite gradients on purpose, and skips those steps
                 return
             grads = [weight.grad for weight in self.trained if weight.grad is not None]

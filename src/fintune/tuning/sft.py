@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fintune.errors import FintuneError
+from fintune.errors import ConfigError, FintuneError
 from fintune.options import TrainOptions
-from fintune.progress import bar
+from fintune.progress import bar, say
 from fintune.tuning import checkpoints, metrics
 from fintune.tuning.adapter import compute_in_base_type, store_frozen_weights
 from fintune.tuning.attention import use_short_causal_attention
@@ -93,6 +93,7 @@ def train(
     Raises:
         FintuneError: Loss or gradient is not finite; with the step and the examples.
         DataError: A row in which nothing or everything is trained.
+        ConfigError: ``train.fused_layers: always`` for a model or adapter that they do not know.
     """
     from transformers import PrinterCallback
 
@@ -105,14 +106,69 @@ def train(
         callback = make_callback(
             folder=folder, plan_tokens=plan.tokens, bar=shown, seconds=earlier[-1]["seconds"] if earlier else 0.0
         )
-        trainer = _make_trainer(model, tokenizer, rows.select(plan.order), args, [callback, *extra_callbacks])
+        trained = rows.select(plan.order)
+        if _is_fused(model, options.fused_layers):
+            trainer = _make_fused_trainer(model, tokenizer, trained, args, [callback, *extra_callbacks])
+        else:
+            trainer = _make_trainer(model, tokenizer, trained, args, [callback, *extra_callbacks])
+            trainer.model.register_forward_hook(_LossGuard(rows, trainer), with_kwargs=True)
+        # One would be written for every checkpoint, of which nobody reads any.
+        trainer.create_model_card = lambda *_args, **_kwargs: None
         trainer.remove_callback(PrinterCallback)
-        guard = _LossGuard(rows, trainer)
-        handle = trainer.model.register_forward_hook(guard, with_kwargs=True)
-        try:
-            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        finally:
-            handle.remove()
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+
+
+def _is_fused(model: PeftModel, choice: str) -> bool:
+    """Whether to train through this package's layers; says so where the choice was left to it.
+
+    Raises:
+        ConfigError: They are asked for, and the model or its adapter does not allow it.
+    """
+    if choice == "never":
+        return False
+    from fintune.tuning.fused.model import obstacle
+
+    found = obstacle(model)
+    if choice == "always":
+        if found is not None:
+            raise ConfigError(f"train.fused_layers: always, but {found}", hint="set it to auto or never")
+        return True
+    if model.device.type != "cuda":
+        return False
+    say("layers: fused" if found is None else f"layers: transformers' own, since {found}")
+    return found is None
+
+
+def _make_fused_trainer(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, args: SFTConfig, callbacks: list[Any]
+) -> SFTTrainer:
+    import torch
+
+    from fintune.tuning.fused.batch import PackedCollator
+    from fintune.tuning.fused.trainer import FusedTrainer
+
+    base = model.get_base_model()
+    compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    num_checkpointed = base.config.num_hidden_layers if args.gradient_checkpointing else 0
+    # The layers recompute by themselves; the trainer would switch on transformers' way of it.
+    args.gradient_checkpointing = False
+    trainer = FusedTrainer(
+        options={"dtype": compute, "num_checkpointed": num_checkpointed},
+        model=model,
+        args=args,
+        data_collator=PackedCollator(),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+
+    def check(step: int) -> None:
+        bad = trainer.examples_of_bad_losses()
+        if bad:
+            raise bad_loss(step, bad)
+
+    callbacks[0].check_losses = check
+    return trainer
 
 
 def _make_trainer(
@@ -128,7 +184,6 @@ def _make_trainer(
         processing_class=tokenizer,
         callbacks=callbacks,
     )
-    trainer.create_model_card = lambda *_args, **_kwargs: None  # one a checkpoint, of which nobody reads any
     if args.bf16 or args.fp16:
         compute_in_base_type(model)
     if args.device.type == "cpu":
@@ -182,6 +237,14 @@ def _arguments(model: PeftModel, options: TrainOptions, plan: Plan, compute: str
     )
 
 
+def bad_loss(step: int, examples: Sequence[str]) -> FintuneError:
+    """What stops a run whose loss is not finite."""
+    return FintuneError(
+        f"the loss is not finite at step {step}; examples {', '.join(examples)}",
+        hint="lower train.learning_rate, or set train.precision to float32; the last checkpoint is kept",
+    )
+
+
 class _LossGuard:
     """Forward hook that stops the run at a loss that is not finite, before the optimiser takes the step.
 
@@ -197,11 +260,7 @@ class _LossGuard:
         log_probs = getattr(output, "log_probs", None)
         if log_probs is None or bool(log_probs.isfinite().all()):
             return
-        step = self._trainer.state.global_step + 1
-        raise FintuneError(
-            f"the loss is not finite at step {step}; examples {', '.join(self._ids(kwargs))}",
-            hint="lower train.learning_rate, or set train.precision to float32; the last checkpoint is kept",
-        )
+        raise bad_loss(self._trainer.state.global_step + 1, self._ids(kwargs))
 
     def _ids(self, inputs: dict[str, torch.Tensor]) -> list[str]:
         batch = [

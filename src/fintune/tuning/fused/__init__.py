@@ -1,0 +1,1 @@
+"""Decoder layers with adapters, forward and backward written out: fewer passes over memory, fewer launches."""

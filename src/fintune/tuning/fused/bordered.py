@@ -1,0 +1,291 @@
+"""Linear layers that read the same input, with their adapters, as one bordered matrix.
+
+For a layer ``W`` [out, in] with the adapter ``B A`` of rank ``r`` and factor ``s``, one buffer holds::
+
+            in    r
+    out  [  W  |  B  ]         forward    [x | s x A^T] times (top rows)^T      = x W^T + s x A^T B^T
+    r    [  A  |  0  ]         backward   [g | s g B]   times (left columns)    = g W + s g B A
+
+So the adapter costs a few more columns of a product that is taken anyway, and no pass over the output. Layers with one
+input (queries, keys and values; gate and up) lie below each other, the ``B`` on a block diagonal. The buffer of a
+16-bit layer *is* its weight: the layer's parameter becomes a view of it, so nothing is held twice.
+
+DoRA (arXiv 2402.09353) multiplies each output by ``m / ||W + s B A||``, a norm that is taken as constant in the backward
+pass (its section 4.3). Row by row the norm needs no sum of matrices: ``||W||^2 + 2 s <W A^T, B> + s^2 <B A A^T, B>``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fintune.tuning.fused import kernels
+from fintune.tuning.fused.weights import dequantise, is_four_bit
+
+_ALIGNMENT = 64
+"""Columns; rows then begin at multiples of a cache line, as fast matrix products want."""
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A linear layer with its adapter.
+
+    Attributes:
+        base: The frozen layer.
+        a: [rank, in], or None where the layer has no adapter.
+        b: [out, rank].
+        scaling: Factor of the product.
+        magnitude: DoRA's, [out].
+    """
+
+    base: nn.Module
+    a: nn.Parameter | None = None
+    b: nn.Parameter | None = None
+    scaling: float = 1.0
+    magnitude: nn.Parameter | None = None
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.a is None else self.a.shape[0]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return [each for each in (self.a, self.b, self.magnitude) if each is not None]
+
+
+@dataclass
+class Grads:
+    """Gradients of a group's parameters, layer by layer; None where a layer has none."""
+
+    a: list[Tensor | None]
+    b: list[Tensor | None]
+    magnitude: list[Tensor | None]
+
+
+class Group:
+    """Layers that read one input.
+
+    Args:
+        layers: In the order of their outputs.
+        dtype: Type of the products.
+    """
+
+    def __init__(self, layers: Sequence[Adapted], *, dtype: torch.dtype) -> None:
+        self.layers = list(layers)
+        self.sizes = [int(layer.base.out_features) for layer in layers]  # type: ignore[arg-type]
+        self.num_in = int(layers[0].base.in_features)  # type: ignore[arg-type]
+        self.num_out = sum(self.sizes)
+        self.ranks = [layer.rank for layer in layers]
+        self.border = -(-sum(self.ranks) // _ALIGNMENT) * _ALIGNMENT
+        self.dtype = dtype
+        self.device = layers[0].base.weight.device
+        scalings = {layer.scaling for layer in layers if layer.rank}
+        # One factor for all, else one a column.
+        self.factor = scalings.pop() if len(scalings) == 1 else 1.0
+        self.factors = self._column_factors() if scalings else None
+        # Filled by a stack where the matrices of all layers of the model are held.
+        self.held: Tensor | None = None
+        self.held_scale: Tensor | None = None
+        self.magnitude: Tensor | None = None
+        self.squares: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the bordered matrix."""
+        return self.num_out + self.border, self.num_in + self.border
+
+    # -- the matrix
+
+    def matrix(self) -> Tensor:
+        """The bordered matrix, [out + border, in + border]; where none is held, a new one."""
+        return self.made() if self.held is None else self.held
+
+    def made(self) -> Tensor:
+        """The bordered matrix from the layers' weights."""
+        matrix = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        matrix[self.num_out :].zero_()
+        matrix[:, self.num_in :].zero_()
+        self.write_weights(matrix)
+        top, column = 0, 0
+        for layer, size in zip(self.layers, self.sizes, strict=True):
+            if layer.a is not None and layer.b is not None:
+                matrix[self.num_out + column :][: layer.rank, : self.num_in].copy_(layer.a.detach())
+                matrix[top : top + size, self.num_in + column :][:, : layer.rank].copy_(layer.b.detach())
+            top, column = top + size, column + layer.rank
+        return matrix
+
+    def write_weights(self, matrix: Tensor) -> None:
+        """Put the frozen weights into their corner."""
+        rows = matrix[: self.num_out, : self.num_in].split(self.sizes)
+        for layer, part in zip(self.layers, rows, strict=True):
+            if is_four_bit(layer.base):
+                dequantise(layer.base, part)
+            else:
+                part.copy_(layer.base.weight)  # type: ignore[arg-type]
+
+    def _column_factors(self) -> Tensor:
+        factors = torch.zeros(self.border, device=self.device)
+        column = 0
+        for layer in self.layers:
+            factors[column : column + layer.rank] = layer.scaling
+            column += layer.rank
+        return factors.to(self.dtype)
+
+    # -- products
+
+    def wide(self, tokens: int) -> Tensor:
+        """A buffer whose left part takes the input, [tokens, in + border]."""
+        return torch.empty(tokens, self.num_in + self.border, dtype=self.dtype, device=self.device)
+
+    def wide_grad(self, tokens: int) -> Tensor:
+        """A buffer whose left part takes the gradient of the output, [tokens, out + border]."""
+        return torch.empty(tokens, self.num_out + self.border, dtype=self.dtype, device=self.device)
+
+    def forward(self, wide: Tensor, matrix: Tensor) -> Tensor:
+        """Outputs, [tokens, out], without bias and DoRA's factor; fills the right part of ``wide``.
+
+        Args:
+            wide: From :meth:`wide`, its left part filled.
+            matrix: From :meth:`matrix`.
+        """
+        self.inner(wide, matrix)
+        return wide @ matrix[: self.num_out].t()
+
+    def inner(self, wide: Tensor, matrix: Tensor) -> None:
+        """The adapters' activations alone, into the right part of ``wide``."""
+        self._thin(wide[:, : self.num_in], matrix[self.num_out :, : self.num_in].t(), wide[:, self.num_in :])
+
+    def forward_narrow(self, x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`forward` for an input without room at its side.
+
+        Returns:
+            Outputs, and the adapters' activations, [tokens, border].
+        """
+        inner = torch.empty(len(x), self.border, dtype=self.dtype, device=self.device)
+        self._thin(x, matrix[self.num_out :, : self.num_in].t(), inner)
+        out = x @ matrix[: self.num_out, : self.num_in].t()
+        return out.addmm_(inner, matrix[: self.num_out, self.num_in :].t()), inner
+
+    def input_grad(self, wide_grad: Tensor, matrix: Tensor) -> Tensor:
+        """Gradient of the input, [tokens, in]; fills the right part of ``wide_grad``.
+
+        Args:
+            wide_grad: From :meth:`wide_grad`, its left part filled with the gradient of the output before DoRA's factor.
+            matrix: From :meth:`matrix`.
+        """
+        self.inner_grad(wide_grad, matrix)
+        return wide_grad @ matrix[:, : self.num_in]
+
+    def inner_grad(self, wide_grad: Tensor, matrix: Tensor) -> None:
+        """Fill the right part of ``wide_grad`` only, where nothing before these layers is trained."""
+        self._inner_grad(wide_grad[:, : self.num_out], matrix, wide_grad[:, self.num_out :])
+
+    def input_grad_narrow(self, grad: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`input_grad` for a gradient without room at its side, [tokens, out].
+
+        Returns:
+            Gradients of the input and of the adapters' activations.
+        """
+        inner_grad = torch.empty(len(grad), self.border, dtype=self.dtype, device=self.device)
+        self._inner_grad(grad, matrix, inner_grad)
+        out = grad @ matrix[: self.num_out, : self.num_in]
+        return out.addmm_(inner_grad, matrix[self.num_out :, : self.num_in]), inner_grad
+
+    def _inner_grad(self, grad: Tensor, matrix: Tensor, out: Tensor) -> None:
+        top, column = 0, 0
+        for size, rank in zip(self.sizes, self.ranks, strict=True):
+            if rank:
+                block = matrix[top : top + size, self.num_in + column :][:, :rank]
+                self._thin(grad[:, top : top + size], block, out[:, column : column + rank], column)
+            top, column = top + size, column + rank
+        if column < self.border:
+            out[:, column:].zero_()
+
+    def _thin(self, left: Tensor, right: Tensor, out: Tensor, column: int = 0) -> None:
+        """``out = factor * left @ right``."""
+        if out.shape[1] == 0:
+            return
+        torch.addmm(out, left, right, beta=0, alpha=self.factor, out=out)
+        if self.factors is not None:
+            out.mul_(self.factors[column : column + out.shape[1]])
+
+    def adapter_grads(self, grad: Tensor, inner_grad: Tensor, x: Tensor, inner: Tensor) -> Grads:
+        """Gradients of the adapters' matrices, float32.
+
+        Args:
+            grad: Of the output before DoRA's factor, [tokens, out].
+            inner_grad: Of the adapters' activations, [tokens, border].
+            x: Input, [tokens, in].
+            inner: The adapters' activations, [tokens, border].
+        """
+        made = Grads([], [], [None] * len(self.layers))
+        all_a = product(inner_grad.t(), x) if self.border else None
+        top, column = 0, 0
+        for size, rank in zip(self.sizes, self.ranks, strict=True):
+            if rank and all_a is not None:
+                made.a.append(all_a[column : column + rank])
+                made.b.append(product(grad[:, top : top + size].t(), inner[:, column : column + rank]))
+            else:
+                made.a.append(None)
+                made.b.append(None)
+            top, column = top + size, column + rank
+        return made
+
+    # -- DoRA
+
+    def scale(self, matrix: Tensor) -> Tensor | None:
+        """DoRA's factor of each output, float32 [out]; None without DoRA."""
+        if self.magnitude is None or self.held_scale is not None:
+            return self.held_scale
+        assert self.squares is not None, "filled together with the magnitude"
+        made = scales(self, matrix[None], self.squares[None], self.magnitude[None])
+        self.without_magnitude(made)
+        return made[0]
+
+    def without_magnitude(self, factors: Tensor) -> None:
+        """Set the factors of layers that have no magnitude to one, in place; shape [layers, out]."""
+        for layer, part in zip(self.layers, factors.split(self.sizes, 1), strict=True):
+            if layer.magnitude is None:
+                part.fill_(1.0)
+
+    def split_magnitude_grad(self, grad: Tensor, into: Grads) -> None:
+        """Put the gradient of all magnitudes, [out], to the layers that have one."""
+        parts = grad.split(self.sizes)
+        into.magnitude = [
+            None if layer.magnitude is None else part.to(layer.magnitude.dtype)
+            for layer, part in zip(self.layers, parts, strict=True)
+        ]
+
+
+@torch.no_grad()
+def scales(group: Group, matrices: Tensor, squares: Tensor, magnitudes: Tensor) -> Tensor:
+    """DoRA's factors of several groups alike.
+
+    Args:
+        group: One of them.
+        matrices: Their bordered matrices, [layers, out + border, in + border].
+        squares: Squared norms of the rows of the frozen weights, float32 [layers, out].
+        magnitudes: float32 [layers, out].
+
+    Returns:
+        float32 [layers, out].
+    """
+    w, b = matrices[:, : group.num_out, : group.num_in], matrices[:, : group.num_out, group.num_in :]
+    a = matrices[:, group.num_out :, : group.num_in]
+    cross, gram = product(w, a.transpose(1, 2)), product(a, a.transpose(1, 2))
+    if group.factors is not None:
+        # Factors of the columns belong to A as well as to B.
+        cross, gram = cross * group.factors, gram * group.factors * group.factors[:, None]
+    made: Tensor = kernels.of(matrices).dora_scale(cross, b, gram, squares, magnitudes, group.factor)
+    return made
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """A matrix product (or a batch of them) in float32; on a GPU it is never rounded to the type of its inputs."""
+    multiply = torch.mm if left.dim() == 2 else torch.bmm
+    if left.is_cuda and left.dtype != torch.float32:
+        return multiply(left, right, out_dtype=torch.float32)
+    return multiply(left, right).float()

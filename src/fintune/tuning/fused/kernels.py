@@ -1,0 +1,21 @@
+"""The elementwise passes, on the device of their first tensor: Triton's on a CUDA GPU, plain torch elsewhere."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from torch import Tensor
+
+from fintune.tuning.fused import plain_kernels
+from fintune.tuning.fused.plain_kernels import HeadParts
+
+__all__ = ["HeadParts", "of"]
+
+
+def of(tensor: Tensor) -> ModuleType:
+    """The module of kernels for this tensor's device; both have the functions of ``plain_kernels``."""
+    if tensor.is_cuda:
+        from fintune.tuning.fused import triton_kernels
+
+        return triton_kernels
+    return plain_kernels

@@ -1,0 +1,180 @@
+"""A transformers model with PEFT's adapters, trained through this package's layers.
+
+The modules stay what they are: PEFT's parameters are the ones that are trained and saved, and the base weights are the
+model's own. Only the way through them is another.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fintune.tuning.fused.attend import Sequences
+from fintune.tuning.fused.bordered import Adapted, Group
+from fintune.tuning.fused.head import Loss, loss_of
+from fintune.tuning.fused.kernels import HeadParts
+from fintune.tuning.fused.layer import Layer
+from fintune.tuning.fused.stack import Stack
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""``model_type`` of the configurations whose layers are written out here."""
+
+_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def obstacle(model: PeftModel) -> str | None:
+    """Why a model cannot be trained through these layers; None where it can.
+
+    Args:
+        model: With LoRA or DoRA adapters.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    config = model.get_base_model().config
+    if config.model_type not in FAMILIES:
+        return f"the layers of {config.model_type} are not written out (those of {', '.join(FAMILIES)} are)"
+    if config.hidden_act not in ("silu", "swish"):
+        return f"its activation is {config.hidden_act}"
+    if getattr(config, "use_sliding_window", config.model_type == "mistral") and getattr(
+        config, "sliding_window", None
+    ):
+        return "it attends through a sliding window"
+    if getattr(config, "mlp_bias", False):
+        return "its feed-forward layers have a bias"
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        if name.rpartition(".")[2] not in _PARTS:
+            return f"it adapts {name.rpartition('.')[2]}"
+        if any(drop.p > 0 for drop in module.lora_dropout.values() if isinstance(drop, nn.Dropout)):
+            return "adapter.dropout is not 0"
+        if len(module.active_adapters) != 1:
+            return "it has several adapters"
+    ranks: dict[str, set[int]] = {}
+    counts: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            ranks.setdefault(name.rpartition(".")[2], set()).update(module.r.values())
+            counts[name.rpartition(".")[2]] += 1
+    for name, found in ranks.items():
+        if len(found) > 1:
+            return f"the adapters of {name} have different ranks"
+        if counts[name] != config.num_hidden_layers:
+            return f"not every layer's {name} has an adapter"
+    return None
+
+
+class FusedModel:
+    """The way through a model.
+
+    Args:
+        model: For which :func:`obstacle` finds nothing.
+        dtype: Type of the products; the hidden states have the embeddings' type.
+        keep: Hold 16-bit copies of 4-bit weights instead of unpacking them at every use.
+        num_checkpointed: Layers, from the first, that keep their input only.
+    """
+
+    def __init__(self, model: PeftModel, *, dtype: torch.dtype, keep: bool = True, num_checkpointed: int = 0) -> None:
+        base: Any = model.get_base_model()
+        self._inner = base.model
+        self._head = base.get_output_embeddings()
+        config = base.config
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.layers = [
+            _layer(module, config, width, dtype, checkpoint=at < num_checkpointed)
+            for at, module in enumerate(self._inner.layers)
+        ]
+        kinds = zip(*(layer.groups for layer in self.layers), strict=True)
+        self._stacks = [Stack(groups, keep=keep) for groups in kinds]
+        self._eps = config.rms_norm_eps
+        self._head_copy = None
+        if self._head.weight.dtype != dtype:
+            self._head_copy = self._head.weight.detach().to(dtype)
+
+    def loss(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        sequences: Sequences,
+        rows: Tensor,
+        targets: Tensor,
+        num_labels: Tensor | float,
+    ) -> Loss:
+        """Loss of a batch of sequences that lie behind each other.
+
+        Args:
+            input_ids: [tokens].
+            positions: Of each token in its sequence, [tokens].
+            sequences: Their borders.
+            rows: Indices of the tokens that predict a label.
+            targets: The labels.
+            num_labels: See :func:`fintune.tuning.fused.head.loss_of`.
+        """
+        for stack in self._stacks:
+            stack.refresh()
+        hidden = self._inner.embed_tokens(input_ids)
+        cos, sin = self._inner.rotary_emb(hidden[None], position_ids=positions[None])
+        cos, sin = cos[0], sin[0]
+        for layer in self.layers:
+            hidden = layer(hidden, cos, sin, sequences)
+        head = self._head.weight if self._head_copy is None else self._head_copy
+        return loss_of(hidden, rows, targets, self._inner.norm.weight, self._eps, head, num_labels)
+
+
+def _layer(module: Any, config: Any, width: int, dtype: torch.dtype, *, checkpoint: bool) -> Layer:
+    attention, mlp = module.self_attn, module.mlp
+    parts = [attention.q_proj, attention.k_proj, attention.v_proj]
+    adapted = [_adapted(each) for each in parts]
+    biases = [each.base.bias for each in adapted]
+    bias = None
+    if any(each is not None for each in biases):
+        bias = torch.cat(
+            [
+                each.base.weight.new_zeros(each.base.out_features, dtype=dtype) if part is None else part.detach()
+                for each, part in zip(adapted, biases, strict=True)
+            ]
+        )
+    output = _adapted(attention.o_proj)
+    assert output.base.bias is None, "no family here has a bias there"
+    norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    return Layer(
+        qkv=Group(adapted, dtype=dtype),
+        output=Group([output], dtype=dtype),
+        gate_up=Group([_adapted(mlp.gate_proj), _adapted(mlp.up_proj)], dtype=dtype),
+        down=Group([_adapted(mlp.down_proj)], dtype=dtype),
+        norms=(module.input_layernorm.weight, module.post_attention_layernorm.weight),
+        eps=config.rms_norm_eps,
+        heads=HeadParts(
+            num_heads=config.num_attention_heads,
+            num_key_heads=config.num_key_value_heads,
+            scale=None,
+            bias=bias,
+            query_norm=None if norms[0] is None else norms[0].weight,
+            key_norm=None if norms[1] is None else norms[1].weight,
+            eps=config.rms_norm_eps,
+        ),
+        scaling=width**-0.5,
+        checkpoint=checkpoint,
+    )
+
+
+def _adapted(module: Any) -> Adapted:
+    from peft.tuners.lora import LoraLayer
+
+    if not isinstance(module, LoraLayer):
+        return Adapted(module)
+    (name,) = module.active_adapters
+    magnitude = module.lora_magnitude_vector[name].weight if name in module.lora_magnitude_vector else None
+    return Adapted(
+        module.get_base_layer(),
+        module.lora_A[name].weight,
+        module.lora_B[name].weight,
+        float(module.scaling[name]),
+        magnitude,
+    )
