@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 
 from fintune.engines.llama_cpp import LlamaCppEngine
 from fintune.engines.prefixes import common
+from fintune.engines.protocol import Decoding
 from fintune.errors import ModelError
 from fintune.gguf.export import export
 from fintune.tokenizer_check import probe_strings
@@ -55,7 +56,7 @@ def test_llama_cpp_splits_text_as_the_tokenizer_does(tmp_path, pre):
 
 def test_completions_come_in_the_order_of_the_prompts(engine):
     prompts = PROMPTS * 3
-    together = list(engine.generate(prompts, max_new_tokens=6))
+    together = list(engine.generate(prompts, Decoding(6)))
     counts = [len(row) for row in engine.tokenise(prompts)]
     assert [completion.num_prompt_tokens for completion in together] == counts
     assert len(set(counts)) > 1
@@ -65,7 +66,7 @@ def test_completions_come_in_the_order_of_the_prompts(engine):
 def test_batched_decoding_repeats_itself(gguf_file, name):
     def run():
         with LlamaCppEngine(gguf_file.with_name(name), context_tokens=256, parallel=2) as fresh:
-            found = fresh.generate(PROMPTS * 2 + PAGES, max_new_tokens=12)
+            found = fresh.generate(PROMPTS * 2 + PAGES, Decoding(12))
             return [(done.token_ids, done.margins) for done in found]
 
     assert run() == run()
@@ -85,7 +86,7 @@ def test_a_page_is_computed_once_for_its_questions(gguf_file, monkeypatch, paral
             return answer
 
         monkeypatch.setattr(fresh, "_post", counting)
-        completions = list(fresh.generate(PAGES, max_new_tokens=4))
+        completions = list(fresh.generate(PAGES, Decoding(4)))
         rows = fresh.tokenise(PAGES)
     counts = [completion.num_prompt_tokens for completion in completions]
     assert counts == list(map(len, rows))
@@ -96,10 +97,10 @@ def test_a_page_is_computed_once_for_its_questions(gguf_file, monkeypatch, paral
 
 
 def test_what_a_slot_holds_moves_nothing_but_near_ties(gguf_file, engine):
-    together = list(engine.generate(PAGES, max_new_tokens=12))
+    together = list(engine.generate(PAGES, Decoding(12)))
     for prompt, found in zip(PAGES, together, strict=True):
         with LlamaCppEngine(gguf_file, context_tokens=256, parallel=1) as fresh:
-            (alone,) = fresh.generate([prompt], max_new_tokens=12)
+            (alone,) = fresh.generate([prompt], Decoding(12))
         num_same = common([*found.token_ids], [*alone.token_ids])
         assert found.margins[:num_same] == pytest.approx(alone.margins[:num_same], abs=0.01)
         if num_same < 12:
@@ -107,13 +108,13 @@ def test_what_a_slot_holds_moves_nothing_but_near_ties(gguf_file, engine):
 
 
 def test_the_same_prompt_twice_is_answered_twice(engine):
-    first, second, third = engine.generate([PAGES[0]] * 3, max_new_tokens=8)
+    first, second, third = engine.generate([PAGES[0]] * 3, Decoding(8))
     assert first.token_ids == second.token_ids == third.token_ids
     assert first.num_prompt_tokens == third.num_prompt_tokens
 
 
 def test_every_token_has_a_margin_and_the_shares_of_time_are_positive(engine):
-    for completion in engine.generate(PROMPTS, max_new_tokens=5):
+    for completion in engine.generate(PROMPTS, Decoding(5)):
         assert len(completion.margins) == len(completion.token_ids) <= 5
         assert all(margin >= 0 and math.isfinite(margin) for margin in completion.margins)
         assert completion.seconds >= 0
@@ -121,19 +122,19 @@ def test_every_token_has_a_margin_and_the_shares_of_time_are_positive(engine):
 
 def test_tokens_within_a_utf8_character_are_kept(engine):
     # Random weights write single bytes: most tokens end within a character, for which no margin is reported.
-    completions = list(engine.generate(PROMPTS, max_new_tokens=30))
+    completions = list(engine.generate(PROMPTS, Decoding(30)))
     assert any("\ufffd" in completion.text for completion in completions)
     assert all(len(c.token_ids) == 30 for c in completions if c.finish_reason == "length")
 
 
 def test_the_limit_and_the_end_token_are_told_apart(engine):
     endings = set()
-    for completion in engine.generate(PROMPTS, max_new_tokens=200):
+    for completion in engine.generate(PROMPTS, Decoding(200)):
         endings.add(completion.finish_reason)
         assert (completion.token_ids[-1] == 2) == (completion.finish_reason == "stop")
         assert completion.finish_reason == "stop" or len(completion.token_ids) == 200
         assert "<|im_end|>" not in completion.text
-    short = next(iter(engine.generate(PROMPTS[:1], max_new_tokens=1)))
+    short = next(iter(engine.generate(PROMPTS[:1], Decoding(1))))
     assert short.finish_reason == "length" or short.token_ids == (2,)
 
 
@@ -142,7 +143,7 @@ def test_no_bos_is_put_before_a_prompt_even_where_the_vocabulary_wants_one(gguf_
     patch_json(folder / "tokenizer_config.json", add_bos_token=True)
     export(folder, {"F16": tmp_path / "m.gguf"})
     with LlamaCppEngine(tmp_path / "m.gguf", context_tokens=128, parallel=1) as engine:
-        (completion,) = engine.generate(["in the"], max_new_tokens=1)
+        (completion,) = engine.generate(["in the"], Decoding(1))
         assert completion.num_prompt_tokens == len(engine.tokenise(["in the"])[0])
         assert engine.tokenise(["in the"])[0][0] != 1
 
@@ -152,31 +153,31 @@ def test_sampling_defaults_of_the_file_are_not_used(gguf_file, tmp_path, engine)
     (folder / "generation_config.json").write_text(json.dumps({"temperature": 5.0, "penalty_repeat": 3.0}))
     export(folder, {"F16": tmp_path / "m.gguf"})
     with LlamaCppEngine(tmp_path / "m.gguf", context_tokens=256, parallel=1) as other:
-        (theirs,) = other.generate(PROMPTS[:1], max_new_tokens=20)
-    (ours,) = engine.generate(PROMPTS[:1], max_new_tokens=20)
+        (theirs,) = other.generate(PROMPTS[:1], Decoding(20))
+    (ours,) = engine.generate(PROMPTS[:1], Decoding(20))
     assert theirs.token_ids == ours.token_ids
 
 
 def test_a_consumer_may_stop_early(engine):
-    completions = engine.generate(PROMPTS, max_new_tokens=20)
+    completions = engine.generate(PROMPTS, Decoding(20))
     next(completions)
     completions.close()
-    assert len(list(engine.generate(PROMPTS[:2], max_new_tokens=2))) == 2
+    assert len(list(engine.generate(PROMPTS[:2], Decoding(2)))) == 2
 
 
 def test_a_quantised_file_runs(gguf_file):
     with LlamaCppEngine(gguf_file.with_name("q.gguf"), context_tokens=128, parallel=1) as engine:
-        assert len(list(engine.generate(PROMPTS[:1], max_new_tokens=3))) == 1
+        assert len(list(engine.generate(PROMPTS[:1], Decoding(3)))) == 1
 
 
 def test_a_prompt_longer_than_the_context_is_named(engine):
     with pytest.raises(ModelError, match=r"prompt 1 has \d+ tokens, with 10 new ones it .* the context of 256"):
-        engine.generate([PROMPTS[0], "in the " * 300], max_new_tokens=10)
+        engine.generate([PROMPTS[0], "in the " * 300], Decoding(10))
 
 
 def test_an_empty_prompt_is_named(engine):
     with pytest.raises(ModelError, match="prompt 0 is empty"):
-        engine.generate([""], max_new_tokens=1)
+        engine.generate([""], Decoding(1))
 
 
 def test_a_folder_a_missing_file_and_another_format_are_refused(tmp_path):

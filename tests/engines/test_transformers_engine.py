@@ -5,6 +5,7 @@ import pytest
 from fintune import chat, models
 from fintune.engines import transformers_engine
 from fintune.engines.prefixes import Cut
+from fintune.engines.protocol import Decoding
 from fintune.engines.transformers_engine import TransformersEngine
 from fintune.errors import ModelError
 from fintune.records import Message
@@ -30,8 +31,8 @@ def prompts(tokenizer):
 
 
 def test_the_batch_size_changes_no_token(model, tokenizer, prompts):
-    one = list(TransformersEngine(model, tokenizer, 1).generate(prompts, max_new_tokens=10))
-    four = list(TransformersEngine(model, tokenizer, 4).generate(prompts, max_new_tokens=10))
+    one = list(TransformersEngine(model, tokenizer, 1).generate(prompts, Decoding(10)))
+    four = list(TransformersEngine(model, tokenizer, 4).generate(prompts, Decoding(10)))
     assert [each.token_ids for each in one] == [each.token_ids for each in four]
     for a, b in zip(one, four, strict=True):
         assert a.margins == pytest.approx(b.margins, abs=1e-4)
@@ -39,7 +40,7 @@ def test_the_batch_size_changes_no_token(model, tokenizer, prompts):
 
 def test_tokens_and_margins_are_those_of_one_forward_pass(model, tokenizer, prompts):
     for prompt, found in zip(
-        prompts, TransformersEngine(model, tokenizer, 4).generate(prompts, max_new_tokens=6), strict=True
+        prompts, TransformersEngine(model, tokenizer, 4).generate(prompts, Decoding(6)), strict=True
     ):
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         assert found.num_prompt_tokens == len(ids)
@@ -50,11 +51,11 @@ def test_tokens_and_margins_are_those_of_one_forward_pass(model, tokenizer, prom
 
 
 def test_a_row_ends_at_the_stop_token_while_others_go_on(model, tokenizer, prompts):
-    free = list(TransformersEngine(model, tokenizer, 4).generate(prompts, max_new_tokens=8))
+    free = list(TransformersEngine(model, tokenizer, 4).generate(prompts, Decoding(8)))
     engine = TransformersEngine(model, tokenizer, 4)
     stop = free[0].token_ids[2]
     engine._stop_ids = frozenset({stop})
-    cut = list(engine.generate(prompts, max_new_tokens=8))
+    cut = list(engine.generate(prompts, Decoding(8)))
     for a, b in zip(free, cut, strict=True):
         expected = a.token_ids[: a.token_ids.index(stop) + 1] if stop in a.token_ids else a.token_ids
         assert b.token_ids == expected
@@ -64,18 +65,18 @@ def test_a_row_ends_at_the_stop_token_while_others_go_on(model, tokenizer, promp
 
 def test_special_tokens_are_not_in_the_text(model, tokenizer, prompts):
     engine = TransformersEngine(model, tokenizer, 1)
-    for each in engine.generate(prompts[:3], max_new_tokens=4):
+    for each in engine.generate(prompts[:3], Decoding(4)):
         assert "<|" not in each.text
 
 
 def test_a_prompt_longer_than_the_context_is_refused_before_decoding(model, tokenizer, prompts):
     with pytest.raises(ModelError, match=r"prompt 2 has \d+ tokens, but .* reads at most 4096"):
-        TransformersEngine(model, tokenizer, 4).generate([prompts[0], "revenue " * 5000], max_new_tokens=4)
+        TransformersEngine(model, tokenizer, 4).generate([prompts[0], "revenue " * 5000], Decoding(4))
 
 
 def test_no_more_tokens_than_the_context_has_room_for(model, tokenizer):
     prompt = "1" * 4094
-    (found,) = TransformersEngine(model, tokenizer, 1).generate([prompt], max_new_tokens=50)
+    (found,) = TransformersEngine(model, tokenizer, 1).generate([prompt], Decoding(50))
     assert found.num_prompt_tokens == 4094
     assert len(found.token_ids) <= 2
 
@@ -101,10 +102,10 @@ def test_sharing_beginnings_changes_no_token(model, tokenizer, monkeypatch, name
     hook = model.register_forward_pre_hook(
         lambda _, __, given: passes.append(given["input_ids"].numel()), with_kwargs=True
     )
-    shared = list(TransformersEngine(model, tokenizer, 7).generate(prompts, max_new_tokens=12))
+    shared = list(TransformersEngine(model, tokenizer, 7).generate(prompts, Decoding(12)))
     num_shared, passes[:] = sum(passes), []
     monkeypatch.setattr(transformers_engine, "cut", _unshared)
-    alone = list(TransformersEngine(model, tokenizer, 7).generate(prompts, max_new_tokens=12))
+    alone = list(TransformersEngine(model, tokenizer, 7).generate(prompts, Decoding(12)))
     hook.remove()
     assert num_shared < sum(passes)
     for a, b in zip(shared, alone, strict=True):
@@ -130,7 +131,7 @@ def test_a_model_that_forgets_tokens_computes_prompts_whole(tokenizer, prompts):
             )
         ).eval()
     texts = [chat.render(tokenizer, [Message(role="user", content=PAGE * 3 + str(q))]) for q in range(3)]
-    found = list(TransformersEngine(sliding, tokenizer, 3).generate(texts, max_new_tokens=5))
+    found = list(TransformersEngine(sliding, tokenizer, 3).generate(texts, Decoding(5)))
     for text, each in zip(texts, found, strict=True):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         logits = sliding(torch.tensor([ids + list(each.token_ids)])).logits[0, len(ids) - 1 : -1]
@@ -147,7 +148,7 @@ def test_an_adapter_shares_beginnings_too(tiny_model, tokenizer, monkeypatch):
         with quiet_libraries():
             adapted = get_peft_model(base, lora).eval()
     prompts = [chat.render(tokenizer, [Message(role="user", content=text)]) for text in SETS["pages of questions"]]
-    shared = list(TransformersEngine(adapted, tokenizer, 8).generate(prompts, max_new_tokens=8))
+    shared = list(TransformersEngine(adapted, tokenizer, 8).generate(prompts, Decoding(8)))
     monkeypatch.setattr(transformers_engine, "cut", _unshared)
-    alone = list(TransformersEngine(adapted, tokenizer, 8).generate(prompts, max_new_tokens=8))
+    alone = list(TransformersEngine(adapted, tokenizer, 8).generate(prompts, Decoding(8)))
     assert [each.token_ids for each in shared] == [each.token_ids for each in alone]

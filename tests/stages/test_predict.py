@@ -55,9 +55,9 @@ def test_an_interrupted_run_goes_on_behind_a_torn_line(tiny_model, inputs, tmp_p
     _, whole = run(tiny_model, inputs, tmp_path / "whole")
     generate, seen = TransformersEngine.generate, []
 
-    def short(self, prompts, *, max_new_tokens):
+    def short(self, prompts, decoding):
         seen.append(len(prompts))
-        for number, completion in enumerate(generate(self, prompts, max_new_tokens=max_new_tokens)):
+        for number, completion in enumerate(generate(self, prompts, decoding)):
             if number == 3 and len(seen) == 1:
                 raise KeyboardInterrupt
             yield completion
@@ -73,7 +73,7 @@ def test_an_interrupted_run_goes_on_behind_a_torn_line(tiny_model, inputs, tmp_p
 
 
 def test_another_decoding_does_not_mix(tiny_model, inputs, tmp_path, monkeypatch):
-    def stop(self, prompts, *, max_new_tokens):
+    def stop(self, prompts, decoding):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -87,8 +87,8 @@ def test_another_decoding_does_not_mix(tiny_model, inputs, tmp_path, monkeypatch
 def test_a_tokenizer_that_counts_otherwise_is_refused(tiny_model, inputs, tmp_path, monkeypatch):
     generate = TransformersEngine.generate
 
-    def longer(self, prompts, *, max_new_tokens):
-        return generate(self, [prompt + "x" for prompt in prompts], max_new_tokens=max_new_tokens)
+    def longer(self, prompts, decoding):
+        return generate(self, [prompt + "x" for prompt in prompts], decoding)
 
     monkeypatch.setattr(TransformersEngine, "generate", longer)
     with pytest.raises(ModelError, match=r"base model reads the prompt of x0 as \d+ tokens, the tokenizer as \d+"):

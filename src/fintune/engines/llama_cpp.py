@@ -27,7 +27,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from fintune.engines.prefixes import families
-from fintune.engines.protocol import Completion
+from fintune.engines.protocol import Completion, Decoding
 from fintune.engines.waves import waves
 from fintune.errors import ModelError, ResourceError
 
@@ -134,13 +134,13 @@ class LlamaCppEngine:
             raise ModelError(f"{self.path}: llama.cpp refused a prompt: {answer['error'].get('message', answer)}")
         return answer
 
-    def generate(self, prompts: Sequence[str], *, max_new_tokens: int) -> Iterator[Completion]:
+    def generate(self, prompts: Sequence[str], decoding: Decoding) -> Iterator[Completion]:
         """Complete prompts greedily; see :class:`fintune.engines.protocol.Engine`.
 
         Raises:
             ModelError: A prompt is empty, or does not fit the context with its completion.
         """
-        rows = self.tokenise(prompts)
+        rows, max_new_tokens = self.tokenise(prompts), decoding.max_new_tokens
         for index, row in enumerate(rows):
             if not row:
                 raise ModelError(f"prompt {index} is empty")

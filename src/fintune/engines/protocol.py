@@ -1,10 +1,35 @@
-"""What every engine offers: rendered prompts in, greedy completions out, in the order of the prompts."""
+"""What every engine offers: rendered prompts in, completions out, in the order of the prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
+
+from fintune.finqa.grammar import Grammar
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are chosen.
+
+    Attributes:
+        max_new_tokens: Limit for each completion, end-of-turn token included.
+        temperature: 0 takes the most probable token; above, tokens are drawn from the distribution sharpened by it.
+        top_p: Tokens are drawn from the most probable ones that together have this probability.
+        seed: The same prompts with the same seed give the same completions.
+        num_candidates: Completions of each prompt, which differ where tokens are drawn.
+        greedy_first: The first candidate of each prompt is the greedy one, whatever the temperature.
+        grammars: What a completion may say, one for each prompt; None where it may say anything. The limit still cuts.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    num_candidates: int = 1
+    greedy_first: bool = False
+    grammars: tuple[Grammar, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -15,10 +40,13 @@ class Completion:
         token_ids: Generated tokens, end-of-turn included.
         text: The same as text, special tokens removed.
         finish_reason: "stop" when an end token came, "length" when the limit did.
-        margins: For each generated token the natural-log probability gap between the best and the second-best token;
-            0 where an engine does not know it.
+        margins: For each generated token the natural-log probability gap between the best and the second-best token
+            of the model's own distribution, whichever was taken: temperature, top_p and grammar are not in it; 0 where
+            an engine does not know it.
         num_prompt_tokens: Length of the prompt as this engine tokenised it.
         seconds: Share of the call's wall time; the shares of all prompts add up to it.
+        logprobs: For each generated token its natural-log probability in the model's own distribution, NaN where an
+            engine does not know it; empty where it knows none.
     """
 
     token_ids: tuple[int, ...]
@@ -27,6 +55,7 @@ class Completion:
     margins: tuple[float, ...]
     num_prompt_tokens: int
     seconds: float
+    logprobs: tuple[float, ...] = ()
 
 
 class Engine(Protocol):
@@ -38,16 +67,17 @@ class Engine(Protocol):
 
     name: str
 
-    def generate(self, prompts: Sequence[str], *, max_new_tokens: int) -> Iterator[Completion]:
-        """Complete prompts greedily.
+    def generate(self, prompts: Sequence[str], decoding: Decoding) -> Iterator[Completion]:
+        """Complete prompts.
 
         Args:
             prompts: Texts that the chat template rendered, generation prompt included. Special tokens in them are
                 parsed and none is added: a BOS is there if the template put it there.
-            max_new_tokens: Limit for each completion.
+            decoding: How; an engine that cannot do a part of it says so and does not leave it out.
 
         Yields:
-            One completion per prompt, in the order of the prompts, as soon as it and those before it are done.
+            ``decoding.num_candidates`` completions per prompt, in the order of the prompts, as soon as they and those
+            before them are done.
 
         Raises:
             ModelError: A prompt and its completion do not fit the context.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from fintune import chat
 from fintune.engines.cache_room import cache_with_room, can_spread, spread
 from fintune.engines.prefixes import cut, families
-from fintune.engines.protocol import Completion
+from fintune.engines.protocol import Completion, Decoding
 from fintune.errors import ModelError
 
 if TYPE_CHECKING:
@@ -58,17 +58,17 @@ class TransformersEngine:
         self._stop_ids = frozenset(chat.end_of_turn_ids(tokenizer))
         self._context = int(model.config.get_text_config().max_position_embeddings)
 
-    def generate(self, prompts: Sequence[str], *, max_new_tokens: int) -> Iterator[Completion]:
+    def generate(self, prompts: Sequence[str], decoding: Decoding) -> Iterator[Completion]:
         """Greedy completions, in the order of the prompts.
 
         Args:
             prompts: Rendered through the chat template; special tokens are in the text.
-            max_new_tokens: Tokens of a completion at most, end-of-turn included.
+            decoding: How.
 
         Raises:
             ModelError: A prompt that leaves no room in the model's context; raised before anything is decoded.
         """
-        rows = [self._row(number, prompt, max_new_tokens) for number, prompt in enumerate(prompts, 1)]
+        rows = [self._row(number, prompt, decoding.max_new_tokens) for number, prompt in enumerate(prompts, 1)]
         return self._windows(rows)
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from fintune import chat, models
 from fintune.engines.journal import Journal
+from fintune.engines.protocol import Decoding
 from fintune.errors import ArtifactError, ModelError
 from fintune.finqa.execute import execute
 from fintune.finqa.program import extract_program, tokenize
@@ -81,7 +82,7 @@ def _decode(
         gold.add(done)
     num_tokens, seconds = 0, 0.0
     with bar(f"predict {kind}", len(todo) + len(journal.done), done=len(journal.done)) as shown:
-        completions = engine.generate([prompts[e.id] for e in todo], max_new_tokens=config.predict.max_new_tokens)
+        completions = engine.generate([prompts[e.id] for e in todo], Decoding(config.predict.max_new_tokens))
         for example, completion in zip(todo, completions, strict=True):
             _check_prompt(example, completion, tokenizer, kind)
             prediction = _prediction(example.id, completion)
