@@ -10,6 +10,8 @@ from tiny import make_tiny_model
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the command line does, see machine.share_cores
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# The GPU's kernels are tested on the CPU; Triton asks for this when it is first imported.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

@@ -66,8 +66,11 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, sequences: Sequences, 
         )
         return mixed.flatten(1)
     parts = zip(*(each.split(sequences.lengths) for each in (queries, keys, values)), strict=True)
-    mixed = [_even(*(each[None].transpose(1, 2) for each in part), scaling).transpose(1, 2)[0] for part in parts]
-    return torch.cat(mixed).flatten(1)
+    mixed_parts = []
+    for part in parts:
+        q, k, v = (each[None].transpose(1, 2) for each in part)
+        mixed_parts.append(_even(q, k, v, scaling).transpose(1, 2)[0])
+    return torch.cat(mixed_parts).flatten(1)
 
 
 def _even(queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:

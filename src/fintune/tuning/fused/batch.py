@@ -13,7 +13,7 @@ from fintune.tuning.collate import IGNORED, check_mask
 class PackedCollator:
     """Rows of token ids behind each other.
 
-    Everything that depends on the labels' values is worked out here, on the CPU: asking a GPU for it would make it wait.
+    All that depends on the labels' values is worked out here, on the CPU: asking a GPU for it would make it wait.
     """
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

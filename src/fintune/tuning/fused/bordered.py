@@ -10,8 +10,9 @@ So the adapter costs a few more columns of a product that is taken anyway, and n
 input (queries, keys and values; gate and up) lie below each other, the ``B`` on a block diagonal. The buffer of a
 16-bit layer *is* its weight: the layer's parameter becomes a view of it, so nothing is held twice.
 
-DoRA (arXiv 2402.09353) multiplies each output by ``m / ||W + s B A||``, a norm that is taken as constant in the backward
-pass (its section 4.3). Row by row the norm needs no sum of matrices: ``||W||^2 + 2 s <W A^T, B> + s^2 <B A A^T, B>``.
+DoRA (arXiv 2402.09353) multiplies each output by ``m / ||W + s B A||``, a norm that is taken as constant in the
+backward pass (its section 4.3). Row by row the norm needs no sum of matrices, for its square is
+``||W||^2 + 2 s <W A^T, B> + s^2 <B A A^T, B>``.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class Adapted:
 
     @property
     def rank(self) -> int:
+        """Of the adapter; 0 without one."""
         return 0 if self.a is None else self.a.shape[0]
 
     def parameters(self) -> list[nn.Parameter]:
@@ -75,8 +77,8 @@ class Group:
 
     def __init__(self, layers: Sequence[Adapted], *, dtype: torch.dtype) -> None:
         self.layers = list(layers)
-        self.sizes = [int(layer.base.out_features) for layer in layers]  # type: ignore[arg-type]
-        self.num_in = int(layers[0].base.in_features)  # type: ignore[arg-type]
+        self.sizes = [int(layer.base.out_features) for layer in layers]
+        self.num_in = int(layers[0].base.in_features)
         self.num_out = sum(self.sizes)
         self.ranks = [layer.rank for layer in layers]
         self.border = -(-sum(self.ranks) // _ALIGNMENT) * _ALIGNMENT
@@ -124,7 +126,7 @@ class Group:
             if is_four_bit(layer.base):
                 dequantise(layer.base, part)
             else:
-                part.copy_(layer.base.weight)  # type: ignore[arg-type]
+                part.copy_(layer.base.weight)
 
     def _column_factors(self) -> Tensor:
         factors = torch.zeros(self.border, device=self.device)
@@ -173,7 +175,7 @@ class Group:
         """Gradient of the input, [tokens, in]; fills the right part of ``wide_grad``.
 
         Args:
-            wide_grad: From :meth:`wide_grad`, its left part filled with the gradient of the output before DoRA's factor.
+            wide_grad: From :meth:`wide_grad`, its left part filled with the output's gradient before DoRA's factor.
             matrix: From :meth:`matrix`.
         """
         self.inner_grad(wide_grad, matrix)
@@ -241,7 +243,8 @@ class Group:
         if self.magnitude is None or self.held_scale is not None:
             return self.held_scale
         assert self.squares is not None, "filled together with the magnitude"
-        made = scales(self, matrix[None], self.squares[None], self.magnitude[None])
+        with torch.no_grad():
+            made = scales(self, matrix[None], self.squares[None], self.magnitude[None])
         self.without_magnitude(made)
         return made[0]
 
@@ -260,7 +263,6 @@ class Group:
         ]
 
 
-@torch.no_grad()
 def scales(group: Group, matrices: Tensor, squares: Tensor, magnitudes: Tensor) -> Tensor:
     """DoRA's factors of several groups alike.
 

@@ -49,7 +49,7 @@ def loss_of(
     return Loss(mean, losses, is_top1)
 
 
-class _Head(torch.autograd.Function):
+class _Head(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, rows: Tensor, targets: Tensor, norm: Tensor, eps: float, head: Tensor, factor: Tensor

@@ -48,6 +48,7 @@ class Layer:
 
     @property
     def groups(self) -> tuple[Group, Group, Group, Group]:
+        """In the order of the forward pass."""
         return self.qkv, self.output, self.gate_up, self.down
 
     def parameters(self) -> list[nn.Parameter]:
@@ -89,7 +90,7 @@ class _Kept:
     scales: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-class _Run(torch.autograd.Function):
+class _Run(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, cos: Tensor, sin: Tensor, sequences: Sequences, layer: Layer, *parameters: Tensor
@@ -124,7 +125,7 @@ def _forward(
     leaves = tuple(each.requires_grad_() for each in run.split_heads(qkv, parts, cos, sin))
     # A small graph of its own: torch keeps what the attention's backward pass needs.
     with torch.enable_grad():
-        mixed = attend(*leaves, sequences, layer.scaling)
+        mixed = attend(leaves[0], leaves[1], leaves[2], sequences, layer.scaling)
     matrix = layer.output.matrix()
     output_scale = layer.output.scale(matrix)
     attended, inner_output = layer.output.forward_narrow(mixed.detach(), matrix)

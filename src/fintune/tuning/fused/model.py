@@ -6,7 +6,7 @@ model's own. Only the way through them is another.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,40 +34,47 @@ def obstacle(model: PeftModel) -> str | None:
     Args:
         model: With LoRA or DoRA adapters.
     """
-    from peft.tuners.lora import LoraLayer
+    return next(_obstacles(model), None)
 
+
+def _obstacles(model: PeftModel) -> Iterator[str]:
     config = model.get_base_model().config
     if config.model_type not in FAMILIES:
-        return f"the layers of {config.model_type} are not written out (those of {', '.join(FAMILIES)} are)"
+        yield f"the layers of {config.model_type} are not written out (those of {', '.join(FAMILIES)} are)"
+        return
     if config.hidden_act not in ("silu", "swish"):
-        return f"its activation is {config.hidden_act}"
+        yield f"its activation is {config.hidden_act}"
     if getattr(config, "use_sliding_window", config.model_type == "mistral") and getattr(
         config, "sliding_window", None
     ):
-        return "it attends through a sliding window"
+        yield "it attends through a sliding window"
     if getattr(config, "mlp_bias", False):
-        return "its feed-forward layers have a bias"
-    for name, module in model.named_modules():
+        yield "its feed-forward layers have a bias"
+    if config.model_type in ("llama", "mistral", "qwen3") and getattr(config, "attention_bias", False):
+        yield "its attention has a bias at its output"
+    yield from _obstacles_of_adapters(model, config.num_hidden_layers)
+
+
+def _obstacles_of_adapters(model: PeftModel, num_layers: int) -> Iterator[str]:
+    from peft.tuners.lora import LoraLayer
+
+    ranks: dict[str, list[int]] = {}
+    for path, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
-        if name.rpartition(".")[2] not in _PARTS:
-            return f"it adapts {name.rpartition('.')[2]}"
+        name = path.rpartition(".")[2]
+        ranks.setdefault(name, []).extend(module.r.values())
         if any(drop.p > 0 for drop in module.lora_dropout.values() if isinstance(drop, nn.Dropout)):
-            return "adapter.dropout is not 0"
+            yield "adapter.dropout is not 0"
         if len(module.active_adapters) != 1:
-            return "it has several adapters"
-    ranks: dict[str, set[int]] = {}
-    counts: Counter[str] = Counter()
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            ranks.setdefault(name.rpartition(".")[2], set()).update(module.r.values())
-            counts[name.rpartition(".")[2]] += 1
+            yield "it has several adapters"
     for name, found in ranks.items():
-        if len(found) > 1:
-            return f"the adapters of {name} have different ranks"
-        if counts[name] != config.num_hidden_layers:
-            return f"not every layer's {name} has an adapter"
-    return None
+        if name not in _PARTS:
+            yield f"it adapts {name}"
+        elif len(found) != num_layers:
+            yield f"not every layer's {name} has an adapter"
+        elif len(set(found)) > 1:
+            yield f"the adapters of {name} have different ranks"
 
 
 class FusedModel:

@@ -50,7 +50,8 @@ def add_norm(
         out: [tokens, hidden], gets the normalised rows.
 
     Returns:
-        The sum in the residual's type (the residual itself where nothing is added), and 1 / root mean square, float32 [tokens].
+        The sum in the residual's type (the residual itself where nothing is added), and 1 / root mean square, float32
+        [tokens].
     """
     if branch is not None:
         residual = add(residual, branch, scale)
@@ -100,9 +101,8 @@ def split_heads(qkv: Tensor, parts: HeadParts, cos: Tensor, sin: Tensor) -> tupl
     """
     queries, keys, values = _split(_scaled_heads(qkv, parts), parts)
     rotated = []
-    for heads, norm in ((queries, parts.query_norm), (keys, parts.key_norm)):
-        if norm is not None:
-            heads = _head_norm(heads, norm, parts.eps, qkv.dtype)
+    for raw, norm in ((queries, parts.query_norm), (keys, parts.key_norm)):
+        heads = raw if norm is None else _head_norm(raw, norm, parts.eps, qkv.dtype)
         turned = heads * cos[:, None].float() + _half_turn(heads) * sin[:, None].float()
         rotated.append(turned.to(qkv.dtype).contiguous())
     return rotated[0], rotated[1], values.to(qkv.dtype).contiguous()
@@ -121,7 +121,7 @@ def join_heads(
         sin: As there.
         out: [tokens, (num_heads + 2 * num_key_heads) * width].
     """
-    tokens, width = cos.shape
+    tokens = len(cos)
     norms = (parts.query_norm, parts.key_norm, None)
     raw = [None] * 3 if qkv is None else _split(_scaled_heads(qkv, parts), parts)
     joined = []
@@ -220,7 +220,7 @@ def _scaled_heads(qkv: Tensor, parts: HeadParts) -> Tensor:
 
 
 def _split(rows: Tensor, parts: HeadParts) -> tuple[Tensor, ...]:
-    return rows.split([parts.num_heads, parts.num_key_heads, parts.num_key_heads], 1)
+    return tuple(rows.split([parts.num_heads, parts.num_key_heads, parts.num_key_heads], 1))
 
 
 def _head_norm(heads: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:

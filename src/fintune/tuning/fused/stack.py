@@ -1,8 +1,8 @@
 """The same group of every layer of a model, with what changes in a step brought up to date in a few operations.
 
-The adapters' parameters become views of one tensor a part (all ``A`` of queries, keys and values of all layers, all ``B``
-of the queries, ...). After a step of the optimiser the borders of all layers are then written by one copy a part, and
-DoRA's factors made by three operations, where a copy and a norm for every layer would keep a small batch waiting.
+The adapters' parameters become views of one tensor a part (all ``A`` of queries, keys and values of all layers, all
+``B`` of the queries, ...). After a step of the optimiser the borders of all layers are then written by one copy a
+part, and DoRA's factors made by three operations; a copy and a norm for every layer would keep a small batch waiting.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ class Stack:
             view. Without it a matrix is put together at every use (4-bit weights where memory is short).
     """
 
-    @torch.no_grad()
     def __init__(self, groups: Sequence[Group], *, keep: bool) -> None:
+        with torch.no_grad():
+            self._build(groups, keep=keep)
+
+    def _build(self, groups: Sequence[Group], *, keep: bool) -> None:
         self._groups = list(groups)
         self._held: Tensor | None = None
         self._scale: Tensor | None = None
@@ -44,25 +47,27 @@ class Stack:
                 for group, scale in zip(self._groups, self._scale, strict=True):
                     group.held_scale = scale
 
-    @torch.no_grad()
     def refresh(self) -> None:
         """Bring borders and factors up to date.
 
         Called for every batch: torch's fused optimisers change parameters without counting it as a change.
         """
-        if self._held is None:
-            return
+        if self._held is not None:
+            with torch.no_grad():
+                self._refresh(self._held)
+
+    def _refresh(self, held: Tensor) -> None:
         first = self._groups[0]
         out, num_in = first.num_out, first.num_in
         if self._a is not None:
-            self._held[:, out : out + self._a.shape[1], :num_in].copy_(self._a)
+            held[:, out : out + self._a.shape[1], :num_in].copy_(self._a)
         top, column = 0, num_in
         for size, rank, b in zip(first.sizes, first.ranks, self._b, strict=True):
             if b is not None:
-                self._held[:, top : top + size, column : column + rank].copy_(b)
+                held[:, top : top + size, column : column + rank].copy_(b)
             top, column = top + size, column + rank
         if self._magnitude is not None and self._scale is not None:
-            self._scale.copy_(scales(first, self._held, self._squares, self._magnitude))
+            self._scale.copy_(scales(first, held, self._squares, self._magnitude))
             first.without_magnitude(self._scale)
 
     def _take_over(self) -> Tensor:
@@ -74,7 +79,7 @@ class Stack:
             rows = matrix[: group.num_out, : group.num_in].split(group.sizes)
             for layer, part in zip(group.layers, rows, strict=True):
                 if not is_four_bit(layer.base) and layer.base.weight.dtype == group.dtype:
-                    layer.base.weight.data = part  # type: ignore[union-attr]
+                    layer.base.weight.data = part
         return held
 
     def _gather_a(self) -> Tensor | None:
