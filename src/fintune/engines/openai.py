@@ -1,0 +1,274 @@
+"""Any server with an OpenAI-compatible interface: llama.cpp's, vLLM's, Ollama's, or a hosted one.
+
+A conversation goes to ``/chat/completions``, where the server's own template renders it: what a user of that server
+gets. A rendered prompt goes to ``/completions`` as token ids, which llama.cpp and vLLM take: what this package's other
+engines get, to the token.
+
+The interface says little about sampling, so a server's own defaults would decide part of the result. Servers tell who
+they are in ``/models``; for llama.cpp and vLLM what this package does not ask for is turned off by name (repetition
+penalty, top-k, min-p), the grammar of programs is sent in their own words, and token ids and margins are read. Of any
+other server penalties are asked to be 0, and constrained decoding is refused.
+
+vLLM's and Ollama's servers were not run here; what is sent follows their documentation. llama.cpp's is, in the tests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fintune.engines.endpoint import Connection, Endpoint
+from fintune.engines.protocol import Completion, Decoding
+from fintune.errors import ModelError, ResourceError
+from fintune.finqa.grammar import Grammar
+from fintune.records import Message
+
+Tokenise = Callable[[str], list[int]]
+
+_QUEUED_PER_REQUEST = 2
+"""Requests that wait for each one in flight, so that the server is never idle and a consumer may stop early."""
+_NAMED = 5
+
+
+@dataclass(frozen=True)
+class _Dialect:
+    """What a kind of server takes beyond the common interface.
+
+    Attributes:
+        always: Parts of every request.
+        in_chat: Parts of a conversation's request.
+        grammar: The part that constrains a completion; None where there is none.
+        takes_ids: Whether a prompt can be token ids.
+        limit: The name of the limit of new tokens.
+    """
+
+    always: Mapping[str, Any] = field(default_factory=dict)
+    in_chat: Mapping[str, Any] = field(default_factory=dict)
+    grammar: Callable[[Grammar], Mapping[str, Any]] | None = None
+    takes_ids: bool = False
+    limit: str = "max_tokens"
+
+
+_NO_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}
+_PLAIN = _Dialect()
+_DIALECTS = {
+    "llamacpp": _Dialect(
+        # As transformers does it: the temperature first, then the most probable tokens of what it gives.
+        always={"samplers": ["temperature", "top_p"], "repeat_penalty": 1.0, "cache_prompt": True},
+        in_chat=_NO_THINKING | {"logprobs": True, "top_logprobs": 2},
+        grammar=lambda grammar: {"grammar": grammar.gbnf()},
+        takes_ids=True,
+    ),
+    "vllm": _Dialect(
+        always={"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "return_token_ids": True},
+        in_chat=_NO_THINKING | {"logprobs": True, "top_logprobs": 2},
+        # GBNF is what its default backend, xgrammar, calls EBNF.
+        grammar=lambda grammar: {"structured_outputs": {"grammar": grammar.gbnf()}},
+        takes_ids=True,
+    ),
+    "openai": _Dialect(limit="max_completion_tokens"),
+}
+_DIALECTS["system"] = _DIALECTS["openai"]
+"""By ``owned_by`` of ``/models``."""
+
+
+class OpenAIEngine:
+    """A model behind an OpenAI-compatible interface.
+
+    Args:
+        endpoint: Address and model.
+        tokenise: Makes token ids of a rendered prompt, for :meth:`generate`.
+        parallel: Requests in flight. Which completions share the server's batches depends on when they arrive, so
+            near-ties may fall otherwise from run to run; with 1 a server that repeats itself is repeated.
+        timeout_seconds: Longest wait for one answer.
+        retries: How often a request is repeated that the server is too busy for.
+
+    Raises:
+        ResourceError: The server cannot be reached, refuses the key, or does not know this interface.
+        ModelError: It serves no such model, or several and none was named.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        *,
+        tokenise: Tokenise | None = None,
+        parallel: int = 8,
+        timeout_seconds: float = 600.0,
+        retries: int = 5,
+    ) -> None:
+        self.name = "openai"
+        self.url = endpoint.url
+        self._tokenise, self._parallel = tokenise, parallel
+        self._connection = Connection(endpoint, parallel=parallel, timeout_seconds=timeout_seconds, retries=retries)
+        listed = self._connection.get("/models")
+        served = listed.get("data") or [] if isinstance(listed, dict) else None
+        if served is None and endpoint.model is None:
+            raise ModelError(f"{self.url} does not say which models it serves", hint="name one, as in URL#MODEL")
+        self.model = endpoint.model or "" if served is None else _chosen(endpoint, served)
+        owner = next((str(each.get("owned_by")) for each in served or [] if _is_called(each, self.model)), "")
+        self._dialect = _DIALECTS.get(owner, _PLAIN)
+
+    def chat(self, conversations: Sequence[Sequence[Message]], decoding: Decoding) -> Iterator[Completion]:
+        """Complete conversations through the server's own chat template.
+
+        Args:
+            conversations: Turns up to the user's last.
+            decoding: How; without greedy decoding the draws are the server's.
+
+        Yields:
+            As :meth:`fintune.engines.protocol.Engine.generate`.
+
+        Raises:
+            ModelError: The server refuses a conversation, one that is too long for instance, or cannot constrain.
+            ResourceError: It does not answer.
+        """
+        bodies = [{"messages": [turn.model_dump() for turn in turns]} for turns in conversations]
+        return self._complete("/chat/completions", bodies, decoding, self._dialect.in_chat)
+
+    def generate(self, prompts: Sequence[str], decoding: Decoding) -> Iterator[Completion]:
+        """Complete rendered prompts; see :class:`fintune.engines.protocol.Engine`.
+
+        Raises:
+            ModelError: As :meth:`chat`, or the server takes no token ids.
+            ResourceError: It does not answer.
+        """
+        if self._tokenise is None or not self._dialect.takes_ids:
+            raise ModelError(
+                f"{self.url} cannot be given rendered prompts: llama.cpp's and vLLM's servers can",
+                hint="let the server's own chat template render them",
+            )
+        bodies = [{"prompt": self._tokenise(prompt)} for prompt in prompts]
+        return self._complete("/completions", bodies, decoding, {"logprobs": 2})
+
+    def _complete(
+        self, route: str, bodies: Sequence[Mapping[str, Any]], decoding: Decoding, extra: Mapping[str, Any]
+    ) -> Iterator[Completion]:
+        if decoding.grammars is not None and self._dialect.grammar is None:
+            raise ModelError(
+                f"{self.url} is no server that is known to take a grammar",
+                hint="llama.cpp's and vLLM's are; decode freely with this one",
+            )
+        requests = [
+            {"model": self.model, **body, **self._dialect.always, **extra, **self._choice(decoding, body, at, number)}
+            for at, body in enumerate(bodies)
+            for number in range(decoding.num_candidates)
+        ]
+        return self._answers(route, requests, decoding)
+
+    def _choice(self, decoding: Decoding, body: Mapping[str, Any], at: int, number: int) -> dict[str, Any]:
+        """How the tokens of one candidate are chosen."""
+        greedy = decoding.temperature == 0 or (decoding.greedy_first and number == 0)
+        chosen: dict[str, Any] = {
+            self._dialect.limit: decoding.max_new_tokens,
+            "temperature": 0.0 if greedy else decoding.temperature,
+            "top_p": 1.0 if greedy else decoding.top_p,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "seed": _seed(decoding.seed, repr(body), number),
+        }
+        if decoding.grammars is not None and self._dialect.grammar is not None:
+            chosen |= self._dialect.grammar(decoding.grammars[at])
+        return chosen
+
+    def _answers(self, route: str, requests: Sequence[Mapping[str, Any]], decoding: Decoding) -> Iterator[Completion]:
+        waiting: deque[Future[dict[str, Any]]] = deque()
+        told = time.monotonic()
+        pool = ThreadPoolExecutor(self._parallel, thread_name_prefix="fintune-request")
+        try:
+            for number in range(len(requests)):
+                room = self._parallel * (1 + _QUEUED_PER_REQUEST) - len(waiting)
+                begun = number + len(waiting)
+                for request in requests[begun : begun + room]:
+                    waiting.append(pool.submit(self._connection.post, route, request))
+                answer = self._answer(waiting.popleft(), number // decoding.num_candidates)
+                yield _completion(self.url, answer, time.monotonic() - told)
+                told = time.monotonic()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    @staticmethod
+    def _answer(request: Future[dict[str, Any]], place: int) -> dict[str, Any]:
+        try:
+            return request.result()
+        except ModelError as error:
+            raise ModelError(f"prompt {place}: {error.message}", hint=error.hint) from None
+
+    def close(self) -> None:
+        """Drop the connections."""
+        self._connection.close()
+
+
+def _chosen(endpoint: Endpoint, served: Sequence[Mapping[str, Any]]) -> str:
+    names = [str(each.get("id")) for each in served]
+    listed = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+    if endpoint.model is None:
+        if len(names) != 1:
+            has = f"serves {listed}" if names else "serves no model"
+            raise ModelError(f"{endpoint.url} {has}", hint="name one, as in URL#MODEL")
+        return names[0]
+    if not any(_is_called(each, endpoint.model) for each in served):
+        raise ModelError(f"{endpoint.url} does not serve {endpoint.model}", hint=f"it serves {listed or 'no model'}")
+    return endpoint.model
+
+
+def _is_called(entry: Mapping[str, Any], name: str) -> bool:
+    # Ollama calls "llama3" what it lists as "llama3:latest".
+    known = [str(entry.get("id")), *map(str, entry.get("aliases") or ())]
+    return name in known or f"{name}:latest" in known
+
+
+def _seed(seed: int, prompt: str, number: int) -> int:
+    """A seed for one candidate: prompts do not share their draws, and a resumed run goes on with the same ones."""
+    digest = hashlib.blake2b(f"{seed}\0{number}\0{prompt}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def _completion(url: str, answer: Mapping[str, Any], seconds: float) -> Completion:
+    try:
+        choice = answer["choices"][0]
+        text = choice["text"] if "text" in choice else choice["message"].get("content")
+        steps = _steps(choice.get("logprobs"))
+        usage = answer.get("usage") or {}
+        ids = choice.get("token_ids") or [step["id"] for step in steps if "id" in step]
+        aligned = steps if len(steps) == len(ids) else []
+        return Completion(
+            token_ids=tuple(map(int, ids)),
+            text=text or "",
+            finish_reason=_ending(choice.get("finish_reason")),
+            margins=tuple(map(_margin, aligned)) or (0.0,) * len(ids),
+            num_prompt_tokens=int(usage.get("prompt_tokens") or 0),
+            seconds=seconds,
+            logprobs=tuple(float(step["logprob"]) for step in aligned),
+        )
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise ResourceError(
+            f"{url} answers otherwise than an OpenAI-compatible server does ({type(error).__name__}: {error})"
+        ) from None
+
+
+def _ending(reason: object) -> Literal["stop", "length"]:
+    return "length" if reason == "length" else "stop"
+
+
+def _steps(logprobs: Any) -> list[dict[str, Any]]:
+    """One entry a token; ``/completions`` of vLLM writes lists beside each other instead."""
+    if not logprobs:
+        return []
+    if "content" in logprobs:
+        return list(logprobs["content"] or ())
+    tops = logprobs.get("top_logprobs") or [None] * len(logprobs["token_logprobs"])
+    return [
+        {"logprob": own, "top_logprobs": [{"logprob": value} for value in sorted((top or {}).values(), reverse=True)]}
+        for own, top in zip(logprobs["token_logprobs"], tops, strict=True)
+    ]
+
+
+def _margin(step: Mapping[str, Any]) -> float:
+    best = [float(each["logprob"]) for each in step.get("top_logprobs") or ()][:2]
+    return best[0] - best[1] if len(best) == 2 else 0.0
