@@ -1,0 +1,126 @@
+"""Which way of training fits the GPU's memory and is the fastest that does.
+
+What a step costs besides its products: a layer that keeps its input only runs most of its forward pass once more; a
+4-bit weight that is not held unpacked is unpacked at every use. What it gains: memory. All ways are few enough to try.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fintune.tuning.memory import Method, Setting, Shape, peak_bytes
+
+GIB = 2**30
+RESERVE_BYTES = int(1.25 * GIB)
+"""Left free: what the allocator holds between two sizes, and libraries' workspaces."""
+
+# Of one forward pass through a layer: all products but the way down (and the activations of its adapter).
+_AGAIN = 0.75
+# Rates of an H100, of which only the ratio matters: matrix products, and unpacking 4-bit weights (bytes read and
+# written).
+_OPERATIONS_A_SECOND = 7e14
+_UNPACKED_BYTES_A_SECOND = 1.5e12
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """A way to train.
+
+    Attributes:
+        setting: What was chosen.
+        batch_size: Examples a forward pass.
+        accumulation: Forward passes a step; the product with ``batch_size`` is what was asked for.
+        predicted_bytes: Largest allocation.
+        limit_bytes: What there is.
+        fits: Whether the one is below the other.
+        reasons: A sentence for every choice.
+    """
+
+    setting: Setting
+    batch_size: int
+    accumulation: int
+    predicted_bytes: int
+    limit_bytes: int
+    fits: bool
+    reasons: tuple[str, ...]
+
+
+def make_plan(
+    shape: Shape, method: Method, *, batch_size: int, accumulation: int, longest: int, limit_bytes: int
+) -> TrainingPlan:
+    """The fastest way that fits; where none does, the smallest, with ``fits`` false.
+
+    Args:
+        shape: The model.
+        method: What is trained.
+        batch_size: Examples a forward pass as asked for.
+        accumulation: Forward passes a step as asked for.
+        longest: Tokens of the longest example; a batch of such examples must fit.
+        limit_bytes: Memory that may be allocated, see :data:`RESERVE_BYTES`.
+    """
+    best: tuple[float, TrainingPlan] | None = None
+    smallest: TrainingPlan | None = None
+    for size in _divisors(batch_size):
+        passes = accumulation * (batch_size // size)
+        for setting in _settings(shape, method, tokens=size * longest, accumulates=passes > 1):
+            peak = peak_bytes(shape, method, setting)
+            made = TrainingPlan(setting, size, passes, peak, limit_bytes, peak <= limit_bytes, ())
+            if smallest is None or peak < smallest.predicted_bytes:
+                smallest = made
+            cost = passes * _seconds(shape, setting, method)
+            if made.fits and (best is None or cost < best[0]):
+                best = cost, made
+        if best is not None:
+            # Smaller passes only ever cost more: the same products in smaller pieces.
+            break
+    assert smallest is not None, "there is always a batch of one example"
+    chosen = smallest if best is None else best[1]
+    return TrainingPlan(**{**vars(chosen), "reasons": tuple(_reasons(shape, method, chosen, batch_size))})
+
+
+def needs_four_bit(shape: Shape, method: Method, *, longest: int, limit_bytes: int) -> bool:
+    """Whether the base only fits in 4 bits, one example a pass and every layer checkpointed."""
+    wide = Method(method.rank, method.targets, dora=method.dora, four_bit=False)
+    setting = Setting(shape.layers, unpacked=True, tokens=longest, accumulates=True)
+    return peak_bytes(shape, wide, setting) > limit_bytes
+
+
+def _divisors(number: int) -> Iterator[int]:
+    """From the largest down."""
+    return (size for size in range(number, 0, -1) if number % size == 0)
+
+
+def _settings(shape: Shape, method: Method, *, tokens: int, accumulates: bool) -> Iterator[Setting]:
+    for unpacked in (True, False) if method.four_bit else (True,):
+        for num_checkpointed in range(shape.layers + 1):
+            yield Setting(num_checkpointed, unpacked, tokens, accumulates)
+
+
+def _seconds(shape: Shape, setting: Setting, method: Method) -> float:
+    """Time of a pass, as far as the choice changes it."""
+    layer = 2 * shape.linear_weights * setting.tokens / _OPERATIONS_A_SECOND
+    unpacking = 0.0
+    if method.four_bit and not setting.unpacked:
+        unpacking = 2.5 * shape.linear_weights / _UNPACKED_BYTES_A_SECOND
+    again = setting.num_checkpointed * _AGAIN * (layer + unpacking)
+    return shape.layers * 2 * (layer + unpacking) + again
+
+
+def _reasons(shape: Shape, method: Method, plan: TrainingPlan, batch_size: int) -> Iterator[str]:
+    setting = plan.setting
+    room = f"{plan.limit_bytes / GIB:.1f} GiB"
+    if plan.batch_size < batch_size:
+        yield (
+            f"{plan.batch_size} of {batch_size} examples a pass, {plan.accumulation} passes a step: "
+            f"{batch_size} do not fit {room} even with every layer checkpointed"
+        )
+    if setting.num_checkpointed == 0:
+        yield f"no layer recomputed: all activations fit {room}"
+    else:
+        yield f"{setting.num_checkpointed} of {shape.layers} layers recomputed, no more than {room} demand"
+    if method.four_bit:
+        if setting.unpacked:
+            yield "4-bit weights held unpacked beside: there is room, and no step unpacks them"
+        else:
+            yield "4-bit weights unpacked at every use: 16-bit copies would cost more in recomputed layers, or not fit"

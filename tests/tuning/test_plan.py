@@ -1,0 +1,95 @@
+"""The planner: its prediction against what was measured on an H100, and what it chooses."""
+
+from __future__ import annotations
+
+import pytest
+
+from fintune.tuning.memory import Method, Setting, Shape, peak_bytes
+from fintune.tuning.plan import GIB, make_plan, needs_four_bit
+
+LLAMA_3B = Shape(3072, 8192, 28, 24, 8, 128, 128256, tied=True)
+QWEN_14B = Shape(5120, 13824, 48, 40, 8, 128, 152064, tied=False)
+QLORA = Method(32, four_bit=True)
+
+# torch.cuda.max_memory_allocated in GiB, NVIDIA H100 80GB HBM3, every token trained, AdamW.
+MEASURED = [
+    (LLAMA_3B, Method(16), Setting(0, True, 16384), 39.13),
+    (LLAMA_3B, Method(16), Setting(28, True, 16384), 11.00),
+    (LLAMA_3B, Method(16), Setting(0, True, 4096), 15.02),
+    (LLAMA_3B, Method(16, dora=True), Setting(0, True, 16384), 48.83),
+    (LLAMA_3B, Method(16, dora=True), Setting(0, True, 4096), 17.43),
+    (QWEN_14B, QLORA, Setting(0, True, 4096), 58.97),
+    (QWEN_14B, QLORA, Setting(0, False, 4096), 33.86),
+    (QWEN_14B, QLORA, Setting(48, False, 4096), 13.86),
+    (QWEN_14B, Method(32, dora=True, four_bit=True), Setting(0, True, 4096), 65.38),
+    (QWEN_14B, Method(32, dora=True, four_bit=True), Setting(0, False, 4096), 40.26),
+]
+
+
+@pytest.mark.parametrize(("shape", "method", "setting", "measured"), MEASURED)
+def test_the_prediction_is_within_three_hundredths_of_what_was_measured(shape, method, setting, measured):
+    assert peak_bytes(shape, method, setting) / GIB == pytest.approx(measured, rel=0.03)
+
+
+def test_the_shape_is_read_from_a_models_configuration():
+    config = {
+        "model_type": "llama",
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
+    }
+    assert Shape.of(config) == LLAMA_3B
+
+
+def plan(gib, *, shape=LLAMA_3B, method=Method(16), batch_size=16, accumulation=1, longest=1024):  # noqa: B008
+    return make_plan(
+        shape, method, batch_size=batch_size, accumulation=accumulation, longest=longest, limit_bytes=int(gib * GIB)
+    )
+
+
+def test_nothing_is_recomputed_where_all_fits():
+    made = plan(78)
+    assert (made.setting.num_checkpointed, made.batch_size, made.fits) == (0, 16, True)
+    assert made.reasons == ("no layer recomputed: all activations fit 78.0 GiB",)
+
+
+def test_no_more_layers_are_recomputed_than_memory_demands():
+    made = plan(14)
+    assert 0 < made.setting.num_checkpointed < 28
+    assert made.predicted_bytes <= 14 * GIB
+    fewer = Setting(made.setting.num_checkpointed - 1, True, made.setting.tokens)
+    assert peak_bytes(LLAMA_3B, Method(16), fewer) > 14 * GIB
+
+
+def test_a_batch_that_does_not_fit_is_taken_in_passes_of_the_same_sum():
+    made = plan(9)
+    assert made.fits
+    assert made.batch_size < 16
+    assert made.batch_size * made.accumulation == 16
+    assert made.setting.accumulates
+
+
+def test_four_bit_weights_are_held_unpacked_only_where_that_costs_no_recomputing():
+    assert plan(78, shape=QWEN_14B, method=QLORA, batch_size=1, longest=4096).setting.unpacked
+    made = plan(40, shape=QWEN_14B, method=QLORA, batch_size=1, longest=4096)
+    assert (made.setting.unpacked, made.setting.num_checkpointed) == (False, 0)
+    made = plan(14, shape=QWEN_14B, method=QLORA, batch_size=1, longest=4096)
+    assert not made.setting.unpacked
+    assert made.setting.num_checkpointed > 40
+    assert made.fits
+
+
+def test_what_never_fits_is_said_with_the_smallest_way():
+    made = plan(4)
+    assert not made.fits
+    assert (made.batch_size, made.accumulation, made.setting.num_checkpointed) == (1, 16, 28)
+
+
+def test_whether_four_bits_are_needed():
+    wide = {"shape": QWEN_14B, "method": QLORA, "longest": 4096}
+    assert needs_four_bit(**wide, limit_bytes=24 * GIB)
+    assert not needs_four_bit(**wide, limit_bytes=78 * GIB)
