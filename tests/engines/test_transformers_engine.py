@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from fintune import chat, models
@@ -8,6 +10,8 @@ from fintune.engines.prefixes import Cut
 from fintune.engines.protocol import Decoding
 from fintune.engines.transformers_engine import TransformersEngine
 from fintune.errors import ModelError
+from fintune.finqa.ending import ending
+from fintune.finqa.grammar import general, restricted, vocabulary
 from fintune.records import Message
 from fintune.tuning.quiet import quiet_libraries
 
@@ -48,6 +52,7 @@ def test_tokens_and_margins_are_those_of_one_forward_pass(model, tokenizer, prom
         best = logits.log_softmax(-1).topk(2)
         assert best.indices[:, 0].tolist() == list(found.token_ids)
         assert found.margins == pytest.approx((best.values[:, 0] - best.values[:, 1]).tolist(), abs=1e-4)
+        assert found.logprobs == pytest.approx(best.values[:, 0].tolist(), abs=1e-4)
 
 
 def test_a_row_ends_at_the_stop_token_while_others_go_on(model, tokenizer, prompts):
@@ -152,3 +157,62 @@ def test_an_adapter_shares_beginnings_too(tiny_model, tokenizer, monkeypatch):
     monkeypatch.setattr(transformers_engine, "cut", _unshared)
     alone = list(TransformersEngine(adapted, tokenizer, 8).generate(prompts, Decoding(8)))
     assert [each.token_ids for each in shared] == [each.token_ids for each in alone]
+
+
+DRAWN = Decoding(8, temperature=1.0, top_p=0.95, seed=3, num_candidates=3)
+
+
+def test_candidates_of_a_prompt_stand_together_and_differ(model, tokenizer, prompts):
+    found = list(TransformersEngine(model, tokenizer, 4).generate(prompts, DRAWN))
+    assert len(found) == 3 * len(prompts)
+    counts = [len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts]
+    assert [each.num_prompt_tokens for each in found] == [count for count in counts for _ in range(3)]
+    assert all(len({each.token_ids for each in found[at : at + 3]}) == 3 for at in range(0, len(found), 3))
+
+
+def test_what_is_drawn_depends_on_the_prompt_and_the_seed_only(model, tokenizer, prompts):
+    def tokens(prompts, batch_size, decoding=DRAWN):
+        return [each.token_ids for each in TransformersEngine(model, tokenizer, batch_size).generate(prompts, decoding)]
+
+    whole = tokens(prompts, 4)
+    assert whole == tokens(prompts, 7) == tokens(prompts[:4], 1) + tokens(prompts[4:], 16)
+    assert whole != tokens(prompts, 4, replace(DRAWN, seed=4))
+    (greedy,) = tokens(prompts[:1], 1, Decoding(8))
+    assert tokens(prompts[:1], 1, replace(DRAWN, greedy_first=True)) == [greedy, *whole[1:3]]
+
+
+PAGES = [restricted(vocabulary([["a", "x"], [f"net income {p}", f"{p}5", "12,345"]], ())) for p in range(11)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("grammars", [(general(),) * 11, tuple(PAGES)], ids=["general", "pages"])
+def test_a_grammar_is_kept_to_and_ended(model, tokenizer, prompts, grammars, temperature):
+    decoding = Decoding(120, temperature=temperature, grammars=grammars)
+    found = list(TransformersEngine(model, tokenizer, 4).generate(prompts, decoding))
+    for grammar, each in zip(grammars, found, strict=True):
+        end = ending(grammar, each.text.rstrip("\ufffd"))
+        assert end is not None
+        assert (each.finish_reason == "stop") == (each.token_ids[-1] == tokenizer.eos_token_id)
+        assert end == "" or each.finish_reason == "length"
+    # Random weights write digits for ever where they may; what a page may say has an end.
+    assert any(each.finish_reason == "stop" for each in found) or grammars[0] is grammars[1]
+
+
+def test_logits_wider_than_the_tokenizer_are_no_obstacle(tokenizer, prompts):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        wide = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer) + 50,
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+            )
+        ).eval()
+    decoding = Decoding(40, temperature=1.0, grammars=(PAGES[0],) * 2)
+    for each in TransformersEngine(wide, tokenizer, 2).generate(prompts[:2], decoding):
+        assert ending(PAGES[0], each.text) is not None
+        assert max(each.token_ids) < len(tokenizer)

@@ -1,12 +1,14 @@
-"""Batched greedy decoding with transformers: base models, merged folders, and PEFT adapters on their base.
+"""Batched decoding with transformers: base models, merged folders, and PEFT adapters on their base.
 
 The loop is written out here: rows that have ended leave the batch at once, and for each token the gap to the
 second-best is kept, for which ``generate`` would hold the scores of all steps in memory. What the prompts of a batch
-have in common at their beginning (several questions on a page) is computed once, where all layers attend to all tokens.
+have in common at their beginning (several questions on a page, several candidates of a question) is computed once,
+where all layers attend to all tokens.
 """
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +16,8 @@ from typing import TYPE_CHECKING
 
 from fintune import chat
 from fintune.engines.cache_room import cache_with_room, can_spread, spread
+from fintune.engines.choosing import Way, choose
+from fintune.engines.masks import Masks
 from fintune.engines.prefixes import cut, families
 from fintune.engines.protocol import Completion, Decoding
 from fintune.errors import ModelError
@@ -33,8 +37,10 @@ class _Row:
 
     prompt_ids: list[int]
     max_new_tokens: int
+    way: Way
     token_ids: list[int] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
     stopped: bool = False
     seconds: float = 0.0
 
@@ -56,35 +62,37 @@ class TransformersEngine:
         self.name = "transformers"
         self._model, self._tokenizer, self._batch_size = model, tokenizer, batch_size
         self._stop_ids = frozenset(chat.end_of_turn_ids(tokenizer))
+        self._masks: Masks | None = None
         self._context = int(model.config.get_text_config().max_position_embeddings)
 
     def generate(self, prompts: Sequence[str], decoding: Decoding) -> Iterator[Completion]:
-        """Greedy completions, in the order of the prompts.
-
-        Args:
-            prompts: Rendered through the chat template; special tokens are in the text.
-            decoding: How.
+        """Completions, in the order of the prompts; see :class:`fintune.engines.protocol.Engine`.
 
         Raises:
-            ModelError: A prompt that leaves no room in the model's context; raised before anything is decoded.
+            ModelError: A prompt that leaves no room in the model's context; raised before anything is decoded. Or the
+                tokenizer is none that grammars can be read with.
         """
-        rows = [self._row(number, prompt, decoding.max_new_tokens) for number, prompt in enumerate(prompts, 1)]
-        return self._windows(rows)
+        encoded = [self._encode(number, prompt) for number, prompt in enumerate(prompts, 1)]
+        if decoding.grammars is not None and self._masks is None:
+            num_tokens = int(self._model.config.get_text_config().vocab_size)
+            self._masks = Masks(self._tokenizer, num_tokens, self._stop_ids)
+        return self._windows(encoded, decoding)
 
     def close(self) -> None:
         """Let go of the model; the engine cannot be used afterwards."""
         del self._model
 
-    def _windows(self, rows: list[_Row]) -> Iterator[Completion]:
-        window = self._batch_size * _WINDOW_BATCHES
-        for start in range(0, len(rows), window):
-            part = rows[start : start + window]
+    def _windows(self, prompts: list[list[int]], decoding: Decoding) -> Iterator[Completion]:
+        window = max(1, self._batch_size * _WINDOW_BATCHES // decoding.num_candidates)
+        for start in range(0, len(prompts), window):
+            numbers = range(start, min(start + window, len(prompts)))
+            part = [self._row(prompts, n, c, decoding) for n in numbers for c in range(decoding.num_candidates)]
             ordered = [part[place] for family in families([row.prompt_ids for row in part]) for place in family]
             for at in range(0, len(ordered), self._batch_size):
-                self._decode(ordered[at : at + self._batch_size])
+                self._decode(ordered[at : at + self._batch_size], decoding)
             yield from map(self._completion, part)
 
-    def _row(self, number: int, prompt: str, max_new_tokens: int) -> _Row:
+    def _encode(self, number: int, prompt: str) -> list[int]:
         ids: list[int] = self._tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) >= self._context:
             raise ModelError(
@@ -92,9 +100,21 @@ class TransformersEngine:
                 f"{self._context}",
                 hint="lower prompt.max_length",
             )
-        return _Row(ids, min(max_new_tokens, self._context - len(ids)))
+        return ids
 
-    def _decode(self, rows: list[_Row]) -> None:
+    def _row(self, prompts: list[list[int]], number: int, candidate: int, decoding: Decoding) -> _Row:
+        ids = prompts[number]
+        reader = None
+        if decoding.grammars is not None:
+            assert self._masks is not None, "generate opens it"
+            reader = self._masks.reader(decoding.grammars[number])
+        chance = None
+        if decoding.temperature > 0 and not (decoding.greedy_first and candidate == 0):
+            # From the prompt, not its number: a run that goes on where another stopped draws the same.
+            chance = random.Random(f"{decoding.seed} {candidate} {ids}")  # noqa: S311
+        return _Row(ids, min(decoding.max_new_tokens, self._context - len(ids)), Way(reader, chance))
+
+    def _decode(self, rows: list[_Row], decoding: Decoding) -> None:
         """Run one batch to its end."""
         import torch
 
@@ -102,7 +122,7 @@ class TransformersEngine:
         device = self._model.device
         with torch.inference_mode():
             state = self._prefill(rows)
-            open_rows = self._take(rows, state.logits)
+            open_rows = self._take(rows, state.logits, decoding)
             while open_rows:
                 if len(open_rows) < len(state.rows):
                     state = state.only(open_rows)
@@ -115,7 +135,7 @@ class TransformersEngine:
                     past_key_values=state.cache,
                     use_cache=True,
                 )
-                open_rows = self._take(open_rows, out.logits)
+                open_rows = self._take(open_rows, out.logits, decoding)
         for row in rows:
             row.seconds = (time.perf_counter() - started) / len(rows)
 
@@ -164,22 +184,22 @@ class TransformersEngine:
         spread(cache, torch.tensor(plan.head_of, device=device), columns)
         return plan.num_tail
 
-    def _take(self, rows: list[_Row], logits: torch.Tensor) -> list[_Row]:
-        """Append the best token of each row.
+    def _take(self, rows: list[_Row], logits: torch.Tensor, decoding: Decoding) -> list[_Row]:
+        """Append a token to each row.
 
         Args:
             rows: The rows of the batch.
             logits: Shape [rows, 1, vocabulary].
+            decoding: How it is chosen.
 
         Returns:
             The rows that go on.
         """
-        best = logits[:, -1].float().topk(2, dim=-1)
-        # The difference of two logits is that of their log-probabilities.
-        gaps = (best.values[:, 0] - best.values[:, 1]).tolist()
-        for row, token, gap in zip(rows, best.indices[:, 0].tolist(), gaps, strict=True):
+        chosen = choose(logits[:, -1].float(), [row.way for row in rows], decoding)
+        for row, token, logprob, margin in zip(rows, *chosen, strict=True):
             row.token_ids.append(token)
-            row.margins.append(gap)
+            row.logprobs.append(logprob)
+            row.margins.append(margin)
             row.stopped = token in self._stop_ids
         return [row for row in rows if row.open]
 
@@ -191,6 +211,7 @@ class TransformersEngine:
             margins=tuple(row.margins),
             num_prompt_tokens=len(row.prompt_ids),
             seconds=row.seconds,
+            logprobs=tuple(row.logprobs),
         )
 
 
