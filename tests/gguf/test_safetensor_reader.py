@@ -61,7 +61,7 @@ def test_an_unreadable_index_is_one_line(folder, text):
 
 def test_quantised_weights_are_refused(tmp_path):
     save_file({"w": np.zeros((2, 2), np.uint8)}, tmp_path / "model.safetensors")
-    with pytest.raises(ModelError, match=r"tensor w has type U8.*merge into the 16-bit"):
+    with pytest.raises(ModelError, match=r"tensor w has type U8.*take the 16-bit weights"):
         SafetensorFolder(tmp_path)
 
 

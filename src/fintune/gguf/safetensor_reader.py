@@ -79,7 +79,7 @@ class SafetensorFolder:
                     f"{folder}: shard {path.name} of model.safetensors.index.json is missing",
                     hint="copy or download the folder again",
                 )
-            for tensor in _read_header(path):
+            for tensor in read_header(path):
                 self.tensors[tensor.name] = tensor
         absent = sorted(set(index) - set(self.tensors))
         if absent:
@@ -142,7 +142,12 @@ def _read_index(folder: Path) -> dict[str, str]:
         raise ModelError(f"{path}: unreadable: {error}", hint="copy or download the folder again") from error
 
 
-def _read_header(path: Path) -> Iterator[StoredTensor]:
+def read_header(path: Path) -> Iterator[StoredTensor]:
+    """The tensors of one safetensors file, sorted by name.
+
+    Raises:
+        ModelError: A truncated or unreadable file, or weights that are not 16 or 32-bit floats.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -161,7 +166,7 @@ def _read_header(path: Path) -> Iterator[StoredTensor]:
         if dtype not in _ELEMENT_BYTES:
             raise ModelError(
                 f"{path}: tensor {name} has type {dtype}, expected one of {', '.join(_ELEMENT_BYTES)}",
-                hint="a quantised model cannot be exported: merge into the 16-bit base weights",
+                hint="a quantised model can be neither merged nor exported: take the 16-bit weights it was made from",
             )
         tensor = StoredTensor(name, shape, dtype, path, 8 + length + begin)
         if end - begin != tensor.num_bytes:
