@@ -57,6 +57,7 @@ HEAVY = {
     "torch",
     "transformers",
     "trl",
+    "vllm",
     "xllamacpp",
 }
 

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import pytest
+
+from engines import fake_vllm
+from fintune import models
+from fintune.engines.protocol import Decoding
+from fintune.engines.transformers_engine import TransformersEngine
+from fintune.engines.vllm_engine import VllmEngine
+from fintune.errors import ModelError, ResourceError
+from fintune.finqa.grammar import general
+from tiny import patch_json
+
+pytest.importorskip("torch")
+
+PROMPTS = [f"<|im_start|>user\n{'revenue ' * (n % 3)}in 20{n:02}<|im_end|>\n<|im_start|>assistant\n" for n in range(5)]
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    return fake_vllm.install(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    return models.load_tokenizer(models.resolve(str(tiny_model)))
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model, tmp_path_factory):
+    return make_adapter(tiny_model, tmp_path_factory.mktemp("adapter"))
+
+
+def make_adapter(tiny_model, folder, **options):
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    base = models.load_model(models.resolve(str(tiny_model)), dtype="float32")
+    with models.quiet_peft():
+        model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **options))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(1))
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_completions_are_those_of_transformers(vllm, tiny_model, tokenizer):
+    model = models.load_model(models.resolve(str(tiny_model)), dtype="float32")
+    wanted = list(TransformersEngine(model, tokenizer, 2).generate(PROMPTS, Decoding(8)))
+    found = list(VllmEngine(tiny_model, tokenizer).generate(PROMPTS, Decoding(8)))
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert (ours.token_ids, ours.text, ours.finish_reason) == (theirs.token_ids, theirs.text, theirs.finish_reason)
+        assert ours.num_prompt_tokens == theirs.num_prompt_tokens
+        assert ours.margins == pytest.approx(theirs.margins, abs=1e-4)
+        assert len(ours.logprobs) == len(ours.token_ids)
+
+
+def test_a_lora_adapter_changes_the_completions_and_its_rank_is_rounded_up(vllm, tiny_model, tokenizer, adapter):
+    base = list(VllmEngine(tiny_model, tokenizer).generate(PROMPTS, Decoding(8)))
+    engine = VllmEngine(tiny_model, tokenizer, adapter=adapter)
+    adapted = list(engine.generate(PROMPTS, Decoding(8)))
+    assert engine._llm.max_lora_rank == 8
+    assert [each.token_ids for each in adapted] != [each.token_ids for each in base]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"use_dora": True}, "it is a DoRA adapter"),
+        ({"modules_to_save": ["lm_head"]}, "whole trained layers"),
+        ({"r": 1024}, "its rank is above 512"),
+        ({"rank_pattern": {"q_proj": 600}}, "its rank is above 512"),
+    ],
+)
+def test_an_adapter_that_vllm_cannot_use_is_refused_before_loading(vllm, tokenizer, adapter, tmp_path, changes, reason):
+    (tmp_path / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
+    patch_json(tmp_path / "adapter_config.json", **changes)
+    with pytest.raises(ModelError, match=rf"cannot use this adapter: .*{reason}.*: merge it"):
+        VllmEngine(tmp_path / "no model", tokenizer, adapter=tmp_path)
+
+
+def test_a_folder_without_an_adapter_is_refused(vllm, tokenizer, tmp_path):
+    with pytest.raises(ModelError, match="holds no adapter"):
+        VllmEngine(tmp_path, tokenizer, adapter=tmp_path)
+
+
+def test_draws_repeat_and_candidates_stand_together(vllm, tiny_model, tokenizer):
+    def draw(seed):
+        decoding = Decoding(5, temperature=1.5, seed=seed, num_candidates=3, greedy_first=True)
+        return [each.token_ids for each in VllmEngine(tiny_model, tokenizer).generate(PROMPTS, decoding)]
+
+    first = draw(1)
+    greedy = [each.token_ids for each in VllmEngine(tiny_model, tokenizer).generate(PROMPTS, Decoding(5))]
+    assert first == draw(1) != draw(2)
+    assert first[::3] == greedy
+    assert first[1::3] != first[2::3]
+
+
+def test_each_prompt_is_constrained_by_its_own_grammar(vllm, tiny_model, tokenizer):
+    llguidance = pytest.importorskip("llguidance")
+    grammars = tuple(general(steps) for steps in range(1, 6))
+    engine = VllmEngine(tiny_model, tokenizer)
+    list(engine.generate(PROMPTS, Decoding(2, grammars=grammars)))
+    ((prompts, params),) = engine._llm.calls
+    rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROMPTS]
+    for prompt, each in zip(prompts, params, strict=True):
+        grammar = each.structured_outputs.grammar
+        assert grammar == grammars[rows.index(prompt["prompt_token_ids"])].lark()
+        assert not llguidance.LLMatcher.validate_grammar(llguidance.LLMatcher.grammar_from_lark(grammar))
+    assert engine._llm.structured_outputs_config == {"backend": "guidance"}
+
+
+def test_questions_on_a_page_follow_each_other(vllm, tiny_model, tokenizer):
+    pages = [f"{'in the ' * (9 + page)}20{page}\n{'x ' * question}" for question in range(2) for page in range(3)]
+    engine = VllmEngine(tiny_model, tokenizer)
+    found = list(engine.generate(pages, Decoding(1)))
+    ((prompts, _),) = engine._llm.calls
+    texts = [tokenizer.decode(prompt["prompt_token_ids"]).split("20")[1][0] for prompt in prompts]
+    assert texts == sorted(texts)
+    counts = [len(tokenizer(page, add_special_tokens=False)["input_ids"]) for page in pages]
+    assert [each.num_prompt_tokens for each in found] == counts
+
+
+def test_a_prompt_longer_than_the_context_is_named(vllm, tiny_model, tokenizer):
+    with pytest.raises(ModelError, match=r"prompt 1 has \d+ tokens, with 4 new ones it does not fit the context of 64"):
+        VllmEngine(tiny_model, tokenizer, context_tokens=64).generate([PROMPTS[0], "revenue " * 80], Decoding(4))
+
+
+def test_a_model_that_vllm_refuses_is_one_line(vllm, tiny_model, tokenizer):
+    with pytest.raises(ModelError, match=r"vLLM cannot load it \(max_model_len \(9999\) is greater.*\)$"):
+        VllmEngine(tiny_model, tokenizer, context_tokens=9999)
+
+
+def test_without_vllm_the_extra_is_named(tiny_model, tokenizer):
+    with pytest.raises(ResourceError, match=r'vLLM is not installed: pip install "fintune\[vllm\]"'):
+        VllmEngine(tiny_model, tokenizer)
+
+
+def test_the_stand_in_refuses_what_vllm_does_not_know():
+    with pytest.raises(TypeError):
+        fake_vllm.SamplingParams(guided_grammar="x")
+    with pytest.raises(ValueError, match="one kind"):
+        fake_vllm.StructuredOutputsParams()
