@@ -35,6 +35,7 @@ ROOTS_OVER_ROOMS = {
     "fintune.disk": {"gguf"},  # the size of a GGUF before it is written
     "fintune.examples": {"finqa"},
     "fintune.prepared": {"finqa", "sources"},
+    "fintune.shots": {"finqa"},  # solved questions before the question
 }
 """Root modules that may import rooms or stages, and which. All others are below the rooms; ``steps`` loads
 stages by name when they run."""

@@ -17,7 +17,7 @@ Row names stay as they are, because table operations call rows by them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -194,6 +194,18 @@ def _num_shared(names: Sequence[Sequence[str]]) -> int:
     while number < shortest - 1 and len({name[number] for name in names}) == 1:
         number += 1
     return number
+
+
+def excerpt(record: FinQARecord, keys: Collection[str]) -> str:
+    """The user's message with a part of the page: the units of these keys, and the header above any row of them.
+
+    Args:
+        record: Page and question.
+        keys: ``text_3``, ``table_1`` ...; unknown ones are left out.
+    """
+    wanted = {*keys, "table_0"} if any(key.startswith("table_") for key in keys) else set(keys)
+    lines = [(unit, line) for unit, line in page_lines(record) if unit.key in wanted]
+    return _content(lines, clean_question(record.qa.question))
 
 
 def _content(lines: Sequence[tuple[PageUnit, str]], question: str) -> str:
