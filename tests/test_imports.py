@@ -21,6 +21,7 @@ ROOMS = {"sources", "finqa", "tuning", "engines", "gguf", "report"}
 ROOTS_FOR_ROOMS = {
     "fintune",  # __version__
     "fintune.artifact",  # manifests and outcomes, which tables show
+    "fintune.cache",
     "fintune.chat",
     "fintune.config",
     "fintune.errors",
@@ -52,6 +53,7 @@ HEAVY = {
     "matplotlib",
     "numpy",
     "peft",
+    "pyarrow",
     "safetensors",
     "sympy",
     "tokenizers",

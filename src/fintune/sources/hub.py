@@ -1,0 +1,164 @@
+"""Datasets of the Hugging Face hub, through ``datasets``: cached, taken up where a download broke off, retried.
+
+Files come into the usual cache (``HF_HOME``), which keeps the part of a file that an interruption left; a second run
+reads them from there, without a network too. Nothing is returned before all of a split is there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fintune.errors import DataError, ResourceError
+from fintune.progress import say
+from fintune.sources import hub_files
+from fintune.sources.rows import Row
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+PREFIX = "hub:"
+PAUSES = (1.0, 4.0, 15.0)
+"""Seconds before each further attempt."""
+_REFUSED = (401, 403)
+
+
+@dataclass(frozen=True)
+class HubSplit:
+    """A split that was asked for.
+
+    Attributes:
+        name: ``OWNER/NAME``.
+        split: ``train`` where empty.
+        subset: Configuration, where the dataset has several.
+        revision: Branch, tag or commit; the newest where None.
+    """
+
+    name: str
+    split: str = ""
+    subset: str = ""
+    revision: str | None = None
+
+    @property
+    def place(self) -> str:
+        """How messages call it."""
+        return f"{PREFIX}{self.name}, split {self.split or 'train'}"
+
+
+def read(wanted: HubSplit) -> Iterator[Row]:
+    """All rows of a split.
+
+    Raises:
+        DataError: There is no such dataset, split or subset, its files cannot be read, or it wants to run code.
+        ResourceError: The hub refuses, or cannot be reached and the cache holds no whole copy.
+    """
+    for number, row in enumerate(_load(wanted), 1):
+        yield Row(wanted.place, number, row)
+
+
+def licence(wanted: HubSplit) -> str:
+    """What the dataset's card says; nothing where it says nothing or the hub cannot be reached."""
+    import huggingface_hub
+
+    try:
+        path = huggingface_hub.hf_hub_download(
+            wanted.name, "README.md", repo_type="dataset", revision=wanted.revision or "main"
+        )
+        found = huggingface_hub.DatasetCard.load(path).data.get("license")
+    except (huggingface_hub.errors.HfHubHTTPError, OSError, ValueError):
+        return ""
+    return ", ".join(map(str, found)) if isinstance(found, list) else str(found or "")
+
+
+def _load(wanted: HubSplit) -> Dataset:
+    for attempt, pause in enumerate((*PAUSES, None), 1):
+        try:
+            return _once(wanted)
+        except (DataError, ResourceError):
+            raise
+        except Exception as error:  # the libraries below raise their network's own, of several kinds
+            if not _is_passing(error):
+                raise _refusal(wanted, error) from error
+            if pause is None:
+                raise _unreachable(wanted, error, attempt) from error
+            say(f"{wanted.place}: {_reason(error)}; attempt {attempt + 1} of {len(PAUSES) + 1} in {pause:g} s")
+            time.sleep(pause)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _once(wanted: HubSplit) -> Dataset:
+    import datasets
+
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        builder = datasets.load_dataset_builder(wanted.name, wanted.subset or None, revision=wanted.revision)
+        for addresses in (builder.config.data_files or {}).values():
+            for address in addresses:
+                hub_files.fetch(str(address))
+        builder.download_and_prepare()
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+    splits = list(builder.info.splits or ())
+    split = wanted.split or "train"
+    if split not in splits:
+        raise DataError(f"there is no split {split!r}", path=wanted.place, hint=f"set split to {' or '.join(splits)}")
+    return builder.as_dataset(split)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    following: BaseException | None = error
+    while following is not None and id(following) not in seen:
+        seen.add(id(following))
+        yield following
+        following = following.__cause__ or following.__context__
+
+
+def _status(error: BaseException) -> int | None:
+    for each in _chain(error):
+        status = getattr(getattr(each, "response", None), "status_code", getattr(each, "code", None))
+        if isinstance(status, int):
+            return status
+    return None
+
+
+def _is_passing(error: BaseException) -> bool:
+    """Whether another attempt may help: a broken line or a server's trouble, not a refusal or a missing thing."""
+    status = _status(error)
+    if status is not None:
+        return status >= 500 or status in (408, 429)
+    kinds = {kind.__name__ for each in _chain(error) for kind in type(each).__mro__}
+    return bool(kinds & {"ConnectionError", "TransportError", "TimeoutError", "HTTPError", "HTTPException", "URLError"})
+
+
+def _refusal(wanted: HubSplit, error: BaseException) -> DataError | ResourceError:
+    kinds = {type(each).__name__ for each in _chain(error)}
+    text = " ".join(str(each) for each in _chain(error)).lower()
+    if "GatedRepoError" in kinds or "gated" in text:
+        hint = "accept its terms on its page and log in with `hf auth login`"
+        return ResourceError(f"the hub gives {wanted.name} only to those who accepted its terms", hint=hint)
+    if _status(error) in _REFUSED and "RepositoryNotFoundError" not in kinds:
+        return ResourceError(f"the hub refuses {wanted.name} ({_reason(error)})", hint="log in with `hf auth login`")
+    if "RevisionNotFoundError" in kinds:
+        return DataError(f"the hub has no revision {wanted.revision} of {wanted.name}", hint="check data.sources")
+    if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
+        hint = "check the spelling; for a private dataset log in with `hf auth login`"
+        return DataError(f"there is no dataset {wanted.name} on the hub", hint=hint)
+    return DataError(f"cannot be read as a dataset ({_reason(error)})", path=wanted.place, hint="look at its page")
+
+
+def _unreachable(wanted: HubSplit, error: BaseException, attempts: int) -> ResourceError:
+    return ResourceError(
+        f"{wanted.place}: the download failed {attempts} times ({_reason(error)}); nothing was trained on a part of it",
+        hint="run the same command again with a stable connection: what has come so far is kept and not fetched again",
+    )
+
+
+def _reason(error: BaseException) -> str:
+    status = _status(error)
+    first = next((line for each in _chain(error) for line in str(each).strip().splitlines()), type(error).__name__)
+    return f"HTTP status {status}" if status is not None else first[:160]

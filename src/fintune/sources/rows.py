@@ -1,0 +1,298 @@
+"""Rows of any JSON, JSONL, CSV, TSV or Parquet file, plain or gzip, and of folders of them.
+
+What a JSON file is, is read from its content: a list, lines, or one object around a list. A row that cannot be parsed
+comes as a ``BrokenRowError`` in its place; a file that cannot be read or is truncated is an error.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import gzip
+import io
+import json
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from fintune.errors import DataError
+
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+"""Files that are read in a folder, also with ``.gz`` behind."""
+AGAIN = "copy or download it again"
+_GZIP_MAGIC = b"\x1f\x8b"
+_TURNS = {"messages", "conversations"}
+_DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error)
+
+
+class BrokenRowError(Exception):
+    """One row that cannot be used.
+
+    Args:
+        reason: Short, to count by.
+        why: What exactly is wrong.
+        field: Which field, as ``messages[1].role``; the whole row where empty.
+        hint: What to do.
+    """
+
+    def __init__(self, reason: str, why: str, *, field: str = "", hint: str | None = None) -> None:
+        super().__init__(why)
+        self.reason, self.why, self.field, self.hint = reason, why, field, hint
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row as it stands there.
+
+    Attributes:
+        place: The file, or the split of a dataset.
+        number: 1-based: line of a JSONL file, element of a list, row of a table as a spreadsheet numbers it (its header
+            is row 1), row of a Parquet file or dataset.
+        value: The parsed row, or what is wrong with it.
+    """
+
+    place: str
+    number: int
+    value: object
+
+
+def find(path: str) -> list[Path]:
+    """The files or the saved dataset that a path names: itself, what a pattern matches, what a folder holds.
+
+    Raises:
+        DataError: There is none.
+    """
+    named = Path(path).expanduser()
+    if named.is_file() or is_saved_dataset(named):
+        return [named]
+    if named.is_dir():
+        below = sorted(each for each in named.rglob("*") if each.is_file())
+        visible = [each for each in below if not any(part.startswith(".") for part in each.relative_to(named).parts)]
+        found = [each for each in visible if _suffix(each) in SUFFIXES]
+        if not found:
+            raise DataError(
+                "the folder holds no data file", path=path, hint=f"known are {' '.join(SUFFIXES)}, also .gz"
+            )
+        return found
+    matched = sorted(Path(each) for each in glob.glob(str(named), recursive=True))  # noqa: PTH207 - may be absolute
+    if files := [each for each in matched if each.is_file()]:
+        return files
+    raise DataError("no such file or folder", path=path, hint=_instead(path))
+
+
+def _instead(path: str) -> str:
+    if any(letter in path for letter in "*?["):
+        return "nothing matches the pattern"
+    if path.count("/") == 1 and not path.startswith((".", "/", "~")):
+        return f"check its name; a dataset of the hub is written hub:{path}"
+    return "check its name"
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether ``datasets.save_to_disk`` wrote it."""
+    return (folder / "dataset_dict.json").is_file() or (
+        (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    )
+
+
+def read_rows(path: Path, *, split: str = "") -> Iterator[Row]:
+    """All rows of a file or saved dataset, one after the other.
+
+    Args:
+        path: From ``find``.
+        split: Of a saved dataset that has several.
+
+    Raises:
+        DataError: It cannot be read, is truncated, empty or not what its name says.
+    """
+    if path.is_dir():
+        yield from _saved_dataset(path, split)
+        return
+    suffix = _suffix(path)
+    reader = _csv if suffix in {".csv", ".tsv"} else _parquet if suffix == ".parquet" else _json
+    try:
+        yield from reader(path)
+    except _DAMAGED:
+        raise DataError("truncated or damaged gzip file", path=path, hint=AGAIN) from None
+    except FileNotFoundError:
+        raise DataError("no such file", path=path, hint="check its name") from None
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror or error})", path=path) from None
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.name.removesuffix(".gz")).suffix.lower()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    with path.open("rb") as raw:
+        zipped = raw.read(2) == _GZIP_MAGIC
+        raw.seek(0)
+        if zipped:
+            with gzip.open(raw) as file:
+                yield file  # type: ignore[misc]
+        else:
+            yield raw
+
+
+def _json(path: Path) -> Iterator[Row]:
+    with _opened(path) as file:
+        start = next((line.lstrip(b"\xef\xbb\xbf \t\r\n") for line in file if line.strip(b"\xef\xbb\xbf \t\r\n")), b"")
+    if not start:
+        raise DataError("the file is empty", path=path, hint="give a file with rows, or leave it out")
+    if start.startswith(b"["):
+        yield from _objects(path, _whole(path))
+    elif start.startswith(b"{"):
+        try:
+            first = json.loads(start)
+        except (ValueError, RecursionError):
+            first = None
+        wraps = isinstance(first, dict) and not _TURNS & first.keys() and _only_list(first) is not None
+        if wraps or (first is None and not _second_is_object(path)):
+            yield from _objects(path, _whole(path))
+        else:
+            yield from _lines(path)
+    else:
+        raise DataError("neither JSON nor JSON lines", path=path, hint=f"known are {' '.join(SUFFIXES)}, also .gz")
+
+
+def _whole(path: Path) -> object:
+    with _opened(path) as file:
+        data = file.read()
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8 text (byte {error.start})", path=path, hint="save it as UTF-8") from None
+    except json.JSONDecodeError as error:
+        if error.pos >= len(data.decode("utf-8-sig").rstrip()) or error.msg.startswith("Unterminated string"):
+            raise DataError(f"truncated JSON: it ends in line {error.lineno}", path=path, hint=AGAIN) from None
+        raise DataError(f"not JSON (line {error.lineno}, column {error.colno}: {error.msg})", path=path) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"not JSON ({error})", path=path) from None
+
+
+def _objects(path: Path, value: object) -> Iterator[Row]:
+    rows = value if isinstance(value, list) else None
+    if isinstance(value, dict):
+        rows = [value] if _TURNS & value.keys() else _only_list(value)
+    if rows is None:
+        raise DataError("holds one JSON object, not rows", path=path, hint="write a list, or one object a line")
+    if not rows:
+        raise DataError("the list is empty", path=path, hint="give a file with rows, or leave it out")
+    yield from (Row(str(path), number, row) for number, row in enumerate(rows, 1))
+
+
+def _only_list(value: dict[str, object]) -> list[object] | None:
+    """``[...]`` of ``{"version": 1, "data": [{...}, ...]}``."""
+    lists = [each for each in value.values() if isinstance(each, list) and each and isinstance(each[0], dict)]
+    return lists[0] if len(lists) == 1 else None
+
+
+def _second_is_object(path: Path) -> bool:
+    with _opened(path) as file:
+        lines = (line for line in file if line.strip())
+        next(lines, b"")
+        try:
+            return isinstance(json.loads(next(lines, b"")), dict)
+        except (ValueError, RecursionError):
+            return False
+
+
+def _lines(path: Path) -> Iterator[Row]:
+    with _opened(path) as file:
+        broken: Row | None = None
+        ended = True
+        for number, line in enumerate(file, 1):
+            if broken is not None:
+                yield broken
+                broken = None
+            text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if not text.strip():
+                continue
+            ended = line.endswith(b"\n")
+            try:
+                yield Row(str(path), number, json.loads(text.decode("utf-8")))
+            except UnicodeDecodeError as error:
+                why = f"not UTF-8 text (byte {error.start} of the line)"
+                broken = Row(str(path), number, BrokenRowError("not UTF-8", why, hint="save the file as UTF-8"))
+            except (ValueError, RecursionError) as error:
+                hint = "each line must hold one whole JSON object"
+                broken = Row(str(path), number, BrokenRowError("not JSON", f"not JSON ({error})", hint=hint))
+        if broken is not None:
+            if not ended:
+                raise DataError(f"truncated in row {broken.number}", path=path, hint=AGAIN)
+            yield broken
+
+
+def _csv(path: Path) -> Iterator[Row]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    with _opened(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+        head = text.readline()
+        if not head.strip():
+            raise DataError("the file is empty", path=path, hint="give a file with rows, or leave it out")
+        reader = csv.reader(_again(head, text), delimiter=_delimiter(path, head), strict=True)
+        try:
+            names = [name.strip() for name in next(reader)]
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise DataError(f"two columns are named {twice!r}", path=path, row=1, hint="rename one of them")
+            for number, cells in enumerate(reader, 2):
+                if cells:
+                    yield Row(str(path), number, _named(names, cells))
+        except UnicodeDecodeError as error:
+            raise DataError(f"not UTF-8 text (byte {error.start})", path=path, hint="save it as UTF-8") from None
+        except csv.Error as error:
+            hint = "look for a quotation mark that is not closed"
+            raise DataError(f"not CSV from line {reader.line_num} on ({error})", path=path, hint=hint) from None
+
+
+def _again(head: str, rest: Iterable[str]) -> Iterator[str]:
+    yield head
+    yield from rest
+
+
+def _delimiter(path: Path, head: str) -> str:
+    return "\t" if _suffix(path) == ".tsv" else max(",;\t|", key=head.count)
+
+
+def _named(names: list[str], cells: list[str]) -> object:
+    if len(cells) != len(names):
+        why = f"{len(cells)} cells where the header has {len(names)}"
+        return BrokenRowError("wrong number of cells", why, hint="quote cells that hold the separator or a line break")
+    return dict(zip(names, cells, strict=True))
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=1000):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield Row(str(path), number, row)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"not a whole Parquet file ({str(error).splitlines()[0]})", path=path, hint=AGAIN) from None
+
+
+def _saved_dataset(folder: Path, split: str) -> Iterator[Row]:
+    import datasets
+
+    try:
+        found = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"the saved dataset cannot be read ({error})", path=folder, hint=AGAIN) from None
+    place = str(folder)
+    if isinstance(found, datasets.DatasetDict):
+        name = split or ("train" if "train" in found else next(iter(found)))
+        if name not in found:
+            raise DataError(f"has no split {name!r}", path=folder, hint=f"set split to one of {', '.join(found)}")
+        place, found = f"{folder}, split {name}", found[name]
+    yield from (Row(place, number, row) for number, row in enumerate(found, 1))

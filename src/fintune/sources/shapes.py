@@ -1,0 +1,233 @@
+"""What a row looks like, and how it becomes a conversation: one small function a shape."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from fintune.options import Shape
+from fintune.records import Message
+from fintune.sources.rows import BrokenRowError
+from fintune.sources.turns import list_of_turns, messages_of, text_of
+
+Fields = Mapping[str, object]
+"""A row's values by name in lower case."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One row as a conversation that ends with the assistant.
+
+    Attributes:
+        messages: Every turn.
+        untrained: Places of assistant's turns that the row itself excludes from training (``"weight": 0``).
+        rejected: The worse answer in the last turn's place, of a preference pair.
+        num_trailing: Turns behind the last answer, which were left out.
+    """
+
+    messages: tuple[Message, ...]
+    untrained: frozenset[int] = frozenset()
+    rejected: str | None = None
+    num_trailing: int = 0
+
+
+def convert(
+    row: object, shape: Shape | None = None, columns: Mapping[str, str] | None = None
+) -> tuple[Shape, Conversation]:
+    """Make a row a conversation.
+
+    Args:
+        row: As it was parsed.
+        shape: What it must look like; found out where None.
+        columns: Names of a shape's fields in the row; a dot goes into an object.
+
+    Returns:
+        The shape and the conversation.
+
+    Raises:
+        BrokenRowError: It cannot be one, with field, reason and suggestion.
+    """
+    if isinstance(row, BrokenRowError):
+        raise row
+    if not isinstance(row, dict):
+        kind = "a list" if isinstance(row, list) else "null" if row is None else f"{row!r:.40}"
+        raise BrokenRowError("not an object", f"{kind} is no object with named fields")
+    fields = _fields(row, columns or {})
+    found = shape or detect(fields)
+    if found is None:
+        raise _unknown(fields)
+    return found, _CONVERT[found](fields)
+
+
+def detect(fields: Fields) -> Shape | None:
+    """The first shape whose fields are all filled; else the first whose fields are there at all."""
+    filled = {name for name, value in fields.items() if value is not None and value not in ("", [])}
+    for present in (filled, set(fields)):
+        for shape, needed in _NEEDS.items():
+            if needed <= present:
+                return shape
+    return None
+
+
+def _fields(row: Mapping[str, object], columns: Mapping[str, str]) -> dict[str, object]:
+    fields = {str(name).strip().lower(): value for name, value in row.items()}
+    mapped = {field.lower(): _column(row, column) for field, column in columns.items()}
+    fields |= mapped
+    for name, known in _ALIASES.items():
+        if name in fields and known not in fields:
+            fields[known] = fields[name]
+    turns = fields.get("messages") if fields.get("messages") is not None else fields.get("conversations")
+    first = _first(turns)
+    if isinstance(first, dict) and "role" not in first and "from" in first:
+        fields["conversations"], fields["messages"] = turns, None
+    elif turns is not None:
+        fields["messages"], fields["conversations"] = turns, None
+    return {name: value for name, value in fields.items() if name not in _TURNS or value is not None}
+
+
+def _first(turns: object) -> object:
+    if isinstance(turns, str):  # a list as text in a cell
+        try:
+            turns = json.loads(turns)
+        except ValueError:
+            return None
+    return turns[0] if isinstance(turns, list) and turns else None
+
+
+def _column(row: Mapping[str, object], column: str) -> object:
+    if column in row:
+        return row[column]
+    value: object = row
+    for part in column.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            near = difflib.get_close_matches(column, list(map(str, row)), n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(map(str, row))}"
+            raise BrokenRowError("no such column", "the column is not in the row", field=column, hint=hint)
+        value = value[part]
+    return value
+
+
+def _unknown(fields: Fields) -> BrokenRowError:
+    names = ", ".join(list(fields)[:8]) or "none"
+    if {"pre_text", "qa"} <= fields.keys():
+        hint = "these are FinQA records; read them with data.source: finqa"
+    elif "text" in fields:
+        hint = "running text has no turns; write prompt and completion"
+    else:
+        hint = "name them, as columns: {question: ..., answer: ...}; docs/data.md lists the shapes"
+    return BrokenRowError("unknown shape", f"fields {names} are no known shape", hint=hint)
+
+
+def _from_messages(fields: Fields) -> Conversation:
+    return _ended(list_of_turns(fields.get("messages"), "messages"))
+
+
+def _from_sharegpt(fields: Fields) -> Conversation:
+    return _ended(list_of_turns(fields.get("conversations"), "conversations"), system=fields.get("system"))
+
+
+def _ended(turns: tuple[list[Message], frozenset[int]], *, system: object = None) -> Conversation:
+    messages, untrained = turns
+    last = max((place for place, each in enumerate(messages) if each.role == "assistant"), default=None)
+    if last is None:
+        raise BrokenRowError(
+            "no answer", "no turn is the assistant's", hint="the last turn must be the answer to train on"
+        )
+    if not any(each.role == "user" for each in messages[:last]):
+        raise BrokenRowError("no question", "no user's turn before the answer", hint="add the question")
+    before = _system(system) if messages[0].role != "system" else ()
+    kept = (*before, *messages[: last + 1])
+    return Conversation(
+        kept,
+        frozenset(place + len(before) for place in untrained if place <= last),
+        num_trailing=len(messages) - 1 - last,
+    )
+
+
+def _from_preference(fields: Fields) -> Conversation:
+    chosen, rejected = fields.get("chosen"), fields.get("rejected")
+    if not isinstance(chosen, list) and not isinstance(rejected, list):
+        before = messages_of(fields.get("prompt"), "prompt", "no question")
+        answer, worse = text_of(chosen, "chosen", "no answer"), text_of(rejected, "rejected", "no rejected answer")
+    else:
+        better = list_of_turns(chosen, "chosen")[0]
+        answer, worse = _answer(better, "chosen"), _answer(list_of_turns(rejected, "rejected")[0], "rejected")
+        before = better[:-1] or messages_of(fields.get("prompt"), "prompt", "no question")
+    if answer.strip() == worse.strip():
+        raise BrokenRowError(
+            "no preference", "chosen and rejected are the same", field="rejected", hint="remove the row"
+        )
+    return Conversation((*_with_system(fields, before), Message(role="assistant", content=answer)), rejected=worse)
+
+
+def _answer(turns: list[Message], field: str) -> str:
+    if turns[-1].role != "assistant":
+        raise BrokenRowError(
+            "no answer", "the last turn is not the assistant's", field=field, hint="end it with the answer"
+        )
+    return turns[-1].content
+
+
+def _from_alpaca(fields: Fields) -> Conversation:
+    question = text_of(fields.get("instruction"), "instruction", "no question")
+    extra = fields.get("input")
+    if extra not in (None, ""):
+        question = f"{question}\n\n{text_of(extra, 'input', 'bad input')}"
+    return _pair(fields, question, text_of(fields.get("output"), "output", "no answer"))
+
+
+def _from_question_answer(fields: Fields) -> Conversation:
+    question = text_of(fields.get("question"), "question", "no question")
+    context = fields.get("context")
+    if context is not None and str(context).strip():
+        question = f"Context: {text_of(context, 'context', 'bad context')}\n\nQuestion: {question}"
+    return _pair(fields, question, text_of(fields.get("answer"), "answer", "no answer"))
+
+
+def _from_prompt_completion(fields: Fields) -> Conversation:
+    before = messages_of(fields.get("prompt"), "prompt", "no question")
+    completion = fields.get("completion")
+    if isinstance(completion, list):
+        answer = _answer(list_of_turns(completion, "completion")[0], "completion")
+    else:
+        answer = text_of(completion, "completion", "no answer")
+    return Conversation((*_with_system(fields, before), Message(role="assistant", content=answer)))
+
+
+def _pair(fields: Fields, question: str, answer: str) -> Conversation:
+    turns = [Message(role="user", content=question), Message(role="assistant", content=answer)]
+    return Conversation(_with_system(fields, turns))
+
+
+def _with_system(fields: Fields, turns: list[Message]) -> tuple[Message, ...]:
+    return (*(_system(fields.get("system")) if turns[0].role != "system" else ()), *turns)
+
+
+def _system(value: object) -> tuple[Message, ...]:
+    if value is None or not str(value).strip():
+        return ()
+    return (Message(role="system", content=text_of(value, "system", "bad system message")),)
+
+
+_TURNS = ("messages", "conversations")
+_ALIASES: Final = {"response": "completion", "conversation": "messages", "system_prompt": "system"}
+_NEEDS: Final[dict[Shape, set[str]]] = {
+    "preference": {"chosen", "rejected"},
+    "messages": {"messages"},
+    "sharegpt": {"conversations"},
+    "alpaca": {"instruction", "output"},
+    "prompt_completion": {"prompt", "completion"},
+    "question_answer": {"question", "answer"},
+}
+"""The fields that tell a shape, in the order in which they are looked for."""
+_CONVERT: Final[dict[Shape, Callable[[Fields], Conversation]]] = {
+    "preference": _from_preference,
+    "messages": _from_messages,
+    "sharegpt": _from_sharegpt,
+    "alpaca": _from_alpaca,
+    "prompt_completion": _from_prompt_completion,
+    "question_answer": _from_question_answer,
+}
