@@ -12,6 +12,7 @@ from fintune.engines.prefixes import common
 from fintune.engines.protocol import Decoding
 from fintune.errors import ModelError
 from fintune.gguf.export import export
+from fintune.records import Message
 from fintune.tokenizer_check import probe_strings
 from synthetic import PRE_TOKENIZERS, write_folder
 from tiny import patch_json
@@ -52,6 +53,14 @@ def test_llama_cpp_splits_text_as_the_tokenizer_does(tmp_path, pre):
     theirs = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
     assert len(texts) > 100
     assert [text for text, a, b in zip(texts, ours, theirs, strict=True) if a != b] == []
+
+
+def test_conversations_are_rendered_by_the_template_of_the_file(engine, gguf_file):
+    from fintune import chat, models
+
+    tokenizer = models.load_tokenizer(models.ModelRef("m", gguf_file.parent / "model", "m"))
+    turns = [Message(role="system", content="Answer."), Message(role="user", content="in the\n\nrevenue {{ 1 }}")]
+    assert engine.render(turns) == chat.render(tokenizer, turns)
 
 
 def test_completions_come_in_the_order_of_the_prompts(engine):

@@ -30,6 +30,7 @@ from fintune.engines.prefixes import families
 from fintune.engines.protocol import Completion, Decoding
 from fintune.engines.waves import waves
 from fintune.errors import ModelError, ResourceError
+from fintune.records import Message
 
 # Greedy, whatever `general.sampling.*` of the file says.
 _GREEDY = {
@@ -44,6 +45,8 @@ _GREEDY = {
     # Only what a prompt begins with is reused, never a piece from elsewhere that is moved to another position.
     "n_cache_reuse": 0,
 }
+_TEMPLATE_DAY = "26 Jul 2024"
+"""For templates that print the day (Llama 3): the one of :mod:`fintune.chat`."""
 _WINDOW_PER_SLOT = 16
 """Families are looked for among so many prompts for each slot; results come in the order asked."""
 _SIMILARITY = 0.4
@@ -120,6 +123,19 @@ class LlamaCppEngine:
                 for text in texts
             ]
         return [[int(token) for token in answer["tokens"]] for answer in answers]
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """A conversation through the file's own chat template, generation prompt included, thinking switched off.
+
+        Raises:
+            ModelError: The file has no chat template, or it refuses these messages.
+        """
+        body = {
+            "messages": [message.model_dump() for message in messages],
+            "chat_template_kwargs": {"enable_thinking": False, "date_string": _TEMPLATE_DAY},
+        }
+        with closing(self._connect()) as connection:
+            return str(self._post(connection, "/apply-template", body)["prompt"])
 
     def _connect(self) -> http.client.HTTPConnection:
         address = urlsplit(self._server.listening_address)
