@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 from tokenizers import Tokenizer
@@ -11,6 +12,8 @@ from fintune.engines.llama_cpp import LlamaCppEngine
 from fintune.engines.prefixes import common
 from fintune.engines.protocol import Decoding
 from fintune.errors import ModelError
+from fintune.finqa.ending import ending
+from fintune.finqa.grammar import Characters, Grammar, Repeated, Series, Text, general, restricted, vocabulary
 from fintune.gguf.export import export
 from fintune.records import Message
 from fintune.tokenizer_check import probe_strings
@@ -203,3 +206,60 @@ def test_a_truncated_file_is_refused(gguf_file, tmp_path):
     (tmp_path / "m.gguf").write_bytes(gguf_file.read_bytes()[:-200_000])
     with pytest.raises(ModelError, match=r"llama\.cpp cannot load it"):
         LlamaCppEngine(tmp_path / "m.gguf", context_tokens=64, parallel=1)
+
+
+DRAWN = Decoding(10, temperature=1.0, top_p=0.9, seed=5, num_candidates=3)
+
+
+def test_candidates_stand_together_differ_and_come_again(gguf_file):
+    def run(decoding):
+        with LlamaCppEngine(gguf_file, context_tokens=256, parallel=2) as fresh:
+            return [(each.token_ids, each.num_prompt_tokens) for each in fresh.generate(PROMPTS, decoding)]
+
+    found = run(DRAWN)
+    assert len(found) == 3 * len(PROMPTS)
+    assert all(len(set(found[at : at + 3])) == 3 for at in range(0, len(found), 3))
+    assert all(len({num for _, num in found[at : at + 3]}) == 1 for at in range(0, len(found), 3))
+    assert found == run(DRAWN)
+    assert found != run(replace(DRAWN, seed=6))
+    with_greedy = run(replace(DRAWN, greedy_first=True))
+    assert [with_greedy[at + 1 : at + 3] for at in range(0, len(found), 3)] == [
+        found[at + 1 : at + 3] for at in range(0, len(found), 3)
+    ]
+    assert with_greedy[::3] == run(Decoding(10))
+
+
+def test_log_probabilities_are_those_of_the_model_without_temperature_and_grammar(engine):
+    free = Decoding(8)
+    hot = Decoding(8, temperature=50.0, seed=1)
+    for cold_one, hot_one in zip(engine.generate(PROMPTS, free), engine.generate(PROMPTS, hot), strict=True):
+        assert len(hot_one.logprobs) == len(hot_one.token_ids)
+        # Another first token is no better than the second-best; at this temperature any would be about -6.
+        if cold_one.margins[0] and hot_one.margins[0] and cold_one.token_ids[0] != hot_one.token_ids[0]:
+            assert hot_one.margins[0] == pytest.approx(cold_one.margins[0], abs=0.01)
+            assert hot_one.logprobs[0] <= cold_one.logprobs[0] - cold_one.margins[0] + 0.01
+
+
+PAGE_GRAMMARS = [restricted(vocabulary([["a", "x"], [f"net income {p}", f"{p}5", "12,345"]], ())) for p in range(7)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+@pytest.mark.parametrize("grammars", [(general(),) * 7, tuple(PAGE_GRAMMARS)], ids=["general", "pages"])
+def test_a_grammar_is_kept_to_and_ended(engine, grammars, temperature):
+    decoding = Decoding(180, temperature=temperature, num_candidates=2, grammars=grammars)
+    found = list(engine.generate(PROMPTS, decoding))
+    assert len(found) == 14
+    for place, each in enumerate(found):
+        end = ending(grammars[place // 2], each.text.rstrip("\ufffd"))
+        assert end is not None
+        assert (each.finish_reason == "stop") == (each.token_ids[-1] == 2)
+        assert end == "" or each.finish_reason == "length"
+    assert any(each.finish_reason == "stop" for each in found) or grammars[0] is grammars[1]
+
+
+def test_no_control_token_stands_in_for_text(engine):
+    any_text = Grammar({"start": Series((Text("a"), Repeated(Characters("^,"), "+")))})
+    hot = Decoding(150, temperature=5.0, num_candidates=3, grammars=(any_text,) * 7)
+    for each in engine.generate(PROMPTS, hot):
+        assert not {0, 1} & set(each.token_ids)
+        assert 2 not in each.token_ids[:-1]

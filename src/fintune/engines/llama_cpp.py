@@ -4,18 +4,19 @@ llama.cpp's server runs the prompts in slots with continuous batching. Two of it
 would change results: sampling defaults that a GGUF file may carry, and the BOS that it puts before a text. The latter
 is why prompts are tokenised first (through the server's own ``/tokenize``, which only listens on loopback, behind a
 random key) and given as token ids. Its OpenAI-style answers leave out tokens that end within a UTF-8 character, so the
-server's own ``/completion`` is asked; for such a token the margin is not known and given as 0.
+server's own ``/completion`` is asked; for such a token the margin is not known and given as 0, its log-probability as
+NaN. Margins and log-probabilities are of the model's own distribution, before temperature, top_p and grammar.
 
 Questions on a page share the page: they follow each other in one slot, which keeps the tokens that the next prompt
 begins with and computes only the others. The slot is found by similarity; one request can name one slot only, and
-several requests would start as they happen to arrive.
+several requests would start as they happen to arrive. A request has one grammar and one seed: prompts with a
+grammar of their own go one by one, and candidates of a prompt are separate requests.
 """
 
 from __future__ import annotations
 
 import http.client
 import json
-import math
 import os
 import secrets
 import time
@@ -26,25 +27,13 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
+from fintune.engines.llama_requests import completion, of_one_grammar, question, unwritten_tokens
 from fintune.engines.prefixes import families
 from fintune.engines.protocol import Completion, Decoding
 from fintune.engines.waves import waves
 from fintune.errors import ModelError, ResourceError
 from fintune.records import Message
 
-# Greedy, whatever `general.sampling.*` of the file says.
-_GREEDY = {
-    "temperature": 0.0,
-    "samplers": ["temperature"],
-    "repeat_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "n_probs": 2,
-    "return_tokens": True,
-    "cache_prompt": True,
-    # Only what a prompt begins with is reused, never a piece from elsewhere that is moved to another position.
-    "n_cache_reuse": 0,
-}
 _TEMPLATE_DAY = "26 Jul 2024"
 """For templates that print the day (Llama 3): the one of :mod:`fintune.chat`."""
 _WINDOW_PER_SLOT = 16
@@ -73,6 +62,7 @@ class LlamaCppEngine:
         self.path = Path(path)
         self.context_tokens = context_tokens
         self._parallel = parallel
+        self._unwritten: list[int] | None = None
         self._key = secrets.token_urlsafe(16)
         _check_file(self.path)
         self._server: Any = self._start(threads)
@@ -151,7 +141,7 @@ class LlamaCppEngine:
         return answer
 
     def generate(self, prompts: Sequence[str], decoding: Decoding) -> Iterator[Completion]:
-        """Complete prompts greedily; see :class:`fintune.engines.protocol.Engine`.
+        """Complete prompts; see :class:`fintune.engines.protocol.Engine`.
 
         Raises:
             ModelError: A prompt is empty, or does not fit the context with its completion.
@@ -166,36 +156,49 @@ class LlamaCppEngine:
                     f"it does not fit the context of {self.context_tokens}",
                     hint="cut the page, or raise the context length",
                 )
-        return self._run(rows, max_new_tokens)
+        return self._run(rows, decoding)
 
-    def _run(self, rows: Sequence[list[int]], max_new_tokens: int) -> Iterator[Completion]:
+    def _run(self, rows: Sequence[list[int]], decoding: Decoding) -> Iterator[Completion]:
         size = self._parallel * _WINDOW_PER_SLOT
         with closing(self._connect()) as connection:
             for start in range(0, len(rows), size):
                 window = rows[start : start + size]
-                done: dict[int, Completion] = {}
+                done: dict[int, list[Completion]] = {}
                 num_given = 0
-                for places in waves(sorted(families(window), key=min), self._parallel):
-                    found = self._complete(connection, [window[place] for place in places], max_new_tokens)
-                    done.update(zip(places, found, strict=True))
+                for wave in waves(sorted(families(window), key=min), self._parallel):
+                    for places in of_one_grammar(wave, decoding, start):
+                        done |= self._complete(connection, window, places, decoding, start)
                     while num_given in done:
-                        yield done[num_given]
+                        yield from done.pop(num_given)
                         num_given += 1
 
     def _complete(
-        self, connection: http.client.HTTPConnection, rows: Sequence[list[int]], max_new_tokens: int
-    ) -> list[Completion]:
-        """Answers of one request.
+        self,
+        connection: http.client.HTTPConnection,
+        window: Sequence[list[int]],
+        places: Sequence[int],
+        decoding: Decoding,
+        start: int,
+    ) -> dict[int, list[Completion]]:
+        """All candidates of some prompts of a window, which begins at prompt ``start``.
 
-        Its prompts are taken up together, and the next request follows when all are answered, so that the batches do
-        not depend on when a request arrives: the rounding does depend on the batches.
+        The prompts of a request are taken up together, and the next request follows when all are answered, so that the
+        batches do not depend on when a request arrives: the rounding does depend on the batches.
         """
-        started = time.monotonic()
-        answer = self._post(connection, "/completion", {"prompt": rows, "n_predict": max_new_tokens, **_GREEDY})
-        # One prompt is answered by an object, several by a list in their order.
-        answers = answer if isinstance(answer, list) else [answer]
-        seconds = (time.monotonic() - started) / len(rows)
-        return [_completion(each, seconds, len(row)) for row, each in zip(rows, answers, strict=True)]
+        found: dict[int, list[Completion]] = {place: [] for place in places}
+        grammar = None if decoding.grammars is None else decoding.grammars[start + places[0]]
+        if grammar is not None and self._unwritten is None:
+            self._unwritten = unwritten_tokens(self.path)
+        for candidate in range(decoding.num_candidates):
+            body = question(decoding, candidate, grammar, self._unwritten or ())
+            started = time.monotonic()
+            answer = self._post(connection, "/completion", {"prompt": [window[place] for place in places], **body})
+            # One prompt is answered by an object, several by a list in their order.
+            answers = answer if isinstance(answer, list) else [answer]
+            seconds = (time.monotonic() - started) / len(places)
+            for place, each in zip(places, answers, strict=True):
+                found[place].append(completion(each, seconds, len(window[place])))
+        return found
 
     def close(self) -> None:
         """Stop the server and free the weights."""
@@ -211,33 +214,6 @@ class LlamaCppEngine:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _completion(answer: Mapping[str, Any], seconds: float, num_prompt_tokens: int) -> Completion:
-    assert answer["tokens_evaluated"] == num_prompt_tokens, "llama.cpp changed the prompt"
-    tokens = tuple(int(token) for token in answer["tokens"])
-    return Completion(
-        token_ids=tokens,
-        text=str(answer["content"]),
-        finish_reason="stop" if answer["stop_type"] == "eos" else "length",
-        margins=_margins(tokens, answer.get("completion_probabilities", [])),
-        num_prompt_tokens=num_prompt_tokens,
-        seconds=seconds,
-    )
-
-
-def _margins(tokens: Sequence[int], steps: Sequence[Mapping[str, Any]]) -> tuple[float, ...]:
-    """One margin per token; llama.cpp reports none for a token that ends within a UTF-8 character."""
-    margins, waiting = [], list(reversed(steps))
-    for token in tokens:
-        if waiting and waiting[-1]["id"] == token:
-            first, second = (best["logprob"] for best in waiting.pop()["top_logprobs"])
-            # JSON has no infinity: a probability that underflowed comes as null.
-            margins.append(math.inf if first is None or second is None else float(first) - float(second))
-        else:
-            margins.append(0.0)
-    assert not waiting, "llama.cpp reported tokens that it did not generate"
-    return tuple(margins)
 
 
 def _check_file(path: Path) -> None:
