@@ -1,0 +1,280 @@
+"""A model as a user names it, opened in the engine that its name decides, to answer conversations.
+
+::
+
+    builtin:NAME, OWNER/NAME, a folder    transformers, or vLLM where that is asked for
+    FILE.gguf                             llama.cpp
+    http(s)://HOST/v1#MODEL               any OpenAI-compatible server
+
+A run's steps know their engine themselves; this is for models that are named one by one, as in ``fintune ask``.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from fintune import chat, models
+from fintune.engines.endpoint import is_endpoint, parse
+from fintune.engines.protocol import Completion, Decoding, Engine
+from fintune.errors import ModelError
+from fintune.model_folder import adapter_base
+from fintune.records import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from fintune.engines.llama_cpp import LlamaCppEngine
+    from fintune.engines.openai import OpenAIEngine
+
+EngineName = Literal["transformers", "llama.cpp", "vllm", "openai"]
+Precision = Literal["auto", "bfloat16", "float16", "float32"]
+Conversation = Sequence[Message]
+
+CHARACTERS_PER_TOKEN = 2.5
+"""For servers whose tokenizer is not known. Finance pages have about 3, or 2.6 where every digit is a token."""
+
+_PUBLIC_NAME = re.compile(r"builtin:\S+|[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Named:
+    """What is to be opened, and how.
+
+    Attributes:
+        name: Folder, hub id, built-in model, GGUF file or ``URL#MODEL``.
+        adapter: Folder of a PEFT adapter for it.
+        engine: "auto" goes by the name.
+        context_tokens: Longest prompt with its completion.
+        load_in_4bit: Quantise the weights while they load (bitsandbytes).
+        precision: Arithmetic of transformers and vLLM.
+        batch_size: Prompts decoded together; requests in flight.
+        threads: CPU threads; all cores where None.
+        revision: Of a hub model.
+        trust_remote_code: Whether the model's own Python code may run.
+    """
+
+    name: str
+    adapter: Path | None = None
+    engine: Literal["auto", "transformers", "llama.cpp", "vllm", "openai"] = "auto"
+    context_tokens: int = 2144
+    load_in_4bit: bool = False
+    precision: Precision = "float32"
+    batch_size: int = 16
+    threads: int | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+class Answerer(Protocol):
+    """An opened model.
+
+    Attributes:
+        engine: Which engine runs it.
+        fingerprint: What tells it from other models.
+    """
+
+    engine: EngineName
+    fingerprint: str
+
+    def count(self, conversation: Conversation) -> int:
+        """Tokens of the rendered conversation, generation prompt included."""
+        ...
+
+    def count_text(self, text: str) -> int:
+        """Tokens of a text."""
+        ...
+
+    def complete(self, conversations: Sequence[Conversation], decoding: Decoding) -> Iterator[Completion]:
+        """Completions as :meth:`fintune.engines.protocol.Engine.generate` gives them."""
+        ...
+
+    def close(self) -> None:
+        """Give the memory back."""
+        ...
+
+
+def engine_of(named: Named) -> EngineName:
+    """The engine for a model, without loading anything.
+
+    Raises:
+        ModelError: The engine that was asked for, or the adapter, does not go with this kind of model.
+    """
+    path = Path(named.name).expanduser()
+    kind: EngineName = "transformers"
+    if is_endpoint(named.name):
+        kind = "openai"
+    elif path.suffix.lower() == ".gguf" or _is_gguf(path):
+        kind = "llama.cpp"
+    if kind != "transformers":
+        what = "a GGUF file" if kind == "llama.cpp" else "an address"
+        if named.adapter is not None:
+            hint = (
+                "merge and export it first" if kind == "llama.cpp" else "name the adapter as the server does: URL#NAME"
+            )
+            raise ModelError(f"{named.name} is {what}, which takes no adapter", hint=hint)
+        if named.load_in_4bit:
+            raise ModelError(f"{named.name} is {what}, which is not loaded in 4 bits", hint="leave that out")
+    if named.engine in ("auto", kind):
+        return kind
+    if kind == "transformers" and named.engine == "vllm":
+        return "vllm"
+    needs = {"llama.cpp": "a GGUF file", "openai": "an address such as http://127.0.0.1:8080/v1#MODEL"}
+    raise ModelError(
+        f"the engine {named.engine} cannot run {named.name}",
+        hint=f"it needs {needs.get(named.engine, 'a Hugging Face folder')}, or leave the engine to auto",
+    )
+
+
+def open_model(named: Named) -> Answerer:
+    """Load a model, or connect to it.
+
+    Raises:
+        ModelError: It cannot be used, or its adapter was trained on another.
+        ResourceError: A package, the hub or a server is missing.
+    """
+    engine = engine_of(named)
+    if engine == "openai":
+        return _Served(named)
+    if engine == "llama.cpp":
+        return _GgufFile(named)
+    return _Folder(named, engine)
+
+
+class _Folder:
+    """A Hugging Face folder, in transformers or vLLM."""
+
+    def __init__(self, named: Named, engine: EngineName) -> None:
+        self.engine = engine
+        if named.adapter is not None:
+            _check_base(named.name, named.adapter)
+        ref = models.fetch(models.resolve(named.name, revision=named.revision))
+        assert ref.path is not None, "fetch fills the path"
+        self._tokenizer = models.load_tokenizer(ref, trust_remote_code=named.trust_remote_code)
+        parts = [ref.path] if named.adapter is None else [ref.path, named.adapter]
+        self.fingerprint = " ".join([*map(models.model_fingerprint, parts), *(["4bit"] if named.load_in_4bit else [])])
+        opened = _in_vllm if engine == "vllm" else _in_transformers
+        self._engine = opened(named, ref, self._tokenizer)
+
+    def count(self, conversation: Conversation) -> int:
+        return len(chat.encode_prompt(self._tokenizer, conversation))
+
+    def count_text(self, text: str) -> int:
+        return len(self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def complete(self, conversations: Sequence[Conversation], decoding: Decoding) -> Iterator[Completion]:
+        return self._engine.generate([chat.render(self._tokenizer, turns) for turns in conversations], decoding)
+
+    def close(self) -> None:
+        self._engine.close()
+        gc.collect()
+
+
+class _GgufFile:
+    """A GGUF file with the tokenizer and the chat template that stand in it."""
+
+    engine: EngineName = "llama.cpp"
+
+    def __init__(self, named: Named) -> None:
+        from fintune.engines.llama_cpp import LlamaCppEngine
+
+        path = Path(named.name).expanduser()
+        self._engine: LlamaCppEngine = LlamaCppEngine(
+            path, context_tokens=named.context_tokens, threads=named.threads or os.cpu_count() or 1
+        )
+        stat = path.stat()
+        self.fingerprint = f"{path.name} {stat.st_size} {stat.st_mtime_ns}"
+
+    def count(self, conversation: Conversation) -> int:
+        return self.count_text(self._engine.render(conversation))
+
+    def count_text(self, text: str) -> int:
+        return len(self._engine.tokenise([text])[0])
+
+    def complete(self, conversations: Sequence[Conversation], decoding: Decoding) -> Iterator[Completion]:
+        return self._engine.generate([self._engine.render(turns) for turns in conversations], decoding)
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+class _Served:
+    """A model behind an address; its tokenizer is not known, so lengths are estimates."""
+
+    engine: EngineName = "openai"
+
+    def __init__(self, named: Named) -> None:
+        from fintune.engines.openai import OpenAIEngine
+
+        self._engine: OpenAIEngine = OpenAIEngine(parse(named.name), parallel=named.batch_size)
+        self.fingerprint = hashlib.sha256(f"{self._engine.url}#{self._engine.model}".encode()).hexdigest()
+
+    def count(self, conversation: Conversation) -> int:
+        return sum(self.count_text(turn.content) + 8 for turn in conversation)
+
+    def count_text(self, text: str) -> int:
+        return -int(-len(text) // CHARACTERS_PER_TOKEN)
+
+    def complete(self, conversations: Sequence[Conversation], decoding: Decoding) -> Iterator[Completion]:
+        return self._engine.chat(conversations, decoding)
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def _in_transformers(named: Named, ref: models.ModelRef, tokenizer: PreTrainedTokenizerBase) -> Engine:
+    import torch
+
+    from fintune.engines.transformers_engine import TransformersEngine
+    from fintune.tuning.quiet import quiet_libraries
+
+    torch.set_num_threads(named.threads or os.cpu_count() or 1)
+    model = models.load_model(
+        ref,
+        dtype=named.precision,
+        load="4bit" if named.load_in_4bit else "16bit",
+        trust_remote_code=named.trust_remote_code,
+    )
+    if named.adapter is not None:
+        with quiet_libraries():
+            model = models.load_adapter(model, named.adapter)
+    return TransformersEngine(model.eval(), tokenizer, named.batch_size)
+
+
+def _in_vllm(named: Named, ref: models.ModelRef, tokenizer: PreTrainedTokenizerBase) -> Engine:
+    from fintune.engines.vllm_engine import VllmEngine
+
+    assert ref.path is not None, "fetch fills the path"
+    return VllmEngine(
+        ref.path,
+        tokenizer,
+        adapter=named.adapter,
+        context_tokens=named.context_tokens,
+        dtype=named.precision,
+        load_in_4bit=named.load_in_4bit,
+        trust_remote_code=named.trust_remote_code,
+    )
+
+
+def _check_base(name: str, adapter: Path) -> None:
+    """Public names tell models apart; of folders, which may have moved, the sizes are compared when they load."""
+    if not (adapter / "adapter_config.json").is_file():
+        return  # told when it is loaded
+    trained_on = adapter_base(adapter)
+    public = [_PUBLIC_NAME.fullmatch(each) and not Path(each).exists() for each in (name, trained_on)]
+    if all(public) and name.casefold() != trained_on.casefold():
+        raise ModelError(f"{adapter} was trained on {trained_on}, not on {name}", hint=f"use it with {trained_on}")
+
+
+def _is_gguf(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False

@@ -1,0 +1,164 @@
+"""Tables and text of an HTML page, with the standard library's parser."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+
+_BLOCKS = frozenset(
+    """address article aside blockquote br caption center dd div dl dt fieldset figcaption figure footer form h1 h2 h3
+    h4 h5 h6 header hr li main nav ol option p pre section summary title ul""".split()  # noqa: SIM905
+)
+_HIDDEN = {"script", "style", "template", "noscript", "head"}
+_MAX_SPAN = 100
+_LEADING, _TRAILING = {"$", "€", "£", "¥", "(", "$(", "-"}, {")", "%", ")%", "%)"}
+
+
+class HtmlPage(HTMLParser):
+    """Reads a page; see the attributes afterwards.
+
+    Attributes:
+        tables: Cells of every innermost table with figures, rows in order; a cell over several columns or rows stands
+            in the first one and leaves the others empty.
+        before: Lines of text before the first table.
+        after: Lines of text behind it.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tables: list[list[list[str]]] = []
+        self.before: list[str] = []
+        self.after: list[str] = []
+        self._open: list[_Table] = []
+        self._hidden: list[str] = []
+        self._words: list[str] = []
+        self.feed(text)
+        self.close()
+        self._end_line()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Open what the tag opens."""
+        if tag in _HIDDEN:
+            self._hidden.append(tag)
+        if tag == "table":
+            self._end_line()
+            if self._open:
+                self._open[-1].is_outer = True
+            self._open.append(_Table())
+        elif self._open and tag == "tr":
+            self._open[-1].start_row()
+        elif self._open and tag in ("td", "th"):
+            spans = dict(attrs)
+            self._open[-1].start_cell(_span(spans.get("colspan")), _span(spans.get("rowspan")))
+        elif tag in _BLOCKS:
+            self._end_line()
+
+    def handle_endtag(self, tag: str) -> None:
+        """Close what the tag closes."""
+        if tag in self._hidden:
+            while self._hidden.pop() != tag:
+                pass
+        if tag == "table" and self._open:
+            table = self._open.pop()
+            rows = _joined(table.rows())
+            if _has_figures(rows) and not table.is_outer:
+                self.tables.append(rows)
+            else:
+                # Pages use tables for layout, too: what is in them is text.
+                for cell in (cell for row in rows for cell in row):
+                    self._words.append(cell)
+                    self._end_line()
+        elif tag in ("td", "th") and self._open:
+            self._open[-1].end_cell()
+        elif tag in _BLOCKS:
+            self._end_line()
+
+    def handle_data(self, data: str) -> None:
+        """Take text."""
+        if self._hidden:
+            return
+        if self._open:
+            self._open[-1].add(data)
+        else:
+            self._words.append(data)
+
+    def _end_line(self) -> None:
+        if self._open:
+            self._open[-1].add(" ")
+            return
+        line = " ".join("".join(self._words).split())
+        self._words = []
+        if line:
+            (self.after if self.tables else self.before).append(line)
+
+
+class _Table:
+    """A table while it is read."""
+
+    def __init__(self) -> None:
+        self.is_outer = False
+        self._rows: list[dict[int, list[str]]] = []
+        self._taken: set[tuple[int, int]] = set()
+        self._cell: list[str] | None = None
+
+    def start_row(self) -> None:
+        self._cell = None
+        self._rows.append({})
+
+    def start_cell(self, columns: int, rows: int) -> None:
+        if not self._rows:
+            self._rows.append({})
+        row = len(self._rows) - 1
+        column = 0
+        while (row, column) in self._taken:
+            column += 1
+        self._taken |= {(row + down, column + right) for down in range(rows) for right in range(columns)}
+        self._cell = self._rows[-1].setdefault(column, [])
+
+    def end_cell(self) -> None:
+        self._cell = None
+
+    def add(self, text: str) -> None:
+        if self._cell is not None:
+            self._cell.append(text)
+
+    def rows(self) -> list[list[str]]:
+        width = 1 + max((column for _, column in self._taken), default=-1)
+        cells = [[" ".join("".join(row.get(k, ())).split()) for k in range(width)] for row in self._rows]
+        return [row for row in cells if any(row)]
+
+
+def _span(value: str | None) -> int:
+    return min(max(int(value), 1), _MAX_SPAN) if value and value.strip().isdecimal() else 1
+
+
+def _joined(table: list[list[str]]) -> list[list[str]]:
+    """Cells that hold only a sign go to their number, and columns that are then empty go away."""
+    rows = []
+    for row in table:
+        cells = list(row)
+        for k, cell in enumerate(cells):
+            behind = next((n for n in range(k + 1, len(cells)) if cells[n]), None)
+            before = next((n for n in range(k - 1, 0, -1) if cells[n]), None)
+            if k and cell in _LEADING and behind is not None and any(map(str.isdigit, cells[behind])):
+                cells[k], cells[behind] = "", f"{cell} {cells[behind]}"
+            elif k and cell in _TRAILING and before is not None and any(map(str.isdigit, cells[before])):
+                cells[k], cells[before] = "", f"{cells[before]} {cell}"
+        rows.append(cells)
+    return _together(rows)
+
+
+def _together(rows: list[list[str]]) -> list[list[str]]:
+    """Columns that no row fills together with the one on their left are one column: pages set figures apart by them."""
+    if not rows:
+        return rows
+    kept: list[list[str]] = []
+    for column in map(list, zip(*rows, strict=True)):
+        if kept and len(kept) > 1 and not any(a and b for a, b in zip(kept[-1], column, strict=True)):
+            kept[-1] = [a or b for a, b in zip(kept[-1], column, strict=True)]
+        elif any(column) or not kept:
+            kept.append(column)
+    return [list(row) for row in zip(*kept, strict=True)]
+
+
+def _has_figures(table: list[list[str]]) -> bool:
+    return any(any(map(str.isdigit, cell)) for row in table[1:] for cell in row[1:])

@@ -1,0 +1,195 @@
+"""One page from a file of a user: a FinQA record, a CSV table, or an HTML or Markdown page with one table.
+
+The page comes out in FinQA's form, in which models of this package were trained: one sentence an entry, a loss in
+brackets as ``-5.2 ( 5.2 )``, a sign of currency or percent in its number's cell.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from fintune.errors import DataError
+from fintune.records import FinQAQuestion, FinQARecord
+from fintune.sources.html_page import HtmlPage
+from fintune.sources.json_files import read_text
+
+KINDS = "a FinQA record (.json), a table (.csv, .tsv), or a page with one table (.html, .md)"
+
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9\"'(])")
+_ABBREVIATION = re.compile(r"\b(?:[A-Z]|Inc|Corp|Co|Ltd|No|vs|Mr|Ms|Dr|approx|U\.S)\.$")
+_BRACKETED = re.compile(r"([$€£¥]?)\s*\(\s*([$€£¥]?)\s*(\d[\d,]*\.?\d*|\.\d+)\s*\)?\s*\)?\s*(%?)\s*\)?")
+_RULE = re.compile(r"\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*")
+_MARKS = re.compile(
+    r"^\s*(?:#{1,6}\s+|[-*+]\s+|>\s?|\d+[.)]\s+)|[*_`]{1,3}(?=\S)|(?<=\S)[*_`]{1,3}|!?\[([^\]]*)\]\([^)]*\)"
+)
+
+
+def read_page(path: Path, question: str, *, text: str = "", record_id: str | None = None) -> FinQARecord:
+    """Read a page and put a question to it.
+
+    Args:
+        path: The file; what it is, is told by its name, or by its content where the name says nothing.
+        question: What is asked; the question of a FinQA record is not read.
+        text: Sentences that stand before the table.
+        record_id: Which record of a list of several.
+
+    Raises:
+        DataError: The file cannot be read, or holds no table or several.
+    """
+    if not question.strip():
+        raise DataError("no question was asked", path=path, hint='put it last, in quotes: "What was ...?"')
+    content, damage = read_text(path, hint=f"give {KINDS}")
+    if damage:
+        raise DataError(damage, path=path, hint="copy or download it again")
+    kind = _kind(path, content)
+    if kind == "json":
+        page = _finqa(path, content, record_id)
+        before = [*sentences([text]), *page.pre_text]
+        return page.model_copy(update={"pre_text": tuple(before), "qa": _asked(question)})
+    if kind == "csv":
+        tables, above, below = [_csv(path, content)], [], []
+    elif kind == "html":
+        parsed = HtmlPage(content)
+        tables, above, below = parsed.tables, parsed.before, parsed.after
+    else:
+        tables, above, below = _markdown(content)
+    if len(tables) != 1 or not tables[0]:
+        what = "holds no table" if not tables or not tables[0] else f"holds {len(tables)} tables"
+        hint = "keep the one that the question is about" if len(tables) > 1 else f"give {KINDS}"
+        raise DataError(what, path=path, hint=hint)
+    return FinQARecord(
+        id=path.name,
+        pre_text=tuple(sentences([text, *above])),
+        post_text=tuple(sentences(below)),
+        table=_even(tables[0]),
+        qa=_asked(question),
+    )
+
+
+def sentences(blocks: Sequence[str]) -> list[str]:
+    """Blocks of text cut into sentences."""
+    found: list[str] = []
+    for line in (line for block in blocks for line in block.splitlines()):
+        start = 0
+        for end in _SENTENCE_END.finditer(line):
+            if not _ABBREVIATION.search(line[start : end.start()]):
+                found.append(line[start : end.start()])
+                start = end.end()
+        found.append(line[start:])
+    return [" ".join(each.split()) for each in found if each.strip()]
+
+
+def _asked(question: str) -> FinQAQuestion:
+    return FinQAQuestion(question=" ".join(question.split()), program="", exe_ans="")
+
+
+def _kind(path: Path, content: str) -> str:
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    known = {
+        ".json": "json",
+        ".jsonl": "json",
+        ".csv": "csv",
+        ".tsv": "csv",
+        ".md": "markdown",
+        ".markdown": "markdown",
+    }
+    known |= {".html": "html", ".htm": "html", ".xhtml": "html"}
+    if suffix in known:
+        return known[suffix]
+    start = content.lstrip()[:200].lower()
+    if start.startswith(("{", "[")):
+        return "json"
+    if start.startswith("<") or "<table" in content.lower():
+        return "html"
+    if any(_RULE.fullmatch(line) and "|" in line for line in content.splitlines()):
+        return "markdown"
+    raise DataError("no kind of page that is known", path=path, hint=f"give {KINDS}")
+
+
+def _finqa(path: Path, content: str, record_id: str | None) -> FinQARecord:
+    try:
+        raw = json.loads(content)
+    except ValueError:
+        try:
+            raw = [json.loads(line) for line in content.split("\n") if line.strip()]
+        except ValueError as error:
+            raise DataError(f"not JSON ({error})", path=path) from None
+    rows = raw if isinstance(raw, list) else [raw]
+    if record_id is not None:
+        rows = [row for row in rows if isinstance(row, dict) and row.get("id") == record_id]
+        if not rows:
+            raise DataError("no record has this id", path=path, record_id=record_id)
+    if len(rows) != 1:
+        raise DataError(f"holds {len(rows)} records", path=path, hint="say which one with --id")
+    row = rows[0]
+    if not isinstance(row, dict) or not row.get("table"):
+        raise DataError("holds no table", path=path, hint="a FinQA record has pre_text, table and post_text")
+    fields = {key: row.get(key) or () for key in ("pre_text", "post_text", "table")}
+    try:
+        return FinQARecord.model_validate(
+            {"id": str(row.get("id") or path.name), **fields, "qa": {"question": "", "program": "", "exe_ans": ""}}
+        )
+    except ValueError as error:
+        raise DataError(f"is no FinQA record ({str(error).splitlines()[1].strip()})", path=path) from None
+
+
+def _csv(path: Path, content: str) -> list[list[str]]:
+    if path.name.lower().removesuffix(".gz").endswith(".tsv"):
+        delimiter = "\t"
+    else:
+        first = next(line for line in content.splitlines() if line.strip())
+        # "1,234" in a cell makes the comma the least sure sign.
+        delimiter = max(";\t|,", key=lambda sign: (first.count(sign), sign != ","))
+    try:
+        rows = [list(row) for row in csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)]
+    except csv.Error as error:
+        raise DataError(f"no CSV table ({error})", path=path) from None
+    rows = [[" ".join(cell.split()) for cell in row] for row in rows if any(cell.strip() for cell in row)]
+    return rows if len(rows) > 1 and max(map(len, rows)) > 1 else []
+
+
+def _markdown(content: str) -> tuple[list[list[list[str]]], list[str], list[str]]:
+    lines = content.splitlines()
+    tables: list[list[list[str]]] = []
+    above: list[str] = []
+    below: list[str] = []
+    at = 0
+    while at < len(lines):
+        is_header = "|" in lines[at] and at + 1 < len(lines) and "-" in lines[at + 1] and _RULE.fullmatch(lines[at + 1])
+        if not is_header:
+            (below if tables else above).append(_MARKS.sub(r"\1", lines[at]))
+            at += 1
+            continue
+        rows = [_pipes(lines[at])]
+        at += 2
+        while at < len(lines) and "|" in lines[at]:
+            rows.append(_pipes(lines[at]))
+            at += 1
+        tables.append(rows)
+    return tables, above, below
+
+
+def _pipes(line: str) -> list[str]:
+    inside = line.strip().removeprefix("|")
+    inside = inside[:-1] if inside.endswith("|") and not inside.endswith("\\|") else inside
+    return [_MARKS.sub(r"\1", cell.replace("\\|", "|")).strip() for cell in re.split(r"(?<!\\)\|", inside)]
+
+
+def _even(table: list[list[str]]) -> tuple[tuple[str, ...], ...]:
+    width = max(map(len, table))
+    rows = [[*row, *[""] * (width - len(row))] for row in table]
+    return tuple((row[0], *map(_cell, row[1:])) for row in rows)
+
+
+def _cell(text: str) -> str:
+    text = text.replace("\u2212", "-")
+    match = _BRACKETED.fullmatch(text.strip())
+    if match is None:
+        return text
+    sign, currency, number, percent = match.groups()
+    return f"{sign or currency}-{number}{percent} ( {sign or currency}{number}{percent} )"
