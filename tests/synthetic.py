@@ -96,6 +96,23 @@ def write_folder(
     return folder
 
 
+def lora_of(base: Path, folder: Path, *, scale: float = 0.1, **changes: object) -> Path:
+    """An adapter of the query matrices of a synthetic folder, written without PEFT."""
+    config = json.loads((base / "config.json").read_text())
+    hidden = config["hidden_size"]
+    random = np.random.default_rng(3)
+    tensors = {}
+    for layer in range(config["num_hidden_layers"]):
+        module = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+        tensors[f"{module}.lora_A.weight"] = random.standard_normal((4, hidden), np.float32)
+        tensors[f"{module}.lora_B.weight"] = random.standard_normal((hidden, 4), np.float32) * np.float32(scale)
+    folder.mkdir()
+    content = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": "the/right-one"} | changes
+    (folder / "adapter_config.json").write_text(json.dumps(content))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
 def _values(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     scale = 0.1 if len(shape) == 1 else shape[-1] ** -0.5
     return (random.random(shape, np.float32) - 0.5) * np.float32(2 * scale) + np.float32(len(shape) == 1)

@@ -6,6 +6,8 @@ import json
 import os
 import platform
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import gguf
@@ -16,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from fintune.errors import ModelError, ResourceError
 from fintune.gguf import export as module
 from fintune.gguf.export import export, predict_bytes
-from synthetic import write_folder
+from synthetic import lora_of, write_folder
 from tiny import patch_json
 
 LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}
@@ -197,3 +199,27 @@ def test_a_vocabulary_resized_on_one_side_only_is_refused(llama_folder, tmp_path
     patch_json(folder / "config.json", vocab_size=rows + 8)
     with pytest.raises(ModelError, match=f"embedding has {rows} rows, config.json says vocab_size {rows + 8}"):
         export(folder, {"F16": tmp_path / "m.gguf"})
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from Linux")
+def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
+    peaks, sizes = [], []
+    for num_layers in (12, 48):
+        base = write_folder(tmp_path / f"base{num_layers}", num_layers=num_layers, hidden_size=512)
+        adapter = lora_of(base, tmp_path / f"adapter{num_layers}")
+        code = f"""
+from pathlib import Path
+from fintune.gguf.export import export
+from fintune.gguf.merged_weights import MergedWeights
+from fintune.gguf.rounded_weights import RoundedWeights
+base, adapter = Path({str(base)!r}), Path({str(adapter)!r})
+with MergedWeights(base, adapter) as merged:
+    export(base, {{"Q8_0": base / "m.gguf"}}, threads=2, weights=RoundedWeights(merged, "auto"))
+print(*(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+        done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+        peaks.append(int(done.stdout) * 1024)
+        sizes.append((base / "model.safetensors").stat().st_size)
+    assert sizes[1] - sizes[0] > 150_000_000
+    assert peaks[1] - peaks[0] < 30_000_000
+    assert peaks[1] < 300_000_000

@@ -18,7 +18,7 @@ from fintune.gguf import merge as module
 from fintune.gguf.merge import merge_folders
 from fintune.models import load_adapter, load_model, model_fingerprint, quiet_peft, resolve
 from fintune.tuning.quiet import quiet_libraries
-from synthetic import write_folder
+from synthetic import lora_of, write_folder
 from tiny import make_tiny_model, patch_json
 
 torch = pytest.importorskip("torch")
@@ -141,23 +141,6 @@ def test_shards_keep_their_names_and_tensors(tmp_path):
         old, new = load_file(path), load_file(folder / path.name)
         assert {name: (v.shape, v.dtype) for name, v in old.items()} == {n: (v.shape, v.dtype) for n, v in new.items()}
         assert all(("q_proj" in name) != np.array_equal(old[name], new[name]) for name in old)
-
-
-def lora_of(base: Path, folder: Path, *, scale: float = 0.1, **changes: object) -> Path:
-    """An adapter of the query matrices of a synthetic folder, written without PEFT."""
-    config = json.loads((base / "config.json").read_text())
-    hidden = config["hidden_size"]
-    random = np.random.default_rng(3)
-    tensors = {}
-    for layer in range(config["num_hidden_layers"]):
-        module = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
-        tensors[f"{module}.lora_A.weight"] = random.standard_normal((4, hidden), np.float32)
-        tensors[f"{module}.lora_B.weight"] = random.standard_normal((hidden, 4), np.float32) * np.float32(scale)
-    folder.mkdir()
-    content = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": "the/right-one"} | changes
-    (folder / "adapter_config.json").write_text(json.dumps(content))
-    save_file(tensors, folder / "adapter_model.safetensors")
-    return folder
 
 
 def test_slabs_smaller_than_a_matrix_change_nothing(llama_folder, tmp_path, monkeypatch):

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import gguf
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
 
+from fintune.errors import ArtifactError
 from fintune.options import Config
+from fintune.stages import export as module
 from fintune.stages.export import export
+from fintune.stages.merge import merge
+from prepared_rows import prepared
 from tiny import patch_json
 
 TYPES = ("F16", "Q8_0")
@@ -47,3 +55,65 @@ def test_a_template_that_ollama_cannot_express_costs_the_modelfile_alone(tiny_mo
     assert (folder / "t-F16.gguf").is_file()
     assert not (folder / "Modelfile").exists()
     assert any("no Modelfile" in note for note in facts["notes"])
+
+
+def trained(tmp_path, model):
+    """An adapter of the model's query and down projections, as PEFT would have saved it."""
+    random = np.random.default_rng(3)
+    tensors = {}
+    for layer in range(2):
+        for name, rows, columns in (("self_attn.q_proj", 64, 64), ("mlp.down_proj", 64, 128)):
+            module = f"base_model.model.model.layers.{layer}.{name}"
+            tensors[f"{module}.lora_A.weight"] = random.standard_normal((4, columns), np.float32)
+            tensors[f"{module}.lora_B.weight"] = random.standard_normal((rows, 4), np.float32) / 10
+    adapter = tmp_path / "train" / "adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    return {"prepare": prepared(tmp_path / "prepare", model, 4), "train": tmp_path / "train"}
+
+
+@pytest.mark.parametrize(("dtype", "pad"), [("auto", "<|endoftext|>"), ("bfloat16", "<|im_end|>")])
+def test_base_and_adapter_give_the_bytes_of_the_merged_folder(tiny_model, tmp_path, dtype, pad):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    patch_json(model / "tokenizer_config.json", pad_token=pad)
+    options = {
+        "model": {"name": str(model)},
+        "merge": {"dtype": dtype},
+        **config().model_dump(exclude={"model", "merge"}),
+    }
+    run = Config.model_validate(options)
+    inputs = trained(tmp_path, model)
+    for name in ("merge", "through", "direct"):
+        (tmp_path / name).mkdir()
+    merge(run, inputs, tmp_path / "merge")
+    through = export(run, {"merge": tmp_path / "merge"}, tmp_path / "through")
+    direct = export(run, inputs, tmp_path / "direct")
+    names = sorted(path.name for path in (tmp_path / "through").iterdir())
+    assert names == ["Modelfile", "t-F16.gguf", "t-Q8_0.gguf"]
+    assert names == sorted(path.name for path in (tmp_path / "direct").iterdir())
+    for name in names:
+        assert (tmp_path / "through" / name).read_bytes() == (tmp_path / "direct" / name).read_bytes()
+    assert (through["source"], direct["source"]) == ("merged folder", "base + adapter")
+
+
+def test_an_untrained_adapter_leaves_no_file(tiny_model, tmp_path):
+    inputs = trained(tmp_path, tiny_model)
+    path = tmp_path / "train" / "adapter" / "adapter_model.safetensors"
+    save_file({name: values * ("lora_A" in name) for name, values in load_file(path).items()}, path)
+    (tmp_path / "export").mkdir()
+    run = Config.model_validate({"model": {"name": str(tiny_model)}, **config().model_dump(exclude={"model"})})
+    with pytest.raises(ArtifactError, match="changes no weight"):
+        export(run, inputs, tmp_path / "export")
+    assert list((tmp_path / "export").iterdir()) == []
+
+
+def test_speed_and_memory_are_recorded_and_an_excess_is_told(tiny_model, tmp_path, monkeypatch):
+    facts = export(config(), {"merge": tiny_model}, tmp_path)
+    assert facts["megabytes_per_second"] > 0
+    assert facts["weight_bytes_read"] == sum(v.nbytes for v in load_file(tiny_model / "model.safetensors").values())
+    assert facts["memory_grown_bytes"] <= facts["memory_limit_bytes"] and facts["memory_within_limit"]
+    monkeypatch.setattr(module, "MEMORY_LIMIT_BYTES", -1)
+    facts = export(config(), {"merge": tiny_model}, tmp_path)
+    assert not facts["memory_within_limit"] and any("of memory" in note for note in facts["notes"])

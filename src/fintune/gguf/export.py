@@ -11,11 +11,14 @@ values that a type cannot hold) and :class:`~fintune.errors.ResourceError` for a
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import shutil
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +26,8 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from fintune.errors import ModelError, ResourceError
 from fintune.gguf.ggml import Ggml, load_ggml
+from fintune.gguf.importance import Importance
+from fintune.gguf.merged_weights import Weights
 from fintune.gguf.plan import FilePlan, ModelPlan, Source
 from fintune.gguf.safetensor_reader import SafetensorFolder
 
@@ -30,7 +35,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+# What all threads have in hand together, and what one has at least.
 _SLAB_ELEMENTS = 4 << 20
+_MIN_SLAB_ELEMENTS = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -80,30 +87,36 @@ def export(
     threads: int = 1,
     progress: Callable[[int, int], None] | None = None,
     name: str | None = None,
+    weights: Weights | None = None,
+    importance: Importance | None = None,
 ) -> ExportReport:
     """Write one GGUF file per type.
 
     Args:
         folder: A Hugging Face folder with safetensors weights, without adapters.
         outputs: Type ("F16", "Q4_K_M" ...) -> file; existing files are replaced.
-        threads: Threads that convert; the bytes do not depend on it.
+        threads: Threads that read and convert; the bytes do not depend on it.
         progress: Called with (bytes of weights done, bytes in all).
         name: ``general.name`` of the files, by which they do not depend on the folder's name.
+        weights: Where the weights are read instead of the folder, such as a base with an adapter.
+        importance: How much an error in each column of each matrix matters, for the quantised types.
 
     Returns:
         What was written.
 
     Raises:
         ModelError: See the module.
+        ArtifactError: An adapter that leaves weights as they were.
         ResourceError: See the module.
     """
     started = time.monotonic()
     ggml = load_ggml()
-    with SafetensorFolder(folder) as weights, ExitStack() as stack:
-        plan = ModelPlan(folder, weights, name)
+    with ExitStack() as stack:
+        if weights is None:
+            weights = stack.enter_context(SafetensorFolder(folder))
+        plan = ModelPlan(folder, weights, name, importance)
         files = {path: plan.file(kind) for kind, path in outputs.items()}
         _check_disk(files)
-        pool = stack.enter_context(ThreadPoolExecutor(threads))
         temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in files}
         for part in temporary.values():
             stack.callback(part.unlink, missing_ok=True)
@@ -112,7 +125,8 @@ def export(
                 targets = [
                     _Target(file, opened.enter_context(temporary[path].open("wb"))) for path, file in files.items()
                 ]
-                done = _stream(plan, weights, targets, _Converter(ggml, pool, threads), progress)
+                done = _stream(plan, _Worker(ggml, weights, targets, importance), threads, progress)
+                weights.check()
                 for target in targets:
                     target.finish()
         except OSError as error:
@@ -132,16 +146,18 @@ def export(
 
 
 class _Target:
-    """An output that is being written: the tensors arrive in the folder's order and go to their own places."""
+    """An output that is being written: rows arrive in any order and go to their own places."""
 
     def __init__(self, plan: FilePlan, file: BinaryIO) -> None:
         self.plan = plan
         self._file = file
+        self._lock = threading.Lock()
         file.write(plan.header)
 
     def write(self, tensor: str, position: int, data: NDArray[np.uint8]) -> None:
-        self._file.seek(self.plan.places[tensor].offset + position)
-        self._file.write(data.data)
+        with self._lock:
+            self._file.seek(self.plan.places[tensor].offset + position)
+            self._file.write(data.data)
 
     def finish(self) -> None:
         self._file.truncate(self.plan.num_bytes)
@@ -150,15 +166,64 @@ class _Target:
 
 
 @dataclass(frozen=True)
-class _Converter:
-    ggml: Ggml
-    pool: Executor
-    num_threads: int
+class _Slab:
+    """Some rows of a tensor: what one thread does at a time."""
 
-    def __call__(self, source: Source, type_name: str, rows: NDArray[np.float32]) -> NDArray[np.uint8]:
-        data = self.ggml.quantise(type_name, rows, self.pool, self.num_threads)
+    source: Source
+    start: int
+    stop: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of stored weights."""
+        stored = self.source.stored
+        return 0 if stored is None else stored.num_bytes // stored.shape[0] * (self.stop - self.start)
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """Reads a slab once and writes it to every target; each row's bytes depend on that row alone."""
+
+    ggml: Ggml
+    weights: Weights
+    targets: Sequence[_Target]
+    importance: Importance | None
+
+    def __call__(self, slab: _Slab) -> int:
+        name, rows = slab.source.name, self._rows(slab)
+        # A vector is one row, wherever it starts.
+        first = slab.start if len(slab.source.shape) == 2 else 0
+        converted: dict[tuple[str, bool], NDArray[np.uint8]] = {}
+        for target in self.targets:
+            type_name = target.plan.places[name].type_name
+            # Files that are not quantised are the converter's, which knows of no importance.
+            weighed = self.importance is not None and target.plan.quantised
+            key = (type_name, weighed)
+            if key not in converted:
+                converted[key] = self._convert(slab, type_name, rows, weighed=weighed)
+            target.write(name, first * converted[key].shape[1], converted[key])
+        return slab.num_bytes
+
+    def _rows(self, slab: _Slab) -> NDArray[np.float32]:
+        """Rows as a matrix, those of q and k in llama.cpp's order."""
+        import numpy as np
+
+        source = slab.source
+        if source.stored is None:
+            assert source.values is not None
+            return source.values.reshape(1, -1)
+        rows = self.weights.rows(source.stored, slab.start, slab.stop)
+        if source.num_heads:
+            # Rotary halves (first half, second half) become neighbouring pairs.
+            halves = rows.reshape(-1, 2, source.shape[0] // source.num_heads // 2, *rows.shape[1:])
+            rows = halves.swapaxes(1, 2).reshape(rows.shape)
+        return np.ascontiguousarray(rows if rows.ndim == 2 else rows[None, :])
+
+    def _convert(self, slab: _Slab, type_name: str, rows: NDArray[np.float32], *, weighed: bool) -> NDArray[np.uint8]:
+        importance = self.importance.columns.get(slab.source.name) if weighed and self.importance else None
+        data = self.ggml.quantise(type_name, rows, importance)
         if not self.ggml.is_valid(type_name, data):
-            place = source.stored.name if source.stored else source.name
+            place = slab.source.stored.name if slab.source.stored else slab.source.name
             raise ModelError(
                 f"tensor {place} holds values that are not finite in {type_name}",
                 hint="the training diverged, or the values exceed what 16-bit floats hold: export BF16 or F32",
@@ -166,53 +231,36 @@ class _Converter:
         return data
 
 
-def _stream(
-    plan: ModelPlan,
-    weights: SafetensorFolder,
-    targets: Sequence[_Target],
-    convert: _Converter,
-    progress: Callable[[int, int], None] | None,
-) -> int:
+def _stream(plan: ModelPlan, worker: _Worker, threads: int, progress: Callable[[int, int], None] | None) -> int:
     total = sum(source.stored.num_bytes for source in plan.sources.values() if source.stored)
     done = 0
-    for source in plan.sources.values():
-        positions = [0] * len(targets)
-        for rows, num_bytes in _slabs(source, weights):
-            converted: dict[str, NDArray[np.uint8]] = {}
-            for index, target in enumerate(targets):
-                type_name = target.plan.places[source.name].type_name
-                if type_name not in converted:
-                    converted[type_name] = convert(source, type_name, rows)
-                target.write(source.name, positions[index], converted[type_name])
-                positions[index] += converted[type_name].nbytes
-            done += num_bytes
-            if progress is not None:
-                progress(done, total)
+    waiting: deque[Future[int]] = deque()
+    slabs = (slab for source in plan.sources.values() for slab in _slabs(source, threads))
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            while True:
+                for slab in itertools.islice(slabs, 2 * threads - len(waiting)):
+                    waiting.append(pool.submit(worker, slab))
+                if not waiting:
+                    break
+                done += waiting.popleft().result()
+                if progress is not None:
+                    progress(done, total)
+        finally:
+            for future in waiting:
+                future.cancel()
     return done
 
 
-def _slabs(source: Source, weights: SafetensorFolder) -> Iterator[tuple[NDArray[np.float32], int]]:
-    """Yield (rows as a matrix, bytes read), with rows of q and k already in llama.cpp's order."""
-    import numpy as np
-
-    if source.stored is None:
-        assert source.values is not None
-        yield source.values.reshape(1, -1), 0
-        return
+def _slabs(source: Source, threads: int) -> Iterator[_Slab]:
     num_rows = source.shape[0]
     columns = source.shape[1] if len(source.shape) == 2 else 1
     # Rows of a head trade places with each other, so that a slab must hold whole heads.
     unit = num_rows // source.num_heads if source.num_heads else 1
-    step = num_rows if len(source.shape) == 1 else max(1, _SLAB_ELEMENTS // columns // unit) * unit
+    elements = max(_SLAB_ELEMENTS // threads, _MIN_SLAB_ELEMENTS)
+    step = num_rows if len(source.shape) == 1 else max(1, elements // columns // unit) * unit
     for start in range(0, num_rows, step):
-        stop = min(num_rows, start + step)
-        rows = weights.rows(source.stored, start, stop)
-        if source.num_heads:
-            # Rotary halves (first half, second half) become neighbouring pairs.
-            halves = rows.reshape(-1, 2, unit // 2, *rows.shape[1:])
-            rows = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
-        num_bytes = source.stored.num_bytes // num_rows * (stop - start)
-        yield np.ascontiguousarray(rows.reshape(stop - start, -1) if rows.ndim == 2 else rows[None, :]), num_bytes
+        yield _Slab(source, start, min(num_rows, start + step))
 
 
 def _check_disk(files: Mapping[Path, FilePlan]) -> None:

@@ -12,8 +12,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
-from collections.abc import Iterator
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -108,14 +106,15 @@ class Ggml:
                     hint="install a version of libggml-python that fintune's pyproject.toml allows",
                 )
 
-    def quantise(self, type_name: str, rows: NDArray[np.float32], pool: Executor, num_parts: int) -> NDArray[np.uint8]:
-        """Convert whole rows.
+    def quantise(
+        self, type_name: str, rows: NDArray[np.float32], importance: NDArray[np.float32] | None = None
+    ) -> NDArray[np.uint8]:
+        """Convert whole rows; each row's bytes depend on that row alone.
 
         Args:
             type_name: A key of :data:`TYPES`.
             rows: (num_rows, num_columns), C-contiguous.
-            pool: Where the parts run.
-            num_parts: Into how many runs of rows the work is cut; the result does not depend on it.
+            importance: (num_columns,): how much an error in each column matters; alike where None.
 
         Returns:
             (num_rows, row_bytes): the stored bytes.
@@ -124,41 +123,25 @@ class Ggml:
 
         num_rows, num_columns = rows.shape
         assert rows.flags.c_contiguous and rows.dtype == np.float32
+        if type_name == "F32":
+            return rows.view(np.uint8)
+        if type_name == "F16":
+            # An overflow becomes infinite and is found by `is_valid`, which names the tensor.
+            with np.errstate(over="ignore"):
+                return rows.astype(np.float16).view(np.uint8)
+        assert importance is None or (importance.shape == (num_columns,) and importance.dtype == np.float32)
         width = row_bytes(type_name, num_columns)
         out = np.empty((num_rows, width), np.uint8)
-
-        def part(start: int, stop: int) -> None:
-            source = rows[start:stop]
-            if type_name == "F32":
-                out[start:stop] = source.view(np.uint8)
-            elif type_name == "F16":
-                # An overflow becomes infinite and is found by `is_valid`, which names the tensor.
-                with np.errstate(over="ignore"):
-                    out[start:stop] = source.astype(np.float16).view(np.uint8)
-            else:
-                written = self._quantize(
-                    TYPES[type_name].id,
-                    source.ctypes.data,
-                    out[start:stop].ctypes.data,
-                    0,
-                    stop - start,
-                    num_columns,
-                    None,
-                )
-                assert written == (stop - start) * width
-
-        list(pool.map(lambda span: part(*span), _spans(num_rows, num_parts)))
+        weights = None if importance is None else importance.ctypes.data
+        written = self._quantize(
+            TYPES[type_name].id, rows.ctypes.data, out.ctypes.data, 0, num_rows, num_columns, weights
+        )
+        assert written == num_rows * width
         return out
 
     def is_valid(self, type_name: str, data: NDArray[np.uint8]) -> bool:
         """Whether stored bytes hold only finite scales and values (``ggml_validate_row_data``)."""
         return bool(self._validate(TYPES[type_name].id, data.ctypes.data, data.nbytes))
-
-
-def _spans(length: int, num_parts: int) -> Iterator[tuple[int, int]]:
-    step = max(1, -(-length // num_parts))
-    for start in range(0, length, step):
-        yield start, min(length, start + step)
 
 
 @functools.cache

@@ -7,6 +7,8 @@ tied embeddings, the two are parted, so that the merged model answers as base an
 
 from __future__ import annotations
 
+import json
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -26,10 +28,12 @@ HEAD = "lm_head.weight"
 
 # Up to this rank every BLAS sums the products of an element in one run, so that numpy's bits are torch's.
 _MAX_PLAIN_RANK = 128
+# Threads are at work on neighbouring tensors.
+_NUM_REMEMBERED = 3
 
 
 class Weights(Protocol):
-    """Tensors that can be read row by row: those of a folder, or those of a base with an adapter."""
+    """Tensors that can be read row by row, by several threads: those of a folder, or of a base with an adapter."""
 
     @property
     def tensors(self) -> Mapping[str, StoredTensor]:
@@ -38,6 +42,13 @@ class Weights(Protocol):
     def rows(self, tensor: StoredTensor, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
         """Rows ``start`` to ``stop`` (axis 0) as float32."""
 
+    def check(self) -> None:
+        """Called when all rows were read.
+
+        Raises:
+            ArtifactError: They are not what they should be.
+        """
+
 
 class MergedWeights:
     """A base folder with an adapter; use it as a context manager.
@@ -45,7 +56,6 @@ class MergedWeights:
     Args:
         base: Hugging Face folder.
         adapter: PEFT folder.
-        tied: Whether the base's input and output embedding are one tensor.
         transform: Applied to the whole of each base weight before the adapter, such as what 4-bit training saw; None
             leaves the weights alone.
 
@@ -64,15 +74,16 @@ class MergedWeights:
         base: Path,
         adapter: Path,
         *,
-        tied: bool,
         transform: Callable[[StoredTensor, NDArray[np.float32]], NDArray[np.float32]] | None = None,
     ) -> None:
         self.adapter = Adapter(adapter)
         self._base = SafetensorFolder(base)
+        tied = self._is_tied(base)
         self._transform = transform
         self._changes = dict(self.adapter.changes)
         self._saved = dict(self.adapter.saved)
-        self._whole: dict[str, NDArray[np.float32]] = {}
+        self._lock = threading.RLock()
+        self._whole: dict[str, dict[str, NDArray[np.float32]]] = {}
         self.tensors: dict[str, StoredTensor] = dict(self._base.tensors)
         self.tied = tied and not self._parts_embeddings()
         if tied and not self.tied and HEAD not in self.tensors:
@@ -82,6 +93,15 @@ class MergedWeights:
         self._check_fits()
         for name, saved in self._saved.items():
             self.tensors[name] = replace(saved, name=name)
+        # The order of a folder that is read: by shard, then by name.
+        self.tensors = {name: self.tensors[name] for name in sorted(self.tensors, key=lambda n: (self.shard_of(n), n))}
+
+    @staticmethod
+    def _is_tied(base: Path) -> bool:
+        try:
+            return bool(json.loads((base / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings"))
+        except (OSError, ValueError, AttributeError) as error:
+            raise ModelError(f"{base / 'config.json'} cannot be read: {error}") from error
 
     def _parts_embeddings(self) -> bool:
         """Tied weights of which only one was trained, or each by itself, are two tensors from then on."""
@@ -143,9 +163,8 @@ class MergedWeights:
         """Rows without the low-rank change (a replaced tensor is read as replaced)."""
         if self._transform is None or tensor.name in self._saved:
             return self._base.rows(tensor, start, stop)
-        key = f"base of {tensor.name}"
         transform = self._transform
-        return self._once(key, lambda: transform(tensor, self._base.rows(tensor)))[start:stop]
+        return self._once(tensor.name, "base", lambda: transform(tensor, self._base.rows(tensor)))[start:stop]
 
     def rows(self, tensor: StoredTensor, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
         """Rows ``start`` to ``stop`` of the merged tensor, float32.
@@ -162,9 +181,9 @@ class MergedWeights:
         merged: NDArray[np.float32] = weight + self._delta(tensor.name, change, start, stop)
         if change.magnitude is None:
             return merged
-        magnitude = self._once(f"magnitude of {tensor.name}", lambda: self._base.rows(change.magnitude))  # type: ignore[arg-type]
+        magnitude = self._once(tensor.name, "magnitude", lambda: self._base.rows(change.magnitude))  # type: ignore[arg-type]
         if change.embedding:
-            norms = self._once(f"norms of {tensor.name}", lambda: self._embedding_norms(tensor, change))
+            norms = self._once(tensor.name, "norms", lambda: self._embedding_norms(tensor, change))
             return (magnitude / norms)[None, :] * merged
         return (magnitude[start:stop] / _norms(merged))[:, None] * merged
 
@@ -181,12 +200,12 @@ class MergedWeights:
         import numpy as np
 
         scale = np.float32(change.scale)
-        a = self._once(f"a of {name}", lambda: self._base.rows(change.a))
+        a = self._once(name, "a", lambda: self._base.rows(change.a))
         if change.rank > _MAX_PLAIN_RANK:
-            whole = self._once(f"product of {name}", lambda: _torch_product(self._base.rows(change.b), a) * scale)
+            whole = self._once(name, "product", lambda: _torch_product(self._base.rows(change.b), a) * scale)
             return whole.T[start:stop] if change.embedding else whole[start:stop]
         if change.embedding:
-            b = self._once(f"b of {name}", lambda: self._base.rows(change.b))
+            b = self._once(name, "b", lambda: self._base.rows(change.b))
             part: NDArray[np.float32] = (b @ np.ascontiguousarray(a[:, start:stop])).T * scale
             return part
         delta: NDArray[np.float32] = (self._base.rows(change.b, start, stop) @ a) * scale
@@ -196,14 +215,15 @@ class MergedWeights:
         merged = self.base_rows(tensor) + self._delta(tensor.name, change, 0, tensor.shape[0])
         return _norms(merged.T)
 
-    def _once(self, key: str, make: Callable[[], NDArray[np.float32]]) -> NDArray[np.float32]:
-        """What all rows of a tensor share, made once while its rows are read; another tensor's is dropped."""
-        tensor = key.rpartition(" of ")[2]
-        if any(not known.endswith(f" of {tensor}") for known in self._whole):
-            self._whole.clear()
-        if key not in self._whole:
-            self._whole[key] = make()
-        return self._whole[key]
+    def _once(self, name: str, what: str, make: Callable[[], NDArray[np.float32]]) -> NDArray[np.float32]:
+        """What all rows of a tensor share, made once while its rows are read; that of the oldest tensor is dropped."""
+        with self._lock:
+            if name not in self._whole and len(self._whole) >= _NUM_REMEMBERED:
+                del self._whole[next(iter(self._whole))]
+            known = self._whole.setdefault(name, {})
+            if what not in known:
+                known[what] = make()
+            return known[what]
 
     def __enter__(self) -> MergedWeights:
         return self

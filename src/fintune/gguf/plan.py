@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 from fintune.errors import ModelError
 from fintune.gguf.families import ModelConfig, gguf_names, heads_to_permute, rope_factors
 from fintune.gguf.ggml import TYPES, row_bytes
+from fintune.gguf.importance import Importance
+from fintune.gguf.merged_weights import Weights
 from fintune.gguf.mixtures import mixture, tensor_types
-from fintune.gguf.safetensor_reader import SafetensorFolder, StoredTensor
+from fintune.gguf.safetensor_reader import StoredTensor
 from fintune.gguf.vocab import Vocabulary, read_vocabulary
 
 if TYPE_CHECKING:
@@ -62,12 +64,14 @@ class FilePlan:
         header: All bytes before the first tensor.
         places: GGUF name -> place.
         num_bytes: Size of the finished file.
+        quantised: Whether llama.cpp's quantiser would have written it, not its converter.
     """
 
     kind: str
     header: bytes
     places: Mapping[str, Place]
     num_bytes: int
+    quantised: bool
 
 
 class ModelPlan:
@@ -77,6 +81,7 @@ class ModelPlan:
         folder: A Hugging Face folder.
         weights: Its open weights.
         name: ``general.name``; the folder's own metadata or name where None.
+        importance: What the quantised files are weighed with, which they say.
 
     Attributes:
         sources: In the order of the folder, computed tensors first.
@@ -86,8 +91,11 @@ class ModelPlan:
         ModelError: See :mod:`fintune.gguf.export`.
     """
 
-    def __init__(self, folder: Path, weights: SafetensorFolder, name: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, weights: Weights, name: str | None = None, importance: Importance | None = None
+    ) -> None:
         self.folder = folder
+        self._importance = importance
         self.name = name
         self.config = ModelConfig(folder)
         self.sources = {source.name: source for source in self._sources(weights)}
@@ -98,8 +106,10 @@ class ModelPlan:
                 hint="the vocabulary was resized without saving one of the two",
             )
         self.vocabulary: Vocabulary = read_vocabulary(folder, self.config.vocab_size)
+        if importance is not None:
+            importance.check({name: source.shape for name, source in self.sources.items()})
 
-    def _sources(self, weights: SafetensorFolder) -> Iterator[Source]:
+    def _sources(self, weights: Weights) -> Iterator[Source]:
         factors = rope_factors(self.config)
         if factors is not None:
             yield Source(_ROPE_FACTORS, factors.shape, None, values=factors)
@@ -125,7 +135,7 @@ class ModelPlan:
             num_bytes = prod(shape[:-1]) * row_bytes(type_name, shape[-1])
             places[name] = Place(type_name, position, num_bytes)
             position += num_bytes + -num_bytes % _ALIGNMENT
-        return FilePlan(kind, header, places, position)
+        return FilePlan(kind, header, places, position, mixture(kind).quantised)
 
     def _header(self, kind: str, types: Mapping[str, str]) -> bytes:
         import gguf
@@ -150,6 +160,8 @@ class ModelPlan:
         if mix.quantised:
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
             writer.add_file_type(mix.file_type)
+            if self._importance is not None:
+                self._importance.write_metadata(writer)
         for name, type_name in types.items():
             shape = self.sources[name].shape
             num_bytes = prod(shape[:-1]) * row_bytes(type_name, shape[-1])

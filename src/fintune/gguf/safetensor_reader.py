@@ -6,6 +6,7 @@ Source: github.com/huggingface/safetensors, "Format": 8 bytes little-endian head
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ class SafetensorFolder:
         self.folder = folder
         self.tensors: dict[str, StoredTensor] = {}
         self._stack = ExitStack()
-        self._files: dict[Path, BinaryIO] = {}
+        self._files: dict[tuple[Path, int], BinaryIO] = {}
         index = _read_index(folder)
         paths = sorted({folder / shard for shard in index.values()}) or sorted(folder.glob("model*.safetensors"))
         if not paths:
@@ -113,10 +114,15 @@ class SafetensorFolder:
             values = (np.frombuffer(buffer, "<u2").astype(np.uint32) << 16).view(np.float32)
         return values.reshape((stop - start, *tensor.shape[1:]))
 
+    def check(self) -> None:
+        """Nothing was merged, so nothing can have stood still."""
+
     def _file(self, path: Path) -> BinaryIO:
-        if path not in self._files:
-            self._files[path] = self._stack.enter_context(path.open("rb"))
-        return self._files[path]
+        # A position belongs to a handle, so each thread has its own.
+        key = (path, threading.get_ident())
+        if key not in self._files:
+            self._files[key] = self._stack.enter_context(path.open("rb"))
+        return self._files[key]
 
     def __enter__(self) -> SafetensorFolder:
         return self

@@ -1,18 +1,36 @@
-"""``fintune export``: the merged model as GGUF files for llama.cpp, with an Ollama Modelfile."""
+"""``fintune export``: the model as GGUF files for llama.cpp, with an Ollama Modelfile."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
+from fintune import models
 from fintune.artifact import Facts
 from fintune.errors import ModelError
+from fintune.gguf.export import ExportReport
 from fintune.gguf.export import export as write_gguf
+from fintune.gguf.importance import Importance, read_importance
+from fintune.gguf.merged_folder import (
+    carry_over,
+    has_own_padding,
+    merged_config,
+    settle_special_tokens,
+    write_json,
+)
+from fintune.gguf.merged_weights import MergedWeights
 from fintune.gguf.modelfile import modelfile
-from fintune.machine import size
+from fintune.gguf.rounded_weights import RoundedWeights
+from fintune.machine import peak_memory_bytes, size
 from fintune.options import Config
-from fintune.progress import bar, say
+from fintune.progress import Bar, bar, say
+
+MEMORY_LIMIT_BYTES = 300_000_000
+"""What an export may add to the memory of the process, however large the model."""
 
 
 def gguf_path(config: Config, folder: Path, kind: str) -> Path:
@@ -20,50 +38,113 @@ def gguf_path(config: Config, folder: Path, kind: str) -> Path:
     return folder / f"{config.run.name}-{kind}.gguf"
 
 
-def export(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
-    """Write every type of ``export.types`` in one reading of the merged weights.
+def export(config: Config, inputs: Mapping[str, Path], folder: Path, *, importance: Path | None = None) -> Facts:
+    """Write every type of ``export.types`` in one reading of the weights.
 
     Args:
         config: The run.
-        inputs: Needs ``merge``.
+        inputs: Needs ``merge``, or ``train``: then the adapter is folded in while the base is read, and no merged
+            folder is written. Both ways give the same bytes.
         folder: Gets ``NAME-TYPE.gguf`` for each type, and ``Modelfile`` for the last, the smallest by custom, where
             Ollama's language can express the chat template.
+        importance: An importance matrix to weigh the quantised types with.
 
     Raises:
         ModelError: A family, tensor or tokenizer that llama.cpp does not have.
+        ArtifactError: An adapter that leaves weights as they were.
         ResourceError: The disk is full, or the quantisation library is missing.
     """
-    outputs = {kind: gguf_path(config, folder, kind) for kind in config.export.types}
-    with bar("export", 1.0) as shown:
-        done = 0.0
-
-        def progress(num_read: int, num_total: int) -> None:
-            nonlocal done
-            shown.advance(num_read / num_total - done)
-            done = num_read / num_total
-
-        report = write_gguf(
-            inputs["merge"],
-            outputs,
-            threads=config.export.threads or os.cpu_count() or 1,
-            progress=progress,
-            name=config.run.name,
-        )
-    notes = list(report.notes)
-    last = config.export.types[-1]
-    try:
-        text = modelfile(inputs["merge"], outputs[last].name, context_tokens=config.prompt.max_length)
-        (folder / "Modelfile").write_text(text, encoding="utf-8")
-    except ModelError as error:
-        # The GGUF files hold the template itself; only Ollama, which has a language of its own, goes without.
-        notes.append(f"no Modelfile: {error}")
+    weighed = None if importance is None else read_importance(importance)
+    before = _resident_bytes()
+    if "merge" in inputs:
+        report, notes = _write(config, inputs["merge"], None, folder, weighed)
+    else:
+        with _merged_while_read(config, inputs["train"] / "adapter", folder) as (model, weights):
+            report, notes = _write(config, model, weights, folder, weighed)
+    grown = max(0, peak_memory_bytes() - before)
+    if grown > MEMORY_LIMIT_BYTES:
+        notes.append(f"the export took {size(grown)} of memory, more than the {size(MEMORY_LIMIT_BYTES)} it should")
     for note in notes:
         say(note)
     sizes = {file.kind: file.num_bytes for file in report.files}
     return {
+        "source": "merged folder" if "merge" in inputs else "base + adapter",
         "file_bytes": sizes,
         "tensors_by_type": {file.kind: dict(file.num_tensors_by_type) for file in report.files},
+        "importance": None if weighed is None else weighed.file,
         "eos_token": report.eos_token,
+        "weight_bytes_read": report.num_bytes_read,
+        "megabytes_per_second": round(report.num_bytes_read / 1e6 / max(report.seconds, 1e-3), 1),
+        "memory_grown_bytes": grown,
+        "memory_limit_bytes": MEMORY_LIMIT_BYTES,
+        "memory_within_limit": grown <= MEMORY_LIMIT_BYTES,
         "notes": notes,
         "summary": ", ".join(f"{kind} {size(num)}" for kind, num in sizes.items()),
     }
+
+
+def _write(
+    config: Config, model: Path, weights: RoundedWeights | None, folder: Path, importance: Importance | None
+) -> tuple[ExportReport, list[str]]:
+    outputs = {kind: gguf_path(config, folder, kind) for kind in config.export.types}
+    with bar("export", 1.0) as shown:
+        report = write_gguf(
+            model,
+            outputs,
+            threads=config.export.threads or os.cpu_count() or 1,
+            progress=_speed(shown),
+            name=config.run.name,
+            weights=weights,
+            importance=importance,
+        )
+    notes = list(report.notes)
+    last = config.export.types[-1]
+    try:
+        text = modelfile(model, outputs[last].name, context_tokens=config.prompt.max_length)
+        (folder / "Modelfile").write_text(text, encoding="utf-8")
+    except ModelError as error:
+        # The GGUF files hold the template itself; only Ollama, which has a language of its own, goes without.
+        notes.append(f"no Modelfile: {error}")
+    return report, notes
+
+
+@contextmanager
+def _merged_while_read(config: Config, adapter: Path, folder: Path) -> Iterator[tuple[Path, RoundedWeights]]:
+    """A folder of all that a merged model holds but its weights, and the weights, which lie nowhere."""
+    ref = models.fetch(models.resolve(config.model.name, revision=config.model.revision))
+    assert ref.path is not None, "fetch fills the path"
+    with tempfile.TemporaryDirectory(prefix=".model-", dir=folder) as place, MergedWeights(ref.path, adapter) as merged:
+        weights = RoundedWeights(merged, config.merge.dtype)
+        # The name under which the merge stage's folder is known: what the file says of itself may come from there.
+        model = Path(place) / "merge"
+        model.mkdir()
+        carry_over(ref.path, adapter, model)
+        write_json(model / "config.json", merged_config(ref.path, merged, weights.dtype))
+        if not has_own_padding(model):
+            beside = models.ModelRef(ref.name, model, ref.base_name)
+            settle_special_tokens(model, models.load_tokenizer(beside))
+        yield model, weights
+
+
+def _speed(shown: Bar) -> Callable[[int, int], None]:
+    """Progress in bytes for a bar that counts to one, with the speed behind it."""
+    started, share = time.monotonic(), 0.0
+
+    def progress(num_read: int, num_total: int) -> None:
+        nonlocal share
+        shown.advance(num_read / num_total - share)
+        share = num_read / num_total
+        shown.note(f"{num_read / 1e6 / max(time.monotonic() - started, 1e-3):.0f} MB/s")
+
+    return progress
+
+
+def _resident_bytes() -> int:
+    """Memory of the process now; its peak where the system does not say."""
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return peak_memory_bytes()

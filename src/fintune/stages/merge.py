@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fintune import chat, models
+from fintune.errors import ArtifactError
 from fintune.gguf.dequantised import NormalFloat
-from fintune.gguf.merge import MergeReport, merge_folders, read_config, write_json
+from fintune.gguf.merge import MergeReport, merge_folders
+from fintune.gguf.merged_folder import settle_special_tokens
 from fintune.options import Config
 from fintune.progress import bar, track
 from fintune.records import Example
+from fintune.tuning import full
 from fintune.tuning.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -49,6 +52,9 @@ def merge(
     """
     ref = models.fetch(models.resolve(config.model.name, revision=config.model.revision))
     assert ref.path is not None, "fetch fills the path"
+    whole = full.result(inputs["train"])
+    if whole is not None:
+        return _convert(config, inputs, ref.path, whole, folder)
     adapter = inputs["train"] / "adapter"
     trust = config.model.trust_remote_code
     seen = NormalFloat() if into == "dequantised" else None
@@ -62,7 +68,7 @@ def merge(
             progress=_shares(shown.advance),
         )
     tokenizer = models.load_tokenizer(models.resolve(str(folder)), trust_remote_code=trust)
-    _settle_special_tokens(folder, tokenizer)
+    settle_special_tokens(folder, tokenizer)
 
     golden = _golden_prompts(tokenizer, inputs["prepare"] / "eval.jsonl")
     base = models.load_model(ref, dtype="float32", device="cpu", trust_remote_code=trust)
@@ -84,6 +90,42 @@ def merge(
         "summary": (
             f"{report.dtype}, {report.num_moved} weights moved, logits within {difference:.2g} of base + adapter"
         ),
+    }
+
+
+def _convert(
+    config: Config, inputs: Mapping[str, Path], base: Path, trained: Path, folder: Path
+) -> dict[str, Any]:
+    """Full fine-tuning left nothing to fold in: its weights are stored in ``merge.dtype``."""
+    dtype = full.stored_dtype(base) if config.merge.dtype == "auto" else config.merge.dtype
+    num_moved = full.store(trained, base, folder, dtype)
+    if num_moved == 0:
+        raise ArtifactError(
+            f"{trained} differs from the base model in no weight", hint="it is untrained; look at train/metrics.jsonl"
+        )
+    trust = config.model.trust_remote_code
+    tokenizer = models.load_tokenizer(models.resolve(str(folder)), trust_remote_code=trust)
+    settle_special_tokens(folder, tokenizer)
+    golden = _golden_prompts(tokenizer, inputs["prepare"] / "eval.jsonl")
+    agreement = []
+    for path, what in ((trained, "the trained model"), (folder, "the stored one")):
+        model = models.load_model(
+            models.resolve(str(path)), dtype="float32", device="cpu", trust_remote_code=trust
+        )
+        agreement.append(_logits(model, golden, what))
+        del model
+        gc.collect()
+    expected, found = agreement
+    difference = max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True))
+    num_same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(expected, found, strict=True))
+    return {
+        "dtype": dtype,
+        "num_moved": num_moved,
+        "num_golden": len(golden),
+        "max_logit_difference": difference,
+        "same_best_token_share": num_same / sum(len(ids) for ids in golden),
+        "max_logit": max(float(a.abs().max()) for a in expected),
+        "summary": f"{dtype}, {num_moved} weights moved, logits within {difference:.2g} of the trained ones",
     }
 
 
@@ -111,22 +153,6 @@ def _shares(advance: Callable[[float], None]) -> Callable[[int, int], None]:
         shown = done / total
 
     return progress
-
-
-def _settle_special_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write down which token pads and which end an answer, where the base leaves it open."""
-    stops = list(chat.end_of_turn_ids(tokenizer))
-    changes: dict[str, dict[str, Any]] = {
-        "config.json": {"pad_token_id": tokenizer.pad_token_id},
-        "generation_config.json": {
-            "pad_token_id": tokenizer.pad_token_id,
-            "eos_token_id": stops if len(stops) > 1 else stops[0],
-        },
-        "tokenizer_config.json": {"pad_token": tokenizer.pad_token},
-    }
-    for name, change in changes.items():
-        path = folder / name
-        write_json(path, (read_config(folder, name) if path.is_file() else {}) | change)
 
 
 def _golden_prompts(tokenizer: PreTrainedTokenizerBase, path: Path) -> list[list[int]]:
