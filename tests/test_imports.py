@@ -33,9 +33,12 @@ ROOTS_FOR_ROOMS = {
 ROOTS_OVER_ROOMS = {
     "fintune.cli": {"report", "stages"},
     "fintune.conversations": {"finqa"},  # examples of one page as one training row
-    "fintune.disk": {"gguf"},  # the size of a GGUF before it is written
+    "fintune.disk": {"gguf", "sources"},  # the size of a GGUF before it is written, and of the data
     "fintune.examples": {"finqa"},
-    "fintune.prepared": {"finqa", "sources"},
+    "fintune.preparation": {"finqa", "sources"},
+    "fintune.preparation_chat": {"finqa", "sources"},
+    "fintune.prepared": {"sources"},
+    "fintune.steps": {"sources"},  # the files that a run reads
     "fintune.shots": {"finqa"},  # solved questions before the question
 }
 """Root modules that may import rooms or stages, and which. All others are below the rooms; ``steps`` loads

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -252,6 +252,28 @@ def _explain(error: ValidationError, origin: Mapping[str, str]) -> ConfigError:
     if first["type"] == "value_error":
         return ConfigError(f"{place}{first['ctx']['error']}")
     got = json.dumps(first["input"], default=str)
+    entry = _entry(first["loc"])
     if first["type"] == "extra_forbidden":
-        return ConfigError(f"{place}unknown option {key}")
+        near = _near_in_entry(first["loc"])
+        return ConfigError(f"{place}unknown option {entry or key}", hint=near)
+    if first["type"] == "missing" and entry:
+        return ConfigError(f"{place}{entry} is missing")
+    key = entry or key
     return ConfigError(f"{place}{key}: got {got}", hint=first["msg"][0].lower() + first["msg"][1:])
+
+
+def _entry(loc: Sequence[int | str]) -> str:
+    """``data.sources[0].weight``, for a place inside an entry of a list; nothing for any other."""
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc]
+    within = any(isinstance(part, int) for part in loc[:-1])
+    return "".join(parts).removeprefix(".") if within else ""
+
+
+def _near_in_entry(loc: Sequence[int | str]) -> str | None:
+    field = dict(fields()).get(".".join(str(part) for part in loc[:-2]))
+    models = [each for each in get_args(field.annotation) if hasattr(each, "model_fields")] if field else []
+    if not models:
+        return None
+    names = list(models[0].model_fields)
+    near = difflib.get_close_matches(str(loc[-1]), names, n=1)
+    return f"did you mean {near[0]}?" if near else f"known here: {', '.join(names)}"

@@ -1,4 +1,4 @@
-"""Questions about the same page as one conversation: the page is read once, every answer is trained.
+"""Conversations as rows of training tokens: those that the data holds, and questions about the same page as one.
 
 FinQA asks 2.8 questions a page on average, and the page is most of an example. Training on conversations spends the
 tokens of one page on all of them; a page whose examples had to be cut stays as single examples, because each was cut
@@ -7,17 +7,20 @@ for its own question.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from fintune import chat
+from fintune.errors import DataError
 from fintune.examples import EncodedRecord
-from fintune.finqa.prompt import ask
-from fintune.records import FinQARecord, Message
+from fintune.finqa.prompt import TooLongError, ask
+from fintune.records import Example, FinQARecord, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_THOUGHT, _THOUGHT_END = "<think>", "</think>"
 
 
 @dataclass(frozen=True)
@@ -91,3 +94,97 @@ def _join(tokenizer: PreTrainedTokenizerBase, members: Sequence[EncodedRecord]) 
     encoded = chat.encode_conversation(tokenizer, messages)
     ids = " ".join(each.example.id for each in members)
     return Sequenced(ids, encoded.input_ids, encoded.completion_mask)
+
+
+@dataclass(frozen=True)
+class EncodedConversation:
+    """A conversation of the data as a model will see it.
+
+    Attributes:
+        example: The last trained turn and what comes before it; ``num_cut`` counts the turns behind it, left out.
+        rows: One, or one for each trained turn where the chat template rewrites earlier turns.
+        rejected: The worse answer in the completion's place, of a preference pair.
+    """
+
+    example: Example
+    rows: list[Sequenced]
+    rejected: str | None = None
+
+
+class ConversationEncoder:
+    """Makes rows of conversations with one tokenizer.
+
+    Args:
+        tokenizer: With a chat template.
+        system: System message of conversations that have none; left out where empty.
+        train_on: All of the assistant's turns, or the last.
+        max_length: Tokens of a row; turns that do not fit are left out.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, system: str, train_on: Literal["all", "last"], max_length: int
+    ) -> None:
+        self._tokenizer, self._train_on, self._max_length = tokenizer, train_on, max_length
+        self._system = [Message(role="system", content=system)] if system else []
+        asked = chat.render(tokenizer, [Message(role="user", content="question")])
+        # Such a template (DeepSeek-R1's) has every answer begin inside a thought.
+        self._opens_thought = asked.rstrip().endswith(_THOUGHT)
+
+    def encode(
+        self,
+        id_: str,
+        messages: Sequence[Message],
+        *,
+        untrained: Collection[int] = (),
+        rejected: str | None = None,
+    ) -> EncodedConversation:
+        """Encode one conversation, which ends with the assistant.
+
+        Args:
+            id_: Of the example; rows of single turns have the turn's place behind it.
+            messages: All turns.
+            untrained: Places of assistant's turns that are not trained.
+            rejected: A worse last answer.
+
+        Raises:
+            TooLongError: Not even the first trained turn fits.
+            DataError: The chat template refuses the turns, a text holds the end-of-turn token, nothing is trained.
+        """
+        before = self._system if messages[0].role != "system" else []
+        turns = [*before, *messages]
+        answers = [place for place, each in enumerate(turns) if each.role == "assistant"]
+        trained = [place for place in answers if place - len(before) not in untrained]
+        if self._train_on == "last":
+            trained = [place for place in trained if place == answers[-1]]
+        if not trained:
+            raise DataError("none of the assistant's turns is to be trained")
+        rows: list[Sequenced] = []
+        last = None
+        for place in trained:
+            turn = chat.encode_example(self._tokenizer, turns[:place], self._answer(turns[place].content))
+            if len(turn.input_ids) > self._max_length:
+                break  # every later turn is longer
+            before_it = rows[-1] if rows else None
+            if before_it and turn.input_ids[: len(before_it.input_ids)] == before_it.input_ids:
+                rest = turn.completion_mask[len(before_it.input_ids) :]
+                rows[-1] = Sequenced(before_it.id, turn.input_ids, before_it.completion_mask + rest)
+            else:
+                rows.append(Sequenced(f"{id_}/{place}" if rows else id_, turn.input_ids, turn.completion_mask))
+            last = place
+        if last is None:
+            raise TooLongError(f"the first answer ends behind token {self._max_length}")
+        example = Example(
+            id=id_,
+            messages=tuple(turns[:last]),
+            completion=self._answer(turns[last].content),
+            num_cut=len(turns) - 1 - last,
+        )
+        whole = rejected is not None and last == len(turns) - 1
+        return EncodedConversation(example, rows, self._answer(rejected) if whole and rejected else None)
+
+    def _answer(self, content: str) -> str:
+        if not self._opens_thought:
+            return content
+        if _THOUGHT_END in content:
+            return content.lstrip().removeprefix(_THOUGHT).lstrip("\n")
+        return f"\n{_THOUGHT_END}\n\n{content}"  # an answer without a thought closes it at once

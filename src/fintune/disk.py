@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fintune.model_folder import read_json
-from fintune.options import Config
+from fintune.options import Config, SourceOptions
+from fintune.sources.rows import local_files
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _STORED_BYTES = {"F64": 8, "F32": 4, "F8_E4M3": 1, "F8_E5M2": 1}
@@ -18,6 +19,10 @@ _HEADER_BYTES = 100 << 20
 
 _EXAMPLE_BYTES = 24_000
 """A prepared FinQA example: prompt text, gold record and tokens; the largest page of dev makes 21 kB."""
+_ROW_BYTES = 20_000
+"""A prepared conversation of a thousand words."""
+_HUB_ROWS = 100_000
+"""Rows of a hub dataset whose size is not known before it is fetched."""
 
 
 class Tensor(NamedTuple):
@@ -70,9 +75,21 @@ def prepare_bytes(config: Config) -> int:
         # JSON shrinks fivefold under gzip. Text and gold record are each about as large as the JSON, and the tokens, at
         # five bytes each, as two or three of it where a tokenizer cuts short.
         return int(sum(path.stat().st_size * (25 if path.suffix == ".gz" else 5) for path in files) * _MARGIN)
+    if config.data.source == "chat":
+        return sum(_source_bytes(source) for source in config.data.sources)
     pages = config.data.statements
     companies = pages.train_companies + pages.eval_companies
     return companies * pages.pages_per_company * pages.questions_per_page * _EXAMPLE_BYTES
+
+
+def _source_bytes(source: SourceOptions) -> int:
+    if source.path.startswith("hub:"):
+        return (source.max_rows or _HUB_ROWS) * _ROW_BYTES
+    # Text, tokens at five bytes each; Parquet shrinks as gzip does.
+    packed = (".gz", ".parquet")
+    stored = sum(path.stat().st_size * (25 if path.suffix in packed else 5) for path in local_files(source))
+    rows = source.max_rows * _ROW_BYTES if source.max_rows is not None else stored
+    return int(min(stored, rows) * max(source.weight, 1.0) * _MARGIN)
 
 
 def train_bytes(config: Config) -> int:

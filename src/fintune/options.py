@@ -10,10 +10,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 ModelKind = Literal["base", "adapter", "merged", "F16", "Q4_K_M"]
+Shape = Literal["messages", "sharegpt", "preference", "alpaca", "question_answer", "prompt_completion"]
+"""What a row of a conversation source looks like; see docs/data.md."""
 
 
 def neutral(default: Any, description: str, **limits: Any) -> Any:
@@ -78,9 +80,75 @@ class StatementsOptions(Options):
 class DataOptions(Options):
     """Where examples come from."""
 
-    source: Literal["builtin:statements", "finqa"] = Field(
+    source: Literal["builtin:statements", "finqa", "chat"] = Field(
         "builtin:statements",
-        description="`finqa`: the official JSON of `data.train` and `data.eval`; `builtin:statements`: generated.",
+class SourceOptions(Options):
+    """An entry of `data.sources`: rows that become conversations. A path alone may stand for it."""
+
+    path: str = Field(
+        min_length=1,
+        description="File (JSON, JSONL, CSV, TSV, Parquet, plain or .gz), folder of such files or of a saved dataset, "
+        "pattern such as `data/*.jsonl`, or `hub:OWNER/NAME`.",
+    )
+    shape: Literal["auto", Shape] = Field(
+        "auto", description="What a row looks like; `auto` finds it out row by row and prints what it found."
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Names of a shape's fields in these rows, as `{question: Frage, answer: qa.antwort}`.",
+    )
+    split: str = Field("", description="Split of a hub dataset or saved dataset; `train` where it has several.")
+    subset: str = Field("", description="Configuration of a hub dataset that has several.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub dataset; its newest where empty.")
+    weight: float = Field(
+        1.0,
+        gt=0,
+        le=1000,
+        description="How often a conversation stands in one pass of training: 2 takes each twice, 0.5 every other one.",
+    )
+    max_rows: int | None = Field(
+        None, ge=1, description="Take at most so many usable rows, drawn with `run.seed`; all where empty."
+    )
+    hold_out: Literal["share", "all", "none"] = Field(
+        "share", description="What is kept for evaluation: `data.eval_share` of it, all or nothing."
+    )
+    licence: str = Field("", description="Its licence, where the source does not say it, as `CC-BY-4.0`.")
+
+
+def _paths_alone(value: Any) -> Any:
+    # A tuple, because that is what strict checking takes from Python.
+    entries = [value] if isinstance(value, (str, dict)) else value
+    if not isinstance(entries, (list, tuple)):
+        return () if entries is None else entries
+    return tuple({"path": each} if isinstance(each, str) else each for each in entries)
+
+
+        description="`finqa`: the official JSON of `data.train` and `data.eval`; `builtin:statements`: generated; "
+        "`chat`: conversations from `data.sources`.",
+    )
+    sources: Annotated[tuple[SourceOptions, ...], BeforeValidator(_paths_alone)] = Field(
+        (), description="Where conversations come from; see the last table of this page."
+    )
+    system: str = Field("", description="System message of conversations that have none; left out where empty.")
+    train_on: Literal["all", "last"] = Field(
+        "all", description="Which of the assistant's turns of a conversation are trained."
+    )
+    eval_share: float = Field(
+        0.02,
+        gt=0,
+        lt=1,
+        description="Share of the conversations that is held out, chosen by a hash of the first question.",
+    )
+    duplicates: Literal["near", "exact", "keep"] = Field(
+        "near",
+        description="What is left out: `exact` copies but for case and white space, or `near` ones as well.",
+    )
+    near_similarity: float = Field(
+        0.9,
+        gt=0,
+        le=1,
+        description="Conversations are near duplicates when their questions, and their answers, share so much of their "
+        "8-letter pieces (Jaccard) and hold the same numbers.",
     )
     train: Path | None = Field(None, description="FinQA JSON (plain or .gz) to train on.")
     eval: Path | None = Field(None, description="FinQA JSON (plain or .gz) to score on.")
@@ -110,6 +178,12 @@ class DataOptions(Options):
 
 class PromptOptions(Options):
     """How a page and a question become a prompt."""
+        if self.source == "chat" and not self.sources:
+            raise ValueError(
+                "data.source: chat needs data.sources; set it to a list of files, folders or hub:OWNER/NAME"
+            )
+        if self.source != "chat" and self.sources:
+            raise ValueError(f"data.sources is not read with data.source: {self.source}; set data.source: chat")
 
     system: str = Field(
         "Write the program that answers the question from the page.",
@@ -233,3 +307,5 @@ class Config(Options):
     def folder(self) -> Path:
         """The run's folder."""
         return self.run.dir / self.run.name
+        if self.data.source == "chat":
+            return self  # no official verdict, so nothing is predicted

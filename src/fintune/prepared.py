@@ -3,7 +3,8 @@
 ::
 
     train.jsonl, eval.jsonl    records.Example a line
-    gold.json                  the evaluation records in FinQA's official list form
+    gold.json                  the evaluation records in FinQA's official list form; an empty list for conversations
+    SPLIT.pairs.jsonl          records.Pair a line, where the data holds preferences
     tokens/train, tokens/eval  datasets folders: id, input_ids, completion_mask
     report.json                PrepareReport
 """
@@ -13,30 +14,25 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from fintune.chat import template_hash
 from fintune.config import effective
-from fintune.conversations import Sequenced, grouped, single
+from fintune.conversations import Sequenced
 from fintune.errors import ArtifactError
-from fintune.examples import EncodedRecord, EncodedSplit
-from fintune.finqa.distribution import FINQA_TEST, distribution
-from fintune.finqa.identity import group_of
-from fintune.finqa.page import clean_record
 from fintune.options import Config
-from fintune.records import FinQARecord, Record
-from fintune.sources.splits import Split
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from fintune.records import Example, FinQARecord, Pair, Record
+from fintune.sources.mixture import SourceReport
 
 OPTIONS = ("run.seed", "model.name", "model.revision", "data", "prompt")
 """Prefixes of the options that decide the result."""
 NUM_PROBLEMS = 20
 """Problems that a report quotes; all are counted."""
+NUM_SHOWN = 5
+"""Rows that could not be used, of which the terminal tells."""
 NUM_BINS = 12
 _WIDTHS = [step * 10**power for power in range(10) for step in (1, 2, 5)]
 
@@ -127,6 +123,10 @@ class PrepareReport(Record):
         finqa_test_steps: Shares in FinQA's test set, to compare with.
         finqa_test_operations: Likewise.
         options: Options that decided it, by dotted key, as JSON text.
+        kind: Questions about pages, answered by programs, or conversations. A conversation counts as a page of turns,
+            and has no program.
+        sources: What became of each entry of ``data.sources``.
+        unused_rows: The first rows of them that could not be used: where, which field, why, what to do.
     """
 
     template_hash: str
@@ -137,21 +137,55 @@ class PrepareReport(Record):
     finqa_test_steps: dict[str, float]
     finqa_test_operations: dict[str, float]
     options: dict[str, str]
+    kind: Literal["program", "chat"] = "program"
+    sources: tuple[SourceReport, ...] = ()
+    unused_rows: tuple[str, ...] = ()
+
+    @property
+    def non_commercial(self) -> str:
+        """The sources that forbid commercial use, with their licences; empty where none does."""
+        found = (f"{each.path} ({each.licence.name})" for each in self.sources if each.licence.non_commercial)
+        return ", ".join(dict.fromkeys(found))
 
     def notes(self) -> list[str]:
         """What a user should know, a line each; none where all went in whole."""
-        lines = []
+        lines = [line for source in self.sources for line in source.told()]
+        if self.non_commercial:
+            lines.append(f"not for commercial use, and so what is trained on it: {self.non_commercial}")
+        lines += [f"not used: {problem}" for problem in self.unused_rows[:NUM_SHOWN]]
+        if len(self.unused_rows) > NUM_SHOWN:
+            lines.append(f"not used: more rows, of which report.json holds {NUM_PROBLEMS}")
+        whole, units = ("conversations", "turns") if self.kind == "chat" else ("pages", "sentences and rows")
         for name, split in (("train", self.train), ("eval", self.eval)):
             if split.dropped:
                 reasons = ", ".join(f"{number} {reason}" for reason, number in split.dropped.items())
                 lines.append(f"{name}: dropped {reasons}; the first: {split.problems[0]}")
             if split.num_cut_examples:
-                share = f"{split.num_cut_units} of {split.num_units} sentences and rows"
-                pages = f"{split.num_cut_examples} of {split.num_examples} pages"
-                lines.append(f"{name}: {pages} cut to fit {self.max_length} tokens ({share}){split.evidence.told()}")
+                share = f"{split.num_cut_units} of {split.num_units} {units}"
+                wholes = f"{split.num_cut_examples} of {split.num_examples} {whole}"
+                lines.append(f"{name}: {wholes} cut to fit {self.max_length} tokens ({share}){split.evidence.told()}")
         if self.num_shared_pages:
             lines.append(f"{self.num_shared_pages} eval examples ask about a page that is also trained on")
         return lines
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What goes into the folder.
+
+    Attributes:
+        report: Counts and figures.
+        examples: By split.
+        rows: Token rows by split.
+        gold: Records of the evaluation split; none for conversations.
+        pairs: Preference pairs by split.
+    """
+
+    report: PrepareReport
+    examples: Mapping[str, Sequence[Example]]
+    rows: Mapping[str, Sequence[Sequenced]]
+    gold: Sequence[FinQARecord] = ()
+    pairs: Mapping[str, Sequence[Pair]] = field(default_factory=dict)
 
 
 def lengths(numbers: Sequence[int]) -> Lengths:
@@ -171,107 +205,27 @@ def lengths(numbers: Sequence[int]) -> Lengths:
     )
 
 
-def lay_out(
-    config: Config, tokenizer: PreTrainedTokenizerBase, splits: Mapping[str, EncodedSplit]
-) -> dict[str, list[Sequenced]]:
-    """The rows of the tokens: questions of a page joined for training, single for the loss on the evaluation split."""
-    train = grouped(
-        tokenizer,
-        splits["train"].examples,
-        num_questions=config.data.group_questions,
-        max_length=config.prompt.max_length,
-    )
-    return {"train": train, "eval": single(splits["eval"].examples)}
-
-
-def report(
-    config: Config,
-    tokenizer: PreTrainedTokenizerBase,
-    sources: Mapping[str, Split],
-    splits: Mapping[str, EncodedSplit],
-    rows: Mapping[str, Sequence[Sequenced]],
-) -> PrepareReport:
-    """Sum up both splits.
-
-    Args:
-        config: What they were made with.
-        tokenizer: Likewise.
-        sources: The records that were drawn, by split.
-        splits: What became of them.
-        rows: How they are laid out for training.
-    """
-    trained = {page_of(each.record) for each in splits["train"].examples}
-    return PrepareReport(
-        template_hash=template_hash(tokenizer),
-        max_length=config.prompt.max_length,
-        num_shared_pages=sum(page_of(each.record) in trained for each in splits["eval"].examples),
-        train=_split_report(sources["train"], splits["train"], rows["train"]),
-        eval=_split_report(sources["eval"], splits["eval"], rows["eval"]),
-        finqa_test_steps=dict(FINQA_TEST.steps),
-        finqa_test_operations=dict(FINQA_TEST.operations),
-        options=options_of(config),
-    )
-
-
 def options_of(config: Config) -> dict[str, str]:
     """The options that decide what is prepared, as JSON text by dotted key."""
     return {key: json.dumps(value) for key, value in effective(config, OPTIONS).items()}
 
 
-def _split_report(source: Split, split: EncodedSplit, rows: Sequence[Sequenced]) -> SplitReport:
-    examples = split.examples
-    shares = distribution(each.example.completion for each in examples)
-    return SplitReport(
-        num_read=source.num_read,
-        num_sampled=len(source.records),
-        num_examples=len(examples),
-        dropped=dict((source.dropped + split.dropped).most_common()),
-        problems=tuple([*source.problems, *split.problems][:NUM_PROBLEMS]),
-        num_cut_examples=sum(each.example.num_cut > 0 for each in examples),
-        num_cut_units=sum(each.example.num_cut for each in examples),
-        num_units=sum(each.num_units for each in examples),
-        cleaned=_cleaned(examples),
-        prompt_tokens=lengths([each.num_prompt_tokens for each in examples]),
-        completion_tokens=lengths([sum(each.completion_mask) for each in examples]),
-        num_rows=len(rows),
-        num_row_tokens=sum(len(row.input_ids) for row in rows),
-        evidence=_evidence(examples),
-        steps=dict(shares.steps),
-        operations=dict(shares.operations),
-    )
-
-
-def _cleaned(examples: Sequence[EncodedRecord]) -> dict[str, int]:
-    edits = (edit for each in examples for text in clean_record(each.record)[1] for edit in text)
-    return dict(Counter(edit.rule for edit in edits).most_common())
-
-
-def _evidence(examples: Sequence[EncodedRecord]) -> Evidence:
-    known = [(each.record.qa.gold_inds.keys(), each.kept) for each in examples if each.record.qa.gold_inds]
-    return Evidence(
-        num_examples=len(known),
-        num_complete=sum(gold <= kept for gold, kept in known),
-        num_units=sum(len(gold) for gold, _ in known),
-        num_kept=sum(len(gold & kept) for gold, kept in known),
-    )
-
-
-def page_of(record: FinQARecord) -> str:
-    """The page that a record asks about: ``ACME/2009/page_17.pdf`` of ``ACME/2009/page_17.pdf-3``."""
-    return group_of(record.id, "page")
-
-
-def write(
-    folder: Path, splits: Mapping[str, EncodedSplit], rows: Mapping[str, Sequence[Sequenced]], report: PrepareReport
-) -> None:
+def write(folder: Path, prepared: Prepared) -> None:
     """Fill an empty folder."""
-    for name, split in splits.items():
-        text = "".join(f"{each.example.model_dump_json()}\n" for each in split.examples)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-        _write_tokens(folder / "tokens" / name, rows[name])
-    gold = [each.record.model_dump(mode="json") for each in splits["eval"].examples]
+    for name, examples in prepared.examples.items():
+        _write_lines(folder / f"{name}.jsonl", examples)
+        _write_tokens(folder / "tokens" / name, prepared.rows[name])
+    for name, pairs in prepared.pairs.items():
+        if pairs:
+            _write_lines(folder / f"{name}.pairs.jsonl", pairs)
+    gold = [record.model_dump(mode="json") for record in prepared.gold]
     (folder / "gold.json").write_text(json.dumps(gold, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    (folder / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    (folder / "report.json").write_text(prepared.report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def _write_lines(path: Path, records: Sequence[Record]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(f"{each.model_dump_json()}\n" for each in records)
 
 
 def _write_tokens(folder: Path, rows: Sequence[Sequenced]) -> None:

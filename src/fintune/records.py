@@ -82,6 +82,37 @@ class Example(Record):
     num_cut: int = 0
 
 
+class Pair(Record):
+    """One prompt with a better and a worse answer, for preference training.
+
+    Attributes:
+        messages: The turns before the answer; the last is the user's.
+        chosen: The better one, without template tokens.
+        rejected: The worse one.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    chosen: str
+    rejected: str
+
+
+class Candidate(Record):
+    """One of several completions of a prompt.
+
+    Attributes:
+        program: The program read from it.
+        logprob: See `Prediction`.
+        result: What the program executes to, rounded as officially; None where it does not run.
+        num_tokens: Generated tokens.
+    """
+
+    program: str
+    logprob: float | None
+    result: float | str | None
+    num_tokens: int
+
+
 class Prediction(Record):
     """What an engine gave for one prompt.
 
@@ -94,6 +125,11 @@ class Prediction(Record):
         token_ids: Generated tokens, end-of-turn included.
         margins: For each generated token the natural-log probability gap between the best and the second-best
             token; a small gap marks a near-tie, at which two faithful copies of a model may part.
+        logprob: Natural-log probability of the whole completion in the model's own distribution (before temperature,
+            top_p and grammar); None where the engine does not tell it.
+        confidence: The share of the candidates that agree on the result where they voted, else the probability of the
+            completion; None where neither is known.
+        candidates: All completions of the prompt where there were several.
     """
 
     id: str
@@ -104,3 +140,6 @@ class Prediction(Record):
     num_prompt_tokens: int
     token_ids: tuple[int, ...] = ()
     margins: tuple[float, ...] = ()
+    logprob: float | None = None
+    confidence: float | None = None
+    candidates: tuple[Candidate, ...] = ()

@@ -6,10 +6,12 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from pydantic.fields import FieldInfo
 
 from fintune.config import fields
-from fintune.options import Config, is_neutral
+from fintune.options import Config, Options, is_neutral
 
 _HEAD = """# Options
 
@@ -43,7 +45,30 @@ def options_page() -> str:
         mark = "°" if is_neutral(field) else ""
         default = field.get_default(call_default_factory=True)
         lines.append(f"| `{leaf}`{mark} | {_type(str(field.annotation))} | {_default(default)} | {field.description} |")
+    for key, field in fields():
+        for entry in get_args(field.annotation):
+            if isinstance(entry, type) and issubclass(entry, Options):
+                lines += _entries(key, entry)
     return "\n".join(lines) + "\n"
+
+
+def _entries(key: str, model: type[Options]) -> list[str]:
+    """The table of what an entry of a list holds."""
+    rows = [
+        f"| `{name}` | {_type(str(field.annotation))} | {_entry_default(field)} | {field.description} |"
+        for name, field in model.model_fields.items()
+    ]
+    return [
+        f"\n## {key}[]\n",
+        f"{str(model.__doc__).strip().splitlines()[0]}\n",
+        "| key | type | default | meaning |",
+        "|---|---|---|---|",
+        *rows,
+    ]
+
+
+def _entry_default(field: FieldInfo) -> str:
+    return "required" if field.is_required() else _default(field.get_default(call_default_factory=True))
 
 
 def _section_meaning(section: str) -> str:
@@ -58,11 +83,12 @@ def _type(annotation: str) -> str:
     plain = re.sub(r"Optional\[(.*)\]", r"\1 | None", plain).replace("Path", "path")
     plain = re.sub(r"Literal\[([^\]]*)\]", lambda found: found[1].replace("', '", " or ").replace("'", ""), plain)
     plain = re.sub(r"tuple\[(.*), \.\.\.\]", r"list of \1", plain)
+    plain = re.sub(r"(\w+\.)+SourceOptions", "entries", plain).replace("dict[str, str]", "names by name")
     return plain.replace("| None", "or empty").replace("|", "or")
 
 
 def _default(value: object) -> str:
-    if value is None or value == "":
+    if value is None or value in ("", {}, ()):
         return ""
     if isinstance(value, Path):
         return f"`{value}`"

@@ -13,6 +13,7 @@ from fintune.artifact import Facts, sha256_file
 from fintune.errors import DataError
 from fintune.options import Config, ModelKind
 from fintune.selection import Stage, Step
+from fintune.sources.rows import local_files
 
 NEEDS: Mapping[ModelKind, str] = {"adapter": "train", "merged": "merge", "F16": "export", "Q4_K_M": "export"}
 """The step whose result each kind of model is read from; "base" needs none."""
@@ -66,8 +67,8 @@ def build(config: Config) -> list[Step]:
 
 
 def _measure(config: Config, kind: ModelKind) -> list[Step]:
-    if kind not in config.predict.models:
-        return []
+    if kind not in config.predict.models or config.data.source == "chat":
+        return []  # a conversation has no official verdict; train.eval_steps measures the loss on what is held out
     needs = NEEDS.get(kind)
     predict = Step(
         f"predict/{kind}",
@@ -146,6 +147,11 @@ def _files(config: Config) -> Iterator[tuple[str, Path]]:
             if not path.is_file():
                 what = "is a folder, not a file" if path.is_dir() else "no such file"
                 raise DataError(what, path=path, hint=f"data.{name} must name a FinQA JSON file")
+    if config.data.source == "chat":
+        for number, source in enumerate(config.data.sources):
+            # A hub dataset is what its options say; its newest is looked for when it is first read.
+            yield from ((f"data.sources[{number}] {path}", path) for path in local_files(source))
+        return
             yield f"data.{name}", path
 
 

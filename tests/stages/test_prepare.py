@@ -14,7 +14,8 @@ from fintune.config import load
 from fintune.errors import DataError
 from fintune.models import load_tokenizer, resolve
 from fintune.options import Config
-from fintune.prepared import lengths, page_of, read_report, read_tokens
+from fintune.preparation import page_of
+from fintune.prepared import lengths, read_report, read_tokens
 from fintune.records import Example, FinQARecord
 from fintune.sources.finqa_json import read_finqa
 from fintune.stages.prepare import prepare

@@ -96,7 +96,7 @@ class Mixture:
         train: To train on, weights applied; ids are unique.
         eval: Held out; at least one.
         reports: One for each source.
-        problems: A line for each row that could not be used.
+        problems: A line for each row that could not be used, the first of every reason before all others.
     """
 
     train: list[Entry]
@@ -127,7 +127,7 @@ def load(data: DataOptions, seed: int, *, limit: int | None = None) -> Mixture:
         DataError: A source that cannot be read or gives nothing; with ``data.strict``, a row that cannot be used.
         ResourceError: A hub dataset that cannot be fetched.
     """
-    problems: list[str] = []
+    problems: list[tuple[str, str]] = []
     seen: set[bytes] = set()
     found = [_read(source, number, data, seed, seen, problems) for number, source in enumerate(data.sources)]
     if data.duplicates == "near":
@@ -153,12 +153,17 @@ def load(data: DataOptions, seed: int, *, limit: int | None = None) -> Mixture:
         train=_draw(weighted, _least(data.max_train, limit), seed),
         eval=_draw(evaluation, _least(data.max_eval, limit), seed),
         reports=reports,
-        problems=problems,
+        problems=_firsts_first(problems),
     )
 
 
+def _firsts_first(problems: Sequence[tuple[str, str]]) -> list[str]:
+    firsts = dict(reversed(problems))
+    return [*reversed(firsts.values()), *(line for reason, line in problems if firsts[reason] is not line)]
+
+
 def _read(
-    source: SourceOptions, number: int, data: DataOptions, seed: int, seen: set[bytes], problems: list[str]
+    source: SourceOptions, number: int, data: DataOptions, seed: int, seen: set[bytes], problems: list[tuple[str, str]]
 ) -> _Found:
     found = _Found()
     sample: list[tuple[int, int, Entry]] = []  # a heap of what was drawn so far, the last to be drawn first
@@ -170,7 +175,7 @@ def _read(
             kind, conversation = convert(row.value, shape, source.columns)
         except BrokenRowError as broken:
             found.dropped[broken.reason] += 1
-            problems.append(_problem(row, broken, strict=data.strict))
+            problems.append((broken.reason, _problem(row, broken, strict=data.strict)))
             continue
         found.shapes[kind] += 1
         shapes[kind] += 1
@@ -187,7 +192,7 @@ def _read(
             found.dropped[LIMIT] += 1
     if not found.shapes:
         counts = ", ".join(f"{reason}: {times}" for reason, times in found.dropped.most_common())
-        first = f"; the first: {problems[-sum(found.dropped.values())]}" if found.dropped else ""
+        first = f"; the first: {problems[-sum(found.dropped.values())][1]}" if found.dropped else ""
         raise DataError(f"no row can be used ({counts or 'it holds none'}){first}", path=source.path)
     found.entries = [entry for _, _, entry in sorted(sample, key=lambda item: -item[1])]
     return found

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO
 
 from fintune.errors import DataError
+from fintune.options import SourceOptions
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 """Files that are read in a folder, also with ``.gz`` behind."""
@@ -82,6 +83,20 @@ def find(path: str) -> list[Path]:
     if files := [each for each in matched if each.is_file()]:
         return files
     raise DataError("no such file or folder", path=path, hint=_instead(path))
+
+
+def local_files(source: SourceOptions) -> list[Path]:
+    """Every file that an entry of ``data.sources`` reads here; none for a hub dataset.
+
+    Raises:
+        DataError: There is none of that name.
+    """
+    if source.path.startswith("hub:"):
+        return []
+    found = find(source.path)
+    return [
+        below for path in found for below in (sorted(path.rglob("*")) if path.is_dir() else [path]) if below.is_file()
+    ]
 
 
 def _instead(path: str) -> str:

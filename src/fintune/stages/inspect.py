@@ -16,12 +16,10 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from fintune import models, prepared
+from fintune import models, preparation, prepared
 from fintune.artifact import MANIFEST
-from fintune.examples import Encoder
 from fintune.options import Config
 from fintune.prepared import Lengths, PrepareReport, SplitReport
-from fintune.sources import splits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,13 +71,16 @@ def inspect(config: Config, console: Console, *, num_examples: int = 3) -> None:
     console.print(_counts(report))
     for note in report.notes():
         console.print(Text(f"  {note}"))
+    for problem in report.unused_rows:
+        console.print(Text.assemble(("  not used ", "red"), problem))
     for name, split in (("train", report.train), ("eval", report.eval)):
         for problem in split.problems:
             console.print(Text.assemble((f"  {name} ", "red"), problem))
     _histogram(console, "train: tokens of a prompt", report.train.prompt_tokens)
     _histogram(console, "eval: tokens of a prompt", report.eval.prompt_tokens)
     _histogram(console, "train: tokens of a completion, end of turn included", report.train.completion_tokens)
-    console.print(_shares(report))
+    if report.kind == "program":
+        console.print(_shares(report))
     for shown in examples:
         title = Text(f"{shown.id}: {len(shown.input_ids)} tokens, {sum(shown.completion_mask)} trained")
         text = render(tokenizer, shown, brackets=not coloured)
@@ -99,13 +100,9 @@ def _stored(config: Config, folder: Path, number: int) -> tuple[PrepareReport, l
 
 
 def _fresh(config: Config, tokenizer: PreTrainedTokenizerBase, number: int) -> tuple[PrepareReport, list[Shown], str]:
-    sources = splits.load(config, limit=SAMPLE)
-    encoder = Encoder(tokenizer, system=config.prompt.system, max_length=config.prompt.max_length)
-    encoded = {name: encoder.split(split.records, name, strict=config.data.strict) for name, split in sources.items()}
-    rows = prepared.lay_out(config, tokenizer, encoded)
-    report = prepared.report(config, tokenizer, sources, encoded, rows)
-    shown = [Shown(row.id, row.input_ids, row.completion_mask) for row in rows["train"][:number]]
-    return report, shown, f"not prepared yet with these options: read anew, at most {SAMPLE} examples a split"
+    made = preparation.make(config, tokenizer, limit=SAMPLE)
+    shown = [Shown(row.id, row.input_ids, row.completion_mask) for row in made.rows["train"][:number]]
+    return made.report, shown, f"not prepared yet with these options: read anew, at most {SAMPLE} examples a split"
 
 
 def render(tokenizer: PreTrainedTokenizerBase, shown: Shown, *, brackets: bool = False) -> Text:

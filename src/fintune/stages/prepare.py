@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from fintune import models, prepared
+from fintune import models, preparation, prepared
 from fintune.artifact import Facts
-from fintune.examples import Encoder
 from fintune.options import Config
 from fintune.progress import say
-from fintune.sources import splits
 
 
 def prepare(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
@@ -27,19 +25,18 @@ def prepare(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
     Raises:
         DataError: A data file, or every record of it, cannot be used.
         ModelError: The model has no usable tokenizer.
+        ResourceError: A hub dataset that cannot be fetched.
     """
-    sources = splits.load(config)
     reference = models.resolve(config.model.name, revision=config.model.revision)
     tokenizer = models.load_tokenizer(reference, trust_remote_code=config.model.trust_remote_code)
-    encoder = Encoder(tokenizer, system=config.prompt.system, max_length=config.prompt.max_length)
-    encoded = {name: encoder.split(split.records, name, strict=config.data.strict) for name, split in sources.items()}
-    rows = prepared.lay_out(config, tokenizer, encoded)
-    report = prepared.report(config, tokenizer, sources, encoded, rows)
-    prepared.write(folder, encoded, rows, report)
+    made = preparation.make(config, tokenizer)
+    prepared.write(folder, made)
+    report = made.report
     for note in report.notes():
         say(note)
-    return {
-        "summary": f"{report.train.num_examples} train, {report.eval.num_examples} eval examples",
+    restricted = f"; not for commercial use: {report.non_commercial}" if report.non_commercial else ""
+    facts = {
+        "summary": f"{report.train.num_examples} train, {report.eval.num_examples} eval examples{restricted}",
         "template_hash": report.template_hash,
         "num_train": report.train.num_examples,
         "num_eval": report.eval.num_examples,
@@ -48,3 +45,6 @@ def prepare(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
         "num_train_rows": report.train.num_rows,
         "num_train_tokens": report.train.num_row_tokens,
     }
+    if report.sources:
+        facts["licences"] = {each.path: each.licence.name for each in report.sources}
+    return facts

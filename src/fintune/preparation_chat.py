@@ -1,0 +1,116 @@
+"""Conversations from ``data.sources`` to examples, tokens, preference pairs and figures."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from fintune import chat
+from fintune.conversations import ConversationEncoder, EncodedConversation
+from fintune.errors import DataError
+from fintune.finqa.prompt import TooLongError
+from fintune.options import Config
+from fintune.prepared import NUM_PROBLEMS, Evidence, Prepared, PrepareReport, SplitReport, lengths, options_of
+from fintune.progress import track
+from fintune.records import Pair
+from fintune.sources import mixture
+from fintune.sources.mixture import Entry
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class _Split:
+    examples: list[EncodedConversation]
+    num_sampled: int
+    dropped: Counter[str] = field(default_factory=Counter)
+    problems: list[str] = field(default_factory=list)
+
+
+def make(config: Config, tokenizer: PreTrainedTokenizerBase, *, limit: int | None = None) -> Prepared:
+    """Read ``data.sources`` and encode what they hold; see `fintune.preparation.make`."""
+    found = mixture.load(config.data, config.run.seed, limit=limit)
+    encoder = ConversationEncoder(
+        tokenizer,
+        system=config.data.system,
+        train_on=config.data.train_on,
+        max_length=config.prompt.max_length,
+    )
+    splits = {
+        name: _encode(encoder, entries, name, strict=config.data.strict)
+        for name, entries in (("train", found.train), ("eval", found.eval))
+    }
+    report = PrepareReport(
+        template_hash=chat.template_hash(tokenizer),
+        max_length=config.prompt.max_length,
+        num_shared_pages=0,
+        train=_report(splits["train"]),
+        eval=_report(splits["eval"]),
+        finqa_test_steps={},
+        finqa_test_operations={},
+        options=options_of(config),
+        kind="chat",
+        sources=tuple(found.reports),
+        unused_rows=tuple(found.problems[:NUM_PROBLEMS]),
+    )
+    return Prepared(
+        report=report,
+        examples={name: [each.example for each in split.examples] for name, split in splits.items()},
+        rows={name: [row for each in split.examples for row in each.rows] for name, split in splits.items()},
+        pairs={name: [pair for each in split.examples if (pair := _pair(each))] for name, split in splits.items()},
+    )
+
+
+def _encode(encoder: ConversationEncoder, entries: Sequence[Entry], name: str, *, strict: bool) -> _Split:
+    done = _Split([], len(entries))
+    for entry in track(entries, f"encode {name}", len(entries)):
+        conversation = entry.conversation
+        try:
+            encoded = encoder.encode(
+                entry.id, conversation.messages, untrained=conversation.untrained, rejected=conversation.rejected
+            )
+        except DataError as error:
+            told = DataError(error.message, record_id=entry.id, hint=error.hint)
+            if strict:
+                raise told from None
+            done.dropped["too long" if isinstance(error, TooLongError) else "not encodable"] += 1
+            done.problems.append(str(told))
+        else:
+            done.examples.append(encoded)
+    if not done.examples:
+        hint = "raise prompt.max_length" if done.dropped["too long"] else None
+        raise DataError(f"none of {len(entries)} {name} conversations can be encoded; {done.problems[0]}", hint=hint)
+    return done
+
+
+def _pair(encoded: EncodedConversation) -> Pair | None:
+    example = encoded.example
+    if encoded.rejected is None:
+        return None
+    return Pair(id=example.id, messages=example.messages, chosen=example.completion, rejected=encoded.rejected)
+
+
+def _report(split: _Split) -> SplitReport:
+    rows = [row for each in split.examples for row in each.rows]
+    trained = [sum(row.completion_mask) for row in rows]
+    cut = [each.example.num_cut for each in split.examples]
+    return SplitReport(
+        num_read=split.num_sampled,
+        num_sampled=split.num_sampled,
+        num_examples=len(split.examples),
+        dropped=dict(split.dropped.most_common()),
+        problems=tuple(split.problems[:NUM_PROBLEMS]),
+        num_cut_examples=sum(number > 0 for number in cut),
+        num_cut_units=sum(cut),
+        num_units=sum(len(each.example.messages) + 1 + each.example.num_cut for each in split.examples),
+        prompt_tokens=lengths([len(row.input_ids) - number for row, number in zip(rows, trained, strict=True)]),
+        completion_tokens=lengths(trained),
+        num_rows=len(rows),
+        num_row_tokens=sum(len(row.input_ids) for row in rows),
+        evidence=Evidence(num_examples=0, num_complete=0, num_units=0, num_kept=0),
+        steps={},
+        operations={},
+    )
