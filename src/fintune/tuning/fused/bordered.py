@@ -67,6 +67,18 @@ class Grads:
     magnitude: list[Tensor | None]
 
 
+@dataclass(frozen=True)
+class _Corners:
+    """Parts of a bordered matrix; cut once where it is held, since every cut costs as much as a launch."""
+
+    w: Tensor
+    a: Tensor
+    b: Tensor
+    top: Tensor
+    left: Tensor
+    blocks: list[Tensor]
+
+
 class Group:
     """Layers that read one input.
 
@@ -93,6 +105,7 @@ class Group:
         self.held_scale: Tensor | None = None
         self.magnitude: Tensor | None = None
         self.squares: Tensor | None = None
+        self._held_corners: _Corners | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -154,11 +167,11 @@ class Group:
             matrix: From :meth:`matrix`.
         """
         self.inner(wide, matrix)
-        return wide @ matrix[: self.num_out].t()
+        return wide @ self._corners(matrix).top.t()
 
     def inner(self, wide: Tensor, matrix: Tensor) -> None:
         """The adapters' activations alone, into the right part of ``wide``."""
-        self._thin(wide[:, : self.num_in], matrix[self.num_out :, : self.num_in].t(), wide[:, self.num_in :])
+        self._thin(wide[:, : self.num_in], self._corners(matrix).a.t(), wide[:, self.num_in :])
 
     def forward_narrow(self, x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`forward` for an input without room at its side.
@@ -166,10 +179,10 @@ class Group:
         Returns:
             Outputs, and the adapters' activations, [tokens, border].
         """
+        corners = self._corners(matrix)
         inner = torch.empty(len(x), self.border, dtype=self.dtype, device=self.device)
-        self._thin(x, matrix[self.num_out :, : self.num_in].t(), inner)
-        out = x @ matrix[: self.num_out, : self.num_in].t()
-        return out.addmm_(inner, matrix[: self.num_out, self.num_in :].t()), inner
+        self._thin(x, corners.a.t(), inner)
+        return (x @ corners.w.t()).addmm_(inner, corners.b.t()), inner
 
     def input_grad(self, wide_grad: Tensor, matrix: Tensor) -> Tensor:
         """Gradient of the input, [tokens, in]; fills the right part of ``wide_grad``.
@@ -179,7 +192,7 @@ class Group:
             matrix: From :meth:`matrix`.
         """
         self.inner_grad(wide_grad, matrix)
-        return wide_grad @ matrix[:, : self.num_in]
+        return wide_grad @ self._corners(matrix).left
 
     def inner_grad(self, wide_grad: Tensor, matrix: Tensor) -> None:
         """Fill the right part of ``wide_grad`` only, where nothing before these layers is trained."""
@@ -191,20 +204,34 @@ class Group:
         Returns:
             Gradients of the input and of the adapters' activations.
         """
+        corners = self._corners(matrix)
         inner_grad = torch.empty(len(grad), self.border, dtype=self.dtype, device=self.device)
         self._inner_grad(grad, matrix, inner_grad)
-        out = grad @ matrix[: self.num_out, : self.num_in]
-        return out.addmm_(inner_grad, matrix[self.num_out :, : self.num_in]), inner_grad
+        return (grad @ corners.w).addmm_(inner_grad, corners.a), inner_grad
 
     def _inner_grad(self, grad: Tensor, matrix: Tensor, out: Tensor) -> None:
         top, column = 0, 0
-        for size, rank in zip(self.sizes, self.ranks, strict=True):
+        for size, rank, block in zip(self.sizes, self.ranks, self._corners(matrix).blocks, strict=True):
             if rank:
-                block = matrix[top : top + size, self.num_in + column :][:, :rank]
-                self._thin(grad[:, top : top + size], block, out[:, column : column + rank], column)
+                part = grad if size == self.num_out else grad[:, top : top + size]
+                self._thin(part, block, out[:, column : column + rank], column)
             top, column = top + size, column + rank
         if column < self.border:
             out[:, column:].zero_()
+
+    def _corners(self, matrix: Tensor) -> _Corners:
+        if self._held_corners is not None and matrix is self.held:
+            return self._held_corners
+        w, a, b = matrix[: self.num_out, : self.num_in], matrix[self.num_out :, : self.num_in], matrix[: self.num_out]
+        b = b[:, self.num_in :]
+        blocks, top, column = [], 0, 0
+        for size, rank in zip(self.sizes, self.ranks, strict=True):
+            blocks.append(b[top : top + size, column : column + rank])
+            top, column = top + size, column + rank
+        made = _Corners(w, a, b, matrix[: self.num_out], matrix[:, : self.num_in], blocks)
+        if matrix is self.held:
+            self._held_corners = made
+        return made
 
     def _thin(self, left: Tensor, right: Tensor, out: Tensor, column: int = 0) -> None:
         """``out = factor * left @ right``."""

@@ -25,6 +25,10 @@ class FusedTrainer(SFTTrainer):  # type: ignore[misc]
         self._options = options
         self._fused: FusedModel | None = None
         self._losses: list[tuple[tuple[str, ...], Tensor]] = []
+        self._num_parameters = 0
+        # Walking the modules of an adapted model for its few parameters takes as long as several layers do.
+        self._trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+        self.model.zero_grad = self._zero_grad
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -54,3 +58,34 @@ class FusedTrainer(SFTTrainer):  # type: ignore[misc]
         if not seen or bool(torch.stack([loss for _, loss in seen]).isfinite().all()):
             return []
         return [example for ids, loss in seen if not bool(loss.isfinite()) for example in ids]
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward pass; without a walk over all modules to tell them that this is training."""
+        if not model.training:
+            model.train()
+        inputs = self._prepare_inputs(inputs)
+        loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        if num_items_in_batch is None:
+            loss = loss / self.current_gradient_accumulation_steps
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As transformers estimates them, with the parameters counted once a run."""
+        if not self._num_parameters:
+            self._num_parameters = sum(weight.numel() for weight in self.model.parameters())
+        return int(6 * inputs["input_ids"].numel() * self._num_parameters)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        if self.accelerator.num_processes > 1:
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        return torch.nn.utils.clip_grad_norm_(self._trained, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        # As a number it would make the optimiser wait for the GPU; whoever logs it asks for the number.
+        return super()._get_grad_norm(model, grad_norm) if grad_norm is None else grad_norm
+
+    def _zero_grad(self, set_to_none: bool = True) -> None:
+        for weight in self._trained:
+            weight.grad = None
