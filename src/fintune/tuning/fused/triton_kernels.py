@@ -160,13 +160,15 @@ def unpack_nf4(
         outer: For quantised factors: their 256 values, the factors of their blocks, their offset; all float32.
         block_size: Numbers a factor.
         outer_size: Factors an outer factor.
-        out: [rows, columns], of an even number of columns.
+        out: [rows, columns], with whole blocks of factors in a row.
     """
     rows, columns = out.shape
+    assert columns % block_size == 0, "a block of factors must not cross a row's end"
+    blocks = columns // block_size
     outer_codes, outer_steps, offset = outer or (None, None, None)
-    programs.unpack_program[(rows, triton.cdiv(columns, 2048))](
-        packed, codes, steps, outer_codes, outer_steps, offset, out, columns, out.stride(0),
-        NESTED=outer is not None, BLOCK_SIZE=block_size, OUTER_SIZE=outer_size, BLOCK=2048, num_warps=4,
+    programs.unpack_program[(rows, triton.cdiv(blocks, 32))](
+        packed, codes, steps, outer_codes, outer_steps, offset, out, blocks, out.stride(0),
+        NESTED=outer is not None, BLOCK_SIZE=block_size, OUTER_SIZE=outer_size, BLOCKS=32, num_warps=4,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 A program takes a token (or some heads of it, or a piece of a long row) and reads and writes each number once.
 """
 # mypy: ignore-errors
-# ruff: noqa: N803, D103 - what each does stands at the function of the same name in plain_kernels
+# ruff: noqa: N803, N806, D103 - what each does stands at the function of the same name in plain_kernels
 
 import triton
 import triton.language as tl
@@ -275,24 +275,26 @@ def dora_scale_program(
 
 @triton.jit
 def unpack_program(
-    packed, codes, steps, outer_codes, outer_steps, offset, out, num_columns, out_stride,
-    NESTED: tl.constexpr, BLOCK_SIZE: tl.constexpr, OUTER_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    packed, codes, steps, outer_codes, outer_steps, offset, out, num_blocks, out_stride,
+    NESTED: tl.constexpr, BLOCK_SIZE: tl.constexpr, OUTER_SIZE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
-    pair_at = tl.program_id(1) * (BLOCK // 2) + tl.arange(0, BLOCK // 2)
-    inside = pair_at * 2 < num_columns
-    place = row.to(tl.int64) * num_columns + pair_at * 2
-    pair = tl.load(packed + place // 2, mask=inside, other=0).to(tl.int32)
-    block = place // BLOCK_SIZE
-    step = tl.load(steps + block, mask=inside, other=0)
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    known = block < num_blocks
+    place = row * num_blocks + block
+    # One factor for a block of numbers: asked for once, not once a number.
+    step = tl.load(steps + place, mask=known, other=0)
     if NESTED:
-        outer = tl.load(outer_steps + block // OUTER_SIZE, mask=inside, other=0.0)
-        step = tl.load(outer_codes + step.to(tl.int32), mask=inside, other=0.0) * outer + tl.load(offset)
+        outer = tl.load(outer_steps + place // OUTER_SIZE, mask=known, other=0.0)
+        step = tl.load(outer_codes + step.to(tl.int32), mask=known, other=0.0) * outer + tl.load(offset)
+    HALF: tl.constexpr = BLOCK_SIZE // 2
+    pair_at = tl.arange(0, HALF)
+    pair = tl.load(packed + place[:, None] * HALF + pair_at[None, :], mask=known[:, None], other=0).to(tl.int32)
     # The first number of a pair stands in the high half of the byte.
-    high = (tl.load(codes + (pair >> 4)) * step).to(out.dtype.element_ty)
-    low = (tl.load(codes + (pair & 15)) * step).to(out.dtype.element_ty)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out + row.to(tl.int64) * out_stride + at, tl.interleave(high, low), mask=at < num_columns)
+    high = (tl.load(codes + (pair >> 4)) * step[:, None]).to(out.dtype.element_ty)
+    low = (tl.load(codes + (pair & 15)) * step[:, None]).to(out.dtype.element_ty)
+    at = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
+    tl.store(out + row * out_stride + at, tl.interleave(high, low), mask=known[:, None])
 
 
 @triton.jit

@@ -21,7 +21,7 @@ def dequantise(layer: nn.Module, out: Tensor) -> None:
     """
     weight: Any = layer.weight
     state = weight.quant_state
-    if not out.is_cuda:
+    if not out.is_cuda or out.shape[1] % state.blocksize:
         from bitsandbytes.functional import dequantize_4bit
 
         out.copy_(dequantize_4bit(weight.data, state))
