@@ -33,12 +33,12 @@ def prepared(folder: Path, model: Path, number: int = 12) -> Path:
     tokenizer = models.load_tokenizer(models.resolve(str(model)))
     made = examples(number)
     encoded = [chat.encode_example(tokenizer, each.messages, each.completion) for each in made]
-    Dataset.from_list(
-        [
-            {"id": each.id, "input_ids": code.input_ids, "completion_mask": code.completion_mask}
-            for each, code in zip(made, encoded, strict=True)
-        ]
-    ).save_to_disk(str(folder / "tokens" / "train"))
+    rows = [
+        {"id": each.id, "input_ids": code.input_ids, "completion_mask": code.completion_mask}
+        for each, code in zip(made, encoded, strict=True)
+    ]
+    for split in ("train", "eval"):
+        Dataset.from_list(rows).save_to_disk(str(folder / "tokens" / split))
     (folder / "eval.jsonl").write_text("".join(each.model_dump_json() + "\n" for each in made), encoding="utf-8")
     gold = [
         {

@@ -31,6 +31,8 @@ ROOTS_FOR_ROOMS = {
 }
 
 ROOTS_OVER_ROOMS = {
+    "fintune.accuracy": {"finqa"},
+    "fintune.answerer": {"engines", "tuning"},  # a model by its name, in the engine that goes with it
     "fintune.cli": {"report", "stages"},
     "fintune.conversations": {"finqa"},  # examples of one page as one training row
     "fintune.disk": {"gguf", "sources"},  # the size of a GGUF before it is written, and of the data
@@ -49,6 +51,7 @@ FINQA_WITH_RECORDS = {"fintune.finqa.page", "fintune.finqa.prompt"}
 
 HEAVY = {
     "accelerate",
+    "bitsandbytes",
     "datasets",
     "gguf",
     "huggingface_hub",

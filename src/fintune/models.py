@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ModelRef",
     "Precision",
+    "check_four_bit",
     "detect_precision",
     "ensure_pad",
     "fetch",
@@ -141,15 +142,18 @@ def load_model(
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     device: str = "auto",
     load: Load = "16bit",
+    compute: DtypeName | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Loads a causal language model in evaluation mode.
 
     Args:
         ref: From ``resolve``; fetched where it is not local yet.
-        dtype: Type of the weights, with ``load="4bit"`` of the arithmetic; "auto" takes ``detect_precision``'s.
+        dtype: Type of the weights, with ``load="4bit"`` of those that are not packed; "auto" takes
+            ``detect_precision``'s.
         device: A torch device, or "auto": the first CUDA GPU, else the processor.
         load: "4bit" stores the linear layers as 4-bit NormalFloat with double quantisation (QLoRA, arXiv 2305.14314).
+        compute: Type in which products with 4-bit weights are taken; ``dtype``'s where None.
         trust_remote_code: Whether the model's own Python code may run.
 
     Raises:
@@ -160,15 +164,16 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     folder = _folder(ref)
-    compute = getattr(torch, detect_precision().dtype if dtype == "auto" else dtype)
+    stored = getattr(torch, detect_precision().dtype if dtype == "auto" else dtype)
     if device == "auto":
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    options = {"quantization_config": _four_bit(compute)} if load == "4bit" else {}
+    in_products = stored if compute is None else getattr(torch, compute)
+    options = {"quantization_config": _four_bit(in_products)} if load == "4bit" else {}
     try:
         with _no_progress_bar():
             model, loading = AutoModelForCausalLM.from_pretrained(
                 folder,
-                dtype=compute,
+                dtype=stored,
                 device_map={"": device},
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
@@ -239,9 +244,20 @@ def _folder(ref: ModelRef) -> Path:
     return path
 
 
-def _four_bit(compute: object) -> object:
+def check_four_bit() -> None:
+    """Refuse 4-bit loading where its package is missing.
+
+    Raises:
+        ResourceError: With what to install.
+    """
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ResourceError("4-bit loading needs bitsandbytes", hint="pip install bitsandbytes, or load 16bit")
+        raise ResourceError(
+            "4-bit loading needs bitsandbytes", hint="pip install bitsandbytes, or set model.load: 16bit"
+        )
+
+
+def _four_bit(compute: object) -> object:
+    check_four_bit()
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(

@@ -60,6 +60,11 @@ class ModelOptions(Options):
         description="`builtin:smollm2-135m`, a local Hugging Face folder, or a hub id such as `Qwen/Qwen3-1.7B`.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model; its newest where empty.")
+    load: Literal["16bit", "4bit"] = Field(
+        "16bit",
+        description="How training holds the frozen base weights: `4bit` makes LoRA into QLoRA and DoRA into QDoRA (NF4 "
+        "with double quantisation, arXiv 2305.14314). Merging, export and prediction take the weights as they are stored.",
+    )
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with the model. Off unless you trust its author."
     )
@@ -77,11 +82,6 @@ class StatementsOptions(Options):
     )
 
 
-class DataOptions(Options):
-    """Where examples come from."""
-
-    source: Literal["builtin:statements", "finqa", "chat"] = Field(
-        "builtin:statements",
 class SourceOptions(Options):
     """An entry of `data.sources`: rows that become conversations. A path alone may stand for it."""
 
@@ -123,6 +123,11 @@ def _paths_alone(value: Any) -> Any:
     return tuple({"path": each} if isinstance(each, str) else each for each in entries)
 
 
+class DataOptions(Options):
+    """Where examples come from."""
+
+    source: Literal["builtin:statements", "finqa", "chat"] = Field(
+        "builtin:statements",
         description="`finqa`: the official JSON of `data.train` and `data.eval`; `builtin:statements`: generated; "
         "`chat`: conversations from `data.sources`.",
     )
@@ -173,17 +178,17 @@ def _paths_alone(value: Any) -> Any:
     def _files_are_named(self) -> DataOptions:
         if self.source == "finqa" and (self.train is None or self.eval is None):
             raise ValueError("data.source: finqa needs data.train and data.eval; set both to FinQA JSON files")
-        return self
-
-
-class PromptOptions(Options):
-    """How a page and a question become a prompt."""
         if self.source == "chat" and not self.sources:
             raise ValueError(
                 "data.source: chat needs data.sources; set it to a list of files, folders or hub:OWNER/NAME"
             )
         if self.source != "chat" and self.sources:
             raise ValueError(f"data.sources is not read with data.source: {self.source}; set data.source: chat")
+        return self
+
+
+class PromptOptions(Options):
+    """How a page and a question become a prompt."""
 
     system: str = Field(
         "Write the program that answers the question from the page.",
@@ -197,11 +202,24 @@ class PromptOptions(Options):
 
 
 class AdapterOptions(Options):
-    """The low-rank adapter (LoRA: arXiv 2106.09685; DoRA: arXiv 2402.09353)."""
+    """What is trained: a low-rank adapter (LoRA: arXiv 2106.09685; DoRA: arXiv 2402.09353), or every weight."""
 
-    kind: Literal["lora", "dora"] = Field("lora", description="`lora`, or `dora` for LoRA with a trained magnitude.")
+    kind: Literal["lora", "dora", "full"] = Field(
+        "lora",
+        description="`lora`; `dora`, which is LoRA with a trained magnitude; or `full`: no adapter, every weight of "
+        "the model is trained (the other options here have no say then; it wants a `train.learning_rate` near 1e-5).",
+    )
     r: int = Field(16, ge=1, description="Rank.")
     alpha: int = Field(32, ge=1, description="Scale; the update is multiplied by alpha / r.")
+    rslora: bool = Field(
+        False, description="Multiply by alpha / sqrt(r) instead, which keeps high ranks learning (arXiv 2312.03732)."
+    )
+    init: Literal["default", "pissa", "loftq"] = Field(
+        "default",
+        description="Where the adapter begins: `default` changes nothing at first; `pissa` takes the largest singular "
+        "directions out of the 16-bit weights (arXiv 2404.02948); `loftq` takes up the error of 4-bit weights (arXiv "
+        "2310.08659). Both are saved as a plain adapter of twice the rank for the unchanged base.",
+    )
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout before the adapter, as a probability.")
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         ("all-linear",),
@@ -243,8 +261,44 @@ class TrainOptions(Options):
     checkpoint_steps: int = Field(
         100, ge=1, description="Steps between checkpoints, from which an interrupted run resumes."
     )
+    eval_steps: int | None = Field(
+        None,
+        ge=1,
+        description="Steps between evaluations on the evaluation split, and one behind the last step; none where empty.",
+    )
+    eval_examples: int | None = Field(
+        None, ge=1, description="Evaluate on at most so many examples, drawn with `run.seed`; all where empty."
+    )
+    eval_new_tokens: int = Field(
+        96, ge=1, description="Tokens of a completion at most, where an evaluation measures execution accuracy."
+    )
+    keep: Literal["last", "best_loss", "best_accuracy"] = Field(
+        "last",
+        description="Which weights become the result: those of the last step, of the evaluation with the lowest loss, "
+        "or of that with the highest execution accuracy, which each evaluation then measures by greedy decoding.",
+    )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="Stop after so many evaluations in a row without a better one, by what `train.keep` goes by (the "
+        "loss for `last`); never where empty.",
+    )
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = neutral(
+        (),
+        "Where losses go besides metrics.jsonl: `tensorboard` writes train/tensorboard, `wandb` sends them to Weights "
+        "& Biases (WANDB_MODE=offline keeps them in train/wandb).",
+    )
     log_steps: int = neutral(1, "Steps between lines of metrics.jsonl.", ge=1)
     threads: int | None = neutral(None, "CPU threads; all cores where empty.", ge=1)
+
+    @model_validator(mode="after")
+    def _choices_need_evaluations(self) -> TrainOptions:
+        if self.eval_steps is None:
+            asked = [f"train.keep: {self.keep}"] if self.keep != "last" else []
+            asked += ["train.patience"] if self.patience is not None else []
+            if asked:
+                raise ValueError(f"{' and '.join(asked)} needs evaluations; set train.eval_steps")
+        return self
 
 
 class PredictOptions(Options):
@@ -295,7 +349,34 @@ class Config(Options):
     predict: PredictOptions = Field(default_factory=PredictOptions, description="Prediction.")
 
     @model_validator(mode="after")
+    def _method_is_one(self) -> Config:
+        kind, init, load = self.adapter.kind, self.adapter.init, self.model.load
+        if kind == "full":
+            if load == "4bit":
+                raise ValueError(
+                    "adapter.kind: full trains the weights themselves, which model.load: 4bit freezes; use lora"
+                )
+            if init != "default" or self.adapter.rslora:
+                option = "adapter.rslora" if self.adapter.rslora else f"adapter.init: {init}"
+                raise ValueError(f"{option} is about an adapter, and adapter.kind: full has none; remove it")
+            if self.train.fused_layers == "always":
+                raise ValueError("train.fused_layers: always freezes the base weights, which adapter.kind: full trains")
+        if init == "pissa" and load == "4bit":
+            raise ValueError("adapter.init: pissa takes from 16-bit weights; use loftq with model.load: 4bit")
+        if init == "loftq" and load == "16bit":
+            raise ValueError("adapter.init: loftq takes up the error of 4-bit weights; set model.load: 4bit")
+        if init == "loftq" and kind == "dora":
+            raise ValueError("adapter.init: loftq is unproven with adapter.kind: dora; use lora")
+        if self.train.keep == "best_accuracy" and self.data.source not in ("builtin:statements", "finqa"):
+            raise ValueError(
+                f"train.keep: best_accuracy needs gold programs, which data.source: {self.data.source} lacks"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _measured_files_are_exported(self) -> Config:
+        if self.data.source == "chat":
+            return self  # no official verdict, so nothing is predicted
         missing = [kind for kind in self.predict.models if kind in {"F16", "Q4_K_M"} and kind not in self.export.types]
         if missing:
             raise ValueError(
@@ -307,5 +388,3 @@ class Config(Options):
     def folder(self) -> Path:
         """The run's folder."""
         return self.run.dir / self.run.name
-        if self.data.source == "chat":
-            return self  # no official verdict, so nothing is predicted

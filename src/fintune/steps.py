@@ -19,7 +19,7 @@ NEEDS: Mapping[ModelKind, str] = {"adapter": "train", "merged": "merge", "F16": 
 """The step whose result each kind of model is read from; "base" needs none."""
 
 _EXAMPLES = ("run.seed", "model.name", "model.revision", "data", "prompt")
-_MODEL = ("model",)
+_MODEL = ("model.name", "model.revision", "model.trust_remote_code")
 
 
 def build(config: Config) -> list[Step]:
@@ -38,12 +38,12 @@ def build(config: Config) -> list[Step]:
         Step(
             "train",
             ("prepare",),
-            ("run.seed", *_MODEL, "adapter", "train"),
+            ("run.seed", *_MODEL, "model.load", "adapter", "train"),
             _stage("train"),
             _model,
             disk.train_bytes,
             resumes=True,
-            check=_check_model,
+            check=_check_training,
         ),
         *_measure(config, "adapter"),
         Step(
@@ -138,6 +138,11 @@ def _check_model(config: Config) -> None:
     from fintune.model_ref import resolve
 
     resolve(config.model.name, revision=config.model.revision)
+
+
+def _check_training(config: Config) -> None:
+    import_module("fintune.stages.train").check(config)
+    _check_model(config)
 
 
 def _files(config: Config) -> Iterator[tuple[str, Path]]:

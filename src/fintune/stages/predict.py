@@ -21,6 +21,7 @@ from fintune.finqa.program import extract_program, tokenize
 from fintune.options import Config, ModelKind
 from fintune.progress import bar
 from fintune.records import Example, FinQARecord, Prediction
+from fintune.tuning import full
 from fintune.tuning.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -165,7 +166,9 @@ def _fingerprint(config: Config, inputs: Mapping[str, Path], kind: str) -> str:
         ref = models.fetch(models.resolve(config.model.name, revision=config.model.revision))
         assert ref.path is not None, "fetch fills the path"
         base = models.model_fingerprint(ref.path)
-        return base if kind == "base" else f"{base} {models.model_fingerprint(inputs['train'] / 'adapter')}"
+        if kind == "base":
+            return base
+        return f"{base} {models.model_fingerprint(full.result(inputs['train']) or inputs['train'] / 'adapter')}"
     if kind == "merged":
         return models.model_fingerprint(inputs["merge"])
     stat = _gguf(config, inputs, kind).stat()
@@ -189,9 +192,12 @@ def _open_engine(config: Config, inputs: Mapping[str, Path], kind: str, tokenize
 
     torch.set_num_threads(threads)
     name, revision = (str(inputs["merge"]), None) if kind == "merged" else (config.model.name, config.model.revision)
+    whole = full.result(inputs["train"]) if kind == "adapter" else None
+    if whole is not None:
+        name, revision = str(whole), None
     ref = models.resolve(name, revision=revision)
     model = models.load_model(ref, dtype=config.predict.precision, trust_remote_code=config.model.trust_remote_code)
-    if kind == "adapter":
+    if kind == "adapter" and whole is None:
         with quiet_libraries():
             model = models.load_adapter(model, inputs["train"] / "adapter")
     return TransformersEngine(model.eval(), tokenizer, config.predict.batch_size)

@@ -88,7 +88,7 @@ def _measured(kind: str, inputs: Mapping[str, Path], predictions: Mapping[str, P
 
 def _weights_bytes(kind: str, inputs: Mapping[str, Path]) -> int | None:
     places = {
-        "adapter": ("train", "adapter/*.safetensors"),
+        "adapter": ("train", "[am]*/*model*.safetensors"),  # adapter/, or model/ where all weights were trained
         "merged": ("merge", "*.safetensors"),
         "F16": ("export", "*-F16.gguf"),
         "Q4_K_M": ("export", "*-Q4_K_M.gguf"),

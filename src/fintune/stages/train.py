@@ -1,21 +1,30 @@
-"""``fintune train``: an adapter for the base model, from the tokenised examples of ``prepare``."""
+"""``fintune train``: an adapter for the base model, or all its weights, from the tokenised examples of ``prepare``."""
 
 from __future__ import annotations
 
 import os
+import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fintune import models
-from fintune.errors import ArtifactError
+from fintune import chat, models
+from fintune.accuracy import read_questions
+from fintune.engines.protocol import Decoding
+from fintune.engines.transformers_engine import TransformersEngine
+from fintune.errors import ArtifactError, ResourceError
 from fintune.options import Config
 from fintune.progress import say
-from fintune.tuning import adapter, metrics, sft
+from fintune.tuning import adapter, full, metrics, reporters, sft
+from fintune.tuning.evaluate import BEST, Evaluation, best_step, out_of_patience
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def train(config: Config, inputs: Mapping[str, Path], folder: Path) -> dict[str, Any]:
@@ -24,56 +33,187 @@ def train(config: Config, inputs: Mapping[str, Path], folder: Path) -> dict[str,
     Args:
         config: The run.
         inputs: Needs ``prepare``.
-        folder: Gets ``adapter/`` in PEFT's format, ``metrics.jsonl`` and, while it works, ``checkpoints/``.
+        folder: Gets ``adapter/`` in PEFT's format (``model/``, where every weight is trained), ``metrics.jsonl`` and,
+            while it works, ``checkpoints/``.
 
     Returns:
-        Steps, tokens, first and last loss, seconds, tokens a second, trained parameters, precision.
+        Steps, tokens, first and last loss, seconds, tokens a second, trained parameters, precision, kept step.
 
     Raises:
         FintuneError: Loss or gradient is not finite.
         ModelError: The base model cannot be used.
         ConfigError: A target that the model does not have.
+        ResourceError: A package is missing, or the memory does not suffice.
     """
+    check(config)
     rows = _rows(inputs["prepare"] / "tokens" / "train")
-    # An earlier attempt may have been interrupted between the adapter's appearance and the stage's end.
-    if not (folder / "adapter").exists():
-        _train(config, rows, folder)
+    result = folder / (full.FOLDER if config.adapter.kind == "full" else "adapter")
+    # An earlier attempt may have been interrupted between the result's appearance and the stage's end.
+    if not result.exists():
+        with _advice_on_memory(config):
+            _train(config, inputs["prepare"], rows, folder, result)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    shutil.rmtree(folder / BEST, ignore_errors=True)
+    return {"num_examples": len(rows), "precision": _precision(config).dtype} | _facts(config, folder, result)
+
+
+def check(config: Config) -> None:
+    """Refuse what is sure to fail later for want of a package; loads nothing.
+
+    Raises:
+        ResourceError: With the package's name.
+    """
+    reporters.check(config.train.report_to)
+    if config.model.load == "4bit":
+        models.check_four_bit()
+
+
+def _facts(config: Config, folder: Path, result: Path) -> dict[str, Any]:
     lines = metrics.read(folder / "metrics.jsonl")
-    last = lines[-1]
+    trained = [line for line in lines if "loss" in line]
+    first, last = trained[0], trained[-1]
     rate = last["tokens"] / max(last["seconds"], 1e-9)
-    return {
-        "num_examples": len(rows),
+    saved = full.num_saved(result) if config.adapter.kind == "full" else adapter.num_saved(result)
+    facts = {
         "num_steps": last["step"],
         "num_tokens": last["tokens"],
-        "num_trainable": adapter.num_saved(folder / "adapter"),
-        "precision": _precision(config).dtype,
-        "first_loss": lines[0]["loss"],
+        "num_trainable": saved,
+        "first_loss": first["loss"],
         "last_loss": last["loss"],
         "train_seconds": last["seconds"],
         "tokens_per_second": round(rate, 1),
-        "summary": f"{last['step']} steps, loss {lines[0]['loss']:.2f} to {last['loss']:.2f}, {rate:.0f} tok/s",
     }
+    told = f"{last['step']} steps, loss {first['loss']:.2f} to {last['loss']:.2f}, {rate:.0f} tok/s"
+    best = best_step(lines, config.train.keep)
+    if best is not None:
+        kept = best if config.train.keep != "last" else last["step"]
+        at_kept = next(line for line in lines if "eval_loss" in line and line["step"] == kept)
+        facts |= {"kept_step": kept, "eval_loss": at_kept["eval_loss"]}
+        told += f", step {kept} kept with eval loss {at_kept['eval_loss']:.3f}"
+        if "eval_accuracy" in at_kept:
+            facts["eval_accuracy"] = at_kept["eval_accuracy"]
+            told += f" and {at_kept['eval_accuracy']:.1%} right"
+    return facts | {"stopped_early": out_of_patience(lines, config.train), "summary": told}
 
 
-def _train(config: Config, rows: Dataset, folder: Path) -> None:
+def _train(config: Config, prepare: Path, rows: Dataset, folder: Path, result: Path) -> None:
     import torch
     from transformers import set_seed
 
     torch.set_num_threads(config.train.threads or os.cpu_count() or 1)
     precision = _precision(config)
-    say(f"precision {precision.dtype}: {precision.reason}")
+    four_bit = "; base weights in 4 bits (NF4)" if config.model.load == "4bit" else ""
+    say(f"precision {precision.dtype}: {precision.reason}{four_bit}")
     ref = models.fetch(models.resolve(config.model.name, revision=config.model.revision))
+    assert ref.path is not None, "fetch fills the path"
     tokenizer = models.load_tokenizer(ref, trust_remote_code=config.model.trust_remote_code)
     set_seed(config.run.seed)
+    is_full = config.adapter.kind == "full"
     # On a processor the weights stay float32 and only products are taken in 16 bits, so that the residual stream is not
     # rounded at every layer: at 135M parameters that decides a seventh of the answers. A GPU's memory and bandwidth
-    # want 16-bit weights.
-    stored = precision.dtype if torch.cuda.is_available() else "float32"
-    base = models.load_model(ref, dtype=stored, trust_remote_code=config.model.trust_remote_code)
+    # want 16-bit weights; but weights that are trained themselves would round small updates away.
+    stored = precision.dtype if torch.cuda.is_available() and not is_full else "float32"
+    base = models.load_model(
+        ref,
+        dtype=stored,
+        load=config.model.load,
+        compute=precision.dtype,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    train_rows = partial(
+        sft.train,
+        tokenizer=tokenizer,
+        rows=rows,
+        options=config.train,
+        compute=precision.dtype,
+        seed=config.run.seed,
+        folder=folder,
+        evaluation=_evaluation(config, prepare, tokenizer),
+        reporters=lambda done: reporters.make_callbacks(
+            config.train.report_to,
+            folder=folder,
+            run_name=config.run.name,
+            options=config.model_dump(mode="json", include={"model", "adapter", "train"}),
+            done=done,
+        ),
+    )
+    if is_full:
+        train_rows(full.prepare(base))
+        full.save(base, tokenizer, ref.path, result)
+        return
     model = adapter.attach(base, config.adapter)
-    sft.train(model, tokenizer, rows, config.train, compute=precision.dtype, seed=config.run.seed, folder=folder)
-    adapter.save(model, config.model.name, config.model.revision, folder / "adapter")
+    if config.adapter.init == "loftq":
+        adapter.take_up_quantisation_error(model, ref.path)
+    start = None
+    if config.adapter.init != "default":
+        start = folder / "checkpoints" / "start"
+        adapter.save_start(model, start)
+    train_rows(model)
+    adapter.save(model, config.model.name, config.model.revision, result, start=start)
+
+
+def _evaluation(config: Config, prepare: Path, tokenizer: PreTrainedTokenizerBase) -> Evaluation | None:
+    options = config.train
+    if options.eval_steps is None:
+        return None
+    rows = _rows(prepare / "tokens" / "eval", "evaluate")
+    if options.eval_examples is not None and options.eval_examples < len(rows):
+        drawn = random.Random(config.run.seed).sample(range(len(rows)), options.eval_examples)  # noqa: S311
+        rows = rows.select(sorted(drawn))
+    if options.keep != "best_accuracy":
+        return Evaluation(rows)
+    asked = set(rows["id"])
+    questions = read_questions(prepare, asked)
+    if len(questions) != len(asked):
+        raise ArtifactError(
+            f"{prepare}: {len(asked) - len(questions)} evaluation examples have no gold program",
+            hint="run prepare again, or set train.keep to best_loss",
+        )
+    prompts = [chat.render(tokenizer, question.messages) for question in questions]
+
+    def accuracy(model: PeftModel | PreTrainedModel) -> float:
+        engine = TransformersEngine(model, tokenizer, config.predict.batch_size)
+        completions = engine.generate(prompts, Decoding(max_new_tokens=options.eval_new_tokens))
+        num_right = sum(
+            question.is_right(completion.text) for question, completion in zip(questions, completions, strict=True)
+        )
+        return num_right / len(questions)
+
+    return Evaluation(rows, accuracy)
+
+
+@contextmanager
+def _advice_on_memory(config: Config) -> Iterator[None]:
+    """Out of memory becomes one line with what to change.
+
+    Raises:
+        ResourceError: With the options that lower the need, the cheapest first.
+    """
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(f"out of memory ({str(error).splitlines()[0][:160]})", hint=less_memory(config)) from None
+
+
+def less_memory(config: Config) -> str:
+    """What to change so that training takes less memory with the same result, the cheapest first."""
+    options = config.train
+    choices = []
+    if options.batch_size > 1:
+        half = options.batch_size // 2
+        # As many examples a step; an odd batch becomes a little more than that.
+        more = -(-options.batch_size * options.accumulation // half)
+        choices.append(f"train.batch_size={half} train.accumulation={more}")
+    if not options.gradient_checkpointing:
+        choices.append("train.gradient_checkpointing=true")
+    if config.adapter.kind == "full":
+        choices.append("adapter.kind=lora")
+    elif config.model.load == "16bit":
+        choices.append("model.load=4bit")
+    choices.append(f"prompt.max_length below {config.prompt.max_length}")
+    return f"set {', or '.join(choices)}; the same command then goes on from the last checkpoint where that is allowed"
 
 
 def _precision(config: Config) -> models.Precision:
@@ -82,10 +222,12 @@ def _precision(config: Config) -> models.Precision:
     return models.Precision(config.train.precision, "train.precision says so")
 
 
-def _rows(folder: Path) -> Dataset:
+def _rows(folder: Path, what: str = "train") -> Dataset:
     from datasets import load_from_disk
 
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder} is missing, so there is nothing to {what} on", hint="run prepare again")
     rows = load_from_disk(str(folder))
     if len(rows) == 0:
-        raise ArtifactError(f"{folder} holds no example to train on", hint="look at prepare/report.json for the drops")
+        raise ArtifactError(f"{folder} holds no example to {what} on", hint="look at prepare/report.json for the drops")
     return rows

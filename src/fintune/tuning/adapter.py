@@ -1,7 +1,8 @@
-"""LoRA and DoRA adapters through PEFT."""
+"""LoRA and DoRA adapters through PEFT, on 16-bit or 4-bit weights."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,10 +44,57 @@ def attach(model: PreTrainedModel, options: AdapterOptions) -> PeftModel:
         lora_dropout=options.dropout,
         target_modules=targets,
         use_dora=options.kind == "dora",
+        use_rslora=options.rslora,
+        init_lora_weights="pissa" if options.init == "pissa" else True,
     )
     with quiet_libraries():
         adapted: PeftModel = get_peft_model(model, config)
+    for module in adapted.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # Else the first evaluation turns 4-bit weights into an order that the backward pass does not read.
+            module.support_avx512bf16_for_cpu = False
     return adapted
+
+
+def take_up_quantisation_error(model: PeftModel, folder: Path) -> int:
+    """Begin the adapters at the best low-rank image of what 4-bit rounding lost (one pass of LoftQ, arXiv 2310.08659).
+
+    As PEFT's ``replace_lora_weights_loftq``, which needs a GPU and leaves the scale alpha / r out.
+
+    Args:
+        model: From :func:`attach`, on 4-bit weights.
+        folder: The base model's, with the weights as they were.
+
+    Returns:
+        Number of layers.
+    """
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+    from peft.tuners.lora import LoraLayer
+    from safetensors import safe_open
+
+    files: dict[str, Path] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safe_open(path, framework="pt") as tensors:
+            files |= dict.fromkeys(tensors.keys(), path)
+    num_layers = 0
+    for name, layer in model.get_base_model().named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        packed = layer.get_base_layer().weight
+        key = f"{name}.weight"
+        with safe_open(files[key], framework="pt") as tensors:
+            exact = tensors.get_tensor(key).to(packed.device, torch.float32)
+        lost = exact - dequantize_4bit(packed.data, packed.quant_state).float()
+        left, sizes, right = torch.linalg.svd(lost, full_matrices=False)
+        (adapter,) = layer.active_adapters
+        rank = layer.r[adapter]
+        root = (sizes[:rank] / layer.scaling[adapter]).sqrt()
+        first, second = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        first.data.copy_(root[:, None] * right[:rank])
+        second.data.copy_(left[:, :rank] * root)
+        num_layers += 1
+    return num_layers
 
 
 def compute_in_base_type(model: nn.Module) -> None:
@@ -117,7 +165,42 @@ def num_saved(folder: Path) -> int:
         return sum(prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118 - no mapping
 
 
-def save(model: PeftModel, base_name: str, revision: str | None, folder: Path) -> None:
+def _subtract(start: Path, folder: Path) -> None:
+    """Make a saved adapter the difference to where it began: BA - B'A' = [B, -B'][A; A'], with the same scale.
+
+    PEFT's own conversion loses DoRA's magnitudes. They stay as they are: the sum of base and update is the same matrix.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    end, begin = (load_file(path / "adapter_model.safetensors") for path in (folder, start))
+    joined = dict(end)
+    for name, weight in end.items():
+        if name.endswith("lora_A.weight"):
+            joined[name] = torch.cat([weight, begin[name]], dim=0)
+        elif name.endswith("lora_B.weight"):
+            joined[name] = torch.cat([weight, -begin[name]], dim=1)
+    save_file(joined, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    growth = 2**0.5 if config["use_rslora"] else 2
+    config |= {"r": config["r"] * 2, "lora_alpha": config["lora_alpha"] * growth, "init_lora_weights": True}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def save_start(model: PeftModel, folder: Path) -> None:
+    """Keep an adapter that begins at something, so that :func:`save` can subtract it.
+
+    Args:
+        model: Before training.
+        folder: Where to; an older one is replaced.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    with quiet_libraries():
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+
+
+def save(model: PeftModel, base_name: str, revision: str | None, folder: Path, *, start: Path | None = None) -> None:
     """Write the adapter in PEFT's format; the folder appears at once, with everything in it.
 
     Args:
@@ -125,6 +208,8 @@ def save(model: PeftModel, base_name: str, revision: str | None, folder: Path) -
         base_name: Name of the base model as the user wrote it, for ``base_model_name_or_path``.
         revision: Its revision on the hub.
         folder: Where to; an older one is replaced.
+        start: From :func:`save_start`. The adapter is written as the difference to it, of twice the rank, for the base
+            model as it is stored, whose weights PiSSA and LoftQ changed.
     """
     beside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
@@ -133,6 +218,8 @@ def save(model: PeftModel, base_name: str, revision: str | None, folder: Path) -
     # Without an explicit "no", PEFT looks the base model up on the hub to see whether its vocabulary grew.
     with quiet_libraries():
         model.save_pretrained(str(beside), save_embedding_layers=False)
+    if start is not None:
+        _subtract(start, beside)
     (beside / "README.md").unlink(missing_ok=True)  # an empty form; the run's own card says more
     shutil.rmtree(folder, ignore_errors=True)
     beside.replace(folder)

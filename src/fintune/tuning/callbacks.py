@@ -1,4 +1,4 @@
-"""What happens beside TRL's loop: the log, the bar, the checkpoints' marks, the check of the gradients."""
+"""What happens beside TRL's loop: the log, the bar, the checkpoints' marks, the check of the gradients, evaluations."""
 
 from __future__ import annotations
 
@@ -8,17 +8,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fintune.errors import FintuneError
+from fintune.options import TrainOptions
 from fintune.progress import Bar
 from fintune.tuning import checkpoints, metrics
+from fintune.tuning.evaluate import BEST, Evaluator, best_step, drop_others
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
 
-def make_callback(*, folder: Path, plan_tokens: Sequence[int], bar: Bar, seconds: float) -> TrainerCallback:
+def make_callback(
+    options: TrainOptions, *, folder: Path, plan_tokens: Sequence[int], bar: Bar, seconds: float
+) -> TrainerCallback:
     """A callback for transformers' Trainer.
 
     Args:
+        options: When to evaluate and what to keep.
         folder: Gets ``metrics.jsonl``; its ``checkpoints/`` are marked.
         plan_tokens: Tokens behind each step.
         bar: Moves one a step.
@@ -32,6 +37,9 @@ def make_callback(*, folder: Path, plan_tokens: Sequence[int], bar: Bar, seconds
 
         check_losses: Callable[[int], None] | None = None
         """Called with the step before its optimiser runs; raises where a loss is not finite."""
+
+        evaluator: Evaluator | None = None
+        """What the trainer evaluates with."""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             self.started, self.first_step = time.monotonic(), state.global_step
@@ -52,11 +60,16 @@ def make_callback(*, folder: Path, plan_tokens: Sequence[int], bar: Bar, seconds
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             bar.advance()
+            last = state.global_step == len(plan_tokens) - 1
+            if options.eval_steps is not None and (last or state.global_step % options.eval_steps == 0):
+                control.should_evaluate = True
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
-            if "loss" not in logs:  # the summary at the end of training
+            if "eval_loss" in logs:
+                self._note_evaluation(state.global_step, logs)
+            if "loss" not in logs:  # an evaluation, or the summary at the end of training
                 return
-            here = time.monotonic() - self.started
+            here = self._seconds()
             tokens = plan_tokens[state.global_step]
             rate = (tokens - plan_tokens[self.first_step]) / max(here, 1e-9)
             bar.note(f"loss {logs['loss']:.3f}  {rate:.0f} tok/s")
@@ -65,9 +78,25 @@ def make_callback(*, folder: Path, plan_tokens: Sequence[int], bar: Bar, seconds
             line |= {"tokens": tokens, "seconds": round(seconds + here, 3)}
             metrics.append(folder / "metrics.jsonl", line)
 
+        def _seconds(self) -> float:
+            """Time of training in this attempt, without evaluations."""
+            return time.monotonic() - self.started - (self.evaluator.seconds if self.evaluator else 0.0)
+
+        def _note_evaluation(self, step: int, logs: dict[str, Any]) -> None:
+            line: dict[str, Any] = {"step": step}
+            line |= {key: logs[key] for key in ("eval_loss", "eval_accuracy") if key in logs}
+            told = f"eval loss {logs['eval_loss']:.3f}"
+            if "eval_accuracy" in logs:
+                told += f"  {logs['eval_accuracy']:.1%} right"
+            bar.note(told)
+            line["seconds"] = round(seconds + self._seconds(), 3)
+            metrics.append(folder / "metrics.jsonl", line)
+
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             where = folder / "checkpoints"
             checkpoints.mark_complete(where / f"checkpoint-{state.global_step}")
             checkpoints.drop_old(where)
+            if options.keep != "last":
+                drop_others(folder / BEST, best_step(metrics.read(folder / "metrics.jsonl"), options.keep))
 
     return Recorder()

@@ -1,12 +1,12 @@
 """Supervised fine-tuning: TRL's SFTTrainer on rows that are tokenised already.
 
-TRL owns the loop. What is added: the order of the examples, the collator, callbacks that log, checkpoint and stop on a
-loss that is not finite.
+TRL owns the loop. What is added: the order of the examples, the collator, callbacks that log, checkpoint, evaluate and
+stop on a loss that is not finite.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from fintune.tuning.adapter import compute_in_base_type, store_frozen_weights
 from fintune.tuning.attention import use_short_causal_attention
 from fintune.tuning.callbacks import make_callback
 from fintune.tuning.collate import CompletionCollator, num_steps, training_order
+from fintune.tuning.evaluate import BEST, Evaluation, Evaluator, best_step, load_best, out_of_patience
 from fintune.tuning.head import score_trained_positions
 from fintune.tuning.quiet import quiet_libraries
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     import torch
     from datasets import Dataset
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import SFTConfig, SFTTrainer
 
 
@@ -67,7 +68,7 @@ def make_plan(lengths: Sequence[int], options: TrainOptions, seed: int) -> Plan:
 
 
 def train(
-    model: PeftModel,
+    model: PeftModel | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
     options: TrainOptions,
@@ -75,20 +76,28 @@ def train(
     compute: str,
     seed: int,
     folder: Path,
+    evaluation: Evaluation | None = None,
+    reporters: Callable[[int], Sequence[object]] | None = None,
     extra_callbacks: Sequence[object] = (),
-) -> None:
-    """Train the adapter in place, going on from the last complete checkpoint in ``folder/checkpoints``.
+) -> int:
+    """Train the model in place, going on from the last complete checkpoint in ``folder/checkpoints``.
 
     Args:
-        model: From :func:`fintune.tuning.adapter.attach`, on the device to train on.
+        model: From :func:`fintune.tuning.adapter.attach` or :func:`fintune.tuning.full.prepare`, on the device to train
+            on.
         tokenizer: With a padding token.
         rows: Columns ``id``, ``input_ids``, ``completion_mask``.
         options: How to train.
         compute: Type in which products are taken, ``float32``, ``bfloat16`` or ``float16``; weights of another type are
             cast as they are used (autocast).
         seed: Seed of the order and of dropout.
-        folder: Gets ``metrics.jsonl`` and ``checkpoints/``.
+        folder: Gets ``metrics.jsonl``, ``checkpoints/`` and, where the best weights are kept, ``best/``.
+        evaluation: Needed where ``train.eval_steps`` is set.
+        reporters: Makes callbacks that hand the figures on, given the steps of earlier attempts.
         extra_callbacks: Further callbacks of transformers' Trainer.
+
+    Returns:
+        The step whose weights the model has now, according to ``train.keep``.
 
     Raises:
         FintuneError: Loss or gradient is not finite; with the step and the examples.
@@ -103,22 +112,44 @@ def train(
     earlier = metrics.cut(folder / "metrics.jsonl", done)
     with quiet_libraries(), bar("train", plan.steps, done=done) as shown:
         args = _arguments(model, options, plan, compute, seed, folder / "checkpoints")
+        order = plan.order
+        if out_of_patience(earlier, options):  # it was over; only what comes behind training is left to do
+            args.max_steps, order = done, order[: done * options.batch_size * options.accumulation]
         callback = make_callback(
-            folder=folder, plan_tokens=plan.tokens, bar=shown, seconds=earlier[-1]["seconds"] if earlier else 0.0
+            options,
+            folder=folder,
+            plan_tokens=plan.tokens,
+            bar=shown,
+            seconds=earlier[-1]["seconds"] if earlier else 0.0,
         )
-        trained = rows.select(plan.order)
+        callbacks = [callback, *(reporters(done) if reporters else ()), *extra_callbacks]
+        trained = rows.select(order)
         if _is_fused(model, options.fused_layers):
-            trainer = _make_fused_trainer(model, tokenizer, trained, args, [callback, *extra_callbacks])
+            trainer = _make_fused_trainer(model, tokenizer, trained, args, callbacks)
         else:
-            trainer = _make_trainer(model, tokenizer, trained, args, [callback, *extra_callbacks])
+            trainer = _make_trainer(model, tokenizer, trained, args, callbacks)
             trainer.model.register_forward_hook(_LossGuard(rows, trainer), with_kwargs=True)
+        if options.eval_steps is not None:
+            assert evaluation is not None, "train.eval_steps needs an evaluation split"
+            callback.evaluator = trainer.evaluate = Evaluator(trainer, evaluation, options, folder)
         # One would be written for every checkpoint, of which nobody reads any.
         trainer.create_model_card = lambda *_args, **_kwargs: None
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    best = best_step(metrics.read(folder / "metrics.jsonl"), options.keep) if options.keep != "last" else None
+    if best is None:
+        return int(trainer.state.global_step)
+    load_best(trainer.model, folder / BEST, best)
+    return best
 
 
-def _is_fused(model: PeftModel, choice: str) -> bool:
+def _base(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
+    from peft import PeftModel
+
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _is_fused(model: PeftModel | PreTrainedModel, choice: str) -> bool:
     """Whether to train through this package's layers; says so where the choice was left to it.
 
     Raises:
@@ -126,9 +157,11 @@ def _is_fused(model: PeftModel, choice: str) -> bool:
     """
     if choice == "never":
         return False
+    from peft import PeftModel
+
     from fintune.tuning.fused.model import obstacle
 
-    found = obstacle(model)
+    found = obstacle(model) if isinstance(model, PeftModel) else "every weight is trained"
     if choice == "always":
         if found is not None:
             raise ConfigError(f"train.fused_layers: always, but {found}", hint="set it to auto or never")
@@ -172,7 +205,11 @@ def _make_fused_trainer(
 
 
 def _make_trainer(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, args: SFTConfig, callbacks: list[Any]
+    model: PeftModel | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    args: SFTConfig,
+    callbacks: list[Any],
 ) -> SFTTrainer:
     from trl import SFTTrainer
 
@@ -187,17 +224,19 @@ def _make_trainer(
     if args.bf16 or args.fp16:
         compute_in_base_type(model)
     if args.device.type == "cpu":
-        score_trained_positions(model.get_base_model())
-        use_short_causal_attention(model.get_base_model())
-        if args.bf16:
+        score_trained_positions(_base(model))
+        use_short_causal_attention(_base(model))
+        if args.bf16 and _base(model) is not model:
             store_frozen_weights(model, "bfloat16")
     return trainer
 
 
-def _arguments(model: PeftModel, options: TrainOptions, plan: Plan, compute: str, seed: int, folder: Path) -> SFTConfig:
+def _arguments(
+    model: PeftModel | PreTrainedModel, options: TrainOptions, plan: Plan, compute: str, seed: int, folder: Path
+) -> SFTConfig:
     from trl import SFTConfig
 
-    weights = next(weight for weight in model.parameters() if not weight.requires_grad)
+    weights = next(model.parameters())
     schedule = "constant_with_warmup" if options.schedule == "constant" else options.schedule
     return SFTConfig(
         output_dir=str(folder),
