@@ -146,17 +146,17 @@ def _check_training(config: Config) -> None:
 
 
 def _files(config: Config) -> Iterator[tuple[str, Path]]:
+    if config.data.source == "chat":
+        for number, source in enumerate(config.data.sources):
+            # A hub dataset is what its options say; its newest is looked for when it is first read.
+            yield from ((f"data.sources[{number}] {path}", path) for path in local_files(source))
+        return
     for name in ("train", "eval"):
         path: Path | None = getattr(config.data, name)
         if config.data.source == "finqa" and path is not None:
             if not path.is_file():
                 what = "is a folder, not a file" if path.is_dir() else "no such file"
                 raise DataError(what, path=path, hint=f"data.{name} must name a FinQA JSON file")
-    if config.data.source == "chat":
-        for number, source in enumerate(config.data.sources):
-            # A hub dataset is what its options say; its newest is looked for when it is first read.
-            yield from ((f"data.sources[{number}] {path}", path) for path in local_files(source))
-        return
             yield f"data.{name}", path
 
 
