@@ -1,0 +1,156 @@
+"""Rows of files and folders: every form, and what is wrong with a file or one of its rows."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from fintune.errors import DataError
+from fintune.sources.rows import BrokenRowError, Row, find, read_rows
+
+ROWS = [{"question": f"what is {n}, in\nwords?", "answer": f"{n}"} for n in range(3)]
+
+
+def values(path: Path) -> list[object]:
+    return [row.value for row in read_rows(path)]
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def lines(rows: list) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("list.json", json.dumps(ROWS)),
+        ("pretty.json", json.dumps(ROWS, indent=2)),
+        ("lines.jsonl", lines(ROWS)),
+        ("lines-called.json", lines(ROWS)),
+        ("byte-order-mark.jsonl", "\ufeff" + lines(ROWS)),
+        ("blank-lines.jsonl", "\n" + lines(ROWS).replace("\n", "\n\n")),
+        ("wrapped.json", json.dumps({"version": "1", "data": ROWS}, indent=1)),
+        ("wrapped-in-a-line.json", json.dumps({"version": "1", "data": ROWS})),
+    ],
+)
+def test_a_json_file_is_read_whatever_form_it_has(tmp_path, name, text):
+    assert values(write(tmp_path / name, text)) == ROWS
+
+
+def test_one_conversation_alone_in_a_file_is_a_row(tmp_path):
+    row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
+    assert values(write(tmp_path / "pretty.json", json.dumps(row, indent=2))) == [row]
+    assert values(write(tmp_path / "line.json", json.dumps(row))) == [row]
+
+
+def test_gzip_is_known_by_its_content(tmp_path):
+    for name in ("rows.jsonl.gz", "rows.jsonl"):
+        (tmp_path / name).write_bytes(gzip.compress(lines(ROWS).encode()))
+        assert values(tmp_path / name) == ROWS
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t", "|"])
+def test_a_table_may_use_any_usual_separator_and_cells_may_hold_line_breaks(tmp_path, mark):
+    table = write(tmp_path / "t.csv", f'question{mark}answer\n"a{mark}\nb"{mark}1\n"say ""x"""{mark}2\n')
+    found = list(read_rows(table))
+    assert [row.value for row in found] == [
+        {"question": f"a{mark}\nb", "answer": "1"},
+        {"question": 'say "x"', "answer": "2"},
+    ]
+    assert [row.number for row in found] == [2, 3], "as a spreadsheet counts"
+
+
+def test_parquet_and_saved_datasets_give_the_same_rows(tmp_path):
+    import datasets
+
+    datasets.disable_progress_bars()
+    made = datasets.Dataset.from_list(ROWS)
+    made.to_parquet(tmp_path / "rows.parquet")
+    made.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": made, "test": made.select([0])}).save_to_disk(tmp_path / "splits")
+    assert values(tmp_path / "rows.parquet") == ROWS
+    assert values(find(str(tmp_path / "saved"))[0]) == ROWS
+    assert values(tmp_path / "splits") == ROWS
+    assert [row.value for row in read_rows(tmp_path / "splits", split="test")] == ROWS[:1]
+    with pytest.raises(DataError, match=r"no split 'dev'.*train, test"):
+        list(read_rows(tmp_path / "splits", split="dev"))
+
+
+def test_a_folder_gives_its_data_files_in_order_and_no_others(tmp_path):
+    for name in ("b.jsonl", "a.csv", "deep/c.json.gz", "README.md", ".hidden/d.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert [str(path.relative_to(tmp_path)) for path in find(str(tmp_path))] == ["a.csv", "b.jsonl", "deep/c.json.gz"]
+    assert [path.name for path in find(f"{tmp_path}/*.jsonl")] == ["b.jsonl"]
+
+
+@pytest.mark.parametrize("path", ["no-such-file.jsonl", "nothing/*.csv"])
+def test_what_is_not_there_is_said_with_its_name(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="no such file or folder") as caught:
+        find(path)
+    assert path in str(caught.value)
+
+
+def test_the_name_of_a_hub_dataset_without_its_mark_is_answered_with_it():
+    with pytest.raises(DataError, match="is written hub:FinLang/some-set"):
+        find("FinLang/some-set")
+
+
+def test_a_broken_line_is_one_broken_row_with_its_number(tmp_path):
+    text = lines(ROWS[:1]) + "{oops}\n" + lines(ROWS[1:])
+    found = list(read_rows(write(tmp_path / "x.jsonl", text)))
+    assert [row.number for row in found] == [1, 2, 3, 4]
+    assert isinstance(found[1].value, BrokenRowError)
+    assert [row.value for row in found if not isinstance(row.value, BrokenRowError)] == ROWS
+
+
+def test_a_broken_first_line_does_not_hide_the_others(tmp_path):
+    found = [row.value for row in read_rows(write(tmp_path / "x.jsonl", "{oops}\n" + lines(ROWS)))]
+    assert isinstance(found[0], BrokenRowError)
+    assert found[1:] == ROWS
+
+
+def test_a_line_that_is_not_utf_8_is_one_broken_row(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(lines(ROWS[:1]).encode() + b'{"question": "\xff"}\n' + lines(ROWS[1:]).encode())
+    reasons = [row.value.reason for row in read_rows(tmp_path / "x.jsonl") if isinstance(row.value, BrokenRowError)]
+    assert reasons == ["not UTF-8"]
+
+
+def test_a_table_row_with_other_cells_than_the_header_is_broken(tmp_path):
+    found = list(read_rows(write(tmp_path / "x.csv", "question,answer\nwhat, now?,1\nfine,2\n")))
+    assert isinstance(found[0].value, BrokenRowError)
+    assert found[0].value.why == "3 cells where the header has 2"
+    assert found[1] == Row(str(tmp_path / "x.csv"), 3, {"question": "fine", "answer": "2"})
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "why"),
+    [
+        ("x.jsonl", lines(ROWS).encode()[:-9], "truncated in row 3"),
+        ("x.json", json.dumps(ROWS).encode()[:-9], "truncated JSON"),
+        ("x.jsonl", gzip.compress(lines(ROWS).encode())[:-12], "truncated or damaged gzip"),
+        ("x.parquet", b"PAR1 and then nothing", "not a whole Parquet file"),
+        ("x.csv", b'question,answer\n"never closed,1\n', "not CSV from line 2"),
+        ("x.csv", b"question,question\n1,2\n", "two columns are named 'question'"),
+        ("x.jsonl", b"", "the file is empty"),
+        ("x.csv", b"", "the file is empty"),
+        ("x.json", b"[]", "the list is empty"),
+        ("x.json", b'{"a": 1,\n"b": 2}', "one JSON object"),
+        ("x.json", b"question: what?", "neither JSON nor JSON lines"),
+    ],
+)
+def test_a_file_that_cannot_be_read_whole_names_itself_and_why(tmp_path, name, data, why):
+    path = tmp_path / name
+    path.write_bytes(data)
+    with pytest.raises(DataError) as caught:
+        list(read_rows(path))
+    assert str(path) in str(caught.value)
+    assert why in str(caught.value)

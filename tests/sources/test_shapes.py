@@ -1,0 +1,139 @@
+"""Rows of every shape become conversations; broken ones say which field, why and what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fintune.sources.rows import BrokenRowError
+from fintune.sources.shapes import convert
+
+PERSONA = "You are Dana, a rates trader."
+ASK, ANSWER = "What moves the curve?", "Supply and the next meeting."
+
+
+def turn(role: str, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def said(row: Any, **options: Any) -> list[tuple[str, str]]:
+    return [(each.role, each.content) for each in convert(row, **options)[1].messages]
+
+
+QA = [("user", ASK), ("assistant", ANSWER)]
+
+
+@pytest.mark.parametrize(
+    ("row", "shape", "turns"),
+    [
+        (
+            {"messages": [turn("system", PERSONA), turn("user", ASK), turn("assistant", ANSWER)]},
+            "messages",
+            [("system", PERSONA), *QA],
+        ),
+        ({"prompt": ASK, "chosen": ANSWER, "rejected": "Buy."}, "preference", QA),
+        (
+            {"conversations": [{"from": "human", "value": ASK}, {"from": "gpt", "value": ANSWER}]},
+            "sharegpt",
+            QA,
+        ),
+        ({"instruction": ASK, "input": "", "output": ANSWER}, "alpaca", QA),
+        (
+            {"instruction": ASK, "input": "In 2020.", "output": ANSWER},
+            "alpaca",
+            [("user", f"{ASK}\n\nIn 2020."), QA[1]],
+        ),
+        (
+            {"Topic": "Bonds", "Title": "Curve", "Context": "C.", "Question": ASK, "Answer": ANSWER},
+            "question_answer",
+            [("user", f"Context: C.\n\nQuestion: {ASK}"), QA[1]],
+        ),
+        ({"Topic": "B", "Title": "C", "Context": None, "Question": ASK, "Answer": ANSWER}, "question_answer", QA),
+        ({"prompt": ASK, "completion": ANSWER}, "prompt_completion", QA),
+        ({"prompt": ASK, "response": ANSWER}, "prompt_completion", QA),
+        ({"prompt": [turn("user", ASK)], "completion": [turn("assistant", ANSWER)]}, "prompt_completion", QA),
+        ({"conversations": [turn("user", ASK), turn("assistant", ANSWER)]}, "messages", QA),
+        ({"messages": '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]'}, "messages", None),
+        ({"chosen": [turn("user", ASK), turn("assistant", ANSWER)], "rejected": [turn("assistant", "B")]}, None, QA),
+        # Columns of another shape that a table has left empty in this row.
+        ({"messages": None, "instruction": ASK, "output": ANSWER, "prompt": "", "chosen": ""}, "alpaca", QA),
+        ({"question": ASK, "answer": 42}, "question_answer", [QA[0], ("assistant", "42")]),
+        ({"messages": [turn("user", [{"type": "text", "text": ASK}]), turn("assistant", ANSWER)]}, "messages", QA),
+    ],
+)
+def test_a_row_is_known_by_its_fields_and_becomes_turns(row, shape, turns):
+    assert convert(row)[0] == (shape or "preference")
+    if turns is not None:
+        assert said(row) == turns
+
+
+def test_a_preference_keeps_the_rejected_answer():
+    assert convert({"prompt": ASK, "chosen": ANSWER, "rejected": "Buy."})[1].rejected == "Buy."
+
+
+def test_turns_behind_the_last_answer_are_left_out_and_counted():
+    _, found = convert({"messages": [turn("user", ASK), turn("assistant", ANSWER), turn("user", "Thanks")]})
+    assert [each.role for each in found.messages] == ["user", "assistant"]
+    assert found.num_trailing == 1
+
+
+def test_a_turn_of_weight_zero_is_not_trained():
+    turns = [turn("user", ASK), turn("assistant", "no") | {"weight": 0}, turn("user", "?"), turn("assistant", ANSWER)]
+    assert convert({"messages": turns})[1].untrained == {1}
+    turns = [{"from": "human", "value": ASK}, {"from": "gpt", "value": "no", "weight": 0}, {"from": "gpt", "value": "x"}]
+    assert convert({"system": PERSONA, "conversations": turns})[1].untrained == {2}, "behind the system turn"
+
+
+def test_columns_of_other_names_are_mapped_and_go_into_objects():
+    row = {"Frage": ASK, "qa": {"antwort": ANSWER}}
+    assert said(row, columns={"question": "Frage", "answer": "qa.antwort"}) == QA
+
+
+def test_a_mapped_column_that_is_not_there_is_answered_with_the_one_that_was_meant():
+    with pytest.raises(BrokenRowError) as caught:
+        convert({"Frage": ASK, "Antwort": ANSWER}, columns={"question": "Frage", "answer": "Antwrt"})
+    assert (caught.value.field, caught.value.hint) == ("Antwrt", "did you mean Antwort?")
+
+
+def test_a_shape_that_is_named_wins_over_the_fields():
+    row = {"prompt": ASK, "completion": ANSWER, "question": "other", "answer": "other"}
+    assert said(row, shape="question_answer") == [("user", "other"), ("assistant", "other")]
+    with pytest.raises(BrokenRowError, match="missing or empty") as caught:
+        convert(row, shape="alpaca")
+    assert caught.value.field == "instruction"
+
+
+@pytest.mark.parametrize(
+    ("row", "reason", "field", "hint"),
+    [
+        ({"messages": [turn("user", ASK)]}, "no answer", "", "the last turn must be the answer"),
+        ({"messages": [turn("assistant", ANSWER)]}, "no question", "", "add the question"),
+        ({"messages": [turn("usr", ASK), turn("assistant", "x")]}, "bad role", "messages[0].role", "mean 'user'"),
+        ({"messages": [turn("tool", ASK), turn("assistant", "x")]}, "bad role", "messages[0].role", "known are"),
+        ({"messages": [turn("user", " "), turn("assistant", "x")]}, "no content", "messages[0].content", "fill it"),
+        ({"messages": [turn("user", ASK), turn("system", "x")]}, "bad role", "messages[1]", "to the front"),
+        ({"messages": [{"role": "user"}, turn("assistant", "x")]}, "no content", "messages[0].content", "fill it"),
+        ({"messages": [{"text": "x"}]}, "bad role", "messages[0]", "write role and content"),
+        ({"messages": "hello"}, "bad turns", "messages", 'write [{"role"'),
+        ({"messages": [turn("user", {"a": 1}), turn("assistant", "x")]}, "not text", "messages[0].content", "as text"),
+        ({"conversations": [{"from": "human"}, {"from": "gpt", "value": "x"}]}, "no value", "conversations[0].value", ""),
+        ({"prompt": ASK, "chosen": ANSWER, "rejected": ANSWER}, "no preference", "rejected", "remove the row"),
+        ({"prompt": "", "chosen": ANSWER, "rejected": "x"}, "no question", "prompt", "fill it"),
+        ({"Question": ASK, "Answer": "", "Context": "c"}, "no answer", "answer", "fill it or remove the row"),
+        ({"Question": None, "Answer": ANSWER, "Context": "c"}, "no question", "question", "fill it"),
+        ({"instruction": ASK, "output": float("nan")}, "no answer", "output", "fill it"),
+        ({"prompt": ASK, "completion": "cut \ud83d"}, "not text", "completion", "cut inside an emoji"),
+        ({"prompt": ASK, "completion": True}, "not text", "completion", "write it as text"),
+        ({"text": "once upon a time"}, "unknown shape", "", "write prompt and completion"),
+        ({"pre_text": [], "qa": {}}, "unknown shape", "", "data.source: finqa"),
+        ({"frage": ASK}, "unknown shape", "", "columns: {question"),
+        (["a"], "not an object", "", None),
+        (None, "not an object", "", None),
+    ],
+)
+def test_a_broken_row_says_the_field_the_reason_and_what_to_do(row, reason, field, hint):
+    with pytest.raises(BrokenRowError) as caught:
+        convert(row)
+    assert (caught.value.reason, caught.value.field) == (reason, field)
+    assert hint is None or hint in str(caught.value.hint)
