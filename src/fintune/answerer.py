@@ -265,7 +265,9 @@ def _in_vllm(named: Named, ref: models.ModelRef, tokenizer: PreTrainedTokenizerB
 def _check_base(name: str, adapter: Path) -> None:
     """Public names tell models apart; of folders, which may have moved, the sizes are compared when they load."""
     if not (adapter / "adapter_config.json").is_file():
-        return  # told when it is loaded
+        raise ModelError(
+            f"{adapter} holds no adapter: adapter_config.json is missing", hint="give a folder in PEFT format"
+        )
     trained_on = adapter_base(adapter)
     public = [_PUBLIC_NAME.fullmatch(each) and not Path(each).exists() for each in (name, trained_on)]
     if all(public) and name.casefold() != trained_on.casefold():

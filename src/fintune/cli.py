@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, NoReturn, TypeVar
 import click
 
 from fintune import __version__, machine
+from fintune.cli_ask import ask
 from fintune.errors import FintuneError
 
 if TYPE_CHECKING:
@@ -201,6 +202,9 @@ def print_score(
         reasons = ", ".join(f"{number} {reason}" for reason, number in done.num_unscored.items())
         sys.stderr.write(f"fintune: {predictions}: not scored: {reasons}\n")
     _stdout().print(headline_table(done.score, predictions.name), "", views_table(done.score), sep="\n")
+
+
+app.add_command(ask)
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """One page from a file of a user: a FinQA record, a CSV table, or an HTML or Markdown page with one table.
 
 The page comes out in FinQA's form, in which models of this package were trained: one sentence an entry, a loss in
-brackets as ``-5.2 ( 5.2 )``, a sign of currency or percent in its number's cell.
+brackets as ``-5.2 ( 5.2 )``, 5,829 as 5829, a sign of currency or percent in its number's cell.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ KINDS = "a FinQA record (.json), a table (.csv, .tsv), or a page with one table 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9\"'(])")
 _ABBREVIATION = re.compile(r"\b(?:[A-Z]|Inc|Corp|Co|Ltd|No|vs|Mr|Ms|Dr|approx|U\.S)\.$")
 _BRACKETED = re.compile(r"([$€£¥]?)\s*\(\s*([$€£¥]?)\s*(\d[\d,]*\.?\d*|\.\d+)\s*\)?\s*\)?\s*(%?)\s*\)?")
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?:,\d{3})*(?!\d))")
 _RULE = re.compile(r"\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*")
 _MARKS = re.compile(
     r"^\s*(?:#{1,6}\s+|[-*+]\s+|>\s?|\d+[.)]\s+)|[*_`]{1,3}(?=\S)|(?<=\S)[*_`]{1,3}|!?\[([^\]]*)\]\([^)]*\)"
@@ -81,7 +82,7 @@ def sentences(blocks: Sequence[str]) -> list[str]:
                 found.append(line[start : end.start()])
                 start = end.end()
         found.append(line[start:])
-    return [" ".join(each.split()) for each in found if each.strip()]
+    return [_THOUSANDS.sub("", " ".join(each.split())) for each in found if each.strip()]
 
 
 def _asked(question: str) -> FinQAQuestion:
@@ -187,7 +188,7 @@ def _even(table: list[list[str]]) -> tuple[tuple[str, ...], ...]:
 
 
 def _cell(text: str) -> str:
-    text = text.replace("\u2212", "-")
+    text = _THOUSANDS.sub("", text.replace("\u2212", "-"))
     match = _BRACKETED.fullmatch(text.strip())
     if match is None:
         return text

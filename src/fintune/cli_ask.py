@@ -1,0 +1,80 @@
+"""``fintune ask``, a command of :mod:`fintune.cli`."""
+
+from __future__ import annotations
+
+import json as json_format
+from pathlib import Path
+from typing import Literal
+
+import click
+
+ENGINES = click.Choice(["auto", "transformers", "llama.cpp", "vllm", "openai"])
+
+
+@click.command()
+@click.argument("model")
+@click.argument("question")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--page", type=click.Path(path_type=Path), required=True, metavar="FILE", help="What it is about.")
+@click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="Text that goes before the page's own.")
+@click.option("--id", "record_id", metavar="ID", help="Which record, where the page is a FinQA file of several.")
+@click.option("--adapter", type=click.Path(path_type=Path), metavar="DIR", help="PEFT adapter of the model.")
+@click.option("--engine", type=ENGINES, default="auto", show_default=True, help="What runs the model; auto: its name.")
+@click.option("--load-in-4bit", is_flag=True, help="Quantise the weights while they load (bitsandbytes).")
+@click.option("--config", type=click.Path(path_type=Path), metavar="CONFIG", help="Options of the run that trained it.")
+@click.option("--json", is_flag=True, help="One JSON object instead of text.")
+def ask(
+    model: str,
+    question: str,
+    overrides: tuple[str, ...],
+    page: Path,
+    text: Path | None,
+    record_id: str | None,
+    adapter: Path | None,
+    engine: Literal["auto", "transformers", "llama.cpp", "vllm", "openai"],
+    load_in_4bit: bool,
+    config: Path | None,
+    json: bool,
+) -> None:
+    """Answer a question about a page, and show the program and the cells and sentences that it uses.
+
+    MODEL is a folder, a hub id, builtin:smollm2-135m, a GGUF file, or the address of an OpenAI-compatible server:
+    http://127.0.0.1:8080/v1#NAME. The page is a FinQA record (JSON), a CSV table, or an HTML or Markdown page with one
+    table. What is not on the page is marked ungrounded.
+    """
+    from fintune.answerer import Named, engine_of
+    from fintune.config import load
+    from fintune.report.answer_text import answer_lines
+    from fintune.sources.json_files import read_text
+    from fintune.sources.page_files import read_page
+    from fintune.stages.ask import ask as stage
+
+    options = load(config, overrides).config
+    named = Named(
+        model,
+        adapter=adapter,
+        engine=engine,
+        context_tokens=options.prompt.max_length + options.predict.max_new_tokens,
+        load_in_4bit=load_in_4bit,
+        precision=options.predict.precision,
+        batch_size=1,
+        threads=options.predict.threads,
+        revision=options.model.revision if model == options.model.name else None,
+        trust_remote_code=options.model.trust_remote_code,
+    )
+    engine_of(named)
+    more = read_text(text, hint="give plain text")[0] if text is not None else ""
+    record = read_page(page, question, text=more, record_id=record_id)
+    answer = stage(record, named, options.prompt, max_new_tokens=options.predict.max_new_tokens)
+    if json:
+        click.echo(json_format.dumps(answer.as_json(), ensure_ascii=False, indent=2))
+        return
+    from rich.console import Console
+
+    out = Console()
+    for line in answer_lines(record, answer.program, answer.traced, answer.result, answer.elsewhere):
+        out.print(line, soft_wrap=True)
+    if answer.num_cut:
+        click.echo(f"fintune: {answer.num_cut} sentences and rows did not fit prompt.max_length", err=True)
+    if answer.finish_reason == "length":
+        click.echo("fintune: the completion was cut off at predict.max_new_tokens", err=True)

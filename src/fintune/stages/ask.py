@@ -1,0 +1,152 @@
+"""``fintune ask``: one question about one page, answered with the program, its steps and where its numbers stand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fintune.answerer import Named, open_model
+from fintune.engines.protocol import Decoding
+from fintune.finqa.page import page_units
+from fintune.finqa.program import extract_program, tokenize
+from fintune.finqa.prompt import build_messages, prompt_budget
+from fintune.finqa.trace import Operand, Trace, trace
+from fintune.options import PromptOptions
+from fintune.records import FinQARecord
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model answered.
+
+    Attributes:
+        record: The page and the question.
+        text: The completion.
+        program: The program in it, "" where there is none.
+        traced: Its execution.
+        finish_reason: "length" where the completion was cut off.
+        engine: What ran the model.
+        num_cut: Sentences and table rows that were left out of the prompt to fit it.
+        num_prompt_tokens: Length of the prompt.
+        seconds: Time of the completion.
+    """
+
+    record: FinQARecord
+    text: str
+    program: str
+    traced: Trace
+    finish_reason: str
+    engine: str
+    num_cut: int
+    num_prompt_tokens: int
+    seconds: float
+
+    @property
+    def result(self) -> float | str | None:
+        """What the program executes to; None where it has no result."""
+        execution = self.traced.execution
+        has_result = not execution.invalid and self.traced.reason is None
+        return execution.result if has_result else None
+
+    @property
+    def elsewhere(self) -> tuple[Operand, ...]:
+        """Operands that stand nowhere on the page."""
+        return tuple(
+            operand
+            for step in self.traced.steps
+            for operand in step.operands
+            if operand.kind == "elsewhere" and operand.value is not None
+        )
+
+    @property
+    def grounded(self) -> bool:
+        """Whether there is an answer, made of numbers of the page (and constants) alone."""
+        return self.result is not None and not self.elsewhere
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, for machines."""
+        sentences = (*self.record.pre_text, *self.record.post_text)
+        cells = sorted({cell for step in self.traced.steps for each in step.operands for cell in each.cells})
+        texts = sorted({place for step in self.traced.steps for each in step.operands for place in each.sentences})
+        return {
+            "question": self.record.qa.question,
+            "answer": self.result,
+            "grounded": self.grounded,
+            "ungrounded_operands": [operand.text for operand in self.elsewhere],
+            "reason": self.traced.reason,
+            "program": self.program,
+            "steps": [
+                {
+                    "operation": step.operation,
+                    "operands": [_operand(operand) for operand in step.operands],
+                    "value": _plain(step.value),
+                    "reason": step.reason,
+                }
+                for step in self.traced.steps
+            ],
+            "cells": [{"row": row, "column": column, "text": self.record.table[row][column]} for row, column in cells],
+            "sentences": [{"index": place, "text": sentences[place]} for place in texts],
+            "text": self.text,
+            "finish_reason": self.finish_reason,
+            "engine": self.engine,
+            "num_cut": self.num_cut,
+            "num_prompt_tokens": self.num_prompt_tokens,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def ask(record: FinQARecord, named: Named, prompt: PromptOptions, *, max_new_tokens: int) -> Answer:
+    """Put a question to a model.
+
+    Args:
+        record: The page with the question; nothing else of ``qa`` is read.
+        named: The model.
+        prompt: System message and longest prompt.
+        max_new_tokens: Limit of the completion.
+
+    Raises:
+        ModelError: The model cannot be used.
+        ResourceError: A package, the hub or a server is missing.
+        DataError: The question alone is longer than the prompt may be.
+    """
+    answerer = open_model(named)
+    try:
+        built = build_messages(
+            record,
+            system=prompt.system,
+            budget=prompt_budget(prompt.max_length),
+            count_tokens=answerer.count_text,
+            count_prompt=answerer.count,
+        )
+        (completion,) = answerer.complete([built.messages], Decoding(max_new_tokens))
+    finally:
+        answerer.close()
+    program = extract_program(completion.text)
+    sentences = [unit.text for unit in page_units(record) if unit.kind == "text"]
+    return Answer(
+        record=record,
+        text=completion.text,
+        program=program,
+        traced=trace(tokenize(program), record.table, sentences),
+        finish_reason=completion.finish_reason,
+        engine=answerer.engine,
+        num_cut=built.num_cut,
+        num_prompt_tokens=completion.num_prompt_tokens,
+        seconds=completion.seconds,
+    )
+
+
+def _operand(operand: Operand) -> dict[str, Any]:
+    value = operand.value
+    return {
+        "text": operand.text,
+        "from": operand.kind,
+        "value": list(value) if isinstance(value, tuple) else _plain(value),
+        "cells": [list(cell) for cell in operand.cells],
+        "sentences": list(operand.sentences),
+        "step": operand.step,
+    }
+
+
+def _plain(value: object) -> float | str | None:
+    return value if value is None or isinstance(value, (float, str)) else str(value)

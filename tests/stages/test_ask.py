@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from command import fintune
+from engines.served import Scripted, said
+
+PAGE = 'in millions,2019,2018\nnet revenue,"5,829","5,735"\nshares,12,10\n'
+QUESTION = "what was the percentage change in net revenue from 2018 to 2019?"
+
+
+@pytest.fixture
+def page(tmp_path):
+    path = tmp_path / "page.csv"
+    path.write_text(PAGE)
+    return path
+
+
+def asked(page, program, *words, question=QUESTION):
+    with Scripted((200, said(program))) as served:
+        done = fintune("ask", f"{served.url}#m", "--page", page, question, *words)
+    return done, served.seen[0][1] if served.seen else {}
+
+
+def test_an_answer_comes_with_its_steps_and_cells(page):
+    done, request = asked(page, "subtract(5829, 5735), divide(#0, 5735)")
+    assert (done.status, done.err) == (0, "")
+    assert done.out.splitlines() == [
+        "0.01639  (1.639 %)",
+        "program subtract(5829, 5735), divide(#0, 5735)",
+        "  #0 subtract(5829, 5735) = 94",
+        "       5829  net revenue, 2019: 5829",
+        "       5735  net revenue, 2018: 5735",
+        "  #1 divide(#0, 5735) = 0.01639",
+        "       5735  net revenue, 2018: 5735",
+    ]
+    assert request["messages"][-1]["content"].endswith(
+        f"net revenue | 2019: 5829 | 2018: 5735\nshares | 2019: 12 | 2018: 10\n\nQuestion: {QUESTION}"
+    )
+
+
+def test_text_beside_a_table_is_read_and_named(page, tmp_path):
+    (tmp_path / "note.txt").write_text("The company grew. It had 77 employees.")
+    done, _ = asked(page, "multiply(77, 12)", "--text", tmp_path / "note.txt")
+    assert "77  It had 77 employees." in done.out
+    assert done.out.startswith("924")
+
+
+@pytest.mark.parametrize(
+    ("question", "where"), [(QUESTION, "stands nowhere"), ("and if it grew by 999?", "stands in the question alone")]
+)
+def test_numbers_that_are_not_on_the_page_are_marked(page, question, where):
+    done, _ = asked(page, "add(5829, 999)", question=question)
+    assert done.status == 0
+    assert done.out.startswith("6828  ungrounded\n")
+    assert f"999 {where}" in done.out
+
+
+def test_a_completion_without_a_program_is_no_answer(page):
+    done, _ = asked(page, "It grew a lot.")
+    assert done.out.startswith("no answer  ")
+    assert done.status == 0
+
+
+def test_json_holds_everything_a_machine_needs(page):
+    done, _ = asked(page, "table_sum(shares, none), add(#0, 999)", "--json")
+    found = json.loads(done.out)
+    assert (found["answer"], found["grounded"], found["ungrounded_operands"]) == (1021.0, False, ["999"])
+    assert [cell["text"] for cell in found["cells"]] == ["12", "10"]
+    assert found["steps"][0]["operands"][0]["value"] == [12.0, 10.0]
+    assert found["engine"] == "openai"
+    none = json.loads(asked(page, "no", "--json")[0].out)
+    assert (none["answer"], none["grounded"]) == (None, False)
+    assert none["reason"]
+
+
+def test_a_folder_answers_in_transformers(page, tiny_model):
+    done = fintune("ask", tiny_model, "--page", page, QUESTION, "--json", "predict.max_new_tokens=3")
+    assert done.status == 0
+    assert json.loads(done.out)["engine"] == "transformers"
+
+
+def test_a_prompt_that_does_not_fit_loses_lines_and_says_so(page, tmp_path, tiny_model):
+    (tmp_path / "note.txt").write_text("\n".join(f"Sentence number {n} is of no interest." for n in range(40)))
+    words = ["--text", tmp_path / "note.txt", "predict.max_new_tokens=2", "prompt.max_length=300"]
+    done = fintune("ask", tiny_model, "--page", page, QUESTION, *words)
+    assert done.status == 0
+    assert "sentences and rows did not fit prompt.max_length" in done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["MODEL", "--page", "none.csv"], "none.csv: no such file"),
+        (["MODEL", "--page", "PAGE", "--engine", "openai"], "the engine openai cannot run"),
+        (["MODEL", "--page", "PAGE", "--engine", "other"], "'other' is not one of"),
+        (["MODEL", "--page", "PAGE", "--adapter", "DIR"], "holds no adapter"),
+        (["m.gguf", "--page", "PAGE", "--adapter", "DIR"], "m.gguf is a GGUF file, which takes no adapter"),
+        (["m.gguf", "--page", "PAGE", "--engine", "transformers"], "the engine transformers cannot run m.gguf"),
+        (["m.gguf", "--page", "PAGE"], "m.gguf: no such file"),
+        (["DIR", "--page", "PAGE"], "holds no config.json"),
+        (["MODEL", "--page", "PAGE", "prompt.max_length=64"], "the question alone needs"),
+        (["http://127.0.0.1:9/v1", "--page", "PAGE", "--load-in-4bit"], "an address, which is not loaded in 4 bits"),
+        (["MODEL"], "--page"),
+    ],
+)
+def test_a_mistake_is_one_line_with_status_2(page, tiny_model, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dir").mkdir()
+    places = {"MODEL": str(tiny_model), "PAGE": str(page), "DIR": str(tmp_path / "dir")}
+    first, *rest = (places.get(word, word) for word in words)
+    done = fintune("ask", first, QUESTION, *rest)
+    assert done.status == 2
+    assert message in done.err
+    assert done.err.count("\n") == 1
