@@ -11,7 +11,7 @@ from typing import get_args
 from fintune import disk
 from fintune.artifact import Facts, sha256_file
 from fintune.errors import DataError
-from fintune.options import Config, ModelKind
+from fintune.options import Config, ModelKind, PredictOptions
 from fintune.selection import Stage, Step
 from fintune.sources.rows import local_files
 
@@ -89,7 +89,8 @@ def _measure(config: Config, kind: ModelKind) -> list[Step]:
 def _predict_options(kind: ModelKind) -> tuple[str, ...]:
     # Adding a kind to predict.models must not make the predictions of the others stale.
     assert kind in get_args(ModelKind)
-    return ("predict.max_new_tokens", "predict.batch_size", "predict.precision")
+    names = set(PredictOptions.model_fields) - {"models", "threads"}
+    return tuple(f"predict.{name}" for name in sorted(names))
 
 
 def _stage(name: str, **fixed: str) -> Stage:

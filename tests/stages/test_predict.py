@@ -3,9 +3,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from pydantic import ValidationError
 
 from fintune.engines.transformers_engine import TransformersEngine
 from fintune.errors import ArtifactError, ModelError
+from fintune.finqa.parse import parse
 from fintune.options import Config
 from fintune.records import Prediction
 from fintune.stages.predict import predict
@@ -33,7 +35,8 @@ def run(tiny_model, inputs, folder, **options):
 
 
 def without_seconds(predictions):
-    return [each.model_copy(update={"seconds": 0.0, "margins": ()}) for each in predictions]
+    rounded = {"seconds": 0.0, "margins": (), "logprob": None, "confidence": None}
+    return [each.model_copy(update=rounded) for each in predictions]
 
 
 def test_every_question_is_predicted_in_order(tiny_model, inputs, tmp_path):
@@ -118,3 +121,66 @@ def test_adapter_and_merged_folder_predict_the_same_and_not_as_the_base(tiny_mod
         lines = (inputs[kind] / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
         found[kind] = [Prediction.model_validate_json(line).token_ids for line in lines]
     assert found["adapter"] == found["merged"] != found["base"]
+
+
+@pytest.mark.parametrize("strategy", [{}, {"strategy": "vote", "num_candidates": 3, "temperature": 1.0}])
+@pytest.mark.parametrize("constrain", ["general", "example"])
+def test_under_a_grammar_every_program_is_one_even_where_the_limit_cuts(
+    tiny_model, inputs, tmp_path, constrain, strategy
+):
+    free, _ = run(tiny_model, inputs, tmp_path / "free", **strategy)
+    facts, predictions = run(tiny_model, inputs, tmp_path / "p", constrain=constrain, **strategy)
+    assert free["num_unparsable"] == 5
+    assert facts["num_unparsable"] == 0
+    assert all(parse(each.program) for each in predictions)
+    assert facts["length_share"] == 1
+
+
+def test_a_vote_leaves_all_candidates_and_their_agreement(tiny_model, inputs, tmp_path):
+    several = {"constrain": "example", "strategy": "vote", "num_candidates": 4, "max_new_tokens": 30}
+    facts, predictions = run(tiny_model, inputs, tmp_path / "p", **several)
+    for each in predictions:
+        results = [candidate.result for candidate in each.candidates]
+        (own,) = {candidate.result for candidate in each.candidates if candidate.program == each.program}
+        assert len(results) == 4
+        assert each.confidence == (results.count(own) / 4 if own is not None else 0)
+    assert facts["num_tokens"] == sum(c.num_tokens for each in predictions for c in each.candidates)
+    _, again = run(tiny_model, inputs, tmp_path / "again", **several)
+    assert [each.candidates for each in again] == [each.candidates for each in predictions]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"constrain": "general"},
+        {"strategy": "sample"},
+        {"strategy": "execution_guided", "num_candidates": 2},
+        {"seed": 5},
+    ],
+)
+def test_other_ways_of_decoding_do_not_mix(tiny_model, inputs, tmp_path, monkeypatch, changed):
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersEngine, "generate", lambda self, prompts, decoding: iter(()))
+        with pytest.raises(IndexError):
+            run(tiny_model, inputs, tmp_path / "p")
+    with pytest.raises(ArtifactError, match="begun with another decoding"):
+        run(tiny_model, inputs, tmp_path / "p", **changed)
+
+
+def test_a_page_that_gold_json_lacks_is_named(tiny_model, inputs, tmp_path):
+    (inputs["prepare"] / "gold.json").write_text("[]")
+    with pytest.raises(ArtifactError, match=r"gold\.json has no page x0"):
+        run(tiny_model, inputs, tmp_path / "p")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"strategy": "vote"}, "needs several candidates"),
+        ({"num_candidates": 3}, "is not read with predict.strategy: greedy"),
+        ({"temperature": 0}, "greater than or equal to 0.01"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(options, words):
+    with pytest.raises(ValidationError, match=words):
+        config("m", **options)

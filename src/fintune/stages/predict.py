@@ -1,4 +1,4 @@
-"""``fintune predict``: greedy completions of the evaluation questions with one kind of model."""
+"""``fintune predict``: programs for the evaluation questions from one kind of model."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from fintune import chat, models
+from fintune.engines.candidates import decoding, grammars, predict_one
 from fintune.engines.journal import Journal
-from fintune.engines.protocol import Decoding
 from fintune.errors import ArtifactError, ModelError
 from fintune.finqa.execute import execute
-from fintune.finqa.program import extract_program, tokenize
+from fintune.finqa.parse import ParseError, parse
+from fintune.finqa.program import tokenize
 from fintune.options import Config, ModelKind
 from fintune.progress import bar
 from fintune.records import Example, FinQARecord, Prediction
@@ -41,12 +43,14 @@ def predict(config: Config, inputs: Mapping[str, Path], folder: Path, *, kind: M
         kind: The model before training, base + adapter, the merged folder, or a GGUF file by its type.
 
     Returns:
-        Predictions, seconds, generated tokens a second, share that was cut off at ``predict.max_new_tokens``.
+        Predictions, seconds, generated tokens a second, share that was cut off at ``predict.max_new_tokens``, programs
+        that the parser does not read, mean confidence.
 
     Raises:
         ModelError: The model cannot be used, a prompt does not fit its context, or a GGUF file's tokenizer counts
             otherwise than the model's.
-        ArtifactError: ``predictions.jsonl`` was begun with another model or other prompts.
+        ArtifactError: ``predictions.jsonl`` was begun with another model, other prompts or another decoding; or
+            ``gold.json`` lacks the page of an example.
     """
     examples = _examples(inputs["prepare"] / "eval.jsonl")
     tokenizer = _tokenizer(config)
@@ -54,7 +58,7 @@ def predict(config: Config, inputs: Mapping[str, Path], folder: Path, *, kind: M
     key = {
         "model": _fingerprint(config, inputs, kind),
         "prompts": hashlib.sha256("\0".join(prompts.values()).encode()).hexdigest(),
-        "decoding": f"greedy, {config.predict.max_new_tokens} tokens, {config.predict.precision}",
+        "decoding": config.predict.model_dump_json(exclude={"models", "threads", "batch_size"}),
     }
     journal = Journal(folder / "predictions.jsonl", key)
     try:
@@ -81,31 +85,25 @@ def _decode(
 ) -> None:
     for done in journal.done.values():
         gold.add(done)
+    options, pages = config.predict, [gold.page(each) for each in todo]
+    allowed = grammars(options, pages)
     num_tokens, seconds = 0, 0.0
     with bar(f"predict {kind}", len(todo) + len(journal.done), done=len(journal.done)) as shown:
-        completions = engine.generate([prompts[e.id] for e in todo], Decoding(config.predict.max_new_tokens))
-        for example, completion in zip(todo, completions, strict=True):
-            _check_prompt(example, completion, tokenizer, kind)
-            prediction = _prediction(example.id, completion)
+        completions = engine.generate([prompts[e.id] for e in todo], decoding(options, allowed))
+        for number, (example, page) in enumerate(zip(todo, pages, strict=True)):
+            found = list(islice(completions, options.num_candidates))
+            _check_prompt(example, found[0], tokenizer, kind)
+            prediction = predict_one(example.id, found, options, page.table, allowed[number] if allowed else None)
             journal.append(prediction)
             gold.add(prediction)
-            num_tokens += len(completion.token_ids)
-            seconds += completion.seconds
+            num_tokens += _num_tokens(prediction)
+            seconds += prediction.seconds
             shown.advance()
             shown.note(f"{num_tokens / max(seconds, 1e-9):.0f} tok/s{gold.told()}")
 
 
-def _prediction(example_id: str, completion: Completion) -> Prediction:
-    return Prediction(
-        id=example_id,
-        text=completion.text,
-        program=extract_program(completion.text),
-        finish_reason=completion.finish_reason,
-        seconds=completion.seconds,
-        num_prompt_tokens=completion.num_prompt_tokens,
-        token_ids=tuple(completion.token_ids),
-        margins=tuple(completion.margins),
-    )
+def _num_tokens(prediction: Prediction) -> int:
+    return sum(each.num_tokens for each in prediction.candidates) or len(prediction.token_ids)
 
 
 def _check_prompt(example: Example, completion: Completion, tokenizer: PreTrainedTokenizerBase, kind: str) -> None:
@@ -124,17 +122,28 @@ def _finish(folder: Path, predictions: Sequence[Prediction]) -> dict[str, Any]:
     official = [{"id": each.id, "predicted": tokenize(each.program)} for each in predictions]
     _write(folder / "official.json", json.dumps(official, ensure_ascii=False, indent=1) + "\n")
     seconds = sum(each.seconds for each in predictions)
-    num_tokens = sum(len(each.token_ids) for each in predictions)
+    num_tokens = sum(map(_num_tokens, predictions))
     length_share = sum(each.finish_reason == "length" for each in predictions) / max(len(predictions), 1)
     rate = num_tokens / max(seconds, 1e-9)
+    known = [each.confidence for each in predictions if each.confidence is not None]
     return {
         "num_predictions": len(predictions),
         "predict_seconds": round(seconds, 3),
         "num_tokens": num_tokens,
         "tokens_per_second": round(rate, 1),
         "length_share": length_share,
+        "num_unparsable": sum(not _parses(each.program) for each in predictions),
+        "mean_confidence": round(sum(known) / len(known), 4) if known else None,
         "summary": f"{len(predictions)} predictions, {rate:.0f} tok/s, {length_share:.0%} cut off",
     }
+
+
+def _parses(program: str) -> bool:
+    try:
+        parse(program)
+    except ParseError:
+        return False
+    return True
 
 
 def _write(path: Path, text: str) -> None:
@@ -204,12 +213,23 @@ def _open_engine(config: Config, inputs: Mapping[str, Path], kind: str, tokenize
 
 
 class _Gold:
-    """Running execution accuracy; says nothing where there is no gold."""
+    """The pages of the examples, and the running execution accuracy."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         raw = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
         self._records = {record.id: record for record in map(FinQARecord.model_validate, raw)}
         self._num, self._num_right = 0, 0
+
+    def page(self, example: Example) -> FinQARecord:
+        """The record that an example was made from.
+
+        Raises:
+            ArtifactError: There is none.
+        """
+        if example.id not in self._records:
+            raise ArtifactError(f"{self._path} has no page {example.id}", hint="run fintune prepare again")
+        return self._records[example.id]
 
     def add(self, prediction: Prediction) -> None:
         """Count one prediction."""
