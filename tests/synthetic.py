@@ -113,6 +113,25 @@ def lora_of(base: Path, folder: Path, *, scale: float = 0.1, **changes: object) 
     return folder
 
 
+def importance_of(base: Path, path: Path) -> Path:
+    """An importance matrix of a synthetic folder in which a few columns matter most."""
+    from fintune.gguf.importance import write_importance
+    from fintune.gguf.plan import ModelPlan
+    from fintune.gguf.safetensor_reader import SafetensorFolder
+
+    random = np.random.default_rng(11)
+    sums = {}
+    with SafetensorFolder(base) as weights:
+        for source in ModelPlan(base, weights).sources.values():
+            if source.name.startswith("blk.") and len(source.shape) == 2:
+                values = random.random(source.shape[1], np.float32)
+                for _ in range(3):
+                    values = values * values
+                sums[source.name] = values * np.float32(50)
+    write_importance(path, sums, dict.fromkeys(sums, 1024), datasets=["finance.txt"], chunk_size=512)
+    return path
+
+
 def _values(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     scale = 0.1 if len(shape) == 1 else shape[-1] ** -0.5
     return (random.random(shape, np.float32) - 0.5) * np.float32(2 * scale) + np.float32(len(shape) == 1)

@@ -117,3 +117,28 @@ def test_speed_and_memory_are_recorded_and_an_excess_is_told(tiny_model, tmp_pat
     monkeypatch.setattr(module, "MEMORY_LIMIT_BYTES", -1)
     facts = export(config(), {"merge": tiny_model}, tmp_path)
     assert not facts["memory_within_limit"] and any("of memory" in note for note in facts["notes"])
+
+
+@pytest.mark.parametrize("through", ["merge", "train"])
+def test_an_importance_matrix_is_computed_from_the_training_texts(tiny_model, tmp_path, through):
+    inputs = trained(tmp_path, tiny_model)
+    options = config().model_dump(exclude={"model"}) | {"model": {"name": str(tiny_model)}}
+    run = Config.model_validate(options | {"export": {"types": ("Q4_K_M",)}})
+    for name in ("merge", "weighed", "plain"):
+        (tmp_path / name).mkdir()
+    merge(run, inputs, tmp_path / "merge")
+    if through == "merge":
+        inputs["merge"] = tmp_path / "merge"
+    facts = export(run, inputs, tmp_path / "weighed", importance="compute")
+    assert facts["importance"] == "t-imatrix.gguf"
+    assert facts["importance_tokens"] > 100
+    export(run, inputs, tmp_path / "plain")
+    weighed, plain = tmp_path / "weighed" / "t-Q4_K_M.gguf", tmp_path / "plain" / "t-Q4_K_M.gguf"
+    fields = gguf.GGUFReader(weighed).fields
+    assert fields["quantize.imatrix.dataset"].contents() == "train"
+    assert fields["quantize.imatrix.entries_count"].contents() == 14
+    assert weighed.read_bytes()[-20_000:] != plain.read_bytes()[-20_000:]
+    again = tmp_path / "again"
+    again.mkdir()
+    export(run, inputs, again, importance=tmp_path / "weighed" / "t-imatrix.gguf")
+    assert (again / "t-Q4_K_M.gguf").read_bytes() == weighed.read_bytes()

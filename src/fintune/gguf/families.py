@@ -208,7 +208,7 @@ def gguf_names(config: ModelConfig, names: Mapping[str, object]) -> dict[str, st
     for name in names:
         if name.endswith(".rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight"):
             continue
-        target = _gguf_name(name, config.num_layers)
+        target = gguf_name(name, config.num_layers)
         if target is None:
             raise ModelError(
                 f"{config.path.parent}: tensor {name} has no place in a {config.family.arch} GGUF",
@@ -227,7 +227,8 @@ def gguf_names(config: ModelConfig, names: Mapping[str, object]) -> dict[str, st
     return mapped
 
 
-def _gguf_name(name: str, num_layers: int) -> str | None:
+def gguf_name(name: str, num_layers: int) -> str | None:
+    """GGUF's name of a tensor that Hugging Face names so, None where there is none."""
     if name in _OTHER_NAMES:
         return _OTHER_NAMES[name]
     match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Literal
 
 from fintune import models
 from fintune.artifact import Facts
@@ -15,6 +16,7 @@ from fintune.errors import ModelError
 from fintune.gguf.export import ExportReport
 from fintune.gguf.export import export as write_gguf
 from fintune.gguf.importance import Importance, read_importance
+from fintune.gguf.importance_collect import collect_importance
 from fintune.gguf.merged_folder import (
     carry_over,
     has_own_padding,
@@ -25,9 +27,13 @@ from fintune.gguf.merged_folder import (
 from fintune.gguf.merged_weights import MergedWeights
 from fintune.gguf.modelfile import modelfile
 from fintune.gguf.rounded_weights import RoundedWeights
-from fintune.machine import peak_memory_bytes, size
+from fintune.machine import peak_memory_bytes, release_memory, reset_peak_memory, size
 from fintune.options import Config
-from fintune.progress import Bar, bar, say
+from fintune.progress import Bar, bar, say, track
+from fintune.tuning.quiet import quiet_libraries
+
+IMPORTANCE_TOKENS = 32_768
+"""Tokens of training text that an importance matrix is computed on."""
 
 MEMORY_LIMIT_BYTES = 300_000_000
 """What an export may add to the memory of the process, however large the model."""
@@ -38,7 +44,13 @@ def gguf_path(config: Config, folder: Path, kind: str) -> Path:
     return folder / f"{config.run.name}-{kind}.gguf"
 
 
-def export(config: Config, inputs: Mapping[str, Path], folder: Path, *, importance: Path | None = None) -> Facts:
+def export(
+    config: Config,
+    inputs: Mapping[str, Path],
+    folder: Path,
+    *,
+    importance: Path | Literal["compute"] | None = None,
+) -> Facts:
     """Write every type of ``export.types`` in one reading of the weights.
 
     Args:
@@ -47,13 +59,21 @@ def export(config: Config, inputs: Mapping[str, Path], folder: Path, *, importan
             folder is written. Both ways give the same bytes.
         folder: Gets ``NAME-TYPE.gguf`` for each type, and ``Modelfile`` for the last, the smallest by custom, where
             Ollama's language can express the chat template.
-        importance: An importance matrix to weigh the quantised types with.
+        importance: File of an importance matrix to weigh the quantised types with, or "compute": from the beginning of
+            the training texts of ``prepare``, with the whole model in memory; it becomes ``NAME-imatrix.gguf``.
 
     Raises:
         ModelError: A family, tensor or tokenizer that llama.cpp does not have.
         ArtifactError: An adapter that leaves weights as they were.
         ResourceError: The disk is full, or the quantisation library is missing.
     """
+    facts: Facts = {}
+    if importance == "compute":
+        importance = folder / f"{config.run.name}-imatrix.gguf"
+        facts["importance_tokens"] = _compute_importance(config, inputs, importance)
+        facts["importance_peak_memory_bytes"] = peak_memory_bytes()
+        release_memory()
+        reset_peak_memory()
     weighed = None if importance is None else read_importance(importance)
     before = _resident_bytes()
     if "merge" in inputs:
@@ -67,7 +87,7 @@ def export(config: Config, inputs: Mapping[str, Path], folder: Path, *, importan
     for note in notes:
         say(note)
     sizes = {file.kind: file.num_bytes for file in report.files}
-    return {
+    return facts | {
         "source": "merged folder" if "merge" in inputs else "base + adapter",
         "file_bytes": sizes,
         "tensors_by_type": {file.kind: dict(file.num_tensors_by_type) for file in report.files},
@@ -81,6 +101,22 @@ def export(config: Config, inputs: Mapping[str, Path], folder: Path, *, importan
         "notes": notes,
         "summary": ", ".join(f"{kind} {size(num)}" for kind, num in sizes.items()),
     }
+
+
+def _compute_importance(config: Config, inputs: Mapping[str, Path], path: Path) -> int:
+    """Over the merged model, or base and adapter where there is none."""
+    from datasets import load_from_disk
+
+    merged = inputs.get("merge")
+    trust = config.model.trust_remote_code
+    ref = models.resolve(config.model.name if merged is None else str(merged))
+    model: Any = models.load_model(ref, dtype=config.predict.precision, trust_remote_code=trust)
+    if merged is None:
+        with quiet_libraries():
+            model = models.load_adapter(model, inputs["train"] / "adapter")
+    rows = load_from_disk(str(inputs["prepare"] / "tokens" / "train"))
+    texts = track((row["input_ids"] for row in rows), "importance", len(rows))
+    return collect_importance(model, texts, path, dataset="train", max_tokens=IMPORTANCE_TOKENS)
 
 
 def _write(
