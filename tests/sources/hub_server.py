@@ -8,7 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "c0ffee0000000000000000000000000000000001"
 
@@ -60,31 +60,32 @@ class HubServer:
     def _answer(self, request: BaseHTTPRequestHandler, *, body: bool) -> None:
         path = unquote(urlsplit(request.path).path)
         self.asked[f"{request.command} {path}"] += 1
-        for piece, statuses in self.fail.items():
-            if piece in path and statuses:
-                return self._json(request, {"error": "trouble"}, statuses.pop(0))
-        api = f"/api/datasets/{self.name}"
-        if self.gated and "resolve" in path and not path.endswith("README.md"):
-            return self._json(
-                request, {"error": "gated"}, 403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "gated"}
-            )
-        if path == api or path.startswith((f"{api}/revision/",)):
-            return self._json(request, self._info())
-        if path.startswith(f"{api}/tree/"):
-            return self._json(request, [self._entry(name) for name in self.files])
-        if path.startswith(f"{api}/paths-info/"):
-            from urllib.parse import parse_qs
-
-            raw = getattr(request, "request_body", b"")
-            wanted = json.loads(raw)["paths"] if raw.startswith(b"{") else parse_qs(raw.decode()).get("paths", [])
-            return self._json(request, [self._entry(name) for name in wanted if name in self.files])
-        resolve = f"/datasets/{self.name}/resolve/"
-        if path.startswith(resolve):
+        trouble = next((statuses for piece, statuses in self.fail.items() if piece in path and statuses), None)
+        if trouble:
+            self._json(request, {"error": "trouble"}, trouble.pop(0))
+        elif self.gated and "resolve" in path and not path.endswith("README.md"):
+            self._json(request, {"error": "gated"}, 403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "gated"})
+        elif path.startswith(resolve := f"/datasets/{self.name}/resolve/"):
             name = path.removeprefix(resolve).partition("/")[2]
             if name in self.files:
-                return self._file(request, self.files[name], body=body)
-            return self._json(request, {"error": "none"}, 404, {"X-Error-Code": "EntryNotFound"})
-        return self._json(request, {"error": "none"}, 404, {"X-Error-Code": "RepoNotFound"})
+                self._file(request, self.files[name], body=body)
+            else:
+                self._json(request, {"error": "none"}, 404, {"X-Error-Code": "EntryNotFound"})
+        elif (found := self._api(path, getattr(request, "request_body", b""))) is not None:
+            self._json(request, found)
+        else:
+            self._json(request, {"error": "none"}, 404, {"X-Error-Code": "RepoNotFound"})
+
+    def _api(self, path: str, body: bytes) -> object:
+        api = f"/api/datasets/{self.name}"
+        if path == api or path.startswith(f"{api}/revision/"):
+            return self._info()
+        if path.startswith(f"{api}/tree/"):
+            return [self._entry(name) for name in self.files]
+        if path.startswith(f"{api}/paths-info/"):
+            wanted = json.loads(body)["paths"] if body.startswith(b"{") else parse_qs(body.decode()).get("paths", [])
+            return [self._entry(name) for name in wanted if name in self.files]
+        return None
 
     def _info(self) -> dict[str, object]:
         return {

@@ -81,7 +81,11 @@ def test_turns_behind_the_last_answer_are_left_out_and_counted():
 def test_a_turn_of_weight_zero_is_not_trained():
     turns = [turn("user", ASK), turn("assistant", "no") | {"weight": 0}, turn("user", "?"), turn("assistant", ANSWER)]
     assert convert({"messages": turns})[1].untrained == {1}
-    turns = [{"from": "human", "value": ASK}, {"from": "gpt", "value": "no", "weight": 0}, {"from": "gpt", "value": "x"}]
+    turns = [
+        {"from": "human", "value": ASK},
+        {"from": "gpt", "value": "no", "weight": 0},
+        {"from": "gpt", "value": "x"},
+    ]
     assert convert({"system": PERSONA, "conversations": turns})[1].untrained == {2}, "behind the system turn"
 
 
@@ -117,7 +121,12 @@ def test_a_shape_that_is_named_wins_over_the_fields():
         ({"messages": [{"text": "x"}]}, "bad role", "messages[0]", "write role and content"),
         ({"messages": "hello"}, "bad turns", "messages", 'write [{"role"'),
         ({"messages": [turn("user", {"a": 1}), turn("assistant", "x")]}, "not text", "messages[0].content", "as text"),
-        ({"conversations": [{"from": "human"}, {"from": "gpt", "value": "x"}]}, "no value", "conversations[0].value", ""),
+        (
+            {"conversations": [{"from": "human"}, {"from": "gpt", "value": "x"}]},
+            "no value",
+            "conversations[0].value",
+            "",
+        ),
         ({"prompt": ASK, "chosen": ANSWER, "rejected": ANSWER}, "no preference", "rejected", "remove the row"),
         ({"prompt": "", "chosen": ANSWER, "rejected": "x"}, "no question", "prompt", "fill it"),
         ({"Question": ASK, "Answer": "", "Context": "c"}, "no answer", "answer", "fill it or remove the row"),

@@ -158,8 +158,10 @@ def load(data: DataOptions, seed: int, *, limit: int | None = None) -> Mixture:
 
 
 def _firsts_first(problems: Sequence[tuple[str, str]]) -> list[str]:
-    firsts = dict(reversed(problems))
-    return [*reversed(firsts.values()), *(line for reason, line in problems if firsts[reason] is not line)]
+    firsts: dict[str, str] = {}
+    for reason, line in problems:
+        firsts.setdefault(reason, line)
+    return [*firsts.values(), *(line for reason, line in problems if firsts[reason] is not line)]
 
 
 def _read(

@@ -1,0 +1,177 @@
+"""Several sources become two splits: mixed, drawn, cleared of duplicates, divided by a hash."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fintune.config import load as load_config
+from fintune.errors import ConfigError, DataError
+from fintune.sources import mixture
+from fintune.sources.mixture import Mixture
+
+
+def qa(number: int, topic: str = "bonds") -> dict[str, str]:
+    return {"question": f"What about {topic} {number}?", "answer": f"Hold {number} {topic}."}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name: str, rows: list) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    return write
+
+
+def load(sources: list, *options: str, seed: int = 1) -> Mixture:
+    entries = json.dumps([{"path": str(each)} if isinstance(each, Path) else each for each in sources])
+    return mixture.load(load_config(None, ["data.source=chat", f"data.sources={entries}", *options]).config.data, seed)
+
+
+def ids(entries) -> list[str]:
+    return [entry.id for entry in entries]
+
+
+def test_a_folder_may_mix_shapes_by_file_and_by_row(write, tmp_path):
+    turns = [{"from": "human", "value": "Size?"}, {"from": "gpt", "value": "Two lots."}]
+    write("data/a.jsonl", [qa(1), {"conversations": turns}, {"instruction": "Define beta.", "output": "Slope."}])
+    write("data/b.jsonl", [{"prompt": "Buy?", "chosen": "With a stop.", "rejected": "All in."}])
+    found = load([tmp_path / "data"], "data.eval_share=0.5")
+    assert sorted(ids(found.train + found.eval)) == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3", "b.jsonl:1"]
+    report = found.reports[0]
+    assert report.shapes == {"question_answer": 1, "sharegpt": 1, "alpaca": 1, "preference": 1}
+    assert report.files["b.jsonl"] == {"preference": 1}
+    assert "4 rows: 1 question_answer, 1 sharegpt, 1 alpaca, 1 preference" in report.told()[0]
+
+
+def test_broken_rows_are_counted_and_told_with_file_row_field_and_what_to_do(write):
+    path = write("x.jsonl", [qa(1), qa(2) | {"answer": ""}, qa(3), {"text": "x"}, qa(4) | {"answer": ""}])
+    found = load([path], "data.eval_share=0.5")
+    assert found.reports[0].dropped == {"no answer": 2, "unknown shape": 1}
+    assert found.problems[0] == f"{path}, row 2: answer: missing or empty: fill it or remove the row"
+    assert [problem.split(":")[0].rpartition(" ")[2] for problem in found.problems] == ["2", "4", "5"]
+
+
+def test_strict_stops_at_the_first_broken_row(write):
+    path = write("x.jsonl", [qa(1), qa(2) | {"answer": ""}, {"text": "x"}])
+    with pytest.raises(DataError, match=r"row 2: answer: missing or empty.*leave out --strict"):
+        load([path], "data.strict=true")
+
+
+def test_a_source_without_a_usable_row_stops_the_run_with_the_first_reason(write):
+    with pytest.raises(DataError, match=r"no row can be used \(unknown shape: 2\); the first: .*row 1"):
+        load([write("a.jsonl", [qa(1)]), write("x.jsonl", [{"text": "x"}] * 2)])
+
+
+def test_the_held_out_share_depends_on_the_question_alone(write):
+    rows = [qa(n) for n in range(400)]
+    asked = {entry.conversation.messages[0].content for entry in load([write("x.jsonl", rows)]).eval}
+    assert 1 <= len(asked) <= 20, "2 % of 400"
+    more = [qa(n, "oil") for n in range(200)] + [row | {"answer": "Another."} for row in reversed(rows)]
+    for seed in (1, 2):
+        found = load([write("y.jsonl", more)], seed=seed)
+        again = {entry.conversation.messages[0].content for entry in found.eval}
+        assert {text for text in again if "bonds" in text} == asked
+
+
+def test_the_same_question_never_stands_in_both_splits(write):
+    rows = [qa(n) | {"answer": f"Answer {k} to {n}."} for n in range(50) for k in range(3)]
+    found = load([write("x.jsonl", rows)], "data.eval_share=0.3")
+    asked = [{entry.conversation.messages[0].content for entry in split} for split in (found.train, found.eval)]
+    assert not asked[0] & asked[1]
+    assert sum(map(len, asked)) == 50
+
+
+def test_at_least_one_conversation_is_held_out(write):
+    found = load([write("x.jsonl", [qa(n) for n in range(5)])], "data.eval_share=0.000001")
+    assert (len(found.train), len(found.eval)) == (4, 1)
+
+
+def test_a_source_can_be_held_out_or_trained_on_whole(write):
+    a, b = write("a.jsonl", [qa(n) for n in range(30)]), write("b.jsonl", [qa(n, "oil") for n in range(20)])
+    entries = [{"path": str(a), "hold_out": "none"}, {"path": str(b), "hold_out": "all"}]
+    found = load(entries, "data.eval_share=0.5")
+    assert (len(found.train), len(found.eval)) == (30, 20)
+    with pytest.raises(DataError, match="none is left to be held out"):
+        load([{"path": str(a), "hold_out": "none"}])
+
+
+def test_exact_and_near_duplicates_are_dropped_across_sources_and_counted_apart(write):
+    long = "the desk cut its duration because supply was heavy and the meeting was close , " * 3
+    rows = [qa(1), qa(2), {"question": "Why?", "answer": long + "so it sold."}]
+    again = [qa(2) | {"question": "WHAT  about bonds 2?"}, {"question": "Why?", "answer": long + "so it sold!"}, qa(3)]
+    sources = [write("a.jsonl", rows), write("b.jsonl", again)]
+    found = load(sources, "data.eval_share=0.3")
+    assert found.reports[0].dropped == {}
+    assert found.reports[1].dropped == {"exact duplicate": 1, "near duplicate": 1}
+    assert len(found.train + found.eval) == 4
+    assert load(sources, "data.duplicates=exact").reports[1].dropped == {"exact duplicate": 1}
+    assert load(sources, "data.duplicates=keep").reports[1].dropped == {}
+
+
+def test_a_weight_repeats_or_thins_what_is_trained_and_nothing_that_is_held_out(write):
+    paths = [write(f"{name}.jsonl", [qa(n, name) for n in range(200)]) for name in ("thin", "thick")]
+    entries = [{"path": str(path), "weight": weight} for path, weight in zip(paths, (0.25, 2.5), strict=True)]
+    found, plain = load(entries, "data.eval_share=0.1"), load(paths, "data.eval_share=0.1")
+    assert ids(found.eval) == ids(plain.eval)
+    counts = [sum(entry.source == number for entry in found.train) for number in (0, 1)]
+    whole = [report.num_train for report in found.reports]
+    assert 0.1 < counts[0] / whole[0] < 0.4
+    assert 2.3 < counts[1] / whole[1] < 2.7
+    assert len(set(ids(found.train))) == len(found.train)
+
+
+def test_a_limit_draws_by_the_seed_and_keeps_what_it_drew_when_rows_are_moved(write):
+    rows = [qa(n) for n in range(100)]
+    path = write("x.jsonl", rows)
+    drawn = {each.digest for each in _all(load([{"path": str(path), "max_rows": 10}]))}
+    assert len(drawn) == 10
+    assert {e.digest for e in _all(load([{"path": str(path), "max_rows": 10}], seed=2))} != drawn
+    write("x.jsonl", rows[::-1])
+    assert {e.digest for e in _all(load([{"path": str(path), "max_rows": 10}]))} == drawn
+    few = load([path], "data.max_train=7", "data.max_eval=1")
+    assert (len(few.train), len(few.eval)) == (7, 1)
+
+
+def _all(found: Mixture):
+    return found.train + found.eval
+
+
+def test_labels_of_files_that_are_called_the_same_differ(write, tmp_path):
+    one = [write(f"{folder}/x.jsonl", [qa(1, folder), qa(2, folder)]) for folder in ("a", "b")]
+    for sources in (one, [{"path": f"{tmp_path}/*/x.jsonl"}], [one[0].parent, one[1].parent]):
+        assert len(set(ids(_all(load(sources))))) == 4
+
+
+def test_columns_and_shape_can_be_given(write):
+    path = write("x.jsonl", [{"Frage": f"Was ist {n}?", "Antwort": f"Eine {n}."} for n in range(4)])
+    found = load([{"path": str(path), "columns": {"question": "Frage", "answer": "Antwort"}}])
+    assert found.reports[0].shapes == {"question_answer": 4}
+    with pytest.raises(DataError, match="no row can be used"):
+        load([{"path": str(path), "shape": "alpaca"}])
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        ({"path": "x", "weigth": 2}, r"unknown option data.sources\[0\].weigth: did you mean weight"),
+        ({"shape": "alpaca"}, r"data.sources\[0\].path is missing"),
+        ({"path": "x", "shape": "alpca"}, r'data.sources\[0\].shape: got "alpca"'),
+        ({"path": "x", "weight": 0}, r"data.sources\[0\].weight: got 0"),
+    ],
+)
+def test_a_wrong_entry_of_the_sources_is_named_with_its_place(entry, told):
+    with pytest.raises(ConfigError, match=told):
+        load([entry])
+
+
+def test_sources_are_refused_where_nothing_reads_them():
+    with pytest.raises(ConfigError, match=r"set data\.source: chat"):
+        load_config(None, ["data.sources=x.jsonl"])
+    with pytest.raises(ConfigError, match=r"needs data\.sources"):
+        load_config(None, ["data.source=chat"])

@@ -1,0 +1,138 @@
+"""Trader data and Investopedia rows through the stage: folder, report, notes, summary, and training on it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from command import fintune
+from fintune import steps
+from fintune.config import load
+from fintune.prepared import read_report, read_tokens
+from fintune.records import Example, Pair
+from fintune.stages.prepare import prepare
+
+PERSONA = "You are Dana, a trader."
+
+
+def trader_data(folder: Path) -> Path:
+    """Generated rows in the shapes of the trader sets and of Investopedia's table."""
+    folder.mkdir()
+    sft = [
+        {
+            "messages": [
+                {"role": "system", "content": PERSONA},
+                {"role": "user", "content": f"view on rates in week {n}?"},
+                {"role": "assistant", "content": f"long {n} lots"},
+                {"role": "user", "content": "and the stop?"},
+                {"role": "assistant", "content": f"{n} points lower"},
+            ]
+        }
+        for n in range(12)
+    ]
+    dpo = [{"prompt": f"size trade {n}?", "chosen": f"risk {n} bp", "rejected": "all in"} for n in range(8)]
+    for name, rows in (("trader_sft_data", sft), ("trader_dpo_data", [*dpo, {"prompt": "x", "chosen": ""}])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with (folder / "investopedia.csv").open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["Topic", "Title", "Context", "Question", "Answer"])
+        table.writerows(["Bonds", "Yield", f"page {n}", f"what is {n}?", f"it is {n}"] for n in range(10))
+    return folder
+
+
+@pytest.fixture
+def options(tmp_path, tiny_model) -> list[str]:
+    data = trader_data(tmp_path / "data")
+    sources = [
+        {"path": str(data / "trader_*.jsonl"), "licence": "MIT"},
+        {"path": str(data / "investopedia.csv"), "licence": "CC-BY-NC-4.0"},
+    ]
+    return [
+        "data.source=chat",
+        f"data.sources={json.dumps(sources)}",
+        "data.eval_share=0.2",
+        "prompt.max_length=256",
+        f"model.name={tiny_model}",
+        f"run.dir={tmp_path / 'runs'}",
+    ]
+
+
+def test_the_folder_holds_examples_pairs_and_tokens_of_every_shape(options, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    facts = prepare(load(None, options).config, {}, folder)
+    assert facts["num_train"] + facts["num_eval"] == 30
+    made = {
+        name: [Example.model_validate_json(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("train", "eval")
+    }
+    for name, examples in made.items():
+        rows = read_tokens(folder, name, 99)
+        assert [row[0] for row in rows] == [example.id for example in examples]
+        assert all(sum(mask) > 0 and len(ids) == len(mask) for _, ids, mask in rows)
+    pairs = [
+        Pair.model_validate_json(line)
+        for path in sorted(folder.glob("*.pairs.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
+    assert len(pairs) == 8
+    assert {pair.rejected for pair in pairs} == {"all in"}
+    assert json.loads((folder / "gold.json").read_text()) == []
+    assert any(example.messages[-1].content.startswith("Context: page") for example in made["train"])
+
+
+def test_the_report_and_the_summary_name_shapes_drops_and_the_licence_without_commercial_use(options, tmp_path):
+    facts = prepare(load(None, options).config, {}, tmp_path)
+    csv_path = tmp_path / "data" / "investopedia.csv"
+    assert f"not for commercial use: {csv_path} (CC-BY-NC-4.0)" in facts["summary"]
+    assert sorted(facts["licences"].values()) == ["CC-BY-NC-4.0", "MIT"]
+    report = read_report(tmp_path)
+    assert report.kind == "chat"
+    assert [source.shapes for source in report.sources] == [{"messages": 12, "preference": 8}, {"question_answer": 10}]
+    notes = "\n".join(report.notes())
+    assert "21 rows: 12 messages, 8 preference; dropped 1" in notes
+    assert "trader_dpo_data.jsonl, row 9: " in notes
+
+
+def test_long_conversations_are_cut_to_the_turns_that_fit_and_counted(options, tmp_path):
+    whole = load(None, options).config
+    prepare(whole, {}, tmp_path)
+    longest = read_report(tmp_path).train.prompt_tokens.max
+    again = tmp_path / "again"
+    again.mkdir()
+    prepare(load(None, [*options, f"prompt.max_length={max(longest - 5, 64)}"]).config, {}, again)
+    assert read_report(again).train.num_cut_examples > 0
+    assert "conversations cut to fit" in "\n".join(read_report(again).notes())
+
+
+def test_nothing_is_predicted_or_scored_without_gold(options):
+    names = [step.name for step in steps.build(load(None, options).config)]
+    assert names == ["prepare", "train", "merge", "export", "report"]
+
+
+def test_a_run_trains_on_conversations_and_reports_them_and_a_second_one_does_nothing(options, tmp_path):
+    (tmp_path / "c.yaml").write_text("train: {max_steps: 2, batch_size: 2, eval_steps: 1}\n", encoding="utf-8")
+    skip = ["--skip", "merge", "--skip", "export"]
+    done = fintune("run", tmp_path / "c.yaml", *options, *skip)
+    assert done.status == 0, done.err
+    lines = [json.loads(line) for line in (tmp_path / "runs/c/train/metrics.jsonl").read_text().splitlines()]
+    assert any("eval_loss" in line for line in lines)
+    assert "investopedia.csv" in (tmp_path / "runs/c/report/index.html").read_text()
+    before = (tmp_path / "runs/c/train/manifest.json").read_bytes()
+    assert fintune("run", tmp_path / "c.yaml", *options, *skip).status == 0
+    assert (tmp_path / "runs/c/train/manifest.json").read_bytes() == before
+    with (tmp_path / "data" / "trader_sft_data.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"prompt": "new?", "completion": "yes"}\n')
+    changed = fintune("run", tmp_path / "c.yaml", *options, *skip)
+    assert changed.status == 2
+
+
+def test_inspect_shows_a_conversation_with_its_trained_turns(options, tmp_path):
+    (tmp_path / "c.yaml").write_text("", encoding="utf-8")
+    done = fintune("inspect", tmp_path / "c.yaml", *options, "--examples", 1)
+    assert done.status == 0, done.err
+    assert "long" in done.out
+    assert "FinQA test" not in done.out
