@@ -1,0 +1,97 @@
+"""``fintune preflight``: whether the model's tokenizer becomes llama.cpp's, known before hours of training."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+import unicodedata
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from fintune import chat, models
+from fintune.artifact import Facts
+from fintune.errors import ModelError
+from fintune.gguf.families import ModelConfig
+from fintune.gguf.probe_strings import probe_strings
+from fintune.gguf.vocab import read_vocabulary
+from fintune.gguf.vocab_file import write_vocabulary_file
+from fintune.options import Config
+from fintune.progress import say
+from fintune.records import Message
+from fintune.tokenizer_check import check_tokenizer_against_llama_cpp
+
+_DECOMPOSED = "Ne\u0301stle\u0301 Zu\u0308rich"
+
+
+def preflight(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
+    """Check the base model's tokenizer against llama.cpp, on a file of its vocabulary alone.
+
+    Args:
+        config: The run.
+        inputs: None are needed.
+        folder: Gets ``preflight.json``.
+
+    Returns:
+        Name of the pre-tokenizer, end token, hash of the chat template, number of strings, seconds, and whether the
+        tokenizer composes accents, which llama.cpp does not.
+
+    Raises:
+        ModelError: A family, pre-tokenizer, template or special token that would not survive, or strings that llama.cpp
+            splits into other tokens, the first of which are named.
+        ResourceError: xllamacpp is not installed.
+    """
+    started = time.monotonic()
+    ref = models.fetch(models.resolve(config.model.name, revision=config.model.revision))
+    assert ref.path is not None, "fetch fills the path"
+    tokenizer = models.load_tokenizer(ref, trust_remote_code=config.model.trust_remote_code)
+    vocabulary = read_vocabulary(ref.path, ModelConfig(ref.path).vocab_size)
+    if vocabulary.chat_template is None or vocabulary.chat_template != tokenizer.chat_template:
+        raise ModelError(
+            f"{ref.path}: the chat template of the GGUF would not be the one that is trained with",
+            hint="give the folder one default template, in chat_template.jinja",
+        )
+    ends = chat.end_of_turn_ids(tokenizer)
+    if vocabulary.eos_id not in ends:
+        raise ModelError(
+            f"{ref.path}: a GGUF would end at token {vocabulary.eos_id}, but a turn ends with {list(ends)}",
+            hint="mark the end of a turn as a special token in tokenizer.json",
+        )
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=False))
+
+    turns = [
+        chat.render(tokenizer, messages, add_generation_prompt=generate)
+        for messages in _conversations()
+        for generate in (False, True)
+    ]
+    strings = [*turns, *probe_strings()]
+    with tempfile.TemporaryDirectory(prefix=".vocabulary-", dir=folder) as place:
+        path = write_vocabulary_file(vocabulary, Path(place) / "vocabulary.gguf")
+        num_strings = check_tokenizer_against_llama_cpp(encode, path, strings)
+    composes = encode(_DECOMPOSED) == encode(unicodedata.normalize("NFC", _DECOMPOSED))
+    if composes:
+        say(
+            "the tokenizer composes accents and llama.cpp does not: give the GGUF text in Unicode's composed form (NFC)"
+        )
+    facts: Facts = {
+        "pre_tokenizer": vocabulary.pre,
+        "num_tokens": len(vocabulary.tokens),
+        "eos_token": vocabulary.tokens[ends[0]],
+        "template_hash": chat.template_hash(tokenizer),
+        "num_strings": num_strings,
+        "composes_accents": composes,
+        "check_seconds": round(time.monotonic() - started, 1),
+        "summary": f"{num_strings} strings give the same tokens in llama.cpp, pre-tokenizer {vocabulary.pre}",
+    }
+    (folder / "preflight.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    return facts
+
+
+def _conversations() -> Iterator[list[Message]]:
+    question, answer = "What was revenue in 2019,\n$ 1,234.5  million?", "subtract(5829, 5735)"
+    user, assistant = Message(role="user", content=question), Message(role="assistant", content=answer)
+    yield [user]
+    yield [user, assistant, user]
+    yield [Message(role="system", content=" Be brief. "), user]
