@@ -42,7 +42,7 @@ ROOTS_OVER_ROOMS = {
     "fintune.preparation_chat": {"finqa", "sources"},
     "fintune.prepared": {"sources"},
     "fintune.steps": {"sources"},  # the files that a run reads
-    "fintune.shots": {"finqa"},  # solved questions before the question
+    "fintune.shots": {"finqa", "sources"},  # solved questions before the question
 }
 """Root modules that may import rooms or stages, and which. All others are below the rooms; ``steps`` loads
 stages by name when they run."""

@@ -11,9 +11,11 @@ from typing import get_args
 import pytest
 
 from fintune.config import effective, fields, load
-from fintune.errors import DataError, ModelError
+from fintune.errors import ConfigError, DataError, ModelError
 from fintune.options import Config, ModelKind
 from fintune.steps import NEEDS, build
+
+ENDPOINT = "predict.endpoint=http://127.0.0.1:8080/v1"
 
 
 def names(config: Config) -> list[str]:
@@ -38,13 +40,13 @@ def test_only_what_is_asked_for_is_measured() -> None:
 def test_every_input_comes_before_what_reads_it() -> None:
     for models in (["base"], ["Q4_K_M"], list(get_args(ModelKind))):
         seen: set[str] = set()
-        for step in build(load(None, [f"predict.models={json.dumps(models)}"]).config):
+        for step in build(load(None, [f"predict.models={json.dumps(models)}", ENDPOINT]).config):
             assert set(step.inputs) <= seen, step.name
             seen.add(step.name)
 
 
 def test_each_kind_of_model_is_read_from_the_step_that_makes_it() -> None:
-    assert set(NEEDS) == set(get_args(ModelKind)) - {"base"}
+    assert set(NEEDS) == set(get_args(ModelKind)) - {"base", "endpoint"}
     inputs = {step.name: step.inputs for step in build(Config())}
     assert inputs["predict/base"] == ("prepare",)
     assert inputs["predict/Q4_K_M"] == ("prepare", "export")
@@ -64,7 +66,8 @@ def test_options_of_a_step_name_options_that_there_are() -> None:
 
 
 def test_every_option_that_can_change_a_result_belongs_to_a_step() -> None:
-    owned = {key for step in build(Config()) for key in effective(Config(), step.options)}
+    measured = load(None, [f"predict.models={json.dumps(get_args(ModelKind))}", ENDPOINT]).config
+    owned = {key for step in build(measured) for key in effective(measured, step.options)}
     # Which models are measured decides which steps there are, not what any of them gives.
     assert effective(Config(), list(Config.model_fields)).keys() - owned == {"predict.models"}
 
@@ -73,6 +76,18 @@ def test_asking_for_one_more_kind_of_model_makes_no_other_stale() -> None:
     few, all_kinds = (load(None, [f"predict.models={models}"]).config for models in ("[base]", "[base, adapter]"))
     keys = [{step.name: effective(config, step.options) for step in build(config)} for config in (few, all_kinds)]
     assert keys[0]["predict/base"] == keys[1]["predict/base"]
+
+
+def test_another_address_makes_no_kind_of_model_stale_but_what_is_served_there() -> None:
+    models = f"predict.models={json.dumps(get_args(ModelKind))}"
+    configs = [load(None, [models, address]).config for address in (ENDPOINT, f"{ENDPOINT}#other")]
+    keys = [{step.name: effective(config, step.options) for step in build(config)} for config in configs]
+    assert [name for name in keys[0] if keys[0][name] != keys[1][name]] == ["predict/endpoint"]
+
+
+def test_what_is_served_is_measured_only_with_an_address() -> None:
+    with pytest.raises(ConfigError, match=r"predict\.models asks for endpoint; set predict\.endpoint"):
+        load(None, ["predict.models=[endpoint]"])
 
 
 def test_only_stages_that_can_go_on_are_resumed() -> None:

@@ -25,6 +25,7 @@ from fintune.engines.endpoint import is_endpoint, parse
 from fintune.engines.protocol import Completion, Decoding, Engine
 from fintune.errors import ModelError
 from fintune.model_folder import adapter_base
+from fintune.options import Config
 from fintune.records import Message
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from fintune.engines.openai import OpenAIEngine
 
 EngineName = Literal["transformers", "llama.cpp", "vllm", "openai"]
+AskedEngine = Literal["auto", EngineName]
 Precision = Literal["auto", "bfloat16", "float16", "float32"]
 Conversation = Sequence[Message]
 
@@ -62,7 +64,7 @@ class Named:
 
     name: str
     adapter: Path | None = None
-    engine: Literal["auto", "transformers", "llama.cpp", "vllm", "openai"] = "auto"
+    engine: AskedEngine = "auto"
     context_tokens: int = 2144
     load_in_4bit: bool = False
     precision: Precision = "float32"
@@ -70,6 +72,30 @@ class Named:
     threads: int | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+
+    @classmethod
+    def with_options(
+        cls,
+        name: str,
+        config: Config,
+        *,
+        adapter: Path | None = None,
+        engine: AskedEngine = "auto",
+        load_in_4bit: bool = False,
+    ) -> Named:
+        """A model with the options of a run, for which it need not be the run's own."""
+        return cls(
+            name,
+            adapter=adapter,
+            engine=config.predict.engine if engine == "auto" else engine,
+            context_tokens=config.prompt.max_length + config.predict.max_new_tokens,
+            load_in_4bit=load_in_4bit,
+            precision=config.predict.precision,
+            batch_size=config.predict.batch_size,
+            threads=config.predict.threads,
+            revision=config.model.revision if name == config.model.name else None,
+            trust_remote_code=config.model.trust_remote_code,
+        )
 
 
 class Answerer(Protocol):

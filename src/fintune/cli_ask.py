@@ -50,18 +50,7 @@ def ask(
     from fintune.stages.ask import ask as stage
 
     options = load(config, overrides).config
-    named = Named(
-        model,
-        adapter=adapter,
-        engine=engine,
-        context_tokens=options.prompt.max_length + options.predict.max_new_tokens,
-        load_in_4bit=load_in_4bit,
-        precision=options.predict.precision,
-        batch_size=1,
-        threads=options.predict.threads,
-        revision=options.model.revision if model == options.model.name else None,
-        trust_remote_code=options.model.trust_remote_code,
-    )
+    named = Named.with_options(model, options, adapter=adapter, engine=engine, load_in_4bit=load_in_4bit)
     engine_of(named)
     more = read_text(text, hint="give plain text")[0] if text is not None else ""
     record = read_page(page, question, text=more, record_id=record_id)

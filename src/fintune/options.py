@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-ModelKind = Literal["base", "adapter", "merged", "F16", "Q4_K_M"]
+ModelKind = Literal["base", "adapter", "merged", "F16", "Q4_K_M", "endpoint"]
 Shape = Literal["messages", "sharegpt", "preference", "alpaca", "question_answer", "prompt_completion"]
 """What a row of a conversation source looks like; see docs/data.md."""
 
@@ -306,7 +306,24 @@ class PredictOptions(Options):
 
     models: Annotated[tuple[ModelKind, ...], Field(min_length=1)] = Field(
         ("base", "adapter", "merged", "F16", "Q4_K_M"),
-        description="What is measured: the model before training, base + adapter, merged folder, GGUF files by type.",
+        description="What is measured: the model before training, base + adapter, merged folder, GGUF files by type; "
+        "and `endpoint`, whatever is served at `predict.endpoint`.",
+    )
+    endpoint: str | None = Field(
+        None,
+        description="Address of an OpenAI-compatible server (llama.cpp, vLLM, Ollama, ...), as "
+        "`http://127.0.0.1:8080/v1#MODEL`; its own chat template renders the prompts. A key is read from the "
+        "environment variable FINTUNE_API_KEY or OPENAI_API_KEY.",
+    )
+    engine: Literal["auto", "transformers", "vllm"] = Field(
+        "auto",
+        description="What runs Hugging Face folders; `auto` is transformers. llama.cpp runs GGUF files.",
+    )
+    num_shots: int = Field(
+        0,
+        ge=0,
+        description="Training questions with evidence and program that stand before each question: the most similar "
+        "ones, none from a page that is scored. Those that do not fit `prompt.max_length` are left out.",
     )
     max_new_tokens: int = Field(
         96, ge=1, description="Tokens of a completion at most; the longest gold of FinQA needs about 90."
@@ -347,6 +364,8 @@ class PredictOptions(Options):
                 f"predict.num_candidates is not read with predict.strategy: {self.strategy}; "
                 "set execution_guided or vote, or remove it"
             )
+        if "endpoint" in self.models and self.endpoint is None:
+            raise ValueError("predict.models asks for endpoint; set predict.endpoint to its address")
         return self
 
 

@@ -8,18 +8,23 @@ fit, the least similar are left out.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from fintune.errors import DataError
+from fintune.errors import ArtifactError, DataError
 from fintune.finqa.evidence import derive
 from fintune.finqa.execute import execute
 from fintune.finqa.identity import group_of
 from fintune.finqa.program import tokenize
-from fintune.finqa.prompt import excerpt
+from fintune.finqa.prompt import excerpt, prompt_budget
 from fintune.finqa.similarity import SimilarTexts
-from fintune.records import FinQARecord, Message
+from fintune.options import Config
+from fintune.progress import track
+from fintune.records import Example, FinQARecord, Message
+from fintune.sources import splits
 
 
 @dataclass(frozen=True)
@@ -142,3 +147,39 @@ def _shot(record: FinQARecord) -> Shot | None:
         keys = list(derived.units)
     user = Message(role="user", content=excerpt(record, keys))
     return Shot(record.id, (user, Message(role="assistant", content=record.qa.program.strip())))
+
+
+def examples_with_shots(
+    config: Config, prepare: Path, examples: Sequence[Example], count: Callable[[Sequence[Message]], int]
+) -> tuple[list[Example], Prompts]:
+    """The evaluation examples of a run with shots from its training data.
+
+    Args:
+        config: The run; ``predict.num_shots`` is not 0.
+        prepare: Its finished folder.
+        examples: All evaluation examples.
+        count: Tokens of rendered messages.
+
+    Raises:
+        ArtifactError: The training data is not what the folder was made from.
+        DataError: It cannot be read, or all of it asks about pages that are scored.
+    """
+    with (prepare / "train.jsonl").open(encoding="utf-8") as lines:
+        trained = {each.id for each in map(Example.model_validate_json, lines)}
+    records = [each for each in splits.load(config)["train"].records if each.id in trained]
+    if len(records) != len(trained):
+        raise ArtifactError(
+            f"{prepare} was made from other training data: {len(trained) - len(records)} of its examples are not there",
+            hint="put the files back, or run fintune prepare again",
+        )
+    gold = json.loads((prepare / "gold.json").read_text(encoding="utf-8"))
+    questions = {each.id: each.qa.question for each in map(FinQARecord.model_validate, gold)}
+    shots = Shots(records, [each.id for each in examples], config.predict.num_shots)
+    budget = prompt_budget(config.prompt.max_length)
+    made = [
+        each.model_copy(
+            update={"messages": shots.insert(each.id, questions[each.id], each.messages, budget=budget, count=count)}
+        )
+        for each in track(examples, "choose shots", len(examples))
+    ]
+    return made, shots.prompts

@@ -59,6 +59,7 @@ def build(config: Config) -> list[Step]:
         Step("export", ("merge",), ("export",), _stage("export"), _nothing, disk.export_bytes),
         *_measure(config, "F16"),
         *_measure(config, "Q4_K_M"),
+        *_measure(config, "endpoint"),
     ]
     steps.append(
         Step("report", tuple(step.name for step in steps), (), _stage("report"), _nothing, lambda _: 50_000_000)
@@ -89,7 +90,8 @@ def _measure(config: Config, kind: ModelKind) -> list[Step]:
 def _predict_options(kind: ModelKind) -> tuple[str, ...]:
     # Adding a kind to predict.models must not make the predictions of the others stale.
     assert kind in get_args(ModelKind)
-    names = set(PredictOptions.model_fields) - {"models", "threads"}
+    others = {"endpoint": {"precision", "engine"}, "F16": {"endpoint", "engine"}, "Q4_K_M": {"endpoint", "engine"}}
+    names = set(PredictOptions.model_fields) - {"models", "threads"} - others.get(kind, {"endpoint"})
     return tuple(f"predict.{name}" for name in sorted(names))
 
 

@@ -184,3 +184,57 @@ def test_a_page_that_gold_json_lacks_is_named(tiny_model, inputs, tmp_path):
 def test_options_that_contradict_each_other_are_refused(options, words):
     with pytest.raises(ValidationError, match=words):
         config("m", **options)
+
+
+def test_shots_of_the_training_data_stand_before_each_question_and_in_the_manifest(tmp_path, tiny_model):
+    from fintune.stages.prepare import prepare
+
+    options = {
+        "model": {"name": str(tiny_model)},
+        "data": {"statements": {"train_companies": 3, "eval_companies": 1, "size": "small"}},
+        "prompt": {"max_length": 1500},
+        "predict": {"max_new_tokens": 3},
+    }
+    plain = Config.model_validate(options)
+    inputs = {"prepare": tmp_path / "prepare"}
+    inputs["prepare"].mkdir()
+    prepare(plain, {}, inputs["prepare"])
+    shown = Config.model_validate({**options, "predict": {"max_new_tokens": 3, "num_shots": 2}})
+    counts = {}
+    for name, each in (("plain", plain), ("shown", shown)):
+        (tmp_path / name).mkdir()
+        facts = predict(each, inputs, tmp_path / name, kind="base")
+        lines = (tmp_path / name / "predictions.jsonl").read_text().splitlines()
+        counts[name] = [Prediction.model_validate_json(line).num_prompt_tokens for line in lines]
+    assert all(one < other for one, other in zip(counts["plain"], counts["shown"], strict=True))
+    used = json.loads((tmp_path / "shown/shots.json").read_text())
+    assert facts["num_shots_used"] == 2 * len(used) == 2 * len(counts["shown"])
+    assert facts["shot_ids"] == sorted({shot for shots in used.values() for shot in shots})
+    trained = {json.loads(line)["id"] for line in (inputs["prepare"] / "train.jsonl").read_text().splitlines()}
+    assert set(facts["shot_ids"]) <= trained
+    assert not (tmp_path / "plain/shots.json").exists()
+    other = shown.model_copy(update={"run": shown.run.model_copy(update={"seed": 3})})
+    with pytest.raises(ArtifactError, match="was made from other training data"):
+        predict(other, inputs, tmp_path / "shown", kind="base")
+
+
+def test_what_is_served_is_asked_the_conversations(tiny_model, inputs, tmp_path):
+    from engines.served import Scripted, said
+
+    with Scripted((200, said("add(1, 2)"))) as served:
+        options = config(tiny_model, models=["endpoint"], endpoint=f"{served.url}#m", batch_size=1)
+        (tmp_path / "p").mkdir()
+        facts = predict(options, inputs, tmp_path / "p", kind="endpoint")
+    assert facts["num_predictions"] == len(served.seen) == 5
+    assert served.seen[0][1]["messages"][-1]["role"] == "user"
+    official = json.loads((tmp_path / "p/official.json").read_text())
+    assert official[4] == {"id": "x4", "predicted": ["add(", "1", "2", ")", "EOF"]}
+
+
+def test_vllm_runs_the_folder_where_it_is_asked_for(tiny_model, inputs, tmp_path, monkeypatch):
+    from engines import fake_vllm
+
+    fake_vllm.install(monkeypatch)
+    _, wanted = run(tiny_model, inputs, tmp_path / "a")
+    _, found = run(tiny_model, inputs, tmp_path / "b", engine="vllm")
+    assert [each.token_ids for each in found] == [each.token_ids for each in wanted]

@@ -204,6 +204,27 @@ class OpenAIEngine:
         self._connection.close()
 
 
+class ChatEngine:
+    """An engine of rendered prompts that sends the conversations they were rendered from.
+
+    Args:
+        served: Gets the conversations.
+        conversations: By rendered prompt.
+    """
+
+    def __init__(self, served: OpenAIEngine, conversations: Mapping[str, Sequence[Message]]) -> None:
+        self.name = served.name
+        self._served, self._conversations = served, conversations
+
+    def generate(self, prompts: Sequence[str], decoding: Decoding) -> Iterator[Completion]:
+        """See :meth:`OpenAIEngine.chat`."""
+        return self._served.chat([self._conversations[prompt] for prompt in prompts], decoding)
+
+    def close(self) -> None:
+        """Drop the connections."""
+        self._served.close()
+
+
 def _chosen(endpoint: Endpoint, served: Sequence[Mapping[str, Any]]) -> str:
     names = [str(each.get("id")) for each in served]
     listed = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")

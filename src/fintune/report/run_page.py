@@ -19,6 +19,7 @@ KINDS: Mapping[str, str] = {
     "merged": "merged",
     "F16": "GGUF F16",
     "Q4_K_M": "GGUF Q4_K_M",
+    "endpoint": "served",
 }
 """Kinds of model in the order of the chain, with the name that the page gives them."""
 

@@ -48,13 +48,14 @@ class _BrokenError(Exception):
         self.reason, self.why = reason, why
 
 
-def read_finqa(path: Path, *, strict: bool = False, instead: str = _NOT_STRICT) -> ReadResult:
+def read_finqa(path: Path, *, strict: bool = False, instead: str = _NOT_STRICT, needs_gold: bool = True) -> ReadResult:
     """Read a FinQA file.
 
     Args:
         path: JSON list or JSON lines, plain or gzip.
         strict: Stop at the first record that cannot be used, instead of dropping and counting it.
         instead: How the user would have it dropped, for the hint of that error.
+        needs_gold: Whether a record without a program and its result is none that can be used; else both are "".
 
     Raises:
         DataError: The file is missing, unreadable, truncated, no list or empty; no record of it can be used; or, with
@@ -70,7 +71,7 @@ def read_finqa(path: Path, *, strict: bool = False, instead: str = _NOT_STRICT) 
     for row, raw in _rows(path, text):
         record_id = _id(raw)
         try:
-            record = _record(raw)
+            record = _record(raw, needs_gold=needs_gold)
             if record.id in rows:
                 raise _BrokenError("duplicate id", f"the same id as row {rows[record.id]}")
         except _BrokenError as broken:
@@ -161,7 +162,7 @@ def _id(raw: object) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-def _record(raw: object) -> FinQARecord:
+def _record(raw: object, *, needs_gold: bool = True) -> FinQARecord:
     if isinstance(raw, _BrokenError):
         raise raw
     if not isinstance(raw, dict):
@@ -171,7 +172,10 @@ def _record(raw: object) -> FinQARecord:
     qa = raw.get("qa")
     if not isinstance(qa, dict):
         raise _BrokenError("no question", f"qa is {_kind(qa)}, not an object")
-    for key in ("question", "program"):
+    has_gold = needs_gold or all(qa.get(key) not in (None, "") for key in ("program", "exe_ans"))
+    if not has_gold:
+        qa = {**qa, "program": "", "exe_ans": ""}
+    for key in ("question", "program") if has_gold else ("question",):
         value = qa.get(key)
         if value is None or (isinstance(value, str) and not value.strip()):
             raise _BrokenError(f"no {key}", f"qa.{key} is missing or empty")
@@ -186,7 +190,7 @@ def _record(raw: object) -> FinQARecord:
         name = where[1] if where[0] == "qa" and len(where) > 1 else where[0]
         raise _BrokenError(f"bad {name}", f"{'.'.join(where)}: {_plain(first['msg'])}") from None
     answer = record.qa.exe_ans
-    if answer not in {"yes", "no"} and (isinstance(answer, str) or not math.isfinite(answer)):
+    if has_gold and answer not in {"yes", "no"} and (isinstance(answer, str) or not math.isfinite(answer)):
         raise _BrokenError("bad exe_ans", f"qa.exe_ans is {answer!r}, which is neither a number nor 'yes' or 'no'")
     return record
 

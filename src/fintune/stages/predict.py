@@ -23,6 +23,7 @@ from fintune.finqa.program import tokenize
 from fintune.options import Config, ModelKind
 from fintune.progress import bar
 from fintune.records import Example, FinQARecord, Prediction
+from fintune.shots import examples_with_shots
 from fintune.tuning import full
 from fintune.tuning.quiet import quiet_libraries
 
@@ -39,8 +40,10 @@ def predict(config: Config, inputs: Mapping[str, Path], folder: Path, *, kind: M
         config: The run.
         inputs: Needs ``prepare``, and ``train``, ``merge`` or ``export`` according to the kind.
         folder: Gets ``predictions.jsonl`` and ``official.json``, both in the order of ``eval.jsonl``, and
-            ``predictions.key.json``, which says what they are from.
-        kind: The model before training, base + adapter, the merged folder, or a GGUF file by its type.
+            ``predictions.key.json``, which says what they are from; ``shots.json`` with the ids of the shots of each
+            question where there are any.
+        kind: The model before training, base + adapter, the merged folder, a GGUF file by its type, or what is served
+            at ``predict.endpoint``.
 
     Returns:
         Predictions, seconds, generated tokens a second, share that was cut off at ``predict.max_new_tokens``, programs
@@ -54,6 +57,11 @@ def predict(config: Config, inputs: Mapping[str, Path], folder: Path, *, kind: M
     """
     examples = _examples(inputs["prepare"] / "eval.jsonl")
     tokenizer = _tokenizer(config)
+    shots = None
+    if config.predict.num_shots:
+        examples, shots = examples_with_shots(
+            config, inputs["prepare"], examples, lambda turns: len(chat.encode_prompt(tokenizer, turns))
+        )
     prompts = {each.id: chat.render(tokenizer, each.messages) for each in examples}
     key = {
         "model": _fingerprint(config, inputs, kind),
@@ -64,13 +72,19 @@ def predict(config: Config, inputs: Mapping[str, Path], folder: Path, *, kind: M
     try:
         todo = [each for each in examples if each.id not in journal.done]
         if todo:
-            engine = _open_engine(config, inputs, kind, tokenizer)
+            engine = (
+                _served(config, todo, prompts) if kind == "endpoint" else _open_engine(config, inputs, kind, tokenizer)
+            )
             _decode(config, engine, tokenizer, todo, prompts, journal, _Gold(inputs["prepare"] / "gold.json"), kind)
             engine.close()
             gc.collect()  # the next kind's model should not stand beside this one in memory
     finally:
         journal.close()
-    return _finish(folder, [journal.done[each.id] for each in examples])
+    facts = _finish(folder, [journal.done[each.id] for each in examples])
+    if shots is not None:
+        _write(folder / "shots.json", json.dumps(shots.used, indent=1) + "\n")
+        facts |= shots.facts()
+    return facts
 
 
 def _decode(
@@ -92,7 +106,8 @@ def _decode(
         completions = engine.generate([prompts[e.id] for e in todo], decoding(options, allowed))
         for number, (example, page) in enumerate(zip(todo, pages, strict=True)):
             found = list(islice(completions, options.num_candidates))
-            _check_prompt(example, found[0], tokenizer, kind)
+            if kind != "endpoint":  # it has a tokenizer and a chat template of its own
+                _check_prompt(example, found[0], tokenizer, kind)
             prediction = predict_one(example.id, found, options, page.table, allowed[number] if allowed else None)
             journal.append(prediction)
             gold.add(prediction)
@@ -180,6 +195,8 @@ def _fingerprint(config: Config, inputs: Mapping[str, Path], kind: str) -> str:
         return f"{base} {models.model_fingerprint(full.result(inputs['train']) or inputs['train'] / 'adapter')}"
     if kind == "merged":
         return models.model_fingerprint(inputs["merge"])
+    if kind == "endpoint":
+        return str(config.predict.endpoint)
     stat = _gguf(config, inputs, kind).stat()
     return f"{kind} {stat.st_size} {stat.st_mtime_ns}"
 
@@ -195,21 +212,44 @@ def _open_engine(config: Config, inputs: Mapping[str, Path], kind: str, tokenize
             threads=threads,
         )
 
+    name, revision = (str(inputs["merge"]), None) if kind == "merged" else (config.model.name, config.model.revision)
+    whole = full.result(inputs["train"]) if kind == "adapter" else None
+    if whole is not None:
+        name, revision = str(whole), None
+    ref = models.fetch(models.resolve(name, revision=revision))
+    adapter = inputs["train"] / "adapter" if kind == "adapter" and whole is None else None
+    if config.predict.engine == "vllm":
+        from fintune.engines.vllm_engine import VllmEngine
+
+        assert ref.path is not None, "fetch fills the path"
+        return VllmEngine(
+            ref.path,
+            tokenizer,
+            adapter=adapter,
+            context_tokens=config.prompt.max_length + config.predict.max_new_tokens,
+            dtype=config.predict.precision,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+
     import torch
 
     from fintune.engines.transformers_engine import TransformersEngine
 
     torch.set_num_threads(threads)
-    name, revision = (str(inputs["merge"]), None) if kind == "merged" else (config.model.name, config.model.revision)
-    whole = full.result(inputs["train"]) if kind == "adapter" else None
-    if whole is not None:
-        name, revision = str(whole), None
-    ref = models.resolve(name, revision=revision)
     model = models.load_model(ref, dtype=config.predict.precision, trust_remote_code=config.model.trust_remote_code)
-    if kind == "adapter" and whole is None:
+    if adapter is not None:
         with quiet_libraries():
-            model = models.load_adapter(model, inputs["train"] / "adapter")
+            model = models.load_adapter(model, adapter)
     return TransformersEngine(model.eval(), tokenizer, config.predict.batch_size)
+
+
+def _served(config: Config, todo: Sequence[Example], prompts: Mapping[str, str]) -> Engine:
+    from fintune.engines.endpoint import parse
+    from fintune.engines.openai import ChatEngine, OpenAIEngine
+
+    assert config.predict.endpoint is not None, "the options ask for it"
+    served = OpenAIEngine(parse(config.predict.endpoint), parallel=config.predict.batch_size)
+    return ChatEngine(served, {prompts[each.id]: each.messages for each in todo})
 
 
 class _Gold:
