@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from fintune.report.agreement import NEAR_TIE_NATS
 from fintune.report.examples import Answer, browser_blocks
-from fintune.report.parts import accuracy, data, made, pairs, training
+from fintune.report.parts import accuracy, confidence, data, made, pairs, training
 from fintune.report.run_page import KINDS, RunPage
 from fintune.report.templating import fill
 
@@ -25,6 +25,7 @@ def render(page: RunPage) -> str:
     """The page as HTML."""
     compared = [pairs.pair(page, a, b, agreement) for a, b, agreement in page.agreements]
     trained, prepared = training.context(page.metrics), data.context(page.data)
+    sure = confidence.context(page)
     index, pages = ("", "")
     if page.records and page.predictions:
         answers = {
@@ -36,6 +37,7 @@ def render(page: RunPage) -> str:
         index, pages = browser_blocks(page.records, answers, page.num_cut)
     present = (
         (page.measured, "accuracy", "Accuracy"),
+        (sure, "confidence", "Confidence"),
         (compared, "agreement", "Agreement"),
         (trained, "training", "Training"),
         (prepared, "data", "Data"),
@@ -55,6 +57,7 @@ def render(page: RunPage) -> str:
         same_n=accuracy.same_n(page.measured),
         unended=accuracy.unended(page.measured),
         plot=accuracy.plot(page.measured) if page.measured else "",
+        confidence=sure,
         pairs=compared,
         threshold=NEAR_TIE_NATS,
         training=trained,

@@ -55,7 +55,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of :func:`loss_plot`: values over optimiser steps."""
+    """One line of a plot: values over optimiser steps, or over what the plot says."""
 
     steps: Sequence[float]
     values: Sequence[float]
@@ -198,6 +198,31 @@ def length_plot(
         _plain(axes, grid="y")
 
     return _figure(name, title, draw, height=230)
+
+
+def coverage_plot(name: str, title: str, curves: Sequence[tuple[str, int, Curve]]) -> str:
+    """Accuracy over the share of questions that are answered, both as fractions.
+
+    Args:
+        name: Unique on the page.
+        title: For a screen reader.
+        curves: Label, number of the colour, and the curve, whose ``steps`` are the shares.
+    """
+
+    def draw(figure: Figure, wide: bool) -> None:
+        axes = figure.add_subplot()
+        for _, series, curve in curves:
+            steps, values = ([100 * each for each in side] for side in (curve.steps, curve.values))
+            axes.plot(steps, values, color=_SERIES[series], linewidth=2, drawstyle="steps-post")
+            axes.plot(steps[-1:], values[-1:], "o", color=_SERIES[series], markersize=6, clip_on=False)
+        axes.set_xlim(0, 100)
+        axes.set_ylim(0, 103)
+        axes.set_xticks(range(0, 101, 20 if wide else 25))
+        axes.set_xlabel("questions answered, %")
+        axes.set_ylabel("execution accuracy, %")
+        _plain(axes, grid="y")
+
+    return _figure(name, title, draw, height=270)
 
 
 def smooth(values: Sequence[float]) -> list[float]:
