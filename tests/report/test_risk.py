@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from fintune.options import Config
 from fintune.report.page import render
 from fintune.report.parts import confidence
 from fintune.report.risk import answered_accuracy, at_coverage
+from fintune.report.run_page import KINDS
 from fintune.stages.report import collect
 from report.example_run import records, write_run
 from report.outline import outline
@@ -31,6 +34,19 @@ def test_at_least_one_answer_is_given():
 def page(tmp_path_factory):
     config = Config.model_validate({"predict": {"strategy": "vote", "num_candidates": 4}})
     return collect(config, write_run(tmp_path_factory.mktemp("run"), config, records(8), ("base", "adapter")))
+
+
+def test_every_kind_has_a_colour_of_its_own(tmp_path):
+    kinds = tuple(KINDS)
+    page = collect(Config(), write_run(tmp_path, Config(), records(4), kinds))
+    html = render(sure(page, kinds))
+    assert {f"var(--s{number})" for number in range(len(KINDS))} <= set(re.findall(r"var\(--s\d\)", html))
+    assert all(html.count(f"--s{number}: #") == 2 for number in range(len(KINDS)))
+    assert 'id="agreement"' in html
+
+
+def test_drawn_tokens_are_not_compared(page):
+    assert 'id="agreement"' not in render(page)
 
 
 def sure(page, kinds):

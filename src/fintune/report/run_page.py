@@ -90,7 +90,9 @@ class RunPage:
 
     @property
     def agreements(self) -> list[tuple[str, str, Agreement]]:
-        """Every pair of trained kinds, compared."""
+        """Every pair of trained kinds, compared; none where tokens were drawn, which differ by chance."""
+        if self.config.predict.strategy != "greedy":
+            return []
         trained = [kind for kind in self.predictions if kind != "base"]
         right = {kind: {id_: v.exe_correct for id_, v in by_id.items()} for kind, by_id in self.verdicts.items()}
         return [
