@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from fintune import models
 from fintune.artifact import Facts
-from fintune.errors import ModelError
+from fintune.errors import ArtifactError, ModelError
 from fintune.gguf.export import ExportReport
 from fintune.gguf.export import export as write_gguf
 from fintune.gguf.importance import Importance, read_importance
@@ -30,6 +30,7 @@ from fintune.gguf.rounded_weights import RoundedWeights
 from fintune.machine import peak_memory_bytes, release_memory, reset_peak_memory, size
 from fintune.options import Config
 from fintune.progress import Bar, bar, say, track
+from fintune.tuning import full
 from fintune.tuning.quiet import quiet_libraries
 
 IMPORTANCE_TOKENS = 32_768
@@ -147,6 +148,10 @@ def _write(
 @contextmanager
 def _merged_while_read(config: Config, adapter: Path, folder: Path) -> Iterator[tuple[Path, RoundedWeights]]:
     """A folder of all that a merged model holds but its weights, and the weights, which lie nowhere."""
+    if full.result(adapter.parent) is not None:
+        raise ArtifactError(
+            f"{adapter.parent} holds all weights of a model and no adapter", hint="export it from the merge stage"
+        )
     ref = models.fetch(models.resolve(config.model.name, revision=config.model.revision))
     assert ref.path is not None, "fetch fills the path"
     with tempfile.TemporaryDirectory(prefix=".model-", dir=folder) as place, MergedWeights(ref.path, adapter) as merged:

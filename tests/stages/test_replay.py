@@ -1,0 +1,74 @@
+"""The replay stage: what is compared, what fails it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fintune import models
+from fintune.errors import ArtifactError
+from fintune.options import AdapterOptions, Config
+from fintune.stages import replay as module
+from fintune.stages.export import export
+from fintune.stages.merge import merge
+from fintune.stages.replay import replay
+from fintune.tuning import adapter
+from prepared_rows import prepared
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("xllamacpp")
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model, tmp_path_factory):
+    """A finished chain with a random adapter."""
+    folder = tmp_path_factory.mktemp("run")
+    options = {"run": {"name": "t"}, "model": {"name": str(tiny_model)}, "export": {"types": ("F16", "Q4_K_M")}}
+    config = Config.model_validate(options | {"predict": {"models": ["base"]}})
+    base = models.load_model(models.resolve(str(tiny_model)), dtype="float32", device="cpu")
+    adapted = adapter.attach(base, AdapterOptions(r=4))
+    torch.manual_seed(1)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            weight.data = torch.randn_like(weight) * 0.05
+    inputs = {name: folder / name for name in ("train", "merge", "export")}
+    for path in inputs.values():
+        path.mkdir()
+    adapter.save(adapted, str(tiny_model), None, inputs["train"] / "adapter")
+    inputs["prepare"] = prepared(folder / "prepare", tiny_model, 6)
+    merge(config, inputs, inputs["merge"])
+    export(config, inputs, inputs["export"])
+    return config, inputs
+
+
+def test_every_form_is_compared_with_what_was_trained(run, tmp_path):
+    config, inputs = run
+    facts = replay(config, inputs, tmp_path)
+    assert list(facts["replayed"]) == ["adapter", "merged", "F16", "Q4_K_M"]
+    assert facts["num_positions"] > 60
+    adapter_kl, merged_kl, f16_kl, q4_kl = (each["mean_kl"] for each in facts["replayed"].values())
+    assert adapter_kl == pytest.approx(0, abs=1e-9) and merged_kl < 1e-8 and f16_kl < 1e-6 < q4_kl
+    assert facts["replayed"]["merged"]["same_best_token_share"] == 1
+    assert json.loads((tmp_path / "replay.json").read_text()) == facts
+
+
+def test_another_model_in_the_file_fails_the_stage(run, tiny_model, tmp_path):
+    config, inputs = run
+    (tmp_path / "export").mkdir()
+    export(config, {"merge": tiny_model}, tmp_path / "export")
+    with pytest.raises(ArtifactError, match=r"F16 gives the trained model's best token at \d+\.\d% of \d+ positions"):
+        replay(config, inputs | {"export": tmp_path / "export"}, tmp_path)
+    assert not (tmp_path / "replay.json").exists()
+
+
+def test_a_run_without_a_merged_folder_is_replayed_too(run, tmp_path):
+    config, inputs = run
+    facts = replay(config, {name: path for name, path in inputs.items() if name != "merge"}, tmp_path)
+    assert list(facts["replayed"]) == ["adapter", "F16", "Q4_K_M"]
+
+
+def test_no_more_examples_than_asked_are_replayed(run, tmp_path, monkeypatch):
+    config, inputs = run
+    monkeypatch.setattr(module, "NUM_GOLDEN", 1)
+    assert replay(config, inputs, tmp_path)["num_positions"] < 30
