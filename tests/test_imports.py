@@ -35,6 +35,8 @@ ROOTS_OVER_ROOMS = {
     "fintune.answerer": {"engines", "tuning"},  # a model by its name, in the engine that goes with it
     "fintune.cli": {"report", "stages"},
     "fintune.cli_ask": {"report", "sources", "stages"},
+    "fintune.cli_plan": {"stages"},
+    "fintune.cli_predict": {"stages"},
     "fintune.conversations": {"finqa"},  # examples of one page as one training row
     "fintune.disk": {"gguf", "sources"},  # the size of a GGUF before it is written, and of the data
     "fintune.examples": {"finqa"},

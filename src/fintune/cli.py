@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Literal, NoReturn, TypeVar
 import click
 
 from fintune import __version__, machine
-from fintune.cli_ask import ask
+from fintune.cli_ask import ENGINES, ask
+from fintune.cli_plan import plan
+from fintune.cli_predict import predict_plain
 from fintune.errors import FintuneError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fintune.answerer import AskedEngine
     from fintune.selection import Selection
 
 _PIPE_COLUMNS = 400
@@ -146,8 +149,58 @@ _verb("prepare", "Data to examples and tokens.")
 _verb("train", "Fine-tune an adapter; an interrupted run goes on from its last checkpoint.")
 _verb("merge", "Fold the adapter into the base model: a 16-bit Hugging Face folder.")
 _verb("export", "Merged model to GGUF files for llama.cpp.")
-_verb("predict", "Answer the evaluation questions with each kind of model.")
 _verb("report", "One HTML page of the run.")
+
+
+@app.command()
+@click.argument("config", type=_FILE, required=False, metavar="[CONFIG]")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--redo", is_flag=True, help="Even if it is up to date.")
+@_dry_run
+@click.option("--model", metavar="MODEL", help="Instead of a run's models: folder, hub id, GGUF file or URL#NAME.")
+@click.option("--adapter", type=_FILE, metavar="DIR", help="PEFT adapter of --model.")
+@click.option("--engine", type=ENGINES, default="auto", show_default=True, help="What runs --model; auto: its name.")
+@click.option("--load-in-4bit", is_flag=True, help="Quantise the weights of --model while they load (bitsandbytes).")
+@click.option("--data", type=_FILE, help="FinQA file whose questions --model is asked.")
+@click.option("--train", type=_FILE, help="FinQA file that predict.num_shots come from; else the one beside --data.")
+@click.option("--out", type=_FILE, help="JSON file for the predictions of --model.")
+def predict(
+    config: Path | None,
+    overrides: tuple[str, ...],
+    redo: bool,
+    dry_run: bool,
+    model: str | None,
+    adapter: Path | None,
+    engine: AskedEngine,
+    load_in_4bit: bool,
+    data: Path | None,
+    train: Path | None,
+    out: Path | None,
+) -> None:
+    """Answer the evaluation questions with each kind of model, or those of --data with --model.
+
+    An interrupted command goes on from where it stopped.
+    """
+    if model is None and data is None and out is None and config is not None:
+        from fintune.selection import Selection
+
+        _run(config, overrides, Selection(only=("predict",), redo=("predict",) if redo else ()), dry_run)
+        return
+    if model is None or data is None or out is None:
+        raise click.UsageError("give a CONFIG, or --model, --data and --out together")
+    if config is not None and "=" in config.name:
+        config, overrides = None, (str(config), *overrides)
+    predict_plain(
+        model,
+        data,
+        out,
+        overrides,
+        config=config,
+        adapter=adapter,
+        train=train,
+        engine=engine,
+        load_in_4bit=load_in_4bit,
+    )
 
 
 @app.command()
@@ -205,6 +258,7 @@ def print_score(
 
 
 app.add_command(ask)
+app.add_command(plan)
 
 
 @app.command()

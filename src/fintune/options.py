@@ -251,7 +251,15 @@ class TrainOptions(Options):
         description="Arithmetic of the frozen weights; `auto` is bfloat16 where the processor multiplies it natively.",
     )
     gradient_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass: less memory, a third slower."
+        False,
+        description="Recompute the activations of every layer in the backward pass: less memory, a third slower. The "
+        "fused layers recompute as many as memory demands by themselves.",
+    )
+    max_memory_gib: float | None = Field(
+        None,
+        gt=0,
+        description="Memory that training may allocate on the GPU, in GiB; all that is free where empty. With the "
+        "fused layers the planner chooses recomputed layers and passes by it (`fintune plan`).",
     )
     fused_layers: Literal["auto", "always", "never"] = Field(
         "auto",

@@ -18,7 +18,7 @@ from fintune.engines.transformers_engine import TransformersEngine
 from fintune.errors import ArtifactError, ResourceError
 from fintune.options import Config
 from fintune.progress import say
-from fintune.tuning import adapter, full, metrics, reporters, sft
+from fintune.tuning import adapter, full, metrics, planned, reporters, sft
 from fintune.tuning.evaluate import BEST, Evaluation, best_step, out_of_patience
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ def _facts(config: Config, folder: Path, result: Path) -> dict[str, Any]:
         if "eval_accuracy" in at_kept:
             facts["eval_accuracy"] = at_kept["eval_accuracy"]
             told += f" and {at_kept['eval_accuracy']:.1%} right"
+    facts |= planned.read(folder)
     return facts | {"stopped_early": out_of_patience(lines, config.train), "summary": told}
 
 

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 from fintune.errors import ConfigError, FintuneError
 from fintune.options import TrainOptions
 from fintune.progress import bar, say
-from fintune.tuning import checkpoints, metrics
+from fintune.tuning import checkpoints, metrics, planned
 from fintune.tuning.adapter import compute_in_base_type, store_frozen_weights
 from fintune.tuning.attention import use_short_causal_attention
 from fintune.tuning.callbacks import make_callback
 from fintune.tuning.collate import CompletionCollator, num_steps, training_order
 from fintune.tuning.evaluate import BEST, Evaluation, Evaluator, best_step, load_best, out_of_patience
 from fintune.tuning.head import score_trained_positions
+from fintune.tuning.plan import TrainingPlan
 from fintune.tuning.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -106,7 +107,14 @@ def train(
     """
     from transformers import PrinterCallback
 
-    plan = make_plan([len(ids) for ids in rows["input_ids"]], options, seed)
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    plan = make_plan(lengths, options, seed)
+    fused, memory = _is_fused(model, options.fused_layers), None
+    if fused and model.device.type == "cuda":
+        memory = planned.plan_model(model, options, lengths)
+        # The same examples a step, in as many passes as memory demands.
+        passes = {"batch_size": memory.batch_size, "accumulation": memory.accumulation}
+        options = options.model_copy(update=passes)
     resume = checkpoints.latest(folder / "checkpoints")
     done = checkpoints.step_of(resume) if resume else 0
     earlier = metrics.cut(folder / "metrics.jsonl", done)
@@ -124,8 +132,8 @@ def train(
         )
         callbacks = [callback, *(reporters(done) if reporters else ()), *extra_callbacks]
         trained = rows.select(order)
-        if _is_fused(model, options.fused_layers):
-            trainer = _make_fused_trainer(model, tokenizer, trained, args, callbacks)
+        if fused:
+            trainer = _make_fused_trainer(model, tokenizer, trained, args, callbacks, memory)
         else:
             trainer = _make_trainer(model, tokenizer, trained, args, callbacks)
             trainer.model.register_forward_hook(_LossGuard(rows, trainer), with_kwargs=True)
@@ -136,6 +144,8 @@ def train(
         trainer.create_model_card = lambda *_args, **_kwargs: None
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if memory is not None:
+        planned.write(memory, folder)
     best = best_step(metrics.read(folder / "metrics.jsonl"), options.keep) if options.keep != "last" else None
     if best is None:
         return int(trainer.state.global_step)
@@ -173,7 +183,12 @@ def _is_fused(model: PeftModel | PreTrainedModel, choice: str) -> bool:
 
 
 def _make_fused_trainer(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, args: SFTConfig, callbacks: list[Any]
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    args: SFTConfig,
+    callbacks: list[Any],
+    memory: TrainingPlan | None,
 ) -> SFTTrainer:
     import torch
 
@@ -182,11 +197,17 @@ def _make_fused_trainer(
 
     base = model.get_base_model()
     compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    num_checkpointed = base.config.num_hidden_layers if args.gradient_checkpointing else 0
+    num_checkpointed = 0 if memory is None else memory.setting.num_checkpointed
+    if args.gradient_checkpointing:
+        num_checkpointed = base.config.num_hidden_layers
     # The layers recompute by themselves; the trainer would switch on transformers' way of it.
     args.gradient_checkpointing = False
     trainer = FusedTrainer(
-        options={"dtype": compute, "num_checkpointed": num_checkpointed},
+        options={
+            "dtype": compute,
+            "keep": memory is None or memory.setting.unpacked,
+            "num_checkpointed": num_checkpointed,
+        },
         model=model,
         args=args,
         data_collator=PackedCollator(),

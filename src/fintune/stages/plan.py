@@ -1,0 +1,57 @@
+"""``fintune plan``: the planner's choice for a configuration, before anything is loaded."""
+
+from __future__ import annotations
+
+from fintune import models
+from fintune.errors import ConfigError, ResourceError
+from fintune.model_folder import read_json
+from fintune.options import Config
+from fintune.tuning import planned
+from fintune.tuning.plan import GIB, RESERVE_BYTES
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def plan(config: Config, *, gib: float | None = None, longest: int | None = None) -> list[str]:
+    """The choice and its reasons, as lines.
+
+    Args:
+        config: The run.
+        gib: Memory of the GPU; that of this machine's where empty.
+        longest: Tokens of the longest example; ``prompt.max_length`` where empty.
+
+    Raises:
+        ConfigError: A model or a way of training that the planner does not know.
+        ResourceError: No GPU and no ``gib``, or not even one example a pass fits.
+    """
+    if config.adapter.kind == "full":
+        raise ConfigError("the planner knows adapters, not adapter.kind: full", hint="set adapter.kind to lora or dora")
+    ref = models.fetch(models.resolve(config.model.name, revision=config.model.revision))
+    assert ref.path is not None, "fetch fills the path"
+    model_config = read_json(ref.path / "config.json")
+    if model_config.get("model_type") not in FAMILIES:
+        raise ConfigError(
+            f"the planner knows {', '.join(FAMILIES)}, not {model_config.get('model_type')}",
+            hint="train with transformers' layers, and lower train.batch_size where memory does not suffice",
+        )
+    total = _total_bytes() if gib is None else int(gib * GIB)
+    limit = planned.limit_bytes(config.train.max_memory_gib, total)
+    longest = longest or config.prompt.max_length
+    made, advice = planned.plan_config(config, model_config, longest=longest, limit=limit)
+    return [
+        f"{config.model.name}, {config.adapter.kind} r={config.adapter.r} on {config.model.load} weights, "
+        f"{config.train.batch_size * config.train.accumulation} examples a step of at most {longest} tokens",
+        f"predicted: {made.predicted_bytes / GIB:.1f} GiB of {limit / GIB:.1f} "
+        f"({total / GIB:.1f} less {RESERVE_BYTES / GIB:.2f} for the context and the allocator)",
+        f"passes: {made.accumulation} of {made.batch_size} examples a step",
+        *(f"- {reason}" for reason in made.reasons),
+        f"- {advice}",
+    ]
+
+
+def _total_bytes() -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ResourceError("there is no CUDA GPU to plan for", hint="say how much memory yours has: --gib 24")
+    return int(torch.cuda.mem_get_info()[0])

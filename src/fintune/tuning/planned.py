@@ -1,0 +1,147 @@
+"""The planner applied to a model on its GPU, and to a configuration before there is one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fintune.errors import ResourceError
+from fintune.options import AdapterOptions, Config, TrainOptions
+from fintune.progress import say
+from fintune.tuning.memory import PARTS, Method, Setting, Shape
+from fintune.tuning.plan import GIB, RESERVE_BYTES, TrainingPlan, make_plan, needs_four_bit
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+FILE = "plan.json"
+"""Name of the file in the stage's folder: what was chosen, predicted and measured."""
+
+
+def plan_model(model: PeftModel, options: TrainOptions, lengths: Sequence[int]) -> TrainingPlan:
+    """What to do with an adapted model on its GPU; says so.
+
+    Args:
+        model: Runs through the written-out layers.
+        options: Batch size and accumulation as asked for.
+        lengths: Tokens of each example.
+
+    Raises:
+        ResourceError: Not even one example a pass fits.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    adapted = {
+        path.rpartition(".")[2]: module for path, module in model.named_modules() if isinstance(module, LoraLayer)
+    }
+    first = next(iter(adapted.values()))
+    (name,) = first.active_adapters
+    method = Method(
+        rank=max(module.r[name] for module in adapted.values()),
+        targets=tuple(adapted),
+        dora=name in first.lora_magnitude_vector,
+        four_bit=getattr(first.get_base_layer().weight, "quant_state", None) is not None,
+    )
+    shape = Shape.of(model.get_base_model().config.to_dict())
+    limit = limit_bytes(options.max_memory_gib, _free_bytes(model))
+    made = choose(shape, method, options, longest=max(lengths), limit=limit)
+    for reason in made.reasons:
+        say(f"plan: {reason}")
+    say(f"plan: {made.predicted_bytes / GIB:.1f} GiB predicted of {made.limit_bytes / GIB:.1f}")
+    return made
+
+
+def choose(shape: Shape, method: Method, options: TrainOptions, *, longest: int, limit: int) -> TrainingPlan:
+    """The planner's choice under the options.
+
+    Raises:
+        ResourceError: Not even one example a pass fits.
+    """
+    made = make_plan(
+        shape,
+        method,
+        batch_size=options.batch_size,
+        accumulation=options.accumulation,
+        longest=longest,
+        limit_bytes=limit,
+    )
+    if made.fits:
+        return made
+    advice = ["a shorter prompt.max_length", "a smaller adapter.r", "a smaller model"]
+    if not method.four_bit:
+        advice.insert(0, "model.load=4bit")
+    raise ResourceError(
+        f"training needs {made.predicted_bytes / GIB:.1f} GiB for one example of {longest} tokens with every layer "
+        f"recomputed, and {limit / GIB:.1f} GiB may be used",
+        hint=f"use {', or '.join(advice)}",
+    )
+
+
+def plan_config(
+    config: Config, model_config: Mapping[str, Any], *, longest: int, limit: int
+) -> tuple[TrainingPlan, str]:
+    """The choice for a configuration whose model is not loaded.
+
+    Args:
+        config: The run.
+        model_config: The model's ``config.json``.
+        longest: Tokens of the longest example.
+        limit: Bytes that may be allocated.
+
+    Returns:
+        The plan, and whether 4 bits are needed, as a sentence.
+
+    Raises:
+        ResourceError: Not even one example a pass fits.
+    """
+    shape = Shape.of(model_config)
+    method = method_of(config.adapter, four_bit=config.model.load == "4bit")
+    need = needs_four_bit(shape, method, longest=longest, limit_bytes=limit)
+    advice = "4 bits are needed: the 16-bit model does not fit" if need else "4 bits are not needed: 16 bits fit"
+    return choose(shape, method, config.train, longest=longest, limit=limit), advice
+
+
+def method_of(options: AdapterOptions, *, four_bit: bool) -> Method:
+    """What the options train."""
+    targets = PARTS if "all-linear" in options.targets else tuple(part for part in PARTS if part in options.targets)
+    return Method(options.r, targets, dora=options.kind == "dora", four_bit=four_bit)
+
+
+def limit_bytes(max_memory_gib: float | None, free_bytes: int) -> int:
+    """What may be allocated: the GPU's free memory but a reserve, or less where the user says so."""
+    free = free_bytes - RESERVE_BYTES
+    return free if max_memory_gib is None else min(free, int(max_memory_gib * GIB))
+
+
+def _free_bytes(model: PeftModel) -> int:
+    """Of the GPU, as it would be without this model, whose weights are part of the plan."""
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(model.device)
+    return int(free + torch.cuda.memory_reserved(model.device))
+
+
+def write(plan: TrainingPlan, folder: Path) -> None:
+    """Leave the plan for the manifest, with the largest allocation as it was measured."""
+    import torch
+
+    measured = torch.cuda.max_memory_allocated() / GIB
+    setting: Setting = plan.setting
+    facts = {
+        "predicted_peak_gib": round(plan.predicted_bytes / GIB, 2),
+        "peak_gib": round(measured, 2),
+        "recomputed_layers": setting.num_checkpointed,
+        "unpacked": setting.unpacked,
+        "batch_size": plan.batch_size,
+        "accumulation": plan.accumulation,
+    }
+    say(f"memory: {measured:.1f} GiB at most, {plan.predicted_bytes / GIB:.1f} predicted")
+    (folder / FILE).write_text(json.dumps(facts) + "\n", encoding="utf-8")
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """What :func:`write` left; nothing where there was no plan."""
+    path = folder / FILE
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
