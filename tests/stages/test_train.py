@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -92,3 +93,126 @@ def test_a_killed_run_goes_on_and_equals_the_uninterrupted_one(tiny_model, input
     assert [line["loss"] for line in metrics.read(cut / "metrics.jsonl")] == [
         line["loss"] for line in metrics.read(whole / "metrics.jsonl")
     ]
+
+
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_killed_again_and_again_equals_the_uninterrupted_one(tiny_model, inputs, tmp_path, seed):
+    asked = config(
+        tiny_model, max_steps=24, checkpoint_steps=2, eval_steps=3, keep="best_loss", learning_rate=2e-2, threads=1
+    )
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir()
+    cut.mkdir()
+    script = Path(__file__).resolve().parents[1] / "killed_training.py"
+    done = subprocess.run(
+        [sys.executable, str(script), asked.model_dump_json(), str(inputs["prepare"]), str(cut), str(seed)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    ways = {line.split()[1] for line in done.stdout.splitlines() if line.startswith("killed")}
+    assert len(ways) >= 4, done.stdout
+    train(asked, inputs, whole)
+    lines = [
+        [
+            {key: value for key, value in line.items() if key != "seconds"}
+            for line in metrics.read(place / "metrics.jsonl")
+        ]
+        for place in (whole, cut)
+    ]
+    assert lines[0] == lines[1]
+    resumed, expected = weights(cut), weights(whole)
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    assert sorted(path.name for path in cut.iterdir()) == ["adapter", "metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        (
+            {"batch_size": 8},
+            "set train.batch_size=4 train.accumulation=2, or train.gradient_checkpointing=true, or model",
+        ),
+        ({"batch_size": 3, "accumulation": 2}, "train.batch_size=1 train.accumulation=6, or"),
+        ({"batch_size": 1, "gradient_checkpointing": True}, "set model.load=4bit, or prompt.max_length below 2048"),
+    ],
+)
+def test_out_of_memory_is_one_line_with_what_to_change(tiny_model, inputs, tmp_path, monkeypatch, options, advice):
+    from fintune.errors import ResourceError
+    from fintune.tuning import sft
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nmore lines")
+
+    monkeypatch.setattr(sft, "train", full)
+    (tmp_path / "train").mkdir()
+    with pytest.raises(ResourceError) as raised:
+        train(config(tiny_model, **options), inputs, tmp_path / "train")
+    assert str(raised.value).startswith("out of memory (CUDA out of memory. Tried to allocate 20.00 MiB.): ")
+    assert advice in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_the_advice_on_memory_keeps_the_examples_of_a_step(tiny_model):
+    import re
+
+    from fintune.stages.train import less_memory
+
+    for batch_size, accumulation in ((8, 1), (4, 4), (2, 3)):
+        told = less_memory(config(tiny_model, batch_size=batch_size, accumulation=accumulation))
+        size, passes = map(int, re.search(r"batch_size=(\d+) train.accumulation=(\d+)", told).groups())
+        assert (size * passes, size) == (batch_size * accumulation, batch_size // 2)
+
+
+@pytest.mark.parametrize("fused_layers", ["never", "always"])
+def test_accuracy_decides_by_the_programs_that_the_model_writes(
+    tiny_model, inputs, tmp_path, monkeypatch, fused_layers
+):
+    """Gold results are set to what the model's own greedy programs give, so that some evaluation finds them."""
+    from fintune.accuracy import Question
+
+    asked = config(
+        tiny_model, max_steps=4, eval_steps=2, keep="best_accuracy", eval_new_tokens=8, fused_layers=fused_layers
+    )
+    asked = asked.model_copy(update={"adapter": asked.adapter.model_copy(update={"dropout": 0.0})})
+    said = []
+    monkeypatch.setattr(Question, "is_right", lambda self, text: said.append(text) or len(said) > 12 + 6)
+    (tmp_path / "train").mkdir()
+    facts = train(asked, inputs, tmp_path / "train")
+    assert len(said) == 24
+    found = {
+        line["step"]: line["eval_accuracy"]
+        for line in metrics.read(tmp_path / "train/metrics.jsonl")
+        if "eval_loss" in line
+    }
+    assert found == {2: 0.0, 4: 0.5}
+    assert (facts["kept_step"], facts["eval_accuracy"]) == (4, 0.5)
+
+
+def test_right_is_what_executes_to_the_gold_result(inputs):
+    from fintune.accuracy import read_questions
+
+    path = inputs["prepare"] / "gold.json"
+    gold = json.loads(path.read_text())
+    gold[0]["qa"]["exe_ans"] = 3.0
+    path.write_text(json.dumps(gold))
+    questions = read_questions(inputs["prepare"], {"x0", "x3", "unknown"})
+    assert [question.record.id for question in questions] == ["x0", "x3"]
+    assert questions[0].is_right("add(1, 2)")
+    assert not questions[0].is_right("add(1, 3)")
+    assert not questions[0].is_right("nonsense")
+
+
+def test_evaluation_draws_the_same_examples_every_time(tiny_model, inputs, tmp_path):
+    losses = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        train(config(tiny_model, max_steps=2, eval_steps=1, eval_examples=5), inputs, tmp_path / name)
+        losses.append(
+            [line["eval_loss"] for line in metrics.read(tmp_path / name / "metrics.jsonl") if "eval_loss" in line]
+        )
+    (tmp_path / "all").mkdir()
+    train(config(tiny_model, max_steps=2, eval_steps=1), inputs, tmp_path / "all")
+    whole = [line["eval_loss"] for line in metrics.read(tmp_path / "all" / "metrics.jsonl") if "eval_loss" in line]
+    assert losses[0] == losses[1] != whole

@@ -87,7 +87,7 @@ class FakeWandb:
     def __init__(self, refuse: str = "") -> None:
         self.refuse, self.begun, self.logged, self.finished = refuse, [], {}, 0
 
-    def Settings(self, **settings):
+    def Settings(self, **settings):  # noqa: N802
         return settings
 
     def init(self, **options):
@@ -138,5 +138,5 @@ def test_wandb_itself_works_offline(tiny_model, inputs, tmp_path, monkeypatch):
     runs = list((tmp_path / "train" / "wandb").glob("offline-run-*"))
     assert len(runs) == 1
     assert (tmp_path / "train" / "wandb_id").read_text() in runs[0].name
-    assert list(runs[0].glob("*.wandb"))[0].stat().st_size > 0
+    assert next(iter(runs[0].glob("*.wandb"))).stat().st_size > 0
     assert sorted(written(tmp_path / "train", "eval_loss")) == [2, 4]

@@ -1,0 +1,276 @@
+"""The training scripts with the older flags, from a dataset folder to an adapter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import click
+import pytest
+
+from fintune import cli_train, dataset_folder, hub_push
+from fintune.errors import ConfigError, DataError, ResourceError
+from fintune.sources.statements import generate
+from fintune.stages.preprocess import preprocess
+from fintune.tuning import metrics
+
+pytest.importorskip("torch")
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+
+
+@pytest.fixture(scope="module")
+def processed(tmp_path_factory) -> Path:
+    """Two splits, each as scripts/preprocess.py writes it."""
+    folder = tmp_path_factory.mktemp("processed")
+    records = list(generate(6, pages_per_company=1, questions_per_page=2, seed=3, size="small"))
+    for name, part in (("train", records[:8]), ("dev", records[8:])):
+        (folder / f"{name}.json").write_text(json.dumps([record.model_dump(mode="json") for record in part]))
+        preprocess(folder / f"{name}.json", folder / "data" / name)
+    return folder / "data"
+
+
+def flags(model: Path, dataset: Path, output: Path, **others: object) -> list[str]:
+    chosen = {
+        "base_model": model,
+        "dataset_dir": dataset,
+        "output_dir": output,
+        "epochs": 1,
+        "per_device_train_batch_size": 2,
+        "use_bf16": "false",
+        "logging_steps": 1,
+        "lora_r": 4,
+        "max_length": 900,
+        **others,
+    }
+    return [word for name, value in chosen.items() for word in (f"--{name}", str(value))]
+
+
+def call(arguments: list[str], *, use_dora: bool = True) -> None:
+    cli_train.command(use_dora=use_dora)(arguments, standalone_mode=False)
+
+
+def adapter_config(folder: Path) -> dict[str, object]:
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+def test_the_script_writes_an_adapter_where_it_is_looked_for(tiny_model, processed, tmp_path):
+    arguments = flags(tiny_model, processed / "train", tmp_path / "out", lora_alpha=8, save_strategy="epoch")
+    done = subprocess.run(
+        [sys.executable, str(SCRIPTS / "train_dora.py"), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{tmp_path / 'out'}: the adapter" in done.stdout
+    assert (adapter_config(tmp_path / "out")["use_dora"], adapter_config(tmp_path / "out")["lora_alpha"]) == (True, 8)
+    from fintune import models
+
+    base = models.load_model(models.resolve(str(tiny_model)), dtype="float32", device="cpu")
+    models.load_adapter(base, tmp_path / "out")
+    assert len(metrics.read(tmp_path / "out" / "run" / "train" / "metrics.jsonl")) == 4
+
+
+@pytest.mark.parametrize(
+    ("others", "use_dora", "expected"),
+    [
+        ({}, True, ("dora", "16bit")),
+        ({}, False, ("lora", "16bit")),
+        ({"use_dora": "false", "use_4bit": "true"}, True, ("lora", "4bit")),
+        ({"use_dora": "true", "use_4bit": "true"}, False, ("dora", "4bit")),
+    ],
+)
+def test_flags_choose_the_method(tiny_model, processed, tmp_path, others, use_dora, expected):
+    call(flags(tiny_model, processed / "train", tmp_path / "out", **others), use_dora=use_dora)
+    manifest = json.loads((tmp_path / "out" / "run" / "train" / "manifest.json").read_text())
+    options = manifest["key"]["options"]
+    assert (options["adapter.kind"], options["model.load"]) == expected
+    assert adapter_config(tmp_path / "out")["use_dora"] is (expected[0] == "dora")
+
+
+def test_every_flag_reaches_its_option(tiny_model, processed, tmp_path, monkeypatch):
+    seen = {}
+    real = cli_train._config
+
+    def look(given, data, **steps):
+        seen["config"] = real(given, data, **steps)
+        return seen["config"]
+
+    monkeypatch.setattr(cli_train, "_config", look)
+    others = {
+        "epochs": 0.5,
+        "lr": 3e-4,
+        "weight_decay": 0.1,
+        "gradient_accumulation_steps": 2,
+        "gradient_checkpointing": "true",
+        "lora_dropout": 0.05,
+        "save_strategy": "epoch",
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "report_to": "tensorboard",
+        "seed": 5,
+    }
+    call(flags(tiny_model, processed, tmp_path / "out", **others))
+    train = seen["config"].train
+    assert (train.epochs, train.learning_rate, train.weight_decay, train.accumulation) == (0.5, 3e-4, 0.1, 2)
+    assert (train.gradient_checkpointing, train.report_to, train.precision) == (True, ("tensorboard",), "float32")
+    assert (train.checkpoint_steps, train.eval_steps) == (2, 1)
+    assert (seen["config"].adapter.dropout, seen["config"].run.seed) == (0.05, 5)
+    lines = metrics.read(tmp_path / "out" / "run" / "train" / "metrics.jsonl")
+    assert [line["step"] for line in lines if "eval_loss" in line] == [1]
+
+
+def test_the_same_command_goes_on_and_then_has_nothing_to_do(tiny_model, processed, tmp_path, monkeypatch):
+    from fintune.tuning import adapter
+
+    arguments = flags(tiny_model, processed / "train", tmp_path / "out", save_strategy="steps", save_steps=1)
+    monkeypatch.setattr(adapter, "save", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(click.Abort):
+        call(arguments)
+    monkeypatch.undo()
+    before = (tmp_path / "out" / "run" / ".work" / "train" / "metrics.jsonl").read_text()
+    train = tmp_path / "out" / "run" / "train"
+    call(arguments)
+    assert (train / "metrics.jsonl").read_text() == before
+    stamp = (train / "manifest.json").stat().st_mtime_ns
+    call(arguments)
+    assert (train / "manifest.json").stat().st_mtime_ns == stamp
+
+
+def test_a_dataset_dict_without_our_own_file_is_read_by_its_columns(processed, tmp_path):
+    from datasets import DatasetDict, load_from_disk
+    from datasets.utils.logging import disable_progress_bar
+
+    from fintune.sources.finqa_json import read_finqa
+
+    disable_progress_bar()
+    saved = DatasetDict({name: load_from_disk(str(processed / name)) for name in ("train", "dev")})
+    saved.save_to_disk(str(tmp_path / "dict"))
+    train, evaluation = dataset_folder.split_folders(tmp_path / "dict")
+    assert (train.name, evaluation.name) == ("train", "dev")
+    ours = read_finqa(processed / "train" / "records.jsonl").records
+    theirs = read_finqa(dataset_folder.finqa_file(train, tmp_path / "made" / "train.jsonl")).records
+    assert [record.qa.exe_ans for record in theirs] == [record.qa.exe_ans for record in ours]
+    assert [(r.id, r.table, r.pre_text, r.qa.program) for r in theirs] == [
+        (r.id, r.table, r.pre_text, r.qa.program) for r in ours
+    ]
+
+
+def test_rows_that_are_no_finqa_records_are_told_apart(tmp_path):
+    from datasets import Dataset
+
+    Dataset.from_dict({"prompt": ["a"], "completion": ["b"]}).save_to_disk(str(tmp_path / "pairs"))
+    assert dataset_folder.finqa_file(tmp_path / "pairs", tmp_path / "x.jsonl") is None
+    assert not (tmp_path / "x.jsonl").exists()
+
+
+def test_mistakes_name_the_flag_or_the_folder(tiny_model, processed, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"--eval_strategy epoch: .*train has no evaluation split: give --eval_dataset"
+    ):
+        call(flags(tiny_model, processed / "train", tmp_path / "out", eval_strategy="epoch"))
+    with pytest.raises(DataError, match="nothere: no such folder"):
+        call(flags(tiny_model, tmp_path / "nothere", tmp_path / "out"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no saved dataset in it"):
+        call(flags(tiny_model, tmp_path / "empty", tmp_path / "out"))
+    with pytest.raises(ConfigError, match=r"adapter\.r: .*greater than or equal to 1"):
+        call(flags(tiny_model, processed / "train", tmp_path / "out", lora_r=0))
+    assert not (tmp_path / "out").exists()
+
+
+SECRET = "hf_" + "secretsecretsecret"
+
+
+class _Refusing(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.server.asked.append(self.headers.get("Authorization"))
+        self.send_response(401)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_POST = do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_refused_token_stops_before_training_and_is_never_shown(tiny_model, processed, tmp_path):
+    server = HTTPServer(("127.0.0.1", 0), _Refusing)
+    server.asked = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        done = subprocess.run(
+            [
+                sys.executable,
+                str(SCRIPTS / "train_peft.py"),
+                *flags(tiny_model, processed / "train", tmp_path / "out", push_to_hub="true"),
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_TOKEN": SECRET},
+        )
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert done.returncode == 2
+    assert "the hub refuses the token (status 401)" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert server.asked[-1] == f"Bearer {SECRET}"
+    assert SECRET not in done.stdout + done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_token_says_how_to_get_one(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    with pytest.raises(ResourceError, match="needs a token, and there is none: run `hf auth login`"):
+        hub_push.check(None, tmp_path)
+
+
+def test_what_is_pushed_is_the_adapter_under_the_users_name(tiny_model, processed, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    calls = []
+
+    class Api:
+        def whoami(self):
+            return {"name": "ann"}
+
+        def create_repo(self, repo, **options):
+            calls.append((repo, options))
+
+        def upload_folder(self, **options):
+            calls.append(options)
+            return type("Done", (), {"commit_url": "https://hub/ann/out/commit/1"})
+
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: SECRET)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    call(flags(tiny_model, processed / "train", tmp_path / "out", push_to_hub="true"))
+    (repo, options), upload = calls
+    assert (repo, options["private"]) == ("ann/out", True)
+    assert upload["folder_path"] == str(tmp_path / "out")
+    assert "run/*" in upload["ignore_patterns"]
+
+
+def test_a_push_that_fails_says_where_everything_is_and_not_what_was_sent(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    class Api:
+        def create_repo(self, *_, **__):
+            raise OSError(f"could not send Bearer {SECRET}")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    with pytest.raises(ResourceError) as raised:
+        hub_push.push("ann/out", tmp_path)
+    assert "ann/out was not pushed; everything is in" in str(raised.value)
+    assert SECRET not in str(raised.value)
