@@ -87,6 +87,8 @@ _redo = click.option(
     "--redo", multiple=True, metavar="STAGE", help="Make a stage anew, and what follows where its result changes."
 )
 _dry_run = click.option("--dry-run", is_flag=True, help="Say what would be done, do nothing.")
+_strict = click.option("--strict", is_flag=True, help="Stop at the first row of the data that cannot be used.")
+_STRICT = ("data.strict=true",)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -104,6 +106,7 @@ def app() -> None:
 @click.option("--from", "start", metavar="STAGE", help="Leave what comes before a stage as it lies.")
 @click.option("--only", multiple=True, metavar="STAGE", help="Leave all other stages as they lie.")
 @_redo
+@_strict
 @_dry_run
 def run(
     config: Path,
@@ -112,6 +115,7 @@ def run(
     start: str | None,
     only: tuple[str, ...],
     redo: tuple[str, ...],
+    strict: bool,
     dry_run: bool,
 ) -> None:
     """Every stage, from data to a measured GGUF and one HTML page.
@@ -120,6 +124,7 @@ def run(
     """
     from fintune.selection import Selection
 
+    overrides = (*overrides, *(_STRICT if strict else ()))
     _run(config, overrides, Selection(skip=skip, start=start, only=only, redo=redo), dry_run)
 
 
@@ -134,14 +139,22 @@ def demo(overrides: tuple[str, ...], redo: tuple[str, ...], dry_run: bool) -> No
     _run(packaged_config("demo.yaml"), overrides, Selection(redo=redo), dry_run)
 
 
+def _as_it_is(command: F) -> F:
+    return command
+
+
 def _verb(name: str, doc: str) -> None:
+    reads_data = _strict if name == "prepare" else _as_it_is
+
     @app.command(name, help=doc)
     @_config
     @click.option("--redo", is_flag=True, help="Even if it is up to date.")
+    @reads_data
     @_dry_run
-    def command(config: Path, overrides: tuple[str, ...], redo: bool, dry_run: bool) -> None:
+    def command(config: Path, overrides: tuple[str, ...], redo: bool, dry_run: bool, strict: bool = False) -> None:
         from fintune.selection import Selection
 
+        overrides = (*overrides, *(_STRICT if strict else ()))
         _run(config, overrides, Selection(only=(name,), redo=(name,) if redo else ()), dry_run)
 
 

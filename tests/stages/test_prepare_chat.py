@@ -136,3 +136,13 @@ def test_inspect_shows_a_conversation_with_its_trained_turns(options, tmp_path):
     assert done.status == 0, done.err
     assert "long" in done.out
     assert "FinQA test" not in done.out
+
+
+def test_strict_stops_the_run_at_the_first_row_and_says_how_to_go_on(options, tmp_path):
+    (tmp_path / "c.yaml").write_text("", encoding="utf-8")
+    for verb in ("run", "prepare"):
+        done = fintune(verb, tmp_path / "c.yaml", *options, "--strict")
+        assert done.status == 2
+        assert "trader_dpo_data.jsonl, row 9: " in done.err
+        assert "leave out --strict" in done.err
+    assert not (tmp_path / "runs" / "c" / "prepare").exists()

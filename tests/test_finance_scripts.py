@@ -1,0 +1,214 @@
+"""The guide's two commands, with its flags: run whole on a tiny model, skipped, resumed, refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import stat
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from fintune import cli_finance, llama_cpp_checkout
+from fintune.errors import ConfigError, FintuneError, ResourceError
+from tiny import make_tiny_model
+
+GUIDE = """
+python train_financial_model.py --llama_cpp_path ./llama.cpp
+python train_financial_model.py --lora_output_dir ./outputs/lora --merged_model_dir ./outputs/merged_fp16 \
+  --gguf_q4_path ./outputs/finance_q4.gguf
+python train_financial_model.py --learning_rate 8e-6 --num_train_epochs 5 --max_seq_length 6144 \
+  --gradient_accumulation_steps 12
+python train.py --model_name DSR1/DSR1-Distill-Qwen-14B --dataset_folder datasets/ --output_dir ./financial_lora \
+  --resume_from_checkpoint ./financial_lora/checkpoint-latest
+"""
+"""Every command line of the guide; `test_the_guide_holds_no_other_command` compares."""
+
+FLAGS = (
+    "--llama_cpp_path",
+    "--lora_output_dir",
+    "--merged_model_dir",
+    "--gguf_fp16_path",
+    "--gguf_q4_path",
+    "--quantization_target",
+    "--learning_rate",
+    "--num_train_epochs",
+    "--max_seq_length",
+    "--gradient_accumulation_steps",
+    "--per_device_train_batch_size",
+    "--lora_r",
+    "--lora_alpha",
+    "--model_name",
+    "--dataset_folder",
+    "--skip_dataset_prep",
+    "--skip_training",
+    "--skip_merge",
+    "--skip_quantization",
+    "--merge_device_map",
+    "--resume_from_checkpoint",
+    "--training_quantization",
+    "--extra_train_args",
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("finance") / "model", hidden_size=256, num_layers=1)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "datasets").mkdir()
+    rows = [{"prompt": f"size {n}?", "chosen": f"risk {n} bp", "rejected": "all in"} for n in range(12)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "datasets" / "trader_dpo_data.jsonl").write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def call(command: click.Command, *words: object) -> None:
+    command.main([str(word) for word in words], standalone_mode=False)
+
+
+def finance(model: Path, *words: object) -> None:
+    small = ["--max_seq_length", 256, "--extra_train_args", "train.max_steps=2 --logging_steps 1"]
+    call(cli_finance.pipeline_command(), "--model_name", model, "--investopedia", "none", *small, *words)
+
+
+def checkout(folder: Path, *, quantizer: str = "usage: llama-quantize in out type") -> Path:
+    """A stand-in of a llama.cpp checkout, whose tools say what they were called with."""
+    (folder / "build" / "bin").mkdir(parents=True)
+    (folder / "convert_hf_to_gguf.py").write_text(
+        "import sys, pathlib\n"
+        "if '--help' in sys.argv: print('usage: convert'); raise SystemExit\n"
+        "out = sys.argv[sys.argv.index('--outfile') + 1]\n"
+        "assert pathlib.Path(sys.argv[1], 'model.safetensors').is_file()\n"
+        "pathlib.Path(out).write_text('f16 of ' + sys.argv[1])\n",
+        encoding="utf-8",
+    )
+    tool = folder / "build" / "bin" / "llama-quantize"
+    tool.write_text(
+        f"#!{sys.executable}\nimport sys, pathlib\n"
+        f"if '--help' in sys.argv: print({quantizer!r}); raise SystemExit(1)\n"
+        "pathlib.Path(sys.argv[2]).write_text(sys.argv[3] + ' of ' + pathlib.Path(sys.argv[1]).read_text())\n",
+        encoding="utf-8",
+    )
+    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    return folder
+
+
+def test_every_flag_of_the_guide_is_there_with_its_default():
+    command = cli_finance.pipeline_command()
+    defaults = {f"--{option.name}": option.default for option in command.params}
+    assert set(FLAGS) <= set(defaults)
+    expected = {
+        "--lora_r": 32,
+        "--lora_alpha": 64,
+        "--max_seq_length": 4096,
+        "--per_device_train_batch_size": 1,
+        "--gradient_accumulation_steps": 8,
+        "--learning_rate": 1e-5,
+        "--num_train_epochs": 3.0,
+        "--quantization_target": "Q4_K_M",
+        "--lora_output_dir": Path("financial_lora"),
+        "--merged_model_dir": Path("merged_financial_fp16"),
+        "--gguf_fp16_path": Path("financial_model_fp16.gguf"),
+        "--gguf_q4_path": Path("financial_model_q4_k_m.gguf"),
+    }
+    assert {flag: defaults[flag] for flag in expected} == expected
+
+
+@pytest.mark.parametrize("line", GUIDE.replace("\\\n", "").strip().splitlines())
+def test_the_guides_commands_are_understood(line, here, monkeypatch):
+    words = shlex.split(line)[1:]
+    runs: list[object] = []
+    monkeypatch.setattr(cli_finance, "_run", lambda config, flags, skip: runs.append((config, flags)) or False)
+    checkout(here / "llama.cpp")
+    command = cli_finance.train_command() if words[0] == "train.py" else cli_finance.pipeline_command()
+    call(command, *words[1:])
+    (config, flags), *_ = runs
+    assert config.model.name == "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B"
+    assert (config.train.schedule, config.run.seed, config.train.checkpoint_steps) == ("cosine", 3407, 500)
+    assert config.train.accumulation == flags["gradient_accumulation_steps"]
+
+
+def test_the_guide_holds_no_other_command():
+    guides = Path(__file__).resolve().parents[2] / "shared" / "guides"
+    if not guides.is_dir():
+        pytest.skip("the guides are not beside this checkout")
+    text = "".join(path.read_text(encoding="utf-8", errors="replace") for path in sorted(guides.glob("0*.txt")))
+    lines = text.replace("\r", "").replace("\\\n", " ")
+    found = re.findall(r"^python (?:train_financial_model|train)\.py.*$", lines, re.MULTILINE)
+    plain = {" ".join(line.split()) for line in found}
+    assert plain == {" ".join(line.split()) for line in GUIDE.replace("\\\n", " ").strip().splitlines()}
+
+
+def test_the_whole_command_writes_what_the_guide_names_and_a_second_one_does_nothing(here, model, capsys):
+    finance(model)
+    files = {
+        "financial_lora": {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"},
+        "merged_financial_fp16": {"config.json", "model.safetensors", "tokenizer.json"},
+    }
+    for folder, names in files.items():
+        assert names <= {path.name for path in (here / folder).iterdir()}
+    for name in ("financial_model_fp16.gguf", "financial_model_q4_k_m.gguf"):
+        assert (here / name).read_bytes()[:4] == b"GGUF"
+    assert "financial_model_q4_k_m.gguf" in (here / "financial_model_q4_k_m.gguf.Modelfile").read_text()
+    manifests = {path: path.read_bytes() for path in (here / "financial_lora" / "run").glob("*/manifest.json")}
+    assert len(manifests) == 5
+    capsys.readouterr()
+    finance(model)
+    assert {path: path.read_bytes() for path in manifests} == manifests
+    # Training on from the adapter's folder must not write into the run.
+    assert (here / "financial_lora" / "adapter_config.json").stat().st_nlink == 1
+    finance(model, "--skip_training", "--skip_merge", "--skip_dataset_prep")
+    call(
+        cli_finance.train_command(),
+        *("--model_name", model, "--output_dir", here / "financial_lora", "--resume_from_checkpoint", "latest"),
+        *("--max_seq_length", 256, "--extra_train_args", "train.max_steps=2"),
+    )
+    assert {path: path.read_bytes() for path in manifests} == manifests
+
+
+def test_a_checkout_of_llama_cpp_converts_and_quantises_once(here, model):
+    tools = checkout(here / "llama.cpp")
+    finance(model, "--llama_cpp_path", tools, "--quantization_target", "q5_k_m", "--gguf_q4_path", "out/small.gguf")
+    assert (here / "out/small.gguf").read_text().startswith("Q5_K_M of f16 of ")
+    written = (here / "out/small.gguf").stat().st_mtime_ns
+    finance(model, "--llama_cpp_path", tools, "--quantization_target", "q5_k_m", "--gguf_q4_path", "out/small.gguf")
+    assert (here / "out/small.gguf").stat().st_mtime_ns == written
+    assert not list(here.rglob("*.part*"))
+
+
+def test_a_checkout_that_cannot_work_is_refused_before_anything_is_trained(here, model):
+    for spoil, told in (
+        (lambda tools: (tools / "convert_hf_to_gguf.py").unlink(), "there is no convert_hf_to_gguf.py"),
+        (lambda tools: (tools / "build/bin/llama-quantize").unlink(), "cmake -B build -S ."),
+        (lambda tools: (tools / "build/bin/llama-quantize").chmod(0o644), "llama-quantize does not run"),
+        (lambda tools: (tools / "convert_hf_to_gguf.py").write_text("import nothing_such"), "No module named"),
+    ):
+        tools = checkout(here / f"tools-{len(list(here.iterdir()))}")
+        spoil(tools)
+        with pytest.raises(ResourceError) as caught:
+            finance(model, "--llama_cpp_path", tools)
+        assert told in str(caught.value)
+    with pytest.raises(ResourceError, match="no such folder"):
+        llama_cpp_checkout.check(here / "nowhere")
+    assert not (here / "financial_lora").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("--lerning_rate 1", "known are"), ("oops", "write key=value"), ("'open", "No closing quotation")],
+)
+def test_extra_arguments_that_are_not_understood_are_refused(here, text, told):
+    with pytest.raises(ConfigError, match=told):
+        call(cli_finance.train_command(), "--extra_train_args", text)
+
+
+def test_a_missing_dataset_folder_is_named(here, model):
+    with pytest.raises(FintuneError, match="no such file or folder"):
+        finance(model, "--dataset_folder", "nowhere")

@@ -1,0 +1,12 @@
+"""Train an adapter on a folder of conversations, by the guide's flags; see docs/finance.md.
+
+python train.py --model_name builtin:smollm2-135m --dataset_folder datasets/ --output_dir ./financial_lora
+"""
+
+from __future__ import annotations
+
+from fintune.cli import main
+from fintune.cli_finance import train_command
+
+if __name__ == "__main__":
+    main(train_command(), "train.py")
