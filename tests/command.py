@@ -10,6 +10,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
+
 KILLED_AT = Path(__file__).with_name("killed_at.py")
 
 
@@ -22,8 +24,8 @@ class Done:
     err: str
 
 
-def fintune(*arguments: object) -> Done:
-    """Run a command in this process."""
+def fintune(*arguments: object, command: click.Command | None = None) -> Done:
+    """Run a command in this process; that of a script where one is given."""
     from fintune.cli import main
 
     out, err, before = io.StringIO(), io.StringIO(), sys.argv
@@ -31,7 +33,7 @@ def fintune(*arguments: object) -> Done:
     status = 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            main()
+            main(command)
     except SystemExit as stop:
         status = int(stop.code or 0)
     finally:

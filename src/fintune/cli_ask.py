@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json as json_format
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from fintune.answerer import AskedEngine
 
 ENGINES = click.Choice(["auto", "transformers", "llama.cpp", "vllm", "openai"])
 
@@ -31,7 +34,7 @@ def ask(
     text: Path | None,
     record_id: str | None,
     adapter: Path | None,
-    engine: Literal["auto", "transformers", "llama.cpp", "vllm", "openai"],
+    engine: AskedEngine,
     load_in_4bit: bool,
     config: Path | None,
     json: bool,

@@ -1,0 +1,91 @@
+"""``fintune predict --model``: a plain FinQA file without a run, for :mod:`fintune.cli` and the older script."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from fintune.errors import DataError
+
+if TYPE_CHECKING:
+    from fintune.answerer import AskedEngine
+
+_SPLIT = re.compile(r"(?<![A-Za-z])(test|dev|valid|validation|eval)(?![A-Za-z])", re.IGNORECASE)
+
+
+def predict_plain(
+    model: str,
+    data: Path,
+    out: Path,
+    overrides: Sequence[str],
+    *,
+    config: Path | None = None,
+    adapter: Path | None = None,
+    train: Path | None = None,
+    engine: AskedEngine = "auto",
+    load_in_4bit: bool = False,
+) -> None:
+    """Ask a model every question of a FinQA file, as `fintune.stages.predict_file` does, and say what came of it.
+
+    Args:
+        model: Folder, hub id, built-in model, GGUF file or ``URL#MODEL``.
+        data: FinQA file.
+        out: JSON file to write.
+        overrides: ``dotted.key=value``.
+        config: Options of the run that trained the model.
+        adapter: PEFT adapter.
+        train: FinQA file that shots come from; the training file beside ``data`` where None.
+        engine: What runs the model.
+        load_in_4bit: Quantise the weights while they load.
+    """
+    from fintune import outputs
+    from fintune.answerer import Named
+    from fintune.config import load
+    from fintune.stages.predict_file import FileJob, predict_file
+
+    options = load(config, overrides).config
+    named = Named.with_options(model, options, adapter=adapter, engine=engine, load_in_4bit=load_in_4bit)
+    number = options.predict.num_shots
+    job = FileJob(named, data, out, train=train or (training_file(data) if number else None), num_shots=number)
+    done = predict_file(job, options)
+    for problem in outputs.abridged(done.problems):
+        click.echo(f"fintune: {problem}", err=True)
+    facts = done.facts
+    told = [f"{facts['num_predictions']} predictions"]
+    if facts["num_gold"]:
+        told.append(f"execution accuracy {facts['execution_accuracy']:.2%} of {facts['num_gold']}")
+    told += [f"{number} not asked ({reason})" for reason, number in facts["num_dropped"].items()]
+    for key, what in (
+        ("num_cut_off", "cut off at predict.max_new_tokens"),
+        ("num_cut_pages", "pages cut to fit"),
+        ("num_shots_left_out", "shots left out to fit"),
+    ):
+        told += [f"{facts[key]} {what}"] if facts.get(key) else []
+    click.echo(f"{out}: {', '.join(told)}")
+
+
+def training_file(data: Path) -> Path:
+    """The file of training questions beside a file of other ones: ``FinQA_train.json`` for ``FinQA_test.json``.
+
+    Raises:
+        DataError: There is none.
+    """
+    names = []
+    for name in dict.fromkeys((data.name, data.name.removesuffix(".gz"), f"{data.name}.gz")):
+        found = [*_SPLIT.finditer(name.replace("_", " "))]
+        if found:
+            start, end = found[-1].span()
+            names.append(f"{name[:start]}train{name[end:]}")
+    for name in names:
+        if (data.parent / name).is_file():
+            return data.parent / name
+    looked = f"no {names[0]} stands beside it" if names else "its name does not say which training file belongs to it"
+    raise DataError(
+        f"shots need training questions, and {looked}",
+        path=data,
+        hint="name the file with --train (--train_json of the older script)",
+    )

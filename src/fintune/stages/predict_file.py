@@ -1,0 +1,258 @@
+"""Programs for the questions of a plain FinQA file from any model, without a run: one JSON file and its manifest.
+
+``OUT`` is a list of ``{id, question, predicted, program, ...}``, which ``fintune score`` and FinQA's own script read.
+``OUT`` with the ending ``.manifest.json`` says what it was made with. While it grows, the predictions lie beside it
+(``.partial.jsonl``): the same command goes on from there, another model, prompt or decoding refuses to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from fintune import machine, outputs
+from fintune.answerer import Answerer, Named, engine_of, open_model
+from fintune.artifact import sha256_file
+from fintune.engines.candidates import decoding, grammars, predict_one
+from fintune.engines.journal import Journal
+from fintune.errors import ArtifactError, DataError
+from fintune.finqa.execute import execute
+from fintune.finqa.program import tokenize
+from fintune.finqa.prompt import TooLongError, build_messages, prompt_budget
+from fintune.options import Config
+from fintune.progress import bar, track
+from fintune.records import FinQARecord, Message, Prediction
+from fintune.shots import Shots
+from fintune.sources.finqa_json import read_finqa
+
+
+@dataclass(frozen=True)
+class FileJob:
+    """What is asked.
+
+    Attributes:
+        named: The model.
+        data: FinQA file whose questions are asked; programs and answers in it are read for the running accuracy alone.
+        out: JSON file to write.
+        train: FinQA file that shots are chosen from.
+        num_shots: Shots of a prompt; 0 for none.
+    """
+
+    named: Named
+    data: Path
+    out: Path
+    train: Path | None = None
+    num_shots: int = 0
+
+    @property
+    def manifest(self) -> Path:
+        """Where it is written what ``out`` was made with."""
+        return self.out.with_suffix(".manifest.json")
+
+    @property
+    def partial(self) -> Path:
+        """Where predictions lie while there are not all of them."""
+        return self.out.with_suffix(".partial.jsonl")
+
+
+@dataclass(frozen=True)
+class FilePredictions:
+    """What came of it.
+
+    Attributes:
+        facts: Counts and figures of the manifest.
+        problems: A line for each record that was not asked.
+    """
+
+    facts: dict[str, Any]
+    problems: list[str]
+
+
+@dataclass
+class _Prompts:
+    """Conversations by id, in the order of the file, and what became of the pages."""
+
+    records: list[FinQARecord]
+    turns: dict[str, tuple[Message, ...]]
+    num_cut: int
+    dropped: dict[str, int]
+    problems: list[str]
+    shots: Shots | None
+
+
+def predict_file(job: FileJob, config: Config) -> FilePredictions:
+    """Ask a model every question of a file.
+
+    Args:
+        job: Model and files.
+        config: ``prompt`` and ``predict``.
+
+    Raises:
+        DataError: A file cannot be used, or none of its questions can be asked.
+        ModelError: The model cannot be used.
+        ResourceError: A package, the hub or a server is missing.
+        ArtifactError: An unfinished attempt was made with something else.
+        FintuneError: A file cannot be written.
+    """
+    engine_of(job.named)
+    read_too = [job.data, *([job.train] if job.train is not None else [])]
+    outputs.check([job.out, job.manifest], read_too)
+    read = read_finqa(job.data, needs_gold=False)
+    shots = _shots(job, read.records)
+    answerer = open_model(job.named)
+    try:
+        prompts = _prompts(read.records, answerer, config, shots)
+        prompts.dropped = {**read.dropped, **prompts.dropped}
+        prompts.problems = [*read.problems, *prompts.problems]
+        predictions = _resumed(job, config, answerer, prompts)
+    finally:
+        answerer.close()
+    facts = _facts(predictions, prompts)
+    _write(job, config, answerer, prompts, predictions, facts)
+    return FilePredictions(facts, prompts.problems)
+
+
+def _shots(job: FileJob, records: Sequence[FinQARecord]) -> Shots | None:
+    if job.num_shots == 0:
+        return None
+    if job.train is None:
+        raise DataError("shots need training data", hint="name a FinQA file of training questions")
+    return Shots(read_finqa(job.train).records, [each.id for each in records], job.num_shots)
+
+
+def _prompts(records: Sequence[FinQARecord], answerer: Answerer, config: Config, shots: Shots | None) -> _Prompts:
+    budget = prompt_budget(config.prompt.max_length)
+    made = _Prompts([], {}, 0, {}, [], shots)
+    for record in track(records, "prompts", len(records)):
+        try:
+            built = build_messages(
+                record,
+                system=config.prompt.system,
+                budget=budget,
+                count_tokens=answerer.count_text,
+                count_prompt=answerer.count,
+            )
+        except TooLongError as error:
+            made.dropped["too long"] = made.dropped.get("too long", 0) + 1
+            made.problems.append(str(DataError(error.message, record_id=record.id)))
+            continue
+        turns = built.messages
+        if shots is not None:
+            turns = shots.insert(record.id, record.qa.question, turns, budget=budget, count=answerer.count)
+        made.records.append(record)
+        made.turns[record.id] = turns
+        made.num_cut += built.num_cut > 0
+    if not made.records:
+        raise DataError(
+            f"no question fits {config.prompt.max_length} tokens; {made.problems[0]}", hint="raise prompt.max_length"
+        )
+    return made
+
+
+def _resumed(job: FileJob, config: Config, answerer: Answerer, prompts: _Prompts) -> list[Prediction]:
+    text = "\0".join(f"{turn.role}\n{turn.content}" for turns in prompts.turns.values() for turn in turns)
+    key = {
+        "model": f"{answerer.engine} {answerer.fingerprint}",
+        "prompts": hashlib.sha256(text.encode("utf-8", errors="backslashreplace")).hexdigest(),
+        "decoding": config.predict.model_dump_json(exclude={"models", "threads", "batch_size"}),
+    }
+    try:
+        journal = Journal(job.partial, key)
+    except ArtifactError as error:
+        raise ArtifactError(error.message, hint=f"remove {job.partial} to begin anew, or name another file") from None
+    try:
+        _decode(config, answerer, [each for each in prompts.records if each.id not in journal.done], prompts, journal)
+    finally:
+        journal.close()
+    return [journal.done[each.id] for each in prompts.records]
+
+
+def _decode(
+    config: Config, answerer: Answerer, todo: Sequence[FinQARecord], prompts: _Prompts, journal: Journal
+) -> None:
+    if not todo:
+        return
+    options, allowed = config.predict, grammars(config.predict, todo)
+    tables = {each.id: each for each in prompts.records}
+    right = [_is_right(each, tables[each.id]) for each in journal.done.values() if each.id in tables]
+    with bar(f"predict {answerer.engine}", len(prompts.records), done=len(journal.done)) as shown:
+        completions = answerer.complete([prompts.turns[each.id] for each in todo], decoding(options, allowed))
+        for number, record in enumerate(todo):
+            found = list(islice(completions, options.num_candidates))
+            prediction = predict_one(record.id, found, options, record.table, allowed[number] if allowed else None)
+            journal.append(prediction)
+            right.append(_is_right(prediction, record))
+            shown.advance()
+            known = [each for each in right if each is not None]
+            shown.note(f"{sum(known) / len(known):.1%} right" if known else "")
+
+
+def _is_right(prediction: Prediction, record: FinQARecord) -> bool | None:
+    """Whether the result is gold's; None where there is no gold."""
+    if not record.qa.program:
+        return None
+    execution = execute(tokenize(prediction.program), record.table)
+    return not execution.invalid and execution.result == record.qa.exe_ans
+
+
+def _facts(predictions: Sequence[Prediction], prompts: _Prompts) -> dict[str, Any]:
+    by_id = {each.id: each for each in prompts.records}
+    right = [_is_right(each, by_id[each.id]) for each in predictions]
+    known = [each for each in right if each is not None]
+    num_tokens = sum(sum(each.num_tokens for each in p.candidates) or len(p.token_ids) for p in predictions)
+    return {
+        "num_predictions": len(predictions),
+        "num_dropped": prompts.dropped,
+        "num_cut_pages": prompts.num_cut,
+        "num_cut_off": sum(each.finish_reason == "length" for each in predictions),
+        "num_tokens": num_tokens,
+        "predict_seconds": round(sum(each.seconds for each in predictions), 3),
+        "num_gold": len(known),
+        "execution_accuracy": round(sum(known) / len(known), 6) if known else None,
+        **(
+            {}
+            if prompts.shots is None
+            else {**prompts.shots.prompts.facts(), "num_excluded": prompts.shots.num_excluded}
+        ),
+    }
+
+
+def _write(
+    job: FileJob,
+    config: Config,
+    answerer: Answerer,
+    prompts: _Prompts,
+    predictions: Sequence[Prediction],
+    facts: Mapping[str, Any],
+) -> None:
+    questions = {each.id: each.qa.question for each in prompts.records}
+    rows = [
+        {
+            "id": each.id,
+            "question": questions[each.id],
+            "predicted": tokenize(each.program),
+            **each.model_dump(mode="json", exclude={"id", "token_ids", "margins"}),
+        }
+        for each in predictions
+    ]
+    named = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(job.named).items()}
+    manifest = {
+        "model": {**named, "engine": answerer.engine, "fingerprint": answerer.fingerprint},
+        "data": {"path": str(job.data), "sha256": sha256_file(job.data)},
+        "shots_from": None if job.train is None else {"path": str(job.train), "sha256": sha256_file(job.train)},
+        "num_shots": job.num_shots,
+        "options": {"prompt": config.prompt.model_dump(mode="json"), "predict": config.predict.model_dump(mode="json")},
+        "facts": facts,
+        "shots": {} if prompts.shots is None else prompts.shots.prompts.used,
+        "versions": machine.versions(),
+        "commit": machine.commit(),
+    }
+    outputs.write(job.out, json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
+    outputs.write(job.manifest, json.dumps(manifest, ensure_ascii=False, indent=1) + "\n")
+    job.partial.unlink(missing_ok=True)
+    job.partial.with_suffix(".key.json").unlink(missing_ok=True)

@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+from command import fintune
+from engines.served import Scripted, said
+from fintune.answerer import Named
+from fintune.engines.transformers_engine import TransformersEngine
+from fintune.errors import ArtifactError
+from fintune.options import Config
+from fintune.stages.predict_file import FileJob, predict_file
+from report.example_run import records
+from test_shots import TRAIN
+
+pytest.importorskip("torch")
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "inference_fixed.py"
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "FinQA_test.json"
+    path.write_text(json.dumps([record.model_dump(mode="json") for record in records(4)]))
+    (tmp_path / "FinQA_train.json").write_text(json.dumps([record.model_dump(mode="json") for record in TRAIN]))
+    return path
+
+
+def script(*words):
+    """The script in this process, as `python scripts/inference_fixed.py` runs it."""
+    loaded = runpy.run_path(str(SCRIPT))
+    return fintune(*words, command=loaded["inference_fixed"])
+
+
+def job(data, model, name="out.json", **options):
+    return FileJob(Named(str(model)), data, data.parent / name, **options)
+
+
+def config(**options):
+    return Config.model_validate({"predict": {"max_new_tokens": 4, "batch_size": 2, **options}})
+
+
+def test_predictions_are_what_scoring_reads(data, tiny_model):
+    out = data.parent / "out.json"
+    done = fintune("predict", "--model", tiny_model, "--data", data, "--out", out, "predict.max_new_tokens=4")
+    assert (done.status, done.err) == (0, "")
+    assert done.out.startswith(f"{out}: 4 predictions, execution accuracy 0.00% of 4")
+    rows = json.loads(out.read_text())
+    assert [row["id"] for row in rows] == [record.id for record in records(4)]
+    assert all(row["predicted"][-1] == "EOF" and row["question"] for row in rows)
+    assert fintune("score", "--predictions", out, "--gold", data).status == 0
+    assert sorted(path.name for path in data.parent.iterdir()) == [
+        *("FinQA_test.json", "FinQA_train.json", "out.json", "out.manifest.json")
+    ]
+
+
+def test_the_running_accuracy_is_that_of_the_score(data):
+    programs = {record.qa.question: record.qa.program for record in records(4)}
+    with Scripted((200, said(programs[records(4)[0].qa.question]))) as served:
+        facts = predict_file(job(data, f"{served.url}#m"), config()).facts
+    rows = json.loads((data.parent / "out.json").read_text())
+    assert len({row["program"] for row in rows}) == 1
+    scored = fintune("score", "--predictions", data.parent / "out.json", "--gold", data)
+    assert f"{facts['execution_accuracy']:.2%}" in scored.out
+    assert facts["execution_accuracy"] >= 0.25
+
+
+def test_questions_without_gold_are_asked_too(data, tiny_model):
+    rows = json.loads(data.read_text())
+    for row in rows[:3]:
+        row["qa"] = {"question": row["qa"]["question"]}
+    rows[3]["qa"] = {}
+    data.write_text(json.dumps(rows))
+    done = predict_file(job(data, tiny_model), config())
+    assert (done.facts["num_predictions"], done.facts["num_gold"], done.facts["execution_accuracy"]) == (3, 0, None)
+    assert done.facts["num_dropped"] == {"no question": 1}
+    assert "row 4" in done.problems[0]
+
+
+def test_the_manifest_lists_the_shots_none_of_them_from_a_scored_page(data, tiny_model):
+    scored = json.loads(data.read_text())
+    train = json.loads((data.parent / "FinQA_train.json").read_text())
+    train[1]["id"] = scored[0]["id"]
+    (data.parent / "FinQA_train.json").write_text(json.dumps(train))
+    words = ["--model", tiny_model, "--data", data, "--out", data.parent / "out.json"]
+    done = fintune("predict", *words, "predict.num_shots=3", "predict.max_new_tokens=2")
+    assert (done.status, done.err) == (0, "")
+    manifest = json.loads((data.parent / "out.manifest.json").read_text())
+    shown = {shot for shots in manifest["shots"].values() for shot in shots}
+    assert shown == set(manifest["facts"]["shot_ids"]) <= {each.id for each in TRAIN}
+    assert scored[0]["id"] not in shown
+    assert manifest["facts"]["num_excluded"] == 1
+    assert manifest["shots_from"]["path"].endswith("FinQA_train.json")
+    assert manifest["model"]["engine"] == "transformers"
+    assert manifest["num_shots"] == 3
+
+
+def test_an_interrupted_command_goes_on_and_another_model_does_not_mix(data, tiny_model, monkeypatch):
+    whole = predict_file(job(data, tiny_model, "whole.json"), config()).facts
+    generate, asked = TransformersEngine.generate, []
+
+    def short(self, prompts, decoding):
+        asked.append(len(prompts))
+        for number, completion in enumerate(generate(self, prompts, decoding)):
+            if number == 2 and len(asked) == 1:
+                raise KeyboardInterrupt
+            yield completion
+
+    monkeypatch.setattr(TransformersEngine, "generate", short)
+    with pytest.raises(KeyboardInterrupt):
+        predict_file(job(data, tiny_model), config())
+    assert not (data.parent / "out.json").exists()
+    with pytest.raises(ArtifactError, match=r"begun with another decoding: remove .*out\.partial\.jsonl"):
+        predict_file(job(data, tiny_model), config(max_new_tokens=5))
+    resumed = predict_file(job(data, tiny_model), config()).facts
+    assert asked == [4, 2]
+    texts = [
+        [row["text"] for row in json.loads((data.parent / name).read_text())] for name in ("whole.json", "out.json")
+    ]
+    assert texts[0] == texts[1]
+    assert resumed["num_tokens"] == whole["num_tokens"]
+    assert not list(data.parent.glob("*.partial*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "strategy"),
+    [
+        ([], ("greedy", 1)),
+        (["--eg_k", 1, "--do_sample", "false", "--load_in_4bit", "false"], ("greedy", 1)),
+        (["--do_sample", "--temperature", 0.9, "--top_p", 0.8], ("sample", 1)),
+        (["--eg_k", 3, "--do_sample", "true", "--seed", 5], ("execution_guided", 3)),
+    ],
+)
+def test_the_older_flags_mean_what_they_say(data, tiny_model, words, strategy):
+    out = data.parent / "out.json"
+    done = script("--model_path", tiny_model, "--test_json", data, "--out_json", out, "--max_new_tokens", 3, *words)
+    assert (done.status, done.err) == (0, "")
+    options = json.loads((data.parent / "out.manifest.json").read_text())["options"]["predict"]
+    assert (options["strategy"], options["num_candidates"]) == strategy
+    assert options["max_new_tokens"] == 3
+    if words[:1] == ["--do_sample"]:
+        assert (options["temperature"], options["top_p"]) == (0.9, 0.8)
+    first = json.loads(out.read_text())
+    again = script("--model_path", tiny_model, "--test_json", data, "--out_json", out, "--max_new_tokens", 3, *words)
+    assert again.status == 0
+    assert [row["text"] for row in json.loads(out.read_text())] == [row["text"] for row in first]
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_the_older_script_runs_an_adapter_on_its_base_with_shots(data, tiny_model, tmp_path, dora):
+    from engines.test_vllm_engine import make_adapter
+
+    adapter = make_adapter(tiny_model, tmp_path / "adapter", use_dora=dora)
+    words = ["--test_json", data, "--max_new_tokens", 3, "--num_shots", 1]
+    done = script("--base_model", tiny_model, "--adapter_path", adapter, "--out_json", tmp_path / "a.json", *words)
+    assert (done.status, done.err) == (0, "")
+    plain = script("--model_path", tiny_model, "--out_json", tmp_path / "b.json", *words)
+    assert plain.status == 0
+    rows = [json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json")]
+    assert [row["logprob"] for row in rows[0]] != pytest.approx([row["logprob"] for row in rows[1]], abs=1e-3)
+    assert json.loads((tmp_path / "a.manifest.json").read_text())["facts"]["num_shots_used"] == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model_path", "MODEL", "--test_json", "no.json"], "no.json: no such file"),
+        (["--test_json", "DATA"], "give either --model_path, or --base_model with --adapter_path"),
+        (["--base_model", "MODEL", "--test_json", "DATA"], "--base_model and --adapter_path go together"),
+        (["--model_path", "m.gguf", "--test_json", "DATA"], "m.gguf: no such file"),
+        (["--model_path", "MODEL", "--test_json", "COPY", "--num_shots", "2"], "does not say which training file"),
+        (["--model_path", "MODEL", "--test_json", "DATA", "--temperature", "-1"], "predict.temperature"),
+        (["--model_path", "MODEL", "--test_json", "DATA", "--eg_k", "0"], "--eg_k"),
+    ],
+)
+def test_a_mistake_is_one_line_with_status_2(data, tiny_model, tmp_path, words, message):
+    copy = tmp_path / "questions.json"
+    copy.write_bytes(data.read_bytes())
+    places = {"MODEL": str(tiny_model), "DATA": str(data), "COPY": str(copy)}
+    done = script(*(places.get(word, word) for word in words), "--out_json", tmp_path / "out.json")
+    assert done.status == 2
+    assert message in done.err
+    assert done.err.count("\n") == 1
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_a_file_that_is_read_is_not_written_over(data, tiny_model):
+    done = fintune("predict", "--model", tiny_model, "--data", data, "--out", data)
+    assert done.status == 2
+    assert "is read, and would be overwritten" in done.err
+
+
+def test_half_a_command_is_refused(data):
+    done = fintune("predict", "--data", data)
+    assert "give a CONFIG, or --model, --data and --out together" in done.err
+    assert done.status == 2
