@@ -71,6 +71,7 @@ def test_the_page_shows_the_accuracy_of_what_is_answered(page):
     assert row["cells"][3] == "100.0\u00a0%"
     text = " ".join(outline(html).text.split())
     assert "share of 4 drawn programs that execute to it" in text
+    assert "4 drawn programs voted on the result." in text
     assert '<a href="#confidence">Confidence</a>' in html
 
 

@@ -55,6 +55,7 @@ def render(page: RunPage) -> str:
         measured=[accuracy.row(measured) for measured in page.measured],
         breakdowns=accuracy.breakdowns(page.measured),
         same_n=accuracy.same_n(page.measured),
+        decoded=accuracy.decoded(page),
         unended=accuracy.unended(page.measured),
         plot=accuracy.plot(page.measured) if page.measured else "",
         confidence=sure,

@@ -41,6 +41,23 @@ def hero(page: RunPage) -> dict[str, str]:
     }
 
 
+def decoded(page: RunPage) -> str:
+    """How tokens were chosen, where it was not the usual way: such figures stand beside no others."""
+    options = page.config.predict
+    kept = {
+        "none": "",
+        "general": "Completions were kept to the program language.",
+        "example": "Completions were kept to programs of the numbers and rows on their page.",
+    }
+    chosen = {
+        "greedy": "",
+        "sample": "Tokens were drawn.",
+        "execution_guided": f"Of {options.num_candidates} candidates the most probable one that runs was taken.",
+        "vote": f"{options.num_candidates} drawn programs voted on the result.",
+    }
+    return f"{kept[options.constrain]} {chosen[options.strategy]}".strip()
+
+
 def row(measured: Measured) -> dict[str, Any]:
     """One row of the table, as text."""
     return {
