@@ -95,7 +95,9 @@ def near(a: Sequence[Message], b: Sequence[Message], similarity: float) -> bool:
     return (
         plain(_said(a, "system")) == plain(_said(b, "system"))
         and _numbers(a) == _numbers(b)
-        and all(jaccard(_said(a, role), _said(b, role)) >= similarity for role in ("user", "assistant"))
+        and all(
+            jaccard(_said(a, role), _said(b, role)) >= similarity for role in ("assistant", "user")
+        )  # the short first
     )
 
 
