@@ -93,9 +93,7 @@ def merge(
     }
 
 
-def _convert(
-    config: Config, inputs: Mapping[str, Path], base: Path, trained: Path, folder: Path
-) -> dict[str, Any]:
+def _convert(config: Config, inputs: Mapping[str, Path], base: Path, trained: Path, folder: Path) -> dict[str, Any]:
     """Full fine-tuning left nothing to fold in: its weights are stored in ``merge.dtype``."""
     dtype = full.stored_dtype(base) if config.merge.dtype == "auto" else config.merge.dtype
     num_moved = full.store(trained, base, folder, dtype)
@@ -109,9 +107,7 @@ def _convert(
     golden = _golden_prompts(tokenizer, inputs["prepare"] / "eval.jsonl")
     agreement = []
     for path, what in ((trained, "the trained model"), (folder, "the stored one")):
-        model = models.load_model(
-            models.resolve(str(path)), dtype="float32", device="cpu", trust_remote_code=trust
-        )
+        model = models.load_model(models.resolve(str(path)), dtype="float32", device="cpu", trust_remote_code=trust)
         agreement.append(_logits(model, golden, what))
         del model
         gc.collect()
