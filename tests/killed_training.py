@@ -90,7 +90,8 @@ def while_the_old_one_is_removed(number: int) -> None:
 
     def remove(path: Path, *rest: object, **options: object) -> None:
         if Path(path).name.startswith("checkpoint-"):
-            next(file for file in Path(path).iterdir() if file.is_file()).unlink()
+            for file in [each for each in Path(path).iterdir() if each.is_file()][:1]:
+                file.unlink()
             count()
         original(path, *rest, **options)
 

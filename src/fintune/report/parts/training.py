@@ -31,6 +31,12 @@ def context(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     legend = [("s1", "training loss" + (", with its moving average" if len(train.steps) > 60 else ""))]
     if evaluated.steps:
         rows.append(("last evaluation loss", f"{evaluated.values[-1]:.4f}"))
+        best = min(zip(evaluated.values, evaluated.steps, strict=True))
+        rows.append(("lowest evaluation loss", f"{best[0]:.4f} at step {best[1]:,}"))
+        right = _curve(lines, "eval_accuracy")
+        if right.steps:
+            highest = max(zip(right.values, (-step for step in right.steps), strict=True))
+            rows.append(("highest execution accuracy", f"{highest[0]:.1%} at step {-highest[1]:,}"))
         legend.append(("s4", "evaluation loss"))
     if rate.steps:
         rows.append(("peak learning rate", f"{max(rate.values):.2g}"))
