@@ -13,6 +13,7 @@ the timed ones counts. Peers that need packages of their own find them through `
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -20,6 +21,7 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -95,7 +97,7 @@ VARIANTS = [
 ]
 
 
-def name_of(variant: dict) -> str:
+def _name_of(variant: dict) -> str:
     words = [variant["who"]]
     words += ["layer compile"] if variant.get("compile") else []
     if variant["who"] == "fintune":
@@ -110,7 +112,7 @@ def name_of(variant: dict) -> str:
 # -- one variant, in a process of its own
 
 
-def worker(variant: dict) -> None:
+def _worker(variant: dict) -> None:
     """Import, say so, wait for the word, run, print one line."""
     if variant["who"] == "unsloth":
         import unsloth  # noqa: F401 - must come before the libraries that it changes
@@ -123,7 +125,7 @@ def worker(variant: dict) -> None:
     print("READY", flush=True)
     sys.stdin.readline()
     try:
-        result = {"ok": True, **run(variant)}
+        result = {"ok": True, **_run(variant)}
     except Exception as error:
         result = {
             "ok": False,
@@ -133,18 +135,18 @@ def worker(variant: dict) -> None:
     print("RESULT " + json.dumps(result), flush=True)
 
 
-def run(variant: dict) -> dict:
+def _run(variant: dict) -> dict:
     import torch
     from transformers import PrinterCallback
 
     shape = SHAPES[variant["shape"]]
     cuda = torch.cuda.is_available()
-    folder = tokenizer_folder(shape["model"])
-    model, tokenizer = (unsloth_model if variant["who"] == "unsloth" else plain_model)(variant, shape, folder)
-    tidy()
-    rows = make_rows(shape)
-    clock = make_clock()
-    trainer, extra = (own_trainer if variant["who"] == "fintune" else peer_trainer)(
+    folder = _tokenizer_folder(shape["model"])
+    model, tokenizer = (_unsloth_model if variant["who"] == "unsloth" else _plain_model)(variant, shape, folder)
+    _tidy()
+    rows = _make_rows(shape)
+    clock = _make_clock()
+    trainer, extra = (_own_trainer if variant["who"] == "fintune" else _peer_trainer)(
         variant, shape, model, tokenizer, rows, clock
     )
     trainer.remove_callback(PrinterCallback)
@@ -154,7 +156,7 @@ def run(variant: dict) -> dict:
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     trainer.train()
-    steps = [later - earlier for earlier, later in zip(clock.ends[WARM_UP - 1 :], clock.ends[WARM_UP:])]
+    steps = [later - earlier for earlier, later in itertools.pairwise(clock.ends[WARM_UP - 1 :])]
     tokens = [sum(len(ids) for ids in rows[at : at + shape["batch"]]) for at in range(0, len(rows), shape["batch"])]
     tokens = tokens[WARM_UP:]
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -169,7 +171,7 @@ def run(variant: dict) -> dict:
     }
 
 
-def tidy() -> None:
+def _tidy() -> None:
     import gc
 
     import torch
@@ -179,8 +181,8 @@ def tidy() -> None:
         torch.cuda.empty_cache()
 
 
-def make_rows(shape: dict) -> list[list[int]]:
-    draw = random.Random(0)
+def _make_rows(shape: dict) -> list[list[int]]:
+    draw = random.Random(0)  # noqa: S311 - token ids, no secret
     vocabulary = MODELS[shape["model"]]["vocab_size"]
 
     def length() -> int:
@@ -192,7 +194,7 @@ def make_rows(shape: dict) -> list[list[int]]:
     return [[draw.randrange(4, vocabulary) for _ in range(length())] for _ in range(count)]
 
 
-def make_clock():
+def _make_clock():
     import torch
     from transformers import TrainerCallback
 
@@ -208,7 +210,7 @@ def make_clock():
     return Clock()
 
 
-def configuration(model: str):
+def _configuration(model: str):
     from transformers import AutoConfig
 
     shape = dict(MODELS[model])
@@ -227,22 +229,23 @@ def configuration(model: str):
     )
 
 
-def tokenizer_folder(model: str) -> str:
+def _tokenizer_folder(model: str) -> str:
     """A folder with a configuration and a tokenizer that nobody asks anything, but that trainers want."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    folder = Path(f"/tmp/fintune-bench-{model}-{os.getpid()}")
+    folder = Path(tempfile.gettempdir()) / f"fintune-bench-{model}-{os.getpid()}"
     words = {word: at for at, word in enumerate(["<pad>", "<s>", "</s>", "<unk>"])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))  # noqa: S106 - a token of the vocabulary
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        tokenizer_object=tokenizer,
+        **{f"{name}_token": word for word, name in zip(words, ("pad", "bos", "eos", "unk"), strict=True)},
     ).save_pretrained(folder)
-    configuration(model).save_pretrained(folder)
+    _configuration(model).save_pretrained(folder)
     return str(folder)
 
 
-def random_weights(config) -> dict:
+def _random_weights(config) -> dict:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -262,12 +265,12 @@ def random_weights(config) -> dict:
     return made
 
 
-def from_random(config, **options):
+def _from_random(config, **options):
     import torch
     import transformers
 
     kind = getattr(transformers, config.architectures[0])
-    weights = random_weights(config)
+    weights = _random_weights(config)
     if torch.cuda.is_available():
         options.setdefault("device_map", {"": 0})
     model = kind.from_pretrained(None, config=config, state_dict=weights, **options)
@@ -275,7 +278,7 @@ def from_random(config, **options):
     return model
 
 
-def plain_model(variant: dict, shape: dict, folder: str):
+def _plain_model(variant: dict, shape: dict, folder: str):
     import torch
     from transformers import AutoTokenizer, BitsAndBytesConfig
 
@@ -287,10 +290,10 @@ def plain_model(variant: dict, shape: dict, folder: str):
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
-    return from_random(configuration(shape["model"]), **options), AutoTokenizer.from_pretrained(folder)
+    return _from_random(_configuration(shape["model"]), **options), AutoTokenizer.from_pretrained(folder)
 
 
-def unsloth_model(variant: dict, shape: dict, folder: str):
+def _unsloth_model(variant: dict, shape: dict, folder: str):
     """Unsloth's own loader on the folder; where it asks transformers for the weights, it is handed random ones."""
     import torch
     import unsloth.models.llama as loader
@@ -304,7 +307,7 @@ def unsloth_model(variant: dict, shape: dict, folder: str):
         config = config or AutoConfig.from_pretrained(name)
         if positions:
             config.max_position_embeddings = positions
-        return from_random(config, **options)
+        return _from_random(config, **options)
 
     theirs = loader.AutoModelForCausalLM.from_pretrained
     loader.AutoModelForCausalLM.from_pretrained = staticmethod(load)
@@ -332,13 +335,13 @@ def unsloth_model(variant: dict, shape: dict, folder: str):
     return model, tokenizer
 
 
-def arguments(shape: dict, **options):
+def _arguments(shape: dict, **options):
     import torch
     from trl import SFTConfig
 
     cuda = torch.cuda.is_available()
     return SFTConfig(
-        output_dir=f"/tmp/fintune-bench-out-{os.getpid()}",
+        output_dir=str(Path(tempfile.gettempdir()) / f"fintune-bench-out-{os.getpid()}"),
         per_device_train_batch_size=options.pop("batch", shape["batch"]),
         gradient_accumulation_steps=options.pop("accumulation", 1),
         max_steps=WARM_UP + TIMED,
@@ -355,7 +358,7 @@ def arguments(shape: dict, **options):
     )
 
 
-def peer_trainer(variant: dict, shape: dict, model, tokenizer, rows, clock):
+def _peer_trainer(variant: dict, shape: dict, model, tokenizer, rows, clock):
     from datasets import Dataset
     from peft import LoraConfig
     from trl import SFTTrainer
@@ -374,7 +377,7 @@ def peer_trainer(variant: dict, shape: dict, model, tokenizer, rows, clock):
         )
     trainer = SFTTrainer(
         model=model,
-        args=arguments(shape, **options),
+        args=_arguments(shape, **options),
         train_dataset=Dataset.from_dict({"input_ids": rows}),
         processing_class=tokenizer,
         callbacks=[clock],
@@ -383,10 +386,11 @@ def peer_trainer(variant: dict, shape: dict, model, tokenizer, rows, clock):
     return trainer, {}
 
 
-def own_trainer(variant: dict, shape: dict, model, tokenizer, rows, clock):
+def _own_trainer(variant: dict, shape: dict, model, tokenizer, rows, clock):
     """What ``fintune train`` does, with the planner's choice."""
     import torch
     from datasets import Dataset
+
     from fintune.options import AdapterOptions
     from fintune.tuning import adapter
     from fintune.tuning.fused.batch import PackedCollator
@@ -416,7 +420,7 @@ def own_trainer(variant: dict, shape: dict, model, tokenizer, rows, clock):
             "num_checkpointed": plan.setting.num_checkpointed,
         },
         model=model,
-        args=arguments(
+        args=_arguments(
             shape,
             batch=plan.batch_size,
             accumulation=plan.accumulation,
@@ -448,7 +452,7 @@ def own_trainer(variant: dict, shape: dict, model, tokenizer, rows, clock):
 # -- all variants
 
 
-def start(variant: dict, paths: dict[str, str]) -> subprocess.Popen:
+def _start(variant: dict, paths: dict[str, str]) -> subprocess.Popen:
     path = paths.get(variant["who"], os.environ.get("PYTHONPATH", ""))
     source = str(Path(__file__).resolve().parents[1] / "src")
     env = {
@@ -457,7 +461,7 @@ def start(variant: dict, paths: dict[str, str]) -> subprocess.Popen:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "UNSLOTH_DISABLE_STATISTICS": "1",
-        "UNSLOTH_COMPILE_LOCATION": f"/tmp/unsloth-compiled-{random.randrange(10**9)}",
+        "UNSLOTH_COMPILE_LOCATION": tempfile.mkdtemp(prefix="unsloth-compiled-"),
     }
     command = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(variant)]
     return subprocess.Popen(
@@ -465,7 +469,7 @@ def start(variant: dict, paths: dict[str, str]) -> subprocess.Popen:
     )
 
 
-def read_until(process: subprocess.Popen, word: str) -> str | None:
+def _read_until(process: subprocess.Popen, word: str) -> str | None:
     for line in process.stdout:
         if line.startswith(word):
             return line
@@ -477,6 +481,7 @@ LOG: list[str] = []
 
 
 def main() -> None:
+    """Run the variants that are asked for, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file for the results; kept up to date after every variant")
     parser.add_argument("--only", default="", help="numbers of variants, with commas; all where empty")
@@ -486,7 +491,7 @@ def main() -> None:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        worker(json.loads(options.worker))
+        _worker(json.loads(options.worker))
         return
     chosen = [dict(each) for each in VARIANTS if options.shape in (None, each["shape"])]
     if options.shape == "tiny":
@@ -495,27 +500,27 @@ def main() -> None:
         chosen = [VARIANTS[int(number)] for number in options.only.split(",")]
     began = time.monotonic()
     paths = dict(each.split("=", 1) for each in options.peer_path)
-    processes = [start(variant, paths) for variant in chosen]
+    processes = [_start(variant, paths) for variant in chosen]
     for process in processes:
-        read_until(process, "READY")
+        _read_until(process, "READY")
     print(f"{len(processes)} processes have imported, {time.monotonic() - began:.0f} s", flush=True)
     results = []
-    for variant, process in zip(chosen, processes):
+    for variant, process in zip(chosen, processes, strict=True):
         if time.monotonic() - began > options.seconds:
             process.kill()
             continue
         LOG.clear()
         process.stdin.write("go\n")
-        line = read_until(process, "RESULT ")
+        line = _read_until(process, "RESULT ")
         process.wait()
         result = json.loads(line[7:]) if line else {"ok": False, "error": "".join(LOG[-15:])}
-        results.append({"shape": variant["shape"], "variant": name_of(variant), **result})
-        show(results[-1])
+        results.append({"shape": variant["shape"], "variant": _name_of(variant), **result})
+        _show(results[-1])
         if options.out:
-            options.out.write_text(json.dumps(report(results), indent=1) + "\n")
+            options.out.write_text(json.dumps(_report(results), indent=1) + "\n")
 
 
-def show(result: dict) -> None:
+def _show(result: dict) -> None:
     what = f"{result['shape']:30} {result['variant']:42}"
     if not result["ok"]:
         print(f"{what} FAILED {result['error']}", flush=True)
@@ -523,13 +528,13 @@ def show(result: dict) -> None:
     plan = result.get("plan")
     planned = f"  plan {plan['predicted_gib']} GiB, {plan['checkpointed_layers']} recomputed" if plan else ""
     print(
-        f"{what} {result['step_ms']:8.1f} ms {result['tokens_per_second']:9.0f} tok/s {result['peak_gib'] or 0:6.2f} GiB"
-        f"  loss {result['last_loss']:.3f}{planned}",
+        f"{what} {result['step_ms']:8.1f} ms {result['tokens_per_second']:9.0f} tok/s "
+        f"{result['peak_gib'] or 0:6.2f} GiB  loss {result['last_loss']:.3f}{planned}",
         flush=True,
     )
 
 
-def report(results: list[dict]) -> dict:
+def _report(results: list[dict]) -> dict:
     from importlib import metadata
 
     def version(name: str) -> str:

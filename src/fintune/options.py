@@ -63,7 +63,7 @@ class ModelOptions(Options):
     load: Literal["16bit", "4bit"] = Field(
         "16bit",
         description="How training holds the frozen base weights: `4bit` makes LoRA into QLoRA and DoRA into QDoRA (NF4 "
-        "with double quantisation, arXiv 2305.14314). Merging, export and prediction take the weights as they are stored.",
+        "with double quantisation, arXiv 2305.14314). Merge, export and prediction take the stored weights.",
     )
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with the model. Off unless you trust its author."
@@ -272,7 +272,7 @@ class TrainOptions(Options):
     eval_steps: int | None = Field(
         None,
         ge=1,
-        description="Steps between evaluations on the evaluation split, and one behind the last step; none where empty.",
+        description="Steps between evaluations on the evaluation split, one more behind the last; none where empty.",
     )
     eval_examples: int | None = Field(
         None, ge=1, description="Evaluate on at most so many examples, drawn with `run.seed`; all where empty."
