@@ -193,7 +193,7 @@ def test_a_missing_configuration_is_named(mistake, verb: str) -> None:
         ("train.epochs=three", 'train.epochs: got "three": input should be a valid number'),
         ("train.epochs", "'train.epochs': not an override: write dotted.key=value"),
         ("train.epochs=[1", "the value is not valid YAML"),
-        ("adapter.kind=qlora", "input should be 'lora' or 'dora'"),
+        ("adapter.kind=qlora", "input should be 'lora', 'dora' or 'full'"),
         ("run.name=a/b", "run.name: 'a/b' is not a folder name: set run.dir for the path before it"),
         ("export.types=[F16]", "predict.models asks for Q4_K_M, which export.types does not write"),
     ],

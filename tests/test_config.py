@@ -153,7 +153,7 @@ def test_an_unknown_key_of_the_file_comes_with_its_line(write) -> None:
         ("train.epochs=0", "train.epochs: got 0: input should be greater than 0"),
         ("train.epochs=.inf", "train.epochs: got Infinity: input should be a finite number"),
         ("train.learning_rate=.nan", "train.learning_rate: got NaN: input should be a finite number"),
-        ("adapter.kind=qlora", "adapter.kind: got \"qlora\": input should be 'lora' or 'dora'"),
+        ("adapter.kind=qlora", "adapter.kind: got \"qlora\": input should be 'lora', 'dora' or 'full'"),
         ("predict.models=[base, f16]", 'predict.models: got "f16": input should be'),
         ("predict.models=[]", "predict.models: got []: "),
         ("run.seed=-1", "run.seed: got -1: input should be greater than or equal to 0"),

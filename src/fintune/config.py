@@ -218,8 +218,9 @@ def _refuse_unknown(
         if field is None:
             known = [key for key, _ in fields()] + ([] if path else list(Config.model_fields))
             here = {other: ".".join((*path, other)) for other in model.model_fields}
-            near = _initials(name, here) or difflib.get_close_matches(dotted, [*here.values(), *known], n=1)
-            near = near or _same_leaf(name, known)
+            near = _initials(name, here) or [here[leaf] for leaf in difflib.get_close_matches(name, list(here), n=1)]
+            # A section alone is no likeness: train.zzz is not train.keep.
+            near = near or difflib.get_close_matches(dotted, known, n=1, cutoff=0.8) or _same_leaf(name, known)
             hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(model.model_fields)}"
             raise ConfigError(f"{place}unknown option {dotted}", hint=hint)
         kind = field.annotation
