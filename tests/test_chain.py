@@ -211,8 +211,13 @@ def test_scoring_the_official_file_by_hand_gives_the_score_of_the_run(finished):
         *("--gold", finished.folder / "prepare/gold.json", "--strict"),
     )
     assert done.status == 0
-    run_row = next(line for line in finished.first.out.splitlines() if line.startswith("adapter"))
-    assert done.out.splitlines()[-1].split()[1:] == run_row.split()[1:]
+    run_row = next(line for line in finished.first.out.splitlines() if line.startswith("adapter")).split()
+    told = {line.strip().split("  ")[0]: line.split() for line in done.out.splitlines() if line.strip()}
+    number, execution, program, invalid = run_row[1], run_row[2], run_row[-2], run_row[-1]
+    assert told["n"][1] == number
+    assert told["execution accuracy"][2] == execution
+    assert told["program accuracy"][2] == program
+    assert told["invalid"][1] == invalid
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q4_K_M"])

@@ -101,6 +101,6 @@ def test_in_a_browser_the_page_runs_without_an_error_and_opens_an_example(inputs
     report(CONFIG, inputs, folder)
     shown = opened(folder / "index.html", "example:ACME1/2010/page_1.pdf-1", tmp_path / "profile")
     assert "1 of 6 examples" in shown
-    assert re.search(r'<td class="used"[^>]*>\$ 141</td>', shown)
+    assert re.search(r'<td class="used( read)?"[^>]*>\$ 141</td>', shown)
     assert "names no evidence" in shown
     assert "#0 = 34" in shown

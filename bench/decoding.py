@@ -1,0 +1,159 @@
+"""What a grammar and several candidates do to accuracy and time, on the models of one finished run.
+
+    python bench/decoding.py --run runs/demo --num 20 --out bench/results/decoding.json
+
+Each way of decoding answers the same first evaluation questions of the run, with the merged folder (transformers), the
+Q4_K_M file (llama.cpp) and the untrained base model. Processor seconds of the whole process stand beside the wall time,
+since they hold on a busy machine, too; a way's time is beside that of free greedy decoding with the same model, which
+is measured twice, first and last, and counts with its mean. Each engine is opened anew for each way. What --out holds
+of other models stays, so that they can be measured one by one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+FREE = "greedy, free"
+WAYS: dict[str, dict[str, Any]] = {
+    FREE: {},
+    "greedy, general grammar": {"constrain": "general"},
+    "greedy, the page's grammar": {"constrain": "example"},
+    "execution-guided, 4, the page's grammar": {
+        "strategy": "execution_guided",
+        "num_candidates": 4,
+        "constrain": "example",
+    },
+    "vote of 5, the page's grammar": {"strategy": "vote", "num_candidates": 5, "constrain": "example"},
+}
+MODELS = ("merged", "Q4_K_M", "base")
+SEVERAL = "merged"
+"""The model with which ways of several candidates are measured; they take long."""
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
+    parser.add_argument("--num", type=int, default=20, help="evaluation questions")
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    given = parser.parse_args()
+    old = json.loads(given.out.read_text(encoding="utf-8")) if given.out and given.out.exists() else {}
+    if old and old["num_questions"] != given.num:
+        raise SystemExit(f"{given.out} holds figures of {old['num_questions']} questions; remove it, or ask as many")
+    models = {kind: model(given.run, kind, given.num, given.ways, given.threads) for kind in given.models}
+    result = {
+        "what": "accuracy and time by way of decoding, the same questions for all",
+        "num_questions": given.num,
+        "models": old.get("models", {}) | models,
+        **surroundings(),
+    }
+    text = json.dumps(result, indent=2) + "\n"
+    if given.out:
+        given.out.write_text(text, encoding="utf-8")
+    print(text, end="")
+
+
+def model(run: Path, kind: str, num: int, ways: list[str], threads: int) -> dict[str, Any]:
+    """All ways with one model."""
+    warm_up = measure(run, kind, 2, FREE, threads)
+    assert warm_up["num_tokens"], "loads libraries and files"
+    names = [FREE, *(w for w in ways if w != FREE and (kind == SEVERAL or "num_candidates" not in WAYS[w]))]
+    found = {name: measure(run, kind, num, name, threads) for name in names}
+    again = measure(run, kind, num, FREE, threads)
+    for unit in ("seconds", "processor_seconds"):
+        found[FREE][unit] = round((found[FREE][unit] + again[unit]) / 2, 2)
+        for way in found.values():
+            way[f"{unit}_ratio"] = round(way[unit] / found[FREE][unit], 2)
+    return found
+
+
+def measure(run: Path, kind: str, num: int, name: str, threads: int) -> dict[str, Any]:
+    """One way with one model."""
+    from fintune import chat
+    from fintune.engines.candidates import decoding, grammars, predict_one
+    from fintune.finqa.parse import ParseError, parse
+    from fintune.finqa.program import tokenize
+    from fintune.options import PredictOptions
+    from fintune.records import Example, FinQARecord
+    from fintune.report.metrics import score
+
+    lines = (run / "prepare/eval.jsonl").read_text(encoding="utf-8").splitlines()[:num]
+    examples = [Example.model_validate_json(line) for line in lines]
+    gold = {row["id"]: row for row in json.loads((run / "prepare/gold.json").read_text(encoding="utf-8"))}
+    records = [FinQARecord.model_validate(gold[each.id]) for each in examples]
+    options = PredictOptions(max_new_tokens=64, **WAYS[name])
+    engine, tokenizer = opened(run, kind, threads)
+    prompts = [chat.render(tokenizer, each.messages) for each in examples]
+    start, started = time.perf_counter(), time.process_time()
+    allowed = grammars(options, records)
+    completions = list(engine.generate(prompts, decoding(options, allowed)))
+    seconds, processor = time.perf_counter() - start, time.process_time() - started
+    engine.close()
+    k = options.num_candidates
+    predictions = [
+        predict_one(record.id, completions[n * k : n * k + k], options, record.table, allowed[n] if allowed else None)
+        for n, record in enumerate(records)
+    ]
+    unparsable = 0
+    for each in predictions:
+        try:
+            parse(each.program)
+        except ParseError:
+            unparsable += 1
+    verdicts = score(records, [(each.id, tokenize(each.program)) for each in predictions])[1]
+    ranked = sorted(zip(predictions, verdicts, strict=True), key=lambda pair: -(pair[0].confidence or 0))
+    half = [verdict.exe_correct for _, verdict in ranked[: num // 2]]
+    return {
+        "execution_accuracy": round(sum(each.exe_correct for each in verdicts) / num, 4),
+        "execution_accuracy_of_the_more_confident_half": round(sum(half) / len(half), 4),
+        "num_invalid": sum(each.invalid for each in verdicts),
+        "num_unparsable": unparsable,
+        "num_cut_off": sum(each.finish_reason == "length" for each in completions),
+        "num_tokens": sum(len(each.token_ids) for each in completions),
+        "seconds": round(seconds, 2),
+        "processor_seconds": round(processor, 2),
+    }
+
+
+def opened(run: Path, kind: str, threads: int) -> tuple[Any, Any]:
+    """The engine of one kind of model, and the tokenizer."""
+    import torch
+
+    from fintune import models
+    from fintune.engines.llama_cpp import LlamaCppEngine
+    from fintune.engines.transformers_engine import TransformersEngine
+
+    torch.set_num_threads(threads)
+    ref = models.fetch(models.resolve("builtin:smollm2-135m" if kind == "base" else str(run / "merge")))
+    tokenizer = models.load_tokenizer(ref)
+    if kind == "Q4_K_M":
+        file = next((run / "export").glob("*-Q4_K_M.gguf"))
+        return LlamaCppEngine(file, context_tokens=2048 + 64, threads=threads), tokenizer
+    return TransformersEngine(models.load_model(ref, dtype="float32", device="cpu").eval(), tokenizer, 16), tokenizer
+
+
+def surroundings() -> dict[str, Any]:
+    """What the figures hold for."""
+    from importlib.metadata import version
+
+    from fintune.machine import commit, machine
+
+    return {
+        "machine": machine(),
+        "python": sys.version.split()[0],
+        "versions": {name: version(name) for name in ("torch", "transformers", "llguidance", "xllamacpp")},
+        "commit": commit(),
+    }
+
+
+if __name__ == "__main__":
+    main()
