@@ -4,9 +4,9 @@
 
 Each way of decoding answers the same first evaluation questions of the run, with the merged folder (transformers), the
 Q4_K_M file (llama.cpp) and the untrained base model. Processor seconds of the whole process stand beside the wall time,
-since they hold on a busy machine, too; a way's time is beside that of free greedy decoding with the same model, which
-is measured twice, first and last, and counts with its mean. Each engine is opened anew for each way. What --out holds
-of other models stays, so that they can be measured one by one.
+since they suffer less from a busy machine; a way's time is compared with that of free greedy decoding with the same
+model. All ways are measured in turn, twice, each with an engine of its own, and the smaller time counts. What --out
+holds of other models stays, so that they can be measured one by one.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "vote of 5, the page's grammar": {"strategy": "vote", "num_candidates": 5, "constrain": "example"},
 }
 MODELS = ("merged", "Q4_K_M", "base")
+ROUNDS = 2
 SEVERAL = "merged"
 """The model with which ways of several candidates are measured; they take long."""
 
@@ -64,14 +65,13 @@ def main() -> None:
 
 def model(run: Path, kind: str, num: int, ways: list[str], threads: int) -> dict[str, Any]:
     """All ways with one model."""
-    warm_up = measure(run, kind, 2, FREE, threads)
-    assert warm_up["num_tokens"], "loads libraries and files"
+    measure(run, kind, 2, FREE, threads)  # loads libraries and files
     names = [FREE, *(w for w in ways if w != FREE and (kind == SEVERAL or "num_candidates" not in WAYS[w]))]
-    found = {name: measure(run, kind, num, name, threads) for name in names}
-    again = measure(run, kind, num, FREE, threads)
-    for unit in ("seconds", "processor_seconds"):
-        found[FREE][unit] = round((found[FREE][unit] + again[unit]) / 2, 2)
-        for way in found.values():
+    rounds = [{name: measure(run, kind, num, name, threads) for name in names} for _ in range(ROUNDS)]
+    found = rounds[0]
+    for name, way in found.items():
+        for unit in ("seconds", "processor_seconds"):
+            way[unit] = min(each[name][unit] for each in rounds)
             way[f"{unit}_ratio"] = round(way[unit] / found[FREE][unit], 2)
     return found
 

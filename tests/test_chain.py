@@ -348,9 +348,9 @@ def test_dry_run_tells_and_touches_nothing(run):
 KILLS = [
     pytest.param("prepare", "datasets:Dataset.save_to_disk", 1, id="prepare"),
     pytest.param("predict/base", "fintune.engines.journal:Journal.append", 5, id="predict-base"),
-    pytest.param("score/base", "fintune.stages.score:_write", 1, id="score"),
+    pytest.param("score/base", "fintune.outputs:write", 1, id="score"),
     pytest.param("train", "fintune.tuning.metrics:append", 13, id="train"),
-    pytest.param("merge", "fintune.stages.merge:_save", 1, id="merge"),
+    pytest.param("merge", "fintune.progress:_LineBar.advance", 3, id="merge"),
     pytest.param("export", "fintune.progress:_LineBar.advance", 8, id="export"),
     pytest.param("predict/F16", "fintune.engines.journal:Journal.append", 5, id="predict-F16"),
     pytest.param("report", "fintune.stages.report:write_atomically", 1, id="report"),

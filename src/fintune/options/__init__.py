@@ -1,0 +1,36 @@
+"""Every option of a run, written once: its name, type, default, unit and meaning.
+
+The YAML file, ``key=value`` overrides, ``fintune config show``, the manifest of each stage and ``docs/options.md`` all
+come from these fields. An option marked with :func:`neutral` cannot change a result (threads, how often to log); it is
+left out of the fingerprint that decides whether a stage is up to date.
+"""
+
+from __future__ import annotations
+
+from fintune.options.base import Options, is_neutral, neutral
+from fintune.options.data import DataOptions, PromptOptions, Shape, SourceOptions, StatementsOptions
+from fintune.options.export import ExportOptions, MergeOptions
+from fintune.options.model import AdapterOptions, ModelOptions
+from fintune.options.predict import ModelKind, PredictOptions
+from fintune.options.run import Config, RunOptions
+from fintune.options.train import TrainOptions
+
+__all__ = [
+    "AdapterOptions",
+    "Config",
+    "DataOptions",
+    "ExportOptions",
+    "MergeOptions",
+    "ModelKind",
+    "ModelOptions",
+    "Options",
+    "PredictOptions",
+    "PromptOptions",
+    "RunOptions",
+    "Shape",
+    "SourceOptions",
+    "StatementsOptions",
+    "TrainOptions",
+    "is_neutral",
+    "neutral",
+]

@@ -1,0 +1,79 @@
+"""How completions are made."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from fintune.options.base import Options, neutral
+
+ModelKind = Literal["base", "adapter", "merged", "F16", "Q4_K_M", "endpoint"]
+
+
+class PredictOptions(Options):
+    """Programs for the evaluation questions from each kind of model."""
+
+    models: Annotated[tuple[ModelKind, ...], Field(min_length=1)] = Field(
+        ("base", "adapter", "merged", "F16", "Q4_K_M"),
+        description="What is measured: the model before training, base + adapter, merged folder, GGUF files by type; "
+        "and `endpoint`, whatever is served at `predict.endpoint`.",
+    )
+    endpoint: str | None = Field(
+        None,
+        description="Address of an OpenAI-compatible server (llama.cpp, vLLM, Ollama, ...), as "
+        "`http://127.0.0.1:8080/v1#MODEL`; its own chat template renders the prompts. A key is read from the "
+        "environment variable FINTUNE_API_KEY or OPENAI_API_KEY.",
+    )
+    engine: Literal["auto", "transformers", "vllm"] = Field(
+        "auto",
+        description="What runs Hugging Face folders; `auto` is transformers. llama.cpp runs GGUF files.",
+    )
+    num_shots: int = Field(
+        0,
+        ge=0,
+        description="Training questions with evidence and program that stand before each question: the most similar "
+        "ones, none from a page that is scored. Those that do not fit `prompt.max_length` are left out.",
+    )
+    max_new_tokens: int = Field(
+        96, ge=1, description="Tokens of a completion at most; the longest gold of FinQA needs about 90."
+    )
+    constrain: Literal["none", "general", "example"] = Field(
+        "none",
+        description="What a completion may say: anything; only programs (`general`); or only programs of the numbers "
+        "and rows on its page and FinQA's constants (`example`).",
+    )
+    strategy: Literal["greedy", "sample", "execution_guided", "vote"] = Field(
+        "greedy",
+        description="`greedy`: the most probable token each time; `sample`: drawn tokens; `execution_guided`: of the "
+        "greedy and `num_candidates` - 1 drawn completions the most probable one whose program runs (arXiv "
+        "1807.03100); `vote`: the result that most of `num_candidates` drawn programs have (arXiv 2203.11171).",
+    )
+    num_candidates: int = Field(
+        1, ge=1, description="Completions a question, for `execution_guided` (1 is greedy) and `vote` (2 or more)."
+    )
+    temperature: float = Field(
+        0.7, ge=0.01, le=100, description="Where tokens are drawn: below 1 the probable ones more often than they are."
+    )
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="Where tokens are drawn: from the most probable that have this share together."
+    )
+    seed: int = Field(17, ge=0, description="Where tokens are drawn: the same seed draws the same.")
+    batch_size: int = Field(16, ge=1, description="Completions decoded together.")
+    precision: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "float32", description="Arithmetic of the transformers engine."
+    )
+    threads: int | None = neutral(None, "CPU threads; all cores where empty.", ge=1)
+
+    @model_validator(mode="after")
+    def _candidates_are_used(self) -> PredictOptions:
+        if self.strategy == "vote" and self.num_candidates == 1:
+            raise ValueError("predict.strategy: vote needs several candidates; set predict.num_candidates, as to 8")
+        if self.strategy in ("greedy", "sample") and self.num_candidates > 1:
+            raise ValueError(
+                f"predict.num_candidates is not read with predict.strategy: {self.strategy}; "
+                "set execution_guided or vote, or remove it"
+            )
+        if "endpoint" in self.models and self.endpoint is None:
+            raise ValueError("predict.models asks for endpoint; set predict.endpoint to its address")
+        return self

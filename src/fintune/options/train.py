@@ -1,0 +1,91 @@
+"""How the model is trained."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from fintune.options.base import Options, neutral
+
+
+class TrainOptions(Options):
+    """Supervised fine-tuning on completions."""
+
+    epochs: float = Field(3.0, gt=0, description="Passes over the training examples.")
+    max_steps: int | None = Field(
+        None, ge=1, description="Stop after so many optimiser steps; overrides `train.epochs`."
+    )
+    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="Learning-rate schedule after warm-up."
+    )
+    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of the steps with a rising learning rate.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
+    adam_beta2: float = Field(
+        0.999, gt=0, lt=1, description="AdamW's memory of squared gradients; 0.99 suits runs of a few hundred steps."
+    )
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")
+    batch_size: int = Field(8, ge=1, description="Examples a forward pass and GPU.")
+    accumulation: int = Field(1, ge=1, description="Forward passes an optimiser step.")
+    precision: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto",
+        description="Arithmetic of the frozen weights; `auto` is bfloat16 where the processor multiplies it natively.",
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Recompute the activations of every layer in the backward pass: less memory, a third slower. The "
+        "fused layers recompute as many as memory demands by themselves.",
+    )
+    max_memory_gib: float | None = Field(
+        None,
+        gt=0,
+        description="Memory that training may allocate on the GPU, in GiB; all that is free where empty. With the "
+        "fused layers the planner chooses recomputed layers and passes by it (`fintune plan`).",
+    )
+    fused_layers: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="Run the decoder layers of Llama, Mistral, Qwen2 and Qwen3 through this package's forward and "
+        "backward pass (same mathematics, faster); `auto`: on a CUDA GPU, where the model and its adapter allow it.",
+    )
+    checkpoint_steps: int = Field(
+        100, ge=1, description="Steps between checkpoints, from which an interrupted run resumes."
+    )
+    eval_steps: int | None = Field(
+        None,
+        ge=1,
+        description="Steps between evaluations on the evaluation split, one more behind the last; none where empty.",
+    )
+    eval_examples: int | None = Field(
+        None, ge=1, description="Evaluate on at most so many examples, drawn with `run.seed`; all where empty."
+    )
+    eval_new_tokens: int = Field(
+        96, ge=1, description="Tokens of a completion at most, where an evaluation measures execution accuracy."
+    )
+    keep: Literal["last", "best_loss", "best_accuracy"] = Field(
+        "last",
+        description="Which weights become the result: those of the last step, of the evaluation with the lowest loss, "
+        "or of that with the highest execution accuracy, which each evaluation then measures by greedy decoding.",
+    )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="Stop after so many evaluations in a row without a better one, by what `train.keep` goes by (the "
+        "loss for `last`); never where empty.",
+    )
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = neutral(
+        (),
+        "Where losses go besides metrics.jsonl: `tensorboard` writes train/tensorboard, `wandb` sends them to Weights "
+        "& Biases (WANDB_MODE=offline keeps them in train/wandb).",
+    )
+    log_steps: int = neutral(1, "Steps between lines of metrics.jsonl.", ge=1)
+    threads: int | None = neutral(None, "CPU threads; all cores where empty.", ge=1)
+
+    @model_validator(mode="after")
+    def _choices_need_evaluations(self) -> TrainOptions:
+        if self.eval_steps is None:
+            asked = [f"train.keep: {self.keep}"] if self.keep != "last" else []
+            asked += ["train.patience"] if self.patience is not None else []
+            if asked:
+                raise ValueError(f"{' and '.join(asked)} needs evaluations; set train.eval_steps")
+        return self
