@@ -6,6 +6,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+# A process a core; files stay whole, since the tests of one share what they trained.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .PHONY: demo test quick lint format docs lock clean
 .DELETE_ON_ERROR:
@@ -14,10 +16,10 @@ demo: $(STAMP)
 	@$(BIN)/fintune demo $(ARGS)
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
 
 quick: $(STAMP)
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest $(PARALLEL) -m "not slow"
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
