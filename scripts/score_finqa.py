@@ -9,7 +9,8 @@ from pathlib import Path
 
 import click
 
-from fintune.cli import main, print_score
+from fintune.cli import main
+from fintune.cli_score import print_score
 
 FILE = click.Path(path_type=Path)
 

@@ -345,29 +345,29 @@ def test_a_file_in_place_of_the_runs_folder_is_named(mistake, finqa, tmp_path: P
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EISDIR, errno.ENAMETOOLONG])
 def test_what_the_file_system_refuses_is_one_line(mistake, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise OSError(number, "whatever", "runs/x/train.jsonl")
 
-    monkeypatch.setattr(cli, "_run", refuse)
+    monkeypatch.setattr(cli, "run_stages", refuse)
     assert mistake("run", DEMO) == f"fintune: runs/x/train.jsonl: {os.strerror(number).lower()}\n"
 
 
 def test_a_bug_of_ours_keeps_its_traceback(run, monkeypatch: pytest.MonkeyPatch) -> None:
     for bug in (KeyError("x"), FileNotFoundError(errno.ENOENT, "gone")):
 
-        def fail(*_: object, bug: Exception = bug) -> None:
+        def fail(*_: object, bug: Exception = bug, **__: object) -> None:
             raise bug
 
-        monkeypatch.setattr(cli, "_run", fail)
+        monkeypatch.setattr(cli, "run_stages", fail)
         with pytest.raises(type(bug)):
             run("run", DEMO)
 
 
 def test_an_interruption_says_how_to_go_on(run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_run", interrupted)
+    monkeypatch.setattr(cli, "run_stages", interrupted)
     done = run("run", DEMO)
     assert done.status == 130
     assert done.err.strip() == "fintune: interrupted; the same command goes on from here"

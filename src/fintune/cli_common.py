@@ -1,0 +1,74 @@
+"""What the verbs of the command line have in common: CONFIG and its overrides, flags, running the stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fintune.selection import Selection
+
+FILE = click.Path(path_type=Path)
+STRICT = ("data.strict=true",)
+"""The override that --strict stands for."""
+
+_PIPE_COLUMNS = 400
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+def config_arguments(command: F) -> F:
+    """CONFIG and its overrides."""
+    command = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")(command)
+    return click.argument("config", type=FILE, metavar="CONFIG")(command)
+
+
+redo_option = click.option(
+    "--redo", multiple=True, metavar="STAGE", help="Make a stage anew, and what follows where its result changes."
+)
+dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be done, do nothing.")
+strict_option = click.option("--strict", is_flag=True, help="Stop at the first row of the data that cannot be used.")
+
+
+def run_stages(path: Path, overrides: tuple[str, ...], selection: Selection, *, dry_run: bool = False) -> None:
+    """Run what is selected of a run, or say what would be run; then the table of scores and where the page lies."""
+    from fintune.config import load
+    from fintune.pipeline import Pipeline
+    from fintune.report.metrics import read_score
+    from fintune.report.tables import plan_table, score_table
+    from fintune.steps import build
+
+    loaded = load(path, overrides)
+    pipeline = Pipeline(loaded.config, build(loaded.config), selection)
+    out = stdout()
+    if dry_run:
+        out.print(plan_table([(step.name, what, step.inputs) for step, what in pipeline.preview()]))
+        return
+    folder = loaded.config.folder
+    looked_at = [outcome.step for outcome in pipeline.run() if outcome.what != "skipped"]
+    scored = [step for step in looked_at if step.startswith("score/")]
+    if scored:
+        scores = {step.removeprefix("score/"): read_score(folder / step / "score.json") for step in scored}
+        out.print("", score_table(scores, "model"), "", sep="\n")
+    if "report" in looked_at:
+        out.print(f"The run's page: {folder / 'report' / 'index.html'}", markup=False, soft_wrap=True)
+
+
+def stdout() -> Console:
+    """Where tables go; a file or pipe takes lines of any length."""
+    from rich.console import Console
+
+    out = Console()
+    return out if out.is_terminal else Console(width=_PIPE_COLUMNS)
+
+
+def packaged_config(name: str) -> Path:
+    """A configuration that comes with the package: inside it when installed, beside ``src`` in a checkout."""
+    here = Path(__file__).resolve().parent
+    installed = here / "configs" / name
+    return installed if installed.is_file() else here.parents[1] / "configs" / name
