@@ -15,6 +15,11 @@ class MergeOptions(Options):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Type of the merged weights; `auto` is the base's."
     )
+    into: Literal["16bit", "dequantised"] = Field(
+        "16bit",
+        description="Weights that the adapter is folded into: the base's own, or, with `model.load: 4bit`, those that "
+        "training saw, rounded to 4 bits and back. How far the two lie apart is in the manifest.",
+    )
 
 
 class ExportOptions(Options):

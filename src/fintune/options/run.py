@@ -54,6 +54,8 @@ class Config(Options):
             raise ValueError("adapter.init: loftq takes up the error of 4-bit weights; set model.load: 4bit")
         if init == "loftq" and kind == "dora":
             raise ValueError("adapter.init: loftq is unproven with adapter.kind: dora; use lora")
+        if self.merge.into == "dequantised" and load == "16bit":
+            raise ValueError("merge.into: dequantised is about 4-bit training; set model.load: 4bit, or remove it")
         if self.train.keep == "best_accuracy" and self.data.source not in ("builtin:statements", "finqa"):
             raise ValueError(
                 f"train.keep: best_accuracy needs gold programs, which data.source: {self.data.source} lacks"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from fintune import chat, models
 from fintune.errors import ArtifactError
@@ -26,20 +26,16 @@ NUM_GOLDEN = 4
 """Prompts on which base + adapter and the merged folder are compared."""
 
 
-def merge(
-    config: Config,
-    inputs: Mapping[str, Path],
-    folder: Path,
-    *,
-    into: Literal["16bit", "dequantised"] = "16bit",
-) -> dict[str, Any]:
+def merge(config: Config, inputs: Mapping[str, Path], folder: Path) -> dict[str, Any]:
     """Merge in float32 and save in ``merge.dtype``, row by row; then load the result and compare.
+
+    With ``merge.into: dequantised`` the adapter goes into the weights that training in 4 bits saw, else into the base's
+    own, whatever it was trained on.
 
     Args:
         config: The run.
         inputs: Needs ``prepare`` (golden prompts) and ``train``.
         folder: Becomes a Hugging Face model folder.
-        into: The base's own weights, whatever the adapter was trained on, or the weights that training in 4 bits saw.
 
     Returns:
         Type of the weights, number of moved tensors and share of numbers that moved, largest logit difference to base
@@ -48,7 +44,7 @@ def merge(
     Raises:
         ArtifactError: A weight that the adapter should change and does not.
         ModelError: The base model cannot be used, or is not the adapter's.
-        ResourceError: The disk is too small, or bitsandbytes is missing for ``into="dequantised"``.
+        ResourceError: The disk is too small, or bitsandbytes is missing for ``merge.into: dequantised``.
     """
     ref = models.fetch(models.resolve(config.model.name, revision=config.model.revision))
     assert ref.path is not None, "fetch fills the path"
@@ -57,7 +53,7 @@ def merge(
         return _convert(config, inputs, ref.path, whole, folder)
     adapter = inputs["train"] / "adapter"
     trust = config.model.trust_remote_code
-    seen = NormalFloat() if into == "dequantised" else None
+    seen = NormalFloat() if config.merge.into == "dequantised" else None
     with bar("merge", 1.0) as shown:
         report = merge_folders(
             ref.path,
