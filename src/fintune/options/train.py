@@ -21,7 +21,18 @@ class TrainOptions(Options):
         "cosine", description="Learning-rate schedule after warm-up."
     )
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of the steps with a rising learning rate.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
+    warmup_steps: int | None = Field(
+        None, ge=0, description="So many steps with a rising learning rate; overrides `train.warmup_ratio`."
+    )
+    optimizer: Literal[
+        "adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit", "adafactor", "sgd"
+    ] = Field(
+        "adamw",
+        description="`8bit` ones keep their moments in 8 bits (bitsandbytes, GPU and CPU; arXiv 2110.02861), `paged` "
+        "ones move them to main memory when a CUDA GPU runs short, `adafactor` (arXiv 1804.04235) keeps sums of rows "
+        "and columns only.",
+    )
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay of the optimiser.")
     adam_beta2: float = Field(
         0.999, gt=0, lt=1, description="AdamW's memory of squared gradients; 0.99 suits runs of a few hundred steps."
     )

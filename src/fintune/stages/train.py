@@ -18,7 +18,7 @@ from fintune.engines.transformers_engine import TransformersEngine
 from fintune.errors import ArtifactError, ResourceError
 from fintune.options import Config
 from fintune.progress import say
-from fintune.tuning import adapter, full, metrics, planned, reporters, sft
+from fintune.tuning import adapter, full, metrics, optimizers, planned, reporters, sft
 from fintune.tuning.evaluate import BEST, Evaluation, best_step, out_of_patience
 
 if TYPE_CHECKING:
@@ -62,8 +62,13 @@ def check(config: Config) -> None:
 
     Raises:
         ResourceError: With the package's name.
+        ConfigError: An optimiser that this machine cannot run.
     """
     reporters.check(config.train.report_to)
+    if config.train.optimizer != "adamw":  # the others ask torch about a GPU, which takes seconds
+        import torch
+
+        optimizers.check(config.train.optimizer, cuda=torch.cuda.is_available())
     if config.model.load == "4bit":
         models.check_four_bit()
 

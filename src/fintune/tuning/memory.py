@@ -17,6 +17,11 @@ _PIECE_LOGITS = 2**27  # tuning.fused.head holds so many logits at a time
 # NF4 with double quantisation: 4 bits, a byte for 64 numbers, 4 bytes for 256 of those (arXiv 2305.14314, section 3).
 _FOUR_BIT_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 
+# What autograd keeps of a layer of transformers' with PEFT's adapters, as a multiple of the written-out layer's.
+_MODULES_KEEP = 1.55
+# PEFT's DoRA makes whole matrices, float32, of W and of B A.
+_MODULES_DORA_COPIES = 12
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -93,12 +98,14 @@ class Method:
         targets: Names of the linear layers that have one.
         dora: With magnitudes.
         four_bit: The base is stored in NF4.
+        moment_bytes: What the optimiser keeps for a trained number.
     """
 
     rank: int
     targets: tuple[str, ...] = PARTS
     dora: bool = False
     four_bit: bool = False
+    moment_bytes: float = 8
 
     def border(self, *parts: str) -> int:
         """Columns that the adapters of layers with one input take."""
@@ -144,11 +151,31 @@ def peak_bytes(shape: Shape, method: Method, setting: Setting, *, num_labels: in
     return standing_bytes(shape, method, setting) + kept + passing
 
 
+def modules_peak_bytes(shape: Shape, method: Method, *, tokens: int, recomputed: bool, accumulates: bool) -> int:
+    """Largest allocation with transformers' layers and PEFT's, as far as it can be told from TRL's peaks on an H100.
+
+    Args:
+        shape: The model.
+        method: What is trained.
+        tokens: In one forward pass.
+        recomputed: With gradient checkpointing, of all layers.
+        accumulates: Gradients wait for further passes.
+    """
+    setting = Setting(0, unpacked=not method.four_bit, tokens=tokens, accumulates=accumulates)
+    kept = int(_MODULES_KEEP * _kept_bytes(shape, method, tokens))
+    total = shape.layers * (_input_bytes(shape, tokens) if recomputed else kept)
+    layer = _layer_bytes(shape, method, setting) + (kept if recomputed else 0)
+    if method.dora:
+        layer += _MODULES_DORA_COPIES * 4 * shape.hidden * shape.intermediate
+    return standing_bytes(shape, method, setting) + total + max(layer, _head_bytes(shape, tokens, tokens))
+
+
 def standing_bytes(shape: Shape, method: Method, setting: Setting) -> int:
-    """What lies there between two steps: weights, adapters, the optimiser's two moments."""
+    """What lies there between two steps: weights, adapters, the optimiser's moments."""
     embeddings = 2 * shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
     trained = method.num_trained(shape)
-    total = embeddings + 4 * trained + 8 * trained + (4 * trained if setting.accumulates else 0)
+    total = embeddings + 4 * trained + int(method.moment_bytes * trained)
+    total += 4 * trained if setting.accumulates else 0
     if method.four_bit:
         total += int(shape.layers * shape.linear_weights * _FOUR_BIT_BYTES)
     if not method.four_bit or setting.unpacked:

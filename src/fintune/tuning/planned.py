@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from fintune.errors import ResourceError
 from fintune.options import AdapterOptions, Config, TrainOptions
 from fintune.progress import say
 from fintune.tuning.memory import PARTS, Method, Setting, Shape
+from fintune.tuning.optimizers import MOMENT_BYTES
 from fintune.tuning.plan import GIB, RESERVE_BYTES, TrainingPlan, make_plan, needs_four_bit
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ def plan_model(model: PeftModel, options: TrainOptions, lengths: Sequence[int]) 
         targets=tuple(adapted),
         dora=name in first.lora_magnitude_vector,
         four_bit=getattr(first.get_base_layer().weight, "quant_state", None) is not None,
+        moment_bytes=MOMENT_BYTES[options.optimizer],
     )
     shape = Shape.of(model.get_base_model().config.to_dict())
     limit = limit_bytes(options.max_memory_gib, _free_bytes(model))
@@ -98,6 +101,7 @@ def plan_config(
     """
     shape = Shape.of(model_config)
     method = method_of(config.adapter, four_bit=config.model.load == "4bit")
+    method = replace(method, moment_bytes=MOMENT_BYTES[config.train.optimizer])
     need = needs_four_bit(shape, method, longest=longest, limit_bytes=limit)
     advice = "4 bits are needed: the 16-bit model does not fit" if need else "4 bits are not needed: 16 bits fit"
     return choose(shape, method, config.train, longest=longest, limit=limit), advice

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fintune.errors import ConfigError, FintuneError
 from fintune.options import TrainOptions
 from fintune.progress import bar, say
-from fintune.tuning import checkpoints, metrics, planned
+from fintune.tuning import checkpoints, metrics, optimizers, planned
 from fintune.tuning.adapter import compute_in_base_type, store_frozen_weights
 from fintune.tuning.attention import use_short_causal_attention
 from fintune.tuning.callbacks import make_callback
@@ -252,6 +252,14 @@ def _make_trainer(
     return trainer
 
 
+def _warmup_steps(options: TrainOptions, num_steps: int) -> int:
+    if options.warmup_steps is None:
+        return round(options.warmup_ratio * num_steps)
+    if options.warmup_steps >= num_steps:
+        say(f"train.warmup_steps is {options.warmup_steps} of {num_steps} steps: train.learning_rate is never reached")
+    return options.warmup_steps
+
+
 def _arguments(
     model: PeftModel | PreTrainedModel, options: TrainOptions, plan: Plan, compute: str, seed: int, folder: Path
 ) -> SFTConfig:
@@ -268,11 +276,11 @@ def _arguments(
         gradient_accumulation_steps=options.accumulation,
         learning_rate=options.learning_rate,
         lr_scheduler_type=schedule,
-        warmup_steps=round(options.warmup_ratio * plan.steps),
+        warmup_steps=_warmup_steps(options, plan.steps),
         weight_decay=options.weight_decay,
         adam_beta2=options.adam_beta2,
         max_grad_norm=options.max_grad_norm,
-        optim="adamw_torch_fused",
+        optim=optimizers.NAMES[options.optimizer],
         bf16=compute == "bfloat16",
         fp16=compute == "float16",
         gradient_checkpointing=options.gradient_checkpointing,
