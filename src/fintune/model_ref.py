@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -69,13 +71,44 @@ def fetch(ref: ModelRef) -> ModelRef:
         return ref
     if ref.name.startswith(builtin.PREFIX):
         return replace(ref, path=builtin.ensure(ref.name))
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
 
-    what = f"{ref.name}, revision {ref.revision}" if ref.revision else ref.name
-    try:
+    with _told_plainly(ref):
         folder = Path(
             snapshot_download(ref.name, revision=ref.revision, allow_patterns=[*MODEL_FILES, "README.md", "LICENSE*"])
         )
+    check_model_folder(folder)
+    return replace(ref, path=folder, licence=licence_of(folder))
+
+
+def fetch_config(ref: ModelRef) -> ModelRef:
+    """The same model with at least its ``config.json`` in a local folder; from the hub comes nothing else.
+
+    Raises:
+        ModelError: Unknown or gated model, or one without a configuration.
+        ResourceError: The hub cannot be reached and the file is not in its local cache.
+    """
+    if ref.path is not None or ref.name.startswith(builtin.PREFIX):
+        return fetch(ref)
+    from huggingface_hub import hf_hub_download
+
+    with _told_plainly(ref):
+        return replace(ref, path=Path(hf_hub_download(ref.name, "config.json", revision=ref.revision)).parent)
+
+
+@contextmanager
+def _told_plainly(ref: ModelRef) -> Iterator[None]:
+    """The hub's refusals in a line each.
+
+    Raises:
+        ModelError: Unknown, gated or incomplete model.
+        ResourceError: The hub cannot be reached.
+    """
+    from huggingface_hub import errors
+
+    what = f"{ref.name}, revision {ref.revision}" if ref.revision else ref.name
+    try:
+        yield
     except errors.GatedRepoError as error:
         hint = "accept its licence on its page and log in with `hf auth login`"
         raise ModelError(f"the hub gives {what} only to those who accepted its licence", hint=hint) from error
@@ -86,6 +119,9 @@ def fetch(ref: ModelRef) -> ModelRef:
         raise ModelError(
             f"there is no folder {ref.name} here and no model of that name on the hub", hint=hint
         ) from error
+    except errors.RemoteEntryNotFoundError as error:
+        hint = "a model in Hugging Face form is needed here"
+        raise ModelError(f"{what} on the hub has no config.json", hint=hint) from error
     except (errors.HfHubHTTPError, OSError) as error:
         # The first sentence; what follows is advice for users of the library.
         reason = str(error).strip().splitlines()[0].split(". ")[0][:200] if str(error).strip() else type(error).__name__
@@ -93,5 +129,3 @@ def fetch(ref: ModelRef) -> ModelRef:
             f"cannot fetch {what}: the hub cannot be reached and the model is not in the local hub cache ({reason})",
             hint="connect once, or give a local model folder or builtin:smollm2-135m",
         ) from error
-    check_model_folder(folder)
-    return replace(ref, path=folder, licence=licence_of(folder))

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Literal
 from fintune.chat import end_of_turn_ids
 from fintune.errors import ModelError, ResourceError
 from fintune.model_folder import adapter_base, check_safetensors, model_fingerprint, read_json
-from fintune.model_ref import ModelRef, fetch, resolve
+from fintune.model_ref import ModelRef, fetch, fetch_config, resolve
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -36,6 +36,7 @@ __all__ = [
     "detect_precision",
     "ensure_pad",
     "fetch",
+    "fetch_config",
     "load_adapter",
     "load_model",
     "load_tokenizer",

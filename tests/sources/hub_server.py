@@ -1,4 +1,4 @@
-"""A local stand-in for the hub: its interface for datasets, and the troubles that a network has."""
+"""A local stand-in for the hub: its interface for datasets and models, and the troubles that a network has."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COMMIT = "c0ffee0000000000000000000000000000000001"
 
 
 class HubServer:
-    """Serves one dataset at ``url`` (for HF_ENDPOINT) until ``close``.
+    """Serves one dataset, or one model, at ``url`` (for HF_ENDPOINT) until ``close``.
 
     Attributes:
         asked: Requests as "METHOD path", counted.
@@ -23,8 +23,8 @@ class HubServer:
         break_after: Bytes after which a download breaks off, by the times that it shall.
     """
 
-    def __init__(self, name: str, files: Mapping[str, bytes]) -> None:
-        self.name, self.files = name, dict(files)
+    def __init__(self, name: str, files: Mapping[str, bytes], *, kind: str = "datasets") -> None:
+        self.name, self.files, self.kind = name, dict(files), kind
         self.asked: Counter[str] = Counter()
         self.ranges: list[str | None] = []
         self.fail: dict[str, list[int]] = {}
@@ -65,7 +65,7 @@ class HubServer:
             self._json(request, {"error": "trouble"}, trouble.pop(0))
         elif self.gated and "resolve" in path and not path.endswith("README.md"):
             self._json(request, {"error": "gated"}, 403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "gated"})
-        elif path.startswith(resolve := f"/datasets/{self.name}/resolve/"):
+        elif path.startswith(resolve := f"{self._root()}/{self.name}/resolve/"):
             name = path.removeprefix(resolve).partition("/")[2]
             if name in self.files:
                 self._file(request, self.files[name], body=body)
@@ -76,8 +76,11 @@ class HubServer:
         else:
             self._json(request, {"error": "none"}, 404, {"X-Error-Code": "RepoNotFound"})
 
+    def _root(self) -> str:
+        return "" if self.kind == "models" else f"/{self.kind}"
+
     def _api(self, path: str, body: bytes) -> object:
-        api = f"/api/datasets/{self.name}"
+        api = f"/api/{self.kind}/{self.name}"
         if path == api or path.startswith(f"{api}/revision/"):
             return self._info()
         if path.startswith(f"{api}/tree/"):

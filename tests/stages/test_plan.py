@@ -6,9 +6,11 @@ import shutil
 import pytest
 
 from fintune.config import load
-from fintune.errors import ConfigError, ResourceError
+from fintune.errors import ConfigError, ModelError, ResourceError
 from fintune.stages.plan import plan
+from sources.hub_server import HubServer
 
+WEIGHTS = "model.safetensors"
 LLAMA_3B = {
     "model_type": "llama",
     "hidden_size": 3072,
@@ -63,6 +65,41 @@ def test_models_and_methods_without_a_plan_are_refused(lines):
         lines(24, model={**LLAMA_3B, "model_type": "gemma3"})
     with pytest.raises(ConfigError, match=r"not adapter\.kind: full"):
         lines(24, "adapter.kind=full")
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub that serves one model's configuration and weights; counts what is asked of it."""
+    server = HubServer("owner/model", {"config.json": json.dumps(LLAMA_3B).encode(), WEIGHTS: b"0" * 99}, kind="models")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+    pattern = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", pattern)
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", server.url)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    yield server
+    server.close()
+
+
+def test_of_a_model_on_the_hub_only_the_configuration_is_fetched(hub, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {name: owner/model}\nprompt: {max_length: 1024}\n")
+    said = plan(load(path, ()).config, gib=80)
+    assert said[0].startswith("owner/model, lora r=16 on 16bit weights")
+    fetched = [request for request in hub.asked if "/resolve/" in request]
+    assert "GET /owner/model/resolve/main/config.json" in fetched
+    assert all(request.endswith("/config.json") for request in fetched)
+    assert not any(WEIGHTS in request or "/tree/" in request for request in hub.asked)
+
+
+def test_a_model_on_the_hub_without_a_configuration_is_told_from_an_unknown_one(hub, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {name: owner/model}\n")
+    del hub.files["config.json"]
+    with pytest.raises(ModelError, match=r"owner/model on the hub has no config\.json"):
+        plan(load(path, ()).config, gib=80)
+    path.write_text("model: {name: owner/other}\n")
+    with pytest.raises(ModelError, match="no folder owner/other here and no model of that name on the hub"):
+        plan(load(path, ()).config, gib=80)
 
 
 def test_without_a_gpu_the_memory_is_asked_for(lines):

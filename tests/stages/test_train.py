@@ -154,15 +154,23 @@ def test_out_of_memory_is_one_line_with_what_to_change(tiny_model, inputs, tmp_p
     assert "\n" not in str(raised.value)
 
 
-def test_the_advice_on_memory_keeps_the_examples_of_a_step(tiny_model):
-    import re
+def test_out_of_memory_on_a_gpu_names_the_overrides_that_fit(tiny_model, inputs, tmp_path, monkeypatch):
+    from fintune.errors import ResourceError
+    from fintune.tuning import planned, sft
 
-    from fintune.stages.train import less_memory
+    def full(*_, **__):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        # The tiny model's need beyond the planner's reserve.
+        monkeypatch.setattr(planned, "free_bytes", lambda *_: planned.RESERVE_BYTES + 2_500_000)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    for batch_size, accumulation in ((8, 1), (4, 4), (2, 3)):
-        told = less_memory(config(tiny_model, batch_size=batch_size, accumulation=accumulation))
-        size, passes = map(int, re.search(r"batch_size=(\d+) train.accumulation=(\d+)", told).groups())
-        assert (size * passes, size) == (batch_size * accumulation, batch_size // 2)
+    monkeypatch.setattr(sft, "train", full)
+    (tmp_path / "train").mkdir()
+    with pytest.raises(
+        ResourceError, match=r"out of memory .*: add train\.batch_size=\d+ train\.accumulation=\d+ "
+    ) as raised:
+        train(config(tiny_model, batch_size=8), inputs, tmp_path / "train")
+    assert "the same examples a step), and --redo train" in str(raised.value)
 
 
 @pytest.mark.parametrize("fused_layers", ["never", "always"])

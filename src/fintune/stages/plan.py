@@ -7,9 +7,8 @@ from fintune.errors import ConfigError, ResourceError
 from fintune.model_folder import read_json
 from fintune.options import Config
 from fintune.tuning import planned
+from fintune.tuning.memory import FAMILIES
 from fintune.tuning.plan import GIB, RESERVE_BYTES
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def plan(config: Config, *, gib: float | None = None, longest: int | None = None) -> list[str]:
@@ -26,8 +25,8 @@ def plan(config: Config, *, gib: float | None = None, longest: int | None = None
     """
     if config.adapter.kind == "full":
         raise ConfigError("the planner knows adapters, not adapter.kind: full", hint="set adapter.kind to lora or dora")
-    ref = models.fetch(models.resolve(config.model.name, revision=config.model.revision))
-    assert ref.path is not None, "fetch fills the path"
+    ref = models.fetch_config(models.resolve(config.model.name, revision=config.model.revision))
+    assert ref.path is not None, "it brings the folder"
     model_config = read_json(ref.path / "config.json")
     if model_config.get("model_type") not in FAMILIES:
         raise ConfigError(

@@ -16,9 +16,10 @@ from fintune.accuracy import read_questions
 from fintune.engines.protocol import Decoding
 from fintune.engines.transformers_engine import TransformersEngine
 from fintune.errors import ArtifactError, ResourceError
+from fintune.model_folder import read_json
 from fintune.options import Config
 from fintune.progress import say
-from fintune.tuning import adapter, full, metrics, optimizers, planned, reporters, sft
+from fintune.tuning import adapter, advice, full, metrics, optimizers, planned, reporters, sft
 from fintune.tuning.evaluate import BEST, Evaluation, best_step, out_of_patience
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def train(config: Config, inputs: Mapping[str, Path], folder: Path) -> dict[str,
     result = folder / (full.FOLDER if config.adapter.kind == "full" else "adapter")
     # An earlier attempt may have been interrupted between the result's appearance and the stage's end.
     if not result.exists():
-        with _advice_on_memory(config):
+        with _advice_on_memory(config, rows, folder):
             _train(config, inputs["prepare"], rows, folder, result)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     shutil.rmtree(folder / BEST, ignore_errors=True)
@@ -189,37 +190,35 @@ def _evaluation(config: Config, prepare: Path, tokenizer: PreTrainedTokenizerBas
 
 
 @contextmanager
-def _advice_on_memory(config: Config) -> Iterator[None]:
+def _advice_on_memory(config: Config, rows: Dataset, folder: Path) -> Iterator[None]:
     """Out of memory becomes one line with what to change.
 
     Raises:
-        ResourceError: With the options that lower the need, the cheapest first.
+        ResourceError: With the overrides to add.
     """
     import torch
 
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise ResourceError(f"out of memory ({str(error).splitlines()[0][:160]})", hint=less_memory(config)) from None
+        reason = str(error).splitlines()[0][:160]
+        hint = advice.less_memory(config, _room(config, rows, folder))
+        raise ResourceError(f"out of memory ({reason})", hint=hint) from None
 
 
-def less_memory(config: Config) -> str:
-    """What to change so that training takes less memory with the same result, the cheapest first."""
-    options = config.train
-    choices = []
-    if options.batch_size > 1:
-        half = options.batch_size // 2
-        # As many examples a step; an odd batch becomes a little more than that.
-        more = -(-options.batch_size * options.accumulation // half)
-        choices.append(f"train.batch_size={half} train.accumulation={more}")
-    if not options.gradient_checkpointing:
-        choices.append("train.gradient_checkpointing=true")
-    if config.adapter.kind == "full":
-        choices.append("adapter.kind=lora")
-    elif config.model.load == "16bit":
-        choices.append("model.load=4bit")
-    choices.append(f"prompt.max_length below {config.prompt.max_length}")
-    return f"set {', or '.join(choices)}; the same command then goes on from the last checkpoint where that is allowed"
+def _room(config: Config, rows: Dataset, folder: Path) -> advice.Room | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    ref = models.fetch_config(models.resolve(config.model.name, revision=config.model.revision))
+    assert ref.path is not None, "it brings the folder"
+    return advice.Room(
+        model_config=read_json(ref.path / "config.json"),
+        longest=max(map(len, rows["input_ids"])),
+        limit_bytes=planned.limit_bytes(config.train.max_memory_gib, planned.free_bytes()),
+        followed_plan=bool(planned.read(folder)),
+    )
 
 
 def _precision(config: Config) -> models.Precision:

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""``model_type`` of the configurations whose layers are written out in ``tuning.fused``."""
+
 PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _BORDER = 64  # tuning.fused.bordered pads the adapters' columns to this
 _PIECE_LOGITS = 2**27  # tuning.fused.head holds so many logits at a time

@@ -61,7 +61,7 @@ def make_plan(
     """
     best: tuple[float, TrainingPlan] | None = None
     smallest: TrainingPlan | None = None
-    for size in _divisors(batch_size):
+    for size in divisors(batch_size):
         passes = accumulation * (batch_size // size)
         for setting in _settings(shape, method, tokens=size * longest, accumulates=passes > 1):
             peak = peak_bytes(shape, method, setting)
@@ -86,7 +86,7 @@ def needs_four_bit(shape: Shape, method: Method, *, longest: int, limit_bytes: i
     return peak_bytes(shape, wide, setting) > limit_bytes
 
 
-def _divisors(number: int) -> Iterator[int]:
+def divisors(number: int) -> Iterator[int]:
     """From the largest down."""
     return (size for size in range(number, 0, -1) if number % size == 0)
 

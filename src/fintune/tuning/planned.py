@@ -48,7 +48,7 @@ def plan_model(model: PeftModel, options: TrainOptions, lengths: Sequence[int]) 
         moment_bytes=MOMENT_BYTES[options.optimizer],
     )
     shape = Shape.of(model.get_base_model().config.to_dict())
-    limit = limit_bytes(options.max_memory_gib, _free_bytes(model))
+    limit = limit_bytes(options.max_memory_gib, free_bytes(model.device))
     made = choose(shape, method, options, longest=max(lengths), limit=limit)
     for reason in made.reasons:
         say(f"plan: {reason}")
@@ -119,29 +119,36 @@ def limit_bytes(max_memory_gib: float | None, free_bytes: int) -> int:
     return free if max_memory_gib is None else min(free, int(max_memory_gib * GIB))
 
 
-def _free_bytes(model: PeftModel) -> int:
-    """Of the GPU, as it would be without this model, whose weights are part of the plan."""
+def free_bytes(device: object = None) -> int:
+    """Of the GPU, as it would be without this process's tensors: a model's weights are part of its plan."""
     import torch
 
-    free, _ = torch.cuda.mem_get_info(model.device)
-    return int(free + torch.cuda.memory_reserved(model.device))
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free + torch.cuda.memory_reserved(device))
 
 
-def write(plan: TrainingPlan, folder: Path) -> None:
-    """Leave the plan for the manifest, with the largest allocation as it was measured."""
+def write(plan: TrainingPlan, folder: Path, *, trained: bool) -> None:
+    """Leave the plan for the manifest.
+
+    Args:
+        plan: What was chosen.
+        folder: The stage's.
+        trained: The run is over; the largest allocation is written beside the prediction.
+    """
     import torch
 
-    measured = torch.cuda.max_memory_allocated() / GIB
     setting: Setting = plan.setting
     facts = {
         "predicted_peak_gib": round(plan.predicted_bytes / GIB, 2),
-        "peak_gib": round(measured, 2),
         "recomputed_layers": setting.num_checkpointed,
         "unpacked": setting.unpacked,
         "batch_size": plan.batch_size,
         "accumulation": plan.accumulation,
     }
-    say(f"memory: {measured:.1f} GiB at most, {plan.predicted_bytes / GIB:.1f} predicted")
+    if trained:
+        measured = torch.cuda.max_memory_allocated() / GIB
+        facts["peak_gib"] = round(measured, 2)
+        say(f"memory: {measured:.1f} GiB at most, {plan.predicted_bytes / GIB:.1f} predicted")
     (folder / FILE).write_text(json.dumps(facts) + "\n", encoding="utf-8")
 
 

@@ -112,6 +112,7 @@ def train(
     fused, memory = _is_fused(model, options.fused_layers), None
     if fused and model.device.type == "cuda":
         memory = planned.plan_model(model, options, lengths)
+        planned.write(memory, folder, trained=False)
         # The same examples a step, in as many passes as memory demands.
         passes = {"batch_size": memory.batch_size, "accumulation": memory.accumulation}
         options = options.model_copy(update=passes)
@@ -145,7 +146,7 @@ def train(
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if memory is not None:
-        planned.write(memory, folder)
+        planned.write(memory, folder, trained=True)
     best = best_step(metrics.read(folder / "metrics.jsonl"), options.keep) if options.keep != "last" else None
     if best is None:
         return int(trainer.state.global_step)

@@ -18,12 +18,10 @@ from fintune.tuning.fused.head import Loss, loss_of
 from fintune.tuning.fused.kernels import HeadParts
 from fintune.tuning.fused.layer import Layer
 from fintune.tuning.fused.stack import Stack
+from fintune.tuning.memory import FAMILIES
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""``model_type`` of the configurations whose layers are written out here."""
 
 _PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
