@@ -13,25 +13,6 @@ class TrainOptions(Options):
     """Supervised fine-tuning on completions."""
 
     epochs: float = Field(3.0, gt=0, description="Passes over the training examples.")
-    objective: Literal["sft", "dpo", "orpo", "kto"] = Field(
-        "sft",
-        description="`sft`: the completion is learned. On preference rows (`data.source: chat`; docs/preference.md) "
-        "`dpo` (arXiv 2305.18290) and `kto` (arXiv 2402.01306) learn to tell chosen from rejected answers, measured "
-        "against the model before training; `orpo` (arXiv 2403.07691) learns the chosen answer at the same time and "
-        "needs no reference. They want a far lower `train.learning_rate`: 5e-6 to 5e-5.",
-    )
-    beta: float = Field(
-        BETA,
-        gt=0,
-        description="Of a preference `train.objective`: how dearly `dpo` and `kto` pay for leaving the reference "
-        "(higher stays closer), and the weight of `orpo`'s odds ratio; 0.1 in all three papers.",
-    )
-    chosen_weight: float = Field(
-        0.0,
-        ge=0,
-        description="Of `train.objective: dpo`: adds so much of the chosen answers' own loss, which keeps their "
-        "probability from falling with that of the rejected ones (arXiv 2404.19733 takes 1).",
-    )
     max_steps: int | None = Field(
         None, ge=1, description="Stop after so many optimiser steps; overrides `train.epochs`."
     )
@@ -71,8 +52,8 @@ class TrainOptions(Options):
         None,
         "Memory that training may allocate on the GPU, in GiB; all that is free where empty. With the "
         "fused layers the planner chooses recomputed layers and passes by it (`fintune plan`).",
-    )
         gt=0,
+    )
     fused_layers: Literal["auto", "always", "never"] = Field(
         "auto",
         description="Run the decoder layers of Llama, Mistral, Qwen2 and Qwen3 through this package's forward and "
