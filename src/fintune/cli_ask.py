@@ -11,6 +11,8 @@ import click
 if TYPE_CHECKING:
     from fintune.answerer import AskedEngine
 
+CONSTRAIN = click.Choice(["none", "general", "example"])
+STRATEGY = click.Choice(["greedy", "sample", "execution_guided", "vote"])
 ENGINES = click.Choice(["auto", "transformers", "llama.cpp", "vllm", "openai"])
 
 
@@ -24,6 +26,9 @@ ENGINES = click.Choice(["auto", "transformers", "llama.cpp", "vllm", "openai"])
 @click.option("--adapter", type=click.Path(path_type=Path), metavar="DIR", help="PEFT adapter of the model.")
 @click.option("--engine", type=ENGINES, default="auto", show_default=True, help="What runs the model; auto: its name.")
 @click.option("--load-in-4bit", is_flag=True, help="Quantise the weights while they load (bitsandbytes).")
+@click.option("--constrain", type=CONSTRAIN, help="Write only programs; `example`: of this page's numbers and rows.")
+@click.option("--strategy", type=STRATEGY, help="How the answer is chosen, as predict.strategy.")
+@click.option("--num-candidates", type=int, metavar="N", help="Completions, for execution_guided and vote.")
 @click.option("--config", type=click.Path(path_type=Path), metavar="CONFIG", help="Options of the run that trained it.")
 @click.option("--json", is_flag=True, help="One JSON object instead of text.")
 def ask(
@@ -36,6 +41,9 @@ def ask(
     adapter: Path | None,
     engine: AskedEngine,
     load_in_4bit: bool,
+    constrain: str | None,
+    strategy: str | None,
+    num_candidates: int | None,
     config: Path | None,
     json: bool,
 ) -> None:
@@ -47,17 +55,19 @@ def ask(
     """
     from fintune.answerer import Named, engine_of
     from fintune.config import load
-    from fintune.report.answer_text import answer_lines
+    from fintune.report.answer_text import answer_lines, confidence_line
     from fintune.sources.json_files import read_text
     from fintune.sources.page_files import read_page
     from fintune.stages.ask import ask as stage
 
-    options = load(config, overrides).config
+    flags = {"constrain": constrain, "strategy": strategy, "num_candidates": num_candidates}
+    given = [f"predict.{name}={value}" for name, value in flags.items() if value is not None]
+    options = load(config, (*overrides, *given)).config
     named = Named.with_options(model, options, adapter=adapter, engine=engine, load_in_4bit=load_in_4bit)
     engine_of(named)
     more = read_text(text, hint="give plain text")[0] if text is not None else ""
     record = read_page(page, question, text=more, record_id=record_id)
-    answer = stage(record, named, options.prompt, max_new_tokens=options.predict.max_new_tokens)
+    answer = stage(record, named, options.prompt, options.predict)
     if json:
         click.echo(json_format.dumps(answer.as_json(), ensure_ascii=False, indent=2))
         return
@@ -66,6 +76,11 @@ def ask(
     out = Console()
     for line in answer_lines(record, answer.program, answer.traced, answer.result, answer.elsewhere):
         out.print(line, soft_wrap=True)
+    out.print(
+        confidence_line(answer.confidence, [each.result for each in answer.candidates], answer.result), soft_wrap=True
+    )
+    if options.predict.num_shots:
+        click.echo("fintune: predict.num_shots is not read here: no solved questions were shown", err=True)
     if answer.num_cut:
         click.echo(f"fintune: {answer.num_cut} sentences and rows did not fit prompt.max_length", err=True)
     if answer.finish_reason == "length":

@@ -6,6 +6,11 @@ import pytest
 
 from command import fintune
 from engines.served import Scripted, said
+from engines.test_vllm_engine import make_adapter
+from fintune.finqa.parse import parse
+from report.example_run import records
+from tiny import make_tiny_model
+from tiny_gguf import make_tiny_gguf
 
 PAGE = 'in millions,2019,2018\nnet revenue,"5,829","5,735"\nshares,12,10\n'
 QUESTION = "what was the percentage change in net revenue from 2018 to 2019?"
@@ -35,6 +40,7 @@ def test_an_answer_comes_with_its_steps_and_cells(page):
         "       5735  net revenue, 2018: 5735",
         "  #1 divide(#0, 5735) = 0.01639",
         "       5735  net revenue, 2018: 5735",
+        "confidence not known",
     ]
     assert request["messages"][-1]["content"].endswith(
         f"net revenue | 2019: 5829 | 2018: 5735\nshares | 2019: 12 | 2018: 10\n\nQuestion: {QUESTION}"
@@ -82,6 +88,67 @@ def test_a_folder_answers_in_transformers(page, tiny_model):
     assert json.loads(done.out)["engine"] == "transformers"
 
 
+@pytest.fixture
+def html(tmp_path):
+    path = tmp_path / "page.html"
+    path.write_text(
+        "<html><body><p>The company grew.</p><table><tr><td>in millions</td><td>2019</td><td>2018</td></tr>"
+        "<tr><td>net revenue</td><td>$ 5,829</td><td>(5,735)</td></tr></table><p>It had 77 employees.</p></body></html>"
+    )
+    return path
+
+
+@pytest.fixture
+def markdown(tmp_path):
+    path = tmp_path / "page.md"
+    path.write_text(
+        "The company grew.\n\n| in millions | 2019 | 2018 |\n|---|---|---|\n| net revenue | 5,829 | (5,735) |\n"
+    )
+    return path
+
+
+@pytest.fixture
+def record(tmp_path):
+    path = tmp_path / "page.json"
+    rows = [each.model_dump(mode="json") for each in records(2)]
+    path.write_text(json.dumps(rows[0]))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "constrain"), [("page", "general"), ("html", "example"), ("markdown", "example"), ("record", "example")]
+)
+def test_under_a_grammar_any_page_is_answered_with_a_program(request, tiny_model, kind, constrain):
+    file = request.getfixturevalue(kind)
+    words = ["--page", file, QUESTION, "--constrain", constrain, "--json", "predict.max_new_tokens=12"]
+    found = json.loads(fintune("ask", tiny_model, *words).out)
+    assert parse(found["program"])
+    assert 0 < found["confidence"] <= 1
+    operands = [each for step in found["steps"] for each in step["operands"]]
+    if constrain == "example":
+        assert all(each["from"] != "elsewhere" or each["text"] in QUESTION for each in operands)
+
+
+def test_candidates_vote_and_their_agreement_is_told(page, tiny_model):
+    several = ["--strategy", "vote", "--num-candidates", "4", "--constrain", "example", "predict.max_new_tokens=40"]
+    words = ["ask", tiny_model, "--page", page, QUESTION, *several]
+    found = json.loads(fintune(*words, "--json").out)
+    same = sum(each["result"] is not None and each["result"] == found["answer"] for each in found["candidates"])
+    assert len(found["candidates"]) == 4
+    assert found["confidence"] == same / 4
+    assert fintune(*words).out.splitlines()[-1] == f"confidence {25 * same} %  {same} of 4 candidates have this result"
+
+
+def test_a_file_runs_in_llama_cpp_under_a_grammar(page, tiny_model, tmp_path):
+    words = ["--constrain", "example", "--strategy", "execution_guided", "--num-candidates", "2"]
+    limits = ["prompt.max_length=300", "predict.max_new_tokens=12"]
+    file = make_tiny_gguf(tiny_model, tmp_path / "m.gguf")
+    done = fintune("ask", file, "--page", page, QUESTION, *words, *limits, "--json")
+    found = json.loads(done.out)
+    assert (found["engine"], len(found["candidates"])) == ("llama.cpp", 2)
+    assert parse(found["program"])
+
+
 def test_a_prompt_that_does_not_fit_loses_lines_and_says_so(page, tmp_path, tiny_model):
     (tmp_path / "note.txt").write_text("\n".join(f"Sentence number {n} is of no interest." for n in range(40)))
     words = ["--text", tmp_path / "note.txt", "predict.max_new_tokens=2", "prompt.max_length=300"]
@@ -104,12 +171,24 @@ def test_a_prompt_that_does_not_fit_loses_lines_and_says_so(page, tmp_path, tiny
         (["MODEL", "--page", "PAGE", "prompt.max_length=64"], "the question alone needs"),
         (["http://127.0.0.1:9/v1", "--page", "PAGE", "--load-in-4bit"], "an address, which is not loaded in 4 bits"),
         (["MODEL"], "--page"),
+        (["MODEL", "--page", "PAGE", "--strategy", "vote"], "needs several candidates"),
+        (["MODEL", "--page", "PAGE", "--num-candidates", "3"], "is not read with predict.strategy: greedy"),
+        (["MODEL", "--page", "PAGE", "--constrain", "some"], "'some' is not one of"),
+        (["http://127.0.0.1:9/v1", "--page", "PAGE", "--constrain", "general"], "127.0.0.1:9"),
+        (["MODEL", "--page", "PROSE"], "holds no table"),
+        (["MODEL", "--page", "PAGE", "prompt.max_length=5000", "--text", "LONG"], "reads at most 4096"),
+        (["MODEL", "--page", "PAGE", "--adapter", "OTHER"], "was trained on"),
     ],
 )
 def test_a_mistake_is_one_line_with_status_2(page, tiny_model, tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "dir").mkdir()
-    places = {"MODEL": str(tiny_model), "PAGE": str(page), "DIR": str(tmp_path / "dir")}
+    (tmp_path / "prose.md").write_text("The company grew.")
+    (tmp_path / "long.txt").write_text("The company grew by 9999. " * 400)
+    files = {"PROSE": "prose.md", "LONG": "long.txt", "OTHER": str(tmp_path / "other")}
+    if "OTHER" in words:
+        make_adapter(make_tiny_model(tmp_path / "wide", hidden_size=128), tmp_path / "other")
+    places = files | {"MODEL": str(tiny_model), "PAGE": str(page), "DIR": str(tmp_path / "dir")}
     first, *rest = (places.get(word, word) for word in words)
     done = fintune("ask", first, QUESTION, *rest)
     assert done.status == 2

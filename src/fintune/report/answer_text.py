@@ -43,6 +43,22 @@ def answer_lines(
         yield Text.assemble(("  ungrounded ", "yellow"), f"{operand.text} stands {where}, not on the page")
 
 
+def confidence_line(
+    confidence: float | None, results: Sequence[float | str | None], result: float | str | None
+) -> Text:
+    """How certain the model is, and what that means.
+
+    Args:
+        confidence: As a fraction; None where the engine does not tell it.
+        results: Of all candidates, where there were several; None for one that does not run.
+        result: That of the answer.
+    """
+    num_same = sum(each is not None and each == result for each in results)
+    agree = f"{num_same} of {len(results)} candidates have this result" if results else ""
+    known = "not known" if confidence is None else f"{100 * confidence:.0f} %"
+    return Text.assemble(("confidence ", "dim"), known, (f"  {agree}" if agree else "", "dim"))
+
+
 def number_text(value: object) -> str:
     """A value as short as it is exact to 5 decimals."""
     if isinstance(value, float):

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from fintune.answerer import Named, open_model
-from fintune.engines.protocol import Decoding
+from fintune.engines.candidates import decoding, grammars, predict_one
 from fintune.finqa.page import page_units
-from fintune.finqa.program import extract_program, tokenize
+from fintune.finqa.program import tokenize
 from fintune.finqa.prompt import build_messages, prompt_budget
 from fintune.finqa.trace import Operand, Trace, trace
-from fintune.options import PromptOptions
-from fintune.records import FinQARecord
+from fintune.options import PredictOptions, PromptOptions
+from fintune.records import Candidate, FinQARecord
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Answer:
         program: The program in it, "" where there is none.
         traced: Its execution.
         finish_reason: "length" where the completion was cut off.
+        confidence: See :class:`fintune.records.Prediction`.
+        candidates: All completions, where there were several.
         engine: What ran the model.
         num_cut: Sentences and table rows that were left out of the prompt to fit it.
         num_prompt_tokens: Length of the prompt.
@@ -36,6 +38,8 @@ class Answer:
     program: str
     traced: Trace
     finish_reason: str
+    confidence: float | None
+    candidates: tuple[Candidate, ...]
     engine: str
     num_cut: int
     num_prompt_tokens: int
@@ -74,6 +78,7 @@ class Answer:
             "grounded": self.grounded,
             "ungrounded_operands": [operand.text for operand in self.elsewhere],
             "reason": self.traced.reason,
+            "confidence": self.confidence,
             "program": self.program,
             "steps": [
                 {
@@ -86,6 +91,7 @@ class Answer:
             ],
             "cells": [{"row": row, "column": column, "text": self.record.table[row][column]} for row, column in cells],
             "sentences": [{"index": place, "text": sentences[place]} for place in texts],
+            "candidates": [each.model_dump(mode="json") for each in self.candidates],
             "text": self.text,
             "finish_reason": self.finish_reason,
             "engine": self.engine,
@@ -95,20 +101,21 @@ class Answer:
         }
 
 
-def ask(record: FinQARecord, named: Named, prompt: PromptOptions, *, max_new_tokens: int) -> Answer:
+def ask(record: FinQARecord, named: Named, prompt: PromptOptions, options: PredictOptions) -> Answer:
     """Put a question to a model.
 
     Args:
         record: The page with the question; nothing else of ``qa`` is read.
         named: The model.
         prompt: System message and longest prompt.
-        max_new_tokens: Limit of the completion.
+        options: How tokens are chosen, what they may say, and how one of several candidates is chosen.
 
     Raises:
-        ModelError: The model cannot be used.
+        ModelError: The model cannot be used, or not in this way.
         ResourceError: A package, the hub or a server is missing.
         DataError: The question alone is longer than the prompt may be.
     """
+    allowed = grammars(options, [record])
     answerer = open_model(named)
     try:
         built = build_messages(
@@ -118,21 +125,23 @@ def ask(record: FinQARecord, named: Named, prompt: PromptOptions, *, max_new_tok
             count_tokens=answerer.count_text,
             count_prompt=answerer.count,
         )
-        (completion,) = answerer.complete([built.messages], Decoding(max_new_tokens))
+        completions = list(answerer.complete([built.messages], decoding(options, allowed)))
     finally:
         answerer.close()
-    program = extract_program(completion.text)
+    predicted = predict_one(record.id, completions, options, record.table, allowed[0] if allowed else None)
     sentences = [unit.text for unit in page_units(record) if unit.kind == "text"]
     return Answer(
         record=record,
-        text=completion.text,
-        program=program,
-        traced=trace(tokenize(program), record.table, sentences),
-        finish_reason=completion.finish_reason,
+        text=predicted.text,
+        program=predicted.program,
+        traced=trace(tokenize(predicted.program), record.table, sentences),
+        finish_reason=predicted.finish_reason,
+        confidence=predicted.confidence,
+        candidates=predicted.candidates,
         engine=answerer.engine,
         num_cut=built.num_cut,
-        num_prompt_tokens=completion.num_prompt_tokens,
-        seconds=completion.seconds,
+        num_prompt_tokens=predicted.num_prompt_tokens,
+        seconds=predicted.seconds,
     )
 
 
