@@ -158,7 +158,7 @@ def test_the_whole_command_writes_what_the_guide_names_and_a_second_one_does_not
         assert (here / name).read_bytes()[:4] == b"GGUF"
     assert "financial_model_q4_k_m.gguf" in (here / "financial_model_q4_k_m.gguf.Modelfile").read_text()
     manifests = {path: path.read_bytes() for path in (here / "financial_lora" / "run").glob("*/manifest.json")}
-    assert len(manifests) == 5
+    assert len(manifests) == 7
     capsys.readouterr()
     finance(model)
     assert {path: path.read_bytes() for path in manifests} == manifests
@@ -200,13 +200,10 @@ def test_a_checkout_that_cannot_work_is_refused_before_anything_is_trained(here,
     assert not (here / "financial_lora").exists()
 
 
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [("--lerning_rate 1", "known are"), ("oops", "write key=value"), ("'open", "No closing quotation")],
-)
-def test_extra_arguments_that_are_not_understood_are_refused(here, text, told):
-    with pytest.raises(ConfigError, match=told):
-        call(cli_finance.train_command(), "--extra_train_args", text)
+def test_a_checkpoint_of_another_program_is_refused(here, model):
+    (here / "elsewhere" / "checkpoint-5").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="this checkpoint is none of the run in financial_lora/run"):
+        finance(model, "--resume_from_checkpoint", "elsewhere/checkpoint-5")
 
 
 def test_a_missing_dataset_folder_is_named(here, model):

@@ -8,17 +8,15 @@ to the run's files where the disk allows it.
 from __future__ import annotations
 
 import json
-import os
-import shlex
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from fintune import llama_cpp_checkout
-from fintune.artifact import write_atomically
+from fintune import cli_extra_args, llama_cpp_checkout
+from fintune import cli_finance_files as files
+from fintune.cli_flag_words import told_in_flags
 from fintune.errors import ConfigError
 from fintune.options import Config
 from fintune.progress import say
@@ -69,21 +67,6 @@ _SKIPS = {
     "skip_merge": "merge",
     "skip_quantization": "export",
 }
-_EXTRA = {
-    "adam_beta2": "train.adam_beta2",
-    "gradient_checkpointing": "train.gradient_checkpointing",
-    "logging_steps": "train.log_steps",
-    "lora_dropout": "adapter.dropout",
-    "lr_scheduler_type": "train.schedule",
-    "max_grad_norm": "train.max_grad_norm",
-    "max_steps": "train.max_steps",
-    "eval_steps": "train.eval_steps",
-    "save_steps": "train.checkpoint_steps",
-    "seed": "run.seed",
-    "warmup_ratio": "train.warmup_ratio",
-    "weight_decay": "train.weight_decay",
-}
-"""Names of transformers' TrainingArguments, and the options that they are here."""
 
 
 def _option(name: str, kind: Any, default: Any, meaning: str) -> click.Option:
@@ -130,6 +113,11 @@ def run_pipeline(**flags: Any) -> None:
     Raises:
         FintuneError: A mistake of the user's, or a tool that is missing; before any training where that can be known.
     """
+    with told_in_flags("--lora_output_dir"):
+        _pipeline(flags)
+
+
+def _pipeline(flags: Mapping[str, Any]) -> None:
     checkout = None
     if flags["llama_cpp_path"] is not None and not flags["skip_quantization"]:
         checkout = llama_cpp_checkout.check(flags["llama_cpp_path"])
@@ -142,16 +130,16 @@ def run_pipeline(**flags: Any) -> None:
         skip.append("export")
     if not _run(config, flags, skip=skip):
         return
-    _lay_out_adapter(config, flags["lora_output_dir"])
+    files.lay_out_adapter(config, flags["lora_output_dir"])
     if not flags["skip_merge"]:
-        _lay_out(config.folder / "merge", flags["merged_model_dir"], link=True)
+        files.lay_out(config.folder / "merge", flags["merged_model_dir"], link=True)
     if checkout is not None:
-        _external(checkout, config, flags, kind)
+        files.convert(checkout, config, half=flags["gguf_fp16_path"], small=flags["gguf_q4_path"], kind=kind)
     elif not flags["skip_quantization"]:
         exported = config.folder / "export"
         for type_, flag in (("F16", "gguf_fp16_path"), (kind, "gguf_q4_path")):
-            _place(exported / f"{_RUN}-{type_}.gguf", flags[flag])
-        _modelfile(exported / "Modelfile", f"{_RUN}-{kind}.gguf", flags["gguf_q4_path"])
+            files.place(exported / f"{_RUN}-{type_}.gguf", flags[flag])
+        files.modelfile(exported / "Modelfile", f"{_RUN}-{kind}.gguf", flags["gguf_q4_path"])
 
 
 def run_training(**flags: Any) -> None:
@@ -160,12 +148,17 @@ def run_training(**flags: Any) -> None:
     Raises:
         FintuneError: A mistake of the user's.
     """
+    with told_in_flags("--output_dir"):
+        _train(flags)
+
+
+def _train(flags: Mapping[str, Any]) -> None:
     config = _config(flags, flags["output_dir"], [], [])
     # What is unfinished goes on with the data that it began with.
     began = (config.folder / "prepare").is_dir() and flags["resume_from_checkpoint"] is not None
     skip = ["merge", "export", "report", *(["prepare"] if began else [])]
     if _run(config, flags, skip=skip):
-        _lay_out_adapter(config, flags["output_dir"])
+        files.lay_out_adapter(config, flags["output_dir"])
 
 
 def _run(config: Config, flags: Mapping[str, Any], *, skip: Sequence[str]) -> bool:
@@ -174,12 +167,8 @@ def _run(config: Config, flags: Mapping[str, Any], *, skip: Sequence[str]) -> bo
     from fintune.selection import Selection
     from fintune.steps import build
 
-    if flags["resume_from_checkpoint"] is not None and not (config.folder / ".work" / "train").is_dir():
-        done = (config.folder / "train").is_dir()
-        state = (
-            "training is finished there" if done else "there is no unfinished training, so it starts at the beginning"
-        )
-        say(f"--resume_from_checkpoint {flags['resume_from_checkpoint']}: {state} ({config.folder})")
+    if flags["resume_from_checkpoint"] is not None:
+        _tell_resuming(config.folder, flags["resume_from_checkpoint"])
     pipeline = Pipeline(config, build(config), Selection(skip=skip, redo=flags["redo"]))
     if flags["dry_run"]:
         for step, what in pipeline.preview():
@@ -187,6 +176,26 @@ def _run(config: Config, flags: Mapping[str, Any], *, skip: Sequence[str]) -> bo
         return False
     list(pipeline.run())
     return True
+
+
+def _tell_resuming(run: Path, checkpoint: str) -> None:
+    """What becomes of the flag, where it is not what happens anyway.
+
+    Raises:
+        ConfigError: A checkpoint that another program wrote.
+    """
+    given = Path(checkpoint)
+    if given.is_dir() and run.resolve() not in given.resolve().parents:
+        raise ConfigError(
+            f"--resume_from_checkpoint {checkpoint}: this checkpoint is none of the run in {run}",
+            hint="training goes on from the run's own; leave the flag out to begin anew, or merge that adapter first",
+        )
+    if not (run / ".work" / "train").is_dir():
+        done = (run / "train").is_dir()
+        state = (
+            "training is finished there" if done else "there is no unfinished training, so it starts at the beginning"
+        )
+        say(f"--resume_from_checkpoint {checkpoint}: {state} ({run})")
 
 
 def _investopedia(flags: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -227,108 +236,16 @@ def _config(
         "train.epochs": flags["num_train_epochs"],
         "train.batch_size": flags["per_device_train_batch_size"],
         "train.accumulation": flags["gradient_accumulation_steps"],
+        "train.warmup_steps": 5,
+        "train.optimizer": "adamw_8bit",
         "train.gradient_checkpointing": cuda,
         "train.checkpoint_steps": 500,
     }
     overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
-    return load(None, [*overrides, *more, *_extra(flags["extra_train_args"])]).config
+    return load(None, [*overrides, *more, *cli_extra_args.overrides(flags["extra_train_args"])]).config
 
 
 def _cuda() -> bool:
     import torch
 
     return bool(torch.cuda.is_available())
-
-
-def _extra(text: str) -> list[str]:
-    """``key=value`` as they are; ``--name value`` by the table of names."""
-    try:
-        words = shlex.split(text)
-    except ValueError as error:
-        raise ConfigError(f"--extra_train_args {text!r}: {error}") from None
-    found: list[str] = []
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            if "=" not in word:
-                raise ConfigError(f"--extra_train_args: {word!r} stands alone", hint="write key=value or --name value")
-            found.append(word)
-            continue
-        name, equals, value = word.removeprefix("--").partition("=")
-        if name not in _EXTRA:
-            raise ConfigError(f"--extra_train_args: unknown --{name}", hint=f"known are {', '.join(_EXTRA)}")
-        if not equals:
-            value = words.pop(0) if words and not words[0].startswith("--") else "true"
-        found.append(f"{_EXTRA[name]}={value}")
-    return found
-
-
-def _external(checkout: llama_cpp_checkout.Checkout, config: Config, flags: Mapping[str, Any], kind: str) -> None:
-    """Both GGUF files by the checkout's tools, unless they are from this merged model already."""
-    from fintune.artifact import Slot
-
-    merged = Slot(config.folder, "merge")
-    manifest = merged.manifest()
-    if manifest is None:
-        raise ConfigError("there is no merged model to convert", hint="leave out --skip_merge")
-    half, small = flags["gguf_fp16_path"], flags["gguf_q4_path"]
-    record = config.folder / "llama_cpp.json"
-    key = {"merged": manifest.digest, "converter": str(checkout.converter.resolve()), "type": kind}
-    places = {str(path.resolve()): path.stat().st_size for path in (half, small) if path.is_file()}
-    if len(places) == 2 and _read(record) == {**key, "files": places}:
-        say(f"{half}, {small}: up to date")
-        return
-    llama_cpp_checkout.convert(checkout, merged.folder, half)
-    llama_cpp_checkout.quantize(checkout, half, small, kind)
-    places = {str(path.resolve()): path.stat().st_size for path in (half, small)}
-    write_atomically(record, json.dumps({**key, "files": places}, indent=1))
-    click.echo(f"{small}: {small.stat().st_size / 1e6:.0f} MB")
-
-
-def _read(path: Path) -> object:
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-
-
-def _lay_out_adapter(config: Config, target: Path) -> None:
-    """Adapter and tokenizer, as copies: who trains on from there must not write into the run."""
-    from fintune import models
-
-    _lay_out(config.folder / "train" / "adapter", target, link=False)
-    if (target / "adapter_config.json").is_file() and not (target / "tokenizer.json").is_file():
-        reference = models.resolve(config.model.name, revision=config.model.revision)
-        models.load_tokenizer(reference, trust_remote_code=config.model.trust_remote_code).save_pretrained(target)
-
-
-def _lay_out(source: Path, target: Path, *, link: bool) -> None:
-    """Every file of a finished folder but its manifest, each appearing whole."""
-    if not source.is_dir():
-        return
-    for path in sorted(source.iterdir()):
-        if path.is_file() and path.name != "manifest.json":
-            _place(path, target / path.name, link=link, quiet=True)
-    click.echo(f"{target}")
-
-
-def _place(source: Path, target: Path, *, link: bool = True, quiet: bool = False) -> None:
-    """The same file under another name: a hard link, or a copy where asked or on another disk."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if not (target.exists() and target.samefile(source)):
-        part = target.with_name(f".{target.name}.part")
-        part.unlink(missing_ok=True)
-        try:
-            (os.link if link else shutil.copyfile)(source, part)
-        except OSError:  # another disk, or one without links
-            shutil.copyfile(source, part)
-        part.replace(target)
-    if not quiet:
-        click.echo(f"{target}: {target.stat().st_size / 1e6:.0f} MB")
-
-
-def _modelfile(source: Path, name: str, target: Path) -> None:
-    """Ollama's file beside the quantised model, naming it."""
-    if source.is_file():
-        text = source.read_text(encoding="utf-8").replace(name, target.name)
-        write_atomically(target.with_name(f"{target.name}.Modelfile"), text)

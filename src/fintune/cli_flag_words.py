@@ -1,0 +1,68 @@
+"""Messages about options, told in the flags that the finance commands call them by."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from fintune.errors import FintuneError
+
+FLAGS: Mapping[str, str] = {
+    "adapter.alpha": "--lora_alpha",
+    "adapter.r": "--lora_r",
+    "data.strict": "--strict",
+    "export.types": "--quantization_target",
+    "model.load": "--training_quantization",
+    "model.name": "--model_name",
+    "prompt.max_length": "--max_seq_length",
+    "train.accumulation": "--gradient_accumulation_steps",
+    "train.batch_size": "--per_device_train_batch_size",
+    "train.epochs": "--num_train_epochs",
+    "train.learning_rate": "--learning_rate",
+}
+"""Options that have a flag."""
+_SKIPS = {
+    "prepare": "--skip_dataset_prep",
+    "train": "--skip_training",
+    "merge": "--skip_merge",
+    "export": "--skip_quantization",
+}
+_SECTIONS = "run|model|data|prompt|adapter|train|merge|export|predict"
+
+
+@contextmanager
+def told_in_flags(output_flag: str) -> Iterator[None]:
+    """Errors of the package in the words of these commands.
+
+    Args:
+        output_flag: What names the folder that the run lies in.
+
+    Raises:
+        FintuneError: The same, in other words.
+    """
+    try:
+        yield
+    except FintuneError as error:
+        error.message = in_flags(error.message, output_flag)
+        error.hint = in_flags(error.hint, output_flag) if error.hint is not None else None
+        raise
+
+
+def in_flags(text: str, output_flag: str) -> str:
+    """``train.batch_size=4`` as ``--per_device_train_batch_size 4``; an option without a flag as --extra_train_args."""
+    text = re.sub(r"\brun it first: fintune run CONFIG --only (\w+)", _without_skip, text)
+    text = text.replace("run.name=OTHER keeps it", f"another {output_flag} keeps it")
+    text = text.replace("set run.dir to another folder, or run.name to another name", f"give another {output_flag}")
+    text = text.replace("set run.name to another name", f"give another {output_flag}")
+    text = re.sub(rf"\b(?:{_SECTIONS})\.[a-z0-9_]+=[^\s,;:]+", _setting, text)
+    return re.sub(rf"(?<!['\w./])(?:{_SECTIONS})\.[a-z0-9_]+\b(?!=)", lambda found: FLAGS.get(found[0], found[0]), text)
+
+
+def _without_skip(found: re.Match[str]) -> str:
+    return f"leave out {_SKIPS[found[1]]}" if found[1] in _SKIPS else found[0]
+
+
+def _setting(found: re.Match[str]) -> str:
+    option, _, value = found[0].partition("=")
+    return f"{FLAGS[option]} {value}" if option in FLAGS else f"--extra_train_args '{found[0]}'"

@@ -1,0 +1,42 @@
+"""Messages of the finance commands name their flags, not the options behind them."""
+
+from __future__ import annotations
+
+import pytest
+
+from fintune.cli_flag_words import FLAGS, in_flags, told_in_flags
+from fintune.config import fields
+from fintune.errors import ArtifactError, ResourceError
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "set train.batch_size=4 train.accumulation=2, or model.load=4bit, or prompt.max_length below 4096",
+            "set --per_device_train_batch_size 4 --gradient_accumulation_steps 2, or --training_quantization 4bit, "
+            "or --max_seq_length below 4096",
+        ),
+        ("set train.gradient_checkpointing=true", "set --extra_train_args 'train.gradient_checkpointing=true'"),
+        ("--redo train makes it anew, run.name=OTHER keeps it", "--redo train makes it anew, another --out keeps it"),
+        ("run it first: fintune run CONFIG --only prepare", "leave out --skip_dataset_prep"),
+        ("run it first: fintune run CONFIG --only score", "run it first: fintune run CONFIG --only score"),
+        ("wait for it, or set run.name to another name", "wait for it, or give another --out"),
+        ("train.learning_rate was 1e-05 and is now 2e-05", "--learning_rate was 1e-05 and is now 2e-05"),
+        ('train.optimizer was "sgd"', 'train.optimizer was "sgd"'),
+        ("data/train.batch_size/x", "data/train.batch_size/x"),
+    ],
+)
+def test_options_are_told_as_flags(text, told):
+    assert in_flags(text, "--out") == told
+
+
+def test_every_flag_stands_for_an_option():
+    assert set(FLAGS) <= {key for key, _ in fields()}
+
+
+def test_an_error_keeps_its_kind():
+    with pytest.raises(ArtifactError, match=r"^--lora_r was 8: leave out --skip_merge$"), told_in_flags("--out"):
+        raise ArtifactError("adapter.r was 8", hint="run it first: fintune run CONFIG --only merge")
+    with pytest.raises(ResourceError, match=r"^no GPU$"), told_in_flags("--out"):
+        raise ResourceError("no GPU")
