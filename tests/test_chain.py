@@ -21,9 +21,9 @@ REPO = Path(__file__).resolve().parent.parent
 FINQA = REPO.parent / "shared" / "finqa"
 KINDS = ("base", "adapter", "merged", "F16", "Q4_K_M")
 STEPS = (
-    *("prepare", "predict/base", "score/base", "train", "predict/adapter", "score/adapter"),
+    *("preflight", "prepare", "predict/base", "score/base", "train", "predict/adapter", "score/adapter"),
     *("merge", "predict/merged", "score/merged"),
-    *("export", "predict/F16", "score/F16", "predict/Q4_K_M", "score/Q4_K_M", "report"),
+    *("export", "replay", "predict/F16", "score/F16", "predict/Q4_K_M", "score/Q4_K_M", "report"),
 )
 NUM_STEPS, NUM_EVAL = 30, 12
 
@@ -154,7 +154,7 @@ def test_nothing_but_results_is_left(finished):
 
 def test_a_run_says_one_line_a_stage_and_no_library_a_word(finished):
     head, *lines = finished.first.err.splitlines()
-    assert head == f"{finished.folder}: 15 of 15 stages to do"
+    assert head == f"{finished.folder}: 17 of 17 stages to do"
     remarks = [line for line in lines if line.startswith("  ")]
     assert [line.split()[0] for line in lines if line not in remarks] == list(STEPS)
     assert [line for line in remarks if not re.match("  (precision float32|train |predict )", line)] == []
@@ -257,7 +257,7 @@ def test_a_second_run_does_nothing(run):
     before = run.snapshot()
     done = run()
     assert done.status == 0
-    assert done.err.startswith(f"{run.folder}: 0 of 15 stages to do\n")
+    assert done.err.startswith(f"{run.folder}: 0 of 17 stages to do\n")
     assert [line.endswith("up to date") for line in done.err.splitlines()[1:]] == [True] * len(STEPS)
     assert done.out.replace(str(run.folder), "") == run.first.out.replace(str(run.first.err.partition(":")[0]), "")
     assert run.snapshot() == before
@@ -266,7 +266,7 @@ def test_a_second_run_does_nothing(run):
 def test_options_that_change_no_result_leave_all_up_to_date(run):
     done = run("train.threads=2", "predict.threads=2", "export.threads=2", "train.log_steps=10")
     assert done.status == 0
-    assert "0 of 15 stages" in done.err
+    assert "0 of 17 stages" in done.err
 
 
 def test_a_changed_option_stops_the_run_with_its_name(run):
@@ -287,10 +287,10 @@ def test_redo_makes_a_stage_and_what_follows_anew(run):
     assert done.status == 0, done.err
     after = run.manifests()
     kept = [step for step in STEPS if after[step] == before[step]]
-    assert kept == ["prepare", "predict/base", "score/base"]
+    assert kept == ["preflight", "prepare", "predict/base", "score/base"]
     assert after["train"].key.options["train.learning_rate"] == 1e-3
     assert after["merge"].key.inputs["train"] == after["train"].digest
-    assert "0 of 15 stages" in run("train.learning_rate=1e-3", "train.max_steps=5").err
+    assert "0 of 17 stages" in run("train.learning_rate=1e-3", "train.max_steps=5").err
 
 
 def test_only_makes_one_stage(run):
@@ -308,7 +308,7 @@ def test_only_makes_one_stage(run):
 def test_from_leaves_what_comes_before_as_it_lies(run):
     done = run("train.learning_rate=1e-3", "--from", "merge")
     assert done.status == 0, done.err
-    assert "0 of 15 stages" in done.err
+    assert "0 of 17 stages" in done.err
     assert "train " not in done.err
 
 

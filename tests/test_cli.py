@@ -310,7 +310,7 @@ def test_too_little_space_is_refused_before_anything_is_made(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
     told = mistake("run", finqa())
-    assert "no space for the run's 15 stages: it needs about" in told
+    assert "no space for the run's 17 stages: it needs about" in told
     assert f"in {tmp_path}/runs/mine, 1.0 MB is free: free some, or set run.dir to a folder on another disk" in told
     assert not (tmp_path / "runs").exists()
 

@@ -13,6 +13,7 @@ import pytest
 from fintune.config import effective, fields, load
 from fintune.errors import ConfigError, DataError, ModelError
 from fintune.options import Config, ModelKind
+from fintune.selection import Step
 from fintune.steps import NEEDS, build
 
 ENDPOINT = "predict.endpoint=http://127.0.0.1:8080/v1"
@@ -22,18 +23,22 @@ def names(config: Config) -> list[str]:
     return [step.name for step in build(config)]
 
 
+def prepare_of(config: Config) -> Step:
+    return next(step for step in build(config) if step.name == "prepare")
+
+
 def test_the_whole_chain_in_its_order() -> None:
     assert names(Config()) == [
-        "prepare",
+        *("preflight", "prepare"),
         *("predict/base", "score/base", "train", "predict/adapter", "score/adapter"),
-        *("merge", "predict/merged", "score/merged", "export"),
+        *("merge", "predict/merged", "score/merged", "export", "replay"),
         *("predict/F16", "score/F16", "predict/Q4_K_M", "score/Q4_K_M", "report"),
     ]
 
 
 def test_only_what_is_asked_for_is_measured() -> None:
     assert names(load(None, ["predict.models=[merged]"]).config) == [
-        *("prepare", "train", "merge", "predict/merged", "score/merged", "export", "report")
+        *("preflight", "prepare", "train", "merge", "predict/merged", "score/merged", "export", "replay", "report")
     ]
 
 
@@ -113,7 +118,7 @@ def finqa(tmp_path: Path, tiny_model: Path) -> Config:
 
 
 def test_the_fingerprint_of_data_is_that_of_its_content(finqa: Config, tmp_path: Path) -> None:
-    prepare = build(finqa)[0]
+    prepare = prepare_of(finqa)
     before = prepare.sources(finqa)
     assert before.keys() == {"data.train", "data.eval", "model.name"}
     assert before["data.train"] == before["data.eval"]
@@ -127,19 +132,19 @@ def test_the_fingerprint_of_data_is_that_of_its_content(finqa: Config, tmp_path:
 
 def test_files_count_only_where_they_are_read(tmp_path: Path, tiny_model: Path) -> None:
     config = load(None, [f"data.train={tmp_path / 'no.json'}", f"model.name={tiny_model}"]).config
-    build(config)[0].check(config)
-    assert build(config)[0].sources(config).keys() == {"model.name"}
+    prepare_of(config).check(config)
+    assert prepare_of(config).sources(config).keys() == {"model.name"}
 
 
 def test_a_missing_file_and_a_folder_are_refused_before_the_model_is_looked_at(finqa: Config, tmp_path: Path) -> None:
     nowhere = finqa.model_copy(update={"model": finqa.model.model_copy(update={"name": "/no/such/model"})})
     (tmp_path / "eval.json").unlink()
-    for act in (build(finqa)[0].check, build(finqa)[0].sources):
+    for act in (prepare_of(finqa).check, prepare_of(finqa).sources):
         with pytest.raises(DataError, match=r"eval\.json: no such file: data\.eval must name a FinQA JSON file"):
             act(nowhere)
     (tmp_path / "eval.json").mkdir()
     with pytest.raises(DataError, match=r"eval\.json: is a folder, not a file"):
-        build(finqa)[0].check(finqa)
+        prepare_of(finqa).check(finqa)
 
 
 def test_every_step_that_loads_the_base_refuses_an_incomplete_one_at_once(finqa: Config, tmp_path: Path) -> None:
@@ -154,7 +159,7 @@ def test_every_step_that_loads_the_base_refuses_an_incomplete_one_at_once(finqa:
         except ModelError as error:
             assert "holds no safetensors weights" in str(error)
             refused.add(step.verb)
-    assert refused == {"prepare", "train", "merge", "predict"}
+    assert refused == {"preflight", "prepare", "train", "merge", "export", "replay", "predict"}
 
 
 def test_every_step_predicts_its_disk(finqa: Config) -> None:
@@ -167,7 +172,7 @@ def test_the_built_in_model_is_known_before_it_is_fetched(monkeypatch: pytest.Mo
         raise AssertionError("nothing may be fetched")
 
     monkeypatch.setattr("fintune.builtin.ensure", refuse)
-    prepare = build(Config())[0]
+    prepare = prepare_of(Config())
     prepare.check(Config())
     assert len(prepare.sources(Config())["model.name"]) == 64
 
@@ -176,7 +181,7 @@ def test_packed_data_has_the_fingerprint_of_its_file(finqa: Config, tmp_path: Pa
     path = tmp_path / "train.json.gz"
     path.write_bytes(gzip.compress(b"[1]"))
     config = finqa.model_copy(update={"data": finqa.data.model_copy(update={"train": path})})
-    found = build(config)[0].sources(config)
+    found = prepare_of(config).sources(config)
     assert found["data.train"] != found["data.eval"]
 
 

@@ -28,6 +28,7 @@ from fintune.cli_config import config_group
 from fintune.cli_inspect import inspect
 from fintune.cli_plan import plan
 from fintune.cli_predict import predict_plain
+from fintune.cli_publish import publish
 from fintune.cli_score import score
 from fintune.errors import FintuneError
 
@@ -152,10 +153,12 @@ def _verb(name: str, doc: str) -> None:
         run_stages(config, overrides, Selection(only=(name,), redo=(name,) if redo else ()), dry_run=dry_run)
 
 
+_verb("preflight", "Check that llama.cpp splits text as the model's tokenizer does, before any training.")
 _verb("prepare", "Data to examples and tokens.")
 _verb("train", "Fine-tune an adapter; an interrupted run goes on from its last checkpoint.")
 _verb("merge", "Fold the adapter into the base model: a 16-bit Hugging Face folder.")
-_verb("export", "Merged model to GGUF files for llama.cpp.")
+_verb("export", "The model to GGUF files for llama.cpp, from the merged folder or from base and adapter.")
+_verb("replay", "Held-out completions through base + adapter, merged folder and GGUF files, token by token.")
 _verb("report", "One HTML page of the run.")
 
 

@@ -113,14 +113,22 @@ def merge_bytes(config: Config) -> int:
 
 
 def export_bytes(config: Config) -> int:
-    """All GGUF files together; the merged model has the base's shapes.
+    """All GGUF files together, and a computed importance matrix; the merged model has the base's shapes.
 
     Raises:
-        ModelError: A base that cannot become a GGUF, found out before hours of training.
+        ModelError: A base that cannot become a GGUF or a matrix that is not its, found out before hours of training.
     """
     from fintune.gguf.export import predict_bytes as gguf_bytes
+    from fintune.gguf.importance import read_importance
 
-    return gguf_bytes(_base_folder(config), config.export.types)
+    file = config.export.importance_file
+    importance = None if file is None else read_importance(file)
+    matrix = 0
+    if config.export.computes_importance:
+        # A float32 number for each column of each matrix, beside their names.
+        shapes = [tensor.shape for tensor in _base(config).values() if len(tensor.shape) == 2]
+        matrix = sum(4 * columns + 500 for _, columns in shapes)
+    return gguf_bytes(_base_folder(config), config.export.types, importance) + matrix
 
 
 def predict_bytes(config: Config) -> int:

@@ -22,7 +22,7 @@ from fintune.config import effective
 from fintune.errors import ArtifactError
 from fintune.options import Config
 from fintune.progress import console, say, stage
-from fintune.selection import Selection, Step, check_names, matches, selected
+from fintune.selection import Selection, Step, check_names, left_out_with, matches, selected
 
 _NOTHING_TO_DO = ("skipped", "up to date")
 
@@ -34,6 +34,7 @@ class Pipeline:
         check_names(steps, selection)
         self.config, self.steps, self.selection = config, steps, selection
         self.chosen = selected(steps, selection)
+        self.left_out = left_out_with(steps, selection)
         self.redone = {step.name for step in steps if matches(step, selection.redo)}
         if left_out := self.redone - self.chosen:
             raise ArtifactError(
@@ -76,7 +77,8 @@ class Pipeline:
         for step in self.steps:
             if step.name not in self.chosen:
                 there = self.manifest(step.name) is not None
-                lines.append((step, "skipped" + (", its result is there" if there else "")))
+                reason = f", as {self.left_out[step.name]} is" if step.name in self.left_out else ""
+                lines.append((step, f"skipped{reason}" + (", its result is there" if there else "")))
                 continue
             for name in step.inputs:
                 if name not in self.chosen and self.manifest(name) is None and not self._optional(step):
@@ -135,6 +137,8 @@ class Pipeline:
     def _do(self, step: Step) -> Outcome:
         slot = self.slot(step.name)
         if step.name not in self.chosen:
+            if step.name in self.left_out:
+                self._tell(step, {}, f"skipped, as {self.left_out[step.name]} is", style="dim")
             return Outcome(step.name, "skipped", 0.0, {})
         key = self.key(step)
         word = self._word(step, key)
@@ -221,8 +225,8 @@ class Pipeline:
 
     @staticmethod
     def _optional(step: Step) -> bool:
-        """The report shows what there is; every other stage needs all its inputs."""
-        return step.verb == "report"
+        """The report shows what there is, and so does the card of a push; every other stage needs all its inputs."""
+        return step.verb in ("report", "publish")
 
 
 @contextmanager

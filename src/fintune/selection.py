@@ -27,6 +27,7 @@ class Step:
         needed_bytes: Disk that it will take, predicted.
         resumes: Whether it goes on with an earlier, unfinished attempt.
         check: Refuses at once what is sure to fail later, such as a data file that is not there; loads nothing.
+        about: A step whose results this one is about: where the user skips that one, this one is left out with it.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Step:
     needed_bytes: Callable[[Config], int]
     resumes: bool = False
     check: Callable[[Config], None] = lambda _: None
+    about: str | None = None
 
     @property
     def verb(self) -> str:
@@ -74,9 +76,20 @@ def check_names(steps: Sequence[Step], selection: Selection) -> None:
             raise ArtifactError(f"{name!r} is no stage of this run", hint=f"did you mean {near[0]}?" if near else there)
 
 
+def left_out_with(steps: Sequence[Step], selection: Selection) -> dict[str, str]:
+    """Steps that the user did not name, but whose reason is skipped: name -> that reason."""
+    skipped = {step.name for step in steps if matches(step, selection.skip)}
+    return {
+        step.name: step.about
+        for step in steps
+        if step.about in skipped and step.name not in skipped and not matches(step, selection.only)
+    }
+
+
 def selected(steps: Sequence[Step], selection: Selection) -> set[str]:
     """Names of the steps to look at; the others are taken as they lie."""
     chosen = {step.name for step in steps if not matches(step, selection.skip)}
+    chosen -= left_out_with(steps, selection).keys()
     if selection.only:
         chosen &= {step.name for step in steps if matches(step, selection.only)}
     if selection.start is not None:

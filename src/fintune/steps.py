@@ -10,7 +10,7 @@ from typing import get_args
 
 from fintune import disk
 from fintune.artifact import Facts, sha256_file
-from fintune.errors import DataError
+from fintune.errors import DataError, ModelError
 from fintune.options import Config, ModelKind, PredictOptions
 from fintune.selection import Stage, Step
 from fintune.sources.rows import local_files
@@ -20,11 +20,24 @@ NEEDS: Mapping[ModelKind, str] = {"adapter": "train", "merged": "merge", "F16": 
 
 _EXAMPLES = ("run.seed", "model.name", "model.revision", "data", "prompt")
 _MODEL = ("model.name", "model.revision", "model.trust_remote_code")
+_VOCABULARY_BYTES = 100_000_000
+"""A GGUF of a quarter of a million tokens and 32 numbers for each, which goes when the stage ends."""
+_FIGURES_BYTES = 1_000_000
 
 
 def build(config: Config) -> list[Step]:
     """All steps of a run, in an order in which every input comes before what reads it."""
     steps = [
+        Step(
+            "preflight",
+            (),
+            _MODEL,
+            _stage("preflight"),
+            _model,
+            lambda _: _VOCABULARY_BYTES,
+            check=_check_model,
+            about="export",
+        ),
         Step(
             "prepare",
             (),
@@ -46,17 +59,19 @@ def build(config: Config) -> list[Step]:
             check=_check_training,
         ),
         *_measure(config, "adapter"),
-        Step(
-            "merge",
-            ("prepare", "train"),
-            (*_MODEL, "merge"),
-            _stage("merge"),
-            _model,
-            disk.merge_bytes,
-            check=_check_model,
-        ),
+        *_merge(config),
         *_measure(config, "merged"),
-        Step("export", ("merge",), ("export",), _stage("export"), _nothing, disk.export_bytes),
+        _export(config),
+        Step(
+            "replay",
+            ("prepare", "train", *_merged(config), "export"),
+            (*_MODEL, "merge.into", "predict.precision", "replay"),
+            _stage("replay"),
+            _model,
+            lambda _: _FIGURES_BYTES,
+            check=_check_model,
+            about="export",
+        ),
         *_measure(config, "F16"),
         *_measure(config, "Q4_K_M"),
         *_measure(config, "endpoint"),
@@ -65,6 +80,35 @@ def build(config: Config) -> list[Step]:
         Step("report", tuple(step.name for step in steps), (), _stage("report"), _nothing, lambda _: 50_000_000)
     )
     return steps
+
+
+def _merged(config: Config) -> tuple[str, ...]:
+    return ("merge",) if config.export.source == "merged" else ()
+
+
+def _merge(config: Config) -> list[Step]:
+    if not _merged(config):
+        return []
+    options = (*_MODEL, "merge")
+    return [Step("merge", ("prepare", "train"), options, _stage("merge"), _model, disk.merge_bytes, check=_check_model)]
+
+
+def _export(config: Config) -> Step:
+    """It reads the base only where no merged folder holds all that it needs, the data only to weigh with them."""
+    direct, weighs = config.export.source == "adapter", config.export.computes_importance
+    return Step(
+        "export",
+        (*(["prepare"] if weighs else []), *(_merged(config) or ("train",))),
+        (
+            *("export", "prompt.max_length"),  # what the Modelfile says of the context
+            *((*_MODEL, "merge") if direct else ()),
+            *(("model.trust_remote_code", "predict.precision") if weighs else ()),
+        ),
+        _stage("export"),
+        _base_and_importance if direct else _importance,
+        disk.export_bytes,
+        check=_check_export,
+    )
 
 
 def _measure(config: Config, kind: ModelKind) -> list[Step]:
@@ -123,12 +167,17 @@ def _model_fingerprint(name: str, revision: str | None) -> str:
     return models.model_fingerprint(path)
 
 
+def _importance(config: Config) -> dict[str, str]:
+    return {option: _content(path) for option, path in _importance_file(config)}
+
+
+def _base_and_importance(config: Config) -> dict[str, str]:
+    return _importance(config) | _model(config)
+
+
 def _data_and_model(config: Config) -> dict[str, str]:
     # The files first: a missing one is known before the model is fetched.
-    found = {}
-    for option, path in _files(config):
-        stat = path.stat()
-        found[option] = _hash(path, stat.st_size, stat.st_mtime_ns)
+    found = {option: _content(path) for option, path in _files(config)}
     return found | _model(config)
 
 
@@ -141,6 +190,11 @@ def _check_model(config: Config) -> None:
     from fintune.model_ref import resolve
 
     resolve(config.model.name, revision=config.model.revision)
+
+
+def _check_export(config: Config) -> None:
+    list(_importance_file(config))
+    _check_model(config)
 
 
 def _check_training(config: Config) -> None:
@@ -161,6 +215,20 @@ def _files(config: Config) -> Iterator[tuple[str, Path]]:
                 what = "is a folder, not a file" if path.is_dir() else "no such file"
                 raise DataError(what, path=path, hint=f"data.{name} must name a FinQA JSON file")
             yield f"data.{name}", path
+
+
+def _importance_file(config: Config) -> Iterator[tuple[str, Path]]:
+    path = config.export.importance_file
+    if path is not None:
+        if not path.is_file():
+            what = "is a folder, not a file" if path.is_dir() else "no such file"
+            raise ModelError(f"{path}: {what}", hint="export.importance must name an importance matrix, or be compute")
+        yield "export.importance", path
+
+
+def _content(path: Path) -> str:
+    stat = path.stat()
+    return _hash(path, stat.st_size, stat.st_mtime_ns)
 
 
 @lru_cache(maxsize=16)

@@ -21,8 +21,9 @@ from tiny import patch_json
 TYPES = ("F16", "Q8_0")
 
 
-def config() -> Config:
-    return Config.model_validate({"run": {"name": "t"}, "export": {"types": TYPES}, "predict": {"models": ["base"]}})
+def config(**more) -> Config:
+    export = {"types": TYPES} | more
+    return Config.model_validate({"run": {"name": "t"}, "export": export, "predict": {"models": ["base"]}})
 
 
 def test_every_type_becomes_a_file_of_the_size_that_is_reported(tiny_model, tmp_path):
@@ -122,17 +123,20 @@ def test_speed_and_memory_are_recorded_and_an_excess_is_told(tiny_model, tmp_pat
 @pytest.mark.parametrize("through", ["merge", "train"])
 def test_an_importance_matrix_is_computed_from_the_training_texts(tiny_model, tmp_path, through):
     inputs = trained(tmp_path, tiny_model)
-    options = config().model_dump(exclude={"model"}) | {"model": {"name": str(tiny_model)}}
-    run = Config.model_validate(options | {"export": {"types": ("Q4_K_M",)}})
+
+    def run(importance):
+        options = config(types=("Q4_K_M",), importance=importance).model_dump(exclude={"model"})
+        return Config.model_validate(options | {"model": {"name": str(tiny_model)}})
+
     for name in ("merge", "weighed", "plain"):
         (tmp_path / name).mkdir()
-    merge(run, inputs, tmp_path / "merge")
+    merge(run(None), inputs, tmp_path / "merge")
     if through == "merge":
         inputs["merge"] = tmp_path / "merge"
-    facts = export(run, inputs, tmp_path / "weighed", importance="compute")
+    facts = export(run("compute"), inputs, tmp_path / "weighed")
     assert facts["importance"] == "t-imatrix.gguf"
     assert facts["importance_tokens"] > 100
-    export(run, inputs, tmp_path / "plain")
+    export(run(None), inputs, tmp_path / "plain")
     weighed, plain = tmp_path / "weighed" / "t-Q4_K_M.gguf", tmp_path / "plain" / "t-Q4_K_M.gguf"
     fields = gguf.GGUFReader(weighed).fields
     assert fields["quantize.imatrix.dataset"].contents() == "train"
@@ -140,5 +144,5 @@ def test_an_importance_matrix_is_computed_from_the_training_texts(tiny_model, tm
     assert weighed.read_bytes()[-20_000:] != plain.read_bytes()[-20_000:]
     again = tmp_path / "again"
     again.mkdir()
-    export(run, inputs, again, importance=tmp_path / "weighed" / "t-imatrix.gguf")
+    export(run(tmp_path / "weighed" / "t-imatrix.gguf"), inputs, again)
     assert (again / "t-Q4_K_M.gguf").read_bytes() == weighed.read_bytes()

@@ -8,8 +8,7 @@ import pytest
 
 from fintune import models
 from fintune.errors import ArtifactError
-from fintune.options import AdapterOptions, Config
-from fintune.stages import replay as module
+from fintune.options import AdapterOptions, Config, ReplayOptions
 from fintune.stages.export import export
 from fintune.stages.merge import merge
 from fintune.stages.replay import replay
@@ -68,7 +67,7 @@ def test_a_run_without_a_merged_folder_is_replayed_too(run, tmp_path):
     assert list(facts["replayed"]) == ["adapter", "F16", "Q4_K_M"]
 
 
-def test_no_more_examples_than_asked_are_replayed(run, tmp_path, monkeypatch):
+def test_no_more_examples_and_tokens_than_asked_are_replayed(run, tmp_path):
     config, inputs = run
-    monkeypatch.setattr(module, "NUM_GOLDEN", 1)
-    assert replay(config, inputs, tmp_path)["num_positions"] < 30
+    asked = config.model_copy(update={"replay": ReplayOptions(num_examples=2, max_tokens=5)})
+    assert replay(asked, inputs, tmp_path)["num_positions"] == 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from fintune.errors import ResourceError
@@ -58,3 +59,11 @@ class NormalFloat:
             self._squares += float((weight.astype(float) ** 2).sum())
             self._difference_squares += float((difference.astype(float) ** 2).sum())
         return rounded
+
+
+def merged_into(seen: NormalFloat | None) -> dict[str, str | Mapping[str, float]]:
+    """What a manifest says of the weights that an adapter was folded into: the base's own where ``seen`` is None."""
+    if seen is None:
+        return {"merged_into": "16-bit base"}
+    difference = {"relative_rms": seen.relative_rms, "largest": seen.largest}
+    return {"merged_into": "base dequantised from 4 bits", "base_difference": difference}

@@ -73,10 +73,10 @@ class ExportReport:
     notes: tuple[str, ...]
 
 
-def predict_bytes(folder: Path, types: Sequence[str]) -> int:
+def predict_bytes(folder: Path, types: Sequence[str], importance: Importance | None = None) -> int:
     """Bytes that the files of these types will have together: exact, without reading a weight."""
     with SafetensorFolder(folder) as weights:
-        plan = ModelPlan(folder, weights)
+        plan = ModelPlan(folder, weights, importance=importance)
         return sum(plan.file(kind).num_bytes for kind in types)
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from fintune.options.base import Options, is_neutral, neutral
 from fintune.options.data import DataOptions, PromptOptions, Shape, SourceOptions, StatementsOptions
-from fintune.options.export import ExportOptions, MergeOptions
+from fintune.options.export import ExportOptions, MergeOptions, ReplayOptions
 from fintune.options.model import AdapterOptions, ModelOptions
 from fintune.options.predict import ModelKind, PredictOptions
+from fintune.options.publish import PublishOptions
 from fintune.options.run import Config, RunOptions
 from fintune.options.train import TrainOptions
 
@@ -26,6 +27,8 @@ __all__ = [
     "Options",
     "PredictOptions",
     "PromptOptions",
+    "PublishOptions",
+    "ReplayOptions",
     "RunOptions",
     "Shape",
     "SourceOptions",

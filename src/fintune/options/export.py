@@ -1,12 +1,17 @@
-"""Merged weights and GGUF files."""
+"""Merged weights, GGUF files, and the replay that compares them."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fintune.options.base import Options, neutral
+
+COMPUTE = Path("compute")
+"""``export.importance`` that names no file."""
+_NOT_QUANTISED = {"F32", "F16", "BF16"}
 
 
 class MergeOptions(Options):
@@ -28,4 +33,50 @@ class ExportOptions(Options):
     types: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         ("F16", "Q4_K_M"), description="GGUF types to write."
     )
+    source: Literal["merged", "adapter"] = Field(
+        "merged",
+        description="What is read: the merged folder; or base + `adapter`, folded while they are read: the same bytes, "
+        "and no merged folder is written (then no `merged` in `predict.models`).",
+    )
+    importance: Path | None = Field(
+        None,
+        description="Importance matrix that the quantised types are weighed with: a file of llama.cpp's (GGUF or the "
+        "older binary), or `compute`: from the first 32,768 tokens of the training texts, with the whole model in "
+        "memory (a file of that name: write its whole path).",
+    )
     threads: int | None = neutral(None, "CPU threads; all cores where empty.", ge=1)
+
+    @property
+    def computes_importance(self) -> bool:
+        """Whether the matrix is made here."""
+        return self.importance == COMPUTE
+
+    @property
+    def importance_file(self) -> Path | None:
+        """The user's matrix."""
+        return None if self.computes_importance else self.importance
+
+    @model_validator(mode="after")
+    def _importance_is_used(self) -> ExportOptions:
+        if self.importance is not None and _NOT_QUANTISED.issuperset(self.types):
+            raise ValueError(
+                f"export.importance weighs quantised types, and export.types has only {', '.join(self.types)}; "
+                "add one, as Q4_K_M, or remove it"
+            )
+        return self
+
+
+class ReplayOptions(Options):
+    """Held-out completions through base + adapter, merged folder and GGUF files, token by token."""
+
+    num_examples: int = Field(16, ge=1, description="Examples of the evaluation data that are replayed.")
+    max_tokens: int = Field(
+        64, ge=1, description="Tokens of a completion that are compared; the beginning of a longer one."
+    )
+    min_same_share: float = Field(
+        0.98,
+        ge=0,
+        le=1,
+        description="Share of the positions at which merged folder, F32 and F16 file must have the likeliest token of "
+        "base + adapter; else the stage fails. Smaller files are told, not judged.",
+    )

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from fintune.options.base import Options, neutral
 from fintune.options.data import DataOptions, PromptOptions
-from fintune.options.export import ExportOptions, MergeOptions
+from fintune.options.export import ExportOptions, MergeOptions, ReplayOptions
 from fintune.options.model import AdapterOptions, ModelOptions
 from fintune.options.predict import PredictOptions
 from fintune.options.train import TrainOptions
@@ -33,6 +33,7 @@ class Config(Options):
     train: TrainOptions = Field(default_factory=TrainOptions, description="Training.")
     merge: MergeOptions = Field(default_factory=MergeOptions, description="Merge.")
     export: ExportOptions = Field(default_factory=ExportOptions, description="Export.")
+    replay: ReplayOptions = Field(default_factory=ReplayOptions, description="Replay.")
     predict: PredictOptions = Field(default_factory=PredictOptions, description="Prediction.")
 
     @model_validator(mode="after")
@@ -46,6 +47,8 @@ class Config(Options):
             if init != "default" or self.adapter.rslora:
                 option = "adapter.rslora" if self.adapter.rslora else f"adapter.init: {init}"
                 raise ValueError(f"{option} is about an adapter, and adapter.kind: full has none; remove it")
+            if self.export.source == "adapter":
+                raise ValueError("export.source: adapter needs an adapter, which adapter.kind: full lacks; use merged")
             if self.train.fused_layers == "always":
                 raise ValueError("train.fused_layers: always freezes the base weights, which adapter.kind: full trains")
         if init == "pissa" and load == "4bit":
@@ -66,6 +69,10 @@ class Config(Options):
     def _measured_files_are_exported(self) -> Config:
         if self.data.source == "chat":
             return self  # no official verdict, so nothing is predicted
+        if self.export.source == "adapter" and "merged" in self.predict.models:
+            raise ValueError(
+                "export.source: adapter writes no merged folder, which predict.models asks for; take merged out there"
+            )
         missing = [kind for kind in self.predict.models if kind in {"F16", "Q4_K_M"} and kind not in self.export.types]
         if missing:
             raise ValueError(

@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fintune import models
 from fintune.artifact import Facts
 from fintune.errors import ArtifactError, ModelError
+from fintune.gguf.dequantised import NormalFloat, merged_into
 from fintune.gguf.export import ExportReport
 from fintune.gguf.export import export as write_gguf
 from fintune.gguf.importance import Importance, read_importance
@@ -45,23 +46,18 @@ def gguf_path(config: Config, folder: Path, kind: str) -> Path:
     return folder / f"{config.run.name}-{kind}.gguf"
 
 
-def export(
-    config: Config,
-    inputs: Mapping[str, Path],
-    folder: Path,
-    *,
-    importance: Path | Literal["compute"] | None = None,
-) -> Facts:
+def export(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
     """Write every type of ``export.types`` in one reading of the weights.
+
+    The quantised types are weighed with the matrix that ``export.importance`` names, or with one computed from the
+    beginning of the training texts of ``prepare``, which becomes ``NAME-imatrix.gguf``.
 
     Args:
         config: The run.
         inputs: Needs ``merge``, or ``train``: then the adapter is folded in while the base is read, and no merged
-            folder is written. Both ways give the same bytes.
+            folder is written. Both ways give the same bytes. Computing a matrix needs ``prepare``.
         folder: Gets ``NAME-TYPE.gguf`` for each type, and ``Modelfile`` for the last, the smallest by custom, where
             Ollama's language can express the chat template.
-        importance: File of an importance matrix to weigh the quantised types with, or "compute": from the beginning of
-            the training texts of ``prepare``, with the whole model in memory; it becomes ``NAME-imatrix.gguf``.
 
     Raises:
         ModelError: A family, tensor or tokenizer that llama.cpp does not have.
@@ -69,19 +65,22 @@ def export(
         ResourceError: The disk is full, or the quantisation library is missing.
     """
     facts: Facts = {}
-    if importance == "compute":
+    importance = config.export.importance_file
+    if config.export.computes_importance:
         importance = folder / f"{config.run.name}-imatrix.gguf"
         facts["importance_tokens"] = _compute_importance(config, inputs, importance)
         facts["importance_peak_memory_bytes"] = peak_memory_bytes()
         release_memory()
         reset_peak_memory()
     weighed = None if importance is None else read_importance(importance)
+    seen = NormalFloat() if config.merge.into == "dequantised" else None
     before = _resident_bytes()
     if "merge" in inputs:
         report, notes = _write(config, inputs["merge"], None, folder, weighed)
     else:
-        with _merged_while_read(config, inputs["train"] / "adapter", folder) as (model, weights):
+        with _merged_while_read(config, inputs["train"] / "adapter", folder, seen) as (model, weights):
             report, notes = _write(config, model, weights, folder, weighed)
+        facts |= merged_into(seen)
     grown = max(0, peak_memory_bytes() - before)
     if grown > MEMORY_LIMIT_BYTES:
         notes.append(f"the export took {size(grown)} of memory, more than the {size(MEMORY_LIMIT_BYTES)} it should")
@@ -110,7 +109,8 @@ def _compute_importance(config: Config, inputs: Mapping[str, Path], path: Path) 
 
     merged = inputs.get("merge")
     trust = config.model.trust_remote_code
-    ref = models.resolve(config.model.name if merged is None else str(merged))
+    base = models.resolve(config.model.name, revision=config.model.revision)
+    ref = base if merged is None else models.resolve(str(merged))
     model: Any = models.load_model(ref, dtype=config.predict.precision, trust_remote_code=trust)
     if merged is None:
         with quiet_libraries():
@@ -146,7 +146,9 @@ def _write(
 
 
 @contextmanager
-def _merged_while_read(config: Config, adapter: Path, folder: Path) -> Iterator[tuple[Path, RoundedWeights]]:
+def _merged_while_read(
+    config: Config, adapter: Path, folder: Path, seen: NormalFloat | None
+) -> Iterator[tuple[Path, RoundedWeights]]:
     """A folder of all that a merged model holds but its weights, and the weights, which lie nowhere."""
     if full.result(adapter.parent) is not None:
         raise ArtifactError(
@@ -154,7 +156,10 @@ def _merged_while_read(config: Config, adapter: Path, folder: Path) -> Iterator[
         )
     ref = models.fetch(models.resolve(config.model.name, revision=config.model.revision))
     assert ref.path is not None, "fetch fills the path"
-    with tempfile.TemporaryDirectory(prefix=".model-", dir=folder) as place, MergedWeights(ref.path, adapter) as merged:
+    with (
+        tempfile.TemporaryDirectory(prefix=".model-", dir=folder) as place,
+        MergedWeights(ref.path, adapter, transform=seen) as merged,
+    ):
         weights = RoundedWeights(merged, config.merge.dtype)
         # The name under which the merge stage's folder is known: what the file says of itself may come from there.
         model = Path(place) / "merge"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fintune import chat, models
 from fintune.errors import ArtifactError
-from fintune.gguf.dequantised import NormalFloat
+from fintune.gguf.dequantised import NormalFloat, merged_into
 from fintune.gguf.merge import MergeReport, merge_folders
 from fintune.gguf.merged_folder import settle_special_tokens
 from fintune.options import Config
@@ -122,17 +122,14 @@ def _convert(config: Config, inputs: Mapping[str, Path], base: Path, trained: Pa
 
 
 def _facts(report: MergeReport, seen: NormalFloat | None) -> dict[str, Any]:
-    facts: dict[str, Any] = {
+    return {
         "dtype": report.dtype,
-        "merged_into": "16-bit base" if seen is None else "base dequantised from 4 bits",
         "num_moved": report.num_moved,
         "moved_share": report.moved_share,
         "weight_bytes": report.num_bytes,
         "embeddings_parted": report.untied,
+        **merged_into(seen),
     }
-    if seen is not None:
-        facts["base_difference"] = {"relative_rms": seen.relative_rms, "largest": seen.largest}
-    return facts
 
 
 def _shares(advance: Callable[[float], None]) -> Callable[[int, int], None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import time
 import unicodedata
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,15 +32,14 @@ def preflight(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts
         folder: Gets ``preflight.json``.
 
     Returns:
-        Name of the pre-tokenizer, end token, hash of the chat template, number of strings, seconds, and whether the
-        tokenizer composes accents, which llama.cpp does not.
+        Name of the pre-tokenizer, end token, hash of the chat template, number of strings, and whether the tokenizer
+        composes accents, which llama.cpp does not.
 
     Raises:
         ModelError: A family, pre-tokenizer, template or special token that would not survive, or strings that llama.cpp
             splits into other tokens, the first of which are named.
         ResourceError: xllamacpp is not installed.
     """
-    started = time.monotonic()
     ref = models.fetch(models.resolve(config.model.name, revision=config.model.revision))
     assert ref.path is not None, "fetch fills the path"
     tokenizer = models.load_tokenizer(ref, trust_remote_code=config.model.trust_remote_code)
@@ -82,7 +80,6 @@ def preflight(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts
         "template_hash": chat.template_hash(tokenizer),
         "num_strings": num_strings,
         "composes_accents": composes,
-        "check_seconds": round(time.monotonic() - started, 1),
         "summary": f"{num_strings} strings give the same tokens in llama.cpp, pre-tokenizer {vocabulary.pre}",
     }
     (folder / "preflight.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from fintune.artifact import Facts
 from fintune.errors import ArtifactError
 from fintune.gguf.replay import Agreement, GgufReplay, compare, from_logits
 from fintune.options import Config
-from fintune.progress import say, track
+from fintune.progress import track
 from fintune.records import Example
 from fintune.tuning import full
 from fintune.tuning.quiet import quiet_libraries
@@ -24,11 +25,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-NUM_GOLDEN = 16
-"""Held-out examples that are replayed, at every token of their completions."""
-
-MIN_SAME_SHARE: Mapping[str, float] = {"merged": 0.98, "F32": 0.98, "F16": 0.98}
-"""Share of positions whose likeliest token must be that of base + adapter; quantised files are told, not judged."""
+JUDGED = ("merged", "F32", "F16")
+"""Forms that are the same model as base + adapter, so that too small an agreement fails the stage."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +46,9 @@ def replay(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
         folder: Gets ``replay.json``.
 
     Returns:
-        By kind: mean KL divergence from base + adapter in float32 (nats), share of positions with the same likeliest
-        token, perplexity of the completions.
+        By kind: mean KL divergence from base + adapter in ``predict.precision`` (nats), share of positions with the
+        same likeliest token, perplexity of the completions. Where the adapter was merged into dequantised weights, the
+        reference is the adapter on the base in 4 bits, as training had it.
 
     Raises:
         ArtifactError: A form that should be the same model and is not, or no file to replay.
@@ -57,13 +56,12 @@ def replay(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
         ResourceError: xllamacpp is not installed.
     """
     ref = models.fetch(models.resolve(config.model.name, revision=config.model.revision))
-    trust = config.model.trust_remote_code
-    tokenizer = models.load_tokenizer(ref, trust_remote_code=trust)
-    rows = _rows(tokenizer, inputs["prepare"] / "eval.jsonl")
+    tokenizer = models.load_tokenizer(ref, trust_remote_code=config.model.trust_remote_code)
+    rows = _rows(config, tokenizer, inputs["prepare"] / "eval.jsonl")
     whole = full.result(inputs["train"])
     trained = ref if whole is None else models.resolve(str(whole))
     adapter = inputs["train"] / "adapter" if whole is None else None
-    references = _logits(trained, adapter, rows, "trained", trust)
+    references = _logits(config, trained, adapter, rows, "what was trained")
     targets = [row.ids[position] for row in rows for position in row.positions]
 
     def own(logits: Sequence[NDArray[np.float32]]) -> Agreement:
@@ -71,7 +69,7 @@ def replay(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
 
     found = {"adapter" if whole is None else "trained": own(references)}
     if "merge" in inputs:
-        found["merged"] = own(_logits(models.resolve(str(inputs["merge"])), None, rows, "merged", trust))
+        found["merged"] = own(_logits(config, models.resolve(str(inputs["merge"])), None, rows, "merged"))
     threads = config.export.threads or os.cpu_count() or 1
     for kind in config.export.types:
         path = inputs["export"] / f"{config.run.name}-{kind}.gguf"
@@ -82,26 +80,21 @@ def replay(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
                 for each in file.distributions(row.ids, row.positions)
             ]
         found[kind] = compare(references, answers)
-    return _judged(found, folder)
+    return _judged(found, config.replay.min_same_share, folder)
 
 
-def _judged(found: Mapping[str, Agreement], folder: Path) -> Facts:
-    for kind, each in found.items():
-        say(
-            f"{kind}: KL {each.mean_kl:.2g}, same best token {each.same_best_token_share:.1%}, "
-            f"perplexity {each.perplexity:.4g}"
-        )
+def _judged(found: Mapping[str, Agreement], least: float, folder: Path) -> Facts:
     facts: Facts = {
         "num_positions": next(iter(found.values())).num_positions,
         "replayed": {kind: asdict(each) for kind, each in found.items()},
-        "min_same_share": {kind: least for kind, least in MIN_SAME_SHARE.items() if kind in found},
+        "min_same_share": {kind: least for kind in JUDGED if kind in found},
     }
-    for kind, least in MIN_SAME_SHARE.items():
-        share = found[kind].same_best_token_share if kind in found else 1.0
+    for kind in facts["min_same_share"]:
+        share = found[kind].same_best_token_share
         if share < least:
             raise ArtifactError(
-                f"{kind} gives the trained model's best token at {share:.1%} of {facts['num_positions']} positions, "
-                f"at least {least:.0%} are asked for",
+                f"{kind} gives the trained model's best token at {share:.1%} of {facts['num_positions']} positions "
+                f"(KL {found[kind].mean_kl:.2g}), replay.min_same_share asks for {least:.0%}",
                 hint="it is not the model that was trained; --redo merge and export",
             )
     files = {kind: each for kind, each in found.items() if kind not in ("adapter", "trained")}
@@ -112,35 +105,43 @@ def _judged(found: Mapping[str, Agreement], folder: Path) -> Facts:
     return facts
 
 
-def _rows(tokenizer: Any, path: Path) -> list[_Row]:
+def _rows(config: Config, tokenizer: Any, path: Path) -> list[_Row]:
     rows = []
     with path.open(encoding="utf-8") as lines:
-        for line, _ in zip(lines, range(NUM_GOLDEN), strict=False):
+        for line in islice(lines, config.replay.num_examples):
             example = Example.model_validate_json(line)
             encoded = chat.encode_example(tokenizer, example.messages, example.completion)
             positions = [at for at, trained in enumerate(encoded.completion_mask) if trained and at]
-            rows.append(_Row(list(encoded.input_ids), positions))
-    if not any(row.positions for row in rows):
+            positions = positions[: config.replay.max_tokens]
+            rows.append(_Row(list(encoded.input_ids[: positions[-1] + 1]), positions))
+    if not rows:
         raise ArtifactError(f"{path} holds no example to replay", hint="prepare with data.max_eval of at least 1")
     return rows
 
 
 def _logits(
-    ref: models.ModelRef, adapter: Path | None, rows: Sequence[_Row], what: str, trust: bool
+    config: Config, ref: models.ModelRef, adapter: Path | None, rows: Sequence[_Row], what: str
 ) -> list[NDArray[np.float32]]:
     """Logits from which each position's token is predicted, (vocabulary,) each, float32."""
     import torch
 
-    model: Any = models.load_model(ref, dtype="float32", device="cpu", trust_remote_code=trust)
+    model: Any = models.load_model(
+        ref,
+        dtype=config.predict.precision,
+        load="4bit" if adapter is not None and config.merge.into == "dequantised" else "16bit",
+        trust_remote_code=config.model.trust_remote_code,
+    )
     if adapter is not None:
         with quiet_libraries():
             model = models.load_adapter(model, adapter)
     found = []
     with torch.inference_mode():
         for row in track(rows, f"replay of {what}", len(rows)):
-            before = torch.tensor(row.positions) - 1
-            logits = model(input_ids=torch.tensor([row.ids])).logits[0, before]
-            found += [each.numpy() for each in logits.float()]
+            ids = torch.tensor([row.ids], device=model.device)
+            # The logits before the first position are the most, and nobody's business.
+            kept = model(input_ids=ids, logits_to_keep=len(row.ids) - row.positions[0] + 1).logits[0]
+            before = torch.tensor(row.positions, device=model.device) - row.positions[0]
+            found += [each.numpy() for each in kept[before].float().cpu()]
     del model
     gc.collect()
     return found
