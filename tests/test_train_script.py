@@ -18,6 +18,7 @@ from fintune.errors import ConfigError, DataError, ResourceError
 from fintune.sources.statements import generate
 from fintune.stages.preprocess import preprocess
 from fintune.tuning import metrics
+from model_hub import LIBRARY_WARNS, connected
 
 pytest.importorskip("torch")
 
@@ -237,35 +238,20 @@ def test_a_missing_token_says_how_to_get_one(tmp_path, monkeypatch):
         hub_push.check(None, tmp_path)
 
 
+@LIBRARY_WARNS
 def test_what_is_pushed_is_the_adapter_under_the_users_name(tiny_model, processed, tmp_path, monkeypatch):
-    import huggingface_hub
-
-    calls = []
-
-    class Api:
-        def whoami(self):
-            return {"name": "ann"}
-
-        def create_repo(self, repo, **options):
-            calls.append((repo, options))
-
-        def upload_folder(self, **options):
-            calls.append(options)
-            return type("Done", (), {"commit_url": "https://hub/ann/out/commit/1"})
-
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: SECRET)
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    call(flags(tiny_model, processed / "train", tmp_path / "out", push_to_hub="true"))
-    (repo, options), upload = calls
-    assert (repo, options["private"]) == ("ann/out", True)
-    assert upload["folder_path"] == str(tmp_path / "out")
-    assert "run/*" in upload["ignore_patterns"]
+    with connected(monkeypatch) as hub:
+        call(flags(tiny_model, processed / "train", tmp_path / "out", push_to_hub="true"))
+        assert hub.repositories["ann/out"].private
+        assert set(hub.files("ann/out")) == {"adapter_config.json", "adapter_model.safetensors"}
 
 
 def test_a_push_that_fails_says_where_everything_is_and_not_what_was_sent(tmp_path, monkeypatch):
     import huggingface_hub
 
     class Api:
+        endpoint = ""
+
         def create_repo(self, *_, **__):
             raise OSError(f"could not send Bearer {SECRET}")
 

@@ -1,10 +1,93 @@
-"""Results to the Hugging Face hub; whether they may go there is found out before any work. No token is ever shown."""
+"""Files to a repository of the Hugging Face hub, through ``huggingface_hub``; no token is ever shown.
+
+A push is one commit: the repository shows all of it or none. What lies there with the same hash is not sent again,
+neither are large files that an interrupted push has brought to the hub's store, so the same call goes on.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fintune.errors import FintuneError, ResourceError
+from fintune.hub_errors import is_outside, may_pass_on_push, short, told
+from fintune.progress import bar, say
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi, RepoFile
+
+PAUSES = (1.0, 4.0, 15.0)
+"""Seconds before each further attempt."""
+LARGE_BYTES = 5_000_000
+"""A file of this size goes to the hub's store by itself, so that an interruption loses no other."""
+MAIN = "main"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where files go.
+
+    Attributes:
+        repo: ``OWNER/NAME``.
+        private: Whether the repository is private where it is made now.
+        branch: Made from the main one where it is not there.
+        must_be_private: Refuse a repository that everybody can read.
+    """
+
+    repo: str
+    private: bool = True
+    branch: str = MAIN
+    must_be_private: bool = False
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A file.
+
+    Attributes:
+        name: Path in the repository.
+        path: The file here.
+        sha256: Its hash, where it is known.
+    """
+
+    name: str
+    path: Path
+    sha256: str | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size."""
+        return self.path.stat().st_size
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push did.
+
+    Attributes:
+        commit: The hub's id of it.
+        address: Its page.
+        sent: Files that went there.
+        kept: Files that were there already.
+        removed: Files that were deleted there.
+        num_sent_bytes: Sum over ``sent``.
+    """
+
+    commit: str
+    address: str
+    sent: tuple[str, ...]
+    kept: tuple[str, ...]
+    removed: tuple[str, ...]
+    num_sent_bytes: int
 
 
 def check(name: str | None, folder: Path) -> str:
@@ -20,18 +103,39 @@ def check(name: str | None, folder: Path) -> str:
     Raises:
         ResourceError: No token, the hub refuses it, or it cannot be reached.
     """
-    from huggingface_hub import HfApi, get_token
+    user = owner()
+    wanted = name or folder.resolve().name
+    return wanted if "/" in wanted else f"{user}/{wanted}"
+
+
+def owner(pauses: Sequence[float] = ()) -> str:
+    """Whose token it is.
+
+    Args:
+        pauses: Seconds before each further attempt.
+
+    Raises:
+        ResourceError: No token, the hub refuses it, or it cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    require_token()
+    what = "the hub does not say whose token this is"
+    return str(_attempted(lambda: HfApi().whoami()["name"], what, pauses))
+
+
+def require_token() -> None:
+    """Refuse at once what needs a token; asks nobody.
+
+    Raises:
+        ResourceError: There is none.
+    """
+    from huggingface_hub import get_token
 
     if get_token() is None:
         raise ResourceError(
             "pushing to the hub needs a token, and there is none", hint="run `hf auth login`, or set HF_TOKEN"
         )
-    try:
-        owner = HfApi().whoami()["name"]
-    except Exception as error:  # the hub's errors, the network's, and those of whichever library carries them
-        raise _told(error, "the hub does not say whose token this is") from None
-    wanted = name or folder.resolve().name
-    return wanted if "/" in wanted else f"{owner}/{wanted}"
 
 
 def push(repo: str, folder: Path, *, leave_out: tuple[str, ...] = ()) -> str:
@@ -48,25 +152,137 @@ def push(repo: str, folder: Path, *, leave_out: tuple[str, ...] = ()) -> str:
     Raises:
         ResourceError: The hub refuses it, or cannot be reached; the folder is as it was.
     """
+    uploads = [each for each in files_of(folder) if not any(fnmatch(each.name, pattern) for pattern in leave_out)]
+    what = f"{repo} was not pushed; everything is in {folder}"
+    return send(Target(repo), uploads, message="Upload with fintune", what=what).address
+
+
+def files_of(folder: Path) -> list[Upload]:
+    """Every file below a folder, under its path there."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return [Upload(path.relative_to(folder).as_posix(), path) for path in paths]
+
+
+def send(
+    target: Target,
+    uploads: Sequence[Upload],
+    *,
+    message: str,
+    remove: Collection[str] = (),
+    what: str = "",
+    pauses: Sequence[float] = PAUSES,
+) -> Pushed:
+    """Bring files to a repository, which is made where there is none.
+
+    Args:
+        target: Where to.
+        uploads: Files that it shall have.
+        message: First line of the commit.
+        remove: Files that it shall no longer have; those that it lacks are passed over.
+        what: Beginning of the line that tells a failure.
+        pauses: Seconds before each further attempt after the network has failed; every attempt sends what is missing.
+
+    Raises:
+        ResourceError: The hub refuses it, cannot be reached, or shows to everybody what was to be private.
+    """
     from huggingface_hub import HfApi
 
+    what = what or f"{target.repo} was not pushed"
     api = HfApi()
-    try:
-        api.create_repo(repo, private=True, exist_ok=True)
-        done = api.upload_folder(repo_id=repo, folder_path=str(folder), ignore_patterns=list(leave_out))
-    except Exception as error:
-        raise _told(error, f"{repo} was not pushed; everything is in {folder}") from None
-    return str(done.commit_url)
+    with _quiet_hub():
+        _attempted(lambda: _open(api, target), what, pauses)
+        return _attempted(lambda: _send(api, target, uploads, message, remove), what, pauses)
 
 
-def _told(error: Exception, what: str) -> FintuneError:
-    """The status alone: a message may hold what was sent."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status in (401, 403):
-        return ResourceError(
-            f"{what}: the hub refuses the token (status {status})",
-            hint="run `hf auth login` with a token that may write, or leave out --push_to_hub",
+def _open(api: HfApi, target: Target) -> None:
+    api.create_repo(target.repo, private=target.private, exist_ok=True)
+    if target.must_be_private and not api.repo_info(target.repo).private:
+        raise ResourceError(
+            f"{target.repo} can be read by everybody, and what is pushed was to be private",
+            hint="make it private in its settings on the hub, or ask for a public one",
         )
-    if status is not None:
-        return ResourceError(f"{what}: the hub answers with status {status}", hint="try again later")
-    return ResourceError(f"{what}: the hub cannot be reached ({type(error).__name__})", hint="look at the network")
+    if target.branch != MAIN:
+        api.create_branch(target.repo, branch=target.branch, exist_ok=True)
+
+
+def _send(api: HfApi, target: Target, uploads: Sequence[Upload], message: str, remove: Collection[str]) -> Pushed:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, RepoFile
+
+    asked = [*(each.name for each in uploads), *remove]
+    found = api.get_paths_info(target.repo, asked, revision=target.branch)
+    there = {each.path: each for each in found if isinstance(each, RepoFile)}
+    missing = [each for each in uploads if not _is_there(each, there.get(each.name))]
+    removed = sorted(set(remove) & there.keys())
+    kept = tuple(each.name for each in uploads if each not in missing)
+    if not missing and not removed:
+        commit = api.repo_info(target.repo, revision=target.branch).sha or ""
+        return Pushed(commit, f"{api.endpoint}/{target.repo}/commit/{commit}", (), kept, (), 0)
+    additions = [CommitOperationAdd(each.name, str(each.path)) for each in missing]
+    num_bytes = sum(each.num_bytes for each in missing)
+    with bar("push (MB)", num_bytes / 1e6) as shown:
+        for each, addition in zip(missing, additions, strict=True):
+            shown.note(each.name)
+            if each.num_bytes >= LARGE_BYTES:
+                api.preupload_lfs_files(target.repo, [addition], revision=target.branch, free_memory=False)
+            shown.advance(each.num_bytes / 1e6)
+        done = api.create_commit(
+            target.repo,
+            [*additions, *(CommitOperationDelete(name) for name in removed)],
+            commit_message=message,
+            revision=target.branch,
+        )
+    sent = tuple(each.name for each in missing)
+    return Pushed(done.oid, str(done.commit_url), sent, kept, tuple(removed), num_bytes)
+
+
+def _is_there(upload: Upload, remote: RepoFile | None) -> bool:
+    """Large files are known on the hub by their SHA-256, others by git's hash of them."""
+    if remote is None or remote.size != upload.num_bytes:
+        return False
+    if remote.lfs is not None:
+        return bool(remote.lfs.sha256 == (upload.sha256 or _hash(upload.path, hashlib.sha256())))
+    blob = hashlib.sha1(b"blob %d\0" % remote.size, usedforsecurity=False)
+    return bool(remote.blob_id == _hash(upload.path, blob))
+
+
+def _hash(path: Path, digest: Any) -> str:
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return str(digest.hexdigest())
+
+
+def _attempted(act: Callable[[], T], what: str, pauses: Sequence[float]) -> T:
+    """What the library does not try again by itself is tried again here, from what is there by then."""
+    for attempt, pause in enumerate((*pauses, None), 1):
+        try:
+            return act()
+        except FintuneError:
+            raise
+        except Exception as error:  # the hub's errors, the network's, and those of whichever library carries them
+            if not is_outside(error):
+                raise
+            if pause is None or not may_pass_on_push(error):
+                tried = f" {attempt} times" if attempt > 1 else ""
+                raise told(error, what, tried) from None
+            say(f"the hub: {short(error)}; attempt {attempt + 1} of {len(pauses) + 1} in {pause:g} s")
+            time.sleep(pause)
+    raise AssertionError("the last attempt returns or raises")
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Neither bars nor warnings of the library: those hold the signed addresses of its store."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    library = logging.getLogger("huggingface_hub")
+    level, shown = library.level, not are_progress_bars_disabled()
+    library.setLevel(logging.CRITICAL)
+    if shown:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        library.setLevel(level)
+        if shown:
+            enable_progress_bars()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fintune.errors import DataError, ResourceError
+from fintune.hub_errors import chain, is_passing, status_of
 from fintune.progress import say
 from fintune.sources import hub_files
 from fintune.sources.rows import Row
@@ -79,7 +80,7 @@ def _load(wanted: HubSplit) -> Dataset:
         except (DataError, ResourceError):
             raise
         except Exception as error:  # the libraries below raise their network's own, of several kinds
-            if not _is_passing(error):
+            if not is_passing(error):
                 raise _refusal(wanted, error) from error
             if pause is None:
                 raise _unreachable(wanted, error, attempt) from error
@@ -109,39 +110,13 @@ def _once(wanted: HubSplit) -> Dataset:
     return builder.as_dataset(split)
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    following: BaseException | None = error
-    while following is not None and id(following) not in seen:
-        seen.add(id(following))
-        yield following
-        following = following.__cause__ or following.__context__
-
-
-def _status(error: BaseException) -> int | None:
-    for each in _chain(error):
-        status = getattr(getattr(each, "response", None), "status_code", getattr(each, "code", None))
-        if isinstance(status, int):
-            return status
-    return None
-
-
-def _is_passing(error: BaseException) -> bool:
-    """Whether another attempt may help: a broken line or a server's trouble, not a refusal or a missing thing."""
-    status = _status(error)
-    if status is not None:
-        return status >= 500 or status in (408, 429)
-    kinds = {kind.__name__ for each in _chain(error) for kind in type(each).__mro__}
-    return bool(kinds & {"ConnectionError", "TransportError", "TimeoutError", "HTTPError", "HTTPException", "URLError"})
-
-
 def _refusal(wanted: HubSplit, error: BaseException) -> DataError | ResourceError:
-    kinds = {type(each).__name__ for each in _chain(error)}
-    text = " ".join(str(each) for each in _chain(error)).lower()
+    kinds = {type(each).__name__ for each in chain(error)}
+    text = " ".join(str(each) for each in chain(error)).lower()
     if "GatedRepoError" in kinds or "gated" in text:
         hint = "accept its terms on its page and log in with `hf auth login`"
         return ResourceError(f"the hub gives {wanted.name} only to those who accepted its terms", hint=hint)
-    if _status(error) in _REFUSED and "RepositoryNotFoundError" not in kinds:
+    if status_of(error) in _REFUSED and "RepositoryNotFoundError" not in kinds:
         return ResourceError(f"the hub refuses {wanted.name} ({_reason(error)})", hint="log in with `hf auth login`")
     if "RevisionNotFoundError" in kinds:
         return DataError(f"the hub has no revision {wanted.revision} of {wanted.name}", hint="check data.sources")
@@ -159,6 +134,6 @@ def _unreachable(wanted: HubSplit, error: BaseException, attempts: int) -> Resou
 
 
 def _reason(error: BaseException) -> str:
-    status = _status(error)
-    first = next((line for each in _chain(error) for line in str(each).strip().splitlines()), type(error).__name__)
+    status = status_of(error)
+    first = next((line for each in chain(error) for line in str(each).strip().splitlines()), type(error).__name__)
     return f"HTTP status {status}" if status is not None else first[:160]
