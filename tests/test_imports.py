@@ -25,6 +25,8 @@ ROOTS_FOR_ROOMS = {
     "fintune.chat",
     "fintune.config",
     "fintune.errors",
+    "fintune.hub_errors",
+    "fintune.hub_push",  # what training pushes behind an epoch
     "fintune.options",
     "fintune.progress",
     "fintune.records",
@@ -32,6 +34,7 @@ ROOTS_FOR_ROOMS = {
 
 ROOTS_OVER_ROOMS = {
     "fintune.accuracy": {"finqa"},
+    "fintune.card_facts": {"finqa", "report", "sources"},  # manifests to what the model card says
     "fintune.answerer": {"engines", "tuning"},  # a model by its name, in the engine that goes with it
     "fintune.cli_audit": {"stages"},
     "fintune.cli_common": {"report"},
@@ -44,6 +47,8 @@ ROOTS_OVER_ROOMS = {
     "fintune.conversations": {"finqa"},  # examples of one page as one training row
     "fintune.disk": {"gguf", "sources"},  # the size of a GGUF before it is written, and of the data
     "fintune.examples": {"finqa"},
+    "fintune.cli_publish": {"stages"},
+    "fintune.publication": {"report", "sources"},  # what is pushed, and where it comes from
     "fintune.preparation": {"finqa", "sources"},
     "fintune.preparation_chat": {"finqa", "sources"},
     "fintune.prepared": {"sources"},

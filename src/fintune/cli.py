@@ -213,7 +213,7 @@ def predict(
     )
 
 
-for command in (score, inspect, ask, plan, audit, config_group):
+for command in (score, inspect, ask, plan, audit, publish, config_group):
     app.add_command(command)
 
 

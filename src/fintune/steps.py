@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -79,7 +79,16 @@ def build(config: Config) -> list[Step]:
     steps.append(
         Step("report", tuple(step.name for step in steps), (), _stage("report"), _nothing, lambda _: 50_000_000)
     )
-    return steps
+    return [*steps, *_publish(config, steps)]
+
+
+def _publish(config: Config, steps: Sequence[Step]) -> list[Step]:
+    """Where it is asked for, the end: what the card tells of is read, not the page or the single predictions."""
+    if not config.publish.repo_id:
+        return []
+    told = tuple(step.name for step in steps if step.verb not in ("report", "predict", "preflight"))
+    stage = _stage("publish")
+    return [Step("publish", told, ("publish",), stage, _nothing, lambda _: _FIGURES_BYTES, check=_check_publishing)]
 
 
 def _merged(config: Config) -> tuple[str, ...]:
@@ -195,6 +204,10 @@ def _check_model(config: Config) -> None:
 def _check_export(config: Config) -> None:
     list(_importance_file(config))
     _check_model(config)
+
+
+def _check_publishing(config: Config) -> None:
+    import_module("fintune.stages.publish").check(config)
 
 
 def _check_training(config: Config) -> None:

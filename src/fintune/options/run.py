@@ -11,6 +11,7 @@ from fintune.options.data import DataOptions, PromptOptions
 from fintune.options.export import ExportOptions, MergeOptions, ReplayOptions
 from fintune.options.model import AdapterOptions, ModelOptions
 from fintune.options.predict import PredictOptions
+from fintune.options.publish import PublishOptions
 from fintune.options.train import TrainOptions
 
 
@@ -35,6 +36,7 @@ class Config(Options):
     export: ExportOptions = Field(default_factory=ExportOptions, description="Export.")
     replay: ReplayOptions = Field(default_factory=ReplayOptions, description="Replay.")
     predict: PredictOptions = Field(default_factory=PredictOptions, description="Prediction.")
+    publish: PublishOptions = Field(default_factory=PublishOptions, description="Publishing.")
 
     @model_validator(mode="after")
     def _method_is_one(self) -> Config:
@@ -78,6 +80,12 @@ class Config(Options):
             raise ValueError(
                 f"predict.models asks for {', '.join(missing)}, which export.types does not write; add it there"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _published_is_made(self) -> Config:
+        if found := self.publish.obstacle(self.adapter.kind, self.export.source):
+            raise ValueError(found)
         return self
 
     @property

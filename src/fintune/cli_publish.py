@@ -1,0 +1,59 @@
+"""``fintune publish``, a command of :mod:`fintune.cli`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from fintune.cli_common import config_arguments, run_stages
+from fintune.errors import ConfigError
+
+
+@click.command()
+@config_arguments
+@click.option("--redo", is_flag=True, help="Even if it is up to date: the hub gets what it lacks.")
+@click.option("--dry-run", is_flag=True, help="Write the card, say what would be pushed with bytes, push nothing.")
+def publish(config: Path, overrides: tuple[str, ...], redo: bool, dry_run: bool) -> None:
+    """What publish.what names to publish.repo_id on the Hugging Face hub, with a model card.
+
+    An interrupted push goes on: what is there with the same hash is not sent again.
+    """
+    from fintune.config import load
+    from fintune.selection import Selection
+
+    options = load(config, overrides).config.publish
+    if not options.repo_id:
+        raise ConfigError("publish.repo_id is empty", hint="say where to push, as publish.repo_id=OWNER/NAME")
+    if dry_run:
+        _preview(config, overrides)
+    else:
+        run_stages(config, overrides, Selection(only=("publish",), redo=("publish",) if redo else ()))
+
+
+def _preview(path: Path, overrides: tuple[str, ...]) -> None:
+    from rich.table import Table
+
+    from fintune.cli_common import stdout
+    from fintune.config import load
+    from fintune.pipeline import Pipeline
+    from fintune.selection import Selection
+    from fintune.stages.publish import preview
+    from fintune.steps import build
+
+    config = load(path, overrides).config
+    pipeline = Pipeline(config, build(config), Selection(only=("publish",)))
+    (step,) = (each for each in pipeline.steps if each.verb == "publish")
+    finished = [name for name in step.inputs if pipeline.manifest(name) is not None]
+    folder = config.folder / "publish-preview"
+    files = preview(config, {name: pipeline.slot(name).folder for name in finished}, folder)
+    table = Table("file", "bytes", box=None, pad_edge=False)
+    table.columns[1].justify = "right"
+    for name, num_bytes in files:
+        table.add_row(name, f"{num_bytes:,}")
+    table.add_row("together", f"{sum(num_bytes for _, num_bytes in files):,}", style="bold")
+    seen = "private" if config.publish.private else "for everybody to read"
+    out = stdout()
+    out.print(f"Would go to {config.publish.repo_id}, branch {config.publish.branch}, {seen}:", markup=False)
+    out.print(table)
+    out.print(f"The card: {folder / 'README.md'}", markup=False, soft_wrap=True)
