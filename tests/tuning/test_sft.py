@@ -162,8 +162,8 @@ def test_the_fused_layers_train_as_transformers_own(tiny_model, rows, tmp_path, 
     assert max(float((own[n] - theirs[n]).abs().max()) for n in own) < 1e-3
 
 
-def test_a_run_through_fused_layers_resumes_bit_for_bit(tiny_model, rows, tmp_path):
-    fused = {"dropout": 0.0, "kind": "dora", "fused_layers": "always"}
+def test_a_run_through_fused_layers_with_dropout_resumes_bit_for_bit(tiny_model, rows, tmp_path):
+    fused = {"dropout": 0.1, "kind": "dora", "fused_layers": "always"}
     whole = run(tiny_model, rows, tmp_path / "whole", **fused)
     with pytest.raises(KeyboardInterrupt):
         run(tiny_model, rows, tmp_path / "cut", callbacks=[stop_at(5)], **fused)
@@ -173,8 +173,12 @@ def test_a_run_through_fused_layers_resumes_bit_for_bit(tiny_model, rows, tmp_pa
 
 
 def test_fused_layers_that_cannot_be_had_are_refused_with_the_reason(tiny_model, rows, tmp_path):
-    with pytest.raises(ConfigError, match=r"fused_layers: always, but adapter.dropout is not 0"):
-        run(tiny_model, rows, tmp_path / "run", dropout=0.1, fused_layers="always")
+    def attend_through_a_window(model):
+        model.get_base_model().config.use_sliding_window = True
+        model.get_base_model().config.sliding_window = 64
+
+    with pytest.raises(ConfigError, match=r"fused_layers: always, but it attends through a sliding window"):
+        run(tiny_model, rows, tmp_path / "run", spoil=attend_through_a_window, fused_layers="always")
 
 
 def test_the_magnitude_of_dora_moves(tiny_model, rows, tmp_path):

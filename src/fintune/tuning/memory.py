@@ -102,6 +102,7 @@ class Method:
         dora: With magnitudes.
         four_bit: The base is stored in NF4.
         moment_bytes: What the optimiser keeps for a trained number.
+        dropout: Of the adapters' input.
     """
 
     rank: int
@@ -109,6 +110,7 @@ class Method:
     dora: bool = False
     four_bit: bool = False
     moment_bytes: float = 8
+    dropout: bool = False
 
     def border(self, *parts: str) -> int:
         """Columns that the adapters of layers with one input take."""
@@ -209,6 +211,8 @@ def _kept_bytes(shape: Shape, method: Method, tokens: int) -> int:
     columns += shape.hidden + (shape.hidden + method.border(*_GROUPS[2]))  # middle, normed
     columns += 2 * shape.intermediate + method.border(*_GROUPS[3])
     columns += 2 * shape.hidden if method.dora else 0  # branches before their factor
+    if method.dora and method.dropout:  # what DoRA's factor is applied to, and what came of it
+        columns += 2 * shape.intermediate + (shape.qkv if shape.head_norms else 0)
     return 2 * tokens * columns + 4 * tokens * (shape.heads + 2)
 
 
@@ -216,6 +220,8 @@ def _layer_bytes(shape: Shape, method: Method, setting: Setting) -> int:
     """What comes and goes in the backward pass of one layer, at the feed-forward part."""
     columns = 2 * shape.intermediate + method.border(*_GROUPS[2]) + shape.intermediate + 2 * shape.hidden
     columns += shape.hidden if method.dora else 0
+    if method.dropout:  # an input with its mask, at the way down; DoRA's differences of gradients
+        columns += shape.intermediate * (3 if method.dora else 1)
     total = 2 * setting.tokens * columns
     if setting.num_checkpointed:
         total += _kept_bytes(shape, method, setting.tokens) - _input_bytes(shape, setting.tokens)

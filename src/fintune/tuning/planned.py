@@ -46,6 +46,7 @@ def plan_model(model: PeftModel, options: TrainOptions, lengths: Sequence[int]) 
         dora=name in first.lora_magnitude_vector,
         four_bit=getattr(first.get_base_layer().weight, "quant_state", None) is not None,
         moment_bytes=MOMENT_BYTES[options.optimizer],
+        dropout=any(getattr(drop, "p", 0) > 0 for drop in first.lora_dropout.values()),
     )
     shape = Shape.of(model.get_base_model().config.to_dict())
     limit = limit_bytes(options.max_memory_gib, free_bytes(model.device))
@@ -110,7 +111,7 @@ def plan_config(
 def method_of(options: AdapterOptions, *, four_bit: bool) -> Method:
     """What the options train."""
     targets = PARTS if "all-linear" in options.targets else tuple(part for part in PARTS if part in options.targets)
-    return Method(options.r, targets, dora=options.kind == "dora", four_bit=four_bit)
+    return Method(options.r, targets, dora=options.kind == "dora", four_bit=four_bit, dropout=options.dropout > 0)
 
 
 def limit_bytes(max_memory_gib: float | None, free_bytes: int) -> int:

@@ -126,6 +126,19 @@ def test_factors_of_dora_are_those_of_the_sum_of_the_matrices(draw, factors):
     close(plain_kernels.dora_scale(*given), expected)
 
 
+def test_dropout(draw):
+    x = draw(TOKENS, 1500)[:, :1400]
+    made = triton_kernels.drop(x, 0.25, 11)
+    kept = made != 0
+    assert float(kept.float().mean()) == pytest.approx(0.75, abs=0.01)
+    assert torch.allclose(made[kept], x[kept] / 0.75)
+    assert torch.equal(made, triton_kernels.drop(x, 0.25, 11))
+    other = triton_kernels.drop(x, 0.25, 12) != 0
+    # Two masks agree as often as chance has it: 0.75 squared and 0.25 squared.
+    assert float((kept == other).float().mean()) == pytest.approx(0.625, abs=0.015)
+    assert not torch.equal(kept[0], kept[1])
+
+
 @pytest.mark.parametrize("with_grad", [False, True])
 def test_cross_entropy(draw, with_grad):
     logits = draw(9, 5000)

@@ -68,7 +68,7 @@ class Grads:
 
 
 @dataclass(frozen=True)
-class _Corners:
+class Corners:
     """Parts of a bordered matrix; cut once where it is held, since every cut costs as much as a launch."""
 
     w: Tensor
@@ -93,6 +93,8 @@ class Group:
         self.num_in = int(layers[0].base.in_features)
         self.num_out = sum(self.sizes)
         self.ranks = [layer.rank for layer in layers]
+        self.places = _places(self.sizes, self.ranks)
+        """Rows and columns of each layer's block of ``B``."""
         self.border = -(-sum(self.ranks) // _ALIGNMENT) * _ALIGNMENT
         self.dtype = dtype
         self.device = layers[0].base.weight.device
@@ -105,7 +107,7 @@ class Group:
         self.held_scale: Tensor | None = None
         self.magnitude: Tensor | None = None
         self.squares: Tensor | None = None
-        self._held_corners: _Corners | None = None
+        self._held_corners: Corners | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -167,11 +169,11 @@ class Group:
             matrix: From :meth:`matrix`.
         """
         self.inner(wide, matrix)
-        return wide @ self._corners(matrix).top.t()
+        return wide @ self.corners(matrix).top.t()
 
     def inner(self, wide: Tensor, matrix: Tensor) -> None:
         """The adapters' activations alone, into the right part of ``wide``."""
-        self._thin(wide[:, : self.num_in], self._corners(matrix).a.t(), wide[:, self.num_in :])
+        self.thin(wide[:, : self.num_in], self.corners(matrix).a.t(), wide[:, self.num_in :])
 
     def forward_narrow(self, x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`forward` for an input without room at its side.
@@ -179,9 +181,9 @@ class Group:
         Returns:
             Outputs, and the adapters' activations, [tokens, border].
         """
-        corners = self._corners(matrix)
+        corners = self.corners(matrix)
         inner = torch.empty(len(x), self.border, dtype=self.dtype, device=self.device)
-        self._thin(x, corners.a.t(), inner)
+        self.thin(x, corners.a.t(), inner)
         return (x @ corners.w.t()).addmm_(inner, corners.b.t()), inner
 
     def input_grad(self, wide_grad: Tensor, matrix: Tensor) -> Tensor:
@@ -192,7 +194,7 @@ class Group:
             matrix: From :meth:`matrix`.
         """
         self.inner_grad(wide_grad, matrix)
-        return wide_grad @ self._corners(matrix).left
+        return wide_grad @ self.corners(matrix).left
 
     def inner_grad(self, wide_grad: Tensor, matrix: Tensor) -> None:
         """Fill the right part of ``wide_grad`` only, where nothing before these layers is trained."""
@@ -204,22 +206,28 @@ class Group:
         Returns:
             Gradients of the input and of the adapters' activations.
         """
-        corners = self._corners(matrix)
+        corners = self.corners(matrix)
+        inner_grad = self.inner_grad_of(grad, matrix)
+        return (grad @ corners.w).addmm_(inner_grad, corners.a), inner_grad
+
+    def inner_grad_of(self, grad: Tensor, matrix: Tensor) -> Tensor:
+        """Gradient of the adapters' activations, [tokens, border], from that of the output before DoRA's factor."""
         inner_grad = torch.empty(len(grad), self.border, dtype=self.dtype, device=self.device)
         self._inner_grad(grad, matrix, inner_grad)
-        return (grad @ corners.w).addmm_(inner_grad, corners.a), inner_grad
+        return inner_grad
 
     def _inner_grad(self, grad: Tensor, matrix: Tensor, out: Tensor) -> None:
         top, column = 0, 0
-        for size, rank, block in zip(self.sizes, self.ranks, self._corners(matrix).blocks, strict=True):
+        for size, rank, block in zip(self.sizes, self.ranks, self.corners(matrix).blocks, strict=True):
             if rank:
                 part = grad if size == self.num_out else grad[:, top : top + size]
-                self._thin(part, block, out[:, column : column + rank], column)
+                self.thin(part, block, out[:, column : column + rank], column)
             top, column = top + size, column + rank
         if column < self.border:
             out[:, column:].zero_()
 
-    def _corners(self, matrix: Tensor) -> _Corners:
+    def corners(self, matrix: Tensor) -> Corners:
+        """Parts of the bordered matrix."""
         if self._held_corners is not None and matrix is self.held:
             return self._held_corners
         w, a, b = matrix[: self.num_out, : self.num_in], matrix[self.num_out :, : self.num_in], matrix[: self.num_out]
@@ -228,13 +236,13 @@ class Group:
         for size, rank in zip(self.sizes, self.ranks, strict=True):
             blocks.append(b[top : top + size, column : column + rank])
             top, column = top + size, column + rank
-        made = _Corners(w, a, b, matrix[: self.num_out], matrix[:, : self.num_in], blocks)
+        made = Corners(w, a, b, matrix[: self.num_out], matrix[:, : self.num_in], blocks)
         if matrix is self.held:
             self._held_corners = made
         return made
 
-    def _thin(self, left: Tensor, right: Tensor, out: Tensor, column: int = 0) -> None:
-        """``out = factor * left @ right``."""
+    def thin(self, left: Tensor, right: Tensor, out: Tensor, column: int = 0) -> None:
+        """``out = factor * left @ right``, for the adapters' columns from a place on."""
         if out.shape[1] == 0:
             return
         torch.addmm(out, left, right, beta=0, alpha=self.factor, out=out)
@@ -288,6 +296,14 @@ class Group:
             None if layer.magnitude is None else part.to(layer.magnitude.dtype)
             for layer, part in zip(self.layers, parts, strict=True)
         ]
+
+
+def _places(sizes: Sequence[int], ranks: Sequence[int]) -> list[tuple[slice, slice]]:
+    made, row, column = [], 0, 0
+    for size, rank in zip(sizes, ranks, strict=True):
+        made.append((slice(row, row + size), slice(column, column + rank)))
+        row, column = row + size, column + rank
+    return made
 
 
 def scales(group: Group, matrices: Tensor, squares: Tensor, magnitudes: Tensor) -> Tensor:

@@ -14,10 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fintune.tuning.fused import kernels
+from fintune.tuning.fused import dropped, kernels
 from fintune.tuning.fused.attend import Sequences, attend
 from fintune.tuning.fused.bordered import Grads, Group
+from fintune.tuning.fused.dropped import Drop, drop_of
 from fintune.tuning.fused.kernels import HeadParts
+
+Drops = tuple[Drop | None, Drop | None, Drop | None, Drop | None]
+"""Of the groups, in their order."""
 
 
 @dataclass
@@ -34,6 +38,8 @@ class Layer:
         heads: Heads, bias and norms of queries and keys.
         scaling: Factor of the attention's scores.
         checkpoint: Keep the input only.
+        dropout: Share of the adapters' inputs that is zero while training.
+        number: Of the layer in the model.
     """
 
     qkv: Group
@@ -45,6 +51,8 @@ class Layer:
     heads: HeadParts
     scaling: float
     checkpoint: bool = False
+    dropout: float = 0.0
+    number: int = 0
 
     @property
     def groups(self) -> tuple[Group, Group, Group, Group]:
@@ -59,7 +67,14 @@ class Layer:
                 found += layer.parameters()
         return found
 
-    def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, sequences: Sequences) -> Tensor:
+    def drops(self, seed: int | None) -> Drops:
+        """Masks of the groups for a batch; None where nothing is dropped."""
+        made = [drop_of(self.dropout, seed, self.number, group) for group in range(4)]
+        return made[0], made[1], made[2], made[3]
+
+    def __call__(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, sequences: Sequences, seed: int | None = None
+    ) -> Tensor:
         """Hidden states behind the layer.
 
         Args:
@@ -67,8 +82,9 @@ class Layer:
             cos: Of the rotary embedding, [tokens, width].
             sin: Likewise.
             sequences: Borders of the sequences in the batch.
+            seed: Of the batch's dropout; None where nothing is dropped.
         """
-        made: Tensor = _Run.apply(hidden, cos, sin, sequences, self, *self.parameters())
+        made: Tensor = _Run.apply(hidden, cos, sin, sequences, self, self.drops(seed), *self.parameters())
         return made
 
 
@@ -88,15 +104,30 @@ class _Kept:
     inner_down: Tensor
     branches: tuple[Tensor, Tensor | None] | None
     scales: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+    drops: Drops
+    unscaled: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+    @property
+    def factors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """DoRA's factors that are applied behind a group: with dropout the group has applied its own."""
+        left = [None if drop is not None else scale for scale, drop in zip(self.scales, self.drops, strict=True)]
+        return left[0], left[1], left[2], left[3]
 
 
 class _Run(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, cos: Tensor, sin: Tensor, sequences: Sequences, layer: Layer, *parameters: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        sequences: Sequences,
+        layer: Layer,
+        drops: Drops,
+        *parameters: Tensor,
     ) -> Tensor:
-        out, kept = _forward(layer, hidden, cos, sin, sequences)
-        ctx.layer, ctx.sequences, ctx.kept = layer, sequences, None if layer.checkpoint else kept
+        out, kept = _forward(layer, hidden, cos, sin, sequences, drops)
+        ctx.layer, ctx.sequences, ctx.drops, ctx.kept = layer, sequences, drops, None if layer.checkpoint else kept
         ctx.save_for_backward(hidden, cos, sin)
         return out
 
@@ -104,14 +135,21 @@ class _Run(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         hidden, cos, sin = ctx.saved_tensors
         layer: Layer = ctx.layer
-        kept = ctx.kept or _forward(layer, hidden, cos, sin, ctx.sequences, again=True)[1]
+        kept = ctx.kept or _forward(layer, hidden, cos, sin, ctx.sequences, ctx.drops, again=True)[1]
         ctx.kept = None
         grad, parameter_grads = _backward(layer, kept, grads[0], cos, sin, needs_input=ctx.needs_input_grad[0])
-        return grad, None, None, None, None, *parameter_grads
+        return grad, None, None, None, None, None, *parameter_grads
 
 
 def _forward(
-    layer: Layer, hidden: Tensor, cos: Tensor, sin: Tensor, sequences: Sequences, *, again: bool = False
+    layer: Layer,
+    hidden: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    sequences: Sequences,
+    drops: Drops,
+    *,
+    again: bool = False,
 ) -> tuple[Tensor, _Kept]:
     """The layer's output and what its backward pass needs; ``again`` makes the latter only."""
     run = kernels.of(hidden)
@@ -120,33 +158,45 @@ def _forward(
     _, inverse = run.add_norm(hidden, None, None, layer.norms[0], layer.eps, wide[:, : layer.qkv.num_in])
     matrix = layer.qkv.matrix()
     qkv_scale = layer.qkv.scale(matrix)
-    qkv = layer.qkv.forward(wide, matrix)
-    parts = replace(layer.heads, scale=qkv_scale)
+    qkv, free_qkv = _through(layer.qkv, wide, matrix, qkv_scale, drops[0])
+    parts = replace(layer.heads, scale=None if drops[0] else qkv_scale)
     leaves = tuple(each.requires_grad_() for each in run.split_heads(qkv, parts, cos, sin))
     # A small graph of its own: torch keeps what the attention's backward pass needs.
     with torch.enable_grad():
         mixed = attend(leaves[0], leaves[1], leaves[2], sequences, layer.scaling)
     matrix = layer.output.matrix()
     output_scale = layer.output.scale(matrix)
-    attended, inner_output = layer.output.forward_narrow(mixed.detach(), matrix)
+    free_output = None
+    if drops[1] is None:
+        attended, inner_output = layer.output.forward_narrow(mixed.detach(), matrix)
+    else:
+        inner_output = mixed.new_empty(tokens, layer.output.border)
+        attended, free_output = dropped.forward(
+            layer.output, mixed.detach(), inner_output, matrix, output_scale, drops[1]
+        )
 
     wide_middle = layer.gate_up.wide(tokens)
     middle, inverse_middle = run.add_norm(
-        hidden, attended, output_scale, layer.norms[1], layer.eps, wide_middle[:, : layer.gate_up.num_in]
+        hidden,
+        attended,
+        None if drops[1] else output_scale,
+        layer.norms[1],
+        layer.eps,
+        wide_middle[:, : layer.gate_up.num_in],
     )
     matrix = layer.gate_up.matrix()
     gate_scale = layer.gate_up.scale(matrix)
-    both = layer.gate_up.forward(wide_middle, matrix)
+    both, free_both = _through(layer.gate_up, wide_middle, matrix, gate_scale, drops[2])
     wide_down = layer.down.wide(tokens)
-    run.gate(both, gate_scale, wide_down[:, : layer.down.num_in])
+    run.gate(both, None if drops[2] else gate_scale, wide_down[:, : layer.down.num_in])
     matrix = layer.down.matrix()
     down_scale = layer.down.scale(matrix)
+    fed = free_fed = None
     if again and down_scale is None:
-        layer.down.inner(wide_down, matrix)
-        fed = None
+        _inner(layer.down, wide_down, matrix, drops[3])
     else:
-        fed = layer.down.forward(wide_down, matrix)
-    needs_qkv = qkv_scale is not None or parts.query_norm is not None
+        fed, free_fed = _through(layer.down, wide_down, matrix, down_scale, drops[3])
+    needs_qkv = parts.scale is not None or parts.query_norm is not None
     kept = _Kept(
         hidden=hidden,
         inverses=(inverse, inverse_middle),
@@ -159,10 +209,30 @@ def _forward(
         gate_up=both,
         # A copy, so that the wide buffer beside it can go: the backward pass makes the gated rows again.
         inner_down=wide_down[:, layer.down.num_in :].clone(),
-        branches=None if output_scale is None and down_scale is None else (attended, fed),
+        branches=None if drops[1] or (output_scale is None and down_scale is None) else (attended, fed),
         scales=(qkv_scale, output_scale, gate_scale, down_scale),
+        drops=drops,
+        unscaled=(free_qkv, free_output, free_both, free_fed),
     )
-    return middle if fed is None or again else run.add(middle, fed, down_scale), kept
+    if fed is None or again:
+        return middle, kept
+    return run.add(middle, fed, None if drops[3] else down_scale), kept
+
+
+def _through(
+    group: Group, wide: Tensor, matrix: Tensor, scale: Tensor | None, drop: Drop | None
+) -> tuple[Tensor, Tensor | None]:
+    """Outputs of a group and, with dropout under DoRA, those before its factor; fills the right part of ``wide``."""
+    if drop is None:
+        return group.forward(wide, matrix), None
+    return dropped.forward(group, wide[:, : group.num_in], wide[:, group.num_in :], matrix, scale, drop)
+
+
+def _inner(group: Group, wide: Tensor, matrix: Tensor, drop: Drop | None) -> None:
+    if drop is None:
+        group.inner(wide, matrix)
+    else:
+        dropped.fill_inner(group, wide[:, : group.num_in], wide[:, group.num_in :], matrix, drop)
 
 
 def _backward(
@@ -170,37 +240,30 @@ def _backward(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     run = kernels.of(grad)
     tokens = len(grad)
+    factors = kept.factors
     # The feed-forward part.
-    own, down_magnitude = _unscale(layer.down, grad, kept, 3)
-    grad_gated, inner_grad = layer.down.input_grad_narrow(own, layer.down.matrix())
+    grad_gated, own, inner_grad, down_magnitude = _narrow_backward(layer.down, grad, kept, 3)
     wide = layer.gate_up.wide_grad(tokens)
     left = wide[:, : layer.gate_up.num_out]
-    run.gate_backward(grad_gated, kept.gate_up, kept.scales[2], left, grad_gated)
-    down_grads = layer.down.adapter_grads(own, inner_grad, grad_gated, kept.inner_down)
+    run.gate_backward(grad_gated, kept.gate_up, factors[2], left, grad_gated)
+    down_grads = _narrow_grads(layer.down, own, inner_grad, grad_gated, kept.inner_down, kept.drops[3])
     del own, inner_grad, grad_gated
-    gate_magnitude = _magnitude(layer.gate_up, left, kept.gate_up, kept.scales[2])
-    grad_normed = layer.gate_up.input_grad(wide, layer.gate_up.matrix())
-    gate_grads = _adapter_grads(layer.gate_up, wide, kept.wides[1])
+    grad_normed, gate_grads, gate_magnitude = _wide_backward(layer.gate_up, wide, kept, 2, needs_input=True)
     del wide, left
+    assert grad_normed is not None, "asked for"
     grad = run.norm_backward(grad_normed, kept.middle, kept.inverses[1], layer.norms[1], grad)
     del grad_normed
 
     # Attention.
-    own, output_magnitude = _unscale(layer.output, grad, kept, 1)
-    grad_mixed, inner_grad = layer.output.input_grad_narrow(own, layer.output.matrix())
-    output_grads = layer.output.adapter_grads(own, inner_grad, kept.mixed.detach(), kept.inner_output)
+    grad_mixed, own, inner_grad, output_magnitude = _narrow_backward(layer.output, grad, kept, 1)
+    output_grads = _narrow_grads(layer.output, own, inner_grad, kept.mixed.detach(), kept.inner_output, kept.drops[1])
     grads_heads = torch.autograd.grad(kept.mixed, kept.qkv_leaves, grad_mixed)
     del own, inner_grad, grad_mixed
     wide = layer.qkv.wide_grad(tokens)
     left = wide[:, : layer.qkv.num_out]
-    run.join_heads(grads_heads, kept.qkv, replace(layer.heads, scale=kept.scales[0]), cos, sin, left)
-    qkv_magnitude = _magnitude(layer.qkv, left, kept.qkv, kept.scales[0])
-    if needs_input:
-        grad_normed = layer.qkv.input_grad(wide, layer.qkv.matrix())
-    else:
-        layer.qkv.inner_grad(wide, layer.qkv.matrix())
-    qkv_grads = _adapter_grads(layer.qkv, wide, kept.wides[0])
-    if needs_input:
+    run.join_heads(grads_heads, kept.qkv, replace(layer.heads, scale=factors[0]), cos, sin, left)
+    grad_normed, qkv_grads, qkv_magnitude = _wide_backward(layer.qkv, wide, kept, 0, needs_input=needs_input)
+    if needs_input and grad_normed is not None:
         grad = run.norm_backward(grad_normed, kept.hidden, kept.inverses[0], layer.norms[0], grad)
 
     found: list[Tensor | None] = []
@@ -209,6 +272,48 @@ def _backward(
     for group, grads, magnitude in zip(layer.groups, all_grads, magnitudes, strict=True):
         found += _in_order(group, grads, magnitude)
     return grad if needs_input else None, found
+
+
+def _narrow_backward(
+    group: Group, grad: Tensor, kept: _Kept, place: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of the input, of the output before DoRA's factor, of the adapters' activations, of the magnitudes."""
+    drop = kept.drops[place]
+    if drop is not None:
+        return dropped.input_grad(
+            group, grad.to(group.dtype), kept.unscaled[place], group.matrix(), kept.scales[place], drop
+        )
+    own, magnitude = _unscale(group, grad, kept, place)
+    input_grad, inner_grad = group.input_grad_narrow(own, group.matrix())
+    return input_grad, own, inner_grad, magnitude
+
+
+def _narrow_grads(group: Group, own: Tensor, inner_grad: Tensor, x: Tensor, inner: Tensor, drop: Drop | None) -> Grads:
+    if drop is None:
+        return group.adapter_grads(own, inner_grad, x, inner)
+    return dropped.adapter_grads(group, own, inner_grad, x, inner, drop)
+
+
+def _wide_backward(
+    group: Group, wide_grad: Tensor, kept: _Kept, place: int, *, needs_input: bool
+) -> tuple[Tensor | None, Grads, Tensor | None]:
+    """Gradients of the input, the adapters' matrices and the magnitudes; ``wide_grad`` has the output's at its left."""
+    left, wide = wide_grad[:, : group.num_out], kept.wides[0 if place == 0 else 1]
+    drop = kept.drops[place]
+    if drop is not None:
+        grad, own, inner_grad, magnitude = dropped.input_grad(
+            group, left, kept.unscaled[place], group.matrix(), kept.scales[place], drop
+        )
+        x, inner = wide[:, : group.num_in], wide[:, group.num_in :]
+        return grad, dropped.adapter_grads(group, own, inner_grad, x, inner, drop), magnitude
+    outputs = kept.qkv if place == 0 else kept.gate_up
+    magnitude = _magnitude(group, left, outputs, kept.scales[place])
+    input_grad = None
+    if needs_input:
+        input_grad = group.input_grad(wide_grad, group.matrix())
+    else:
+        group.inner_grad(wide_grad, group.matrix())
+    return input_grad, _adapter_grads(group, wide_grad, wide), magnitude
 
 
 def _adapter_grads(group: Group, wide_grad: Tensor, wide: Tensor) -> Grads:

@@ -57,15 +57,17 @@ def _obstacles_of_adapters(model: PeftModel, num_layers: int) -> Iterator[str]:
     from peft.tuners.lora import LoraLayer
 
     ranks: dict[str, list[int]] = {}
+    shares: set[float] = set()
     for path, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
         name = path.rpartition(".")[2]
         ranks.setdefault(name, []).extend(module.r.values())
-        if any(drop.p > 0 for drop in module.lora_dropout.values() if isinstance(drop, nn.Dropout)):
-            yield "adapter.dropout is not 0"
+        shares |= {_dropout(module)}
         if len(module.active_adapters) != 1:
             yield "it has several adapters"
+    if len(shares) > 1:
+        yield "its adapters have different dropouts"
     for name, found in ranks.items():
         if name not in _PARTS:
             yield f"it adapts {name}"
@@ -92,7 +94,7 @@ class FusedModel:
         config = base.config
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.layers = [
-            _layer(module, config, width, dtype, checkpoint=at < num_checkpointed)
+            _layer(module, config, width, dtype, number=at, checkpoint=at < num_checkpointed)
             for at, module in enumerate(self._inner.layers)
         ]
         kinds = zip(*(layer.groups for layer in self.layers), strict=True)
@@ -110,6 +112,8 @@ class FusedModel:
         rows: Tensor,
         targets: Tensor,
         num_labels: Tensor | float,
+        *,
+        training: bool = True,
     ) -> Loss:
         """Loss of a batch of sequences that lie behind each other.
 
@@ -120,19 +124,22 @@ class FusedModel:
             rows: Indices of the tokens that predict a label.
             targets: The labels.
             num_labels: See :func:`fintune.tuning.fused.head.loss_of`.
+            training: With dropout, where the adapters have one.
         """
         for stack in self._stacks:
             stack.refresh()
         hidden = self._inner.embed_tokens(input_ids)
         cos, sin = self._inner.rotary_emb(hidden[None], position_ids=positions[None])
         cos, sin = cos[0], sin[0]
+        # From the generator that checkpoints keep, so that a resumed run drops the same.
+        seed = int(torch.randint(2**31, ())) if training and self.layers[0].dropout else None
         for layer in self.layers:
-            hidden = layer(hidden, cos, sin, sequences)
+            hidden = layer(hidden, cos, sin, sequences, seed)
         head = self._head.weight if self._head_copy is None else self._head_copy
         return loss_of(hidden, rows, targets, self._inner.norm.weight, self._eps, head, num_labels)
 
 
-def _layer(module: Any, config: Any, width: int, dtype: torch.dtype, *, checkpoint: bool) -> Layer:
+def _layer(module: Any, config: Any, width: int, dtype: torch.dtype, *, number: int, checkpoint: bool) -> Layer:
     attention, mlp = module.self_attn, module.mlp
     parts = [attention.q_proj, attention.k_proj, attention.v_proj]
     adapted = [_adapted(each) for each in parts]
@@ -166,7 +173,19 @@ def _layer(module: Any, config: Any, width: int, dtype: torch.dtype, *, checkpoi
         ),
         scaling=width**-0.5,
         checkpoint=checkpoint,
+        dropout=max(map(_dropout_of, (*attention.children(), *mlp.children()))),
+        number=number,
     )
+
+
+def _dropout_of(module: Any) -> float:
+    from peft.tuners.lora import LoraLayer
+
+    return _dropout(module) if isinstance(module, LoraLayer) else 0.0
+
+
+def _dropout(module: Any) -> float:
+    return max((drop.p for drop in module.lora_dropout.values() if isinstance(drop, nn.Dropout)), default=0.0)
 
 
 def _adapted(module: Any) -> Adapted:

@@ -210,6 +210,13 @@ def dora_scale(cross: Tensor, b: Tensor, gram: Tensor, squares: Tensor, magnitud
     return magnitude / total.clamp(min=0).sqrt()
 
 
+def drop(x: Tensor, share: float, seed: int) -> Tensor:
+    """Dropout by a mask that its seed alone decides: zero, or ``x / (1 - share)``; [tokens, features], contiguous."""
+    generator = torch.Generator(device=x.device).manual_seed(seed)
+    kept = torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(1 - share, generator=generator)
+    return kept.mul_(x).div_(1 - share)
+
+
 def _scaled_heads(qkv: Tensor, parts: HeadParts) -> Tensor:
     rows = qkv.float()
     if parts.scale is not None:

@@ -47,6 +47,7 @@ class FusedTrainer(SFTTrainer):  # type: ignore[misc]
                 inputs["rows"],
                 inputs["targets"],
                 num_labels,
+                training=model.training,
             )
         if model.training:
             self._losses.append((inputs["ids"], loss.mean.detach()))

@@ -142,6 +142,16 @@ def dora_scale(cross: Tensor, b: Tensor, gram: Tensor, squares: Tensor, magnitud
     return out
 
 
+def drop(x: Tensor, share: float, seed: int) -> Tensor:
+    """See ``plain_kernels.drop``; the mask is another one."""
+    rows, columns = x.shape
+    out = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
+    programs.drop_program[(rows, triton.cdiv(columns, 1024))](
+        x, out, columns, x.stride(0), share, 1.0 / (1.0 - share), seed, BLOCK=1024, num_warps=4
+    )
+    return out
+
+
 def unpack_nf4(
     packed: Tensor,
     codes: Tensor,

@@ -273,6 +273,18 @@ def dora_scale_program(
     tl.store(out + place, tl.load(magnitude + place, mask=known, other=1.0) / norm, mask=known)
 
 
+@triton.jit(do_not_specialize=["seed"])
+def drop_program(x, out, num_columns, stride, share, factor, seed, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < num_columns
+    # A number's place in the matrix is its place in the stream of random numbers.
+    kept = tl.rand(seed, row * num_columns + at) >= share
+    values = tl.load(x + row.to(tl.int64) * stride + at, mask=inside, other=0.0).to(tl.float32)
+    made = tl.where(kept, values * factor, 0.0).to(out.dtype.element_ty)
+    tl.store(out + row.to(tl.int64) * num_columns + at, made, mask=inside)
+
+
 @triton.jit
 def unpack_program(
     packed, codes, steps, outer_codes, outer_steps, offset, out, num_blocks, out_stride,
