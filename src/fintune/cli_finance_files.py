@@ -5,6 +5,7 @@ Large files are links to those of the run where the disk allows it; each appears
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import shutil
@@ -21,6 +22,8 @@ from fintune.progress import say
 
 _RECORD = "llama_cpp.json"
 """In the run's folder: what the checkout's tools made of what."""
+_LAST = "tokenizer.json"
+"""The file of a tokenizer that is laid out last: with it, all of it is there."""
 
 
 def convert(checkout: llama_cpp_checkout.Checkout, config: Config, *, half: Path, small: Path, kind: str) -> None:
@@ -74,9 +77,14 @@ def lay_out_adapter(config: Config, target: Path) -> None:
     from fintune import models
 
     lay_out(config.folder / "train" / "adapter", target, link=False)
-    if (target / "adapter_config.json").is_file() and not (target / "tokenizer.json").is_file():
-        reference = models.resolve(config.model.name, revision=config.model.revision)
-        models.load_tokenizer(reference, trust_remote_code=config.model.trust_remote_code).save_pretrained(target)
+    if not (target / "adapter_config.json").is_file() or (target / _LAST).is_file():
+        return
+    beside = config.folder / ".tokenizer"
+    reference = models.resolve(config.model.name, revision=config.model.revision)
+    models.load_tokenizer(reference, trust_remote_code=config.model.trust_remote_code).save_pretrained(beside)
+    for path in sorted(beside.iterdir(), key=lambda path: path.name == _LAST):
+        place(path, target / path.name, link=False, quiet=True)
+    shutil.rmtree(beside)
 
 
 def lay_out(source: Path, target: Path, *, link: bool) -> None:
@@ -92,7 +100,7 @@ def lay_out(source: Path, target: Path, *, link: bool) -> None:
 def place(source: Path, target: Path, *, link: bool = True, quiet: bool = False) -> None:
     """The same file under another name: a hard link, or a copy where asked or on another disk."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    if not (target.exists() and target.samefile(source)):
+    if not _is_there(source, target, link=link):
         part = target.with_name(f".{target.name}.part")
         part.unlink(missing_ok=True)
         try:
@@ -104,8 +112,18 @@ def place(source: Path, target: Path, *, link: bool = True, quiet: bool = False)
         click.echo(f"{target}: {target.stat().st_size / 1e6:.0f} MB")
 
 
+def _is_there(source: Path, target: Path, *, link: bool) -> bool:
+    if not target.is_file():
+        return False
+    if target.samefile(source):
+        return link  # who wants a copy may write into it
+    return filecmp.cmp(source, target, shallow=False)
+
+
 def modelfile(source: Path, name: str, target: Path) -> None:
     """Ollama's file beside the quantised model, naming it."""
     if source.is_file():
         text = source.read_text(encoding="utf-8").replace(name, target.name)
-        write_atomically(target.with_name(f"{target.name}.Modelfile"), text)
+        path = target.with_name(f"{target.name}.Modelfile")
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            write_atomically(path, text)

@@ -200,6 +200,14 @@ def save_start(model: PeftModel, folder: Path) -> None:
         model.save_pretrained(str(folder), save_embedding_layers=False)
 
 
+def _sort_targets(path: Path) -> None:
+    """PEFT writes a set in the order of this process; the same training shall give the same file."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(config.get("target_modules"), list):
+        config["target_modules"].sort()
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def save(model: PeftModel, base_name: str, revision: str | None, folder: Path, *, start: Path | None = None) -> None:
     """Write the adapter in PEFT's format; the folder appears at once, with everything in it.
 
@@ -218,6 +226,7 @@ def save(model: PeftModel, base_name: str, revision: str | None, folder: Path, *
     # Without an explicit "no", PEFT looks the base model up on the hub to see whether its vocabulary grew.
     with quiet_libraries():
         model.save_pretrained(str(beside), save_embedding_layers=False)
+    _sort_targets(beside / "adapter_config.json")
     if start is not None:
         _subtract(start, beside)
     (beside / "README.md").unlink(missing_ok=True)  # an empty form; the run's own card says more

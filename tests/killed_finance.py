@@ -1,0 +1,108 @@
+"""train_financial_model.py, stopped in every stage and begun again, each time in a fork of this process.
+
+python killed_finance.py STOPPED WHOLE FLAG...
+
+In the folder STOPPED it is stopped everywhere, then runs to its end; in WHOLE it runs once, and a second time when a
+line comes in. The libraries are imported once. Writes a line an attempt: where it was to stop, by which signal, and its
+exit status. What the attempts say goes to log.txt in their folder.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+from importlib import import_module
+from pathlib import Path
+
+STOPS = (
+    # The connection breaks in the middle of a file, and then the process ends.
+    ("download", "fintune.sources.hub:_reason", 1, "SIGKILL"),
+    ("download", "fintune.sources.mixture:load", 1, "SIGINT"),
+    ("prepare", "datasets:Dataset.save_to_disk", 1, "SIGKILL"),
+    ("prepare", "fintune.prepared:write", 1, "SIGINT"),
+    ("train", "fintune.tuning.checkpoints:mark_complete", 1, "SIGKILL"),
+    ("train", "fintune.tuning.metrics:append", 1, "SIGINT"),
+    ("merge", "fintune.stages.merge:merge_folders", 1, "SIGKILL"),
+    ("merge", "fintune.stages.merge:settle_special_tokens", 1, "SIGINT"),
+    ("export", "fintune.gguf.export:_Worker.__call__", 3, "SIGKILL"),
+    ("export", "fintune.stages.export:modelfile", 1, "SIGINT"),
+    ("report", "fintune.stages.report:render", 1, "SIGKILL"),
+    ("files", "fintune.cli_finance_files:place", 3, "SIGKILL"),
+    ("files", "fintune.cli_finance_files:lay_out", 1, "SIGINT"),
+)
+"""Where each attempt ends: stage, ``module:function``, right behind its so many-th call, by which signal."""
+
+
+def stop_at(where: str, number: int, name: str) -> None:
+    module, _, path = where.partition(":")
+    *parents, leaf = path.split(".")
+    owner = functools.reduce(getattr, parents, import_module(module))
+    original = getattr(owner, leaf)
+    num_calls = 0
+
+    @functools.wraps(original)
+    def counted(*args: object, **kwargs: object) -> object:
+        nonlocal num_calls
+        result = original(*args, **kwargs)
+        num_calls += 1
+        if num_calls == number:
+            os.kill(os.getpid(), getattr(signal, name))
+        return result
+
+    setattr(owner, leaf, counted)
+
+
+def attempt(stop: tuple[str, int, str] | None = None) -> int:
+    """Exit status, or minus the signal, of the command in a fork of its own."""
+    child = os.fork()
+    if child == 0:
+        with Path("log.txt").open("a", encoding="utf-8") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        if stop is not None:
+            stop_at(*stop)
+        from fintune.cli import main
+        from fintune.cli_finance import pipeline_command
+
+        status = 0
+        try:
+            main(pipeline_command(), "train_financial_model.py")
+        except SystemExit as end:
+            status = int(end.code or 0)
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+            status = 99
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    _, ended = os.waitpid(child, 0)
+    return -os.WTERMSIG(ended) if os.WIFSIGNALED(ended) else os.waitstatus_to_exitcode(ended)
+
+
+def tell(*words: object) -> None:
+    sys.stdout.write(" ".join(map(str, words)) + "\n")
+    sys.stdout.flush()  # a fork would write it once more
+
+
+def main() -> None:
+    stopped, whole, *flags = sys.argv[1:]
+    sys.argv = ["train_financial_model.py", *flags]
+    for heavy in ("bitsandbytes", "datasets", "peft", "transformers", "trl", "fintune.stages.train", "gguf"):
+        import_module(heavy)
+    os.chdir(stopped)
+    for stage, where, number, name in STOPS:
+        tell(stage, name, attempt((where, number, name)))
+    tell("last", "-", attempt())
+    os.chdir(whole)
+    tell("whole", "-", attempt())
+    sys.stdin.readline()
+    Path("log.txt").unlink()
+    tell("again", "-", attempt())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""The finance guide's quick start, from files of the trader shapes and a stand-in of the hub: stopped in every stage,
+begun again, skipped, and its outputs used as the guide uses them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from finance_data import CARD, INVESTOPEDIA, investopedia, write_datasets
+from killed_finance import STOPS
+from sources.hub_server import HubServer
+from tiny import make_tiny_model
+
+pytest.importorskip("torch")
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = (
+    *("--max_seq_length", "256", "--investopedia_rows", "40"),
+    *("--extra_train_args", "train.max_steps=3 --save_steps 1 --logging_steps 1 train.threads=1 export.threads=1"),
+)
+OUTPUTS = ("financial_lora", "merged_financial_fp16", "financial_model_fp16.gguf", "financial_model_q4_k_m.gguf")
+
+
+@dataclass(frozen=True)
+class Story:
+    """What became of the command.
+
+    Attributes:
+        stopped: Folder in which it was stopped everywhere and then came to its end.
+        whole: Folder in which it ran once, and a second time.
+        attempts: Stage, signal and exit status of each attempt.
+        before: Names, times and contents of the outputs in ``whole``, and requests to the hub, before the second time.
+        after: Likewise after it.
+    """
+
+    stopped: Path
+    whole: Path
+    attempts: list[list[str]]
+    before: tuple[dict[Path, int], dict[str, bytes], object]
+    after: tuple[dict[Path, int], dict[str, bytes], object]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = [
+        path
+        for name in OUTPUTS
+        for path in ([folder / name] if (folder / name).is_file() else (folder / name).iterdir())
+    ]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def server():
+    running = HubServer(INVESTOPEDIA, {"train.csv": investopedia(), "README.md": CARD})
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("finance") / "model", hidden_size=256, num_layers=1)
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory, model, server) -> Story:
+    stopped, whole = tmp_path_factory.mktemp("stopped"), tmp_path_factory.mktemp("whole")
+    for folder in (stopped, whole):
+        write_datasets(folder / "datasets")
+    server.break_after.append(4000)
+
+    def look() -> tuple[dict[Path, int], dict[str, bytes], object]:
+        times = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name not in ("log.txt", ".lock")}
+        return {path: time for path, time in times.items() if path.is_file()}, contents(whole), server.asked.copy()
+
+    cache = tmp_path_factory.mktemp("cache")
+    environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(cache), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, ROOT / "tests" / "killed_finance.py", stopped, whole, "--model_name", model, *SMALL]
+    with subprocess.Popen(
+        [*map(str, command)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        lines = [process.stdout.readline() for _ in range(len(STOPS) + 2)]
+        before = look()
+        lines += process.communicate("go on\n")[0].splitlines()
+    return Story(stopped, whole, [line.split() for line in lines], before, look())
+
+
+def test_every_attempt_ended_where_it_was_to_end_and_the_others_came_through(story):
+    ends = {"SIGKILL": -signal.SIGKILL, "SIGINT": 130}
+    expected = [[stage, name, str(int(ends[name]))] for stage, _, _, name in STOPS]
+    expected += [[name, "-", "0"] for name in ("last", "whole", "again")]
+    assert story.attempts == expected, (story.stopped / "log.txt").read_text()
+    log = (story.stopped / "log.txt").read_text()
+    assert log.count("interrupted; the same command goes on from here") == sum(stop[3] == "SIGINT" for stop in STOPS)
+    assert "train: resume" in log
+
+
+def test_the_outputs_after_all_interruptions_are_those_of_an_uninterrupted_run(story):
+    stopped, whole = contents(story.stopped), contents(story.whole)
+    assert stopped.keys() == whole.keys()
+    assert {name for name, data in stopped.items() if data != whole[name]} == set()
+    assert not list(story.stopped.rglob("*.part*"))
+    assert not list((story.stopped / "financial_lora" / "run" / ".work").iterdir())
+
+
+def test_a_download_goes_on_at_the_byte_where_it_was_stopped(story, server):
+    assert "bytes=4000-" in server.ranges
+
+
+def test_a_second_run_skips_everything_and_asks_the_hub_nothing(story):
+    assert story.after == story.before
+    assert re.search(r"run: 0 of \d+ stages to do", (story.whole / "log.txt").read_text())
+
+
+def test_every_source_was_read_and_what_is_wrong_was_said(story):
+    report = json.loads((story.whole / "financial_lora" / "run" / "prepare" / "report.json").read_text())
+    folder, hub = report["sources"]
+    assert folder["shapes"] == {"messages": 8, "preference": 8, "sharegpt": 8, "alpaca": 8}
+    assert hub["licence"]["name"].lower() == "cc-by-nc-4.0"
+    (unused,) = report["unused_rows"]
+    assert "trader_sft_data.jsonl, row 9: messages[0].role: 'usr' is no role" in unused
+    log = (story.stopped / "log.txt").read_text()
+    assert "not for commercial use" in log
