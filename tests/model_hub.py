@@ -40,6 +40,10 @@ class Repository:
     branches: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"main": {}})
     commits: dict[str, list[str]] = field(default_factory=lambda: {"main": ["initial commit"]})
 
+    def branch_of(self, revision: str) -> str | None:
+        """The branch of that name, or with that newest commit."""
+        return next((each for each in self.branches if revision in (each, self.sha(each))), None)
+
     def sha(self, branch: str) -> str:
         told = json.dumps([branch, *self.commits[branch]])
         return hashlib.sha1(told.encode(), usedforsecurity=False).hexdigest()
@@ -158,15 +162,14 @@ class ModelHub:
                 repo.branches[branch] = dict(repo.branches["main"])
                 repo.commits[branch] = list(repo.commits["main"])
             _json(request, {}, 200 if new else 409)
-        elif branch not in repo.branches and branch not in {repo.sha(each) for each in repo.branches}:
+        elif (branch := repo.branch_of(branch)) is None:
             _json(request, {"error": "Invalid rev id"}, 404, {"X-Error-Code": "RevisionNotFound"})
         elif verb in ("", "revision"):
-            branch = branch if branch in repo.branches else "main"
             siblings = [{"rfilename": each} for each in repo.branches[branch]]
             about = {"id": name, "sha": repo.sha(branch), "private": repo.private, "siblings": siblings, "tags": []}
             _json(request, about | {"downloads": 0, "likes": 0, "gated": False, "disabled": False})
         elif verb == "tree":
-            _json(request, [_entry(each, data) for each, data in repo.branches["main"].items()])
+            _json(request, [_entry(each, data) for each, data in repo.branches[branch].items()])
         elif verb == "paths-info":
             files, wanted = repo.branches[branch], parse_qs(body.decode()).get("paths", [])
             _json(request, [_entry(each, files[each]) for each in wanted if each in files])
@@ -208,7 +211,8 @@ class ModelHub:
     def _file(self, request: BaseHTTPRequestHandler, name: str, path: str) -> None:
         branch, _, file = path.removeprefix(f"/{name}/resolve/").partition("/")
         repo = self.repositories[name]
-        data = repo.branches.get(branch, repo.branches["main"]).get(file)
+        branch = repo.branch_of(branch) or "main"
+        data = repo.branches[branch].get(file)
         if data is None:
             _json(request, {"error": "none"}, 404, {"X-Error-Code": "EntryNotFound"})
             return
@@ -216,7 +220,7 @@ class ModelHub:
         start = int(asked.removeprefix("bytes=").partition("-")[0]) if asked else 0
         request.send_response(206 if asked else 200)
         request.send_header("ETag", f'"{_blob_id(data)}"')
-        request.send_header("X-Repo-Commit", repo.sha(branch if branch in repo.branches else "main"))
+        request.send_header("X-Repo-Commit", repo.sha(branch))
         request.send_header("Content-Length", str(len(data) - start))
         if asked:
             request.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")

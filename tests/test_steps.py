@@ -42,6 +42,13 @@ def test_only_what_is_asked_for_is_measured() -> None:
     ]
 
 
+def test_publishing_is_the_last_step_where_a_repository_is_named_and_else_none() -> None:
+    published = build(load(None, ["publish.repo_id=ann/demo"]).config)
+    assert [step.name for step in published] == [*names(Config()), "publish"]
+    assert {"prepare", "train", "merge", "export", "replay", "score/Q4_K_M"} <= set(published[-1].inputs)
+    assert "report" not in published[-1].inputs
+
+
 def test_every_input_comes_before_what_reads_it() -> None:
     for models in (["base"], ["Q4_K_M"], list(get_args(ModelKind))):
         seen: set[str] = set()

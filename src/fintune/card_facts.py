@@ -52,7 +52,8 @@ def card_of(config: Config, repo: str, made: Publication, inputs: Mapping[str, P
     origins: list[Base | Source] = [made.base, *sources]
     restricted = {each.name: each.licence for each in origins if each.non_commercial}
     refuse_licence(options.licence, restricted)
-    licence = hub_name(options.licence) or combined(made.base.licence, [each.licence for each in sources])
+    asked_for = combined(made.base.licence, [each.licence for each in sources])
+    licence = hub_name(options.licence) if options.licence else asked_for
     scores = _scores(inputs)
     replay = made.manifests["replay"].facts if "replay" in made.manifests else {}
     pushed = {each.name for each in made.uploads}

@@ -129,7 +129,7 @@ def _manifest(folder: Path) -> Manifest:
 
 def _base(config: Config) -> tuple[Base, Path | None]:
     """The base model as the card names it, and its folder where it is on this machine. No weights are fetched."""
-    name, given = config.model.name, config.publish.base_model
+    name, given = config.model.name, config.publish.base_model or ""
     note = ""
     try:
         ref = model_ref.resolve(name, revision=config.model.revision)
@@ -159,7 +159,7 @@ def _cached(name: str, revision: str | None) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def refuse_licence(asked: str, restricted: Mapping[str, str]) -> None:
+def refuse_licence(asked: str | None, restricted: Mapping[str, str]) -> None:
     """A licence that the user gives must not allow what the origin of the model forbids.
 
     Args:

@@ -17,8 +17,8 @@ Published = Literal["adapter", "merged", "gguf"]
 class PublishOptions(Options):
     """Pushing results to the Hugging Face hub; nothing is pushed where `repo_id` is empty."""
 
-    repo_id: str = Field(
-        "",
+    repo_id: str | None = Field(
+        None,
         description="Repository, `OWNER/NAME`, or `NAME` for one of yours. Made where there is none. With it, "
         "`fintune run` ends with a push; the token is that of `hf auth login` or HF_TOKEN.",
     )
@@ -33,13 +33,13 @@ class PublishOptions(Options):
     branch: str = Field(
         "main", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Branch; made where there is none."
     )
-    base_model: str = Field(
-        "",
+    base_model: str | None = Field(
+        None,
         description="Hub id of the base model, where `model.name` is a folder; the card and the adapter's "
         "configuration name it.",
     )
-    licence: str = Field(
-        "",
+    licence: str | None = Field(
+        None,
         description="Licence of the result in the hub's form, as `apache-2.0`; where empty, the card says what base "
         "model and data ask for. None that allows what the data forbid is taken.",
     )
@@ -51,10 +51,12 @@ class PublishOptions(Options):
 
     @field_validator("repo_id", "base_model")
     @classmethod
-    def _is_a_name(cls, value: str) -> str:
+    def _is_a_name(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
         parts = value.split("/")
         fits = len(parts) <= 2 and len(value) <= 96 and not any(pair in value for pair in ("--", ".."))
-        if value and not (fits and all(_REPO.fullmatch(part) for part in parts)):
+        if not (fits and all(_REPO.fullmatch(part) for part in parts)):
             raise ValueError(f"{value!r} is no name on the hub; write OWNER/NAME")
         return value
 

@@ -56,7 +56,7 @@ def publish(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
     """
     options = config.publish
     hub_push.require_token()
-    name = options.repo_id
+    name = options.repo_id or ""
     repo = name if "/" in name else f"{hub_push.owner(hub_push.PAUSES)}/{name}"
     uploads = _prepare(config, repo, inputs, folder)
     target = Target(repo, options.private, options.branch, must_be_private=options.private)
@@ -100,7 +100,7 @@ def preview(config: Config, inputs: Mapping[str, Path], folder: Path) -> list[tu
         ConfigError: Likewise.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    uploads = _prepare(config, config.publish.repo_id, inputs, folder)
+    uploads = _prepare(config, config.publish.repo_id or "", inputs, folder)
     return [(each.name, each.num_bytes) for each in uploads]
 
 
