@@ -41,6 +41,7 @@ ROOTS_OVER_ROOMS = {
     "fintune.cli_config": {"report"},
     "fintune.cli_inspect": {"stages"},
     "fintune.cli_score": {"report", "stages"},
+    "fintune.cli_serve": {"stages"},
     "fintune.cli_ask": {"report", "sources", "stages"},
     "fintune.cli_plan": {"stages"},
     "fintune.cli_predict": {"stages"},

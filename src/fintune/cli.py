@@ -30,6 +30,7 @@ from fintune.cli_plan import plan
 from fintune.cli_predict import predict_plain
 from fintune.cli_publish import publish
 from fintune.cli_score import score
+from fintune.cli_serve import serve
 from fintune.errors import FintuneError
 
 if TYPE_CHECKING:
@@ -213,7 +214,7 @@ def predict(
     )
 
 
-for command in (score, inspect, ask, plan, audit, publish, config_group):
+for command in (score, inspect, ask, plan, audit, publish, serve, config_group):
     app.add_command(command)
 
 
