@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from tokenizers import Tokenizer
 
+from fintune.engines.gguf_header import numbers
 from fintune.engines.llama_cpp import LlamaCppEngine
 from fintune.engines.prefixes import common
 from fintune.engines.protocol import Decoding
@@ -183,12 +184,20 @@ def test_a_quantised_file_runs(gguf_file):
 
 
 def test_a_prompt_longer_than_the_context_is_named(engine):
-    with pytest.raises(ModelError, match=r"prompt 1 has \d+ tokens, with 10 new ones it .* the context of 256"):
+    with pytest.raises(ModelError, match=r"prompt 2 has \d+ tokens, with 10 new ones it .* the context of 256"):
         engine.generate([PROMPTS[0], "in the " * 300], Decoding(10))
 
 
+def test_a_model_whose_own_context_is_shorter_than_asked_is_named(gguf_file):
+    (trained,) = numbers(gguf_file, ["llama.context_length"]).values()
+    with LlamaCppEngine(gguf_file, context_tokens=trained[0] + 64, parallel=1) as engine:
+        long = "in the " * trained[0]
+        with pytest.raises(ModelError, match=rf"the context of {trained[0]} that m.gguf was trained for: lower prompt"):
+            engine.generate([long], Decoding(1))
+
+
 def test_an_empty_prompt_is_named(engine):
-    with pytest.raises(ModelError, match="prompt 0 is empty"):
+    with pytest.raises(ModelError, match="prompt 1 is empty"):
         engine.generate([""], Decoding(1))
 
 

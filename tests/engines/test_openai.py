@@ -94,7 +94,7 @@ def test_draws_repeat_with_their_seed_and_differ_between_candidates(url):
 
 def test_a_conversation_longer_than_the_context_is_named(url):
     long = [Message(role="user", content="the revenue " * 200)]
-    with pytest.raises(ModelError, match=r"prompt 1: .*\(HTTP 400\): request \(\d+ tokens\) exceeds the available"):
+    with pytest.raises(ModelError, match=r"prompt 2: .*\(HTTP 400\): request \(\d+ tokens\) exceeds the available"):
         list(engine(url).chat([*ONE, long], Decoding(2)))
 
 
@@ -177,7 +177,7 @@ def test_a_server_that_stays_busy_is_one_line():
 def test_a_key_that_a_server_repeats_is_not_told():
     with (
         Scripted((400, {"error": {"message": f"bad request of\n{KEY}"}})) as served,
-        pytest.raises(ModelError, match=r"prompt 0: .* refuses the request \(HTTP 400\): bad request of \*\*\*$"),
+        pytest.raises(ModelError, match=r"prompt 1: .* refuses the request \(HTTP 400\): bad request of \*\*\*$"),
     ):
         list(engine(f"{served.url}#m").chat(ONE, Decoding(1)))
 

@@ -124,7 +124,7 @@ def test_questions_on_a_page_follow_each_other(vllm, tiny_model, tokenizer):
 
 
 def test_a_prompt_longer_than_the_context_is_named(vllm, tiny_model, tokenizer):
-    with pytest.raises(ModelError, match=r"prompt 1 has \d+ tokens, with 4 new ones it does not fit the context of 64"):
+    with pytest.raises(ModelError, match=r"prompt 2 has \d+ tokens, with 4 new ones it does not fit the context of 64"):
         VllmEngine(tiny_model, tokenizer, context_tokens=64).generate([PROMPTS[0], "revenue " * 80], Decoding(4))
 
 

@@ -146,17 +146,24 @@ class LlamaCppEngine:
         Raises:
             ModelError: A prompt is empty, or does not fit the context with its completion.
         """
-        rows, max_new_tokens = self.tokenise(prompts), decoding.max_new_tokens
-        for index, row in enumerate(rows):
+        rows, max_new_tokens, room = self.tokenise(prompts), decoding.max_new_tokens, self._room()
+        for number, row in enumerate(rows, 1):
             if not row:
-                raise ModelError(f"prompt {index} is empty")
-            if len(row) + max_new_tokens > self.context_tokens:
+                raise ModelError(f"prompt {number} is empty")
+            if len(row) + max_new_tokens > room:
                 raise ModelError(
-                    f"prompt {index} has {len(row)} tokens, with {max_new_tokens} new ones "
-                    f"it does not fit the context of {self.context_tokens}",
-                    hint="cut the page, or raise the context length",
+                    f"prompt {number} has {len(row)} tokens, with {max_new_tokens} new ones it does not fit the context"
+                    f" of {room}" + (f" that {self.path.name} was trained for" if room < self.context_tokens else ""),
+                    hint="lower prompt.max_length",
                 )
         return self._run(rows, decoding)
+
+    def _room(self) -> int:
+        """Tokens that a slot has: what was asked for, or the model's own context where that is shorter."""
+        with closing(self._connect()) as connection:
+            connection.request("GET", "/props", headers={"authorization": f"Bearer {self._key}"})
+            answer = json.loads(connection.getresponse().read())
+        return int(answer["default_generation_settings"]["n_ctx"])
 
     def _run(self, rows: Sequence[list[int]], decoding: Decoding) -> Iterator[Completion]:
         size = self._parallel * _WINDOW_PER_SLOT

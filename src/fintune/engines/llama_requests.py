@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fintune.engines.gguf_header import numbers
 from fintune.engines.protocol import Completion, Decoding
 from fintune.finqa.grammar import Grammar
 
@@ -61,17 +62,10 @@ def unwritten_tokens(path: Path) -> list[int]:
 
     A grammar of llama.cpp sees their names as text, which the completion then does not hold.
     """
-    from gguf import GGUFReader
-
-    fields = GGUFReader(path).fields
-    types = fields["tokenizer.ggml.token_type"]
-    ends = {int(fields[name].contents()) for kind in ("eos", "eot", "eom") if (name := _id(kind)) in fields}
-    kinds = (int(types.parts[place][0]) for place in types.data)
-    return [token for token, kind in enumerate(kinds) if kind == _CONTROL and token not in ends]
-
-
-def _id(kind: str) -> str:
-    return f"tokenizer.ggml.{kind}_token_id"
+    types, ends = "tokenizer.ggml.token_type", [f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom")]
+    found = numbers(path, (types, *ends))
+    last = {int(found[name][0]) for name in ends if name in found}
+    return [token for token, kind in enumerate(found.get(types, ())) if kind == _CONTROL and token not in last]
 
 
 def of_one_grammar(places: Sequence[int], decoding: Decoding, start: int) -> list[list[int]]:

@@ -197,7 +197,7 @@ class OpenAIEngine:
         try:
             return request.result()
         except ModelError as error:
-            raise ModelError(f"prompt {place}: {error.message}", hint=error.hint) from None
+            raise ModelError(f"prompt {place + 1}: {error.message}", hint=error.hint) from None
 
     def close(self) -> None:
         """Drop the connections."""

@@ -108,7 +108,7 @@ class VllmEngine:
             ModelError: A prompt is empty, or does not fit the context with its completion.
         """
         rows = [self._ids(prompt) for prompt in prompts]
-        for number, row in enumerate(rows):
+        for number, row in enumerate(rows, 1):
             if not row or len(row) + decoding.max_new_tokens > self.context_tokens:
                 raise ModelError(
                     f"prompt {number} has {len(row)} tokens, with {decoding.max_new_tokens} new ones it does not fit "
