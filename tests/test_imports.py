@@ -25,8 +25,9 @@ ROOTS_FOR_ROOMS = {
     "fintune.chat",
     "fintune.config",
     "fintune.errors",
+    "fintune.hub_background",  # what training pushes behind an epoch
     "fintune.hub_errors",
-    "fintune.hub_push",  # what training pushes behind an epoch
+    "fintune.hub_push",
     "fintune.options",
     "fintune.progress",
     "fintune.records",

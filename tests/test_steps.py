@@ -11,7 +11,7 @@ from typing import get_args
 import pytest
 
 from fintune.config import effective, fields, load
-from fintune.errors import ConfigError, DataError, ModelError
+from fintune.errors import ConfigError, DataError, ModelError, ResourceError
 from fintune.options import Config, ModelKind
 from fintune.selection import Step
 from fintune.steps import NEEDS, build
@@ -78,7 +78,8 @@ def test_options_of_a_step_name_options_that_there_are() -> None:
 
 
 def test_every_option_that_can_change_a_result_belongs_to_a_step() -> None:
-    measured = load(None, [f"predict.models={json.dumps(get_args(ModelKind))}", ENDPOINT]).config
+    models = f"predict.models={json.dumps(get_args(ModelKind))}"
+    measured = load(None, [models, ENDPOINT, "publish.repo_id=ann/demo"]).config
     owned = {key for step in build(measured) for key in effective(measured, step.options)}
     # Which models are measured decides which steps there are, not what any of them gives.
     assert effective(Config(), list(Config.model_fields)).keys() - owned == {"predict.models"}
@@ -194,3 +195,13 @@ def test_packed_data_has_the_fingerprint_of_its_file(finqa: Config, tmp_path: Pa
 
 def test_options_are_all_reachable_by_name() -> None:
     assert {key.split(".")[0] for key, _ in fields()} == set(Config.model_fields)
+
+
+def test_four_bit_kinds_need_their_package_before_anything_is_made(monkeypatch) -> None:
+    steps = {step.name: step for step in build(load(None, ["predict.models=[adapter_4bit, merged_4bit]"]).config)}
+    assert steps["predict/adapter_4bit"].inputs == ("prepare", "train")
+    assert steps["predict/merged_4bit"].inputs == ("prepare", "merge")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name in ("predict/adapter_4bit", "predict/merged_4bit"):
+        with pytest.raises(ResourceError, match="4-bit loading needs bitsandbytes"):
+            steps[name].check(Config())

@@ -124,6 +124,16 @@ def owner(pauses: Sequence[float] = ()) -> str:
     return str(_attempted(lambda: HfApi().whoami()["name"], what, pauses))
 
 
+def full_name(name: str) -> str:
+    """``OWNER/NAME`` of a name that may lack its owner, who is then the user.
+
+    Raises:
+        ResourceError: No token, the hub refuses it, or it cannot be reached.
+    """
+    require_token()
+    return name if "/" in name else f"{owner(PAUSES)}/{name}"
+
+
 def require_token() -> None:
     """Refuse at once what needs a token; asks nobody.
 

@@ -60,7 +60,7 @@ def gather(config: Config, inputs: Mapping[str, Path], folder: Path) -> Publicat
                 hint="make it first: fintune run CONFIG",
             )
     _refuse_stale(manifests)
-    base, base_folder = _base(config)
+    base, base_folder = base_of(config)
     found = dict(_files(config, inputs, manifests))
     if "adapter" in config.publish.what:
         name = _below(config.publish.adapter_folder, "adapter_config.json")
@@ -127,7 +127,7 @@ def _manifest(folder: Path) -> Manifest:
         ) from None
 
 
-def _base(config: Config) -> tuple[Base, Path | None]:
+def base_of(config: Config) -> tuple[Base, Path | None]:
     """The base model as the card names it, and its folder where it is on this machine. No weights are fetched."""
     name, given = config.model.name, config.publish.base_model or ""
     note = ""

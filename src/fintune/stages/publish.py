@@ -55,9 +55,7 @@ def publish(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
         ResourceError: The hub refuses it or cannot be reached.
     """
     options = config.publish
-    hub_push.require_token()
-    name = options.repo_id or ""
-    repo = name if "/" in name else f"{hub_push.owner(hub_push.PAUSES)}/{name}"
+    repo = hub_push.full_name(options.repo_id or "")
     uploads = _prepare(config, repo, inputs, folder)
     target = Target(repo, options.private, options.branch, must_be_private=options.private)
     names = {each.name for each in uploads}

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fintune import chat, models
+from fintune import chat, hub_push, models, publication
 from fintune.accuracy import read_questions
 from fintune.engines.protocol import Decoding
 from fintune.engines.transformers_engine import TransformersEngine
@@ -21,6 +21,7 @@ from fintune.options import Config
 from fintune.progress import say
 from fintune.tuning import adapter, advice, full, metrics, optimizers, planned, reporters, sft
 from fintune.tuning.evaluate import BEST, Evaluation, best_step, out_of_patience
+from fintune.tuning.hub_callback import EpochPushes
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -66,6 +67,8 @@ def check(config: Config) -> None:
         ConfigError: An optimiser that this machine cannot run.
     """
     reporters.check(config.train.report_to)
+    if config.publish.each_epoch:
+        hub_push.require_token()
     if config.train.optimizer != "adamw":  # the others ask torch about a GPU, which takes seconds
         import torch
 
@@ -155,8 +158,24 @@ def _train(config: Config, prepare: Path, rows: Dataset, folder: Path, result: P
     if config.adapter.init != "default":
         start = folder / "checkpoints" / "start"
         adapter.save_start(model, start)
-    train_rows(model)
+    pushes = _pushes(config, model, start, len(rows))
+    train_rows(model, extra_callbacks=[pushes.callback()] if pushes else [])
     adapter.save(model, config.model.name, config.model.revision, result, start=start)
+    if pushes:
+        pushes.finish()
+
+
+def _pushes(config: Config, model: PeftModel, start: Path | None, num_rows: int) -> EpochPushes | None:
+    """Where the adapter goes behind each epoch; None where it is not asked for."""
+    if not config.publish.each_epoch:
+        return None
+    base, _ = publication.base_of(config)  # a path of this machine means nothing on the hub
+    name, revision = base.hub_id or base.name, config.model.revision
+    return EpochPushes(
+        config.publish,
+        lambda folder: adapter.save(model, name, revision, folder, start=start),
+        -(-num_rows // (config.train.batch_size * config.train.accumulation)),
+    )
 
 
 def _evaluation(config: Config, prepare: Path, tokenizer: PreTrainedTokenizerBase) -> Evaluation | None:

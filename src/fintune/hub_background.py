@@ -1,0 +1,96 @@
+"""Pushes beside other work: what is saved now is sent by a thread, and no failure of it stops anything."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fintune.errors import FintuneError
+from fintune.hub_push import Target, Upload, files_of, full_name, send
+from fintune.progress import say
+
+END_SECONDS = 600.0
+"""How long :meth:`BackgroundPush.finish` waits."""
+
+
+@dataclass(frozen=True)
+class _Saved:
+    folder: Path
+    label: str
+
+
+class BackgroundPush:
+    """Sends one snapshot at a time; of those that wait, the newest alone.
+
+    Args:
+        target: Where to; its name may lack the owner.
+        below: Folder in the repository.
+    """
+
+    def __init__(self, target: Target, below: str = "") -> None:
+        self._target, self._below = target, below
+        self._lock = threading.Lock()
+        self._waiting: _Saved | None = None
+        self._thread: threading.Thread | None = None
+        self.failed = False
+        """Whether the newest push that came to its end did so without success."""
+
+    def push(self, save: Callable[[Path], None], label: str) -> None:
+        """Save a snapshot and let it be sent.
+
+        Args:
+            save: Writes the files into a folder of that name, which it makes.
+            label: What the snapshot is, for the commit and for messages.
+        """
+        place = Path(tempfile.mkdtemp(prefix="fintune-push-"))
+        try:
+            save(place / "files")
+        except OSError as error:
+            shutil.rmtree(place, ignore_errors=True)
+            say(f"{label} was not pushed: it could not be saved ({error.strerror or error}); training goes on")
+            return
+        with self._lock:
+            if self._waiting is not None:
+                shutil.rmtree(self._waiting.folder, ignore_errors=True)
+                say(f"{self._waiting.label} was not pushed: an earlier one is still on its way, and {label} is newer")
+            self._waiting = _Saved(place, label)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="fintune-push", daemon=True)
+                self._thread.start()
+
+    def finish(self, seconds: float = END_SECONDS) -> None:
+        """Wait until all is sent, so long at most."""
+        with self._lock:
+            thread = self._thread
+        if thread is not None:
+            thread.join(seconds)
+            if thread.is_alive():
+                say(f"the last push to {self._target.repo} is not done after {seconds:g} s and is given up")
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                saved, self._waiting = self._waiting, None
+                if saved is None:
+                    self._thread = None
+                    return
+            try:
+                self._send(saved)
+                self.failed = False
+            except FintuneError as error:
+                self.failed = True
+                say(f"{saved.label} was not pushed, and training goes on: {error}")
+            finally:
+                shutil.rmtree(saved.folder, ignore_errors=True)
+
+    def _send(self, saved: _Saved) -> None:
+        self._target = replace(self._target, repo=full_name(self._target.repo))
+        below = f"{self._below}/" if self._below else ""
+        uploads = [Upload(f"{below}{each.name}", each.path) for each in files_of(saved.folder / "files")]
+        # The library tries each request again by itself; a network that is away for longer has until the next one.
+        done = send(self._target, uploads, message=saved.label, pauses=())
+        say(f"{saved.label} pushed: {done.address}")
