@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from fintune.tuning.fused import plain_kernels, triton_kernels  # noqa: E402
-from fintune.tuning.fused.plain_kernels import HeadParts  # noqa: E402
+from fintune.tuning.fused.plain_kernels import HeadParts, Magnitudes  # noqa: E402
 
 TOKENS, HIDDEN, BORDER = 37, 96, 8
 
@@ -107,15 +107,64 @@ def test_gate(draw, factors, scaled):
     close(*grads)
 
 
-def test_magnitudes(draw, factors):
-    grad, branch = draw(300, HIDDEN), draw(300, HIDDEN)
-    scale, magnitude = factors(HIDDEN, True), factors(HIDDEN, True)
-    own = triton_kernels.scale_grad(grad, branch, scale, magnitude)
-    expected = plain_kernels.scale_grad(grad, branch, scale, magnitude)
-    close(own[0], expected[0])
-    assert torch.allclose(own[1], expected[1], rtol=1e-4, atol=1e-4)
-    expected = plain_kernels.magnitude_grad(grad, branch, magnitude)
-    assert torch.allclose(triton_kernels.magnitude_grad(grad, branch, magnitude), expected, rtol=1e-4, atol=1e-4)
+def magnitudes(module, tokens, values):
+    """Two blocks of sums beside each other, of which the right one is ours."""
+    everything = torch.full((module.num_sums(tokens), 5 + len(values)), 7.0)
+    return everything, Magnitudes(values, everything[:, 5:])
+
+
+def check_sums(pairs):
+    (own_all, own), (_, expected) = pairs
+    assert torch.allclose(own.sums.sum(0), expected.sums.sum(0), rtol=1e-4, atol=1e-4)
+    assert bool((own_all[:, :5] == 7.0).all())
+
+
+@pytest.mark.parametrize("tokens", [7, 300])
+def test_gradients_of_magnitudes(draw, factors, tokens):
+    grad, branch = draw(tokens, HIDDEN), draw(tokens, HIDDEN)
+    scale, values = factors(HIDDEN, True), factors(HIDDEN, True)
+    pairs = [magnitudes(module, tokens, values) for module in (triton_kernels, plain_kernels)]
+    own = triton_kernels.scale_grad(grad, branch, scale, pairs[0][1])
+    close(own, plain_kernels.scale_grad(grad, branch, scale, pairs[1][1]))
+    assert torch.allclose(pairs[1][1].sums[0], (grad * branch * scale).sum(0) / values, rtol=1e-4, atol=1e-4)
+    check_sums(pairs)
+
+
+def test_the_gates_backward_pass_takes_magnitudes_along(draw, factors):
+    both, scale, values = draw(TOKENS, 160), factors(160, True), factors(160, True)
+    pairs = [magnitudes(module, TOKENS, values) for module in (triton_kernels, plain_kernels)]
+    buffers, outs = wide(160)
+    grads = [draw(TOKENS, 80)] * 2
+    grads = [grad.clone() for grad in grads]
+    triton_kernels.gate_backward(grads[0], both, scale, outs[0], grads[0], pairs[0][1])
+    plain_kernels.gate_backward(grads[1], both, scale, outs[1], grads[1], pairs[1][1])
+    check(buffers)
+    close(*grads)
+    check_sums(pairs)
+
+
+@pytest.mark.parametrize(("biased", "normed"), [(False, False), (True, True)])
+@pytest.mark.parametrize(("heads", "key_heads", "width"), [(4, 2, 24), (20, 4, 8)])
+def test_the_heads_backward_pass_takes_magnitudes_along(draw, factors, biased, normed, heads, key_heads, width):
+    features = (heads + 2 * key_heads) * width
+    parts = HeadParts(
+        num_heads=heads,
+        num_key_heads=key_heads,
+        scale=factors(features, True),
+        bias=draw(features) if biased else None,
+        query_norm=draw(width) if normed else None,
+        key_norm=draw(width) if normed else None,
+        eps=1e-5,
+    )
+    qkv, cos, sin = draw(TOKENS, features), draw(TOKENS, width), draw(TOKENS, width)
+    grads = tuple(draw(TOKENS, count, width) for count in (heads, key_heads, key_heads))
+    pairs = [magnitudes(module, TOKENS, factors(features, True)) for module in (triton_kernels, plain_kernels)]
+    pairs[1] = (pairs[1][0], Magnitudes(pairs[0][1].values, pairs[1][1].sums))
+    buffers, outs = wide(features)
+    triton_kernels.join_heads(grads, qkv, parts, cos, sin, outs[0], pairs[0][1])
+    plain_kernels.join_heads(grads, qkv, parts, cos, sin, outs[1], pairs[1][1])
+    check(buffers)
+    check_sums(pairs)
 
 
 def test_factors_of_dora_are_those_of_the_sum_of_the_matrices(draw, factors):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fintune.tuning.fused import kernels
 from fintune.tuning.fused.bordered import Grads, Group, product
+from fintune.tuning.fused.kernels import Magnitudes
 
 _PARTS = 4
 """Layers of a group at most, and groups of a decoder layer."""
@@ -99,8 +100,14 @@ def fill_inner(group: Group, x: Tensor, inner: Tensor, matrix: Tensor, drop: Dro
 
 
 def input_grad(
-    group: Group, grad: Tensor, unscaled: Tensor | None, matrix: Tensor, scale: Tensor | None, drop: Drop
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    group: Group,
+    grad: Tensor,
+    unscaled: Tensor | None,
+    matrix: Tensor,
+    scale: Tensor | None,
+    drop: Drop,
+    magnitudes: Magnitudes | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Backward of :func:`forward` but for the adapters' matrices.
 
     Args:
@@ -110,16 +117,17 @@ def input_grad(
         matrix: As there.
         scale: As there.
         drop: As there.
+        magnitudes: DoRA's, whose gradients are taken along.
 
     Returns:
-        Gradients of the input [tokens, in], of the output before DoRA's factor [tokens, out], of the adapters'
-        activations [tokens, border], and of the magnitudes, float32 [out], or None.
+        Gradients of the input [tokens, in], of the output before DoRA's factor [tokens, out], and of the adapters'
+        activations [tokens, border].
     """
     corners = group.corners(matrix)
-    own, magnitude = grad, None
+    own = grad
     if scale is not None:
         assert unscaled is not None, "made where there is a factor"
-        own, magnitude = kernels.of(grad).scale_grad(grad, unscaled, scale, group.magnitude)
+        own = kernels.of(grad).scale_grad(grad, unscaled, scale, magnitudes)
     inner_grad = group.inner_grad_of(own, matrix)
     made = grad @ corners.w
     for place, (rows, columns) in enumerate(group.places):
@@ -129,7 +137,7 @@ def input_grad(
         if scale is not None:
             passed.addmm_(own[:, rows] - grad[:, rows], corners.w[rows])
         made += drop.apply(passed, place)
-    return made, own, inner_grad, magnitude
+    return made, own, inner_grad
 
 
 def adapter_grads(group: Group, own: Tensor, inner_grad: Tensor, x: Tensor, inner: Tensor, drop: Drop) -> Grads:

@@ -7,9 +7,9 @@ from types import ModuleType
 from torch import Tensor
 
 from fintune.tuning.fused import plain_kernels
-from fintune.tuning.fused.plain_kernels import HeadParts
+from fintune.tuning.fused.plain_kernels import HeadParts, Magnitudes
 
-__all__ = ["HeadParts", "of"]
+__all__ = ["HeadParts", "Magnitudes", "of"]
 
 
 def of(tensor: Tensor) -> ModuleType:

@@ -36,6 +36,22 @@ class HeadParts:
     eps: float
 
 
+@dataclass(frozen=True)
+class Magnitudes:
+    """DoRA's magnitudes of some features, and where their gradients go.
+
+    With ``y = m / norm * u``, the gradient of ``m`` is the sum over the tokens of ``g u``, divided by ``m``, for the
+    gradient ``g`` of the *unscaled* ``u``.
+
+    Attributes:
+        values: float32 [features].
+        sums: float32 [rows, features]; the sum of its rows is the gradient. See :func:`num_sums`.
+    """
+
+    values: Tensor
+    sums: Tensor
+
+
 def add_norm(
     residual: Tensor, branch: Tensor | None, scale: Tensor | None, weight: Tensor, eps: float, out: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -109,17 +125,24 @@ def split_heads(qkv: Tensor, parts: HeadParts, cos: Tensor, sin: Tensor) -> tupl
 
 
 def join_heads(
-    grads: tuple[Tensor, Tensor, Tensor], qkv: Tensor | None, parts: HeadParts, cos: Tensor, sin: Tensor, out: Tensor
+    grads: tuple[Tensor, Tensor, Tensor],
+    qkv: Tensor | None,
+    parts: HeadParts,
+    cos: Tensor,
+    sin: Tensor,
+    out: Tensor,
+    magnitudes: Magnitudes | None = None,
 ) -> None:
     """Gradient of the projections from those of queries, keys and values.
 
     Args:
         grads: Shapes as :func:`split_heads` returns.
-        qkv: What it was given; needed where heads are normed.
+        qkv: What it was given; needed where heads are normed, and with ``magnitudes``.
         parts: As there.
         cos: As there.
         sin: As there.
         out: [tokens, (num_heads + 2 * num_key_heads) * width].
+        magnitudes: DoRA's, whose gradients are taken along.
     """
     tokens = len(cos)
     norms = (parts.query_norm, parts.key_norm, None)
@@ -136,7 +159,11 @@ def join_heads(
             rows = (inner - unit * (inner * unit).mean(-1, keepdim=True)) * inverse
         joined.append(rows.reshape(tokens, -1))
     grad_all = torch.cat(joined, 1)
-    out.copy_(grad_all if parts.scale is None else grad_all * parts.scale)
+    grad_all = grad_all if parts.scale is None else grad_all * parts.scale
+    out.copy_(grad_all)
+    if magnitudes is not None:
+        assert qkv is not None, "magnitudes need what they scaled"
+        _take_sums(grad_all, qkv, magnitudes)
 
 
 def gate(both: Tensor, scale: Tensor | None, out: Tensor) -> None:
@@ -151,7 +178,14 @@ def gate(both: Tensor, scale: Tensor | None, out: Tensor) -> None:
     out.copy_(torch.nn.functional.silu(gates) * ups)
 
 
-def gate_backward(grad: Tensor, both: Tensor, scale: Tensor | None, out: Tensor, again: Tensor) -> None:
+def gate_backward(
+    grad: Tensor,
+    both: Tensor,
+    scale: Tensor | None,
+    out: Tensor,
+    again: Tensor,
+    magnitudes: Magnitudes | None = None,
+) -> None:
     """Gradients of gate and up, and SwiGLU's output once more.
 
     Args:
@@ -160,6 +194,7 @@ def gate_backward(grad: Tensor, both: Tensor, scale: Tensor | None, out: Tensor,
         scale: As in :func:`gate`.
         out: [tokens, 2 * intermediate], gets the gradient of ``both``.
         again: [tokens, intermediate], gets the output; may be ``grad`` itself.
+        magnitudes: DoRA's, whose gradients are taken along.
     """
     gates, ups = (both.float() if scale is None else both.float() * scale).chunk(2, -1)
     share = torch.sigmoid(gates)
@@ -167,28 +202,36 @@ def gate_backward(grad: Tensor, both: Tensor, scale: Tensor | None, out: Tensor,
     rows = grad.float()
     joined = torch.cat([rows * ups * (share + active * (1 - share)), rows * active], -1)
     again.copy_(active * ups)
-    out.copy_(joined if scale is None else joined * scale)
+    joined = joined if scale is None else joined * scale
+    out.copy_(joined)
+    if magnitudes is not None:
+        _take_sums(joined, both, magnitudes)
 
 
-def scale_grad(grad: Tensor, branch: Tensor, scale: Tensor, magnitude: Tensor) -> tuple[Tensor, Tensor]:
+def scale_grad(grad: Tensor, branch: Tensor, scale: Tensor, magnitudes: Magnitudes) -> Tensor:
     """Backward of ``scale * branch`` where ``scale = magnitude / norm``.
 
     Args:
         grad: [tokens, features].
         branch: [tokens, features].
         scale: float32 [features].
-        magnitude: [features].
+        magnitudes: Their gradients are taken along.
 
     Returns:
-        Gradient of the branch in the type of ``grad``, and of the magnitude, float32 [features].
+        Gradient of the branch in the type of ``grad``.
     """
     own = (grad.float() * scale).to(grad.dtype)
-    return own, magnitude_grad(own, branch, magnitude)
+    _take_sums(own, branch, magnitudes)
+    return own
 
 
-def magnitude_grad(grad: Tensor, branch: Tensor, magnitude: Tensor) -> Tensor:
-    """Gradient of DoRA's magnitude from the gradient of the *unscaled* branch, float32 [features]."""
-    return (grad.float() * branch.float()).sum(0) / magnitude.float()
+def num_sums(tokens: int) -> int:
+    """Rows of :attr:`Magnitudes.sums` for so many tokens."""
+    return 1
+
+
+def _take_sums(grad: Tensor, branch: Tensor, magnitudes: Magnitudes) -> None:
+    magnitudes.sums[0] = (grad.float() * branch.float()).sum(0) / magnitudes.values.float()
 
 
 def dora_scale(cross: Tensor, b: Tensor, gram: Tensor, squares: Tensor, magnitude: Tensor, factor: float) -> Tensor:

@@ -10,11 +10,13 @@ import torch
 import triton
 from torch import Tensor
 
+from fintune.tuning.fused import triton_dora
 from fintune.tuning.fused import triton_programs as programs
-from fintune.tuning.fused.plain_kernels import HeadParts
+from fintune.tuning.fused.plain_kernels import HeadParts, Magnitudes
 
-_ROWS_PER_SUM = 128
-_COLUMNS_PER_SUM = 128
+# Tokens that one program adds up: few while there are few, so that there are programs enough for all processors.
+_FEW_ROWS, _MANY_ROWS, _FEW_TOKENS = 32, 128, 8192
+_STEP, _COLUMNS = 16, 128
 
 
 def add_norm(
@@ -77,11 +79,28 @@ def _blocks(counts: tuple[int, int, int]) -> tuple[int, int]:
 
 
 def join_heads(
-    grads: tuple[Tensor, Tensor, Tensor], qkv: Tensor | None, parts: HeadParts, cos: Tensor, sin: Tensor, out: Tensor
+    grads: tuple[Tensor, Tensor, Tensor],
+    qkv: Tensor | None,
+    parts: HeadParts,
+    cos: Tensor,
+    sin: Tensor,
+    out: Tensor,
+    magnitudes: Magnitudes | None = None,
 ) -> None:
     """See ``plain_kernels.join_heads``."""
     tokens, width = cos.shape
     heads, blocks = _blocks((parts.num_heads, parts.num_key_heads, parts.num_key_heads))
+    if magnitudes is not None:
+        assert qkv is not None, "magnitudes need what they scaled"
+        triton_dora.join_heads_dora_program[(num_sums(tokens), blocks)](
+            *(grad.contiguous() for grad in grads), qkv, parts.scale, parts.bias, magnitudes.values,
+            parts.query_norm, parts.key_norm, cos.contiguous(), sin.contiguous(), out, magnitudes.sums,
+            tokens, qkv.stride(0), out.stride(0), magnitudes.sums.stride(0),
+            parts.num_heads, parts.num_key_heads, parts.eps,
+            HAS_BIAS=parts.bias is not None, HAS_NORM=parts.query_norm is not None, WIDTH=width,
+            HALF=triton.next_power_of_2(width // 2), HEADS=heads, ROWS=_rows_per_sum(tokens), num_warps=4,
+        )  # fmt: skip
+        return
     programs.join_heads_program[(tokens, blocks)](
         *(grad.contiguous() for grad in grads), qkv, parts.scale, parts.bias, parts.query_norm, parts.key_norm,
         cos.contiguous(), sin.contiguous(), out, 0 if qkv is None else qkv.stride(0), out.stride(0),
@@ -100,42 +119,55 @@ def gate(both: Tensor, scale: Tensor | None, out: Tensor) -> None:
     )  # fmt: skip
 
 
-def gate_backward(grad: Tensor, both: Tensor, scale: Tensor | None, out: Tensor, again: Tensor) -> None:
+def gate_backward(
+    grad: Tensor,
+    both: Tensor,
+    scale: Tensor | None,
+    out: Tensor,
+    again: Tensor,
+    magnitudes: Magnitudes | None = None,
+) -> None:
     """See ``plain_kernels.gate_backward``."""
     rows, columns = grad.shape
+    if magnitudes is not None:
+        triton_dora.gate_backward_dora_program[(num_sums(rows), triton.cdiv(columns, _COLUMNS))](
+            grad, both, scale, magnitudes.values, out, again, magnitudes.sums, rows, columns,
+            grad.stride(0), both.stride(0), out.stride(0), again.stride(0), magnitudes.sums.stride(0),
+            ROWS=_rows_per_sum(rows), STEP=_STEP, COLUMNS=_COLUMNS, num_warps=4,
+        )  # fmt: skip
+        return
     programs.gate_backward_program[(rows, triton.cdiv(columns, 2048))](
         grad, both, scale, out, again, columns, grad.stride(0), both.stride(0), out.stride(0), again.stride(0),
         HAS_SCALE=scale is not None, BLOCK=2048, num_warps=8,
     )  # fmt: skip
 
 
-def scale_grad(grad: Tensor, branch: Tensor, scale: Tensor, magnitude: Tensor) -> tuple[Tensor, Tensor]:
+def scale_grad(grad: Tensor, branch: Tensor, scale: Tensor, magnitudes: Magnitudes) -> Tensor:
     """See ``plain_kernels.scale_grad``."""
-    own = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
-    return own, _column_products(grad, branch, scale, own) / magnitude.float()
-
-
-def magnitude_grad(grad: Tensor, branch: Tensor, magnitude: Tensor) -> Tensor:
-    """See ``plain_kernels.magnitude_grad``."""
-    return _column_products(grad, branch, None, None) / magnitude.float()
-
-
-def _column_products(left: Tensor, right: Tensor, scale: Tensor | None, scaled: Tensor | None) -> Tensor:
-    rows, columns = left.shape
-    blocks = triton.cdiv(rows, _ROWS_PER_SUM)
-    sums = torch.empty(blocks, columns, dtype=torch.float32, device=left.device)
-    programs.products_program[(blocks, triton.cdiv(columns, _COLUMNS_PER_SUM))](
-        left, right, scale, scaled, sums, rows, columns, left.stride(0), right.stride(0),
-        HAS_SCALE=scale is not None, ROWS=_ROWS_PER_SUM, STEP=16, COLUMNS=_COLUMNS_PER_SUM, num_warps=4,
+    rows, columns = grad.shape
+    own = torch.empty(rows, columns, dtype=grad.dtype, device=grad.device)
+    triton_dora.scale_grad_program[(num_sums(rows), triton.cdiv(columns, _COLUMNS))](
+        grad, branch, scale, magnitudes.values, own, magnitudes.sums, rows, columns,
+        grad.stride(0), branch.stride(0), magnitudes.sums.stride(0),
+        ROWS=_rows_per_sum(rows), STEP=_STEP, COLUMNS=_COLUMNS, num_warps=4,
     )  # fmt: skip
-    return sums.sum(0)
+    return own
+
+
+def num_sums(tokens: int) -> int:
+    """See ``plain_kernels.num_sums``."""
+    return -(-tokens // _rows_per_sum(tokens))
+
+
+def _rows_per_sum(tokens: int) -> int:
+    return _FEW_ROWS if tokens <= _FEW_TOKENS else _MANY_ROWS
 
 
 def dora_scale(cross: Tensor, b: Tensor, gram: Tensor, squares: Tensor, magnitude: Tensor, factor: float) -> Tensor:
     """See ``plain_kernels.dora_scale``."""
     layers, rows, rank = b.shape
     out = torch.empty(layers, rows, dtype=torch.float32, device=b.device)
-    programs.dora_scale_program[(triton.cdiv(rows, 16), layers)](
+    triton_dora.dora_scale_program[(triton.cdiv(rows, 16), layers)](
         cross, b, gram, squares, magnitude, out, rows, b.stride(0), b.stride(1), factor,
         ROWS=16, RANK=rank, BLOCK=triton.next_power_of_2(rank), num_warps=4,
     )  # fmt: skip

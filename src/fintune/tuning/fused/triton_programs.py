@@ -227,52 +227,6 @@ def gate_backward_program(
     tl.store(again + row * again_stride + at, (active * ups).to(again.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def products_program(
-    left, right, scale, scaled, sums, num_rows, num_columns, left_stride, right_stride,
-    HAS_SCALE: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    at = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = at < num_columns
-    total = tl.zeros((STEP, COLUMNS), dtype=tl.float32)
-    if HAS_SCALE:
-        factor = tl.load(scale + at, mask=inside, other=0.0)
-    for start in range(0, ROWS, STEP):
-        row = (tl.program_id(0) * ROWS + start + tl.arange(0, STEP)).to(tl.int64)
-        here = (row < num_rows)[:, None] & inside[None, :]
-        a = tl.load(left + row[:, None] * left_stride + at[None, :], mask=here, other=0.0).to(tl.float32)
-        if HAS_SCALE:
-            rounded = (a * factor[None, :]).to(scaled.dtype.element_ty)
-            tl.store(scaled + row[:, None] * num_columns + at[None, :], rounded, mask=here)
-            a = rounded.to(tl.float32)
-        b = tl.load(right + row[:, None] * right_stride + at[None, :], mask=here, other=0.0).to(tl.float32)
-        total += a * b
-    tl.store(sums + tl.program_id(0) * num_columns + at, tl.sum(total, 0), mask=inside)
-
-
-@triton.jit
-def dora_scale_program(
-    cross, b, gram, squares, magnitude, out, num_rows, layer_stride, b_stride, factor,
-    ROWS: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    layer = tl.program_id(1).to(tl.int64)
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    known = row < num_rows
-    here = known[:, None] & (at < RANK)[None, :]
-    start = b + layer * layer_stride + row * b_stride
-    left = tl.load(start[:, None] + at[None, :], mask=here, other=0.0).to(tl.float32) * factor
-    place = layer * num_rows + row
-    products = tl.load(cross + place[:, None] * RANK + at[None, :], mask=here, other=0.0)
-    total = tl.load(squares + place, mask=known, other=1.0) + 2.0 * tl.sum(products * left, 1)
-    for column in range(RANK):
-        mixed = tl.load(gram + (layer * RANK + column) * RANK + at, mask=at < RANK, other=0.0)
-        mine = tl.load(start + column, mask=known, other=0.0).to(tl.float32) * factor
-        total += mine * tl.sum(left * mixed[None, :], 1)
-    norm = tl.sqrt(tl.maximum(total, 0.0))
-    tl.store(out + place, tl.load(magnitude + place, mask=known, other=1.0) / norm, mask=known)
-
-
 @triton.jit(do_not_specialize=["seed"])
 def drop_program(x, out, num_columns, stride, share, factor, seed, BLOCK: tl.constexpr):
     row = tl.program_id(0)
