@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
@@ -13,7 +14,13 @@ from fintune.cli_common import FILE, run_stages, stdout
 @click.command()
 @click.argument("config", type=FILE, required=False, metavar="[CONFIG]")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--predictions", type=FILE, help="JSON, JSONL or .gz of {id, predicted} or {id, program}.")
+@click.option(
+    "--predictions",
+    "files",
+    multiple=True,
+    metavar="[NAME=]FILE",
+    help="JSON, JSONL or .gz of {id, predicted} or {id, program}; several give one table, a row each.",
+)
 @click.option("--gold", type=FILE, help="Official FinQA JSON, plain or .gz.")
 @click.option("--csv", type=FILE, help="Write one row a prediction here.")
 @click.option("--json", type=FILE, help="Write all figures here.")
@@ -22,7 +29,7 @@ from fintune.cli_common import FILE, run_stages, stdout
 def score(
     config: Path | None,
     overrides: tuple[str, ...],
-    predictions: Path | None,
+    files: tuple[str, ...],
     gold: Path | None,
     csv: Path | None,
     json: Path | None,
@@ -30,15 +37,50 @@ def score(
     strict: bool,
 ) -> None:
     """Official FinQA verdicts of a run, or of --predictions against --gold. Needs no torch."""
-    if config is not None and predictions is None and gold is None:
+    if config is not None and not files and gold is None:
         from fintune.selection import Selection
 
         run_stages(config, overrides, Selection(only=("score",)))
         return
-    if config is not None or predictions is None or gold is None:
+    if config is not None or not files or gold is None:
         raise click.UsageError("give a CONFIG, or both --predictions and --gold")
+    named = [_named(each) for each in files]
+    if len(named) == 1:
+        print_score(named[0][1], gold, csv=csv, json=json, html=html, strict=strict)
+        return
+    if csv or json or html:
+        raise click.UsageError("--csv, --json and --html are of one file of predictions")
+    twice = next((name for at, (name, _) in enumerate(named) if name in dict(named[:at])), None)
+    if twice is not None:
+        raise click.UsageError(f"two files of predictions are called {twice}: name them, as --predictions base=FILE")
+    print_scores(dict(named), gold, strict=strict)
 
-    print_score(predictions, gold, csv=csv, json=json, html=html, strict=strict)
+
+def _named(given: str) -> tuple[str, Path]:
+    """``NAME=FILE``; a file is called by itself where it has no name, or where all of it is its path."""
+    name, equals, file = given.partition("=")
+    if not equals or not name or Path(given).exists():
+        return given, Path(given)
+    return name, Path(file)
+
+
+def print_scores(files: Mapping[str, Path], gold: Path, *, strict: bool = False) -> None:
+    """Score several files: one table to standard output, how many rows were not scored to standard error."""
+    from fintune.report.tables import score_table
+    from fintune.stages.score import score_files
+
+    scores = {}
+    for name, path in files.items():
+        done = score_files(path, gold, strict=strict)
+        scores[name] = done.score
+        _tell_unscored(name, done.num_unscored)
+    stdout().print(score_table(scores))
+
+
+def _tell_unscored(name: object, num_unscored: Mapping[str, int]) -> None:
+    if num_unscored:
+        reasons = ", ".join(f"{number} {reason}" for reason, number in num_unscored.items())
+        sys.stderr.write(f"fintune: {name}: not scored: {reasons}\n")
 
 
 def print_score(
@@ -58,7 +100,5 @@ def print_score(
     done = score_files(predictions, gold, csv=csv, json=json, html=html, strict=strict)
     for problem in abridged(done.problems, "--json writes all of them"):
         sys.stderr.write(f"fintune: {problem}\n")
-    if done.num_unscored:
-        reasons = ", ".join(f"{number} {reason}" for reason, number in done.num_unscored.items())
-        sys.stderr.write(f"fintune: {predictions}: not scored: {reasons}\n")
+    _tell_unscored(predictions, done.num_unscored)
     stdout().print(headline_table(done.score, predictions.name), "", views_table(done.score), sep="\n")

@@ -15,7 +15,14 @@ from fintune.options import Config, ModelKind, PredictOptions
 from fintune.selection import Stage, Step
 from fintune.sources.rows import local_files
 
-NEEDS: Mapping[ModelKind, str] = {"adapter": "train", "merged": "merge", "F16": "export", "Q4_K_M": "export"}
+NEEDS: Mapping[ModelKind, str] = {
+    "adapter": "train",
+    "adapter_4bit": "train",
+    "merged": "merge",
+    "merged_4bit": "merge",
+    "F16": "export",
+    "Q4_K_M": "export",
+}
 """The step whose result each kind of model is read from; "base" needs none."""
 
 _EXAMPLES = ("run.seed", "model.name", "model.revision", "data", "prompt")
@@ -59,8 +66,10 @@ def build(config: Config) -> list[Step]:
             check=_check_training,
         ),
         *_measure(config, "adapter"),
+        *_measure(config, "adapter_4bit"),
         *_merge(config),
         *_measure(config, "merged"),
+        *_measure(config, "merged_4bit"),
         _export(config),
         Step(
             "replay",
@@ -132,7 +141,7 @@ def _measure(config: Config, kind: ModelKind) -> list[Step]:
         _model,
         disk.predict_bytes,
         resumes=True,
-        check=_check_model,
+        check=_check_four_bit_model if kind.endswith("_4bit") else _check_model,
     )
     score = Step(
         f"score/{kind}", ("prepare", predict.name), (), _stage("score", kind=kind), _nothing, disk.predict_bytes
@@ -208,6 +217,12 @@ def _check_export(config: Config) -> None:
 
 def _check_publishing(config: Config) -> None:
     import_module("fintune.stages.publish").check(config)
+
+
+def _check_four_bit_model(config: Config) -> None:
+    # Before hours of training.
+    import_module("fintune.models").check_four_bit()
+    _check_model(config)
 
 
 def _check_training(config: Config) -> None:

@@ -123,6 +123,28 @@ def test_adapter_and_merged_folder_predict_the_same_and_not_as_the_base(tiny_mod
     assert found["adapter"] == found["merged"] != found["base"]
 
 
+def test_four_bit_kinds_pack_the_weights_of_the_adapters_base_and_of_the_merged_folder(tiny_model, inputs, tmp_path):
+    from engines.test_vllm_engine import make_adapter
+    from fintune.stages.merge import merge
+
+    inputs["train"] = tmp_path / "train"
+    make_adapter(tiny_model, inputs["train"] / "adapter")
+    inputs["merge"] = tmp_path / "merge"
+    inputs["merge"].mkdir()
+    merge(config(tiny_model), inputs, inputs["merge"])
+    logprobs, keys = {}, {}
+    for kind in ("adapter", "adapter_4bit", "merged", "merged_4bit"):
+        (tmp_path / kind).mkdir()
+        predict(config(tiny_model), inputs, tmp_path / kind, kind=kind)
+        lines = (tmp_path / kind / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        logprobs[kind] = [Prediction.model_validate_json(line).logprob for line in lines]
+        keys[kind] = json.loads((tmp_path / kind / "predictions.key.json").read_text())["model"]
+    assert logprobs["adapter"] == pytest.approx(logprobs["merged"], abs=1e-2)
+    for one, other in ("adapter", "adapter_4bit"), ("merged", "merged_4bit"), ("adapter_4bit", "merged_4bit"):
+        assert logprobs[one] != pytest.approx(logprobs[other], abs=1e-2)
+    assert len(set(keys.values())) == 4
+
+
 @pytest.mark.parametrize("strategy", [{}, {"strategy": "vote", "num_candidates": 3, "temperature": 1.0}])
 @pytest.mark.parametrize("constrain", ["general", "example"])
 def test_under_a_grammar_every_program_is_one_even_where_the_limit_cuts(

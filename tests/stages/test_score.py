@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from command import fintune
 from fintune.errors import DataError, FintuneError
 from fintune.options import Config
 from fintune.records import Prediction
@@ -260,3 +261,33 @@ def test_gold_as_predictions_scores_all_without_torch_or_sympy(tmp_path: Path) -
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code, str(path), str(SHARED / "dev.json.gz")], check=True)
+
+
+def test_several_files_of_predictions_give_one_table_a_row_each(tmp_path: Path, gold: Path) -> None:
+    (tmp_path / "one.json").write_text(json.dumps([_text("a"), _text("b"), _text("c")]))
+    (tmp_path / "two.json").write_text(
+        json.dumps([_text("a"), {"id": "b", "program": ""}, {"id": "z", "program": "x"}])
+    )
+    words = ["--predictions", f"good={tmp_path / 'one.json'}", "--predictions", tmp_path / "two.json"]
+    done = fintune("score", *words, "--gold", gold)
+    assert done.status == 0
+    rows = [line.split() for line in done.out.splitlines()]
+    assert (rows[1][:3], rows[2][:3]) == (["good", "3", "100.00%"], [str(tmp_path / "two.json"), "2", "50.00%"])
+    assert "two.json: not scored: 1 unknown id" in done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--predictions", "x=P", "--predictions", "x=P"], "two files of predictions are called x"),
+        (["--predictions", "P", "--predictions", "x=P", "--html", "p.html"], "are of one file of predictions"),
+        (["--predictions", "P", "--predictions", "x=no.json"], "no.json: no such file"),
+    ],
+)
+def test_several_files_that_cannot_stand_in_one_table_are_one_line(
+    tmp_path: Path, gold: Path, words: list[str], message: str
+) -> None:
+    path = _predictions(tmp_path, [_text("a")])
+    done = fintune("score", *(word.replace("P", str(path)) for word in words), "--gold", gold)
+    assert (done.status, done.err.count("\n")) == (2, 1)
+    assert message in done.err

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from fintune.options.base import Options, neutral
 
-ModelKind = Literal["base", "adapter", "merged", "F16", "Q4_K_M", "endpoint"]
+ModelKind = Literal["base", "adapter", "adapter_4bit", "merged", "merged_4bit", "F16", "Q4_K_M", "endpoint"]
 
 
 class PredictOptions(Options):
@@ -17,7 +17,8 @@ class PredictOptions(Options):
     models: Annotated[tuple[ModelKind, ...], Field(min_length=1)] = Field(
         ("base", "adapter", "merged", "F16", "Q4_K_M"),
         description="What is measured: the model before training, base + adapter, merged folder, GGUF files by type; "
-        "and `endpoint`, whatever is served at `predict.endpoint`.",
+        "`adapter_4bit` and `merged_4bit` with the base's or the merged weights packed in 4 bits while they load (NF4, "
+        "bitsandbytes); and `endpoint`, whatever is served at `predict.endpoint`.",
     )
     endpoint: str | None = Field(
         None,

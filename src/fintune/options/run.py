@@ -71,9 +71,11 @@ class Config(Options):
     def _measured_files_are_exported(self) -> Config:
         if self.data.source == "chat":
             return self  # no official verdict, so nothing is predicted
-        if self.export.source == "adapter" and "merged" in self.predict.models:
+        merged = [kind for kind in self.predict.models if kind.startswith("merged")]
+        if self.export.source == "adapter" and merged:
             raise ValueError(
-                "export.source: adapter writes no merged folder, which predict.models asks for; take merged out there"
+                "export.source: adapter writes no merged folder, which predict.models asks for; "
+                f"take {' and '.join(merged)} out there"
             )
         missing = [kind for kind in self.predict.models if kind in {"F16", "Q4_K_M"} and kind not in self.export.types]
         if missing:

@@ -23,7 +23,7 @@ NARROW_PIXELS = 330
 _DPI = 72  # matplotlib's SVG unit is the point; at 72 a point is a pixel of the drawing
 
 _INK, _MUTED, _LINE = "#010203", "#020304", "#030405"
-_SERIES = ("#040506", "#050607", "#060708", "#070809", "#08090a", "#090a0b")
+_SERIES = ("#040506", "#050607", "#060708", "#070809", "#08090a", "#090a0b", "#0a0b0c", "#0b0c0d")
 _VARIABLES: Mapping[str, str] = {
     _INK: "var(--ink)",
     _MUTED: "var(--muted)",
@@ -42,7 +42,7 @@ class Dot:
         low: Lower end of the interval.
         high: Upper end of the interval.
         second: A second value, drawn as a hollow diamond, or None.
-        series: Number of the colour, ``--s0`` to ``--s5``.
+        series: Number of the colour, ``--s0`` to ``--s7``.
     """
 
     label: str

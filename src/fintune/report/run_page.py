@@ -16,7 +16,9 @@ from fintune.report.verdict import Judged
 KINDS: Mapping[str, str] = {
     "base": "base",
     "adapter": "adapter",
+    "adapter_4bit": "adapter, 4 bits",
     "merged": "merged",
+    "merged_4bit": "merged, 4 bits",
     "F16": "GGUF F16",
     "Q4_K_M": "GGUF Q4_K_M",
     "endpoint": "served",

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
     from fintune.engines.protocol import Completion, Engine
 
+FOUR_BIT = "_4bit"
+"""Ending of the kinds whose weights are packed while they load."""
+
 
 def predict(config: Config, inputs: Mapping[str, Path], folder: Path, *, kind: ModelKind) -> dict[str, Any]:
     """Decode every evaluation prompt; goes on where an interrupted attempt in ``folder`` stopped.
@@ -42,8 +45,8 @@ def predict(config: Config, inputs: Mapping[str, Path], folder: Path, *, kind: M
         folder: Gets ``predictions.jsonl`` and ``official.json``, both in the order of ``eval.jsonl``, and
             ``predictions.key.json``, which says what they are from; ``shots.json`` with the ids of the shots of each
             question where there are any.
-        kind: The model before training, base + adapter, the merged folder, a GGUF file by its type, or what is served
-            at ``predict.endpoint``.
+        kind: The model before training, base + adapter, the merged folder (these two also in 4 bits), a GGUF file by
+            its type, or what is served at ``predict.endpoint``.
 
     Returns:
         Predictions, seconds, generated tokens a second, share that was cut off at ``predict.max_new_tokens``, programs
@@ -186,6 +189,8 @@ def _gguf(config: Config, inputs: Mapping[str, Path], kind: str) -> Path:
 
 def _fingerprint(config: Config, inputs: Mapping[str, Path], kind: str) -> str:
     """What tells this model from others; hashes of weights are kept in the cache folder by :mod:`fintune.models`."""
+    if kind.endswith(FOUR_BIT):
+        return f"{_fingerprint(config, inputs, kind.removesuffix(FOUR_BIT))} 4bit"
     if kind in ("base", "adapter"):
         ref = models.fetch(models.resolve(config.model.name, revision=config.model.revision))
         assert ref.path is not None, "fetch fills the path"
@@ -203,6 +208,7 @@ def _fingerprint(config: Config, inputs: Mapping[str, Path], kind: str) -> str:
 
 def _open_engine(config: Config, inputs: Mapping[str, Path], kind: str, tokenizer: PreTrainedTokenizerBase) -> Engine:
     threads = config.predict.threads or os.cpu_count() or 1
+    four_bit, kind = kind.endswith(FOUR_BIT), kind.removesuffix(FOUR_BIT)
     if kind not in ("base", "adapter", "merged"):
         from fintune.engines.llama_cpp import LlamaCppEngine
 
@@ -228,6 +234,7 @@ def _open_engine(config: Config, inputs: Mapping[str, Path], kind: str, tokenize
             adapter=adapter,
             context_tokens=config.prompt.max_length + config.predict.max_new_tokens,
             dtype=config.predict.precision,
+            load_in_4bit=four_bit,
             trust_remote_code=config.model.trust_remote_code,
         )
 
@@ -236,7 +243,12 @@ def _open_engine(config: Config, inputs: Mapping[str, Path], kind: str, tokenize
     from fintune.engines.transformers_engine import TransformersEngine
 
     torch.set_num_threads(threads)
-    model = models.load_model(ref, dtype=config.predict.precision, trust_remote_code=config.model.trust_remote_code)
+    model = models.load_model(
+        ref,
+        dtype=config.predict.precision,
+        load="4bit" if four_bit else "16bit",
+        trust_remote_code=config.model.trust_remote_code,
+    )
     if adapter is not None:
         with quiet_libraries():
             model = models.load_adapter(model, adapter)
