@@ -12,9 +12,17 @@ from pathlib import Path
 import click
 
 from fintune.cli import main
+from fintune.cli_pasted import PastedCommand
 from fintune.cli_predict import predict_plain
+from fintune.model_folder import adapter_base
+from fintune.progress import say
 
 FILE = click.Path(path_type=Path)
+
+
+def holds_adapter_alone(folder: Path) -> bool:
+    """Whether a folder is an adapter, and no model beside it."""
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
 
 
 def switch(name: str, text: str):
@@ -22,8 +30,10 @@ def switch(name: str, text: str):
     return click.option(name, type=bool, is_flag=False, flag_value="true", default=False, help=text)
 
 
-@click.command()
-@click.option("--model_path", metavar="MODEL", help="Base or merged model: folder, hub id, GGUF file or URL#NAME.")
+@click.command(cls=PastedCommand)
+@click.option(
+    "--model_path", metavar="MODEL", help="Base or merged model, or an adapter: folder, hub id, GGUF file or URL#NAME."
+)
 @click.option("--base_model", metavar="MODEL", help="The model that --adapter_path was trained on.")
 @click.option("--adapter_path", type=FILE, metavar="DIR", help="PEFT adapter (LoRA or DoRA).")
 @click.option("--test_json", type=FILE, required=True, help="Official FinQA JSON, plain or .gz.")
@@ -64,6 +74,10 @@ def inference_fixed(
         raise click.UsageError("give either --model_path, or --base_model with --adapter_path")
     if (base_model is None) != (adapter_path is None):
         raise click.UsageError("--base_model and --adapter_path go together; a model alone is --model_path")
+    if model_path is not None and holds_adapter_alone(Path(model_path)):
+        # What scripts/train_dora.py leaves in its --output_dir, which the guide then asks.
+        adapter_path, base_model, model_path = Path(model_path), adapter_base(Path(model_path)), None
+        say(f"{adapter_path} holds an adapter: base model {base_model}")
     strategy = "execution_guided" if eg_k > 1 else "sample" if do_sample else "greedy"
     overrides = {
         "max_new_tokens": max_new_tokens,
@@ -74,6 +88,7 @@ def inference_fixed(
         "num_shots": num_shots,
         "seed": seed,
     }
+    out_json.parent.mkdir(parents=True, exist_ok=True)  # the guide's outputs/ is nobody's to make
     predict_plain(
         model_path or base_model or "",
         test_json,

@@ -10,11 +10,12 @@ from pathlib import Path
 import click
 
 from fintune.cli import main
+from fintune.cli_pasted import PastedCommand
 
 FILE = click.Path(path_type=Path)
 
 
-@click.command()
+@click.command(cls=PastedCommand)
 @click.option("--input_json", type=FILE, required=True, help="Official FinQA JSON, a list or lines, plain or .gz.")
 @click.option("--output_dataset", type=FILE, required=True, metavar="DIR", help="Folder to write.")
 @click.option("--strict", is_flag=True, help="Refuse a file with a record that cannot be used.")

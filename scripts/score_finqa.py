@@ -10,17 +10,20 @@ from pathlib import Path
 import click
 
 from fintune.cli import main
+from fintune.cli_pasted import PastedCommand
 from fintune.cli_score import print_score
 
 FILE = click.Path(path_type=Path)
 
 
-@click.command()
+@click.command(cls=PastedCommand)
 @click.option("--pred_json", type=FILE, required=True, help="JSON, JSONL or .gz of {id, predicted} or {id, program}.")
 @click.option("--gold_json", type=FILE, required=True, help="Official FinQA JSON, plain or .gz.")
 @click.option("--out_csv", type=FILE, help="Write one row a prediction here.")
 def score_finqa(pred_json: Path, gold_json: Path, out_csv: Path | None) -> None:
     """Official FinQA verdicts of predictions; needs no torch."""
+    if out_csv is not None:
+        out_csv.parent.mkdir(parents=True, exist_ok=True)
     print_score(pred_json, gold_json, csv=out_csv)
 
 

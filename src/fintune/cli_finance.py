@@ -17,6 +17,7 @@ import click
 from fintune import cli_extra_args, llama_cpp_checkout
 from fintune import cli_finance_files as files
 from fintune.cli_flag_words import told_in_flags
+from fintune.cli_pasted import PastedCommand
 from fintune.errors import ConfigError
 from fintune.options import Config
 from fintune.progress import say
@@ -88,7 +89,7 @@ def pipeline_command() -> click.Command:
     skips: list[click.Parameter] = [
         click.Option([f"--{flag}"], is_flag=True, help=f"Leave {stage} as it lies.") for flag, stage in _SKIPS.items()
     ]
-    return click.Command(
+    return PastedCommand(
         "train_financial_model",
         params=[*(_option(*each) for each in (*_TRAINING, *_PIPELINE)), *skips, *_common()],
         callback=run_pipeline,
@@ -99,7 +100,7 @@ def pipeline_command() -> click.Command:
 def train_command() -> click.Command:
     """The command of ``train.py``."""
     output = _option("output_dir", _PATH, Path("financial_lora"), "Gets the adapter; the run lies in its run/.")
-    return click.Command(
+    return PastedCommand(
         "train",
         params=[*(_option(*each) for each in _TRAINING), output, *_common()],
         callback=run_training,

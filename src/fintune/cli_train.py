@@ -16,6 +16,7 @@ import click
 from pydantic import ValidationError
 
 from fintune import dataset_folder, hub_push
+from fintune.cli_pasted import PastedCommand
 from fintune.errors import ConfigError
 from fintune.options import Config
 
@@ -77,6 +78,7 @@ def command(*, use_dora: bool) -> click.Command:
     def run(**flags: Any) -> None:
         train({**flags, "use_dora": use_dora if flags["use_dora"] is None else flags["use_dora"]})
 
+    alone: dict[str, Any] = {"is_flag": False, "flag_value": "true"}
     params: list[click.Parameter] = [
         click.Option(
             [f"--{name}"],
@@ -86,11 +88,12 @@ def command(*, use_dora: bool) -> click.Command:
             show_default=default is not None or name == "use_dora",
             metavar="true|false" if kind is bool else None,
             help=meaning,
+            **(alone if kind is bool else {}),
         )
         for name, kind, default, meaning in _OPTIONS
     ]
     doc = "Fine-tune an adapter (LoRA, QLoRA, DoRA, QDoRA) on a dataset folder; `fintune train` does the same and more."
-    return click.Command("train", params=params, callback=run, help=doc)
+    return PastedCommand("train", params=params, callback=run, help=doc)
 
 
 def train(flags: Mapping[str, Any]) -> None:
