@@ -31,11 +31,19 @@ class Sequenced:
         id: Ids of its examples, joined by spaces.
         input_ids: Shape [num_tokens].
         completion_mask: 1 where the token is trained; same length.
+        rejected_ids: The worse answer with its end of turn, which stands behind the same prompt; of pairs alone.
     """
 
     id: str
     input_ids: list[int]
     completion_mask: list[int]
+    rejected_ids: list[int] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """What one pass over the row reads; a pair reads its prompt twice."""
+        again = 0 if self.rejected_ids is None else self.completion_mask.index(1) + len(self.rejected_ids)
+        return len(self.input_ids) + again
 
 
 def single(examples: Iterable[EncodedRecord]) -> list[Sequenced]:
@@ -181,6 +189,34 @@ class ConversationEncoder:
         )
         whole = rejected is not None and last == len(turns) - 1
         return EncodedConversation(example, rows, self._answer(rejected) if whole and rejected else None)
+
+    def encode_pair(self, id_: str, messages: Sequence[Message], rejected: str) -> EncodedConversation:
+        """Encode a preference pair: both answers behind the same prompt, of which the last turn alone is trained.
+
+        Where it is too long, the oldest turns go; system message, question and answers never do.
+
+        Args:
+            id_: Of the example.
+            messages: All turns; the last is the chosen answer.
+            rejected: The worse answer.
+
+        Raises:
+            TooLongError: Question and answers alone do not fit.
+            DataError: The chat template refuses the turns, or a text holds the end-of-turn token.
+        """
+        turns = [*([] if messages[0].role == "system" else self._system), *messages]
+        num_head = int(turns[0].role == "system")
+        chosen, worse = self._answer(turns[-1].content), self._answer(rejected)
+        starts = [place for place, each in enumerate(turns[:-1]) if each.role == "user" and place >= num_head]
+        for start in [num_head, *(place for place in starts if place > num_head)]:
+            prompt = [*turns[:num_head], *turns[start:-1]]
+            better, other = (chat.encode_example(self._tokenizer, prompt, answer) for answer in (chosen, worse))
+            if max(len(better.input_ids), len(other.input_ids)) <= self._max_length:
+                behind = other.input_ids[other.num_prompt_tokens :]
+                row = Sequenced(id_, better.input_ids, better.completion_mask, behind)
+                example = Example(id=id_, messages=tuple(prompt), completion=chosen, num_cut=start - num_head)
+                return EncodedConversation(example, [row], worse)
+        raise TooLongError(f"the question and the longer answer have more than {self._max_length} tokens")
 
     def _answer(self, content: str) -> str:
         if not self._opens_thought:

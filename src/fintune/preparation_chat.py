@@ -31,8 +31,12 @@ class _Split:
 
 
 def make(config: Config, tokenizer: PreTrainedTokenizerBase, *, limit: int | None = None) -> Prepared:
-    """Read ``data.sources`` and encode what they hold; see `fintune.preparation.make`."""
-    found = mixture.load(config.data, config.run.seed, limit=limit)
+    """Read ``data.sources`` and encode what they hold; see `fintune.preparation.make`.
+
+    With a preference ``train.objective`` these are pairs, and other rows count as dropped.
+    """
+    pairs = config.train.objective != "sft"
+    found = mixture.load(config.data, config.run.seed, limit=limit, pairs=pairs)
     encoder = ConversationEncoder(
         tokenizer,
         system=config.data.system,
@@ -40,7 +44,7 @@ def make(config: Config, tokenizer: PreTrainedTokenizerBase, *, limit: int | Non
         max_length=config.prompt.max_length,
     )
     splits = {
-        name: _encode(encoder, entries, name, strict=config.data.strict)
+        name: _encode(encoder, entries, name, strict=config.data.strict, pairs=pairs)
         for name, entries in (("train", found.train), ("eval", found.eval))
     }
     report = PrepareReport(
@@ -64,14 +68,17 @@ def make(config: Config, tokenizer: PreTrainedTokenizerBase, *, limit: int | Non
     )
 
 
-def _encode(encoder: ConversationEncoder, entries: Sequence[Entry], name: str, *, strict: bool) -> _Split:
+def _encode(encoder: ConversationEncoder, entries: Sequence[Entry], name: str, *, strict: bool, pairs: bool) -> _Split:
     done = _Split([], len(entries))
     for entry in track(entries, f"encode {name}", len(entries)):
         conversation = entry.conversation
         try:
-            encoded = encoder.encode(
-                entry.id, conversation.messages, untrained=conversation.untrained, rejected=conversation.rejected
-            )
+            if pairs and conversation.rejected is not None:
+                encoded = encoder.encode_pair(entry.id, conversation.messages, conversation.rejected)
+            else:
+                encoded = encoder.encode(
+                    entry.id, conversation.messages, untrained=conversation.untrained, rejected=conversation.rejected
+                )
         except DataError as error:
             told = DataError(error.message, record_id=entry.id, hint=error.hint)
             if strict:
@@ -82,7 +89,8 @@ def _encode(encoder: ConversationEncoder, entries: Sequence[Entry], name: str, *
             done.examples.append(encoded)
     if not done.examples:
         hint = "raise prompt.max_length" if done.dropped["too long"] else None
-        raise DataError(f"none of {len(entries)} {name} conversations can be encoded; {done.problems[0]}", hint=hint)
+        what = "pairs" if pairs else "conversations"
+        raise DataError(f"none of {len(entries)} {name} {what} can be encoded; {done.problems[0]}", hint=hint)
     return done
 
 
@@ -109,7 +117,7 @@ def _report(split: _Split) -> SplitReport:
         prompt_tokens=lengths([len(row.input_ids) - number for row, number in zip(rows, trained, strict=True)]),
         completion_tokens=lengths(trained),
         num_rows=len(rows),
-        num_row_tokens=sum(len(row.input_ids) for row in rows),
+        num_row_tokens=sum(row.num_tokens for row in rows),
         evidence=Evidence(num_examples=0, num_complete=0, num_units=0, num_kept=0),
         steps={},
         operations={},

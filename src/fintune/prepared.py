@@ -5,7 +5,8 @@
     train.jsonl, eval.jsonl    records.Example a line
     gold.json                  the evaluation records in FinQA's official list form; an empty list for conversations
     SPLIT.pairs.jsonl          records.Pair a line, where the data holds preferences
-    tokens/train, tokens/eval  datasets folders: id, input_ids, completion_mask
+    tokens/train, tokens/eval  datasets folders: id, input_ids, completion_mask; with a preference train.objective also
+                               rejected_ids, the answer that stands behind the same prompt in the other's place
     report.json                PrepareReport
 """
 
@@ -27,7 +28,7 @@ from fintune.options import Config
 from fintune.records import Example, FinQARecord, Pair, Record
 from fintune.sources.mixture import SourceReport
 
-OPTIONS = ("run.seed", "model.name", "model.revision", "data", "prompt")
+OPTIONS = ("run.seed", "model.name", "model.revision", "data", "prompt", "train.objective")
 """Prefixes of the options that decide the result."""
 NUM_PROBLEMS = 20
 """Problems that a report quotes; all are counted."""
@@ -238,11 +239,14 @@ def _write_tokens(folder: Path, rows: Sequence[Sequenced]) -> None:
             "completion_mask": datasets.List(datasets.Value("int8")),
         }
     )
-    columns = {
+    columns: dict[str, list[str] | list[list[int]]] = {
         "id": [row.id for row in rows],
         "input_ids": [row.input_ids for row in rows],
         "completion_mask": [row.completion_mask for row in rows],
     }
+    if all(row.rejected_ids is not None for row in rows):
+        features["rejected_ids"] = datasets.List(datasets.Value("int32"))
+        columns["rejected_ids"] = [row.rejected_ids or [] for row in rows]
     shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:

@@ -25,7 +25,7 @@ NEEDS: Mapping[ModelKind, str] = {
 }
 """The step whose result each kind of model is read from; "base" needs none."""
 
-_EXAMPLES = ("run.seed", "model.name", "model.revision", "data", "prompt")
+_EXAMPLES = ("run.seed", "model.name", "model.revision", "data", "prompt", "train.objective")
 _MODEL = ("model.name", "model.revision", "model.trust_remote_code")
 _VOCABULARY_BYTES = 100_000_000
 """A GGUF of a quarter of a million tokens and 32 numbers for each, which goes when the stage ends."""

@@ -72,6 +72,29 @@ def test_a_preference_keeps_the_rejected_answer():
     assert convert({"prompt": ASK, "chosen": ANSWER, "rejected": "Buy."})[1].rejected == "Buy."
 
 
+@pytest.mark.parametrize(
+    ("prompt", "content"),
+    [
+        ({"question": ASK}, ASK),
+        ({"instruction": ASK, "input": "the page"}, f"{ASK}\n\nthe page"),
+        ({"prompt": [turn("user", ASK)]}, ASK),
+    ],
+)
+def test_the_prompt_of_a_preference_has_several_names(prompt, content):
+    shape, found = convert({**prompt, "system": PERSONA, "chosen": ANSWER, "rejected": "Buy."})
+    assert shape == "preference"
+    assert [each.content for each in found.messages] == [PERSONA, content, ANSWER]
+
+
+def test_whole_conversations_are_a_pair_only_behind_one_prompt():
+    better, worse = [turn("user", ASK), turn("assistant", ANSWER)], [turn("user", ASK), turn("assistant", "Buy.")]
+    found = convert({"chosen": better, "rejected": worse})[1]
+    assert ([each.content for each in found.messages], found.rejected) == ([ASK, ANSWER], "Buy.")
+    with pytest.raises(BrokenRowError, match="differ from those of chosen") as raised:
+        convert({"chosen": better, "rejected": [turn("user", "Other?"), turn("assistant", "Buy.")]})
+    assert (raised.value.reason, raised.value.field) == ("not one prompt", "rejected")
+
+
 def test_turns_behind_the_last_answer_are_left_out_and_counted():
     _, found = convert({"messages": [turn("user", ASK), turn("assistant", ANSWER), turn("user", "Thanks")]})
     assert [each.role for each in found.messages] == ["user", "assistant"]

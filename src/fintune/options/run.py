@@ -11,6 +11,7 @@ from fintune.options.data import DataOptions, PromptOptions
 from fintune.options.export import ExportOptions, MergeOptions, ReplayOptions
 from fintune.options.model import AdapterOptions, ModelOptions
 from fintune.options.predict import PredictOptions
+from fintune.options.preference import obstacle
 from fintune.options.publish import PublishOptions
 from fintune.options.train import TrainOptions
 
@@ -65,6 +66,12 @@ class Config(Options):
             raise ValueError(
                 f"train.keep: best_accuracy needs gold programs, which data.source: {self.data.source} lacks"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _objective_is_proven(self) -> Config:
+        if reason := obstacle(self):
+            raise ValueError(reason)
         return self
 
     @model_validator(mode="after")

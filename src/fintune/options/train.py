@@ -7,11 +7,31 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from fintune.options.base import Options, neutral
+from fintune.options.preference import BETA
 
 
 class TrainOptions(Options):
-    """Supervised fine-tuning on completions."""
+    """Fine-tuning on completions, or on preferences between them."""
 
+    objective: Literal["sft", "dpo", "orpo", "kto"] = Field(
+        "sft",
+        description="`sft`: the completion is learned. On preference rows (`data.source: chat`; docs/preference.md) "
+        "`dpo` (arXiv 2305.18290) and `kto` (arXiv 2402.01306) learn to tell chosen from rejected answers, measured "
+        "against the model before training; `orpo` (arXiv 2403.07691) learns the chosen answer at the same time and "
+        "needs no reference. They want a far lower `train.learning_rate`: 5e-6 to 5e-5.",
+    )
+    beta: float = Field(
+        BETA,
+        gt=0,
+        description="Of a preference `train.objective`: how dearly `dpo` and `kto` pay for leaving the reference "
+        "(higher stays closer), and the weight of `orpo`'s odds ratio; 0.1 in all three papers.",
+    )
+    chosen_weight: float = Field(
+        0.0,
+        ge=0,
+        description="Of `train.objective: dpo`: adds so much of the chosen answers' own loss, which keeps their "
+        "probability from falling with that of the rejected ones (arXiv 2404.19733 takes 1).",
+    )
     epochs: float = Field(3.0, gt=0, description="Passes over the training examples.")
     max_steps: int | None = Field(
         None, ge=1, description="Stop after so many optimiser steps; overrides `train.epochs`."

@@ -150,17 +150,34 @@ def _ended(turns: tuple[list[Message], frozenset[int]], *, system: object = None
 def _from_preference(fields: Fields) -> Conversation:
     chosen, rejected = fields.get("chosen"), fields.get("rejected")
     if not isinstance(chosen, list) and not isinstance(rejected, list):
-        before = messages_of(fields.get("prompt"), "prompt", "no question")
+        before = _preference_prompt(fields)
         answer, worse = text_of(chosen, "chosen", "no answer"), text_of(rejected, "rejected", "no rejected answer")
     else:
-        better = list_of_turns(chosen, "chosen")[0]
-        answer, worse = _answer(better, "chosen"), _answer(list_of_turns(rejected, "rejected")[0], "rejected")
-        before = better[:-1] or messages_of(fields.get("prompt"), "prompt", "no question")
+        better, other = list_of_turns(chosen, "chosen")[0], list_of_turns(rejected, "rejected")[0]
+        answer, worse = _answer(better, "chosen"), _answer(other, "rejected")
+        before = better[:-1] or _preference_prompt(fields)
+        if other[:-1] not in ([], better[:-1]):
+            raise BrokenRowError(
+                "not one prompt",
+                "the turns before the last differ from those of chosen",
+                field="rejected",
+                hint="a pair is two answers to one prompt",
+            )
     if answer.strip() == worse.strip():
         raise BrokenRowError(
             "no preference", "chosen and rejected are the same", field="rejected", hint="remove the row"
         )
     return Conversation((*_with_system(fields, before), Message(role="assistant", content=answer)), rejected=worse)
+
+
+def _preference_prompt(fields: Fields) -> list[Message]:
+    """The prompt under any of the names that preference sets give it."""
+    if fields.get("prompt") in (None, "", []):
+        if "instruction" in fields:
+            return [Message(role="user", content=_instruction(fields))]
+        if "question" in fields:
+            return messages_of(fields["question"], "question", "no question")
+    return messages_of(fields.get("prompt"), "prompt", "no question")
 
 
 def _answer(turns: list[Message], field: str) -> str:
@@ -172,11 +189,13 @@ def _answer(turns: list[Message], field: str) -> str:
 
 
 def _from_alpaca(fields: Fields) -> Conversation:
+    return _pair(fields, _instruction(fields), text_of(fields.get("output"), "output", "no answer"))
+
+
+def _instruction(fields: Fields) -> str:
     question = text_of(fields.get("instruction"), "instruction", "no question")
     extra = fields.get("input")
-    if extra not in (None, ""):
-        question = f"{question}\n\n{text_of(extra, 'input', 'bad input')}"
-    return _pair(fields, question, text_of(fields.get("output"), "output", "no answer"))
+    return question if extra in (None, "") else f"{question}\n\n{text_of(extra, 'input', 'bad input')}"
 
 
 def _from_question_answer(fields: Fields) -> Conversation:

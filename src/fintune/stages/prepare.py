@@ -35,8 +35,9 @@ def prepare(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
     for note in report.notes():
         say(note)
     restricted = f"; not for commercial use: {report.non_commercial}" if report.non_commercial else ""
+    what = "examples" if config.train.objective == "sft" else "preference pairs"
     facts = {
-        "summary": f"{report.train.num_examples} train, {report.eval.num_examples} eval examples{restricted}",
+        "summary": f"{report.train.num_examples} train, {report.eval.num_examples} eval {what}{restricted}",
         "template_hash": report.template_hash,
         "num_train": report.train.num_examples,
         "num_eval": report.eval.num_examples,

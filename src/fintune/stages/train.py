@@ -93,6 +93,12 @@ def _facts(config: Config, folder: Path, result: Path) -> dict[str, Any]:
         "tokens_per_second": round(rate, 1),
     }
     told = f"{last['step']} steps, loss {first['loss']:.2f} to {last['loss']:.2f}, {rate:.0f} tok/s"
+    if config.train.objective != "sft":
+        facts["objective"] = config.train.objective
+        facts["reward_margin"] = last["rewards/margins"]
+        told += (
+            f", {config.train.objective} reward margin {first['rewards/margins']:.2f} to {last['rewards/margins']:.2f}"
+        )
     best = best_step(lines, config.train.keep)
     if best is not None:
         kept = best if config.train.keep != "last" else last["step"]
@@ -102,6 +108,10 @@ def _facts(config: Config, folder: Path, result: Path) -> dict[str, Any]:
         if "eval_accuracy" in at_kept:
             facts["eval_accuracy"] = at_kept["eval_accuracy"]
             told += f" and {at_kept['eval_accuracy']:.1%} right"
+        if "eval_rewards/accuracies" in at_kept:
+            ranked = at_kept["eval_rewards/accuracies"]
+            facts |= {"eval_reward_accuracy": ranked, "eval_reward_margin": at_kept["eval_rewards/margins"]}
+            told += f" and {ranked:.1%} of held-out pairs ranked right"
     facts |= planned.read(folder)
     return facts | {"stopped_early": out_of_patience(lines, config.train), "summary": told}
 

@@ -12,6 +12,7 @@ from fintune.options import TrainOptions
 from fintune.progress import Bar
 from fintune.tuning import checkpoints, metrics
 from fintune.tuning.evaluate import BEST, Evaluator, best_step, drop_others
+from fintune.tuning.preference import FIGURES
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -74,7 +75,7 @@ def make_callback(
             rate = (tokens - plan_tokens[self.first_step]) / max(here, 1e-9)
             bar.note(f"loss {logs['loss']:.3f}  {rate:.0f} tok/s")
             line = {"step": state.global_step}
-            line |= {key: logs[key] for key in ("loss", "learning_rate", "grad_norm") if key in logs}
+            line |= {key: logs[key] for key in ("loss", "learning_rate", "grad_norm", *FIGURES) if key in logs}
             line |= {"tokens": tokens, "seconds": round(seconds + here, 3)}
             metrics.append(folder / "metrics.jsonl", line)
 
@@ -84,10 +85,13 @@ def make_callback(
 
         def _note_evaluation(self, step: int, logs: dict[str, Any]) -> None:
             line: dict[str, Any] = {"step": step}
-            line |= {key: logs[key] for key in ("eval_loss", "eval_accuracy") if key in logs}
+            kept = ("eval_loss", "eval_accuracy", *(f"eval_{name}" for name in FIGURES))
+            line |= {key: logs[key] for key in kept if key in logs}
             told = f"eval loss {logs['eval_loss']:.3f}"
             if "eval_accuracy" in logs:
                 told += f"  {logs['eval_accuracy']:.1%} right"
+            if "eval_rewards/accuracies" in logs:
+                told += f"  {logs['eval_rewards/accuracies']:.1%} of the pairs ranked right"
             bar.note(told)
             line["seconds"] = round(seconds + self._seconds(), 3)
             metrics.append(folder / "metrics.jsonl", line)

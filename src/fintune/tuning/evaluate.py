@@ -23,7 +23,7 @@ from fintune.tuning.collate import IGNORED
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import nn
-    from trl import SFTTrainer
+    from transformers import Trainer
 
 BEST = "best"
 """Folder of the best weights so far, below that of ``train``, while it works."""
@@ -76,10 +76,21 @@ class Evaluator:
         evaluation: What is evaluated.
         options: Batch size, what to keep, patience.
         folder: Holds ``metrics.jsonl``; gets ``best/``.
+        measure: ``eval_loss`` and other figures of a model on rows in an order, so many a pass; the loss of the
+            completions where None.
     """
 
-    def __init__(self, trainer: SFTTrainer, evaluation: Evaluation, options: TrainOptions, folder: Path) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        evaluation: Evaluation,
+        options: TrainOptions,
+        folder: Path,
+        *,
+        measure: Callable[[nn.Module, Dataset, Sequence[int], int], dict[str, float]] | None = None,
+    ) -> None:
         self._trainer, self._evaluation, self._options, self._folder = trainer, evaluation, options, folder
+        self._measure = measure
         lengths = [len(ids) for ids in evaluation.rows["input_ids"]]
         self._order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         self.seconds = 0.0
@@ -97,7 +108,10 @@ class Evaluator:
         model = trainer.model_wrapped
         model.eval()
         try:
-            found = {"eval_loss": self._loss(model)}
+            if self._measure is None:
+                found = {"eval_loss": self._loss(model)}
+            else:
+                found = self._measure(model, self._evaluation.rows, self._order, self._options.batch_size)
             if not isfinite(found["eval_loss"]):
                 raise FintuneError(
                     f"the evaluation loss is not finite behind step {step}",

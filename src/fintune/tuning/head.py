@@ -77,6 +77,12 @@ def _forward(model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tens
     def spread(values: torch.Tensor) -> torch.Tensor:
         return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
-    # TRL only logs the entropy, which costs as much as the loss; nothing here reads that log.
-    entropy = torch.zeros(mask.shape, device=hidden.device)
-    return ModelOutput(log_probs=spread(log_probs), entropy=entropy, is_top1=spread(is_top1), label_mask=mask)
+    # TRL only logs the entropy, which costs as much as the loss, and the mean logit; nothing here reads that log.
+    unknown = torch.zeros(mask.shape, device=hidden.device)
+    return ModelOutput(
+        log_probs=spread(log_probs),
+        entropy=unknown,
+        is_top1=spread(is_top1),
+        mean_logits=unknown,
+        label_mask=mask,
+    )

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fintune.errors import ConfigError, FintuneError
 from fintune.options import TrainOptions
 from fintune.progress import bar, say
-from fintune.tuning import checkpoints, metrics, optimizers, planned
+from fintune.tuning import checkpoints, metrics, optimizers, planned, preference
 from fintune.tuning.adapter import compute_in_base_type, store_frozen_weights
 from fintune.tuning.attention import use_short_causal_attention
 from fintune.tuning.callbacks import make_callback
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     import torch
     from datasets import Dataset
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
     from trl import SFTConfig, SFTTrainer
 
 
@@ -61,6 +62,8 @@ def make_plan(lengths: Sequence[int], options: TrainOptions, seed: int) -> Plan:
     """
     batch_size = options.batch_size * options.accumulation
     num_examples, steps = num_steps(len(lengths), options.epochs, batch_size, options.max_steps)
+    if options.objective == "kto":
+        num_examples = steps * batch_size  # it compares answers of different prompts, and a rest may be a single one
     order = training_order(lengths, num_examples, batch_size, seed)
     tokens = [0]
     for step in range(steps):
@@ -107,9 +110,10 @@ def train(
     """
     from transformers import PrinterCallback
 
-    lengths = [len(ids) for ids in rows["input_ids"]]
+    supervised = options.objective == "sft"
+    lengths = [len(ids) for ids in rows["input_ids"]] if supervised else preference.lengths(rows)
     plan = make_plan(lengths, options, seed)
-    fused, memory = _is_fused(model, options.fused_layers), None
+    fused, memory = supervised and _is_fused(model, options.fused_layers), None
     if fused and model.device.type == "cuda":
         memory = planned.plan_model(model, options, lengths)
         planned.write(memory, folder, trained=False)
@@ -136,11 +140,14 @@ def train(
         if fused:
             trainer = _make_fused_trainer(model, tokenizer, trained, args, callbacks, memory)
         else:
-            trainer = _make_trainer(model, tokenizer, trained, args, callbacks)
-            trainer.model.register_forward_hook(_LossGuard(rows, trainer), with_kwargs=True)
+            trainer = _make_trainer(model, tokenizer, trained, args, callbacks, options)
+            if supervised:
+                trainer.model.register_forward_hook(_LossGuard(rows, trainer), with_kwargs=True)
         if options.eval_steps is not None:
             assert evaluation is not None, "train.eval_steps needs an evaluation split"
-            callback.evaluator = trainer.evaluate = Evaluator(trainer, evaluation, options, folder)
+            callback.evaluator = trainer.evaluate = Evaluator(
+                trainer, evaluation, options, folder, measure=None if supervised else trainer.measure
+            )
         # One would be written for every checkpoint, of which nobody reads any.
         trainer.create_model_card = lambda *_args, **_kwargs: None
         trainer.remove_callback(PrinterCallback)
@@ -230,19 +237,25 @@ def _make_trainer(
     model: PeftModel | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
-    args: SFTConfig,
+    args: TrainingArguments,
     callbacks: list[Any],
-) -> SFTTrainer:
+    options: TrainOptions,
+) -> Trainer:
     from trl import SFTTrainer
 
-    trainer = SFTTrainer(
-        model=model,
-        args=args,
-        data_collator=CompletionCollator(tokenizer.pad_token_id, multiple=_WIDTHS),
-        train_dataset=rows,
-        processing_class=tokenizer,
-        callbacks=callbacks,
-    )
+    if options.objective == "sft":
+        trainer = SFTTrainer(
+            model=model,
+            args=args,
+            data_collator=CompletionCollator(tokenizer.pad_token_id, multiple=_WIDTHS),
+            train_dataset=rows,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+    else:
+        trainer = preference.make_trainer(
+            model, tokenizer, rows, args, options, callbacks, multiple=_WIDTHS, bad_loss=bad_loss
+        )
     if args.bf16 or args.fp16:
         compute_in_base_type(model)
     if args.device.type == "cpu":
@@ -263,12 +276,15 @@ def _warmup_steps(options: TrainOptions, num_steps: int) -> int:
 
 def _arguments(
     model: PeftModel | PreTrainedModel, options: TrainOptions, plan: Plan, compute: str, seed: int, folder: Path
-) -> SFTConfig:
+) -> TrainingArguments:
     from trl import SFTConfig
 
     weights = next(model.parameters())
     schedule = "constant_with_warmup" if options.schedule == "constant" else options.schedule
-    return SFTConfig(
+    made = preference.arguments(options)
+    if options.objective == "sft":
+        made = partial(SFTConfig, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None)
+    return made(
         output_dir=str(folder),
         use_cpu=weights.device.type == "cpu",
         max_steps=plan.steps,
@@ -287,9 +303,7 @@ def _arguments(
         gradient_checkpointing=options.gradient_checkpointing,
         # The order is laid out already; a sampler of the trainer's would shuffle it again.
         train_sampling_strategy="sequential",
-        dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
-        max_length=None,
         dataloader_num_workers=0,
         dataloader_pin_memory=False,
         logging_strategy="steps",

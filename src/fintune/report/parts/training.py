@@ -7,6 +7,12 @@ from typing import Any
 
 from fintune.report.plots import Curve, loss_plot
 
+_COMPLETED = "Mean negative log-likelihood of the completion's tokens; the prompt is not trained on."
+_COMPARED = (
+    "Preference loss of pairs of answers. A margin is the reward of the chosen answer less that of the rejected one; "
+    "a pair is ranked right where it is positive."
+)
+
 
 def context(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What the template prints, or nothing where there was no training.
@@ -38,15 +44,29 @@ def context(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             highest = max(zip(right.values, (-step for step in right.steps), strict=True))
             rows.append(("highest execution accuracy", f"{highest[0]:.1%} at step {-highest[1]:,}"))
         legend.append(("s4", "evaluation loss"))
+    rows += _preference_rows(lines)
     if rate.steps:
         rows.append(("peak learning rate", f"{max(rate.values):.2g}"))
     words = f"Loss fell from {train.values[0]:.2f} to {train.values[-1]:.3f} in {train.steps[-1]:,} steps"
+    compared = any("rewards/margins" in line for line in lines)
     return {
-        "words": "Mean negative log-likelihood of the completion's tokens; the prompt is not trained on.",
+        "words": _COMPARED if compared else _COMPLETED,
         "plot": loss_plot("loss-plot", words, train, evaluated, rate),
         "legend": legend,
         "rows": rows,
     }
+
+
+def _preference_rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Margins between chosen and rejected answers, where there was preference training."""
+    rows = []
+    for prefix, where in (("", "training"), ("eval_", "held-out pairs")):
+        margins, right = (_curve(lines, f"{prefix}rewards/{name}").values for name in ("margins", "accuracies"))
+        if margins:
+            rows.append((f"reward margin, {where}", f"{margins[0]:.3f} at first, {margins[-1]:.3f} at last"))
+        if right:
+            rows.append((f"ranked right, {where}", f"{right[0]:.1%} at first, {right[-1]:.1%} at last"))
+    return rows
 
 
 def _curve(lines: Sequence[Mapping[str, Any]], key: str) -> Curve:

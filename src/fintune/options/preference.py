@@ -1,0 +1,46 @@
+"""Which options go together with preference training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fintune.options.run import Config
+
+BETA = 0.1
+
+
+def obstacle(config: Config) -> str | None:
+    """What of a configuration is not proven with its ``train.objective``, and what to do; None where all is.
+
+    Args:
+        config: Any run.
+    """
+    train, adapter = config.train, config.adapter
+    asked = f"train.objective: {train.objective}"
+    if train.objective == "sft":
+        if train.beta != BETA:
+            return "train.beta has no say in train.objective: sft; set dpo, orpo or kto, or remove it"
+        return "train.chosen_weight belongs to train.objective: dpo; remove it" if train.chosen_weight else None
+    found = {
+        f"{asked} compares pairs of answers, which data.source: {config.data.source} lacks; set data.source: chat and "
+        "name preference rows (prompt, chosen, rejected) in data.sources": config.data.source != "chat",
+        f"{asked} is unproven with adapter.kind: full, since its reference is the model without the adapter; use lora "
+        "or dora": adapter.kind == "full",
+        f"{asked} is unproven with adapter.init: {adapter.init}, whose adapter changes the model before the first "
+        "step; use default": adapter.init != "default",
+        f"{asked} takes no adapter.dropout: model and reference must be the same at first; set it to 0": (
+            adapter.dropout > 0
+        ),
+        f"{asked} is unproven with train.fused_layers: always; set it to auto or never": train.fused_layers == "always",
+        f"{asked} is unproven with train.keep: best_accuracy, which needs gold programs; use best_loss": (
+            train.keep == "best_accuracy"
+        ),
+        f"train.chosen_weight belongs to train.objective: dpo, not to {train.objective}; remove it": (
+            train.chosen_weight > 0 and train.objective != "dpo"
+        ),
+        f"{asked} compares answers of different prompts in a forward pass; set train.batch_size to 2 or more": (
+            train.objective == "kto" and train.batch_size < 2
+        ),
+    }
+    return next((reason for reason, holds in found.items() if holds), None)

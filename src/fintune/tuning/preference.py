@@ -1,0 +1,287 @@
+"""Preference training: TRL's DPOTrainer and KTOTrainer on pairs that are tokenised already, and ORPO in the same loop.
+
+The reference is the model with its adapter switched off, so no second model is held. TRL 1.16 has ORPO among its
+experiments only, where it also trains the prompt and holds the logits of every position; here its loss is taken from
+the answers alone, in DPOTrainer's loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from fintune.errors import ArtifactError, FintuneError
+from fintune.options import TrainOptions
+from fintune.tuning.collate import IGNORED, check_mask
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+    from peft import PeftModel
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+    Batch = dict[str, Any]
+
+FIGURES = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "kl",
+)
+"""What the trainers log of every step besides the loss, and what goes into metrics.jsonl: rewards are beta times the
+log-probability that an answer has won over the reference (with orpo: over none, and a mean of its tokens), a margin is
+chosen less rejected, accuracy the share of pairs with a positive one (not logged while kto trains)."""
+
+
+def lengths(rows: Dataset) -> list[int]:
+    """Tokens that a row reads: of a pair, the prompt twice.
+
+    Raises:
+        ArtifactError: The rows are no pairs.
+    """
+    if "rejected_ids" not in rows.column_names:
+        raise ArtifactError("the prepared rows are no preference pairs", hint="run prepare again")
+    masks = zip(rows["input_ids"], rows["completion_mask"], rows["rejected_ids"], strict=True)
+    return [len(ids) + mask.index(1) + len(rejected) for ids, mask, rejected in masks]
+
+
+def arguments(options: TrainOptions) -> Callable[..., TrainingArguments]:
+    """TRL's arguments, to be completed by those that every way of training has.
+
+    Args:
+        options: Objective, beta, weight of the chosen answers' loss.
+    """
+    from trl import DPOConfig, KTOConfig
+
+    # What is too long was left out when it was prepared; nothing is cut here.
+    if options.objective == "kto":
+        return partial(KTOConfig, max_length=None, beta=options.beta)
+    with_chosen = options.chosen_weight > 0
+    return partial(
+        DPOConfig,
+        max_length=None,
+        beta=options.beta,
+        loss_type=["sigmoid", "sft"] if with_chosen else ["sigmoid"],
+        loss_weights=[1.0, options.chosen_weight] if with_chosen else None,
+    )
+
+
+def make_trainer(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    args: TrainingArguments,
+    options: TrainOptions,
+    callbacks: Sequence[object],
+    *,
+    multiple: int,
+    bad_loss: Callable[[int, Sequence[str]], FintuneError],
+) -> Trainer:
+    """The trainer of a preference objective; its ``measure`` is for held-out pairs.
+
+    Args:
+        model: With a fresh adapter, whose first update is zero.
+        tokenizer: With a padding token.
+        rows: Columns ``id``, ``input_ids``, ``completion_mask`` (the chosen answer) and ``rejected_ids``, in the order
+            of training.
+        args: From :func:`arguments`.
+        options: How to train.
+        callbacks: Of transformers' Trainer.
+        multiple: The width of a batch is rounded up to a multiple of this.
+        bad_loss: Makes the error for a loss that is not finite, of the step and the pairs' ids.
+    """
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+    trainer = _trainer_class(options, bad_loss)(
+        model=model,
+        args=args,
+        data_collator=PairCollator(tokenizer.pad_token_id, multiple=multiple, single=options.objective == "kto"),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+    )
+    # TRL keeps a copy of the adapter as the reference. Switched off, a fresh one is the same without the memory, and
+    # the copy would be written into every checkpoint.
+    if "ref" in model.peft_config:
+        model.delete_adapter("ref")
+    for name, weight in model.named_parameters():
+        if name in before:
+            # On 4-bit weights TRL rounds the adapter to bfloat16, in which steps as small as these are lost.
+            weight.data = before[name]
+            weight.requires_grad_(True)
+    return trainer
+
+
+def _trainer_class(options: TrainOptions, bad_loss: Callable[[int, Sequence[str]], FintuneError]) -> type[Trainer]:
+    import torch
+    from trl import DPOTrainer, KTOTrainer
+
+    base = KTOTrainer if options.objective == "kto" else DPOTrainer
+
+    class PreferenceTrainer(base):  # type: ignore[misc, valid-type]
+        """TRL's loop and losses, on rows of ``prepare``."""
+
+        def _prepare_dataset(self, dataset: Dataset, *_: object) -> Dataset:
+            return dataset  # tokenised by this package's one path
+
+        def compute_loss(
+            self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: object = None
+        ) -> torch.Tensor:
+            batch = {name: value for name, value in inputs.items() if name != "ids"}
+            if options.objective == "orpo":
+                mode = "train" if self.model.training else "eval"
+                loss, figures = odds_ratio_loss(model, batch, options.beta)
+                for name, value in figures.items():
+                    self._metrics[mode][name].append(value)
+            else:
+                loss = super().compute_loss(model, batch)
+            if self.model.training and not bool(loss.isfinite()):
+                raise bad_loss(self.state.global_step + 1, inputs["ids"])
+            return loss
+
+        def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+            for metrics in self._metrics.values():
+                for name in [name for name in metrics if name not in FIGURES]:
+                    del metrics[name]  # of some, the head on a CPU computes nothing
+            super().log(logs, start_time)
+
+        def measure(self, model: nn.Module, rows: Dataset, order: Sequence[int], size: int) -> dict[str, float]:
+            """Loss and figures over pairs, each pair counting the same.
+
+            Args:
+                model: In evaluation mode.
+                rows: The pairs.
+                order: Their indices.
+                size: Pairs a forward pass.
+            """
+            totals: dict[str, float] = {}
+            for batch_rows in _batches(rows, order, max(size, 2) if options.objective == "kto" else size):
+                batch = self.data_collator(batch_rows)
+                loss, *_ = self.prediction_step(model, batch, prediction_loss_only=True)
+                found = {name: sum(values) / len(values) for name, values in self._metrics["eval"].items()}
+                self._metrics["eval"].clear()
+                if options.objective == "kto":
+                    found["rewards/accuracies"] = self._ranked_right(model, batch)
+                for name, value in {"loss": float(loss), **found}.items():
+                    if name == "loss" or name in FIGURES:
+                        totals[f"eval_{name}"] = totals.get(f"eval_{name}", 0.0) + value * len(batch_rows)
+            return {name: total / len(order) for name, total in totals.items()}
+
+        def _ranked_right(self, model: nn.Module, batch: Batch) -> float:
+            inputs = self._prepare_inputs(batch)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                policy = answer_logps(model, inputs).sum(1)
+                with self.accelerator.unwrap_model(self.model).disable_adapter():
+                    reference = answer_logps(model, inputs).sum(1)
+            chosen, rejected = (policy - reference).chunk(2)
+            return float((chosen > rejected).float().mean())
+
+    return PreferenceTrainer
+
+
+def _batches(rows: Dataset, order: Sequence[int], size: int) -> list[list[dict[str, Any]]]:
+    starts = list(range(0, len(order), size))
+    if len(starts) > 1 and len(order) - starts[-1] == 1:
+        starts.pop()  # a lone pair goes with those before it: kto compares answers of different prompts
+    ends = [*starts[1:], len(order)]
+    return [[rows[index] for index in order[start:end]] for start, end in zip(starts, ends, strict=True)]
+
+
+def answer_logps(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Log-probability of each token of the answers.
+
+    Args:
+        model: With TRL's head, which scores the labelled positions alone.
+        batch: ``input_ids``, ``attention_mask``, ``completion_mask``, each of shape [answers, width].
+
+    Returns:
+        Shape [answers, width - 1], zero where there is no answer.
+    """
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED)
+    output = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels, fused_lm_head=True
+    )
+    log_probs: torch.Tensor = output.log_probs
+    return log_probs
+
+
+def odds_ratio_loss(model: nn.Module, batch: Batch, weight: float) -> tuple[torch.Tensor, dict[str, float]]:
+    """ORPO (arXiv 2403.07691, equations 1 and 6): the chosen answer's loss, and the odds of chosen against rejected.
+
+    Args:
+        model: With TRL's head.
+        batch: Chosen answers in the first half of the rows, rejected ones in the second.
+        weight: Of the odds ratio, the paper's lambda.
+
+    Returns:
+        The loss, a mean over pairs in which each answer counts by the mean of its tokens; and figures to log.
+    """
+    import torch
+
+    logps = answer_logps(model, batch).float()
+    means = logps.sum(1) / batch["completion_mask"][:, 1:].sum(1)
+    chosen, rejected = means.chunk(2)
+    # log odds(p) = log p - log(1 - p); a mean over tokens is below zero, but rounds to it for a sure answer.
+    odds = [mean - torch.log(-torch.expm1(mean.clamp(max=-1e-6))) for mean in (chosen, rejected)]
+    ratio = torch.nn.functional.logsigmoid(odds[0] - odds[1])
+    loss = (-chosen - weight * ratio).mean()
+    with torch.no_grad():
+        figures = {
+            "rewards/chosen": weight * chosen.mean(),
+            "rewards/rejected": weight * rejected.mean(),
+            "rewards/margins": weight * (chosen - rejected).mean(),
+            "rewards/accuracies": (chosen > rejected).float().mean(),
+            "logps/chosen": chosen.mean(),
+            "logps/rejected": rejected.mean(),
+        }
+    return loss, {name: float(value) for name, value in figures.items()}
+
+
+class PairCollator:
+    """Rows of pairs to one batch, chosen answers in the first half of its rows and rejected ones in the second.
+
+    Args:
+        pad_token_id: Id that fills the shorter rows, on the right.
+        multiple: The width is rounded up to a multiple of this.
+        single: Label each answer and add, for KTO's estimate of the divergence, each prompt with an answer that was
+            given to another one.
+    """
+
+    def __init__(self, pad_token_id: int, *, multiple: int = 1, single: bool = False) -> None:
+        self.pad_token_id, self.multiple, self.single = pad_token_id, multiple, single
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
+        """``input_ids``, ``attention_mask``, ``completion_mask``, shape [2 * pairs, width], and the pairs' ``ids``.
+
+        Raises:
+            DataError: A row in which nothing or everything is trained.
+        """
+        from trl.trainer.dpo_trainer import DataCollatorForPreference
+        from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
+
+        ids = [str(row["id"]) for row in rows]
+        pairs = [_split(row) for row in rows]
+        if not self.single:
+            collate = DataCollatorForPreference(self.pad_token_id, pad_to_multiple_of=self.multiple)
+            return {**collate(pairs), "ids": ids}
+        answers = [
+            {"prompt_ids": pair["prompt_ids"], "completion_ids": pair[f"{side}_ids"], "label": side == "chosen"}
+            for side in ("chosen", "rejected")
+            for pair in pairs
+        ]
+        said = [each["completion_ids"] for each in answers]
+        others = [said[-1], *said[:-1]]
+        answers = [{**each, "KL_completion_ids": other} for each, other in zip(answers, others, strict=True)]
+        collate = DataCollatorForUnpairedPreference(self.pad_token_id, pad_to_multiple_of=self.multiple)
+        return {**collate(answers), "ids": ids}
+
+
+def _split(row: Mapping[str, Any]) -> dict[str, list[int]]:
+    mask, tokens = row["completion_mask"], row["input_ids"]
+    check_mask(str(row["id"]), tokens, mask)
+    start = mask.index(1)
+    return {"prompt_ids": tokens[:start], "chosen_ids": tokens[start:], "rejected_ids": row["rejected_ids"]}
