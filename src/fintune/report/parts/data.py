@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
+from fintune.report.parts import sources
 from fintune.report.plots import length_plot, share_plot
 
 Row = tuple[str, str, str]
+Told = Callable[[Mapping[str, Any]], str]
 
 
 def context(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -20,15 +23,7 @@ def context(report: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     train, evaluated = report["train"], report["eval"]
     prompts = [split["prompt_tokens"] for split in (train, evaluated)]
-    shared = report["num_shared_pages"]
-    words = (
-        f"{shared:,} evaluation questions ask about a page that is also trained on."
-        if shared
-        else "No page of the evaluation is trained on."
-    )
-    return {
-        "words": words,
-        "rows": _rows(train, evaluated),
+    shown = {
         "limit": f"{report['max_length']:,}",
         "lengths": length_plot(
             "length-plot",
@@ -36,6 +31,24 @@ def context(report: Mapping[str, Any]) -> dict[str, Any]:
             [prompt["histogram"] for prompt in prompts],
             limit=report["max_length"],
         ),
+    }
+    if report.get("kind") == "chat":
+        return shown | {
+            "words": sources.words(report),
+            "restricted": sources.restricted(report),
+            "sources": sources.table(report),
+            "rows": _conversation_rows(train, evaluated),
+            "problems": sources.problems(report),
+        }
+    shared = report["num_shared_pages"]
+    words = (
+        f"{shared:,} evaluation questions ask about a page that is also trained on."
+        if shared
+        else "No page of the evaluation is trained on."
+    )
+    return shown | {
+        "words": words,
+        "rows": _rows(train, evaluated),
         "steps": _shares("steps", train["steps"], report["finqa_test_steps"], "% of programs"),
         "operations": _shares("operations", train["operations"], report["finqa_test_operations"], "% of steps"),
         "problems": [*train["problems"], *evaluated["problems"]],
@@ -47,20 +60,45 @@ def _shares(what: str, ours: Mapping[str, float], finqa: Mapping[str, float], ax
     return share_plot(f"{what}-plot", f"Distribution of {what}: {words}", ours, finqa, axis)
 
 
-def _rows(train: Mapping[str, Any], evaluated: Mapping[str, Any]) -> list[Row]:
-    def row(name: str, value: Callable[[Mapping[str, Any]], str]) -> Row:
-        return name, value(train), value(evaluated)
+def _row(train: Mapping[str, Any], evaluated: Mapping[str, Any], name: str, value: Told) -> Row:
+    return name, value(train), value(evaluated)
 
-    reasons = dict.fromkeys([*train["dropped"], *evaluated["dropped"]])
-    rows = [
+
+def _rows(train: Mapping[str, Any], evaluated: Mapping[str, Any]) -> list[Row]:
+    row = partial(_row, train, evaluated)
+    return [
         row("records read", lambda split: f"{split['num_read']:,}"),
         row("drawn", lambda split: f"{split['num_sampled']:,}"),
-        *((f"dropped: {name}", _count(train, name), _count(evaluated, name)) for name in reasons),
+        *_dropped(train, evaluated),
         row("examples", lambda split: f"{split['num_examples']:,}"),
         row("pages cut to fit", lambda split: f"{split['num_cut_examples']:,}"),
         row("sentences and rows cut", lambda split: _of(split["num_cut_units"], split["num_units"])),
         row("gold evidence kept", lambda split: _of(split["evidence"]["num_kept"], split["evidence"]["num_units"])),
+        *_lengths(train, evaluated),
     ]
+
+
+def _conversation_rows(train: Mapping[str, Any], evaluated: Mapping[str, Any]) -> list[Row]:
+    row = partial(_row, train, evaluated)
+    return [
+        row("conversations", lambda split: f"{split['num_read']:,}"),
+        *_dropped(train, evaluated),
+        row("examples", lambda split: f"{split['num_examples']:,}"),
+        row("rows of tokens", lambda split: f"{split['num_rows']:,}"),
+        row("conversations cut to fit", lambda split: f"{split['num_cut_examples']:,}"),
+        row("turns cut", lambda split: _of(split["num_cut_units"], split["num_units"])),
+        row("tokens of one pass", lambda split: f"{split['num_row_tokens']:,}"),
+        *_lengths(train, evaluated),
+    ]
+
+
+def _dropped(train: Mapping[str, Any], evaluated: Mapping[str, Any]) -> list[Row]:
+    reasons = dict.fromkeys([*train["dropped"], *evaluated["dropped"]])
+    return [(f"dropped: {name}", _count(train, name), _count(evaluated, name)) for name in reasons]
+
+
+def _lengths(train: Mapping[str, Any], evaluated: Mapping[str, Any]) -> list[Row]:
+    rows = []
     figures = (("median", "p50"), ("95 % within", "p95"), ("longest", "max"))
     for what in ("prompt", "completion"):
         a, b = train[f"{what}_tokens"], evaluated[f"{what}_tokens"]
