@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from rich.console import Console
 from fintune.config import load
 from fintune.models import load_tokenizer, resolve
 from fintune.options import Config
-from fintune.stages.inspect import TRAINED_SPECIAL_STYLE, Shown, inspect, render
+from fintune.stages.inspect import TRAINED_SPECIAL_STYLE, inspect, render, shown
 from fintune.stages.prepare import prepare
+from report.outline import outline
 
 
 def record(record_id: str, **qa: Any) -> dict[str, Any]:
@@ -36,6 +38,24 @@ def config(tmp_path: Path, tiny_model: Path) -> Config:
     ).config
 
 
+@pytest.fixture
+def chat(tmp_path: Path, tiny_model: Path) -> Config:
+    def turns(number: int, **user: Any) -> dict[str, Any]:
+        question = {"role": "user", "content": f"what is cash {number} <b>?", **user}
+        return {"messages": [question, {"role": "assistant", "content": f"cash is {number} </pre><script>x()"}]}
+
+    rows = [*(turns(number) for number in range(30)), turns(31, role="usr"), turns(3), turns(32, content="")]
+    (tmp_path / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    source = f"data.sources=[{{path: {tmp_path / 'sft.jsonl'}, licence: CC-BY-NC-4.0}}]"
+    options = ["data.source=chat", source, "data.eval_share=0.2", "data.duplicates=exact", f"model.name={tiny_model}"]
+    return load(None, [*options, f"run.dir={tmp_path}", "run.name=c"]).config
+
+
+def page(config: Config, folder: Path, num_examples: int = 2) -> str:
+    inspect(config, Console(file=io.StringIO()), num_examples=num_examples, html=folder / "new" / "page.html")
+    return (folder / "new" / "page.html").read_text(encoding="utf-8")
+
+
 def printed(config: Config, *, color: bool = False, num_examples: int = 1) -> str:
     out = io.StringIO()
     console = Console(file=out, width=120, force_terminal=color, color_system="truecolor" if color else None)
@@ -46,7 +66,7 @@ def printed(config: Config, *, color: bool = False, num_examples: int = 1) -> st
 def test_before_a_run_it_prepares_in_memory_and_writes_nothing(config: Config, tmp_path: Path) -> None:
     text = printed(config)
     assert "not prepared yet" in text
-    assert "dropped: no program" in text
+    assert re.search(r"no program +train +1", text)
     assert "row 3, id A/3.pdf-1" in text
     assert "FinQA test" in text
     assert "46.3%" in text  # divide in FinQA's test set
@@ -90,6 +110,47 @@ def test_a_prepared_folder_is_read_only_where_the_options_are_the_same(config: C
 def test_characters_spread_over_several_tokens_are_shown_whole(tiny_model: Path) -> None:
     tokenizer = load_tokenizer(resolve(str(tiny_model)))
     ids = tokenizer("é€<|im_end|>", add_special_tokens=False)["input_ids"]
-    text = render(tokenizer, Shown("A", ids, [1] * len(ids)))
+    text = render(shown(tokenizer, "A", ids, [1] * len(ids)))
     assert text.plain == "é€<|im_end|>"
     assert text.spans[-1].style == TRAINED_SPECIAL_STYLE
+
+
+def test_the_page_shows_the_trained_tokens_and_nothing_else_as_trained(config: Config, tmp_path: Path) -> None:
+    html = page(config, tmp_path)
+    assert html.count('<span class="t">subtract(12, 10)</span><span class="t s">&lt;|im_end|&gt;</span>') == 2
+    assert html.count('class="t">') == 3  # two examples and the legend
+    assert '<span class="s">&lt;|im_start|&gt;</span>assistant' in html
+    parsed = outline(html)
+    for words in ("Counts", "Dropped rows", "Token lengths", "Programs", "Examples"):
+        assert words in parsed.text, words
+    assert "A/3.pdf-1" in parsed.text
+    assert "no program" in parsed.text
+    assert 'id="prompt-plot-wide-' in html
+    assert 'id="completion-plot-narrow-' in html
+
+
+def test_the_page_of_conversations_names_sources_drops_and_licences_and_escapes_all(
+    chat: Config, tmp_path: Path
+) -> None:
+    html = page(chat, tmp_path)
+    parsed = outline(html)  # its elements would not close if a conversation could open one
+    assert not any(tag == "script" for tag, _ in parsed.tags)
+    assert "cash is" in parsed.text
+    assert "&lt;/pre&gt;&lt;script&gt;x()" in html
+    for told in ("bad role", "exact duplicate", "no content", "Not for commercial use", "31 messages", "CC-BY-NC-4.0"):
+        assert told in parsed.text, told
+    assert "Programs" not in parsed.text
+    assert "evidence" not in parsed.text
+
+
+def test_the_terminal_tells_the_sources_of_conversations_and_each_broken_row_once(chat: Config) -> None:
+    text = " ".join(printed(chat).split())
+    assert re.search(r"bad role \S+sft\.jsonl 1 ", text)
+    assert "not for commercial use" in text
+    assert text.count("'usr' is no role") == 1
+    assert "conversations cut to fit" in text
+    assert "evidence" not in text
+
+
+def test_without_examples_the_page_has_no_place_for_them(config: Config, tmp_path: Path) -> None:
+    assert "trained special token" not in page(config, tmp_path, num_examples=0)

@@ -168,22 +168,29 @@ def share_plot(name: str, title: str, ours: Mapping[str, float], other: Mapping[
 
 
 def length_plot(
-    name: str, title: str, histograms: Sequence[Sequence[tuple[int, int, int]]], limit: int | None = None
+    name: str,
+    title: str,
+    histograms: Sequence[Sequence[tuple[int, int, int]]],
+    limit: int | None = None,
+    axis: str = "tokens of the prompt",
 ) -> str:
-    """Histograms of lengths in tokens, each as the share of its examples per 100 tokens.
+    """Histograms of lengths in tokens, each as the share of its examples per 1, 10, 100 ... tokens.
 
     Args:
         name: Unique on the page.
         title: For a screen reader.
         histograms: Lists of (from, up to but without, count), without gaps; coloured ``--s1``, ``--s4``.
         limit: A length that none may pass, drawn as a line.
+        axis: What is counted.
     """
+    narrowest = min(end - start for bins in histograms for start, end, _ in bins)
+    unit = 10 ** round(math.log10(narrowest))
 
     def draw(figure: Figure, wide: bool) -> None:
         axes = figure.add_subplot()
         for bins, colour in zip(histograms, (_SERIES[1], _SERIES[4]), strict=False):
             total = sum(count for _, _, count in bins) or 1
-            heights = [100 * count / total * 100 / (end - start) for start, end, count in bins]
+            heights = [100 * count / total * unit / (end - start) for start, end, count in bins]
             edges = [bins[0][0], *(end for _, end, _ in bins)]
             axes.stairs(heights, edges, color=colour, fill=True, alpha=0.18)
             axes.stairs(heights, edges, color=colour, linewidth=1.8)
@@ -191,8 +198,8 @@ def length_plot(
             axes.axvline(limit, color=_MUTED, linewidth=1.2, linestyle="--")
         axes.set_ylim(bottom=0)
         axes.set_xlim(left=0)
-        axes.set_xlabel("tokens of the prompt")
-        axes.set_ylabel("% of examples\nper 100 tokens")
+        axes.set_xlabel(axis)
+        axes.set_ylabel(f"% of examples\nper {unit:,} tokens" if unit > 1 else "% of examples\nper token")
         axes.locator_params(axis="x", nbins=8 if wide else 5)
         axes.locator_params(axis="y", nbins=5)
         _plain(axes, grid="y")

@@ -6,8 +6,7 @@ sees them: trained tokens in colour, or between brackets where there is no colou
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,9 +16,20 @@ from rich.table import Table
 from rich.text import Text
 
 from fintune import models, preparation, prepared
-from fintune.artifact import MANIFEST
+from fintune.artifact import MANIFEST, write_atomically
 from fintune.options import Config
-from fintune.prepared import Lengths, PrepareReport, SplitReport
+from fintune.prepared import Lengths, PrepareReport
+from fintune.report.inspect_page import (
+    InspectPage,
+    Piece,
+    Shown,
+    counts,
+    dropped,
+    problems,
+    render_inspect,
+    restricted,
+    sources,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,31 +42,21 @@ PROMPT_STYLE, SPECIAL_STYLE = "dim", "dim reverse"
 TRAINED_STYLE, TRAINED_SPECIAL_STYLE = "green", "bold green reverse"
 OPEN, CLOSE = "⟦", "⟧"
 
-
-@dataclass(frozen=True)
-class Shown:
-    """One tokenised example.
-
-    Attributes:
-        input_ids: Prompt, completion, end-of-turn token.
-        completion_mask: 1 where the token is trained.
-    """
-
-    id: str
-    input_ids: Sequence[int]
-    completion_mask: Sequence[int]
+Row = tuple[str, list[int], list[int]]
+"""Id, token ids, and 1 where a token is trained."""
 
 
-def inspect(config: Config, console: Console, *, num_examples: int = 3) -> None:
-    """Print it.
+def inspect(config: Config, console: Console, *, num_examples: int = 3, html: Path | None = None) -> None:
+    """Print it, and write it as a page where one is asked for.
 
     A run's ``prepare`` folder is read where it was made with these options; else the data is prepared in memory, at
-    most :data:`SAMPLE` records a split, and nothing is written.
+    most :data:`SAMPLE` records a split, and nothing of it is written.
 
     Args:
         config: The run.
         console: Where to print.
         num_examples: Training examples to render.
+        html: Gets the page.
 
     Raises:
         DataError: The data cannot be used.
@@ -65,77 +65,107 @@ def inspect(config: Config, console: Console, *, num_examples: int = 3) -> None:
     reference = models.resolve(config.model.name, revision=config.model.revision)
     tokenizer = models.load_tokenizer(reference, trust_remote_code=config.model.trust_remote_code)
     folder = config.folder / "prepare"
-    report, examples, origin = _stored(config, folder, num_examples) or _fresh(config, tokenizer, num_examples)
+    report, rows, origin = _stored(config, folder, num_examples) or _fresh(config, tokenizer, num_examples)
+    examples = [shown(tokenizer, *row) for row in rows]
+    page = InspectPage(
+        config.run.name, origin, config.model.name, config.data.source, report.model_dump(mode="json"), examples
+    )
+    if html is not None:
+        html.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(html, render_inspect(page))
+    _print(page, report, console)
+    if html is not None:
+        console.print(Text(f"The page: {html}"), soft_wrap=True)
+
+
+def _print(page: InspectPage, report: PrepareReport, console: Console) -> None:
     coloured = console.color_system is not None
-    console.print(Text(origin, style="bold"))
-    console.print(_counts(report))
-    for note in report.notes():
-        console.print(Text(f"  {note}"))
-    for problem in report.unused_rows:
+    console.print(Text(page.origin, style="bold"))
+    console.print(_table(("", "train", "eval"), counts(page.report), numbers=(1, 2)))
+    if found := sources(page.report):
+        head = ("source", "rows", "usable rows by shape", "to train on", "held out", "licence")
+        console.print("", _table(head, found, numbers=(1, 3, 4)), sep="\n")
+    if each := restricted(page.report):
+        console.print(Text.assemble(("  not for commercial use ", "yellow"), ", ".join(each)))
+    if gone := dropped(page.report):
+        console.print("", _table(("dropped", "where", "rows"), gone, numbers=(2,)), sep="\n")
+    for problem in problems(page.report):
         console.print(Text.assemble(("  not used ", "red"), problem))
-    for name, split in (("train", report.train), ("eval", report.eval)):
-        for problem in split.problems:
-            console.print(Text.assemble((f"  {name} ", "red"), problem))
-    _histogram(console, "train: tokens of a prompt", report.train.prompt_tokens)
-    _histogram(console, "eval: tokens of a prompt", report.eval.prompt_tokens)
+    if report.num_shared_pages:
+        console.print(Text(f"  {report.num_shared_pages} eval examples ask about a page that is also trained on"))
+    limit = f"at most {report.max_length} with the completion"
+    _histogram(console, "train: tokens of a prompt", report.train.prompt_tokens, limit)
+    _histogram(console, "eval: tokens of a prompt", report.eval.prompt_tokens, limit)
     _histogram(console, "train: tokens of a completion, end of turn included", report.train.completion_tokens)
     if report.kind == "program":
         console.print(_shares(report))
-    for shown in examples:
-        title = Text(f"{shown.id}: {len(shown.input_ids)} tokens, {sum(shown.completion_mask)} trained")
-        text = render(tokenizer, shown, brackets=not coloured)
-        console.print(Panel(text, title=title, title_align="left"))
-    if examples:
+    for example in page.examples:
+        title = Text(f"{example.id}: {example.num_tokens} tokens, {example.num_trained} trained")
+        console.print(Panel(render(example, brackets=not coloured), title=title, title_align="left"))
+    if page.examples:
         console.print(_legend() if coloured else Text(f"{OPEN}trained{CLOSE}"))
 
 
-def _stored(config: Config, folder: Path, number: int) -> tuple[PrepareReport, list[Shown], str] | None:
+def _stored(config: Config, folder: Path, number: int) -> tuple[PrepareReport, list[Row], str] | None:
     if not (folder / MANIFEST).is_file():
         return None
     report = prepared.read_report(folder)
     if report.options != prepared.options_of(config):
         return None
-    rows = [Shown(*row) for row in prepared.read_tokens(folder, "train", number)]
-    return report, rows, f"{folder}, all examples"
+    return report, prepared.read_tokens(folder, "train", number), f"{folder}, all examples"
 
 
-def _fresh(config: Config, tokenizer: PreTrainedTokenizerBase, number: int) -> tuple[PrepareReport, list[Shown], str]:
+def _fresh(config: Config, tokenizer: PreTrainedTokenizerBase, number: int) -> tuple[PrepareReport, list[Row], str]:
     made = preparation.make(config, tokenizer, limit=SAMPLE)
-    shown = [Shown(row.id, row.input_ids, row.completion_mask) for row in made.rows["train"][:number]]
-    return made.report, shown, f"not prepared yet with these options: read anew, at most {SAMPLE} examples a split"
+    rows = [(row.id, row.input_ids, row.completion_mask) for row in made.rows["train"][:number]]
+    return made.report, rows, f"not prepared yet with these options: read anew, at most {SAMPLE} examples a split"
 
 
-def render(tokenizer: PreTrainedTokenizerBase, shown: Shown, *, brackets: bool = False) -> Text:
-    """An example as text: the prompt dim, what is trained green, special tokens reversed.
+def shown(tokenizer: PreTrainedTokenizerBase, id_: str, input_ids: list[int], completion_mask: list[int]) -> Shown:
+    """An example in pieces of equal fate; a special token is one by itself.
 
     Args:
         tokenizer: The model's.
-        shown: The example.
-        brackets: Put what is trained between brackets, for where styles do not show.
+        id_: Its id.
+        input_ids: Prompt, completion, end-of-turn token.
+        completion_mask: 1 where the token is trained.
     """
-    special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
-    text = Text()
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    pieces: list[Piece] = []
     run: list[int] = []
-    style, was_trained = "", 0
+    before = (False, False)
 
     def flush() -> None:
         # Whole runs, since a character may be spread over several tokens.
         if run:
-            text.append(str(tokenizer.decode(run, clean_up_tokenization_spaces=False)), style)
+            text = str(tokenizer.decode(run, clean_up_tokenization_spaces=False))
+            pieces.append(Piece(text, trained=before[0], special=before[1]))
         run.clear()
 
-    for id_, trained in zip(shown.input_ids, shown.completion_mask, strict=True):
-        plain, marked = (TRAINED_STYLE, TRAINED_SPECIAL_STYLE) if trained else (PROMPT_STYLE, SPECIAL_STYLE)
-        here = marked if id_ in special else plain
-        if here != style or id_ in special:
+    for number, trained in zip(input_ids, completion_mask, strict=True):
+        fate = (bool(trained), number in special)
+        if fate != before or fate[1]:
             flush()
-            style = here
-        if brackets and trained != was_trained:
-            flush()
-            text.append(OPEN if trained else CLOSE)
-        was_trained = trained
-        run.append(id_)
+            before = fate
+        run.append(number)
     flush()
+    return Shown(id_, len(input_ids), sum(completion_mask), pieces)
+
+
+def render(example: Shown, *, brackets: bool = False) -> Text:
+    """An example as text: the prompt dim, what is trained green, special tokens reversed.
+
+    Args:
+        example: The example.
+        brackets: Put what is trained between brackets, for where styles do not show.
+    """
+    text, was_trained = Text(), False
+    for piece in example.pieces:
+        if brackets and piece.trained != was_trained:
+            text.append(OPEN if piece.trained else CLOSE)
+        was_trained = piece.trained
+        plain, marked = (TRAINED_STYLE, TRAINED_SPECIAL_STYLE) if piece.trained else (PROMPT_STYLE, SPECIAL_STYLE)
+        text.append(piece.text, marked if piece.special else plain)
     if brackets and was_trained:
         text.append(CLOSE)
     return text
@@ -153,35 +183,18 @@ def _legend() -> Text:
     )
 
 
-def _counts(report: PrepareReport) -> Table:
-    table = Table("", "train", "eval", box=None, pad_edge=False)
-    pair = (report.train, report.eval)
-
-    def row(name: str, *cells: str) -> None:
-        table.add_row(name, *cells)
-
-    row("records read", *(f"{split.num_read}" for split in pair))
-    row("drawn", *(f"{split.num_sampled}" for split in pair))
-    row("examples", *(f"{split.num_examples}" for split in pair))
-    for reason in dict.fromkeys([*report.train.dropped, *report.eval.dropped]):
-        row(f"dropped: {reason}", *(f"{split.dropped.get(reason, 0)}" for split in pair))
-    row("pages cut", *(f"{split.num_cut_examples}" for split in pair))
-    row("sentences and rows cut", *(f"{split.num_cut_units} of {split.num_units}" for split in pair))
-    row("evidence kept", *(_evidence(split) for split in pair))
-    row("tokens, prompts", *(f"{split.prompt_tokens.total}" for split in pair))
-    row("tokens, completions", *(f"{split.completion_tokens.total}" for split in pair))
-    for column in table.columns[1:]:
-        column.justify = "right"
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for place, name in enumerate(head):
+        table.add_column(Text(name), justify="right" if place in numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
     return table
 
 
-def _evidence(split: SplitReport) -> str:
-    found = split.evidence
-    return f"{found.num_kept} of {found.num_units}" if found.num_units else "not known"
-
-
-def _histogram(console: Console, title: str, found: Lengths) -> None:
+def _histogram(console: Console, title: str, found: Lengths, limit: str = "") -> None:
     figures = f"mean {found.mean:g}, median {found.p50}, 95th percentile {found.p95}, longest {found.max}"
+    figures += f", {limit}" if limit else ""
     console.print(Text.assemble("\n", (title, "bold"), f" ({figures})"))
     table = Table("from", "to", "", "", box=None, pad_edge=False)
     most = max(number for _, _, number in found.histogram)
