@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from engines import fake_vllm
@@ -143,3 +145,17 @@ def test_the_stand_in_refuses_what_vllm_does_not_know():
         fake_vllm.SamplingParams(guided_grammar="x")
     with pytest.raises(ValueError, match="one kind"):
         fake_vllm.StructuredOutputsParams()
+
+
+def test_a_token_that_the_grammar_leaves_no_choice_about_can_be_written_and_read(
+    vllm, tiny_model, tokenizer, monkeypatch
+):
+    def forced(self, prompts, sampling_params, **_):
+        steps = [{5: fake_vllm.Logprob(0.0), 6: fake_vllm.Logprob(float("-inf"))}]
+        done = fake_vllm.CompletionOutput(0, "x", [5], 0.0, steps, "stop")
+        return [fake_vllm.RequestOutput("0", None, prompt["prompt_token_ids"], [done]) for prompt in prompts]
+
+    monkeypatch.setattr(fake_vllm.LLM, "generate", forced)
+    (found,) = VllmEngine(tiny_model, tokenizer).generate(PROMPTS[:1], Decoding(1))
+    assert found.margins[0] > 100
+    assert json.loads(json.dumps(found.margins, allow_nan=False)) == list(found.margins)

@@ -4,7 +4,11 @@ Written against vLLM's documented offline interface of 0.11 and later: ``LLM``, 
 ``StructuredOutputsParams``, ``LoRARequest``, token-id prompts, ``RequestOutput``. **It was not run**: vLLM cannot be
 installed on the machines that this package is developed on. The tests run it against a stand-in which has exactly the
 documented names, arguments and limits. So known from the documentation alone are: that weights load and fit the memory,
-speed, that llguidance as vLLM's backend takes the Lark form of the grammar, and that seeds repeat draws.
+speed, that llguidance as vLLM's backend takes the Lark form of the grammar (the function that it calls,
+``llguidance.grammar_from``, does), and that seeds repeat draws.
+
+Under a grammar vLLM masks the logits before it reads log-probabilities, so that margins, log-probabilities and with
+them the confidence of a single completion are then those among the allowed tokens, unlike in the other engines.
 
 What vLLM cannot do is refused before it loads anything: DoRA, ranks above 512, trained layers besides the adapter.
 """
@@ -32,6 +36,8 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 _WINDOW = 512
 """Prompts given to vLLM at once: it returns them together, and an interrupted run keeps what was returned."""
+_SHUT_OUT_NATS = 104.0
+"""Margin where the grammar allows a single token: that of a probability of 0 in 32 bits, which JSON can write."""
 
 
 class VllmEngine:
@@ -212,7 +218,7 @@ def _completion(output: Any, seconds: float) -> Completion:
 def _margin(step: Mapping[int, Any]) -> float:
     # The two best, and the token that was taken where it is neither of them.
     best = sorted((float(each.logprob) for each in step.values()), reverse=True)[:2]
-    return best[0] - best[1] if len(best) == 2 else 0.0
+    return min(best[0] - best[1], _SHUT_OUT_NATS) if len(best) == 2 else 0.0
 
 
 def _seed(seed: int, row: Sequence[int], number: int) -> int:
