@@ -1,0 +1,259 @@
+r"""How long predicting takes: the batched engine against a loop that asks one question after another.
+
+    python bench/predict_speed.py --finqa ../shared/finqa --model runs/demo/merge --num 64 --out bench/results/X.json
+    python bench/predict_speed.py --finqa ../shared/finqa --random 3b --piece 883 --loop-num 64 --batch-size 96 \
+        --out bench/results/predict_speed_h100.json
+
+The loop is what a script without an engine does: transformers' own ``generate``, greedy, with one prompt at a time.
+Both ways have the same model in memory, the same precision and the same prompts: FinQA's dev questions, whole pages in
+a shuffled order, so that any number of them shares pages as all 883 do. ``--random`` builds a model of a true shape
+with random weights and a tokenizer of the questions' own text, so that nothing is fetched; it never ends a completion,
+so that both ways write ``--new-tokens`` for every question (the mean gold program has about 25).
+
+The questions are measured in pieces, both ways on each piece in turn, and which goes first alternates; --out is written
+after every piece, and the same command goes on from there. So the ratio holds on a busy machine, too, where processor
+seconds (of one thread: several wait for each other) say more than the wall time. With --loop-num the loop asks only so
+many questions of a piece, evenly spread, and its time is scaled up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import random
+import sys
+import time
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+SHAPES = {
+    "3b": {
+        "hidden_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 8192,
+        "vocab_size": 128256,
+    },
+    "tiny": {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+        "vocab_size": 8000,
+    },
+}
+MAX_LENGTH = 2048
+
+
+def main() -> None:
+    """Measure piece by piece, write and print."""
+    given = arguments()
+    result = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {"pieces": []}
+    asked = {
+        "model": given.model if given.random is None else f"random weights, the shape of {given.random}",
+        "num_questions": given.num,
+        "loop_questions_a_piece": given.loop_num,
+        "batch_size": given.batch_size,
+        "new_tokens": given.new_tokens,
+        "dtype": given.dtype,
+        "threads": given.threads,
+    }
+    if result["pieces"] and result["asked"] != asked:
+        raise SystemExit(f"{given.out} holds figures of {result['asked']}; remove it, or ask the same")
+    records = questions(given.finqa, given.num)
+    done = sum(piece["num_questions"] for piece in result["pieces"])
+    model, tokenizer = opened(given, records)
+    prompts = rendered(tokenizer, records)
+    started = time.monotonic()
+    for way in WAYS.values():
+        way(model, tokenizer, prompts[:2], given)  # what is set up once is nobody's time
+    while done < len(prompts) and (not result["pieces"] or time.monotonic() - started < 60 * given.minutes):
+        part = prompts[done : done + given.piece]
+        result["pieces"].append(measured(model, tokenizer, part, given, flip=len(result["pieces"]) % 2 == 1))
+        done += len(part)
+        result |= {"what": __doc__.splitlines()[0], "asked": asked, **totals(result["pieces"]), **surroundings()}
+        given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(json.dumps(result["pieces"][-1]), file=sys.stderr)
+    print(json.dumps({key: value for key, value in result.items() if key != "pieces"}, indent=1))
+
+
+def arguments() -> argparse.Namespace:
+    """What is asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--finqa", type=Path, required=True, help="folder of dev.json.gz")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--model", default="builtin:smollm2-135m", help="folder, hub id or built-in model")
+    which.add_argument("--random", choices=SHAPES, help="a model of this shape, made here")
+    parser.add_argument("--num", type=int, default=883, help="questions")
+    parser.add_argument("--piece", type=int, default=16, help="questions of a piece")
+    parser.add_argument("--loop-num", type=int, help="questions of a piece that the loop asks; all where empty")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no piece after so many")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--new-tokens", type=int, default=64, help="of a completion at most")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write, or to go on with")
+    return parser.parse_args()
+
+
+def questions(finqa: Path, num: int) -> list[Any]:
+    """Records of whole pages, in an order that is always the same."""
+    from fintune.records import FinQARecord
+
+    rows = json.loads(gzip.decompress((finqa / "dev.json.gz").read_bytes()))
+    pages = [list(page) for _, page in groupby(rows, key=lambda row: row["id"].rpartition("-")[0])]
+    random.Random(17).shuffle(pages)  # noqa: S311 - an order, no secret
+    return [FinQARecord.model_validate(row) for page in pages for row in page][:num]
+
+
+def rendered(tokenizer: Any, records: list[Any]) -> list[str]:
+    """The prompts of a run."""
+    from fintune import chat
+    from fintune.examples import Encoder
+    from fintune.options import PromptOptions
+
+    encoder = Encoder(tokenizer, system=PromptOptions().system, max_length=MAX_LENGTH)
+    return [chat.render(tokenizer, encoder.encode(record).example.messages) for record in records]
+
+
+def opened(given: argparse.Namespace, records: list[Any]) -> tuple[Any, Any]:
+    """Model and tokenizer."""
+    import torch
+
+    from fintune import models
+
+    torch.set_num_threads(given.threads)
+    if given.random is not None:
+        return made(given, records)
+    ref = models.fetch(models.resolve(given.model))
+    return models.load_model(ref, dtype=given.dtype).eval(), models.load_tokenizer(ref)
+
+
+def made(given: argparse.Namespace, records: list[Any]) -> tuple[Any, Any]:
+    """A random Llama on the first GPU, and a tokenizer of single digits trained on the pages."""
+    import torch
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+    from tokenizers import models as kinds
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    bpe = Tokenizer(kinds.BPE())
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=8000, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    texts = (" ".join((*each.pre_text, *each.post_text, each.qa.question)) for each in records)
+    bpe.train_from_iterator(texts, trainer)
+    turn = "'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n'"
+    template = "{% for m in messages %}{{ " + turn + " }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=special[1], eos_token=special[2], pad_token=special[0], chat_template=template
+    )
+    config = LlamaConfig(
+        **SHAPES[given.random],
+        max_position_embeddings=4 * MAX_LENGTH,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        eos_token_id=2,
+        bos_token_id=1,
+    )
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    with torch.device(device):
+        torch.manual_seed(17)
+        torch.set_default_dtype(getattr(torch, given.dtype))
+        model = LlamaForCausalLM(config)
+        torch.set_default_dtype(torch.float32)
+    return model.eval(), tokenizer
+
+
+def one_by_one(model: Any, tokenizer: Any, prompts: list[str], given: argparse.Namespace) -> list[tuple[int, ...]]:
+    """Transformers' generate, a prompt at a time."""
+    import torch
+
+    from fintune import chat
+
+    found = []
+    stop = list(chat.end_of_turn_ids(tokenizer))
+    for prompt in prompts:
+        inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
+        with torch.inference_mode():
+            out = model.generate(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                max_new_tokens=given.new_tokens,
+                do_sample=False,
+                eos_token_id=stop,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        found.append(tuple(out[0, inputs["input_ids"].shape[1] :].tolist()))
+    return found
+
+
+def batched(model: Any, tokenizer: Any, prompts: list[str], given: argparse.Namespace) -> list[tuple[int, ...]]:
+    """This package's engine."""
+    from fintune.engines.protocol import Decoding
+    from fintune.engines.transformers_engine import TransformersEngine
+
+    engine = TransformersEngine(model, tokenizer, given.batch_size)
+    return [each.token_ids for each in engine.generate(prompts, Decoding(given.new_tokens))]
+
+
+WAYS = {"loop": one_by_one, "engine": batched}
+
+
+def measured(
+    model: Any, tokenizer: Any, prompts: list[str], given: argparse.Namespace, *, flip: bool
+) -> dict[str, Any]:
+    """One piece, both ways."""
+    num_loop = min(given.loop_num or len(prompts), len(prompts))
+    places = [at * len(prompts) // num_loop for at in range(num_loop)]
+    piece: dict[str, Any] = {"num_questions": len(prompts), "num_loop_questions": num_loop}
+    tokens = {}
+    for name in sorted(WAYS, reverse=flip):
+        asked = [prompts[at] for at in places] if name == "loop" else prompts
+        wall, processor = time.perf_counter(), time.process_time()
+        tokens[name] = WAYS[name](model, tokenizer, asked, given)
+        scale = len(prompts) / len(asked)
+        piece[name] = {
+            "seconds": round((time.perf_counter() - wall) * scale, 3),
+            "processor_seconds": round((time.process_time() - processor) * scale, 3),
+            "num_tokens": sum(map(len, tokens[name])),
+        }
+    same = sum(tokens["engine"][at] == loop for at, loop in zip(places, tokens["loop"], strict=True))
+    return piece | {"num_same_completions": same, "num_prompt_tokens": sum(map(len, tokenizer(prompts)["input_ids"]))}
+
+
+def totals(pieces: list[dict[str, Any]]) -> dict[str, Any]:
+    """All pieces together."""
+    keys = ("num_questions", "num_loop_questions", "num_same_completions", "num_prompt_tokens")
+    found: dict[str, Any] = {f"total_{key}": sum(piece[key] for piece in pieces) for key in keys}
+    for unit in ("seconds", "processor_seconds"):
+        loop, engine = (sum(piece[name][unit] for piece in pieces) for name in ("loop", "engine"))
+        each = sorted(piece["loop"][unit] / piece["engine"][unit] for piece in pieces)
+        found[unit] = {
+            "loop": round(loop, 2),
+            "engine": round(engine, 2),
+            "ratio": round(loop / engine, 2),
+            "ratio_of_pieces": [round(each[0], 2), round(each[-1], 2)],
+        }
+    return found
+
+
+def surroundings() -> dict[str, Any]:
+    """What the figures hold for."""
+    from fintune import machine
+
+    return {"machine": machine.machine(), "versions": machine.versions(), "commit": machine.commit()}
+
+
+if __name__ == "__main__":
+    main()
