@@ -12,23 +12,24 @@ from fintune.errors import ConfigError
 
 @click.command()
 @config_arguments
-@click.option("--redo", is_flag=True, help="Even if it is up to date: the hub gets what it lacks.")
 @click.option("--dry-run", is_flag=True, help="Write the card, say what would be pushed with bytes, push nothing.")
-def publish(config: Path, overrides: tuple[str, ...], redo: bool, dry_run: bool) -> None:
+def publish(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     """What publish.what names to publish.repo_id on the Hugging Face hub, with a model card.
 
-    An interrupted push goes on: what is there with the same hash is not sent again.
+    What is there with the same hash is not sent again; so an interrupted push goes on, and a second one only looks.
     """
+    from fintune.artifact import MANIFEST
     from fintune.config import load
     from fintune.selection import Selection
 
-    options = load(config, overrides).config.publish
-    if not options.repo_id:
+    loaded = load(config, overrides).config
+    if not loaded.publish.repo_id:
         raise ConfigError("publish.repo_id is empty", hint="say where to push, as publish.repo_id=OWNER/NAME")
     if dry_run:
         _preview(config, overrides)
     else:
-        run_stages(config, overrides, Selection(only=("publish",), redo=("publish",) if redo else ()))
+        earlier = (loaded.folder / "publish" / MANIFEST).is_file()
+        run_stages(config, overrides, Selection(only=("publish",), redo=("publish",) if earlier else ()))
 
 
 def _preview(path: Path, overrides: tuple[str, ...]) -> None:

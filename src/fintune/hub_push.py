@@ -76,7 +76,7 @@ class Pushed:
     Attributes:
         commit: The hub's id of it.
         address: Its page.
-        sent: Files that went there.
+        sent: Files that it brought; of large ones the hub may have had the content already.
         kept: Files that were there already.
         removed: Files that were deleted there.
         num_sent_bytes: Sum over ``sent``.

@@ -165,17 +165,15 @@ def test_a_dry_run_writes_the_card_lists_the_bytes_and_asks_nobody(run, hub):
     assert not (run.demo / "publish").exists()
 
 
-def test_what_is_published_is_up_to_date_until_something_changes(run, hub):
+def test_a_second_push_only_looks_and_takes_back_what_is_no_longer_asked_for(run, hub):
     run.publish()
-    asked = hub.asked["POST /api/models/ann/demo/commit/main"]
-    again = run.publish()
-    assert "up to date" in again.err
-    assert hub.asked["POST /api/models/ann/demo/commit/main"] == asked
-    other = run.publish("publish.repo_id=ann/other")
-    assert other.status == 2
-    assert "publish.repo_id was" in other.err
-    redone = run.publish("--redo", ALL)
-    assert redone.status == 0, redone.err
+    commit = run.facts["commit"]
+    assert run.publish().status == 0
+    assert (run.facts["sent"], run.facts["commit"]) == ([], commit)
+    del hub.repositories["ann/demo"]
+    assert run.publish().status == 0
+    assert set(hub.files("ann/demo")) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert run.publish(ALL).status == 0
     assert run.facts["removed"] == ["adapter_config.json", "adapter_model.safetensors"]
     assert "adapter_config.json" not in hub.files("ann/demo")
 
@@ -271,3 +269,14 @@ def test_mistakes_are_one_line_each(run, hub):
         assert told in done.err
         assert done.err.count("\n") == 1
     assert not hub.asked
+
+
+def test_in_a_run_it_is_a_stage_like_the_others_up_to_date_or_refused_when_its_options_change(run, hub):
+    only = ["run", "--only", "publish", run.yaml, *overrides(run.folder, run.model)]
+    assert fintune(*only).status == 0
+    again = fintune(*only)
+    assert "up to date" in again.err
+    other = fintune(*only, "publish.repo_id=ann/other")
+    assert other.status == 2
+    assert 'publish.repo_id was "ann/demo" and is now "ann/other"' in other.err
+    assert set(hub.repositories) == {"ann/demo"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from fintune.options.base import Options, neutral
 
@@ -51,20 +51,20 @@ class PublishOptions(Options):
 
     @field_validator("repo_id", "base_model")
     @classmethod
-    def _is_a_name(cls, value: str | None) -> str | None:
+    def _is_a_name(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is None:
             return None
         parts = value.split("/")
         fits = len(parts) <= 2 and len(value) <= 96 and not any(pair in value for pair in ("--", ".."))
         if not (fits and all(_REPO.fullmatch(part) for part in parts)):
-            raise ValueError(f"{value!r} is no name on the hub; write OWNER/NAME")
+            raise ValueError(f"publish.{info.field_name}: {value!r} is no name on the hub; write OWNER/NAME")
         return value
 
     @field_validator("what")
     @classmethod
     def _named_once(cls, value: tuple[Published, ...]) -> tuple[Published, ...]:
         if len(set(value)) < len(value):
-            raise ValueError("names something twice; once is enough")
+            raise ValueError("publish.what names something twice; once is enough")
         return value
 
     @model_validator(mode="after")

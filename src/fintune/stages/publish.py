@@ -77,7 +77,7 @@ def publish(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
         "sent": list(done.sent),
         "removed": list(done.removed),
         "num_sent_bytes": done.num_sent_bytes,
-        "summary": f"{repo} at {done.commit[:8]}: {len(done.sent)} of {len(uploads)} files sent, "
+        "summary": f"{repo} at {done.commit[:8]}: {len(done.sent)} of {len(uploads)} files new, "
         f"{size(done.num_sent_bytes)}",
     }
 
