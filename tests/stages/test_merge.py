@@ -7,6 +7,7 @@ import pytest
 
 from fintune import models
 from fintune.errors import ArtifactError
+from fintune.gguf import layerwise
 from fintune.gguf.safetensor_reader import SafetensorFolder
 from fintune.options import AdapterOptions, Config
 from fintune.stages.merge import merge
@@ -108,3 +109,15 @@ def test_the_end_of_a_turn_and_the_padding_are_written_down(tiny_model, tmp_path
     settings = json.loads((tmp_path / "merge" / "generation_config.json").read_text())
     assert settings == {"temperature": 0.5, "do_sample": True, "eos_token_id": 2, "pad_token_id": 0}
     assert json.loads((tmp_path / "merge" / "tokenizer_config.json").read_text())["pad_token"] == "<|endoftext|>"
+
+
+def test_the_proof_of_an_unknown_family_loads_the_models_and_says_so(tiny_model, tmp_path, monkeypatch):
+    given = inputs(tmp_path, tiny_model)
+    by_layers = merge(config(tiny_model), given, tmp_path / "merge")
+    monkeypatch.delitem(layerwise.FAMILIES, "llama")
+    (tmp_path / "again").mkdir()
+    whole = merge(config(tiny_model), given, tmp_path / "again")
+    assert (by_layers["proof"], whole["proof"]) == ("layer by layer", "whole models in memory")
+    assert by_layers["max_logit"] == pytest.approx(whole["max_logit"], abs=1e-5)
+    assert by_layers["max_logit_difference"] == pytest.approx(whole["max_logit_difference"], abs=1e-5)
+    assert by_layers["same_best_token_share"] == whole["same_best_token_share"]

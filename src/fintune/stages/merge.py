@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fintune import chat, models
 from fintune.errors import ArtifactError
+from fintune.gguf import layerwise
 from fintune.gguf.dequantised import NormalFloat, merged_into
 from fintune.gguf.merge import MergeReport, merge_folders
 from fintune.gguf.merged_folder import settle_special_tokens
@@ -27,7 +28,7 @@ NUM_GOLDEN = 4
 
 
 def merge(config: Config, inputs: Mapping[str, Path], folder: Path) -> dict[str, Any]:
-    """Merge in float32 and save in ``merge.dtype``, row by row; then load the result and compare.
+    """Merge in float32 and save in ``merge.dtype``, row by row; then compare the result with what was trained.
 
     With ``merge.into: dequantised`` the adapter goes into the weights that training in 4 bits saw, else into the base's
     own, whatever it was trained on.
@@ -39,7 +40,8 @@ def merge(config: Config, inputs: Mapping[str, Path], folder: Path) -> dict[str,
 
     Returns:
         Type of the weights, number of moved tensors and share of numbers that moved, largest logit difference to base
-        + adapter in float32 over the golden prompts, the share of positions whose best token is the same.
+        + adapter in float32 over the golden prompts, the share of positions whose best token is the same, and whether
+        both were compared layer by layer or had to be loaded.
 
     Raises:
         ArtifactError: A weight that the adapter should change and does not.
@@ -67,24 +69,13 @@ def merge(config: Config, inputs: Mapping[str, Path], folder: Path) -> dict[str,
     settle_special_tokens(folder, tokenizer)
 
     golden = _golden_prompts(tokenizer, inputs["prepare"] / "eval.jsonl")
-    base = models.load_model(ref, dtype="float32", device="cpu", trust_remote_code=trust)
-    with quiet_libraries():
-        adapted = models.load_adapter(base, adapter)
-    expected = _logits(adapted, golden, "base + adapter")
-    del base, adapted
-    gc.collect()
-    again = models.load_model(models.resolve(str(folder)), dtype="float32", device="cpu", trust_remote_code=trust)
-    found = _logits(again, golden, "merged")
-    difference = max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True))
-    num_same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(expected, found, strict=True))
+    proof = _prove((ref.path, adapter), (folder, None), golden, trust_remote_code=trust)
     return {
         **_facts(report, seen),
-        "num_golden": len(golden),
-        "max_logit_difference": difference,
-        "same_best_token_share": num_same / sum(len(ids) for ids in golden),
-        "max_logit": max(float(a.abs().max()) for a in expected),
+        **proof,
         "summary": (
-            f"{report.dtype}, {report.num_moved} weights moved, logits within {difference:.2g} of base + adapter"
+            f"{report.dtype}, {report.num_moved} weights moved, "
+            f"logits within {proof['max_logit_difference']:.2g} of base + adapter"
         ),
     }
 
@@ -101,24 +92,64 @@ def _convert(config: Config, inputs: Mapping[str, Path], base: Path, trained: Pa
     tokenizer = models.load_tokenizer(models.resolve(str(folder)), trust_remote_code=trust)
     settle_special_tokens(folder, tokenizer)
     golden = _golden_prompts(tokenizer, inputs["prepare"] / "eval.jsonl")
-    agreement = []
-    for path, what in ((trained, "the trained model"), (folder, "the stored one")):
-        model = models.load_model(models.resolve(str(path)), dtype="float32", device="cpu", trust_remote_code=trust)
-        agreement.append(_logits(model, golden, what))
-        del model
-        gc.collect()
-    expected, found = agreement
-    difference = max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True))
-    num_same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(expected, found, strict=True))
+    proof = _prove((trained, None), (folder, None), golden, trust_remote_code=trust)
     return {
         "dtype": dtype,
         "num_moved": num_moved,
-        "num_golden": len(golden),
-        "max_logit_difference": difference,
-        "same_best_token_share": num_same / sum(len(ids) for ids in golden),
-        "max_logit": max(float(a.abs().max()) for a in expected),
-        "summary": f"{dtype}, {num_moved} weights moved, logits within {difference:.2g} of the trained ones",
+        **proof,
+        "summary": (
+            f"{dtype}, {num_moved} weights moved, logits within {proof['max_logit_difference']:.2g} of the trained ones"
+        ),
     }
+
+
+def _prove(
+    expected: tuple[Path, Path | None],
+    found: tuple[Path, Path | None],
+    golden: Sequence[Sequence[int]],
+    *,
+    trust_remote_code: bool,
+) -> dict[str, Any]:
+    """Both models on the golden prompts in float32: layer by layer, or whole where the family is not known."""
+    by_layers = all(layerwise.can_compare(*each) for each in (expected, found))
+    with quiet_libraries():
+        if by_layers:
+            with bar("proof, layer by layer", 1.0) as shown:
+                agreement = layerwise.compare(expected, found, golden, progress=shown.advance)
+        else:
+            agreement = _compare_whole(expected, found, golden, trust_remote_code=trust_remote_code)
+    return {
+        "num_golden": len(golden),
+        "max_logit_difference": agreement.max_difference,
+        "same_best_token_share": agreement.num_same / agreement.num_positions,
+        "max_logit": agreement.max_logit,
+        "proof": "layer by layer" if by_layers else "whole models in memory",
+    }
+
+
+def _compare_whole(
+    expected: tuple[Path, Path | None],
+    found: tuple[Path, Path | None],
+    golden: Sequence[Sequence[int]],
+    *,
+    trust_remote_code: bool,
+) -> layerwise.Agreement:
+    logits: list[list[torch.Tensor]] = []
+    for path, adapter in (expected, found):
+        ref = models.resolve(str(path))
+        model: Any = models.load_model(ref, dtype="float32", device="cpu", trust_remote_code=trust_remote_code)
+        if adapter is not None:
+            model = models.load_adapter(model, adapter)
+        logits.append(_logits(model, golden, path.name))
+        del model
+        gc.collect()
+    pairs = list(zip(*logits, strict=True))
+    return layerwise.Agreement(
+        max_difference=max(float((a - b).abs().max()) for a, b in pairs),
+        num_same=sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in pairs),
+        num_positions=sum(len(ids) for ids in golden),
+        max_logit=max(float(a.abs().max()) for a, _ in pairs),
+    )
 
 
 def _facts(report: MergeReport, seen: NormalFloat | None) -> dict[str, Any]:
@@ -150,12 +181,12 @@ def _golden_prompts(tokenizer: PreTrainedTokenizerBase, path: Path) -> list[list
     return [chat.encode_example(tokenizer, each.messages, each.completion).input_ids for each in examples]
 
 
-def _logits(model: Any, golden: Sequence[list[int]], what: str) -> list[torch.Tensor]:
+def _logits(model: Any, golden: Sequence[Sequence[int]], what: str) -> list[torch.Tensor]:
     """Logits of each golden prompt, one at a time; shapes [tokens, vocabulary]."""
     import torch
 
     with torch.inference_mode():
         return [
-            model(input_ids=torch.tensor([ids])).logits[0].clone()
+            model(input_ids=torch.tensor([list(ids)])).logits[0].clone()
             for ids in track(golden, f"logits of {what}", len(golden))
         ]
