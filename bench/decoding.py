@@ -1,12 +1,13 @@
 """What a grammar and several candidates do to accuracy and time, on the models of one finished run.
 
-    python bench/decoding.py --run runs/demo --num 20 --out bench/results/decoding.json
+    python bench/decoding.py --run runs/demo --num 20 --threads 1 --out bench/results/decoding.json
 
 Each way of decoding answers the same first evaluation questions of the run, with the merged folder (transformers), the
 Q4_K_M file (llama.cpp) and the untrained base model. Processor seconds of the whole process stand beside the wall time,
-since they suffer less from a busy machine; a way's time is compared with that of free greedy decoding with the same
-model. All ways are measured in turn, twice, each with an engine of its own, and the smaller time counts. What --out
-holds of other models stays, so that they can be measured one by one.
+since they suffer less from a busy machine (of one thread: several wait for each other); a way's time is compared with
+that of free greedy decoding with the same model. All ways are measured in turn, --rounds times and every other time in
+the opposite order, each with an engine of its own; the smallest time counts, and for the ratio the median of those of
+the rounds. What --out holds of other models stays, so that they can be measured one by one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -32,7 +34,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "vote of 5, the page's grammar": {"strategy": "vote", "num_candidates": 5, "constrain": "example"},
 }
 MODELS = ("merged", "Q4_K_M", "base")
-ROUNDS = 2
 SEVERAL = "merged"
 """The model with which ways of several candidates are measured; they take long."""
 
@@ -44,13 +45,14 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=20, help="evaluation questions")
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--rounds", type=int, default=3, help="times that every way is measured")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     given = parser.parse_args()
     old = json.loads(given.out.read_text(encoding="utf-8")) if given.out and given.out.exists() else {}
     if old and old["num_questions"] != given.num:
         raise SystemExit(f"{given.out} holds figures of {old['num_questions']} questions; remove it, or ask as many")
-    models = {kind: model(given.run, kind, given.num, given.ways, given.threads) for kind in given.models}
+    models = {kind: model(given, kind) for kind in given.models}
     result = {
         "what": "accuracy and time by way of decoding, the same questions for all",
         "num_questions": given.num,
@@ -63,17 +65,23 @@ def main() -> None:
     print(text, end="")
 
 
-def model(run: Path, kind: str, num: int, ways: list[str], threads: int) -> dict[str, Any]:
+def model(given: argparse.Namespace, kind: str) -> dict[str, Any]:
     """All ways with one model."""
-    measure(run, kind, 2, FREE, threads)  # loads libraries and files
-    names = [FREE, *(w for w in ways if w != FREE and (kind == SEVERAL or "num_candidates" not in WAYS[w]))]
-    rounds = [{name: measure(run, kind, num, name, threads) for name in names} for _ in range(ROUNDS)]
-    found = rounds[0]
+    measure(given.run, kind, 2, FREE, given.threads)  # loads libraries and files
+    names = [FREE, *(w for w in given.ways if w != FREE and (kind == SEVERAL or "num_candidates" not in WAYS[w]))]
+    rounds = []
+    for number in range(given.rounds):
+        order = reversed(names) if number % 2 else names
+        rounds.append({name: measure(given.run, kind, given.num, name, given.threads) for name in order})
+        print(kind, {name: way["processor_seconds"] for name, way in rounds[-1].items()}, file=sys.stderr)
+    found = {name: dict(rounds[0][name]) for name in names}
     for name, way in found.items():
         for unit in ("seconds", "processor_seconds"):
+            ratios = [each[name][unit] / each[FREE][unit] for each in rounds]
             way[unit] = min(each[name][unit] for each in rounds)
-            way[f"{unit}_ratio"] = round(way[unit] / found[FREE][unit], 2)
-    return found
+            way[f"{unit}_ratio"] = round(statistics.median(ratios), 3)
+            way[f"{unit}_ratio_of_rounds"] = [round(each, 3) for each in ratios]
+    return found | {"threads": given.threads}
 
 
 def measure(run: Path, kind: str, num: int, name: str, threads: int) -> dict[str, Any]:

@@ -1,0 +1,127 @@
+"""Accuracy of each kind of model of one recipe: base, LoRA, DoRA, 4 bits, merged, GGUF; the same questions for all.
+
+    python bench/six_kinds.py --finqa ../shared/finqa --dir runs --out bench/results/six_kinds.json [KEY=VALUE]...
+
+Two runs of configs/finqa.yaml with the built-in model, `lora` and `dora`, differ in adapter.kind alone; `fintune score`
+then gives one table. A run goes on where it was interrupted, and so does this program. Few steps on few conversations:
+it shows that every kind predicts and what each costs in accuracy beside the others, and is no claim about FinQA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+OPTIONS = (
+    "data.max_train=300",
+    "data.max_eval=100",
+    "prompt.max_length=768",
+    "adapter.r=16",
+    "adapter.alpha=32",
+    "train.epochs=1",
+    "train.max_steps=100",
+    "train.batch_size=1",
+    "train.adam_beta2=0.99",
+    "train.warmup_ratio=0.05",
+    "train.checkpoint_steps=25",
+    "predict.max_new_tokens=64",
+    "predict.precision=bfloat16",
+)
+KINDS = {
+    "base": ("lora", "base"),
+    "LoRA": ("lora", "adapter"),
+    "LoRA, 4 bits": ("lora", "adapter_4bit"),
+    "DoRA": ("dora", "adapter"),
+    "merged": ("lora", "merged"),
+    "GGUF F16": ("lora", "F16"),
+    "GGUF Q4_K_M": ("lora", "Q4_K_M"),
+}
+"""Name in the table, and the run and the step's kind that it is from."""
+MEASURED = {
+    "lora": "[base, adapter, adapter_4bit, merged, F16, Q4_K_M]",
+    "dora": "[adapter]",
+}
+STAGES = {
+    "lora": ("prepare", "train", "merge", "export", "predict", "score"),
+    "dora": ("prepare", "train", "predict", "score"),
+}
+
+
+def main() -> None:
+    """Run what is missing, score, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--finqa", type=path, required=True, help="folder of train.json.gz and dev.json.gz")
+    parser.add_argument("--dir", type=path, default=path("runs"), help="folder of the two runs")
+    parser.add_argument("--out", type=path, required=True, help="JSON file to write")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    given = parser.parse_args()
+    options = [*OPTIONS, *given.overrides]
+    for name in STAGES:
+        fintune(*words(name, options), f"data.train={given.finqa / 'train.json.gz'}", *places(given))
+    names = [
+        f"{kind}={given.dir / run / 'predict' / step / 'predictions.jsonl'}" for kind, (run, step) in KINDS.items()
+    ]
+    gold = given.dir / "lora" / "prepare" / "gold.json"
+    table = fintune("score", *(word for name in names for word in ("--predictions", name)), "--gold", str(gold))
+    print(table, end="")
+    result = {
+        "what": __doc__.splitlines()[0],
+        "commands": [" ".join(["fintune", *words(name, options)]) for name in STAGES],
+        "kinds": {kind: figures(given.dir / run, step) for kind, (run, step) in KINDS.items()},
+        **surroundings(),
+    }
+    given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def path(text: str) -> Path:
+    """A path that means the same from the repository's root."""
+    return Path(text).resolve()
+
+
+def words(name: str, options: list[str]) -> list[str]:
+    """What one run is asked, but for where files lie."""
+    only = [word for stage in STAGES[name] for word in ("--only", stage)]
+    models = f"predict.models={MEASURED[name]}"
+    return ["run", "configs/finqa.yaml", f"run.name={name}", f"adapter.kind={name}", models, *options, *only]
+
+
+def places(given: argparse.Namespace) -> list[str]:
+    """Where files lie."""
+    return [f"data.eval={given.finqa / 'dev.json.gz'}", f"run.dir={given.dir}"]
+
+
+def fintune(*arguments: str) -> str:
+    """Run a command; its table, with progress and remarks left to standard error."""
+    command = [sys.executable, "-m", "fintune.cli", *arguments]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT).stdout
+
+
+def figures(run: Path, step: str) -> dict[str, Any]:
+    """Official figures and what predicting took."""
+    score = json.loads((run / "score" / step / "score.json").read_text(encoding="utf-8"))
+    facts = json.loads((run / "predict" / step / "manifest.json").read_text(encoding="utf-8"))["facts"]
+    scored = (
+        "num_predictions",
+        "execution_accuracy",
+        "execution_accuracy_interval",
+        "program_accuracy",
+        "invalid_rate",
+    )
+    made = ("num_tokens", "num_unparsable", "length_share", "predict_seconds")
+    return {name: score[name] for name in scored} | {name: facts[name] for name in made}
+
+
+def surroundings() -> dict[str, Any]:
+    """What the figures hold for."""
+    from fintune import machine
+
+    return {"machine": machine.machine(), "versions": machine.versions(), "commit": machine.commit()}
+
+
+if __name__ == "__main__":
+    main()
