@@ -111,7 +111,7 @@ def test_a_network_that_stays_away_gives_one_line_and_keeps_what_came(hub, files
         send(TARGET, files, message="first", pauses=QUICK)
     told = str(raised.value)
     assert told.startswith("ann/model was not pushed: the hub cannot be reached 3 times (")
-    assert told.endswith("look at the network")
+    assert told.endswith("look at the network and try again")
     assert "\n" not in told
     assert capsys.readouterr().err.count("attempt") == 2
     hub.drop = {}

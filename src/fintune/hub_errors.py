@@ -65,7 +65,7 @@ def told(error: Exception, what: str, tried: str = "") -> FintuneError:
         )
     if status is not None:
         return ResourceError(f"{what}: the hub answers with status {status}{tried}{said}", hint="try again later")
-    return ResourceError(f"{what}: the hub cannot be reached{tried} ({short(error)})", hint="look at the network")
+    return ResourceError(f"{what}: the hub cannot be reached{tried} ({short(error)})", hint="look at the network and try again")
 
 
 def _said(error: Exception) -> str:

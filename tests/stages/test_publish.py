@@ -184,7 +184,7 @@ def test_a_network_that_fails_gives_one_line_and_the_same_command_goes_on(run, h
     done = run.publish(ALL)
     assert done.status == 2
     last = done.err.strip().splitlines()[-1]
-    assert last.startswith("fintune: ann/demo was not published; the same command goes on: the hub cannot be reached")
+    assert last.startswith("fintune: ann/demo was not published: the hub cannot be reached")
     assert "Traceback" not in done.err
     assert not (run.demo / "publish").exists()
     sent = list(hub.stored)

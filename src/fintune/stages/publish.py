@@ -64,7 +64,7 @@ def publish(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
         uploads,
         message=f"{', '.join(options.what)} of run {config.run.name}",
         remove=_earlier(config, repo) - names,
-        what=f"{repo} was not published; the same command goes on",
+        what=f"{repo} was not published",
     )
     say(done.address)
     return {
