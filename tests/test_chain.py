@@ -16,6 +16,7 @@ from fintune.artifact import Manifest
 from fintune.config import load
 from fintune.records import Prediction
 from fintune.report.agreement import compare
+from pair_rows import pair_rows, write_rows
 
 REPO = Path(__file__).resolve().parent.parent
 FINQA = REPO.parent / "shared" / "finqa"
@@ -132,6 +133,7 @@ def run(finished: Run, tmp_path: Path) -> Run:
 def test_every_artifact_of_every_stage_is_there(finished):
     expected = [
         *(f"{step}/manifest.json" for step in STEPS),
+        *("preflight/preflight.json", "replay/replay.json"),
         *(f"prepare/{name}" for name in ("train.jsonl", "eval.jsonl", "gold.json", "report.json")),
         *(f"prepare/tokens/{split}/dataset_info.json" for split in ("train", "eval")),
         *("train/adapter/adapter_model.safetensors", "train/adapter/adapter_config.json", "train/metrics.jsonl"),
@@ -345,7 +347,36 @@ def test_dry_run_tells_and_touches_nothing(run):
     assert run.snapshot() == before
 
 
+def test_base_and_adapter_give_the_files_of_the_merged_folder_without_writing_one(finished, tmp_path):
+    folder = tmp_path / "runs" / "small"
+    for step in ("preflight", "prepare", "train"):
+        shutil.copytree(finished.folder / step, folder / step)
+    models = "predict.models=[adapter, Q4_K_M]"
+    done = fintune(
+        *("run", finished.config, f"run.dir={folder.parent}", "export.source=adapter", models),
+        *("--skip", "predict", "--skip", "score", "--skip", "report"),
+    )
+    assert done.status == 0, done.err
+    assert {path.name for path in folder.iterdir()} == {
+        *(".lock", ".work", "preflight", "prepare", "train", "export", "replay")
+    }
+    for name in ("small-F16.gguf", "small-Q4_K_M.gguf", "Modelfile"):
+        assert (folder / "export" / name).read_bytes() == (finished.folder / "export" / name).read_bytes()
+    replayed = json.loads((folder / "replay" / "replay.json").read_text())["replayed"]
+    assert list(replayed) == ["adapter", "F16", "Q4_K_M"]
+
+
+def test_every_form_of_the_model_answers_as_the_adapter_does_token_by_token(finished):
+    facts = finished.manifests()["replay"].facts
+    assert list(facts["replayed"]) == ["adapter", "merged", "F16", "Q4_K_M"]
+    assert all(facts["replayed"][kind]["same_best_token_share"] >= 0.98 for kind in ("adapter", "merged", "F16"))
+    html = (finished.folder / "report" / "index.html").read_text(encoding="utf-8")
+    assert "Is the file the model that was trained?" in html
+
+
 KILLS = [
+    pytest.param("preflight", "fintune.stages.preflight:write_vocabulary_file", 1, id="preflight"),
+    pytest.param("replay", "fintune.stages.replay:write_atomically", 1, id="replay"),
     pytest.param("prepare", "datasets:Dataset.save_to_disk", 1, id="prepare"),
     pytest.param("predict/base", "fintune.engines.journal:Journal.append", 5, id="predict-base"),
     pytest.param("score/base", "fintune.outputs:write", 1, id="score"),
@@ -383,11 +414,31 @@ def test_a_killed_stage_leaves_nothing_finished_and_the_next_run_completes(run, 
 def test_every_configuration_loads_and_can_be_planned(finished, path, tmp_path):
     gold = finished.folder / "prepare" / "gold.json"
     data = [f"data.train={gold}", f"data.eval={gold}"] if "finqa" in path.stem else []
+    steps = STEPS
+    if path.stem == "preference":
+        data = [f"data.sources={write_rows(tmp_path / 'pairs.jsonl', pair_rows(12))}"]
+        steps = ("preflight", "prepare", "train", "guard", "merge", "export", "replay", "report")
     assert load(path, data).config.run.name == path.stem
     done = fintune("run", path, *data, f"run.dir={tmp_path / 'runs'}", "--dry-run")
     assert done.status == 0, done.err
-    assert [line.split()[:2] for line in done.out.splitlines()[1:]] == [[step, "run"] for step in STEPS]
+    assert [line.split()[:2] for line in done.out.splitlines()[1:]] == [[step, "run"] for step in steps]
     assert not (tmp_path / "runs").exists()
+
+
+def test_preference_pairs_go_through_every_stage(able_model, tmp_path):
+    pairs = write_rows(tmp_path / "trader_dpo_data.jsonl", pair_rows(24))
+    done = fintune(
+        *("run", REPO / "configs" / "preference.yaml", f"model.name={able_model}", f"run.dir={tmp_path}"),
+        *(f"data.sources={pairs}", "data.eval_share=0.2", "train.max_steps=3", "train.eval_steps=3"),
+        *("prompt.max_length=128", "train.threads=1", "predict.threads=1", "export.threads=1"),
+    )
+    assert done.status == 0, done.err
+    told = {line.split()[0]: line for line in done.err.splitlines() if not line.startswith(" ")}
+    assert "dpo reward margin 0.00 to" in told["train"]
+    assert "nats a token" in told["guard"]
+    html = (tmp_path / "preference" / "report" / "index.html").read_text(encoding="utf-8")
+    assert "ranked right, held-out pairs" in html
+    assert (tmp_path / "preference" / "export" / "preference-Q4_K_M.gguf").is_file()
 
 
 @pytest.mark.skipif(not (FINQA / "train.json.gz").is_file(), reason="../shared/finqa holds the official files")

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
 
 from fintune.errors import ModelError, ResourceError
 from fintune.tokenizer_check import check_tokenizer_against_llama_cpp, probe_strings
@@ -27,6 +27,12 @@ def test_probe_strings_are_a_few_hundred_different_ones():
     assert 200 <= len(strings) == len(set(strings))
     assert any("\u3000" in text for text in strings)
     assert any("  7" in text for text in strings)
+
+
+def test_a_tokenizer_that_composes_accents_agrees_too(gguf, tokenizer):
+    """Qwen's normalises to NFC, which llama.cpp never does."""
+    tokenizer.normalizer = normalizers.NFC()
+    assert check_tokenizer_against_llama_cpp(encoder(tokenizer), gguf) == len(probe_strings())
 
 
 def test_the_same_tokenizer_agrees_on_every_string(gguf, tokenizer):

@@ -61,11 +61,21 @@ def from_logits(logits: NDArray[np.float32], target: int, num_listed: int = NUM_
     """The distribution of one row of logits, (vocabulary,)."""
     import numpy as np
 
-    wide = logits.astype(np.float64)
-    log_probs = wide - wide.max()
-    log_probs -= math.log(np.exp(log_probs).sum())
-    ids = np.argsort(-log_probs, kind="stable")[:num_listed]
+    log_probs = _log_softmax(logits)
+    num_listed = min(num_listed, len(log_probs))
+    # Sorting the whole vocabulary would take longer than all the rest.
+    likeliest = np.sort(np.argpartition(-log_probs, num_listed - 1)[:num_listed])
+    ids = likeliest[np.argsort(-log_probs[likeliest], kind="stable")]
     return Distribution(ids, log_probs[ids], float(log_probs[target]))
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    import numpy as np
+
+    log_probs = logits.astype(np.float64)
+    log_probs -= log_probs.max()
+    log_probs -= math.log(np.exp(log_probs).sum())
+    return log_probs
 
 
 def compare(references: Sequence[NDArray[np.float32]], found: Sequence[Distribution]) -> Agreement:
@@ -80,15 +90,13 @@ def compare(references: Sequence[NDArray[np.float32]], found: Sequence[Distribut
     assert references and len(references) == len(found)
     divergences, num_same = [], 0
     for logits, other in zip(references, found, strict=True):
-        own = from_logits(logits, 0, len(logits))
-        known = np.empty(len(logits))
-        known[own.ids] = own.log_probs
-        theirs = known[other.ids]
+        own = _log_softmax(logits)
+        theirs = own[other.ids]
         inside = float((np.exp(theirs) * (theirs - other.log_probs)).sum())
         rest, other_rest = 1 - float(np.exp(theirs).sum()), 1 - float(np.exp(other.log_probs).sum())
         outside = rest * math.log(rest / max(other_rest, 1e-12)) if rest > 1e-9 else 0.0
         divergences.append(inside + outside)
-        num_same += int(own.ids[0] == other.ids[0])
+        num_same += int(own.argmax() == other.ids[0])
     perplexity = math.exp(-sum(each.target_log_prob for each in found) / len(found))
     return Agreement(len(found), max(0.0, sum(divergences) / len(found)), num_same / len(found), perplexity)
 

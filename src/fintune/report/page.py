@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from fintune.report.agreement import NEAR_TIE_NATS
 from fintune.report.examples import Answer, browser_blocks
-from fintune.report.parts import accuracy, confidence, data, made, pairs, training
+from fintune.report.parts import accuracy, confidence, data, made, pairs, replay, training
 from fintune.report.run_page import KINDS, RunPage
 from fintune.report.templating import fill
 
@@ -26,6 +26,7 @@ def render(page: RunPage) -> str:
     compared = [pairs.pair(page, a, b, agreement) for a, b, agreement in page.agreements]
     trained, prepared = training.context(page.metrics), data.context(page.data)
     sure = confidence.context(page)
+    replayed = replay.context(page)
     index, pages = ("", "")
     if page.records and page.predictions:
         answers = {
@@ -38,6 +39,7 @@ def render(page: RunPage) -> str:
     present = (
         (page.measured, "accuracy", "Accuracy"),
         (sure, "confidence", "Confidence"),
+        (replayed, "replay", "Replay"),
         (compared, "agreement", "Agreement"),
         (trained, "training", "Training"),
         (prepared, "data", "Data"),
@@ -59,6 +61,7 @@ def render(page: RunPage) -> str:
         unended=accuracy.unended(page.measured),
         plot=accuracy.plot(page.measured) if page.measured else "",
         confidence=sure,
+        replay=replayed,
         pairs=compared,
         threshold=NEAR_TIE_NATS,
         training=trained,

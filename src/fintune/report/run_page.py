@@ -69,6 +69,7 @@ class RunPage:
         config: Its options.
         measured: One for each kind that was scored, in the order of the chain.
         metrics: Lines of ``metrics.jsonl``.
+        replay: ``replay/replay.json``.
         data: ``prepare/report.json``.
         records: The evaluation records.
         num_cut: Units cut from the prompt, by example id.
@@ -82,6 +83,7 @@ class RunPage:
     config: Config
     measured: Sequence[Measured] = ()
     metrics: Sequence[Mapping[str, Any]] = ()
+    replay: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     records: Sequence[FinQARecord] = ()
     num_cut: Mapping[str, int] = field(default_factory=dict)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from fintune import chat, models
-from fintune.artifact import Facts
+from fintune.artifact import Facts, write_atomically
 from fintune.errors import ModelError
 from fintune.gguf.families import ModelConfig
 from fintune.gguf.probe_strings import probe_strings
@@ -82,7 +82,7 @@ def preflight(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts
         "composes_accents": composes,
         "summary": f"{num_strings} strings give the same tokens in llama.cpp, pre-tokenizer {vocabulary.pre}",
     }
-    (folder / "preflight.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    write_atomically(folder / "preflight.json", json.dumps(facts, indent=1) + "\n")
     return facts
 
 

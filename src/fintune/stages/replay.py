@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fintune import chat, models
-from fintune.artifact import Facts
+from fintune.artifact import Facts, write_atomically
+from fintune.engines.prefixes import common
 from fintune.errors import ArtifactError
 from fintune.gguf.replay import Agreement, GgufReplay, compare, from_logits
 from fintune.options import Config
@@ -80,11 +81,17 @@ def replay(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
                 for each in file.distributions(row.ids, row.positions)
             ]
         found[kind] = compare(references, answers)
-    return _judged(found, config.replay.min_same_share, folder)
-
-
-def _judged(found: Mapping[str, Agreement], least: float, folder: Path) -> Facts:
+    dequantised = config.merge.into == "dequantised"
     facts: Facts = {
+        "reference": f"{'what was trained' if whole else 'base + adapter'}{' in 4 bits' if dequantised else ''}",
+        "precision": config.predict.precision,
+        "num_examples": len(rows),
+    }
+    return _judged(facts, found, config.replay.min_same_share, folder)
+
+
+def _judged(facts: Facts, found: Mapping[str, Agreement], least: float, folder: Path) -> Facts:
+    facts |= {
         "num_positions": next(iter(found.values())).num_positions,
         "replayed": {kind: asdict(each) for kind, each in found.items()},
         "min_same_share": {kind: least for kind in JUDGED if kind in found},
@@ -101,7 +108,7 @@ def _judged(found: Mapping[str, Agreement], least: float, folder: Path) -> Facts
     facts["summary"] = ", ".join(
         f"{kind} {each.same_best_token_share:.1%} KL {each.mean_kl:.2g}" for kind, each in files.items()
     )
-    (folder / "replay.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    write_atomically(folder / "replay.json", json.dumps(facts, indent=1) + "\n")
     return facts
 
 
@@ -122,8 +129,12 @@ def _rows(config: Config, tokenizer: Any, path: Path) -> list[_Row]:
 def _logits(
     config: Config, ref: models.ModelRef, adapter: Path | None, rows: Sequence[_Row], what: str
 ) -> list[NDArray[np.float32]]:
-    """Logits from which each position's token is predicted, (vocabulary,) each, float32."""
+    """Logits from which each position's token is predicted, (vocabulary,) each, float32.
+
+    What a row has in common with the one before it, as questions on one page have, is computed once.
+    """
     import torch
+    from transformers import DynamicCache
 
     model: Any = models.load_model(
         ref,
@@ -135,13 +146,19 @@ def _logits(
         with quiet_libraries():
             model = models.load_adapter(model, adapter)
     found = []
+    cache, held = DynamicCache(), list[int]()
     with torch.inference_mode():
         for row in track(rows, f"replay of {what}", len(rows)):
-            ids = torch.tensor([row.ids], device=model.device)
-            # The logits before the first position are the most, and nobody's business.
-            kept = model(input_ids=ids, logits_to_keep=len(row.ids) - row.positions[0] + 1).logits[0]
-            before = torch.tensor(row.positions, device=model.device) - row.positions[0]
-            found += [each.numpy() for each in kept[before].float().cpu()]
+            first = row.positions[0]
+            num_shared = min(common(held, row.ids), first - 1)
+            if num_shared:
+                cache.crop(num_shared - len(held))  # so many from its end
+            else:
+                cache = DynamicCache()
+            ids = torch.tensor([row.ids[num_shared:]], device=model.device)
+            held, num_kept = row.ids, len(row.ids) - first + 1
+            logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=num_kept).logits[0]
+            found += [logits[position - first].float().cpu().numpy() for position in row.positions]
     del model
     gc.collect()
     return found

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from fintune.options import Config
+from fintune.report.page import render
+from fintune.report.parts import replay
+from fintune.report.run_page import RunPage
+from fintune.stages.report import collect
+from report.example_run import records, write_run
+from report.outline import outline
+
+REPLAYED = {
+    "reference": "base + adapter",
+    "num_examples": 16,
+    "num_positions": 204,
+    "min_same_share": {"merged": 0.98, "F16": 0.98},
+    "replayed": {
+        "adapter": {"mean_kl": 0.0, "same_best_token_share": 1.0, "perplexity": 1.2},
+        "merged": {"mean_kl": 7e-8, "same_best_token_share": 1.0, "perplexity": 1.2001},
+        "F16": {"mean_kl": 1.2e-5, "same_best_token_share": 0.995, "perplexity": 1.2002},
+        "Q8_0": {"mean_kl": 0.0123, "same_best_token_share": 0.951, "perplexity": 1.31},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> RunPage:
+    config = Config.model_validate({"run": {"name": "demo"}})
+    return collect(config, write_run(tmp_path_factory.mktemp("run"), config, records(12)))
+
+
+def test_each_form_has_its_divergence_agreement_and_perplexity_beside_its_accuracy(page):
+    found = replay.context(dataclasses.replace(page, replay=REPLAYED))
+    accuracy = {measured.kind: measured.score.execution_accuracy for measured in page.measured}
+    assert [(row["label"], row["kl"], row["same"], row["perplexity"]) for row in found["rows"]] == [
+        ("adapter", "reference", "", "1.2000"),
+        ("merged", "< 0.000001", "100.0\u00a0%", "1.2001"),
+        ("GGUF F16", "0.000012", "99.5\u00a0%", "1.2002"),
+        ("GGUF Q8_0", "0.0123", "95.1\u00a0%", "1.3100"),
+    ]
+    assert found["rows"][2]["exe"] == f"{100 * accuracy['F16']:.1f}\u00a0%"
+    assert found["rows"][3]["exe"] == ""
+
+
+def test_the_page_says_what_would_have_failed_the_run(page):
+    text = outline(render(dataclasses.replace(page, replay=REPLAYED))).text
+    assert "The completions of 16 held-out examples, 204 tokens" in text
+    assert "Below 98.0\u00a0% of same best tokens, merged and GGUF F16 would have failed the run" in text
+
+
+def test_without_verdicts_there_is_no_column_of_accuracy(page):
+    html = render(dataclasses.replace(page, replay=REPLAYED, measured=(), verdicts={}))
+    section = html.split('<section id="replay"')[1].split("</section>")[0]
+    assert "execution<br>accuracy" not in section
+    assert "GGUF Q8_0" in section
+
+
+def test_without_a_replay_there_is_no_such_part(page):
+    assert 'id="replay"' not in render(page)
+
+
+def test_the_trained_weights_are_the_reference_where_there_is_no_adapter(page):
+    figures = {"trained": REPLAYED["replayed"]["adapter"], "F16": REPLAYED["replayed"]["F16"]}
+    found = replay.context(dataclasses.replace(page, replay=REPLAYED | {"replayed": figures}))
+    assert [(row["label"], row["kl"]) for row in found["rows"]] == [("trained", "reference"), ("GGUF F16", "0.000012")]
