@@ -6,11 +6,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -128,3 +131,72 @@ def test_every_source_was_read_and_what_is_wrong_was_said(story):
     assert "trader_sft_data.jsonl, row 9: messages[0].role: 'usr' is no role" in unused
     log = (story.stopped / "log.txt").read_text()
     assert "not for commercial use" in log
+
+
+def snippets(language: str) -> list[str]:
+    """The code under "Using the outputs" of the guide's page."""
+    text = (ROOT / "docs" / "finance.md").read_text(encoding="utf-8")
+    part = text.split("## Using the outputs")[1].split("\n## ")[0]
+    return re.findall(rf"```{language}\n(.*?)```", part, re.DOTALL)
+
+
+def stand_in_for_unsloth() -> ModuleType:
+    """Loads as transformers does, in 4 bits where asked for."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    class FastLanguageModel:
+        @staticmethod
+        def from_pretrained(model_name, max_seq_length, dtype, load_in_4bit):
+            assert (max_seq_length, dtype, load_in_4bit) == (4096, None, True)
+            quantised = BitsAndBytesConfig(load_in_4bit=True)
+            model = AutoModelForCausalLM.from_pretrained(model_name, quantization_config=quantised)
+            return model, AutoTokenizer.from_pretrained(model_name)
+
+    module = ModuleType("unsloth")
+    module.FastLanguageModel = FastLanguageModel
+    return module
+
+
+@pytest.mark.parametrize("number", range(3), ids=["peft", "unsloth", "transformers"])
+def test_the_snippets_of_the_page_load_what_came_out(story, model, number, tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.setitem(sys.modules, "unsloth", stand_in_for_unsloth())
+    monkeypatch.chdir(story.whole)
+    code = snippets("python")[number].replace("deepseek-ai/DeepSeek-R1-Distill-Qwen-14B", str(model))
+    (tmp_path / "snippet.py").write_text(code, encoding="utf-8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the libraries, about each other
+        left = runpy.run_path(str(tmp_path / "snippet.py"))
+    if "PeftModel" in left:
+        adapted = [name for name, _ in left["model"].named_parameters() if "lora_B" in name]
+        assert len(adapted) == 7
+    if "tokenizer" in left:
+        messages = [{"role": "user", "content": "Roll 3?"}]
+        ids = left["tokenizer"].apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+        ids = ids["input_ids"] if not isinstance(ids, torch.Tensor) else ids
+        assert left["model"](ids).logits.isfinite().all()
+
+
+LLAMA_CLI = """#!{python}
+import argparse
+parser = argparse.ArgumentParser(allow_abbrev=False)
+for flag, kind in (("-m", str), ("-p", str), ("-n", int), ("--temp", float), ("-ngl", int)):
+    parser.add_argument(flag, type=kind, required=True)
+asked = parser.parse_args()
+from fintune.engines.llama_cpp import LlamaCppEngine
+engine = LlamaCppEngine(asked.m, threads=1)
+print(len(engine.tokenise([asked.p])[0]), engine.path.name)
+"""
+"""A stand-in that takes the guide's flags and loads the file with the llama.cpp that is installed."""
+
+
+def test_the_llama_cpp_command_of_the_page_loads_the_quantised_file(story):
+    tool = story.whole / "llama.cpp" / "build" / "bin" / "llama-cli"
+    tool.parent.mkdir(parents=True)
+    tool.write_text(LLAMA_CLI.format(python=sys.executable), encoding="utf-8")
+    tool.chmod(0o755)
+    (command,) = snippets("bash")
+    done = subprocess.run(["bash", "-c", command], cwd=story.whole, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("financial_model_q4_k_m.gguf\n")
