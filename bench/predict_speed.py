@@ -6,7 +6,8 @@ r"""How long predicting takes: the batched engine against a loop that asks one q
 
 The loop is what a script without an engine does: transformers' own ``generate``, greedy, with one prompt at a time.
 Both ways have the same model in memory, the same precision and the same prompts: FinQA's dev questions, whole pages in
-a shuffled order, so that any number of them shares pages as all 883 do. ``--random`` builds a model of a true shape
+a shuffled order, so that any number of them shares pages as all 883 do (299 pages; `fintune predict` asks the questions
+about a page one behind the other, too). ``--random`` builds a model of a true shape
 with random weights and a tokenizer of the questions' own text, so that nothing is fetched; it never ends a completion,
 so that both ways write ``--new-tokens`` for every question (the mean gold program has about 25).
 
@@ -24,7 +25,6 @@ import json
 import random
 import sys
 import time
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +103,13 @@ def arguments() -> argparse.Namespace:
 
 def questions(finqa: Path, num: int) -> list[Any]:
     """Records of whole pages, in an order that is always the same."""
+    from fintune.engines.pages import page_order
     from fintune.records import FinQARecord
 
     rows = json.loads(gzip.decompress((finqa / "dev.json.gz").read_bytes()))
-    pages = [list(page) for _, page in groupby(rows, key=lambda row: row["id"].rpartition("-")[0])]
-    random.Random(17).shuffle(pages)  # noqa: S311 - an order, no secret
-    return [FinQARecord.model_validate(row) for page in pages for row in page][:num]
+    records = [FinQARecord.model_validate(row) for row in rows]
+    random.Random(17).shuffle(records)  # noqa: S311 - an order, no secret
+    return [records[at] for at in page_order(records)][:num]
 
 
 def rendered(tokenizer: Any, records: list[Any]) -> list[str]:

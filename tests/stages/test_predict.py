@@ -5,11 +5,12 @@ import json
 import pytest
 from pydantic import ValidationError
 
+from fintune import chat, models
 from fintune.engines.transformers_engine import TransformersEngine
 from fintune.errors import ArtifactError, ModelError
 from fintune.finqa.parse import parse
 from fintune.options import Config
-from fintune.records import Prediction
+from fintune.records import Example, Prediction
 from fintune.stages.predict import predict
 from prepared_rows import prepared
 
@@ -25,6 +26,10 @@ def config(model, **options):
 @pytest.fixture
 def inputs(tmp_path, tiny_model):
     return {"prepare": prepared(tmp_path / "prepare", tiny_model, 5)}
+
+
+def tokenizer_of(tiny_model):
+    return models.load_tokenizer(models.resolve(str(tiny_model)))
 
 
 def run(tiny_model, inputs, folder, **options):
@@ -52,6 +57,29 @@ def test_every_question_is_predicted_in_order(tiny_model, inputs, tmp_path):
         "predictions.jsonl",
         "predictions.key.json",
     ]
+
+
+def test_questions_about_a_page_are_asked_together_and_come_back_in_the_order_of_the_file(
+    tiny_model, inputs, tmp_path, monkeypatch
+):
+    gold = json.loads((inputs["prepare"] / "gold.json").read_text())
+    for number, row in enumerate(gold):
+        row["pre_text"] = [f"page {number % 2}"]
+    (inputs["prepare"] / "gold.json").write_text(json.dumps(gold))
+    lines = (inputs["prepare"] / "eval.jsonl").read_text().splitlines()
+    first = [chat.render(tokenizer_of(tiny_model), Example.model_validate_json(line).messages) for line in lines]
+    generate, seen = TransformersEngine.generate, []
+
+    def spied(self, prompts, decoding):
+        seen.extend(prompts)
+        return generate(self, prompts, decoding)
+
+    monkeypatch.setattr(TransformersEngine, "generate", spied)
+    _, predictions = run(tiny_model, inputs, tmp_path / "p")
+    assert seen == [first[at] for at in (0, 2, 4, 1, 3)]
+    assert [each.id for each in predictions] == ["x0", "x1", "x2", "x3", "x4"]
+    counts = [len(tokenizer_of(tiny_model)(prompt, add_special_tokens=False)["input_ids"]) for prompt in first]
+    assert [each.num_prompt_tokens for each in predictions] == counts
 
 
 def test_an_interrupted_run_goes_on_behind_a_torn_line(tiny_model, inputs, tmp_path, monkeypatch):

@@ -27,8 +27,11 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-_WINDOW_BATCHES = 8
-"""Prompts are sorted, by page and length, within so many batches; results come, in the order asked, by windows."""
+_WINDOW_BATCHES = 4
+"""Prompts are sorted, by page and length, within so many batches; results come, in the order asked, by windows.
+
+Of FinQA's dev questions, pages together, twice as many would save 1 % of the computed tokens, half as many cost 10 %.
+"""
 
 
 @dataclass

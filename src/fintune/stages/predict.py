@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from fintune import chat, models
 from fintune.engines.candidates import decoding, grammars, predict_one
 from fintune.engines.journal import Journal
+from fintune.engines.pages import page_order
 from fintune.errors import ArtifactError, ModelError
 from fintune.finqa.execute import execute
 from fintune.finqa.parse import ParseError, parse
@@ -103,6 +104,8 @@ def _decode(
     for done in journal.done.values():
         gold.add(done)
     options, pages = config.predict, [gold.page(each) for each in todo]
+    order = page_order(pages)
+    todo, pages = [todo[at] for at in order], [pages[at] for at in order]
     allowed = grammars(options, pages)
     num_tokens, seconds = 0, 0.0
     with bar(f"predict {kind}", len(todo) + len(journal.done), done=len(journal.done)) as shown:

@@ -20,6 +20,7 @@ from fintune.answerer import Answerer, Named, engine_of, open_model
 from fintune.artifact import sha256_file
 from fintune.engines.candidates import decoding, grammars, predict_one
 from fintune.engines.journal import Journal
+from fintune.engines.pages import page_order
 from fintune.errors import ArtifactError, DataError
 from fintune.finqa.execute import execute
 from fintune.finqa.program import tokenize
@@ -166,7 +167,8 @@ def _resumed(job: FileJob, config: Config, answerer: Answerer, prompts: _Prompts
     except ArtifactError as error:
         raise ArtifactError(error.message, hint=f"remove {job.partial} to begin anew, or name another file") from None
     try:
-        _decode(config, answerer, [each for each in prompts.records if each.id not in journal.done], prompts, journal)
+        todo = [each for each in prompts.records if each.id not in journal.done]
+        _decode(config, answerer, [todo[at] for at in page_order(todo)], prompts, journal)
     finally:
         journal.close()
     return [journal.done[each.id] for each in prompts.records]

@@ -1,0 +1,18 @@
+"""In which order questions are asked: those about one page one behind the other, so that it is computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+from fintune.records import FinQARecord
+
+
+def page_order(records: Sequence[FinQARecord]) -> list[int]:
+    """Places of records, those about one page together; FinQA's files have them far apart.
+
+    Returns:
+        Pages in the order of their first question, the questions of a page in their own order.
+    """
+    first: dict[Hashable, int] = {}
+    places = [first.setdefault((each.pre_text, each.table, each.post_text), at) for at, each in enumerate(records)]
+    return sorted(range(len(records)), key=lambda at: (places[at], at))
