@@ -100,8 +100,8 @@ def test_every_flag_reaches_its_option(tiny_model, processed, tmp_path, monkeypa
     seen = {}
     real = cli_train._config
 
-    def look(given, data, **steps):
-        seen["config"] = real(given, data, **steps)
+    def look(given, data, repo, **steps):
+        seen["config"] = real(given, data, repo, **steps)
         return seen["config"]
 
     monkeypatch.setattr(cli_train, "_config", look)
@@ -244,6 +244,17 @@ def test_what_is_pushed_is_the_adapter_under_the_users_name(tiny_model, processe
         call(flags(tiny_model, processed / "train", tmp_path / "out", push_to_hub="true"))
         assert hub.repositories["ann/out"].private
         assert set(hub.files("ann/out")) == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+@LIBRARY_WARNS
+def test_each_epoch_is_pushed_where_the_flag_asks_for_it(tiny_model, processed, tmp_path, monkeypatch):
+    more = {"push_to_hub": "true", "hub_strategy": "epoch", "hub_model_id": "ann/each", "epochs": 2}
+    with connected(monkeypatch) as hub:
+        call(flags(tiny_model, processed / "train", tmp_path / "out", **more))
+        commits = hub.repositories["ann/each"].commits["main"]
+        assert commits == ["initial commit", "epoch 1, step 4", "end of training", "Upload with fintune"]
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            assert hub.files("ann/each")[name] == (tmp_path / "out" / name).read_bytes()
 
 
 def test_a_push_that_fails_says_where_everything_is_and_not_what_was_sent(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -66,6 +67,7 @@ def card_of(config: Config, repo: str, made: Publication, inputs: Mapping[str, P
         licence_known=is_on_hub(licence),
         base=made.base,
         sources=sources,
+        used=_used(inputs["prepare"]) if "prepare" in inputs else "",
         program=config.data.source != "chat",
         method=list(_method(made.manifests)),
         training=list(_training(made.manifests)),
@@ -103,6 +105,15 @@ def _sources(config: Config, folder: Path, manifest: Manifest) -> Iterator[Sourc
             found = licence_of("", path=path)
             told = found.name if found.origin or not _is_finqa(folder) else "MIT"
             yield Source(path.name, False, told, found.non_commercial, train, held_out)
+
+
+def _used(folder: Path) -> str:
+    report = prepared.read_report(folder)
+    kinds = sum((Counter(split.dropped) for split in (report.train, report.eval)), Counter[str]())
+    for source in report.sources:
+        kinds.update(source.dropped)
+    left_out = f"; left out: {', '.join(f'{number:,} {reason}' for reason, number in kinds.items())}" if kinds else ""
+    return f"{report.train.num_examples:,} examples were trained on, {report.eval.num_examples:,} held out{left_out}."
 
 
 def _is_finqa(folder: Path) -> bool:
@@ -175,6 +186,8 @@ def _training(manifests: Mapping[str, Manifest]) -> Iterator[tuple[str, str]]:
     yield "loss, first and last", f"{facts['first_loss']:.3f}, {facts['last_loss']:.3f}"
     if "eval_loss" in facts:
         yield "loss on held-out examples", f"{facts['eval_loss']:.3f} at step {facts['kept_step']:,}"
+    if "guard" in manifests:
+        yield "fixed prompts, before and after", str(manifests["guard"].facts.get("summary", ""))
     told = f"{duration(facts['train_seconds'])}, {facts['tokens_per_second']:,.0f} tokens a second"
     machine = manifest.machine
     where = machine.get("gpu") or f"{machine.get('cores')} cores of {machine.get('processor')}"

@@ -61,6 +61,7 @@ _OPTIONS: tuple[tuple[str, Any, Any, str], ...] = (
     ("eval_dataset_dir", _DIR, None, "Evaluation split, where --dataset_dir has none."),
     ("push_to_hub", bool, False, "Upload the adapter; needs a token (hf auth login)."),
     ("hub_model_id", str, None, "Where to; the name of --output_dir under your account if left out."),
+    ("hub_strategy", click.Choice(["end", "epoch"]), "end", "With --push_to_hub: behind every epoch, too, or not."),
     ("report_to", click.Choice(["none", "tensorboard", "wandb", "all"]), "none", "Where losses go."),
     ("max_length", int, 2048, "Tokens of prompt and completion; the page is cut to fit."),
     ("seed", int, 17, "Of order, sampling and initialisation."),
@@ -117,7 +118,7 @@ def train(flags: Mapping[str, Any]) -> None:
             f"--eval_strategy {flags['eval_strategy']}: {flags['dataset_dir']} has no evaluation split",
             hint="give --eval_dataset_dir, or a folder with train and validation",
         )
-    first = _config(flags, data, checkpoint_steps=1, eval_steps=None)
+    first = _config(flags, data, repo, checkpoint_steps=1, eval_steps=None)
     prepare = Pipeline(first, build(first), Selection(only=("prepare",)))
     list(prepare.run())
     manifest = prepare.manifest("prepare")
@@ -127,6 +128,7 @@ def train(flags: Mapping[str, Any]) -> None:
     config = _config(
         flags,
         data,
+        repo,
         checkpoint_steps={"no": _NEVER, "steps": flags["save_steps"], "epoch": epoch}[flags["save_strategy"]],
         eval_steps={"no": None, "steps": flags["eval_steps"], "epoch": epoch}[flags["eval_strategy"]],
     )
@@ -155,7 +157,7 @@ def _data(flags: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     return {"source": "finqa", "train": train_file, "eval": eval_file}, True
 
 
-def _config(flags: Mapping[str, Any], data: Mapping[str, Any], **steps: int | None) -> Config:
+def _config(flags: Mapping[str, Any], data: Mapping[str, Any], repo: str | None, **steps: int | None) -> Config:
     report_to = {"none": (), "all": ("tensorboard", "wandb")}.get(flags["report_to"], (flags["report_to"],))
     sections = {
         "run": {"name": _RUN, "dir": flags["output_dir"], "seed": flags["seed"]},
@@ -181,6 +183,8 @@ def _config(flags: Mapping[str, Any], data: Mapping[str, Any], **steps: int | No
             **steps,
         },
     }
+    if repo is not None and flags["hub_strategy"] == "epoch":
+        sections["publish"] = {"repo_id": repo, "each_epoch": True}
     try:
         return Config.model_validate(sections)
     except ValidationError as error:

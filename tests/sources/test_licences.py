@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fintune.sources.licences import is_non_commercial, licence_of
+from fintune.sources.licences import combined, hub_name, is_non_commercial, is_on_hub, licence_of
 
 
 @pytest.mark.parametrize("name", ["CC-BY-NC-4.0", "cc-by-nc-sa-4.0", "Non-Commercial use only", "noncommercial"])
@@ -36,3 +36,26 @@ def test_a_card_or_licence_file_beside_the_data_is_read(tmp_path):
         "origin": "README.md",
         "non_commercial": True,
     }
+
+
+@pytest.mark.parametrize(
+    ("base", "data", "expected"),
+    [
+        ("apache-2.0", ["MIT", "CC-BY-4.0", "Public Domain"], "apache-2.0"),
+        ("llama3.2", ["MIT"], "llama3.2"),
+        ("apache-2.0", ["CC-BY-NC-4.0", "MIT"], "cc-by-nc-4.0"),
+        ("llama3.2", ["CC-BY-NC-4.0"], "llama3.2-and-cc-by-nc-4.0"),
+        ("mit", ["not stated"], "unknown"),
+        ("not stated", ["MIT"], "unknown"),
+        ("mit", ["CC-BY-SA-4.0", "cc-by-sa-4.0"], "cc-by-sa-4.0"),
+        ("apache-2.0", ["Mitsui in-house, do not copy"], "mitsui-in-house-do-not-copy"),
+    ],
+)
+def test_a_model_has_its_bases_licence_and_those_of_its_data_that_ask_for_more(base, data, expected):
+    assert combined(base, data) == expected
+
+
+def test_names_are_written_as_the_hub_writes_them_and_known_where_it_knows_them():
+    assert hub_name("CC BY-NC 4.0") == "cc-by-nc-4.0"
+    assert all(map(is_on_hub, ("apache-2.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "llama3.1", "gemma", "unknown")))
+    assert not any(map(is_on_hub, ("llama3.2-and-cc-by-nc-4.0", "house-licence")))

@@ -86,6 +86,7 @@ class Card:
         licence_known: Whether the hub knows that name.
         base: The base model.
         sources: Of the training data.
+        used: What became of the data, a sentence.
         program: Whether it answers with programs of FinQA's language.
         method: Name and value of each option worth telling.
         training: Name and value of each figure of training.
@@ -111,6 +112,7 @@ class Card:
     licence_known: bool
     base: Base
     sources: Sequence[Source]
+    used: str
     program: bool
     method: Sequence[tuple[str, str]]
     training: Sequence[tuple[str, str]]

@@ -15,9 +15,7 @@ _NON_COMMERCIAL = re.compile(r"(?<![a-z])nc(?![a-z])|non[\s-]?commercial|researc
 _CARD_LICENCE = re.compile(r"^licen[sc]e:\s*(.+?)\s*$", re.MULTILINE)
 _FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---", re.DOTALL)
 _CARD_BYTES = 20_000
-_FREE = re.compile(
-    r"(apache|mit|bsd|isc|unlicense|zlib|cc0|pddl|cc-by-\d|odc-by)(?![a-z])|public domain", re.IGNORECASE
-)
+_FREE = re.compile(r"(apache|mit|bsd|isc|unlicense|zlib|cc0|pddl|cc-by-\d|odc-by)(?![a-z])|public-domain")
 """Licences that ask for no more than a notice."""
 _ON_HUB = re.compile(
     r"apache-2\.0|mit|bsd(-[23]-clause)?|isc|unlicense|cc0-1\.0|cc-by(-sa)?-[34]\.0|cc-by-nc(-[sn][ad])?-[34]\.0|cc-by-nd-4\.0"
