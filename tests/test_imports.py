@@ -49,6 +49,7 @@ ROOTS_OVER_ROOMS = {
     "fintune.conversations": {"finqa"},  # examples of one page as one training row
     "fintune.disk": {"gguf", "sources"},  # the size of a GGUF before it is written, and of the data
     "fintune.examples": {"finqa"},
+    "fintune.guard_set": {"finqa"},  # fixed pages as prompts
     "fintune.cli_publish": {"stages"},
     "fintune.publication": {"report", "sources"},  # what is pushed, and where it comes from
     "fintune.preparation": {"finqa", "sources"},

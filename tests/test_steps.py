@@ -49,6 +49,21 @@ def test_publishing_is_the_last_step_where_a_repository_is_named_and_else_none()
     assert "report" not in published[-1].inputs
 
 
+@pytest.mark.parametrize(
+    ("options", "guarded"),
+    [
+        ([], False),
+        (["guard.enabled=true"], True),
+        (["data.source=chat", "data.sources=[rows.jsonl]"], True),
+        (["data.source=chat", "data.sources=[rows.jsonl]", "guard.enabled=false"], False),
+    ],
+)
+def test_conversations_are_guarded_and_pages_where_asked(options: list[str], guarded: bool) -> None:
+    steps = {step.name: step for step in build(load(None, options).config)}
+    assert ("guard" in steps) == guarded
+    assert not guarded or steps["guard"].inputs == ("train",)
+
+
 def test_every_input_comes_before_what_reads_it() -> None:
     for models in (["base"], ["Q4_K_M"], list(get_args(ModelKind))):
         seen: set[str] = set()
@@ -79,7 +94,7 @@ def test_options_of_a_step_name_options_that_there_are() -> None:
 
 def test_every_option_that_can_change_a_result_belongs_to_a_step() -> None:
     models = f"predict.models={json.dumps(get_args(ModelKind))}"
-    measured = load(None, [models, ENDPOINT, "publish.repo_id=ann/demo"]).config
+    measured = load(None, [models, ENDPOINT, "publish.repo_id=ann/demo", "guard.enabled=true"]).config
     owned = {key for step in build(measured) for key in effective(measured, step.options)}
     # Which models are measured decides which steps there are, not what any of them gives.
     assert effective(Config(), list(Config.model_fields)).keys() - owned == {"predict.models"}

@@ -65,6 +65,7 @@ def build(config: Config) -> list[Step]:
             resumes=True,
             check=_check_training,
         ),
+        *_guard(config),
         *_measure(config, "adapter"),
         *_measure(config, "adapter_4bit"),
         *_merge(config),
@@ -98,6 +99,18 @@ def _publish(config: Config, steps: Sequence[Step]) -> list[Step]:
     told = tuple(step.name for step in steps if step.verb not in ("report", "predict", "preflight"))
     stage = _stage("publish")
     return [Step("publish", told, ("publish",), stage, _nothing, lambda _: _FIGURES_BYTES, check=_check_publishing)]
+
+
+def _guard(config: Config) -> list[Step]:
+    """A conversation has no official verdict, so its runs are guarded unless the user says otherwise."""
+    enabled = config.guard.enabled
+    if not (config.data.source == "chat" if enabled is None else enabled):
+        return []
+    options = (*_MODEL, "model.load", "predict.precision", "guard")
+    stage = _stage("guard")
+    return [
+        Step("guard", ("train",), options, stage, _model, lambda _: _FIGURES_BYTES, check=_check_model, about="train")
+    ]
 
 
 def _merged(config: Config) -> tuple[str, ...]:

@@ -110,7 +110,7 @@ def test_long_conversations_are_cut_to_the_turns_that_fit_and_counted(options, t
 
 def test_nothing_is_predicted_or_scored_without_gold(options):
     names = [step.name for step in steps.build(load(None, options).config)]
-    assert names == ["prepare", "train", "merge", "export", "report"]
+    assert names == ["preflight", "prepare", "train", "guard", "merge", "export", "replay", "report"]
 
 
 def test_a_run_trains_on_conversations_and_reports_them_and_a_second_one_does_nothing(options, tmp_path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from fintune.options.base import Options, is_neutral, neutral
 from fintune.options.data import DataOptions, PromptOptions, Shape, SourceOptions, StatementsOptions
 from fintune.options.export import ExportOptions, MergeOptions, ReplayOptions
+from fintune.options.guard import GuardOptions
 from fintune.options.model import AdapterOptions, ModelOptions
 from fintune.options.predict import ModelKind, PredictOptions
 from fintune.options.publish import PublishOptions
@@ -21,6 +22,7 @@ __all__ = [
     "Config",
     "DataOptions",
     "ExportOptions",
+    "GuardOptions",
     "MergeOptions",
     "ModelKind",
     "ModelOptions",

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from fintune.options.base import Options, neutral
 from fintune.options.data import DataOptions, PromptOptions
 from fintune.options.export import ExportOptions, MergeOptions, ReplayOptions
+from fintune.options.guard import GuardOptions
 from fintune.options.model import AdapterOptions, ModelOptions
 from fintune.options.predict import PredictOptions
 from fintune.options.preference import obstacle
@@ -33,6 +34,7 @@ class Config(Options):
     prompt: PromptOptions = Field(default_factory=PromptOptions, description="Prompt.")
     adapter: AdapterOptions = Field(default_factory=AdapterOptions, description="Adapter.")
     train: TrainOptions = Field(default_factory=TrainOptions, description="Training.")
+    guard: GuardOptions = Field(default_factory=GuardOptions, description="Guard.")
     merge: MergeOptions = Field(default_factory=MergeOptions, description="Merge.")
     export: ExportOptions = Field(default_factory=ExportOptions, description="Export.")
     replay: ReplayOptions = Field(default_factory=ReplayOptions, description="Replay.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from fintune.report.agreement import NEAR_TIE_NATS
 from fintune.report.examples import Answer, browser_blocks
-from fintune.report.parts import accuracy, confidence, data, made, pairs, replay, training
+from fintune.report.parts import accuracy, confidence, data, guard, made, pairs, replay, training
 from fintune.report.run_page import KINDS, RunPage
 from fintune.report.templating import fill
 
@@ -25,7 +25,7 @@ def render(page: RunPage) -> str:
     """The page as HTML."""
     compared = [pairs.pair(page, a, b, agreement) for a, b, agreement in page.agreements]
     trained, prepared = training.context(page.metrics), data.context(page.data)
-    sure = confidence.context(page)
+    sure, guarded = confidence.context(page), guard.context(page.guard)
     replayed = replay.context(page)
     index, pages = ("", "")
     if page.records and page.predictions:
@@ -42,6 +42,7 @@ def render(page: RunPage) -> str:
         (replayed, "replay", "Replay"),
         (compared, "agreement", "Agreement"),
         (trained, "training", "Training"),
+        (guarded, "guard", "Guard"),
         (prepared, "data", "Data"),
         (index, "examples", "Examples"),
         (True, "made", "How it was made"),
@@ -65,6 +66,7 @@ def render(page: RunPage) -> str:
         pairs=compared,
         threshold=NEAR_TIE_NATS,
         training=trained,
+        guard=guarded,
         data=prepared,
         filters=FILTERS,
         index=index,

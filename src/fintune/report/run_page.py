@@ -70,6 +70,7 @@ class RunPage:
         measured: One for each kind that was scored, in the order of the chain.
         metrics: Lines of ``metrics.jsonl``.
         replay: ``replay/replay.json``.
+        guard: ``guard/guard.json``.
         data: ``prepare/report.json``.
         records: The evaluation records.
         num_cut: Units cut from the prompt, by example id.
@@ -84,6 +85,7 @@ class RunPage:
     measured: Sequence[Measured] = ()
     metrics: Sequence[Mapping[str, Any]] = ()
     replay: Mapping[str, Any] = field(default_factory=dict)
+    guard: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     records: Sequence[FinQARecord] = ()
     num_cut: Mapping[str, int] = field(default_factory=dict)

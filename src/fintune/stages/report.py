@@ -67,6 +67,7 @@ def collect(config: Config, inputs: Mapping[str, Path]) -> RunPage:
         measured=[_measured(kind, inputs, predictions[kind]) for kind in verdicts if kind in predictions],
         metrics=list(_objects(train / "metrics.jsonl")) if train else [],
         replay=_object(inputs["replay"] / "replay.json") if "replay" in inputs else {},
+        guard=_object(inputs["guard"] / "guard.json") if "guard" in inputs else {},
         data=_object(prepare / "report.json") if prepare else {},
         records=_records(prepare / "gold.json") if prepare else [],
         num_cut={e.id: e.num_cut for e in _lines(prepare / "eval.jsonl", Example)} if prepare else {},
