@@ -326,7 +326,7 @@ def test_skip_leaves_a_verb_out_and_what_needs_it_says_so(run):
 
 
 def test_the_report_shows_what_there_is(run):
-    for step in ("report", "export", "predict/F16", "predict/Q4_K_M", "score/F16", "score/Q4_K_M"):
+    for step in ("report", "export", "replay", "predict/F16", "predict/Q4_K_M", "score/F16", "score/Q4_K_M"):
         shutil.rmtree(run.folder / step)
     done = run("--only", "report")
     assert done.status == 0, done.err
