@@ -268,10 +268,13 @@ def read_report(folder: Path) -> PrepareReport:
         raise ArtifactError(f"{folder / 'report.json'} cannot be read", hint="run `fintune prepare` again") from error
 
 
-def read_tokens(folder: Path, split: str, num: int) -> list[tuple[str, list[int], list[int]]]:
-    """The first ``num`` rows of a split: id, input_ids, completion_mask."""
+def read_tokens(folder: Path, split: str, num: int) -> list[Sequenced]:
+    """The first ``num`` rows of a split."""
     import datasets
 
     stored = datasets.load_from_disk(str(folder / "tokens" / split))
     rows = stored.select(range(min(num, len(stored))))
-    return [(str(row["id"]), list(row["input_ids"]), list(row["completion_mask"])) for row in rows]
+    return [
+        Sequenced(str(row["id"]), list(row["input_ids"]), list(row["completion_mask"]), row.get("rejected_ids"))
+        for row in rows
+    ]

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from fintune.config import load
+from fintune.conversations import Sequenced
 from fintune.models import load_tokenizer, resolve
 from fintune.options import Config
 from fintune.stages.inspect import TRAINED_SPECIAL_STYLE, inspect, render, shown
@@ -110,7 +111,7 @@ def test_a_prepared_folder_is_read_only_where_the_options_are_the_same(config: C
 def test_characters_spread_over_several_tokens_are_shown_whole(tiny_model: Path) -> None:
     tokenizer = load_tokenizer(resolve(str(tiny_model)))
     ids = tokenizer("é€<|im_end|>", add_special_tokens=False)["input_ids"]
-    text = render(shown(tokenizer, "A", ids, [1] * len(ids)))
+    text = render(shown(tokenizer, Sequenced("A", ids, [1] * len(ids))))
     assert text.plain == "é€<|im_end|>"
     assert text.spans[-1].style == TRAINED_SPECIAL_STYLE
 
@@ -154,3 +155,17 @@ def test_the_terminal_tells_the_sources_of_conversations_and_each_broken_row_onc
 
 def test_without_examples_the_page_has_no_place_for_them(config: Config, tmp_path: Path) -> None:
     assert "trained special token" not in page(config, tmp_path, num_examples=0)
+
+
+def test_of_a_pair_the_rejected_answer_is_shown_in_a_colour_of_its_own(tmp_path: Path, tiny_model: Path) -> None:
+    rows = [{"prompt": f"what is cash {n}?", "chosen": f"it is {n}", "rejected": f"no idea {n}"} for n in range(30)]
+    (tmp_path / "dpo.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options = ["data.source=chat", f"data.sources=[{tmp_path / 'dpo.jsonl'}]", "data.duplicates=exact"]
+    options += ["train.objective=dpo", f"model.name={tiny_model}", f"run.dir={tmp_path}", "run.name=p"]
+    config = load(None, options).config
+    html = page(config, tmp_path, num_examples=1)
+    assert re.search(
+        r'<span class="t">it is (\d+)</span><span class="t s">.*<span class="t r">no idea \1</span>', html, re.DOTALL
+    )
+    assert "rejected answer" in html
+    assert re.search(r"⟦it is (\d+)<\|im_end\|>⟧.*rejected: no idea \1", printed(config), re.DOTALL)

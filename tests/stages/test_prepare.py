@@ -66,8 +66,9 @@ def test_the_folder_holds_examples_gold_and_tokens_that_agree(config: Config, tm
         examples = [Example.model_validate_json(line) for line in lines]
         assert [each.id for each in examples] == [row["id"] for row in rows]
         assert [each.completion for each in examples] == [row["qa"]["program"] for row in rows]
-        for example, (id_, ids, mask) in zip(examples, read_tokens(folder, split, 99), strict=True):
-            assert id_ == example.id
+        for example, row in zip(examples, read_tokens(folder, split, 99), strict=True):
+            ids, mask = row.input_ids, row.completion_mask
+            assert row.id == example.id
             prompt = encode_prompt(tokenizer, example.messages)
             assert ids[: len(prompt)] == prompt
             assert mask == [0] * len(prompt) + [1] * (len(ids) - len(prompt))

@@ -71,8 +71,9 @@ def test_the_folder_holds_examples_pairs_and_tokens_of_every_shape(options, tmp_
     }
     for name, examples in made.items():
         rows = read_tokens(folder, name, 99)
-        assert [row[0] for row in rows] == [example.id for example in examples]
-        assert all(sum(mask) > 0 and len(ids) == len(mask) for _, ids, mask in rows)
+        assert [row.id for row in rows] == [example.id for example in examples]
+        assert all(sum(row.completion_mask) > 0 for row in rows)
+        assert all(len(row.input_ids) == len(row.completion_mask) for row in rows)
     pairs = [
         Pair.model_validate_json(line)
         for path in sorted(folder.glob("*.pairs.jsonl"))

@@ -38,12 +38,14 @@ class Shown:
         num_tokens: All of it.
         num_trained: Those that the loss sees.
         pieces: From the first token to the last.
+        rejected: Of a pair the worse answer, which stands behind the same prompt.
     """
 
     id: str
     num_tokens: int
     num_trained: int
     pieces: Sequence[Piece]
+    rejected: Sequence[Piece] = ()
 
 
 @dataclass(frozen=True)

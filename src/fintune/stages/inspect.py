@@ -17,6 +17,7 @@ from rich.text import Text
 
 from fintune import models, preparation, prepared
 from fintune.artifact import MANIFEST, write_atomically
+from fintune.conversations import Sequenced
 from fintune.options import Config
 from fintune.prepared import Lengths, PrepareReport
 from fintune.report.inspect_page import (
@@ -40,10 +41,8 @@ BAR_WIDTH = 40
 
 PROMPT_STYLE, SPECIAL_STYLE = "dim", "dim reverse"
 TRAINED_STYLE, TRAINED_SPECIAL_STYLE = "green", "bold green reverse"
+REJECTED_STYLE, REJECTED_SPECIAL_STYLE = "red", "bold red reverse"
 OPEN, CLOSE = "⟦", "⟧"
-
-Row = tuple[str, list[int], list[int]]
-"""Id, token ids, and 1 where a token is trained."""
 
 
 def inspect(config: Config, console: Console, *, num_examples: int = 3, html: Path | None = None) -> None:
@@ -66,7 +65,7 @@ def inspect(config: Config, console: Console, *, num_examples: int = 3, html: Pa
     tokenizer = models.load_tokenizer(reference, trust_remote_code=config.model.trust_remote_code)
     folder = config.folder / "prepare"
     report, rows, origin = _stored(config, folder, num_examples) or _fresh(config, tokenizer, num_examples)
-    examples = [shown(tokenizer, *row) for row in rows]
+    examples = [shown(tokenizer, row) for row in rows]
     page = InspectPage(
         config.run.name, origin, config.model.name, config.data.source, report.model_dump(mode="json"), examples
     )
@@ -106,7 +105,7 @@ def _print(page: InspectPage, report: PrepareReport, console: Console) -> None:
         console.print(_legend() if coloured else Text(f"{OPEN}trained{CLOSE}"))
 
 
-def _stored(config: Config, folder: Path, number: int) -> tuple[PrepareReport, list[Row], str] | None:
+def _stored(config: Config, folder: Path, number: int) -> tuple[PrepareReport, list[Sequenced], str] | None:
     if not (folder / MANIFEST).is_file():
         return None
     report = prepared.read_report(folder)
@@ -115,21 +114,31 @@ def _stored(config: Config, folder: Path, number: int) -> tuple[PrepareReport, l
     return report, prepared.read_tokens(folder, "train", number), f"{folder}, all examples"
 
 
-def _fresh(config: Config, tokenizer: PreTrainedTokenizerBase, number: int) -> tuple[PrepareReport, list[Row], str]:
+def _fresh(
+    config: Config, tokenizer: PreTrainedTokenizerBase, number: int
+) -> tuple[PrepareReport, list[Sequenced], str]:
     made = preparation.make(config, tokenizer, limit=SAMPLE)
-    rows = [(row.id, row.input_ids, row.completion_mask) for row in made.rows["train"][:number]]
-    return made.report, rows, f"not prepared yet with these options: read anew, at most {SAMPLE} examples a split"
+    return (
+        made.report,
+        list(made.rows["train"][:number]),
+        f"not prepared yet with these options: read anew, at most {SAMPLE} examples a split",
+    )
 
 
-def shown(tokenizer: PreTrainedTokenizerBase, id_: str, input_ids: list[int], completion_mask: list[int]) -> Shown:
-    """An example in pieces of equal fate; a special token is one by itself.
+def shown(tokenizer: PreTrainedTokenizerBase, row: Sequenced) -> Shown:
+    """A row of the tokens in pieces of equal fate; a special token is one by itself."""
+    pieces = _pieces(tokenizer, row.input_ids, row.completion_mask)
+    rejected = row.rejected_ids or []
+    return Shown(
+        row.id,
+        len(row.input_ids),
+        sum(row.completion_mask),
+        pieces,
+        _pieces(tokenizer, rejected, [1] * len(rejected)),
+    )
 
-    Args:
-        tokenizer: The model's.
-        id_: Its id.
-        input_ids: Prompt, completion, end-of-turn token.
-        completion_mask: 1 where the token is trained.
-    """
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], trained_mask: Sequence[int]) -> list[Piece]:
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     pieces: list[Piece] = []
     run: list[int] = []
@@ -142,29 +151,37 @@ def shown(tokenizer: PreTrainedTokenizerBase, id_: str, input_ids: list[int], co
             pieces.append(Piece(text, trained=before[0], special=before[1]))
         run.clear()
 
-    for number, trained in zip(input_ids, completion_mask, strict=True):
+    for number, trained in zip(ids, trained_mask, strict=True):
         fate = (bool(trained), number in special)
         if fate != before or fate[1]:
             flush()
             before = fate
         run.append(number)
     flush()
-    return Shown(id_, len(input_ids), sum(completion_mask), pieces)
+    return pieces
 
 
 def render(example: Shown, *, brackets: bool = False) -> Text:
-    """An example as text: the prompt dim, what is trained green, special tokens reversed.
+    """An example as text: the prompt dim, what is trained green, a rejected answer red, special tokens reversed.
 
     Args:
         example: The example.
         brackets: Put what is trained between brackets, for where styles do not show.
     """
+    text = _marked(example.pieces, (TRAINED_STYLE, TRAINED_SPECIAL_STYLE), brackets)
+    if example.rejected:
+        text.append("\n\nrejected: ", "bold")
+        text.append_text(_marked(example.rejected, (REJECTED_STYLE, REJECTED_SPECIAL_STYLE), False))
+    return text
+
+
+def _marked(pieces: Sequence[Piece], trained: tuple[str, str], brackets: bool) -> Text:
     text, was_trained = Text(), False
-    for piece in example.pieces:
+    for piece in pieces:
         if brackets and piece.trained != was_trained:
             text.append(OPEN if piece.trained else CLOSE)
         was_trained = piece.trained
-        plain, marked = (TRAINED_STYLE, TRAINED_SPECIAL_STYLE) if piece.trained else (PROMPT_STYLE, SPECIAL_STYLE)
+        plain, marked = trained if piece.trained else (PROMPT_STYLE, SPECIAL_STYLE)
         text.append(piece.text, marked if piece.special else plain)
     if brackets and was_trained:
         text.append(CLOSE)
