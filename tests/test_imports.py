@@ -56,6 +56,7 @@ ROOTS_OVER_ROOMS = {
     "fintune.preparation_chat": {"finqa", "sources"},
     "fintune.prepared": {"sources"},
     "fintune.steps": {"sources"},  # the files that a run reads
+    "fintune.train_rank": {"stages", "tuning"},  # one process of a training on several GPUs
     "fintune.shots": {"finqa", "sources"},  # solved questions before the question
 }
 """Root modules that may import rooms or stages, and which. All others are below the rooms; ``steps`` loads

@@ -55,6 +55,20 @@ def test_a_small_one_recomputes_and_divides(lines):
     assert "- 28 of 28 layers recomputed" in "\n".join(said) or "do not fit 9.0 GiB" in "\n".join(said)
 
 
+def test_several_gpus_hold_whole_copies_where_they_fit_and_parts_where_not(lines):
+    said = lines(80, "train.gpus=4")
+    assert "64 examples a step" in said[0]
+    assert said[2] == "passes: 1 of 16 examples a step on each of 4 GPUs, which hold the whole model"
+    small = ("train.gpus=8", "train.batch_size=1", "train.gradient_checkpointing=true")
+    assert said[1].startswith("predicted: 39.1 GiB")
+    divided = lines(6, *small)
+    assert divided[1].endswith("of 4.8 on each of 8 GPUs, the frozen weights divided (FSDP2)")
+    with pytest.raises(ResourceError, match=r"on each of 2 GPUs, .*: use a smaller train\.batch_size"):
+        lines(6, "train.gpus=2")
+    with pytest.raises(ConfigError, match=r"adapter\.init: pissa is not proven on several GPUs"):
+        lines(80, "train.gpus=2", "adapter.init=pissa")
+
+
 def test_what_does_not_fit_is_refused_with_what_would(lines):
     with pytest.raises(ResourceError, match=r"needs .* GiB for one example of 1024 tokens .*: use model.load=4bit"):
         lines(6)
@@ -65,6 +79,8 @@ def test_models_and_methods_without_a_plan_are_refused(lines):
         lines(24, model={**LLAMA_3B, "model_type": "gemma3"})
     with pytest.raises(ConfigError, match=r"not adapter\.kind: full"):
         lines(24, "adapter.kind=full")
+    with pytest.raises(ConfigError, match=r"knows train\.objective: sft, not dpo"):
+        lines(24, "data.source=chat", "data.sources=[pairs.jsonl]", "train.objective=dpo")
 
 
 @pytest.fixture

@@ -63,6 +63,23 @@ class TrainOptions(Options):
         "auto",
         description="Arithmetic of the frozen weights; `auto` is bfloat16 where the processor multiplies it natively.",
     )
+    gpus: int = Field(
+        1,
+        ge=1,
+        description="GPUs of this machine, a process each; a step then trains on so many times `train.batch_size` x "
+        "`train.accumulation` examples.",
+    )
+    machines: int = Field(
+        1,
+        ge=1,
+        description="Machines with `train.gpus` GPUs each, which see the same files; the command prints what to run on "
+        "the others.",
+    )
+    sharding: Literal["auto", "none", "full"] = Field(
+        "auto",
+        description="With several GPUs: `none` gives each the whole base model, `full` divides its frozen weights "
+        "among them (FSDP2), `auto` divides where the whole does not fit one.",
+    )
     gradient_checkpointing: bool = neutral(
         False,
         "Recompute the activations of every layer in the backward pass: less memory, a third slower. The "

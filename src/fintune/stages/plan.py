@@ -6,7 +6,7 @@ from fintune import models
 from fintune.errors import ConfigError, ResourceError
 from fintune.model_folder import read_json
 from fintune.options import Config
-from fintune.tuning import planned
+from fintune.tuning import launch, planned
 from fintune.tuning.memory import FAMILIES
 from fintune.tuning.plan import GIB, RESERVE_BYTES
 
@@ -25,6 +25,11 @@ def plan(config: Config, *, gib: float | None = None, longest: int | None = None
     """
     if config.adapter.kind == "full":
         raise ConfigError("the planner knows adapters, not adapter.kind: full", hint="set adapter.kind to lora or dora")
+    if config.train.objective != "sft":
+        raise ConfigError(
+            f"the planner knows train.objective: sft, not {config.train.objective}",
+            hint="lower train.batch_size and raise train.accumulation where memory does not suffice",
+        )
     ref = models.fetch_config(models.resolve(config.model.name, revision=config.model.revision))
     assert ref.path is not None, "it brings the folder"
     model_config = read_json(ref.path / "config.json")
@@ -36,13 +41,23 @@ def plan(config: Config, *, gib: float | None = None, longest: int | None = None
     total = _total_bytes() if gib is None else int(gib * GIB)
     limit = planned.limit_bytes(config.train.max_memory_gib, total)
     longest = longest or config.prompt.max_length
-    made, advice = planned.plan_config(config, model_config, longest=longest, limit=limit)
-    return [
+    gpus = config.train.gpus * config.train.machines
+    examples = config.train.batch_size * config.train.accumulation * gpus
+    head = (
         f"{config.model.name}, {config.adapter.kind} r={config.adapter.r} on {config.model.load} weights, "
-        f"{config.train.batch_size * config.train.accumulation} examples a step of at most {longest} tokens",
+        f"{examples} examples a step of at most {longest} tokens"
+    )
+    launch.check(config)
+    may_divide = gpus > 1 and config.train.sharding == "auto" and config.model.load == "16bit"
+    if config.train.sharding == "full" or (may_divide and not planned.fits_whole(config, model_config, longest, limit)):
+        return [head, planned.divided(config, model_config, longest=longest, limit=limit)]
+    made, advice = planned.plan_config(config, model_config, longest=longest, limit=limit)
+    on_each = f" on each of {gpus} GPUs, which hold the whole model" if gpus > 1 else ""
+    return [
+        head,
         f"predicted: {made.predicted_bytes / GIB:.1f} GiB of {limit / GIB:.1f} "
         f"({total / GIB:.1f} less {RESERVE_BYTES / GIB:.2f} for the context and the allocator)",
-        f"passes: {made.accumulation} of {made.batch_size} examples a step",
+        f"passes: {made.accumulation} of {made.batch_size} examples a step{on_each}",
         *(f"- {reason}" for reason in made.reasons),
         f"- {advice}",
     ]

@@ -19,7 +19,7 @@ from fintune.errors import ArtifactError, ResourceError
 from fintune.model_folder import read_json
 from fintune.options import Config
 from fintune.progress import say
-from fintune.tuning import adapter, advice, full, metrics, optimizers, planned, reporters, sft
+from fintune.tuning import adapter, advice, full, launch, metrics, optimizers, planned, ranks, reporters, sft
 from fintune.tuning.evaluate import BEST, Evaluation, best_step, out_of_patience
 from fintune.tuning.hub_callback import EpochPushes
 
@@ -49,23 +49,38 @@ def train(config: Config, inputs: Mapping[str, Path], folder: Path) -> dict[str,
     """
     check(config)
     rows = _rows(inputs["prepare"] / "tokens" / "train")
-    result = folder / (full.FOLDER if config.adapter.kind == "full" else "adapter")
+    result = _result(config, folder)
     # An earlier attempt may have been interrupted between the result's appearance and the stage's end.
     if not result.exists():
-        with _advice_on_memory(config, rows, folder):
-            _train(config, inputs["prepare"], rows, folder, result)
+        if config.train.gpus * config.train.machines > 1:
+            launch.run(config, inputs["prepare"], folder)
+        else:
+            with _advice_on_memory(config, rows, folder):
+                _train(config, inputs["prepare"], rows, folder, result)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     shutil.rmtree(folder / BEST, ignore_errors=True)
     return {"num_examples": len(rows), "precision": _precision(config).dtype} | _facts(config, folder, result)
 
 
+def train_as_rank(config: Config, prepare: Path, folder: Path) -> None:
+    """What each process of a training on several GPUs does; arguments and errors as for :func:`train`."""
+    rows = _rows(prepare / "tokens" / "train")
+    with _advice_on_memory(config, rows, folder):
+        _train(config, prepare, rows, folder, _result(config, folder))
+
+
+def _result(config: Config, folder: Path) -> Path:
+    return folder / (full.FOLDER if config.adapter.kind == "full" else "adapter")
+
+
 def check(config: Config) -> None:
-    """Refuse what is sure to fail later for want of a package; loads nothing.
+    """Refuse what is sure to fail later for want of a package, or is not proven on several GPUs; loads nothing.
 
     Raises:
         ResourceError: With the package's name.
-        ConfigError: An optimiser that this machine cannot run.
+        ConfigError: An optimiser that this machine cannot run, or a combination that several GPUs cannot.
     """
+    launch.check(config)
     reporters.check(config.train.report_to)
     if config.publish.each_epoch:
         hub_push.require_token()
@@ -133,9 +148,14 @@ def _train(config: Config, prepare: Path, rows: Dataset, folder: Path, result: P
     # rounded at every layer: at 135M parameters that decides a seventh of the answers. A GPU's memory and bandwidth
     # want 16-bit weights; but weights that are trained themselves would round small updates away.
     stored = precision.dtype if torch.cuda.is_available() and not is_full else "float32"
+    options, sharded = config.train, _is_sharded(config, ref, rows)
+    if sharded:
+        options = options.model_copy(update={"fused_layers": "never", "sharding": "full"})
     base = models.load_model(
         ref,
         dtype=stored,
+        # A model in parts is divided layer by layer, so that no GPU ever holds it whole.
+        device="cpu" if sharded else ranks.device(),
         load=config.model.load,
         compute=precision.dtype,
         trust_remote_code=config.model.trust_remote_code,
@@ -144,17 +164,21 @@ def _train(config: Config, prepare: Path, rows: Dataset, folder: Path, result: P
         sft.train,
         tokenizer=tokenizer,
         rows=rows,
-        options=config.train,
+        options=options,
         compute=precision.dtype,
         seed=config.run.seed,
         folder=folder,
         evaluation=_evaluation(config, prepare, tokenizer),
-        reporters=lambda done: reporters.make_callbacks(
-            config.train.report_to,
-            folder=folder,
-            run_name=config.run.name,
-            options=config.model_dump(mode="json", include={"model", "adapter", "train"}),
-            done=done,
+        reporters=lambda done: (
+            []
+            if not ranks.leads()
+            else reporters.make_callbacks(
+                config.train.report_to,
+                folder=folder,
+                run_name=config.run.name,
+                options=config.model_dump(mode="json", include={"model", "adapter", "train"}),
+                done=done,
+            )
         ),
     )
     if is_full:
@@ -170,22 +194,37 @@ def _train(config: Config, prepare: Path, rows: Dataset, folder: Path, result: P
         adapter.save_start(model, start)
     pushes = _pushes(config, model, start, len(rows))
     train_rows(model, extra_callbacks=[pushes.callback()] if pushes else [])
-    adapter.save(model, config.model.name, config.model.revision, result, start=start)
+    if ranks.leads():
+        adapter.save(model, config.model.name, config.model.revision, result, start=start)
+    ranks.wait()
     if pushes:
         pushes.finish()
 
 
 def _pushes(config: Config, model: PeftModel, start: Path | None, num_rows: int) -> EpochPushes | None:
     """Where the adapter goes behind each epoch; None where it is not asked for."""
-    if not config.publish.each_epoch:
+    if not config.publish.each_epoch or not ranks.leads():
         return None
     base, _ = publication.base_of(config)  # a path of this machine means nothing on the hub
     name, revision = base.hub_id or base.name, config.model.revision
     return EpochPushes(
         config.publish,
         lambda folder: adapter.save(model, name, revision, folder, start=start),
-        -(-num_rows // (config.train.batch_size * config.train.accumulation)),
+        -(-num_rows // (config.train.batch_size * config.train.accumulation * ranks.count())),
     )
+
+
+def _is_sharded(config: Config, ref: models.ModelRef, rows: Dataset) -> bool:
+    """Whether the base is divided among the GPUs; whole copies are faster, so only where they do not fit."""
+    import torch
+
+    if ranks.count() == 1 or config.train.sharding == "none" or config.model.load == "4bit":
+        return False
+    if config.train.sharding == "full" or not torch.cuda.is_available():
+        return config.train.sharding == "full"
+    assert ref.path is not None, "it was fetched"
+    limit = ranks.least(planned.limit_bytes(config.train.max_memory_gib, planned.free_bytes()))
+    return not planned.fits_whole(config, read_json(ref.path / "config.json"), max(map(len, rows["input_ids"])), limit)
 
 
 def _evaluation(config: Config, prepare: Path, tokenizer: PreTrainedTokenizerBase) -> Evaluation | None:
@@ -209,11 +248,12 @@ def _evaluation(config: Config, prepare: Path, tokenizer: PreTrainedTokenizerBas
 
     def accuracy(model: PeftModel | PreTrainedModel) -> float:
         engine = TransformersEngine(model, tokenizer, config.predict.batch_size)
-        completions = engine.generate(prompts, Decoding(max_new_tokens=options.eval_new_tokens))
+        own, asked = ranks.share(questions), ranks.share(prompts)
+        completions = engine.generate(asked, Decoding(max_new_tokens=options.eval_new_tokens)) if asked else []
         num_right = sum(
-            question.is_right(completion.text) for question, completion in zip(questions, completions, strict=True)
+            question.is_right(completion.text) for question, completion in zip(own, completions, strict=True)
         )
-        return num_right / len(questions)
+        return ranks.total([num_right])[0] / len(questions)
 
     return Evaluation(rows, accuracy)
 

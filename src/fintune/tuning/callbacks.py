@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fintune.errors import FintuneError
 from fintune.options import TrainOptions
 from fintune.progress import Bar
-from fintune.tuning import checkpoints, metrics
+from fintune.tuning import checkpoints, metrics, ranks
 from fintune.tuning.evaluate import BEST, Evaluator, best_step, drop_others
 from fintune.tuning.preference import FIGURES
 
@@ -77,7 +77,8 @@ def make_callback(
             line = {"step": state.global_step}
             line |= {key: logs[key] for key in ("loss", "learning_rate", "grad_norm", *FIGURES) if key in logs}
             line |= {"tokens": tokens, "seconds": round(seconds + here, 3)}
-            metrics.append(folder / "metrics.jsonl", line)
+            if ranks.leads():
+                metrics.append(folder / "metrics.jsonl", line)
 
         def _seconds(self) -> float:
             """Time of training in this attempt, without evaluations."""
@@ -94,9 +95,13 @@ def make_callback(
                 told += f"  {logs['eval_rewards/accuracies']:.1%} of the pairs ranked right"
             bar.note(told)
             line["seconds"] = round(seconds + self._seconds(), 3)
-            metrics.append(folder / "metrics.jsonl", line)
+            if ranks.leads():
+                metrics.append(folder / "metrics.jsonl", line)
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            ranks.wait()  # each process has written its random state
+            if not ranks.leads():
+                return
             where = folder / "checkpoints"
             checkpoints.mark_complete(where / f"checkpoint-{state.global_step}")
             checkpoints.drop_old(where)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from fintune.errors import FintuneError
 from fintune.options import TrainOptions
-from fintune.tuning import metrics
+from fintune.tuning import metrics, ranks
 from fintune.tuning.collate import IGNORED
 
 if TYPE_CHECKING:
@@ -123,8 +123,9 @@ class Evaluator:
             trainer.log(dict(found))
         finally:
             model.train()
+        ranks.wait()  # the line is written
         lines = metrics.read(self._folder / "metrics.jsonl")
-        if self._options.keep != "last" and best_step(lines, self._options.keep) == step:
+        if self._options.keep != "last" and best_step(lines, self._options.keep) == step and ranks.leads():
             save_best(trainer.model, self._folder / BEST, step)
         if out_of_patience(lines, self._options):
             # The checkpoint makes sure that a resumed run knows that it is over.
@@ -137,14 +138,15 @@ class Evaluator:
 
         total, num_tokens = 0.0, 0
         rows, size = self._evaluation.rows, self._options.batch_size
-        for start in range(0, len(self._order), size):
+        for start, counts in ranks.padded_share(range(0, len(self._order), size)):
             batch = self._trainer.data_collator([rows[index] for index in self._order[start : start + size]])
             num_labels = int((batch["labels"][:, 1:] != IGNORED).sum())
             with torch.no_grad():
                 loss = self._trainer.prediction_step(model, batch, prediction_loss_only=True)[0]
-            total += float(loss) * num_labels
-            num_tokens += num_labels
-        return total / num_tokens
+            total += float(loss) * num_labels * counts
+            num_tokens += num_labels * counts
+        total, num_all = ranks.total([total, num_tokens])
+        return total / num_all
 
     def _accuracy(self, accuracy: Callable[[Any], float]) -> float:
         import torch

@@ -156,7 +156,9 @@ def peak_bytes(shape: Shape, method: Method, setting: Setting, *, num_labels: in
     return standing_bytes(shape, method, setting) + kept + passing
 
 
-def modules_peak_bytes(shape: Shape, method: Method, *, tokens: int, recomputed: bool, accumulates: bool) -> int:
+def modules_peak_bytes(
+    shape: Shape, method: Method, *, tokens: int, recomputed: bool, accumulates: bool, parts: int = 1
+) -> int:
     """Largest allocation with transformers' layers and PEFT's, as far as it can be told from TRL's peaks on an H100.
 
     Args:
@@ -165,6 +167,8 @@ def modules_peak_bytes(shape: Shape, method: Method, *, tokens: int, recomputed:
         tokens: In one forward pass.
         recomputed: With gradient checkpointing, of all layers.
         accumulates: Gradients wait for further passes.
+        parts: GPUs among which the frozen weights are divided; of a layer that computes they lie together, as do those
+            of the next one.
     """
     setting = Setting(0, unpacked=not method.four_bit, tokens=tokens, accumulates=accumulates)
     kept = int(_MODULES_KEEP * _kept_bytes(shape, method, tokens))
@@ -172,7 +176,12 @@ def modules_peak_bytes(shape: Shape, method: Method, *, tokens: int, recomputed:
     layer = _layer_bytes(shape, method, setting) + (kept if recomputed else 0)
     if method.dora:
         layer += _MODULES_DORA_COPIES * 4 * shape.hidden * shape.intermediate
-    return standing_bytes(shape, method, setting) + total + max(layer, _head_bytes(shape, tokens, tokens))
+    total += standing_bytes(shape, method, setting) + max(layer, _head_bytes(shape, tokens, tokens))
+    if parts > 1:
+        embeddings = 2 * shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
+        frozen = embeddings + 2 * shape.layers * shape.linear_weights
+        total += frozen // parts - frozen + embeddings + 2 * 2 * shape.linear_weights
+    return total
 
 
 def standing_bytes(shape: Shape, method: Method, setting: Setting) -> int:

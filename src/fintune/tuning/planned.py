@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from fintune.errors import ResourceError
 from fintune.options import AdapterOptions, Config, TrainOptions
 from fintune.progress import say
-from fintune.tuning.memory import PARTS, Method, Setting, Shape
+from fintune.tuning import ranks
+from fintune.tuning.memory import FAMILIES, PARTS, Method, Setting, Shape, modules_peak_bytes
 from fintune.tuning.optimizers import MOMENT_BYTES
 from fintune.tuning.plan import GIB, RESERVE_BYTES, TrainingPlan, make_plan, needs_four_bit
 
@@ -49,7 +50,7 @@ def plan_model(model: PeftModel, options: TrainOptions, lengths: Sequence[int]) 
         dropout=any(getattr(drop, "p", 0) > 0 for drop in first.lora_dropout.values()),
     )
     shape = Shape.of(model.get_base_model().config.to_dict())
-    limit = limit_bytes(options.max_memory_gib, free_bytes(model.device))
+    limit = ranks.least(limit_bytes(options.max_memory_gib, free_bytes(model.device)))
     made = choose(shape, method, options, longest=max(lengths), limit=limit)
     for reason in made.reasons:
         say(f"plan: {reason}")
@@ -106,6 +107,44 @@ def plan_config(
     need = needs_four_bit(shape, method, longest=longest, limit_bytes=limit)
     advice = "4 bits are needed: the 16-bit model does not fit" if need else "4 bits are not needed: 16 bits fit"
     return choose(shape, method, config.train, longest=longest, limit=limit), advice
+
+
+def fits_whole(config: Config, model_config: Mapping[str, Any], longest: int, limit: int) -> bool:
+    """Whether the base and the smallest pass fit one GPU; True for a model that the planner does not know."""
+    if model_config.get("model_type") not in FAMILIES:
+        return True
+    try:
+        plan_config(config, model_config, longest=longest, limit=limit)
+    except ResourceError:
+        return False
+    return True
+
+
+def divided(config: Config, model_config: Mapping[str, Any], *, longest: int, limit: int) -> str:
+    """What a GPU needs where the base is divided among all of them, as a sentence.
+
+    Raises:
+        ResourceError: Not even then does the batch fit.
+    """
+    train = config.train
+    shape, method = Shape.of(model_config), method_of(config.adapter, four_bit=False)
+    parts = train.gpus * train.machines
+    peak = modules_peak_bytes(
+        shape,
+        replace(method, moment_bytes=MOMENT_BYTES[train.optimizer]),
+        tokens=train.batch_size * longest,
+        recomputed=train.gradient_checkpointing,
+        accumulates=train.accumulation > 1,
+        parts=parts,
+    )
+    told = (
+        f"about {peak / GIB:.1f} GiB of {limit / GIB:.1f} on each of {parts} GPUs, the frozen weights divided (FSDP2)"
+    )
+    if peak > limit:
+        hint = "a smaller train.batch_size with more train.accumulation"
+        hint += "" if train.gradient_checkpointing else ", train.gradient_checkpointing=true"
+        raise ResourceError(f"training needs {told}", hint=f"use {hint}, or more GPUs")
+    return told
 
 
 def method_of(options: AdapterOptions, *, four_bit: bool) -> Method:

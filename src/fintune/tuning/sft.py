@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fintune.errors import ConfigError, FintuneError
 from fintune.options import TrainOptions
 from fintune.progress import bar, say
-from fintune.tuning import checkpoints, metrics, optimizers, planned, preference
+from fintune.tuning import checkpoints, metrics, optimizers, planned, preference, ranks, shard
 from fintune.tuning.adapter import compute_in_base_type, store_frozen_weights
 from fintune.tuning.attention import use_short_causal_attention
 from fintune.tuning.callbacks import make_callback
@@ -60,10 +60,12 @@ def make_plan(lengths: Sequence[int], options: TrainOptions, seed: int) -> Plan:
         options: Epochs, batch size and accumulation.
         seed: Seed of the order.
     """
-    batch_size = options.batch_size * options.accumulation
+    batch_size = options.batch_size * options.accumulation * ranks.count()
     num_examples, steps = num_steps(len(lengths), options.epochs, batch_size, options.max_steps)
     if options.objective == "kto":
         num_examples = steps * batch_size  # it compares answers of different prompts, and a rest may be a single one
+    if ranks.count() > 1:  # every process has a part of every step, so the last one is filled up
+        num_examples = steps * batch_size
     order = training_order(lengths, num_examples, batch_size, seed)
     tokens = [0]
     for step in range(steps):
@@ -116,18 +118,18 @@ def train(
     fused, memory = supervised and _is_fused(model, options.fused_layers), None
     if fused and model.device.type == "cuda":
         memory = planned.plan_model(model, options, lengths)
-        planned.write(memory, folder, trained=False)
+        if ranks.leads():
+            planned.write(memory, folder, trained=False)
         # The same examples a step, in as many passes as memory demands.
         passes = {"batch_size": memory.batch_size, "accumulation": memory.accumulation}
         options = options.model_copy(update=passes)
-    resume = checkpoints.latest(folder / "checkpoints")
+    resume, earlier = _where_it_stopped(folder)
     done = checkpoints.step_of(resume) if resume else 0
-    earlier = metrics.cut(folder / "metrics.jsonl", done)
     with quiet_libraries(), bar("train", plan.steps, done=done) as shown:
         args = _arguments(model, options, plan, compute, seed, folder / "checkpoints")
         order = plan.order
         if out_of_patience(earlier, options):  # it was over; only what comes behind training is left to do
-            args.max_steps, order = done, order[: done * options.batch_size * options.accumulation]
+            args.max_steps, order = done, order[: done * options.batch_size * options.accumulation * ranks.count()]
         callback = make_callback(
             options,
             folder=folder,
@@ -151,14 +153,26 @@ def train(
         # One would be written for every checkpoint, of which nobody reads any.
         trainer.create_model_card = lambda *_args, **_kwargs: None
         trainer.remove_callback(PrinterCallback)
+        if options.sharding == "full" and ranks.count() > 1:
+            shard.divide(trainer.model)
+        ranks.train_together(trainer)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    if memory is not None:
+    if memory is not None and ranks.leads():
         planned.write(memory, folder, trained=True)
     best = best_step(metrics.read(folder / "metrics.jsonl"), options.keep) if options.keep != "last" else None
     if best is None:
         return int(trainer.state.global_step)
     load_best(trainer.model, folder / BEST, best)
     return best
+
+
+def _where_it_stopped(folder: Path) -> tuple[Path | None, list[dict[str, Any]]]:
+    """The last complete checkpoint, and the lines of the steps before it; what lies behind it is removed."""
+    if ranks.leads():
+        found = checkpoints.latest(folder / "checkpoints")
+        metrics.cut(folder / "metrics.jsonl", checkpoints.step_of(found) if found else 0)
+    ranks.wait()
+    return checkpoints.latest(folder / "checkpoints"), metrics.read(folder / "metrics.jsonl")
 
 
 def _base(model: PeftModel | PreTrainedModel) -> PreTrainedModel:

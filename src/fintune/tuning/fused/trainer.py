@@ -9,6 +9,7 @@ from torch import Tensor
 from trl import SFTTrainer
 
 from fintune.tuning.fused.attend import Sequences
+from fintune.tuning.fused.head import Loss
 from fintune.tuning.fused.model import FusedModel
 
 
@@ -49,6 +50,12 @@ class FusedTrainer(SFTTrainer):  # type: ignore[misc]
                 num_labels,
                 training=model.training,
             )
+        if self.args.world_size > 1 and model.training:
+            # The mean of the processes' gradients shall be the gradient of the sum of their losses.
+            return self._noted(inputs, loss, model) * self.args.world_size
+        return self._noted(inputs, loss, model)
+
+    def _noted(self, inputs: dict[str, Any], loss: Loss, model: Any) -> Tensor:
         if model.training:
             self._losses.append((inputs["ids"], loss.mean.detach()))
         return loss.mean
@@ -78,8 +85,6 @@ class FusedTrainer(SFTTrainer):  # type: ignore[misc]
         return int(6 * inputs["input_ids"].numel() * self._num_parameters)
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        if self.accelerator.num_processes > 1:
-            return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
         return torch.nn.utils.clip_grad_norm_(self._trained, self.args.max_grad_norm)
 
