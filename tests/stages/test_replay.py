@@ -67,6 +67,34 @@ def test_a_run_without_a_merged_folder_is_replayed_too(run, tmp_path):
     assert list(facts["replayed"]) == ["adapter", "F16", "Q4_K_M"]
 
 
+def test_an_adapter_in_dequantised_weights_is_compared_with_what_was_trained(run, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    plain, inputs = run
+    folders = {name: tmp_path / name for name in ("merge", "export", "direct", "replay", "plain")}
+    for path in folders.values():
+        path.mkdir()
+    config = plain.model_copy(
+        update={
+            "model": plain.model.model_copy(update={"load": "4bit"}),
+            "merge": plain.merge.model_copy(update={"into": "dequantised"}),
+        }
+    )
+    merge(config, inputs, folders["merge"])
+    export(config, {"merge": folders["merge"]}, folders["export"])
+    facts = export(config, {"train": inputs["train"]}, folders["direct"])
+    assert facts["merged_into"] == "base dequantised from 4 bits"
+    assert facts["base_difference"]["relative_rms"] > 0.05
+    for name in ("t-F16.gguf", "t-Q4_K_M.gguf"):
+        assert (folders["export"] / name).read_bytes() == (folders["direct"] / name).read_bytes()
+    made = inputs | {"merge": folders["merge"], "export": folders["export"]}
+    found = replay(config, made, folders["replay"])
+    assert found["reference"] == "base + adapter in 4 bits"
+    assert found["replayed"]["merged"]["mean_kl"] < 1e-6
+    # The base's own weights under the adapter are another model.
+    told = plain.model_copy(update={"replay": ReplayOptions(min_same_share=0)})
+    assert replay(told, made, folders["plain"])["replayed"]["merged"]["mean_kl"] > 1e-5
+
+
 def test_no_more_examples_and_tokens_than_asked_are_replayed(run, tmp_path):
     config, inputs = run
     asked = config.model_copy(update={"replay": ReplayOptions(num_examples=2, max_tokens=5)})
