@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fintune.finqa.program import tokenize
-from fintune.records import FinQARecord
+from fintune.records import Candidate, FinQARecord
 from fintune.report.examples import Answer, browser_blocks, script_json, used_parts
 from fintune.report.verdict import OUTCOMES, Judged, judge
 from report.example_run import NASTY, predictions, records
@@ -129,3 +129,22 @@ def test_the_index_tells_steps_verdicts_cuts_and_missing_predictions():
     assert two["m"][0]["t"] == "so: x"
     assert two["cut"] == 4
     assert three["m"] == [None]
+
+
+def test_an_answer_says_how_certain_the_model_was_and_what_agreed_with_it():
+    items = records(3)
+    alone, voted, unknown = predictions(items, "adapter")
+    results = (2.0, 2.0, 5.0, None)
+    candidates = tuple(
+        Candidate(program=f"add({place}, 2)", logprob=-1.0, result=result, num_tokens=5)
+        for place, result in enumerate(results)
+    )
+    voted = voted.model_copy(update={"confidence": 0.5, "program": "add(1, 2)", "candidates": candidates})
+    made = (alone.model_copy(update={"confidence": 0.414}), voted, unknown)
+    answers = {each.id: Answer.of(each, None) for each in made}
+    examples = json.loads(browser_blocks(items, {"adapter": answers}, {})[0])["examples"]
+    assert [example["m"][0].get("k") for example in examples] == [
+        "confidence 41 %",
+        "confidence 50 %: 2 of 4 candidates have this result",
+        None,
+    ]

@@ -43,19 +43,29 @@ def answer_lines(
         yield Text.assemble(("  ungrounded ", "yellow"), f"{operand.text} stands {where}, not on the page")
 
 
-def confidence_line(
+def confidence_words(
     confidence: float | None, results: Sequence[float | str | None], result: float | str | None
-) -> Text:
-    """How certain the model is, and what that means.
+) -> tuple[str, str]:
+    """How certain the model is, and what agrees with it.
 
     Args:
         confidence: As a fraction; None where the engine does not tell it.
         results: Of all candidates, where there were several; None for one that does not run.
         result: That of the answer.
+
+    Returns:
+        ``60 %`` and ``3 of 5 candidates have this result``, the latter "" for a single completion.
     """
     num_same = sum(each is not None and each == result for each in results)
     agree = f"{num_same} of {len(results)} candidates have this result" if results else ""
-    known = "not known" if confidence is None else f"{100 * confidence:.0f} %"
+    return "not known" if confidence is None else f"{100 * confidence:.0f} %", agree
+
+
+def confidence_line(
+    confidence: float | None, results: Sequence[float | str | None], result: float | str | None
+) -> Text:
+    """:func:`confidence_words` as a line."""
+    known, agree = confidence_words(confidence, results, result)
     return Text.assemble(("confidence ", "dim"), known, (f"  {agree}" if agree else "", "dim"))
 
 

@@ -17,6 +17,7 @@ from fintune.finqa.parse import ParseError, parse
 from fintune.finqa.program import Number, RowName, tokenize
 from fintune.finqa.trace import Trace, trace
 from fintune.records import FinQARecord, Prediction
+from fintune.report.answer_text import confidence_words
 from fintune.report.operands import Used, shown_operands, words_of
 from fintune.report.verdict import OUTCOMES, Judged
 
@@ -37,6 +38,7 @@ class Answer:
         text: What the model wrote, where that is not just its program.
         cut_off: Whether it reached the token limit.
         error: The kind of its error, where that is known.
+        confidence: How certain the model was, in words.
     """
 
     tokens: Sequence[str]
@@ -45,13 +47,15 @@ class Answer:
     text: str = ""
     cut_off: bool = False
     error: str = ""
+    confidence: str = ""
 
     @classmethod
     def of(cls, prediction: Prediction, judged: Judged | None) -> Answer:
         """The answer that a prediction of a run is."""
         program = prediction.program
         text = "" if prediction.text.strip() == program else prediction.text
-        return cls(tokenize(program), program, judged, text, prediction.finish_reason == "length")
+        cut_off = prediction.finish_reason == "length"
+        return cls(tokenize(program), program, judged, text, cut_off, confidence=_confidence(prediction))
 
 
 def used_parts(record: FinQARecord) -> Used:
@@ -167,9 +171,20 @@ def _answer(record: FinQARecord, answer: Answer | None, gold: Used) -> dict[str,
         shown["cut"] = 1
     if answer.error:
         shown["e"] = answer.error
+    if answer.confidence:
+        shown["k"] = answer.confidence
     if answer.judged is not None:
         shown |= {"c": OUTCOMES.index(answer.judged.outcome), "r": str(answer.judged.result)}
     return shown
+
+
+def _confidence(prediction: Prediction) -> str:
+    if prediction.confidence is None:
+        return ""
+    results = [each.result for each in prediction.candidates]
+    chosen = next((each.result for each in prediction.candidates if each.program == prediction.program), None)
+    known, agree = confidence_words(prediction.confidence, results, chosen)
+    return f"confidence {known}" + (f": {agree}" if agree else "")
 
 
 def _operands(program: str) -> tuple[set[float], set[str]]:
