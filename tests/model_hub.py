@@ -129,6 +129,11 @@ class ModelHub:
         elif path == "/api/validate-yaml":
             good = json.loads(body)["content"].startswith("---\n")
             _json(request, {"errors": [], "warnings": []} if good else {"errors": [{"message": "no YAML"}]}, 200)
+        elif path == "/verify":
+            asked = json.loads(body)
+            stored = self._store.get(asked["oid"], b"")
+            whole = hashlib.sha256(stored).hexdigest() == asked["oid"] and len(stored) == asked["size"]
+            _json(request, {} if whole else {"error": "not what was announced"}, 200 if whole else 422)
         elif path == "/api/repos/create":
             self._create(request, json.loads(body))
         else:
@@ -189,7 +194,8 @@ class ModelHub:
         about = {"oid": asked["oid"], "size": asked["size"]}
         if asked["oid"] in self._store:
             return about
-        return about | {"actions": {"upload": {"href": f"{self.url}/store/{asked['oid']}"}}}
+        actions = {"upload": {"href": f"{self.url}/store/{asked['oid']}"}, "verify": {"href": f"{self.url}/verify"}}
+        return about | {"actions": actions}
 
     def _commit(self, request: BaseHTTPRequestHandler, name: str, branch: str, lines: list[dict[str, Any]]) -> None:
         repo = self.repositories[name]

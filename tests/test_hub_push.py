@@ -78,7 +78,9 @@ def test_a_push_that_was_interrupted_before_its_commit_goes_on_without_sending_t
     assert len(hub.files("ann/model")) == 3
 
 
-@pytest.mark.parametrize("piece", ["repos/create", "paths-info", "preupload", "objects/batch", "PUT /store", "commit/"])
+@pytest.mark.parametrize(
+    "piece", ["repos/create", "paths-info", "preupload", "objects/batch", "PUT /store", "POST /verify", "commit/"]
+)
 @pytest.mark.parametrize("trouble", ["dropped", "status"])
 def test_every_request_that_fails_once_is_tried_again(hub, files, piece, trouble, capsys):
     hub.drop = {piece: 1} if trouble == "dropped" else {}

@@ -17,7 +17,9 @@ def inspect(config: Path, overrides: tuple[str, ...], examples: int, html: Path 
     """Counts, drops by reason, token lengths, and examples with the trained tokens in colour."""
     from rich.console import Console
 
+    from fintune import outputs
     from fintune.config import load
     from fintune.stages.inspect import inspect as stage
 
+    outputs.check([html], [config])
     stage(load(config, overrides).config, Console(), num_examples=examples, html=html)

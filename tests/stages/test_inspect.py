@@ -11,6 +11,7 @@ from rich.console import Console
 
 from fintune.config import load
 from fintune.conversations import Sequenced
+from fintune.errors import FintuneError
 from fintune.models import load_tokenizer, resolve
 from fintune.options import Config
 from fintune.stages.inspect import TRAINED_SPECIAL_STYLE, inspect, render, shown
@@ -53,8 +54,8 @@ def chat(tmp_path: Path, tiny_model: Path) -> Config:
 
 
 def page(config: Config, folder: Path, num_examples: int = 2) -> str:
-    inspect(config, Console(file=io.StringIO()), num_examples=num_examples, html=folder / "new" / "page.html")
-    return (folder / "new" / "page.html").read_text(encoding="utf-8")
+    inspect(config, Console(file=io.StringIO()), num_examples=num_examples, html=folder / "page.html")
+    return (folder / "page.html").read_text(encoding="utf-8")
 
 
 def printed(config: Config, *, color: bool = False, num_examples: int = 1) -> str:
@@ -169,3 +170,13 @@ def test_of_a_pair_the_rejected_answer_is_shown_in_a_colour_of_its_own(tmp_path:
     )
     assert "rejected answer" in html
     assert re.search(r"⟦it is (\d+)<\|im_end\|>⟧.*rejected: no idea \1", printed(config), re.DOTALL)
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_any_work(chat: Config, tmp_path: Path) -> None:
+    for wrong, told in (
+        (tmp_path, "a folder, and no file can be written there"),
+        (tmp_path / "nothere" / "page.html", "its folder does not exist"),
+        (tmp_path / "sft.jsonl", "is read, and would be overwritten"),
+    ):
+        with pytest.raises(FintuneError, match=told):
+            inspect(chat, Console(file=io.StringIO()), html=wrong)

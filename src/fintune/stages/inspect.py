@@ -15,8 +15,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from fintune import models, preparation, prepared
-from fintune.artifact import MANIFEST, write_atomically
+from fintune import models, outputs, preparation, prepared
+from fintune.artifact import MANIFEST
 from fintune.conversations import Sequenced
 from fintune.options import Config
 from fintune.prepared import Lengths, PrepareReport
@@ -31,6 +31,7 @@ from fintune.report.inspect_page import (
     restricted,
     sources,
 )
+from fintune.sources.rows import local_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,9 +59,12 @@ def inspect(config: Config, console: Console, *, num_examples: int = 3, html: Pa
         html: Gets the page.
 
     Raises:
+        FintuneError: The page cannot be written there.
         DataError: The data cannot be used.
         ModelError: The model has no usable tokenizer.
     """
+    files = [path for path in (config.data.train, config.data.eval) if path is not None]
+    outputs.check([html], [*files, *(path for source in config.data.sources for path in local_files(source))])
     reference = models.resolve(config.model.name, revision=config.model.revision)
     tokenizer = models.load_tokenizer(reference, trust_remote_code=config.model.trust_remote_code)
     folder = config.folder / "prepare"
@@ -70,8 +74,7 @@ def inspect(config: Config, console: Console, *, num_examples: int = 3, html: Pa
         config.run.name, origin, config.model.name, config.data.source, report.model_dump(mode="json"), examples
     )
     if html is not None:
-        html.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(html, render_inspect(page))
+        outputs.write(html, render_inspect(page))
     _print(page, report, console)
     if html is not None:
         console.print(Text(f"The page: {html}"), soft_wrap=True)
