@@ -158,7 +158,7 @@ def test_the_whole_command_writes_what_the_guide_names_and_a_second_one_does_not
         assert (here / name).read_bytes()[:4] == b"GGUF"
     assert "financial_model_q4_k_m.gguf" in (here / "financial_model_q4_k_m.gguf.Modelfile").read_text()
     manifests = {path: path.read_bytes() for path in (here / "financial_lora" / "run").glob("*/manifest.json")}
-    assert len(manifests) == 7
+    assert len(manifests) == 8
     capsys.readouterr()
     finance(model)
     assert {path: path.read_bytes() for path in manifests} == manifests
