@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -57,6 +58,14 @@ class TrainOptions(Options):
         0.999, gt=0, lt=1, description="AdamW's memory of squared gradients; 0.99 suits runs of a few hundred steps."
     )
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")
+    backend: Literal["own", "unsloth"] = Field(
+        "own",
+        description="What trains the adapter: this package, or Unsloth in a process of its own (a CUDA GPU; same data, "
+        "masks, order and options).",
+    )
+    backend_python: Path | None = neutral(
+        None, "Python of an environment that holds Unsloth and fintune; this one's where empty."
+    )
     batch_size: int = Field(8, ge=1, description="Examples a forward pass and GPU.")
     accumulation: int = Field(1, ge=1, description="Forward passes an optimiser step.")
     precision: Literal["auto", "bfloat16", "float16", "float32"] = Field(

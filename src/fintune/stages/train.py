@@ -19,7 +19,7 @@ from fintune.errors import ArtifactError, ResourceError
 from fintune.model_folder import read_json
 from fintune.options import Config
 from fintune.progress import say
-from fintune.tuning import adapter, advice, full, launch, metrics, optimizers, planned, ranks, reporters, sft
+from fintune.tuning import adapter, advice, full, launch, metrics, optimizers, planned, ranks, reporters, sft, unsloth
 from fintune.tuning.evaluate import BEST, Evaluation, best_step, out_of_patience
 from fintune.tuning.hub_callback import EpochPushes
 
@@ -84,6 +84,8 @@ def check(config: Config) -> None:
     reporters.check(config.train.report_to)
     if config.publish.each_epoch:
         hub_push.require_token()
+    if config.train.backend == "unsloth":
+        unsloth.check(config)
     if config.train.optimizer != "adamw":  # the others ask torch about a GPU, which takes seconds
         import torch
 
@@ -127,7 +129,7 @@ def _facts(config: Config, folder: Path, result: Path) -> dict[str, Any]:
             ranked = at_kept["eval_rewards/accuracies"]
             facts |= {"eval_reward_accuracy": ranked, "eval_reward_margin": at_kept["eval_rewards/margins"]}
             told += f" and {ranked:.1%} of held-out pairs ranked right"
-    facts |= planned.read(folder)
+    facts |= planned.read(folder) | unsloth.read(folder)
     return facts | {"stopped_early": out_of_patience(lines, config.train), "summary": told}
 
 
@@ -141,6 +143,9 @@ def _train(config: Config, prepare: Path, rows: Dataset, folder: Path, result: P
     say(f"precision {precision.dtype}: {precision.reason}{four_bit}")
     ref = models.fetch(models.resolve(config.model.name, revision=config.model.revision))
     assert ref.path is not None, "fetch fills the path"
+    if config.train.backend == "unsloth":
+        unsloth.train(config, model=ref.path, prepare=prepare, folder=folder, compute=precision.dtype)
+        return
     tokenizer = models.load_tokenizer(ref, trust_remote_code=config.model.trust_remote_code)
     set_seed(config.run.seed)
     is_full = config.adapter.kind == "full"
