@@ -35,7 +35,7 @@ dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be
 strict_option = click.option("--strict", is_flag=True, help="Stop at the first row of the data that cannot be used.")
 
 
-def run_stages(path: Path, overrides: tuple[str, ...], selection: Selection, *, dry_run: bool = False) -> None:
+def run_stages(path: Path | None, overrides: tuple[str, ...], selection: Selection, *, dry_run: bool = False) -> None:
     """Run what is selected of a run, or say what would be run; then the table of scores and where the page lies."""
     from fintune.config import load
     from fintune.pipeline import Pipeline

@@ -13,15 +13,19 @@ from fintune.errors import ConfigError
 @click.command()
 @config_arguments
 @click.option("--dry-run", is_flag=True, help="Write the card, say what would be pushed with bytes, push nothing.")
-def publish(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
+def publish(config: Path | None, overrides: tuple[str, ...], dry_run: bool) -> None:
     """What publish.what names to publish.repo_id on the Hugging Face hub, with a model card.
 
+    CONFIG may be a run's folder, too, such as the run/ of an older command's output.
     What is there with the same hash is not sent again; so an interrupted push goes on, and a second one only looks.
     """
     from fintune.artifact import MANIFEST
     from fintune.config import load
+    from fintune.run_folder import overrides_of
     from fintune.selection import Selection
 
+    if config is not None and config.is_dir():
+        overrides, config = (*overrides_of(config), *overrides), None
     loaded = load(config, overrides).config
     if not loaded.publish.repo_id:
         raise ConfigError("publish.repo_id is empty", hint="say where to push, as publish.repo_id=OWNER/NAME")
@@ -32,7 +36,7 @@ def publish(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
         run_stages(config, overrides, Selection(only=("publish",), redo=("publish",) if earlier else ()))
 
 
-def _preview(path: Path, overrides: tuple[str, ...]) -> None:
+def _preview(path: Path | None, overrides: tuple[str, ...]) -> None:
     from rich.table import Table
 
     from fintune.cli_common import stdout

@@ -106,6 +106,7 @@ def test_the_card_tells_base_data_method_accuracy_and_replay(run, hub):
     assert "8 min 12 s, 2,220 tokens a second, on 2 cores of Test CPU" in card
     assert re.search(r"\| adapter \| 12 \| \d+\.\d %? ?\| \d+\.\d–\d+\.\d \|", card.replace("\u00a0", " "))
     assert "| GGUF Q4_K_M | 94.2 % | 0.012 | 1.3 |" in card
+    assert "800 examples were trained on, 160 held out; left out: 4 program does not run." in card
     assert "license: unknown" in card
 
 
@@ -280,3 +281,13 @@ def test_in_a_run_it_is_a_stage_like_the_others_up_to_date_or_refused_when_its_o
     assert other.status == 2
     assert 'publish.repo_id was "ann/demo" and is now "ann/other"' in other.err
     assert set(hub.repositories) == {"ann/demo"}
+
+
+def test_a_runs_folder_stands_for_its_configuration(run, hub):
+    done = fintune("publish", run.demo, f"model.name={run.model}", "data.source=finqa", "publish.repo_id=ann/demo", ALL)
+    assert done.status == 0, done.err
+    assert {"demo-F16.gguf", "config.json", "adapter/adapter_config.json"} <= hub.files("ann/demo").keys()
+    for wrong in (run.folder / "data", run.folder / "runs"):
+        empty = fintune("publish", wrong, "publish.repo_id=ann/demo")
+        assert empty.status == 2
+        assert "holds no finished stage: name a run's folder or its configuration file" in empty.err

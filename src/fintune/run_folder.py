@@ -1,0 +1,35 @@
+"""A run's folder in the place of its configuration: the options that its manifests hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from fintune.artifact import MANIFEST, Manifest
+from fintune.config import fields
+from fintune.errors import ArtifactError
+
+
+def overrides_of(folder: Path) -> list[str]:
+    """The options that a run was made with, as overrides; those that can change no result have their defaults.
+
+    Args:
+        folder: ``runs/NAME``, or ``run`` of what an older command made.
+
+    Raises:
+        ArtifactError: It holds no finished stage, or a manifest that cannot be read.
+    """
+    found: dict[str, object] = {}
+    for path in sorted([*folder.glob(f"*/{MANIFEST}"), *folder.glob(f"predict/*/{MANIFEST}")]):
+        try:
+            found |= Manifest.model_validate_json(path.read_bytes()).key.options
+        except (OSError, ValidationError) as error:
+            raise ArtifactError(f"{path}: not a manifest ({str(error).splitlines()[0]})") from None
+    if not found:
+        raise ArtifactError(f"{folder} holds no finished stage", hint="name a run's folder or its configuration file")
+    known = {key for key, _ in fields()}
+    options = [f"{key}={json.dumps(value)}" for key, value in found.items() if key in known and value is not None]
+    place = folder.resolve()
+    return [*options, f"run.name={json.dumps(place.name)}", f"run.dir={json.dumps(str(place.parent))}"]
