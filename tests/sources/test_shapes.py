@@ -151,6 +151,7 @@ def test_a_shape_that_is_named_wins_over_the_fields():
             "",
         ),
         ({"prompt": ASK, "chosen": ANSWER, "rejected": ANSWER}, "no preference", "rejected", "remove the row"),
+        ({"prompt": ASK, "chosen": ANSWER}, "unknown shape", "", "rejected is missing"),
         ({"prompt": "", "chosen": ANSWER, "rejected": "x"}, "no question", "prompt", "fill it"),
         ({"Question": ASK, "Answer": "", "Context": "c"}, "no answer", "answer", "fill it or remove the row"),
         ({"Question": None, "Answer": ANSWER, "Context": "c"}, "no question", "question", "fill it"),

@@ -114,6 +114,8 @@ def _unknown(fields: Fields) -> BrokenRowError:
     names = ", ".join(list(fields)[:8]) or "none"
     if {"pre_text", "qa"} <= fields.keys():
         hint = "these are FinQA records; read them with data.source: finqa"
+    elif ("chosen" in fields) != ("rejected" in fields):
+        hint = f"a pair has both answers; {'rejected' if 'chosen' in fields else 'chosen'} is missing"
     elif "text" in fields:
         hint = "running text has no turns; write prompt and completion"
     else:
