@@ -6,6 +6,7 @@
     ├── ConfigError         the YAML file or an override: unknown key, wrong type, impossible combination
     ├── DataError           a data file: missing, truncated, a bad row (carries file, row and id)
     ├── ModelError          a model reference: no such folder or id, no weights, no tokenizer, wrong family
+    │   └── PromptError     a prompt that a model cannot take (carries its number)
     ├── ArtifactError       a run folder: stale, unfinished, or held by another process
     └── ResourceError       the machine: disk too small, network unreachable, no GPU, package missing
 
@@ -74,6 +75,24 @@ class DataError(FintuneError):
 
 class ModelError(FintuneError):
     """A model or tokenizer that cannot be used."""
+
+
+class PromptError(ModelError):
+    """One of several prompts that a model cannot take.
+
+    Args:
+        number: Which, from 1.
+        problem: What is wrong with it, as it follows "prompt 3".
+        hint: What to do.
+    """
+
+    def __init__(self, number: int, problem: str, *, hint: str | None = None) -> None:
+        super().__init__(f"prompt {number}{problem}", hint=hint)
+        self.number, self.problem = number, problem
+
+    def of(self, name: str) -> ModelError:
+        """The same about a prompt whose name the caller knows."""
+        return ModelError(f"the prompt of {name}{self.problem}", hint=self.hint)
 
 
 class ArtifactError(FintuneError):

@@ -197,3 +197,14 @@ def test_half_a_command_is_refused(data):
     done = fintune("predict", "--data", data)
     assert "give a CONFIG, or --model, --data and --out together" in done.err
     assert done.status == 2
+
+
+def test_a_prompt_longer_than_the_models_context_names_its_question(data, tiny_model):
+    rows = json.loads(data.read_text())
+    rows[2]["post_text"] = ["the revenue grew by 9999 ."] * 700
+    data.write_text(json.dumps(rows))
+    words = ["--model", tiny_model, "--data", data, "--out", data.parent / "out.json", "prompt.max_length=9000"]
+    done = fintune("predict", *words)
+    assert (done.status, done.err.count("\n")) == (2, 1)
+    assert f"the prompt of {rows[2]['id']} has " in done.err
+    assert "reads at most 4096: lower prompt.max_length" in done.err

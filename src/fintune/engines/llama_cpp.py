@@ -31,7 +31,7 @@ from fintune.engines.llama_requests import completion, of_one_grammar, question,
 from fintune.engines.prefixes import families
 from fintune.engines.protocol import Completion, Decoding
 from fintune.engines.waves import waves
-from fintune.errors import ModelError, ResourceError
+from fintune.errors import ModelError, PromptError, ResourceError
 from fintune.records import Message
 
 _TEMPLATE_DAY = "26 Jul 2024"
@@ -149,10 +149,11 @@ class LlamaCppEngine:
         rows, max_new_tokens, room = self.tokenise(prompts), decoding.max_new_tokens, self._room()
         for number, row in enumerate(rows, 1):
             if not row:
-                raise ModelError(f"prompt {number} is empty")
+                raise PromptError(number, " is empty")
             if len(row) + max_new_tokens > room:
-                raise ModelError(
-                    f"prompt {number} has {len(row)} tokens, with {max_new_tokens} new ones it does not fit the context"
+                raise PromptError(
+                    number,
+                    f" has {len(row)} tokens, with {max_new_tokens} new ones it does not fit the context"
                     f" of {room}" + (f" that {self.path.name} was trained for" if room < self.context_tokens else ""),
                     hint="lower prompt.max_length",
                 )

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from fintune.engines.endpoint import Connection, Endpoint
 from fintune.engines.protocol import Completion, Decoding
-from fintune.errors import ModelError, ResourceError
+from fintune.errors import ModelError, PromptError, ResourceError
 from fintune.finqa.grammar import Grammar
 from fintune.records import Message
 
@@ -197,7 +197,7 @@ class OpenAIEngine:
         try:
             return request.result()
         except ModelError as error:
-            raise ModelError(f"prompt {place + 1}: {error.message}", hint=error.hint) from None
+            raise PromptError(place + 1, f": {error.message}", hint=error.hint) from None
 
     def close(self) -> None:
         """Drop the connections."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 
+from fintune.errors import PromptError
 from fintune.records import FinQARecord
 
 
@@ -16,3 +18,19 @@ def page_order(records: Sequence[FinQARecord]) -> list[int]:
     first: dict[Hashable, int] = {}
     places = [first.setdefault((each.pre_text, each.table, each.post_text), at) for at, each in enumerate(records)]
     return sorted(range(len(records)), key=lambda at: (places[at], at))
+
+
+@contextmanager
+def prompts_named(records: Sequence[FinQARecord]) -> Iterator[None]:
+    """Within it, an engine that cannot take a prompt names its question.
+
+    Args:
+        records: One a prompt, in the order of the prompts.
+
+    Raises:
+        ModelError: In place of :class:`fintune.errors.PromptError`.
+    """
+    try:
+        yield
+    except PromptError as error:
+        raise error.of(records[error.number - 1].id) from None

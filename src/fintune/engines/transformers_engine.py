@@ -20,7 +20,7 @@ from fintune.engines.choosing import Way, choose
 from fintune.engines.masks import Masks
 from fintune.engines.prefixes import cut, families
 from fintune.engines.protocol import Completion, Decoding
-from fintune.errors import ModelError
+from fintune.errors import PromptError
 
 if TYPE_CHECKING:
     import torch
@@ -98,9 +98,9 @@ class TransformersEngine:
     def _encode(self, number: int, prompt: str) -> list[int]:
         ids: list[int] = self._tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) >= self._context:
-            raise ModelError(
-                f"prompt {number} has {len(ids)} tokens, but {self._model.config.name_or_path} reads at most "
-                f"{self._context}",
+            raise PromptError(
+                number,
+                f" has {len(ids)} tokens, but {self._model.config.name_or_path} reads at most {self._context}",
                 hint="lower prompt.max_length",
             )
         return ids

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from fintune import chat
 from fintune.engines.prefixes import families
 from fintune.engines.protocol import Completion, Decoding
-from fintune.errors import ModelError, ResourceError
+from fintune.errors import ModelError, PromptError, ResourceError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -116,8 +116,9 @@ class VllmEngine:
         rows = [self._ids(prompt) for prompt in prompts]
         for number, row in enumerate(rows, 1):
             if not row or len(row) + decoding.max_new_tokens > self.context_tokens:
-                raise ModelError(
-                    f"prompt {number} has {len(row)} tokens, with {decoding.max_new_tokens} new ones it does not fit "
+                raise PromptError(
+                    number,
+                    f" has {len(row)} tokens, with {decoding.max_new_tokens} new ones it does not fit "
                     f"the context of {self.context_tokens}",
                     hint="lower prompt.max_length",
                 )

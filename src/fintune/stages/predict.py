@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from fintune import chat, models
 from fintune.engines.candidates import decoding, grammars, predict_one
 from fintune.engines.journal import Journal
-from fintune.engines.pages import page_order
+from fintune.engines.pages import page_order, prompts_named
 from fintune.errors import ArtifactError, ModelError
 from fintune.finqa.execute import execute
 from fintune.finqa.parse import ParseError, parse
@@ -108,7 +108,8 @@ def _decode(
     todo, pages = [todo[at] for at in order], [pages[at] for at in order]
     allowed = grammars(options, pages)
     num_tokens, seconds = 0, 0.0
-    with bar(f"predict {kind}", len(todo) + len(journal.done), done=len(journal.done)) as shown:
+    progress = bar(f"predict {kind}", len(todo) + len(journal.done), done=len(journal.done))
+    with prompts_named(pages), progress as shown:
         completions = engine.generate([prompts[e.id] for e in todo], decoding(options, allowed))
         for number, (example, page) in enumerate(zip(todo, pages, strict=True)):
             found = list(islice(completions, options.num_candidates))

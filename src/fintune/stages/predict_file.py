@@ -20,7 +20,7 @@ from fintune.answerer import Answerer, Named, engine_of, open_model
 from fintune.artifact import sha256_file
 from fintune.engines.candidates import decoding, grammars, predict_one
 from fintune.engines.journal import Journal
-from fintune.engines.pages import page_order
+from fintune.engines.pages import page_order, prompts_named
 from fintune.errors import ArtifactError, DataError
 from fintune.finqa.execute import execute
 from fintune.finqa.program import tokenize
@@ -182,7 +182,8 @@ def _decode(
     options, allowed = config.predict, grammars(config.predict, todo)
     tables = {each.id: each for each in prompts.records}
     right = [_is_right(each, tables[each.id]) for each in journal.done.values() if each.id in tables]
-    with bar(f"predict {answerer.engine}", len(prompts.records), done=len(journal.done)) as shown:
+    progress = bar(f"predict {answerer.engine}", len(prompts.records), done=len(journal.done))
+    with prompts_named(todo), progress as shown:
         completions = answerer.complete([prompts.turns[each.id] for each in todo], decoding(options, allowed))
         for number, record in enumerate(todo):
             found = list(islice(completions, options.num_candidates))
