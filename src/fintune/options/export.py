@@ -44,6 +44,11 @@ class ExportOptions(Options):
         "older binary), or `compute`: from the first 32,768 tokens of the training texts, with the whole model in "
         "memory (a file of that name: write its whole path).",
     )
+    llama_cpp_path: Path | None = Field(
+        None,
+        description="A built llama.cpp checkout: its converter and quantiser write the files from the merged folder. "
+        "Needed for families other than llama, mistral, qwen2 and qwen3.",
+    )
     threads: int | None = neutral(None, "CPU threads; all cores where empty.", ge=1)
 
     @property
@@ -55,6 +60,18 @@ class ExportOptions(Options):
     def importance_file(self) -> Path | None:
         """The user's matrix."""
         return None if self.computes_importance else self.importance
+
+    @model_validator(mode="after")
+    def _checkout_reads_a_folder(self) -> ExportOptions:
+        if self.llama_cpp_path is not None and self.source == "adapter":
+            raise ValueError(
+                "export.llama_cpp_path reads the merged folder, which export.source: adapter does without; remove one"
+            )
+        if self.llama_cpp_path is not None and self.computes_importance:
+            raise ValueError(
+                "export.importance: compute is for this package's own export; with export.llama_cpp_path name a file"
+            )
+        return self
 
     @model_validator(mode="after")
     def _importance_is_used(self) -> ExportOptions:
@@ -78,5 +95,6 @@ class ReplayOptions(Options):
         ge=0,
         le=1,
         description="Share of the positions at which merged folder, F32 and F16 file must have the likeliest token of "
-        "base + adapter; else the stage fails. Smaller files are told, not judged.",
+        "base + adapter; else the stage fails. One position alone fails none (of few it is a large share), unless 1 is "
+        "asked for. Smaller files are told, not judged.",
     )

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fintune import models
+from fintune import llama_cpp_checkout, models
 from fintune.artifact import Facts
 from fintune.errors import ArtifactError, ModelError
 from fintune.gguf.dequantised import NormalFloat, merged_into
@@ -22,6 +22,7 @@ from fintune.gguf.merged_folder import (
     carry_over,
     has_own_padding,
     merged_config,
+    read_json,
     settle_special_tokens,
     write_json,
 )
@@ -47,7 +48,7 @@ def gguf_path(config: Config, folder: Path, kind: str) -> Path:
 
 
 def export(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
-    """Write every type of ``export.types`` in one reading of the weights.
+    """Write every type of ``export.types`` in one reading of the weights, or by the user's llama.cpp checkout.
 
     The quantised types are weighed with the matrix that ``export.importance`` names, or with one computed from the
     beginning of the training texts of ``prepare``, which becomes ``NAME-imatrix.gguf``.
@@ -64,6 +65,8 @@ def export(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
         ArtifactError: An adapter that leaves weights as they were.
         ResourceError: The disk is full, or the quantisation library is missing.
     """
+    if config.export.llama_cpp_path is not None:
+        return _by_checkout(config, config.export.llama_cpp_path, inputs["merge"], folder)
     facts: Facts = {}
     importance = config.export.importance_file
     if config.export.computes_importance:
@@ -134,15 +137,47 @@ def _write(
             weights=weights,
             importance=importance,
         )
-    notes = list(report.notes)
-    last = config.export.types[-1]
+    return report, [*report.notes, *_write_modelfile(config, model, outputs[config.export.types[-1]])]
+
+
+def _write_modelfile(config: Config, model: Path, file: Path) -> list[str]:
+    """Beside a GGUF file; a note where there can be none."""
     try:
-        text = modelfile(model, outputs[last].name, context_tokens=config.prompt.max_length)
-        (folder / "Modelfile").write_text(text, encoding="utf-8")
+        text = modelfile(model, file.name, context_tokens=config.prompt.max_length)
     except ModelError as error:
         # The GGUF files hold the template itself; only Ollama, which has a language of its own, goes without.
-        notes.append(f"no Modelfile: {error}")
-    return report, notes
+        return [f"no Modelfile: {error}"]
+    file.with_name("Modelfile").write_text(text, encoding="utf-8")
+    return []
+
+
+def _by_checkout(config: Config, path: Path, model: Path, folder: Path) -> Facts:
+    """Merged folder -> a file that holds it exactly -> the quantised ones, by llama.cpp's own tools."""
+    checkout = llama_cpp_checkout.check(path, "export.llama_cpp_path")
+    outputs = {kind: gguf_path(config, folder, kind) for kind in config.export.types}
+    merged = read_json(model / "config.json")
+    started = time.monotonic()
+    llama_cpp_checkout.export(
+        checkout,
+        model,
+        outputs,
+        name=config.run.name,
+        dtype=str(merged.get("dtype") or merged.get("torch_dtype")),
+        threads=config.export.threads or os.cpu_count(),
+        importance=config.export.importance_file,
+    )
+    notes = _write_modelfile(config, model, outputs[config.export.types[-1]])
+    for note in notes:
+        say(note)
+    sizes = {kind: file.stat().st_size for kind, file in outputs.items()}
+    return {
+        "source": "merged folder, by a llama.cpp checkout",
+        "file_bytes": sizes,
+        "importance": None if config.export.importance_file is None else str(config.export.importance_file),
+        "tools_seconds": round(time.monotonic() - started, 1),
+        "notes": notes,
+        "summary": ", ".join(f"{kind} {size(num)}" for kind, num in sizes.items()) + ", by a llama.cpp checkout",
+    }
 
 
 @contextmanager

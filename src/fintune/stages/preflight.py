@@ -7,18 +7,22 @@ import tempfile
 import unicodedata
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fintune import chat, models
+from fintune import chat, llama_cpp_checkout, models
 from fintune.artifact import Facts, write_atomically
 from fintune.errors import ModelError
 from fintune.gguf.families import ModelConfig
 from fintune.gguf.probe_strings import probe_strings
 from fintune.gguf.vocab import read_vocabulary
-from fintune.gguf.vocab_file import write_vocabulary_file
+from fintune.gguf.vocab_file import TokenizerKeys, read_converted, write_vocabulary_file
 from fintune.options import Config
 from fintune.progress import say
 from fintune.records import Message
 from fintune.tokenizer_check import check_tokenizer_against_llama_cpp
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _DECOMPOSED = "Ne\u0301stle\u0301 Zu\u0308rich"
 
@@ -43,16 +47,29 @@ def preflight(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts
     ref = models.fetch(models.resolve(config.model.name, revision=config.model.revision))
     assert ref.path is not None, "fetch fills the path"
     tokenizer = models.load_tokenizer(ref, trust_remote_code=config.model.trust_remote_code)
-    vocabulary = read_vocabulary(ref.path, ModelConfig(ref.path).vocab_size)
+    with tempfile.TemporaryDirectory(prefix=".converted-", dir=folder) as place:
+        return _check(ref.path, tokenizer, _vocabulary(config, ref.path, Path(place)), folder)
+
+
+def _vocabulary(config: Config, model: Path, place: Path) -> TokenizerKeys:
+    """As the export will write it: by this package, or by the user's llama.cpp checkout."""
+    if config.export.llama_cpp_path is None:
+        return read_vocabulary(model, ModelConfig(model).vocab_size)
+    checkout = llama_cpp_checkout.check(config.export.llama_cpp_path, "export.llama_cpp_path")
+    llama_cpp_checkout.convert(checkout, model, place / "converted.gguf", vocabulary_only=True)
+    return read_converted(place / "converted.gguf")
+
+
+def _check(model: Path, tokenizer: PreTrainedTokenizerBase, vocabulary: TokenizerKeys, folder: Path) -> Facts:
     if vocabulary.chat_template is None or vocabulary.chat_template != tokenizer.chat_template:
         raise ModelError(
-            f"{ref.path}: the chat template of the GGUF would not be the one that is trained with",
+            f"{model}: the chat template of the GGUF would not be the one that is trained with",
             hint="give the folder one default template, in chat_template.jinja",
         )
     ends = chat.end_of_turn_ids(tokenizer)
     if vocabulary.eos_id not in ends:
         raise ModelError(
-            f"{ref.path}: a GGUF would end at token {vocabulary.eos_id}, but a turn ends with {list(ends)}",
+            f"{model}: a GGUF would end at token {vocabulary.eos_id}, but a turn ends with {list(ends)}",
             hint="mark the end of a turn as a special token in tokenizer.json",
         )
 

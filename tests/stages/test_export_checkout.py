@@ -1,0 +1,212 @@
+"""The export by a llama.cpp checkout: with stand-ins of its tools, and with the tools themselves where they are."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+
+from command import fintune
+from fintune import disk
+from fintune.errors import ModelError, ResourceError
+from fintune.gguf.merge import merge_folders
+from fintune.options import Config
+from fintune.stages.export import export
+from fintune.stages.preflight import preflight
+from gguf_cases import write_case
+from synthetic import lora_of
+from tiny import patch_json
+
+pytest.importorskip("xllamacpp")
+
+GGUF_TESTS = Path(__file__).resolve().parents[1] / "gguf"
+UPSTREAM = json.loads((GGUF_TESTS / "upstream_sha256.json").read_text())
+# Writes a real file by way of this package, which knows the family by its other name.
+CONVERTER = """import json, shutil, sys, tempfile
+from pathlib import Path
+if "--help" in sys.argv:
+    sys.exit("usage: convert_hf_to_gguf.py MODEL")
+from fintune.gguf.export import export
+words = sys.argv[1:]
+kind = words[words.index("--outtype") + 1].upper()
+out = Path(words[words.index("--outfile") + 1])
+with (Path(__file__).parent / "calls.txt").open("a") as calls:
+    calls.write(f"convert {kind}{' vocabulary' * ('--vocab-only' in words)}\\n")
+with tempfile.TemporaryDirectory() as place:
+    model = Path(shutil.copytree(words[0], Path(place) / "model"))
+    config = json.loads((model / "config.json").read_text()) | {"model_type": "llama"}
+    (model / "config.json").write_text(json.dumps(config))
+    export(model, {kind: out}, name=words[words.index("--model-name") + 1] if "--model-name" in words else None)
+"""
+QUANTIZER = """#!/bin/sh
+[ "$1" = --help ] && { echo "usage: llama-quantize" >&2; exit 1; }
+[ "$1" = --imatrix ] && { weighed=" weighed"; shift 2; }
+echo "quantise $3$weighed" >> "$(dirname "$0")/../../calls.txt"
+[ "$3" = Q9 ] && { echo "invalid ftype Q9" >&2; exit 1; }
+cp "$1" "$2"
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    folder = tmp_path / "llama.cpp"
+    tool = folder / "build" / "bin" / "llama-quantize"
+    tool.parent.mkdir(parents=True)
+    (folder / "convert_hf_to_gguf.py").write_text(CONVERTER)
+    tool.write_text(QUANTIZER)
+    tool.chmod(0o755)
+    return folder
+
+
+@pytest.fixture
+def other(tiny_model, tmp_path) -> Path:
+    """A model of a family that is in no table."""
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "other"))
+    patch_json(folder / "config.json", model_type="granite")
+    return folder
+
+
+def config(checkout: Path | None, *types: str, **more: object) -> Config:
+    options = {"types": types, **({"llama_cpp_path": checkout} if checkout else {})} | more
+    return Config.model_validate({"run": {"name": "t"}, "export": options, "predict": {"models": ["base"]}})
+
+
+def calls(checkout: Path) -> list[str]:
+    return (checkout / "calls.txt").read_text().splitlines()
+
+
+def test_an_unknown_family_is_written_by_the_checkout_and_refused_without(other, checkout, tmp_path):
+    out = tmp_path / "export"
+    out.mkdir()
+    with pytest.raises(ModelError, match=r"'granite' cannot be exported .*export\.llama_cpp_path=FOLDER"):
+        export(config(None, "F16"), {"merge": other}, out)
+    facts = export(config(checkout, "F16", "Q4_K_M"), {"merge": other}, out)
+    assert facts["file_bytes"] == {kind: (out / f"t-{kind}.gguf").stat().st_size for kind in ("F16", "Q4_K_M")}
+    assert "checkout" in facts["source"]
+    assert "t-Q4_K_M.gguf" in (out / "Modelfile").read_text()
+    assert sorted(path.name for path in out.iterdir()) == ["Modelfile", "t-F16.gguf", "t-Q4_K_M.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "types", "expected"),
+    [
+        ("float16", ("F16", "Q4_K_M"), ["convert F16", "quantise Q4_K_M"]),
+        ("bfloat16", ("Q4_K_M", "Q8_0"), ["convert BF16", "quantise Q4_K_M", "quantise Q8_0"]),
+        ("float32", ("F16", "Q4_K_M"), ["convert F16", "convert F32", "quantise Q4_K_M"]),
+        ("bfloat16", ("F32", "F16"), ["convert F32", "convert F16"]),
+    ],
+)
+def test_quantised_files_are_made_from_one_that_holds_the_weights_exactly(
+    other, checkout, tmp_path, dtype, types, expected
+):
+    patch_json(other / "config.json", dtype=dtype)
+    out = tmp_path / "export"
+    out.mkdir()
+    export(config(checkout, *types), {"merge": other}, out)
+    assert calls(checkout) == expected
+    assert {path.name for path in out.iterdir()} == {"Modelfile", *(f"t-{kind}.gguf" for kind in types)}
+
+
+def test_an_importance_matrix_goes_to_the_quantiser(other, checkout, tmp_path):
+    out = tmp_path / "export"
+    out.mkdir()
+    export(config(checkout, "Q4_K_M", importance=tmp_path / "i.gguf"), {"merge": other}, out)
+    assert calls(checkout)[-1] == "quantise Q4_K_M weighed"
+
+
+def test_a_tool_that_fails_leaves_no_file_in_between(other, checkout, tmp_path):
+    out = tmp_path / "export"
+    out.mkdir()
+    with pytest.raises(ResourceError, match=r"llama-quantize failed .*invalid ftype Q9"):
+        export(config(checkout, "Q9"), {"merge": other}, out)
+    assert list(out.iterdir()) == []
+
+
+def test_the_tokenizer_is_checked_as_the_checkout_writes_it(other, checkout, tmp_path):
+    out = tmp_path / "preflight"
+    out.mkdir()
+    # The tiny model's own configuration, which transformers can read.
+    patch_json(other / "config.json", model_type="llama")
+    asked = Config.model_validate({"model": {"name": str(other)}, "export": {"llama_cpp_path": checkout}})
+    facts = preflight(asked, {}, out)
+    assert calls(checkout) == ["convert F16 vocabulary"]
+    without = preflight(Config.model_validate({"model": {"name": str(other)}}), {}, out)
+    assert facts == without and facts["num_strings"] > 2000
+
+
+def test_a_run_looks_at_the_checkout_before_it_begins(tiny_model, checkout, tmp_path):
+    words = [f"model.name={tiny_model}", f"run.dir={tmp_path}", "data.source=builtin:statements", "--dry-run"]
+    path = tmp_path / "run.yaml"
+    path.write_text("run:\n  name: t\n")
+    assert fintune("run", path, *words, f"export.llama_cpp_path={checkout}").status == 0
+    done = fintune("run", path, *words, f"export.llama_cpp_path={tmp_path}")
+    assert done.status == 2 and f"export.llama_cpp_path {tmp_path}: there is no convert_hf_to_gguf.py" in done.err
+
+
+@pytest.mark.parametrize("more", [{"source": "adapter"}, {"importance": "compute"}])
+def test_options_that_do_not_go_with_a_checkout_are_refused(tmp_path, more):
+    with pytest.raises(ValueError, match=r"export\.llama_cpp_path"):
+        config(tmp_path, "Q4_K_M", **more)
+
+
+def test_the_size_of_an_unknown_family_is_estimated(other, checkout):
+    asked = config(checkout, "F16", "Q8_0").model_copy(
+        update={"model": Config().model.model_copy(update={"name": str(other)})}
+    )
+    weights = sum(tensor.num_weights for tensor in disk.tensors(other).values())
+    assert weights * (2 + 2 + 1.1) < disk.export_bytes(asked) < weights * 6 + 30_000_000
+
+
+def routes(tmp_path: Path) -> tuple[Path, Path]:
+    base = write_case("merged-lora", tmp_path / "model")
+    return base, lora_of(base, tmp_path / "train" / "adapter")
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the hashes were taken on x86-64")
+def test_streaming_merged_folder_and_llama_cpps_tools_give_the_same_bytes(tmp_path):
+    (tmp_path / "train").mkdir()
+    base, adapter = routes(tmp_path)
+    kinds = tuple(UPSTREAM["merged-lora"])
+    (tmp_path / "merge").mkdir()
+    merge_folders(base, adapter, tmp_path / "merge", dtype="float16")
+    options = {"run": {"name": "Tiny Model 1"}, "model": {"name": str(base)}, "merge": {"dtype": "float16"}}
+    options |= {"predict": {"models": ["base"]}, "export": {"types": kinds}}
+    asked = Config.model_validate(options)
+    ways = {"streaming": {"train": tmp_path / "train"}, "merged": {"merge": tmp_path / "merge"}}
+    for way, inputs in ways.items():
+        (tmp_path / way).mkdir()
+        export(asked, inputs, tmp_path / way)
+        assert hashes(tmp_path / way, kinds) == UPSTREAM["merged-lora"], way
+
+
+@pytest.mark.skipif("FINTUNE_UPSTREAM" not in os.environ, reason="llama.cpp's tools are not here, see gguf/upstream.py")
+def test_the_option_runs_llama_cpps_tools_to_the_same_bytes(tmp_path):
+    (tmp_path / "train").mkdir()
+    base, adapter = routes(tmp_path)
+    kinds = tuple(UPSTREAM["merged-lora"])
+    (tmp_path / "merge").mkdir()
+    merge_folders(base, adapter, tmp_path / "merge", dtype="float16")
+    tools = upstream().checkout(Path(os.environ["FINTUNE_UPSTREAM"]).resolve(), tmp_path / "llama.cpp", "gpt-2")
+    (tmp_path / "out").mkdir()
+    asked = config(tools, *kinds).model_copy(update={"run": Config().run.model_copy(update={"name": "Tiny Model 1"})})
+    export(asked, {"merge": tmp_path / "merge"}, tmp_path / "out")
+    assert hashes(tmp_path / "out", kinds) == UPSTREAM["merged-lora"]
+
+
+def upstream():
+    spec = spec_from_file_location("upstream", GGUF_TESTS / "upstream.py")
+    module = module_from_spec(spec)
+    sys.modules["upstream"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def hashes(folder: Path, kinds: tuple[str, ...]) -> dict[str, str]:
+    (name,) = {path.name.rpartition("-")[0] for path in folder.glob("*.gguf")}
+    return {kind: upstream().sha256(folder / f"{name}-{kind}.gguf") for kind in kinds}
