@@ -46,8 +46,13 @@ def _make_model(name: str, folder: Path) -> None:
 
     torch.manual_seed(0)
     dtype = torch.float32 if name == "tiny" else torch.bfloat16
-    model = AutoModelForCausalLM.from_config(_configuration(name), dtype=dtype)
-    model.save_pretrained(folder)
+    # Made where random numbers are quick, and gone from there before the training begins.
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(_configuration(name), dtype=dtype)
+    model.cpu().save_pretrained(folder)
+    del model
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     tokenizer = AutoTokenizer.from_pretrained(_tokenizer_folder(name))
     tokenizer.chat_template = "{{ messages[0]['content'] }}</s>"
     tokenizer.save_pretrained(folder)

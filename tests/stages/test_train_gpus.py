@@ -24,10 +24,10 @@ torch = pytest.importorskip("torch")
 SCRIPT = Path(__file__).resolve().parents[1] / "trainings_in_ranks.py"
 WAYS = {
     "lora": {"batch_size": 2},
-    "dora": {"batch_size": 2, "kind": "dora", "sharding": "full"},
     "fused": {"batch_size": 1, "accumulation": 2, "kind": "dora", "fused_layers": "always"},
     "qlora": {"batch_size": 2, "load": "4bit"},
-    "recomputed": {"batch_size": 2, "sharding": "full", "gradient_checkpointing": True},
+    "divided": {"batch_size": 2, "kind": "dora", "sharding": "full", "gradient_checkpointing": True},
+    "divided bfloat16": {"batch_size": 2, "precision": "bfloat16", "sharding": "full"},
 }
 """In two processes; every one trains on four examples a step."""
 
@@ -60,7 +60,7 @@ def check_alike(own, expected, near=1e-5):
         assert a == pytest.approx(b, rel=near)
     ours, theirs = weights(own), weights(expected)
     assert ours.keys() == theirs.keys()
-    assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < 20 * near
+    assert max(float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in ours) < min(20 * near, 0.3)
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +93,11 @@ def in_two(tiny_model, prepare, tmp_path_factory):
 @pytest.mark.parametrize("name", WAYS)
 def test_two_processes_give_the_losses_of_one(tiny_model, prepare, in_two, tmp_path, name):
     options = WAYS[name]
-    one = {key: options[key] for key in ("kind", "load") if key in options}
+    one = {key: options[key] for key in ("kind", "load", "precision") if key in options}
     train(config(tiny_model, gpus=1, batch_size=4, **one), {"prepare": prepare}, tmp_path)
     # TRL holds adapters on 4-bit weights in bfloat16.
-    check_alike(in_two / name, tmp_path, near=1e-3 if name == "qlora" else 1e-5)
+    exact = name not in ("qlora", "divided bfloat16")
+    check_alike(in_two / name, tmp_path, near=1e-5 if exact else 3e-2)
 
 
 def test_the_adapter_of_divided_weights_is_plain_peft(tiny_model, in_two):
@@ -107,9 +108,9 @@ def test_the_adapter_of_divided_weights_is_plain_peft(tiny_model, in_two):
 
     base = models.load_model(models.resolve(str(tiny_model)), dtype="float32", device="cpu")
     with quiet_libraries():
-        adapted = PeftModel.from_pretrained(base, in_two / "dora" / "adapter")
+        adapted = PeftModel.from_pretrained(base, in_two / "divided" / "adapter")
     assert any("lora_magnitude_vector" in name for name, _ in adapted.named_parameters())
-    assert sorted(path.name for path in (in_two / "dora" / "adapter").iterdir()) == [
+    assert sorted(path.name for path in (in_two / "divided" / "adapter").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
@@ -136,7 +137,8 @@ def kill_one_rank(folder, steps):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are found below /proc")
 def test_a_killed_process_ends_all_and_the_same_command_goes_on(tiny_model, prepare, tmp_path):
-    asked = config(tiny_model, batch_size=2, max_steps=40, checkpoint_steps=2, sharding="full", eval_steps=5)
+    plain = {"max_steps": 16, "eval_steps": None, "keep": "last", "learning_rate": 1e-3}
+    asked = config(tiny_model, batch_size=2, **plain)
     cut, whole = tmp_path / "cut", tmp_path / "whole"
     cut.mkdir()
     whole.mkdir()
@@ -144,10 +146,10 @@ def test_a_killed_process_ends_all_and_the_same_command_goes_on(tiny_model, prep
     with pytest.raises(ResourceError, match=r"process 1 of 2 was ended by SIGKILL, and the others with it: .*goes on"):
         train(asked, {"prepare": prepare}, cut)
     seen = len(metrics.read(cut / "metrics.jsonl"))
-    assert 6 <= seen < 48
+    assert 6 <= seen < 16
     assert not (cut / "adapter").exists()
     facts = train(asked, {"prepare": prepare}, cut)
-    assert facts["num_steps"] == 40
-    train(config(tiny_model, gpus=1, batch_size=4, max_steps=40, eval_steps=5), {"prepare": prepare}, whole)
-    check_alike(cut, whole)
+    assert facts["num_steps"] == 16
+    train(config(tiny_model, gpus=1, batch_size=4, **plain), {"prepare": prepare}, whole)
+    check_alike(cut, whole, near=1e-4)
     assert sorted(path.name for path in cut.iterdir()) == ["adapter", "metrics.jsonl"]

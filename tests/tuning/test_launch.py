@@ -25,6 +25,7 @@ def config(**changes):
     [
         ({"adapter__kind": "full"}, "adapter.kind: full"),
         ({"adapter__init": "pissa"}, "adapter.init: pissa"),
+        ({"train__backend": "unsloth"}, "train.backend: unsloth"),
         ({"train__sharding": "full", "model__load": "4bit"}, "train.sharding: full with model.load: 4bit"),
         ({"train__sharding": "full", "train__fused_layers": "always"}, "with train.fused_layers: always"),
         (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 from collections.abc import Iterator, Mapping
@@ -137,7 +136,7 @@ def _train(config: Config, prepare: Path, rows: Dataset, folder: Path, result: P
     import torch
     from transformers import set_seed
 
-    torch.set_num_threads(config.train.threads or os.cpu_count() or 1)
+    torch.set_num_threads(config.train.threads or ranks.threads())
     precision = _precision(config)
     four_bit = "; base weights in 4 bits (NF4)" if config.model.load == "4bit" else ""
     say(f"precision {precision.dtype}: {precision.reason}{four_bit}")

@@ -44,6 +44,7 @@ def check(config: Config) -> None:
         "adapter.kind: full": config.adapter.kind == "full",
         f"adapter.init: {config.adapter.init}": config.adapter.init != "default",
         f"train.objective: {train.objective}": train.objective != "sft",
+        f"train.backend: {train.backend}": train.backend != "own",
         "train.sharding: full with model.load: 4bit": sharded and config.model.load == "4bit",
         "train.sharding: full with train.fused_layers: always": sharded and train.fused_layers == "always",
         "train.sharding: full with train.keep: best_accuracy": sharded and train.keep == "best_accuracy",
@@ -114,7 +115,6 @@ def _launch(config: Config, order: Path) -> None:
     # The agent tells of a dead process in forty lines; here it becomes one.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // train.gpus)))
     try:
         elastic_launch(settings, sys.executable)("-m", ENTRY, str(order))
     except ChildFailedError as error:

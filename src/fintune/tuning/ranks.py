@@ -34,11 +34,12 @@ def join() -> None:
     import torch.distributed as dist
 
     cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    place = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else None
+    if place is not None:
+        torch.cuda.set_device(place)
     # An evaluation by generation, or a first step that compiles, keeps the others waiting for long.
     patience = datetime.timedelta(hours=_HOURS_UNTIL_HUNG)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=patience, device_id=place)
     _here.number, _here.count = dist.get_rank(), dist.get_world_size()
 
 
@@ -70,6 +71,12 @@ def device() -> str:
     import torch
 
     return f"cuda:{torch.cuda.current_device()}" if _here.count > 1 and torch.cuda.is_available() else "auto"
+
+
+def threads() -> int:
+    """CPU threads for this process: its part of the machine's."""
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if _here.count > 1 else 1
+    return max(1, (os.cpu_count() or 1) // beside)
 
 
 def wait() -> None:
@@ -158,4 +165,6 @@ def train_together(trainer: Trainer) -> None:
         return clip(model)
 
     trainer._clip_grad_norm = average_and_clip
-    trainer.accelerator.prepare_model = lambda model, **_: model
+    prepare = trainer.accelerator.prepare_model
+    # With autocast, as on one GPU, but without DDP.
+    trainer.accelerator.prepare_model = lambda model, **_: prepare(model, device_placement=False, evaluation_mode=True)

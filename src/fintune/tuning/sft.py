@@ -153,7 +153,7 @@ def train(
         # One would be written for every checkpoint, of which nobody reads any.
         trainer.create_model_card = lambda *_args, **_kwargs: None
         trainer.remove_callback(PrinterCallback)
-        if options.sharding == "full" and ranks.count() > 1:
+        if _is_divided(options):
             shard.divide(trainer.model)
         ranks.train_together(trainer)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -176,6 +176,10 @@ def _where_it_stopped(folder: Path) -> tuple[Path | None, list[dict[str, Any]]]:
 
 
 def _base(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
+def _is_divided(options: TrainOptions) -> bool:
+    return options.sharding == "full" and ranks.count() > 1
+
+
     from peft import PeftModel
 
     return model.get_base_model() if isinstance(model, PeftModel) else model
@@ -258,7 +262,7 @@ def _make_trainer(
     from trl import SFTTrainer
 
     if options.objective == "sft":
-        trainer = SFTTrainer(
+        trainer = (shard.undivided(SFTTrainer) if _is_divided(options) else SFTTrainer)(
             model=model,
             args=args,
             data_collator=CompletionCollator(tokenizer.pad_token_id, multiple=_WIDTHS),
@@ -292,6 +296,7 @@ def _arguments(
     model: PeftModel | PreTrainedModel, options: TrainOptions, plan: Plan, compute: str, seed: int, folder: Path
 ) -> TrainingArguments:
     from trl import SFTConfig
+    import torch
 
     weights = next(model.parameters())
     schedule = "constant_with_warmup" if options.schedule == "constant" else options.schedule
@@ -300,7 +305,7 @@ def _arguments(
         made = partial(SFTConfig, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None)
     return made(
         output_dir=str(folder),
-        use_cpu=weights.device.type == "cpu",
+        use_cpu=weights.device.type == "cpu" and not (_is_divided(options) and torch.cuda.is_available()),
         max_steps=plan.steps,
         num_train_epochs=1,
         per_device_train_batch_size=options.batch_size,

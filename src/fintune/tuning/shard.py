@@ -12,6 +12,17 @@ from fintune.errors import ConfigError
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import Trainer
+
+
+def undivided(trainer: type[Trainer]) -> type[Trainer]:
+    """A trainer that leaves its model where it is: it would put it on one GPU as a whole, before it is divided."""
+
+    class Leaving(trainer):  # type: ignore[misc]
+        def _move_model_to_device(self, model: object, device: object) -> None:
+            pass
+
+    return Leaving
 
 
 def divide(model: PeftModel) -> int:
