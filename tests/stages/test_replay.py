@@ -9,6 +9,7 @@ import pytest
 from fintune import models
 from fintune.errors import ArtifactError
 from fintune.options import AdapterOptions, Config, ReplayOptions
+from fintune.stages import replay as module
 from fintune.stages.export import export
 from fintune.stages.merge import merge
 from fintune.stages.replay import replay
@@ -59,6 +60,13 @@ def test_another_model_in_the_file_fails_the_stage(run, tiny_model, tmp_path):
     with pytest.raises(ArtifactError, match=r"F16 gives the trained model's best token at \d+\.\d% of \d+ positions"):
         replay(config, inputs | {"export": tmp_path / "export"}, tmp_path)
     assert not (tmp_path / "replay.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("least", "num_positions", "allowed"), [(0.98, 204, 4), (0.98, 50, 1), (0.98, 8, 1), (1.0, 204, 0), (0.0, 204, 204)]
+)
+def test_one_near_tie_of_few_positions_fails_no_stage(least, num_positions, allowed):
+    assert module._num_allowed(least, num_positions) == allowed
 
 
 def test_a_run_without_a_merged_folder_is_replayed_too(run, tmp_path):
