@@ -1,11 +1,17 @@
-"""What the errors of the hub's libraries mean: each wraps another, of several network libraries."""
+"""What the errors of the hub's libraries mean, each of which wraps another; and how often a thing is tried."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
 
 from fintune.errors import FintuneError, ResourceError
+from fintune.progress import say
 
+T = TypeVar("T")
 _PASSING = {"ConnectionError", "TransportError", "TimeoutError", "HTTPError", "HTTPException", "URLError"}
 
 
@@ -65,7 +71,9 @@ def told(error: Exception, what: str, tried: str = "") -> FintuneError:
         )
     if status is not None:
         return ResourceError(f"{what}: the hub answers with status {status}{tried}{said}", hint="try again later")
-    return ResourceError(f"{what}: the hub cannot be reached{tried} ({short(error)})", hint="look at the network and try again")
+    return ResourceError(
+        f"{what}: the hub cannot be reached{tried} ({short(error)})", hint="look at the network and try again"
+    )
 
 
 def _said(error: Exception) -> str:
@@ -80,3 +88,48 @@ def short(error: BaseException) -> str:
     """The status, or the kind of the error."""
     status = status_of(error)
     return f"status {status}" if status is not None else type(list(chain(error))[-1]).__name__
+
+
+def attempted(act: Callable[[], T], what: str, pauses: Sequence[float]) -> T:
+    """Do something on the hub; what its library does not try again by itself is tried again here.
+
+    Args:
+        act: What to do; begins anew from what is there by then.
+        what: Beginning of the line that tells a failure.
+        pauses: Seconds before each further attempt.
+
+    Raises:
+        ResourceError: The hub refuses it, or cannot be reached.
+    """
+    for attempt, pause in enumerate((*pauses, None), 1):
+        try:
+            return act()
+        except FintuneError:
+            raise
+        except Exception as error:  # the hub's errors, the network's, and those of whichever library carries them
+            if not is_outside(error):
+                raise
+            if pause is None or not may_pass_on_push(error):
+                tried = f" {attempt} times" if attempt > 1 else ""
+                raise told(error, what, tried) from None
+            say(f"the hub: {short(error)}; attempt {attempt + 1} of {len(pauses) + 1} in {pause:g} s")
+            time.sleep(pause)
+    raise AssertionError("the last attempt returns or raises")
+
+
+@contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Neither bars nor warnings of the library: those hold the signed addresses of its store."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    library = logging.getLogger("huggingface_hub")
+    level, shown = library.level, not are_progress_bars_disabled()
+    library.setLevel(logging.CRITICAL)
+    if shown:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        library.setLevel(level)
+        if shown:
+            enable_progress_bars()

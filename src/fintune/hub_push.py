@@ -7,18 +7,15 @@ neither are large files that an interrupted push has brought to the hub's store,
 from __future__ import annotations
 
 import hashlib
-import logging
-import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from fintune.errors import FintuneError, ResourceError
-from fintune.hub_errors import is_outside, may_pass_on_push, short, told
-from fintune.progress import bar, say
+from fintune.errors import ResourceError
+from fintune.hub_errors import attempted, quiet_hub
+from fintune.progress import bar
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, RepoFile
@@ -28,8 +25,6 @@ PAUSES = (1.0, 4.0, 15.0)
 LARGE_BYTES = 5_000_000
 """A file of this size goes to the hub's store by itself, so that an interruption loses no other."""
 MAIN = "main"
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -121,7 +116,7 @@ def owner(pauses: Sequence[float] = ()) -> str:
 
     require_token()
     what = "the hub does not say whose token this is"
-    return str(_attempted(lambda: HfApi().whoami()["name"], what, pauses))
+    return str(attempted(lambda: HfApi().whoami()["name"], what, pauses))
 
 
 def full_name(name: str) -> str:
@@ -199,9 +194,9 @@ def send(
 
     what = what or f"{target.repo} was not pushed"
     api = HfApi()
-    with _quiet_hub():
-        _attempted(lambda: _open(api, target), what, pauses)
-        return _attempted(lambda: _send(api, target, uploads, message, remove), what, pauses)
+    with quiet_hub():
+        attempted(lambda: _open(api, target), what, pauses)
+        return attempted(lambda: _send(api, target, uploads, message, remove), what, pauses)
 
 
 def _open(api: HfApi, target: Target) -> None:
@@ -260,39 +255,3 @@ def _hash(path: Path, digest: Any) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return str(digest.hexdigest())
-
-
-def _attempted(act: Callable[[], T], what: str, pauses: Sequence[float]) -> T:
-    """What the library does not try again by itself is tried again here, from what is there by then."""
-    for attempt, pause in enumerate((*pauses, None), 1):
-        try:
-            return act()
-        except FintuneError:
-            raise
-        except Exception as error:  # the hub's errors, the network's, and those of whichever library carries them
-            if not is_outside(error):
-                raise
-            if pause is None or not may_pass_on_push(error):
-                tried = f" {attempt} times" if attempt > 1 else ""
-                raise told(error, what, tried) from None
-            say(f"the hub: {short(error)}; attempt {attempt + 1} of {len(pauses) + 1} in {pause:g} s")
-            time.sleep(pause)
-    raise AssertionError("the last attempt returns or raises")
-
-
-@contextmanager
-def _quiet_hub() -> Iterator[None]:
-    """Neither bars nor warnings of the library: those hold the signed addresses of its store."""
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    library = logging.getLogger("huggingface_hub")
-    level, shown = library.level, not are_progress_bars_disabled()
-    library.setLevel(logging.CRITICAL)
-    if shown:
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        library.setLevel(level)
-        if shown:
-            enable_progress_bars()
