@@ -57,6 +57,7 @@ ROOTS_OVER_ROOMS = {
     "fintune.prepared": {"sources"},
     "fintune.steps": {"sources"},  # the files that a run reads
     "fintune.train_rank": {"stages", "tuning"},  # one process of a training on several GPUs
+    "fintune.train_unsloth": {"tuning"},  # the process in which Unsloth trains
     "fintune.shots": {"finqa", "sources"},  # solved questions before the question
 }
 """Root modules that may import rooms or stages, and which. All others are below the rooms; ``steps`` loads

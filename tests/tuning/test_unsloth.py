@@ -43,11 +43,11 @@ class FastLanguageModel:
 PYTHON = """#!{python}
 import sys
 sys.path.insert(0, {place!r})
-from fintune.tuning import unsloth_child
-unsloth_child._cuda = lambda: {cuda}
-assert sys.argv[1:3] == ["-m", "fintune.tuning.unsloth_child"]
+from fintune import train_unsloth
+train_unsloth._cuda = lambda: {cuda}
+assert sys.argv[1:3] == ["-m", "fintune.train_unsloth"]
 del sys.argv[1:3]
-unsloth_child.main()
+train_unsloth.main()
 """
 
 

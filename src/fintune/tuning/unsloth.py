@@ -1,13 +1,13 @@
 """Unsloth as the trainer: a process of its own, because Unsloth changes the libraries that are imported after it.
 
-The process is ``PYTHON -m fintune.tuning.unsloth_child ORDER``, where PYTHON is ``train.backend_python``. What passes::
+The process is ``PYTHON -m fintune.train_unsloth ORDER``, where PYTHON is ``train.backend_python``. What passes::
 
     unsloth/order.json    to it: {config, model, tokens, eval_tokens, folder, compute}; paths are absolute
     unsloth/error-0.json  from it: {kind, message}, with status 2, for what the user can change
     unsloth.json          from it: {versions, peak_gib}
     metrics.jsonl, checkpoints/, best/, adapter/   as this package's own training leaves them
 
-``PYTHON -m fintune.tuning.unsloth_child --check`` prints one line of JSON: {versions, obstacle}, obstacle empty where
+``PYTHON -m fintune.train_unsloth --check`` prints one line of JSON: {versions, obstacle}, obstacle empty where
 Unsloth can work.
 """
 
@@ -27,7 +27,7 @@ from fintune.errors import ConfigError, FintuneError, ResourceError
 from fintune.options import Config
 from fintune.progress import say
 
-CHILD = "fintune.tuning.unsloth_child"
+CHILD = "fintune.train_unsloth"
 FILE = "unsloth.json"
 """In the stage's folder: with which versions it trained, and the memory that it took."""
 _FOLDER = "unsloth"

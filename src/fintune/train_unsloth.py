@@ -1,4 +1,4 @@
-"""The process that trains by Unsloth: ``python -m fintune.tuning.unsloth_child ORDER``, see `fintune.tuning.unsloth`.
+"""The process that trains by Unsloth: ``python -m fintune.train_unsloth ORDER``, see `fintune.tuning.unsloth`.
 
 Unsloth makes the model and its adapter; order of the examples, masks, loop, log and checkpoints are those of
 :func:`fintune.tuning.sft.train`.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 import sys
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +100,7 @@ def run(order: dict[str, Any]) -> None:
         FintuneError: As :func:`fintune.tuning.sft.train`.
         ResourceError: Out of memory.
     """
-    import_module("unsloth")  # before the libraries that it changes
+    import unsloth  # noqa: F401, I001 - before the libraries that it changes
     import torch
     from datasets import load_from_disk
 
@@ -139,11 +139,11 @@ def _model(config: Config, folder: str, compute: str, longest: int) -> Any:
     """Base model and fresh adapter as Unsloth makes them."""
     import torch
     from transformers import set_seed
+    from unsloth import FastLanguageModel
 
-    loader = import_module("unsloth").FastLanguageModel
     set_seed(config.run.seed)
     options = config.adapter
-    model, _ = loader.from_pretrained(
+    model, _ = FastLanguageModel.from_pretrained(
         model_name=folder,
         max_seq_length=max(longest, 64),
         dtype=getattr(torch, compute),
@@ -152,7 +152,7 @@ def _model(config: Config, folder: str, compute: str, longest: int) -> Any:
         local_files_only=True,
     )
     parts = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    return loader.get_peft_model(
+    return FastLanguageModel.get_peft_model(
         model,
         r=options.r,
         lora_alpha=options.alpha,
