@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from fintune.engines.prefixes import common, cut, families
+from fintune.engines.prefixes import batches, common, cut, families
 
 
 def page(number, num_tokens):
@@ -109,3 +109,16 @@ def test_a_system_message_alone_makes_no_family():
 @pytest.mark.parametrize(("one", "other", "length"), [([], [1], 0), ([1, 2], [1, 2, 3], 2), ([1, 2], [1, 3], 1)])
 def test_common_beginnings_are_counted(one, other, length):
     assert common(one, other) == common(other, one) == length
+
+
+@pytest.mark.parametrize(
+    ("groups", "expected"),
+    [
+        ([[0, 1], [2, 3], [4]], [[0, 1], [2, 3, 4]]),
+        ([[0, 1, 2, 3, 4, 5, 6, 7], [8]], [[0, 1, 2], [3, 4, 5], [6, 7, 8]]),
+        ([[0], [1, 2, 3]], [[0], [1, 2, 3]]),
+        ([], []),
+    ],
+)
+def test_a_family_is_cut_only_where_no_batch_has_room_for_it(groups, expected):
+    assert batches(groups, 3) == expected

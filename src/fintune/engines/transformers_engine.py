@@ -18,7 +18,7 @@ from fintune import chat
 from fintune.engines.cache_room import cache_with_room, can_spread, spread
 from fintune.engines.choosing import Way, choose
 from fintune.engines.masks import Masks
-from fintune.engines.prefixes import cut, families
+from fintune.engines.prefixes import batches, cut, families
 from fintune.engines.protocol import Completion, Decoding
 from fintune.errors import PromptError
 
@@ -90,9 +90,8 @@ class TransformersEngine:
         for start in range(0, len(prompts), window):
             numbers = range(start, min(start + window, len(prompts)))
             part = [self._row(prompts, n, c, decoding) for n in numbers for c in range(decoding.num_candidates)]
-            ordered = [part[place] for family in families([row.prompt_ids for row in part]) for place in family]
-            for at in range(0, len(ordered), self._batch_size):
-                self._decode(ordered[at : at + self._batch_size], decoding)
+            for batch in batches(families([row.prompt_ids for row in part]), self._batch_size):
+                self._decode([part[place] for place in batch], decoding)
             yield from map(self._completion, part)
 
     def _encode(self, number: int, prompt: str) -> list[int]:
