@@ -32,16 +32,21 @@ def test_the_guides_hold_no_other_command():
     assert all(any(line in text for text in texts) for line in PYTHON)
 
 
-def script(words: list[str], folder: Path) -> Done:
-    """Run ``python SCRIPT ...`` in this process, in a folder."""
-    assert words[0] == "python"
+def command_of(name: str) -> click.Command:
+    """The command that a script hands to the command line."""
     commands: list[click.Command] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fintune.cli.main", lambda command, _name: commands.append(command))
-        runpy.run_path(str(ROOT / words[1]), run_name="__main__")
+        runpy.run_path(str(ROOT / name), run_name="__main__")
+    return commands[0]
+
+
+def script(words: list[str], folder: Path) -> Done:
+    """Run ``python SCRIPT ...`` in this process, in a folder."""
+    assert words[0] == "python"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        return fintune(*words[2:], command=commands[0])
+        return fintune(*words[2:], command=command_of(words[1]))
 
 
 class FakeWandb:
@@ -151,3 +156,10 @@ def test_the_requirements_of_the_guide_are_the_pinned_packages_and_this_one():
     lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
     assert lines == ["-r requirements.lock", "-e ."]
     assert (ROOT / "requirements.lock").is_file()
+
+
+@pytest.mark.parametrize("name", ["preprocess", "train_dora", "train_peft", "inference_fixed", "score_finqa"])
+def test_the_page_of_the_finqa_guide_names_every_flag(name):
+    page = (ROOT / "docs" / "guide_finqa.md").read_text(encoding="utf-8")
+    missing = [option.name for option in command_of(f"scripts/{name}.py").params if f"`--{option.name}`" not in page]
+    assert missing == []
