@@ -106,7 +106,7 @@ def _guard(config: Config) -> list[Step]:
     enabled = config.guard.enabled
     if not (config.data.source == "chat" if enabled is None else enabled):
         return []
-    options = (*_MODEL, "model.load", "predict.precision", "guard")
+    options = (*_MODEL, "model.load", "train.precision", "guard")
     stage = _stage("guard")
     return [
         Step("guard", ("train",), options, stage, _model, lambda _: _FIGURES_BYTES, check=_check_model, about="train")

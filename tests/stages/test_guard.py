@@ -43,7 +43,7 @@ def trained(tiny_model, tmp_path_factory):
 
 
 def config(model, *more):
-    return load(None, [f"model.name={model}", "predict.threads=1", "predict.precision=float32", *more]).config
+    return load(None, [f"model.name={model}", "predict.threads=1", "train.precision=float32", *more]).config
 
 
 def test_the_set_is_whole_and_its_programs_give_their_results():

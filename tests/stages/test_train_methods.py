@@ -250,3 +250,21 @@ def test_a_sixteen_bit_merge_of_full_fine_tuning_keeps_sixteen_bits(tiny_model, 
     assert all(torch.equal(weight.to(torch.bfloat16).float(), stored[name]) for name, weight in exact.items())
     size = {place: (tmp_path / place / "model.safetensors").stat().st_size for place in ("train/model", "merge")}
     assert size["merge"] < size["train/model"] * 0.6
+
+
+@pytest.mark.parametrize("fused_layers", ["never", "always"])
+def test_a_small_step_on_four_bit_weights_is_not_rounded_away(tiny_model, prepare, tmp_path, fused_layers):
+    """In bfloat16 a weight of 0.1 stays where it is under a step of 1e-5."""
+    from safetensors.torch import load_file
+
+    found = []
+    for rate in (1e-5, 1e-30):
+        folder = tmp_path / str(rate)
+        folder.mkdir()
+        options = {"learning_rate": rate, "schedule": "constant", "max_steps": 3, "fused_layers": fused_layers}
+        train(config(tiny_model, "qlora", **options), {"prepare": prepare}, folder)
+        found.append(load_file(folder / "adapter" / "adapter_model.safetensors"))
+    for name, weight in found[0].items():
+        assert weight.dtype == torch.float32
+        moved = float((weight != found[1][name]).float().mean())
+        assert moved > 0.9, f"{name}: {moved:.0%} of its weights moved"

@@ -150,7 +150,7 @@ def _load(config: Config, ref: models.ModelRef) -> PreTrainedModel:
     # As training held it: a model that was trained in 4 bits may fit no other way.
     return models.load_model(
         ref,
-        dtype=config.predict.precision,
+        dtype=config.train.precision,
         load=config.model.load,
         trust_remote_code=config.model.trust_remote_code,
     )

@@ -95,7 +95,7 @@ def make_trainer(
         multiple: The width of a batch is rounded up to a multiple of this.
         bad_loss: Makes the error for a loss that is not finite, of the step and the pairs' ids.
     """
-    before = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
     trainer = _trainer_class(options, bad_loss)(
         model=model,
         args=args,
@@ -108,11 +108,8 @@ def make_trainer(
     # the copy would be written into every checkpoint.
     if "ref" in model.peft_config:
         model.delete_adapter("ref")
-    for name, weight in model.named_parameters():
-        if name in before:
-            # On 4-bit weights TRL rounds the adapter to bfloat16, in which steps as small as these are lost.
-            weight.data = before[name]
-            weight.requires_grad_(True)
+    for weight in trained:
+        weight.requires_grad_(True)
     return trainer
 
 

@@ -16,7 +16,7 @@ from fintune.errors import ConfigError, FintuneError
 from fintune.options import TrainOptions
 from fintune.progress import bar, say
 from fintune.tuning import checkpoints, metrics, optimizers, planned, preference, ranks, shard
-from fintune.tuning.adapter import compute_in_base_type, store_frozen_weights
+from fintune.tuning.adapter import compute_in_base_type, in_float32, store_frozen_weights
 from fintune.tuning.attention import use_short_causal_attention
 from fintune.tuning.callbacks import make_callback
 from fintune.tuning.collate import CompletionCollator, num_steps, training_order
@@ -139,12 +139,13 @@ def train(
         )
         callbacks = [callback, *(reporters(done) if reporters else ()), *extra_callbacks]
         trained = rows.select(order)
-        if fused:
-            trainer = _make_fused_trainer(model, tokenizer, trained, args, callbacks, memory)
-        else:
-            trainer = _make_trainer(model, tokenizer, trained, args, callbacks, options)
-            if supervised:
-                trainer.model.register_forward_hook(_LossGuard(rows, trainer), with_kwargs=True)
+        with in_float32(model):
+            if fused:
+                trainer = _make_fused_trainer(model, tokenizer, trained, args, callbacks, memory)
+            else:
+                trainer = _make_trainer(model, tokenizer, trained, args, callbacks, options)
+        if supervised and not fused:
+            trainer.model.register_forward_hook(_LossGuard(rows, trainer), with_kwargs=True)
         if options.eval_steps is not None:
             assert evaluation is not None, "train.eval_steps needs an evaluation split"
             callback.evaluator = trainer.evaluate = Evaluator(
