@@ -154,13 +154,13 @@ def _verb(name: str, doc: str) -> None:
         run_stages(config, overrides, Selection(only=(name,), redo=(name,) if redo else ()), dry_run=dry_run)
 
 
-_verb("preflight", "Check that llama.cpp splits text as the model's tokenizer does, before any training.")
+_verb("preflight", "Does llama.cpp split text as the model does?")
 _verb("prepare", "Data to examples and tokens.")
 _verb("train", "Fine-tune an adapter; an interrupted run goes on from its last checkpoint.")
 _verb("guard", "A fixed set of finance questions and FinQA pages before and after training: what got worse.")
 _verb("merge", "Fold the adapter into the base model: a 16-bit Hugging Face folder.")
-_verb("export", "The model to GGUF files for llama.cpp, from the merged folder or from base and adapter.")
-_verb("replay", "Held-out completions through base + adapter, merged folder and GGUF files, token by token.")
+_verb("export", "The model to GGUF files for llama.cpp.")
+_verb("replay", "Is each file the model that was trained?")
 _verb("report", "One HTML page of the run.")
 
 
