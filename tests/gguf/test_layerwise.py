@@ -127,6 +127,19 @@ def test_a_right_merge_is_told_from_a_wrong_one(bases, tmp_path, kind):
         assert compare((base, adapter), (merged, None), PROMPTS).max_difference > 0.1
 
 
+def test_targets_that_the_adapters_file_leaves_out_change_nothing(bases, tmp_path):
+    base = bases / "llama"
+    adapter = adapter_of(base, tmp_path / "adapter")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    kept = {name: values for name, values in tensors.items() if "v_proj" not in name}
+    assert len(kept) < len(tensors)
+    save_file(kept, adapter / "adapter_model.safetensors")
+    (tmp_path / "merged").mkdir()
+    merge_folders(base, adapter, tmp_path / "merged")
+    with quiet_libraries():
+        assert compare((base, adapter), (tmp_path / "merged", None), PROMPTS).max_difference < 1e-4
+
+
 def test_progress_adds_up_to_one(bases):
     shares: list[float] = []
     with quiet_libraries():

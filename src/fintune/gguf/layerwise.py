@@ -31,6 +31,7 @@ _HEAD = "lm_head."
 _ADAPTER = "base_model.model."
 _ACTIVE = "default"
 """PEFT's name of an adapter that was given none."""
+_MATRICES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,9 @@ class _Layers:
 
         found: dict[str, torch.Tensor] = {}
         for name, parameter in module.named_parameters():
+            if self._is_absent(prefix + name):
+                found[name] = torch.zeros(parameter.shape)
+                continue
             stored = self._stored(prefix + name)
             values = torch.from_numpy(self._folder.rows(stored))
             if values.shape != parameter.shape:
@@ -194,9 +198,14 @@ class _Layers:
             found[name] = values
         return found
 
+    def _is_absent(self, name: str) -> bool:
+        """A matrix of a target that the adapter's file leaves out: PEFT starts it at no change, so that zeros do."""
+        low_rank = any(f".{part}." in name for part in _MATRICES)
+        return low_rank and _ADAPTER + ".".join(_parts(name, _ACTIVE)) not in self._adapter
+
     def _stored(self, name: str) -> StoredTensor:
         """Where the parameter that PEFT and transformers call so lies."""
-        parts = [part for part in name.split(".") if part not in ("base_layer", "original_module", "modules_to_save")]
+        parts = _parts(name)
         tensors: Mapping[str, StoredTensor] = self._folder.tensors
         if _ACTIVE in parts:
             parts.remove(_ACTIVE)
@@ -216,6 +225,11 @@ class _Layers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._folder.__exit__(kind, error, trace)
+
+
+def _parts(name: str, *more: str) -> list[str]:
+    """A parameter's name without what PEFT puts into it."""
+    return [part for part in name.split(".") if part not in ("base_layer", "original_module", "modules_to_save", *more)]
 
 
 def _config(folder: Path) -> Mapping[str, Any]:
