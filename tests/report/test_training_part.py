@@ -20,3 +20,18 @@ def test_without_evaluations_none_is_spoken_of() -> None:
     shown = context([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}])
     assert not [name for name, _ in shown["rows"] if "evaluation" in name or "accuracy" in name]
     assert shown["legend"] == [("s1", "training loss")]
+
+
+def test_preference_training_shows_its_margins_and_says_what_its_loss_is() -> None:
+    lines = [
+        {"step": step, "loss": 0.69 / step, "rewards/margins": 0.1 * step, "rewards/accuracies": 0.5 + 0.1 * step}
+        for step in range(1, 4)
+    ]
+    lines.append({"step": 3, "eval_loss": 0.5, "eval_rewards/margins": 0.25, "eval_rewards/accuracies": 0.75})
+    shown = context(lines)
+    rows = dict(shown["rows"])
+    assert rows["reward margin, training"] == "0.100 at first, 0.300 at last"
+    assert rows["ranked right, training"] == "60.0% at first, 80.0% at last"
+    assert rows["reward margin, held-out pairs"] == "0.250 at first, 0.250 at last"
+    assert shown["words"].startswith("Preference loss")
+    assert not context([{"step": 1, "loss": 2.0}])["words"].startswith("Preference loss")
