@@ -81,8 +81,6 @@ def test_models_and_methods_without_a_plan_are_refused(lines):
         lines(24, "adapter.kind=full")
     with pytest.raises(ConfigError, match=r"knows train\.objective: sft, not dpo"):
         lines(24, "data.source=chat", "data.sources=[pairs.jsonl]", "train.objective=dpo")
-    with pytest.raises(ConfigError, match=r"knows train\.objective: sft, not dpo"):
-        lines(24, "data.source=chat", "data.sources=[pairs.jsonl]", "train.objective=dpo")
 
 
 @pytest.fixture

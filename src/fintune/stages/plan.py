@@ -30,11 +30,6 @@ def plan(config: Config, *, gib: float | None = None, longest: int | None = None
             f"the planner knows train.objective: sft, not {config.train.objective}",
             hint="lower train.batch_size and raise train.accumulation where memory does not suffice",
         )
-    if config.train.objective != "sft":
-        raise ConfigError(
-            f"the planner knows train.objective: sft, not {config.train.objective}",
-            hint="lower train.batch_size and raise train.accumulation where memory does not suffice",
-        )
     ref = models.fetch_config(models.resolve(config.model.name, revision=config.model.revision))
     assert ref.path is not None, "it brings the folder"
     model_config = read_json(ref.path / "config.json")

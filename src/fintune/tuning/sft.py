@@ -176,11 +176,11 @@ def _where_it_stopped(folder: Path) -> tuple[Path | None, list[dict[str, Any]]]:
     return checkpoints.latest(folder / "checkpoints"), metrics.read(folder / "metrics.jsonl")
 
 
-def _base(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
 def _is_divided(options: TrainOptions) -> bool:
     return options.sharding == "full" and ranks.count() > 1
 
 
+def _base(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
     from peft import PeftModel
 
     return model.get_base_model() if isinstance(model, PeftModel) else model
@@ -296,8 +296,8 @@ def _warmup_steps(options: TrainOptions, num_steps: int) -> int:
 def _arguments(
     model: PeftModel | PreTrainedModel, options: TrainOptions, plan: Plan, compute: str, seed: int, folder: Path
 ) -> TrainingArguments:
-    from trl import SFTConfig
     import torch
+    from trl import SFTConfig
 
     weights = next(model.parameters())
     schedule = "constant_with_warmup" if options.schedule == "constant" else options.schedule
