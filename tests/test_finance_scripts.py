@@ -195,6 +195,12 @@ def test_a_checkout_that_cannot_work_is_refused_before_anything_is_trained(here,
         with pytest.raises(ResourceError) as caught:
             finance(model, "--llama_cpp_path", tools)
         assert told in str(caught.value)
+    # What it lacks for this model alone shows in the vocabulary.
+    tools = checkout(here / "tools-last")
+    text = (tools / "convert_hf_to_gguf.py").read_text()
+    (tools / "convert_hf_to_gguf.py").write_text(text + "if '--vocab-only' in sys.argv: import sentencepeace\n")
+    with pytest.raises(ResourceError, match=r"convert_hf_to_gguf.py failed .*No module named 'sentencepeace'"):
+        finance(model, "--llama_cpp_path", tools)
     with pytest.raises(ResourceError, match="no such folder"):
         llama_cpp_checkout.check(here / "nowhere")
     assert not (here / "financial_lora").exists()

@@ -129,6 +129,8 @@ def _pipeline(flags: Mapping[str, Any]) -> None:
     skip = [stage for flag, stage in _SKIPS.items() if flags[flag]]
     if checkout is not None and "export" not in skip:
         skip.append("export")
+    if checkout is not None and not flags["dry_run"]:
+        files.try_converter(checkout, config)
     if not _run(config, flags, skip=skip):
         return
     files.lay_out_adapter(config, flags["lora_output_dir"])

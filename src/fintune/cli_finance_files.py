@@ -9,6 +9,7 @@ import filecmp
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -58,6 +59,27 @@ def convert(checkout: llama_cpp_checkout.Checkout, config: Config, *, half: Path
     done = {"half": made | _stamp(half), "small": made | _stamp(small) | {"type": kind}}
     write_atomically(record, json.dumps(done, indent=1))
     click.echo(f"{small}: {small.stat().st_size / 1e6:.0f} MB")
+
+
+def try_converter(checkout: llama_cpp_checkout.Checkout, config: Config) -> None:
+    """Convert the base model's vocabulary, since the converter imports what it needs for a model only then.
+
+    Args:
+        checkout: The tools.
+        config: The run; nothing is tried where it has trained already.
+
+    Raises:
+        ModelError: The base model is not there.
+        ResourceError: The converter cannot, with its last line; before hours of training.
+    """
+    from fintune import models
+
+    if (config.folder / "train").is_dir():
+        return
+    model = models.fetch(models.resolve(config.model.name, revision=config.model.revision)).path
+    assert model is not None, "fetch fills the path"
+    with tempfile.TemporaryDirectory(prefix="fintune-vocabulary-") as place:
+        llama_cpp_checkout.convert(checkout, model, Path(place) / "vocabulary.gguf", vocabulary_only=True)
 
 
 def _stamp(path: Path) -> dict[str, object]:
