@@ -39,3 +39,9 @@ def _own_cache(request, monkeypatch, _session_cache) -> None:
     # Only slow tests, which need the built-in model, may touch the user's cache folder.
     if request.node.get_closest_marker("slow") is None:
         monkeypatch.setenv("FINTUNE_CACHE", str(_session_cache))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: the longest must not begin when all other processes are done."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
+    items.sort(key=lambda item: item.path not in slow)  # stable, so that a file's tests keep their order

@@ -134,7 +134,7 @@ def test_what_is_no_tree_of_sections_is_refused_with_its_line(write, text: str, 
 def test_an_unknown_key_is_answered_with_the_one_that_was_meant(key: str, meant: str | None) -> None:
     told = refusal(None, f"{key}=1")
     assert "unknown option" in told
-    assert (f"did you mean {meant}?" if meant else "known here: epochs,") in told
+    assert (f"did you mean {meant}?" if meant else "known here: objective,") in told
 
 
 def test_an_unknown_key_of_the_file_comes_with_its_line(write) -> None:
@@ -157,7 +157,7 @@ def test_an_unknown_key_of_the_file_comes_with_its_line(write) -> None:
         ("predict.models=[base, f16]", 'predict.models: got "f16": input should be'),
         ("predict.models=[]", "predict.models: got []: "),
         ("run.seed=-1", "run.seed: got -1: input should be greater than or equal to 0"),
-        ("train=5", "train is a section, not a value: set for example train.epochs"),
+        ("train=5", "train is a section, not a value: set for example train.objective"),
         ("train.epochs.more=1", 'train.epochs: got {"more": 1}: input should be a valid number'),
         ("data.source=finqa", "data.source: finqa needs data.train and data.eval"),
         ("export.types=[F16]", "predict.models asks for Q4_K_M, which export.types does not write"),

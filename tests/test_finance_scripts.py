@@ -126,6 +126,7 @@ def test_the_guides_commands_are_understood(line, here, monkeypatch):
     words = shlex.split(line)[1:]
     runs: list[object] = []
     monkeypatch.setattr(cli_finance, "_run", lambda config, flags, skip: runs.append((config, flags)) or False)
+    monkeypatch.setattr(cli_finance.files, "try_converter", lambda *_: None)  # it would fetch the model
     checkout(here / "llama.cpp")
     command = cli_finance.train_command() if words[0] == "train.py" else cli_finance.pipeline_command()
     call(command, *words[1:])

@@ -5,7 +5,7 @@ import pytest
 from fintune import models
 from fintune.errors import ConfigError, FintuneError
 from fintune.options import AdapterOptions, TrainOptions
-from fintune.tuning import adapter, metrics, sft
+from fintune.tuning import adapter, metrics, sft, trainers
 from prepared_rows import prepared
 
 torch = pytest.importorskip("torch")
@@ -105,7 +105,7 @@ def test_eight_examples_at_once_equal_eight_accumulated(tiny_model, rows, tmp_pa
 
 def test_the_head_over_trained_positions_gives_trls_loss_and_gradients(tiny_model, rows, tmp_path, monkeypatch):
     own = run(tiny_model, rows, tmp_path / "own", dropout=0.0, max_steps=2)
-    monkeypatch.setattr(sft, "score_trained_positions", lambda _model: False)
+    monkeypatch.setattr(trainers, "score_trained_positions", lambda _model: False)
     trl = run(tiny_model, rows, tmp_path / "trl", dropout=0.0, max_steps=2)
     for a, b in zip(history(tmp_path / "own"), history(tmp_path / "trl"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
@@ -117,7 +117,7 @@ def test_weights_stored_in_the_compute_type_give_the_losses_of_weights_cast_in_e
     tiny_model, rows, tmp_path, monkeypatch
 ):
     cast_once = run(tiny_model, rows, tmp_path / "once", compute="bfloat16")
-    monkeypatch.setattr(sft, "store_frozen_weights", lambda _model, _dtype: 0)
+    monkeypatch.setattr(trainers, "store_frozen_weights", lambda _model, _dtype: 0)
     cast_always = run(tiny_model, rows, tmp_path / "always", compute="bfloat16")
     assert same(cast_once, cast_always)
     assert history(tmp_path / "once") == history(tmp_path / "always")

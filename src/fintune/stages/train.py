@@ -18,8 +18,9 @@ from fintune.errors import ArtifactError, ResourceError
 from fintune.model_folder import read_json
 from fintune.options import Config
 from fintune.progress import say
-from fintune.tuning import adapter, advice, full, launch, metrics, optimizers, planned, ranks, reporters, sft, unsloth
-from fintune.tuning.evaluate import BEST, Evaluation, best_step, out_of_patience
+from fintune.tuning import adapter, advice, full, launch, optimizers, planned, ranks, reporters, sft, unsloth
+from fintune.tuning.evaluate import BEST, Evaluation
+from fintune.tuning.facts import trained_facts
 from fintune.tuning.hub_callback import EpochPushes
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def train(config: Config, inputs: Mapping[str, Path], folder: Path) -> dict[str,
                 _train(config, inputs["prepare"], rows, folder, result)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     shutil.rmtree(folder / BEST, ignore_errors=True)
-    return {"num_examples": len(rows), "precision": _precision(config).dtype} | _facts(config, folder, result)
+    return {"num_examples": len(rows), "precision": _precision(config).dtype} | trained_facts(config, folder, result)
 
 
 def train_as_rank(config: Config, prepare: Path, folder: Path) -> None:
@@ -91,45 +92,6 @@ def check(config: Config) -> None:
         optimizers.check(config.train.optimizer, cuda=torch.cuda.is_available())
     if config.model.load == "4bit":
         models.check_four_bit()
-
-
-def _facts(config: Config, folder: Path, result: Path) -> dict[str, Any]:
-    lines = metrics.read(folder / "metrics.jsonl")
-    trained = [line for line in lines if "loss" in line]
-    first, last = trained[0], trained[-1]
-    rate = last["tokens"] / max(last["seconds"], 1e-9)
-    saved = full.num_saved(result) if config.adapter.kind == "full" else adapter.num_saved(result)
-    facts = {
-        "num_steps": last["step"],
-        "num_tokens": last["tokens"],
-        "num_trainable": saved,
-        "first_loss": first["loss"],
-        "last_loss": last["loss"],
-        "train_seconds": last["seconds"],
-        "tokens_per_second": round(rate, 1),
-    }
-    told = f"{last['step']} steps, loss {first['loss']:.2f} to {last['loss']:.2f}, {rate:.0f} tok/s"
-    if config.train.objective != "sft":
-        facts["objective"] = config.train.objective
-        facts["reward_margin"] = last["rewards/margins"]
-        told += (
-            f", {config.train.objective} reward margin {first['rewards/margins']:.2f} to {last['rewards/margins']:.2f}"
-        )
-    best = best_step(lines, config.train.keep)
-    if best is not None:
-        kept = best if config.train.keep != "last" else last["step"]
-        at_kept = next(line for line in lines if "eval_loss" in line and line["step"] == kept)
-        facts |= {"kept_step": kept, "eval_loss": at_kept["eval_loss"]}
-        told += f", step {kept} kept with eval loss {at_kept['eval_loss']:.3f}"
-        if "eval_accuracy" in at_kept:
-            facts["eval_accuracy"] = at_kept["eval_accuracy"]
-            told += f" and {at_kept['eval_accuracy']:.1%} right"
-        if "eval_rewards/accuracies" in at_kept:
-            ranked = at_kept["eval_rewards/accuracies"]
-            facts |= {"eval_reward_accuracy": ranked, "eval_reward_margin": at_kept["eval_rewards/margins"]}
-            told += f" and {ranked:.1%} of held-out pairs ranked right"
-    facts |= planned.read(folder) | unsloth.read(folder)
-    return facts | {"stopped_early": out_of_patience(lines, config.train), "summary": told}
 
 
 def _train(config: Config, prepare: Path, rows: Dataset, folder: Path, result: Path) -> None:

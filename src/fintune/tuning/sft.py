@@ -8,33 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fintune.errors import ConfigError, FintuneError
+from fintune.errors import ConfigError
 from fintune.options import TrainOptions
 from fintune.progress import bar, say
-from fintune.tuning import checkpoints, metrics, optimizers, planned, preference, ranks, shard
-from fintune.tuning.adapter import compute_in_base_type, in_float32, store_frozen_weights
-from fintune.tuning.attention import use_short_causal_attention
+from fintune.tuning import checkpoints, metrics, planned, preference, ranks, shard
+from fintune.tuning.adapter import in_float32
 from fintune.tuning.callbacks import make_callback
-from fintune.tuning.collate import CompletionCollator, num_steps, training_order
+from fintune.tuning.collate import num_steps, training_order
 from fintune.tuning.evaluate import BEST, Evaluation, Evaluator, best_step, load_best, out_of_patience
-from fintune.tuning.head import score_trained_positions
-from fintune.tuning.plan import TrainingPlan
 from fintune.tuning.quiet import quiet_libraries
+from fintune.tuning.trainers import make_arguments, make_fused_trainer, make_trainer, stop_at_bad_losses
 
 if TYPE_CHECKING:
-    import torch
     from datasets import Dataset
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
-    from trl import SFTConfig, SFTTrainer
-
-
-_WIDTHS = 32
-"""Batches are padded to multiples of so many tokens."""
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -126,7 +117,7 @@ def train(
     resume, earlier = _where_it_stopped(folder)
     done = checkpoints.step_of(resume) if resume else 0
     with quiet_libraries(), bar("train", plan.steps, done=done) as shown:
-        args = _arguments(model, options, plan, compute, seed, folder / "checkpoints")
+        args = make_arguments(model, options, plan.steps, compute, seed, folder / "checkpoints")
         order = plan.order
         if out_of_patience(earlier, options):  # it was over; only what comes behind training is left to do
             args.max_steps, order = done, order[: done * options.batch_size * options.accumulation * ranks.count()]
@@ -141,11 +132,11 @@ def train(
         trained = rows.select(order)
         with in_float32(model):
             if fused:
-                trainer = _make_fused_trainer(model, tokenizer, trained, args, callbacks, memory)
+                trainer = make_fused_trainer(model, tokenizer, trained, args, callbacks, memory)
             else:
-                trainer = _make_trainer(model, tokenizer, trained, args, callbacks, options)
+                trainer = make_trainer(model, tokenizer, trained, args, callbacks, options)
         if supervised and not fused:
-            trainer.model.register_forward_hook(_LossGuard(rows, trainer), with_kwargs=True)
+            stop_at_bad_losses(trainer, rows)
         if options.eval_steps is not None:
             assert evaluation is not None, "train.eval_steps needs an evaluation split"
             callback.evaluator = trainer.evaluate = Evaluator(
@@ -154,7 +145,7 @@ def train(
         # One would be written for every checkpoint, of which nobody reads any.
         trainer.create_model_card = lambda *_args, **_kwargs: None
         trainer.remove_callback(PrinterCallback)
-        if _is_divided(options):
+        if shard.is_divided(options):
             shard.divide(trainer.model)
         ranks.train_together(trainer)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -174,16 +165,6 @@ def _where_it_stopped(folder: Path) -> tuple[Path | None, list[dict[str, Any]]]:
         metrics.cut(folder / "metrics.jsonl", checkpoints.step_of(found) if found else 0)
     ranks.wait()
     return checkpoints.latest(folder / "checkpoints"), metrics.read(folder / "metrics.jsonl")
-
-
-def _is_divided(options: TrainOptions) -> bool:
-    return options.sharding == "full" and ranks.count() > 1
-
-
-def _base(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
-    from peft import PeftModel
-
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _is_fused(model: PeftModel | PreTrainedModel, choice: str) -> bool:
@@ -207,168 +188,3 @@ def _is_fused(model: PeftModel | PreTrainedModel, choice: str) -> bool:
         return False
     say("layers: fused" if found is None else f"layers: transformers' own, since {found}")
     return found is None
-
-
-def _make_fused_trainer(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Dataset,
-    args: SFTConfig,
-    callbacks: list[Any],
-    memory: TrainingPlan | None,
-) -> SFTTrainer:
-    import torch
-
-    from fintune.tuning.fused.batch import PackedCollator
-    from fintune.tuning.fused.trainer import FusedTrainer
-
-    base = model.get_base_model()
-    compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    num_checkpointed = 0 if memory is None else memory.setting.num_checkpointed
-    if args.gradient_checkpointing:
-        num_checkpointed = base.config.num_hidden_layers
-    # The layers recompute by themselves; the trainer would switch on transformers' way of it.
-    args.gradient_checkpointing = False
-    trainer = FusedTrainer(
-        options={
-            "dtype": compute,
-            "keep": memory is None or memory.setting.unpacked,
-            "num_checkpointed": num_checkpointed,
-        },
-        model=model,
-        args=args,
-        data_collator=PackedCollator(),
-        train_dataset=rows,
-        processing_class=tokenizer,
-        callbacks=callbacks,
-    )
-
-    def check(step: int) -> None:
-        bad = trainer.examples_of_bad_losses()
-        if bad:
-            raise bad_loss(step, bad)
-
-    callbacks[0].check_losses = check
-    return trainer
-
-
-def _make_trainer(
-    model: PeftModel | PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Dataset,
-    args: TrainingArguments,
-    callbacks: list[Any],
-    options: TrainOptions,
-) -> Trainer:
-    from trl import SFTTrainer
-
-    if options.objective == "sft":
-        trainer = (shard.undivided(SFTTrainer) if _is_divided(options) else SFTTrainer)(
-            model=model,
-            args=args,
-            data_collator=CompletionCollator(tokenizer.pad_token_id, multiple=_WIDTHS),
-            train_dataset=rows,
-            processing_class=tokenizer,
-            callbacks=callbacks,
-        )
-    else:
-        trainer = preference.make_trainer(
-            model, tokenizer, rows, args, options, callbacks, multiple=_WIDTHS, bad_loss=bad_loss
-        )
-    if args.bf16 or args.fp16:
-        compute_in_base_type(model)
-    if args.device.type == "cpu":
-        score_trained_positions(_base(model))
-        use_short_causal_attention(_base(model))
-        if args.bf16 and _base(model) is not model:
-            store_frozen_weights(model, "bfloat16")
-    return trainer
-
-
-def _warmup_steps(options: TrainOptions, num_steps: int) -> int:
-    if options.warmup_steps is None:
-        return round(options.warmup_ratio * num_steps)
-    if options.warmup_steps >= num_steps:
-        say(f"train.warmup_steps is {options.warmup_steps} of {num_steps} steps: train.learning_rate is never reached")
-    return options.warmup_steps
-
-
-def _arguments(
-    model: PeftModel | PreTrainedModel, options: TrainOptions, plan: Plan, compute: str, seed: int, folder: Path
-) -> TrainingArguments:
-    import torch
-    from trl import SFTConfig
-
-    weights = next(model.parameters())
-    schedule = "constant_with_warmup" if options.schedule == "constant" else options.schedule
-    made = preference.arguments(options)
-    if options.objective == "sft":
-        made = partial(SFTConfig, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None)
-    return made(
-        output_dir=str(folder),
-        use_cpu=weights.device.type == "cpu" and not (_is_divided(options) and torch.cuda.is_available()),
-        max_steps=plan.steps,
-        num_train_epochs=1,
-        per_device_train_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.accumulation,
-        learning_rate=options.learning_rate,
-        lr_scheduler_type=schedule,
-        warmup_steps=_warmup_steps(options, plan.steps),
-        weight_decay=options.weight_decay,
-        adam_beta2=options.adam_beta2,
-        max_grad_norm=options.max_grad_norm,
-        optim=optimizers.NAMES[options.optimizer],
-        bf16=compute == "bfloat16",
-        fp16=compute == "float16",
-        gradient_checkpointing=options.gradient_checkpointing,
-        # The order is laid out already; a sampler of the trainer's would shuffle it again.
-        train_sampling_strategy="sequential",
-        remove_unused_columns=False,
-        dataloader_num_workers=0,
-        dataloader_pin_memory=False,
-        logging_strategy="steps",
-        logging_steps=options.log_steps,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=options.checkpoint_steps,
-        save_total_limit=None,  # the callback removes old ones, after the new one is known to be complete
-        seed=seed,
-        data_seed=seed,
-        report_to="none",
-        disable_tqdm=True,
-    )
-
-
-def bad_loss(step: int, examples: Sequence[str]) -> FintuneError:
-    """What stops a run whose loss is not finite."""
-    return FintuneError(
-        f"the loss is not finite at step {step}; examples {', '.join(examples)}",
-        hint="lower train.learning_rate, or set train.precision to float32; the last checkpoint is kept",
-    )
-
-
-class _LossGuard:
-    """Forward hook that stops the run at a loss that is not finite, before the optimiser takes the step.
-
-    Args:
-        rows: The examples, to name those in the batch.
-        trainer: For the step.
-    """
-
-    def __init__(self, rows: Dataset, trainer: SFTTrainer) -> None:
-        self._rows, self._trainer = rows, trainer
-
-    def __call__(self, _model: object, _args: object, kwargs: dict[str, Any], output: Any) -> None:
-        log_probs = getattr(output, "log_probs", None)
-        if log_probs is None or bool(log_probs.isfinite().all()):
-            return
-        raise bad_loss(self._trainer.state.global_step + 1, self._ids(kwargs))
-
-    def _ids(self, inputs: dict[str, torch.Tensor]) -> list[str]:
-        batch = [
-            tuple(ids[mask.bool()].tolist())
-            for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
-        ]
-        known = {tuple(row["input_ids"]): str(row["id"]) for row in self._rows if tuple(row["input_ids"]) in set(batch)}
-        return [known.get(ids, "?") for ids in batch]

@@ -9,10 +9,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fintune.errors import ConfigError
+from fintune.options import TrainOptions
+from fintune.tuning import ranks
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import Trainer
+
+
+def is_divided(options: TrainOptions) -> bool:
+    """Whether this training holds the frozen weights in parts."""
+    return options.sharding == "full" and ranks.count() > 1
 
 
 def undivided(trainer: type[Trainer]) -> type[Trainer]:
@@ -40,8 +47,6 @@ def divide(model: PeftModel) -> int:
     import torch
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-
-    from fintune.tuning import ranks
 
     layers = _layers(model)
     cuda = torch.cuda.is_available()

@@ -1,0 +1,56 @@
+"""A finished training in figures, for its manifest and the summary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fintune.options import Config
+from fintune.tuning import adapter, full, metrics, planned, unsloth
+from fintune.tuning.evaluate import best_step, out_of_patience
+
+
+def trained_facts(config: Config, folder: Path, result: Path) -> dict[str, Any]:
+    """Steps, tokens, losses, speed, trained parameters, the evaluation of the kept step, and a line of all that.
+
+    Args:
+        config: The run.
+        folder: Holds ``metrics.jsonl``, and what the planner and Unsloth wrote.
+        result: Adapter, or the folder of all weights.
+    """
+    lines = metrics.read(folder / "metrics.jsonl")
+    trained = [line for line in lines if "loss" in line]
+    first, last = trained[0], trained[-1]
+    rate = last["tokens"] / max(last["seconds"], 1e-9)
+    saved = full.num_saved(result) if config.adapter.kind == "full" else adapter.num_saved(result)
+    facts = {
+        "num_steps": last["step"],
+        "num_tokens": last["tokens"],
+        "num_trainable": saved,
+        "first_loss": first["loss"],
+        "last_loss": last["loss"],
+        "train_seconds": last["seconds"],
+        "tokens_per_second": round(rate, 1),
+    }
+    told = f"{last['step']} steps, loss {first['loss']:.2f} to {last['loss']:.2f}, {rate:.0f} tok/s"
+    if config.train.objective != "sft":
+        facts["objective"] = config.train.objective
+        facts["reward_margin"] = last["rewards/margins"]
+        told += (
+            f", {config.train.objective} reward margin {first['rewards/margins']:.2f} to {last['rewards/margins']:.2f}"
+        )
+    best = best_step(lines, config.train.keep)
+    if best is not None:
+        kept = best if config.train.keep != "last" else last["step"]
+        at_kept = next(line for line in lines if "eval_loss" in line and line["step"] == kept)
+        facts |= {"kept_step": kept, "eval_loss": at_kept["eval_loss"]}
+        told += f", step {kept} kept with eval loss {at_kept['eval_loss']:.3f}"
+        if "eval_accuracy" in at_kept:
+            facts["eval_accuracy"] = at_kept["eval_accuracy"]
+            told += f" and {at_kept['eval_accuracy']:.1%} right"
+        if "eval_rewards/accuracies" in at_kept:
+            ranked = at_kept["eval_rewards/accuracies"]
+            facts |= {"eval_reward_accuracy": ranked, "eval_reward_margin": at_kept["eval_rewards/margins"]}
+            told += f" and {ranked:.1%} of held-out pairs ranked right"
+    facts |= planned.read(folder) | unsloth.read(folder)
+    return facts | {"stopped_early": out_of_patience(lines, config.train), "summary": told}
