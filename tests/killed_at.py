@@ -12,8 +12,8 @@ import sys
 from importlib import import_module
 
 
-def main() -> None:
-    where, number, *arguments = sys.argv[1:]
+def stop_after(where: str, number: int, signal_number: signal.Signals = signal.SIGKILL) -> None:
+    """Let a signal reach this process right behind the so many-th call of ``MODULE:FUNCTION``."""
     module, _, path = where.partition(":")
     *parents, name = path.split(".")
     owner = functools.reduce(getattr, parents, import_module(module))
@@ -25,11 +25,16 @@ def main() -> None:
         nonlocal num_calls
         result = original(*args, **kwargs)
         num_calls += 1
-        if num_calls == int(number):
-            os.kill(os.getpid(), signal.SIGKILL)
+        if num_calls == number:
+            os.kill(os.getpid(), signal_number)
         return result
 
     setattr(owner, name, counted)
+
+
+def main() -> None:
+    where, number, *arguments = sys.argv[1:]
+    stop_after(where, int(number))
     from fintune import cli
 
     sys.argv = ["fintune", *arguments]

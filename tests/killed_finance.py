@@ -9,12 +9,13 @@ exit status. What the attempts say goes to log.txt in their folder.
 
 from __future__ import annotations
 
-import functools
 import os
 import signal
 import sys
 from importlib import import_module
 from pathlib import Path
+
+from killed_at import stop_after
 
 STOPS = (
     # The connection breaks in the middle of a file, and then the process ends.
@@ -35,25 +36,6 @@ STOPS = (
 """Where each attempt ends: stage, ``module:function``, right behind its so many-th call, by which signal."""
 
 
-def stop_at(where: str, number: int, name: str) -> None:
-    module, _, path = where.partition(":")
-    *parents, leaf = path.split(".")
-    owner = functools.reduce(getattr, parents, import_module(module))
-    original = getattr(owner, leaf)
-    num_calls = 0
-
-    @functools.wraps(original)
-    def counted(*args: object, **kwargs: object) -> object:
-        nonlocal num_calls
-        result = original(*args, **kwargs)
-        num_calls += 1
-        if num_calls == number:
-            os.kill(os.getpid(), getattr(signal, name))
-        return result
-
-    setattr(owner, leaf, counted)
-
-
 def attempt(stop: tuple[str, int, str] | None = None) -> int:
     """Exit status, or minus the signal, of the command in a fork of its own."""
     child = os.fork()
@@ -62,7 +44,8 @@ def attempt(stop: tuple[str, int, str] | None = None) -> int:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         if stop is not None:
-            stop_at(*stop)
+            where, number, name = stop
+            stop_after(where, number, signal.Signals[name])
         from fintune.cli import main
         from fintune.cli_finance import pipeline_command
 

@@ -20,6 +20,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
+from sources.hub_server import answer_json
+
 # The library hands files to its network library in a way that the latter has given up.
 LIBRARY_WARNS = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 TOKEN = "hf_" + "secretsecretsecret"
@@ -110,13 +112,13 @@ class ModelHub:
             return
         trouble = next((statuses for piece, statuses in self.fail.items() if piece in asked and statuses), None)
         if trouble:
-            _json(request, {"error": "no more room here"}, trouble.pop(0))
+            answer_json(request, {"error": "no more room here"}, trouble.pop(0))
         elif asked.startswith("PUT /store/"):
             self.stored.append(len(body))
             self._store[path.removeprefix("/store/")] = body
-            _json(request, {})
+            answer_json(request, {})
         elif token != f"Bearer {TOKEN}" and not (request.command in ("GET", "HEAD") and self._is_public(path)):
-            _json(request, {"error": "who are you?"}, 401)
+            answer_json(request, {"error": "who are you?"}, 401)
         else:
             self._known(request, path, body)
 
@@ -125,23 +127,25 @@ class ModelHub:
 
     def _known(self, request: BaseHTTPRequestHandler, path: str, body: bytes) -> None:
         if path == "/api/whoami-v2":
-            _json(request, {"type": "user", "name": OWNER})
+            answer_json(request, {"type": "user", "name": OWNER})
         elif path == "/api/validate-yaml":
             good = json.loads(body)["content"].startswith("---\n")
-            _json(request, {"errors": [], "warnings": []} if good else {"errors": [{"message": "no YAML"}]}, 200)
+            answer_json(request, {"errors": [], "warnings": []} if good else {"errors": [{"message": "no YAML"}]}, 200)
         elif path == "/verify":
             asked = json.loads(body)
             stored = self._store.get(asked["oid"], b"")
             whole = hashlib.sha256(stored).hexdigest() == asked["oid"] and len(stored) == asked["size"]
-            _json(request, {} if whole else {"error": "not what was announced"}, 200 if whole else 422)
+            answer_json(request, {} if whole else {"error": "not what was announced"}, 200 if whole else 422)
         elif path == "/api/repos/create":
             self._create(request, json.loads(body))
         else:
             name = next((each for each in self.repositories if f"/{each}" in path), None)
             if name is None:
-                _json(request, {"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
+                answer_json(request, {"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
             elif path.startswith(f"/{name}.git/info/lfs"):
-                _json(request, {"transfer": "basic", "objects": [self._batch(o) for o in json.loads(body)["objects"]]})
+                answer_json(
+                    request, {"transfer": "basic", "objects": [self._batch(o) for o in json.loads(body)["objects"]]}
+                )
             elif path.startswith(f"/{name}/resolve/"):
                 self._file(request, name, path)
             else:
@@ -151,12 +155,12 @@ class ModelHub:
         name = f"{asked.get('organization') or OWNER}/{asked['name']}"
         url = {"url": f"{self.url}/{name}"}
         if name in self.repositories:
-            _json(request, url | {"error": "You already created this model repo"}, 409)
+            answer_json(request, url | {"error": "You already created this model repo"}, 409)
         elif not name.startswith(f"{OWNER}/"):
-            _json(request, {"error": "You don't have the rights to create a model under that namespace"}, 403)
+            answer_json(request, {"error": "You don't have the rights to create a model under that namespace"}, 403)
         else:
             self.repositories[name] = Repository(asked.get("visibility") == "private" or bool(asked.get("private")))
-            _json(request, url)
+            answer_json(request, url)
 
     def _api(self, request: BaseHTTPRequestHandler, name: str, verb: str, rest: str, body: bytes) -> None:
         repo = self.repositories[name]
@@ -166,29 +170,29 @@ class ModelHub:
             if new:
                 repo.branches[branch] = dict(repo.branches["main"])
                 repo.commits[branch] = list(repo.commits["main"])
-            _json(request, {}, 200 if new else 409)
+            answer_json(request, {}, 200 if new else 409)
         elif (branch := repo.branch_of(branch)) is None:
-            _json(request, {"error": "Invalid rev id"}, 404, {"X-Error-Code": "RevisionNotFound"})
+            answer_json(request, {"error": "Invalid rev id"}, 404, {"X-Error-Code": "RevisionNotFound"})
         elif verb in ("", "revision"):
             siblings = [{"rfilename": each} for each in repo.branches[branch]]
             about = {"id": name, "sha": repo.sha(branch), "private": repo.private, "siblings": siblings, "tags": []}
-            _json(request, about | {"downloads": 0, "likes": 0, "gated": False, "disabled": False})
+            answer_json(request, about | {"downloads": 0, "likes": 0, "gated": False, "disabled": False})
         elif verb == "tree":
-            _json(request, [_entry(each, data) for each, data in repo.branches[branch].items()])
+            answer_json(request, [_entry(each, data) for each, data in repo.branches[branch].items()])
         elif verb == "paths-info":
             files, wanted = repo.branches[branch], parse_qs(body.decode()).get("paths", [])
-            _json(request, [_entry(each, files[each]) for each in wanted if each in files])
+            answer_json(request, [_entry(each, files[each]) for each in wanted if each in files])
         elif verb == "preupload":
             asked = json.loads(body)["files"]
             modes = {each["path"]: "lfs" if each["size"] >= LARGE_BYTES else "regular" for each in asked}
-            _json(
+            answer_json(
                 request,
                 {"files": [{"path": p, "uploadMode": mode, "shouldIgnore": False} for p, mode in modes.items()]},
             )
         elif verb == "commit":
             self._commit(request, name, branch, [json.loads(line) for line in body.splitlines()])
         else:
-            _json(request, {"error": "none"}, 404)
+            answer_json(request, {"error": "none"}, 404)
 
     def _batch(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         about = {"oid": asked["oid"], "size": asked["size"]}
@@ -212,7 +216,7 @@ class ModelHub:
                 repo.commits[branch].append(value["summary"])
         repo.branches[branch] = files
         sha = repo.sha(branch)
-        _json(request, {"commitUrl": f"{self.url}/{name}/commit/{sha}", "commitOid": sha, "success": True})
+        answer_json(request, {"commitUrl": f"{self.url}/{name}/commit/{sha}", "commitOid": sha, "success": True})
 
     def _file(self, request: BaseHTTPRequestHandler, name: str, path: str) -> None:
         branch, _, file = path.removeprefix(f"/{name}/resolve/").partition("/")
@@ -220,7 +224,7 @@ class ModelHub:
         branch = repo.branch_of(branch) or "main"
         data = repo.branches[branch].get(file)
         if data is None:
-            _json(request, {"error": "none"}, 404, {"X-Error-Code": "EntryNotFound"})
+            answer_json(request, {"error": "none"}, 404, {"X-Error-Code": "EntryNotFound"})
             return
         asked = request.headers.get("Range")
         start = int(asked.removeprefix("bytes=").partition("-")[0]) if asked else 0
@@ -261,17 +265,3 @@ def _entry(path: str, data: bytes) -> dict[str, Any]:
 
 def _blob_id(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
-
-
-def _json(
-    request: BaseHTTPRequestHandler, value: object, status: int = 200, headers: Mapping[str, str] | None = None
-) -> None:
-    data = json.dumps(value).encode()
-    request.send_response(status)
-    for name, text in (headers or {}).items():
-        request.send_header(name, text)
-    request.send_header("Content-Type", "application/json")
-    request.send_header("Content-Length", str(len(data)))
-    request.end_headers()
-    if request.command != "HEAD":
-        request.wfile.write(data)

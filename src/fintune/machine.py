@@ -113,18 +113,32 @@ def reset_peak_memory() -> None:
 
 def peak_memory_bytes() -> int:
     """Largest resident memory of this process since the last reset (Linux) or its start (elsewhere)."""
-    try:
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    told = _told_by_kernel("VmHWM")
+    if told is not None:
+        return told
     try:
         import resource
     except ImportError:  # Windows
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_memory_bytes() -> int:
+    """Memory of this process now; its peak where the system does not say."""
+    told = _told_by_kernel("VmRSS")
+    return peak_memory_bytes() if told is None else told
+
+
+def _told_by_kernel(name: str) -> int | None:
+    """Bytes of a line of Linux's account of this process."""
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
 
 
 def require_space(folder: Path, needed_bytes: int, what: str) -> None:

@@ -62,19 +62,19 @@ class HubServer:
         self.asked[f"{request.command} {path}"] += 1
         trouble = next((statuses for piece, statuses in self.fail.items() if piece in path and statuses), None)
         if trouble:
-            self._json(request, {"error": "trouble"}, trouble.pop(0))
+            answer_json(request, {"error": "trouble"}, trouble.pop(0))
         elif self.gated and "resolve" in path and not path.endswith("README.md"):
-            self._json(request, {"error": "gated"}, 403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "gated"})
+            answer_json(request, {"error": "gated"}, 403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "gated"})
         elif path.startswith(resolve := f"{self._root()}/{self.name}/resolve/"):
             name = path.removeprefix(resolve).partition("/")[2]
             if name in self.files:
                 self._file(request, self.files[name], body=body)
             else:
-                self._json(request, {"error": "none"}, 404, {"X-Error-Code": "EntryNotFound"})
+                answer_json(request, {"error": "none"}, 404, {"X-Error-Code": "EntryNotFound"})
         elif (found := self._api(path, getattr(request, "request_body", b""))) is not None:
-            self._json(request, found)
+            answer_json(request, found)
         else:
-            self._json(request, {"error": "none"}, 404, {"X-Error-Code": "RepoNotFound"})
+            answer_json(request, {"error": "none"}, 404, {"X-Error-Code": "RepoNotFound"})
 
     def _root(self) -> str:
         return "" if self.kind == "models" else f"/{self.kind}"
@@ -130,20 +130,21 @@ class HubServer:
             return
         request.wfile.write(part)
 
-    @staticmethod
-    def _json(
-        request: BaseHTTPRequestHandler, value: object, status: int = 200, headers: Mapping[str, str] | None = None
-    ) -> None:
-        data = json.dumps(value).encode()
-        request.send_response(status)
-        for name, text in (headers or {}).items():
-            request.send_header(name, text)
-        request.send_header("Content-Type", "application/json")
-        request.send_header("Content-Length", str(len(data)))
-        request.end_headers()
-        if request.command != "HEAD":
-            request.wfile.write(data)
-
 
 def _etag(data: bytes) -> str:
     return hashlib.sha1(data, usedforsecurity=False).hexdigest()
+
+
+def answer_json(
+    request: BaseHTTPRequestHandler, value: object, status: int = 200, headers: Mapping[str, str] | None = None
+) -> None:
+    """A whole answer of the hub."""
+    data = json.dumps(value).encode()
+    request.send_response(status)
+    for name, text in (headers or {}).items():
+        request.send_header(name, text)
+    request.send_header("Content-Type", "application/json")
+    request.send_header("Content-Length", str(len(data)))
+    request.end_headers()
+    if request.command != "HEAD":
+        request.wfile.write(data)

@@ -8,19 +8,10 @@ import pytest
 from fintune.config import load
 from fintune.errors import ConfigError, ModelError, ResourceError
 from fintune.stages.plan import plan
+from model_shapes import LLAMA_3B
 from sources.hub_server import HubServer
 
 WEIGHTS = "model.safetensors"
-LLAMA_3B = {
-    "model_type": "llama",
-    "hidden_size": 3072,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 24,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "tie_word_embeddings": True,
-}
 
 
 @pytest.fixture

@@ -10,17 +10,8 @@ from fintune.options import Config
 from fintune.tuning.advice import Room, less_memory
 from fintune.tuning.memory import Method, Shape, modules_peak_bytes
 from fintune.tuning.plan import GIB, make_plan
+from model_shapes import LLAMA_3B
 
-LLAMA_3B = {
-    "model_type": "llama",
-    "hidden_size": 3072,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 24,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "tie_word_embeddings": True,
-}
 SHAPE = Shape.of(LLAMA_3B)
 QWEN_14B = Shape(5120, 13824, 48, 40, 8, 128, 152064, tied=False)
 

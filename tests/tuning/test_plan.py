@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+import model_shapes
 from fintune.tuning.memory import Method, Setting, Shape, peak_bytes
 from fintune.tuning.plan import GIB, make_plan, needs_four_bit
 
@@ -32,17 +33,7 @@ def test_the_prediction_is_within_three_hundredths_of_what_was_measured(shape, m
 
 
 def test_the_shape_is_read_from_a_models_configuration():
-    config = {
-        "model_type": "llama",
-        "hidden_size": 3072,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 24,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "tie_word_embeddings": True,
-    }
-    assert Shape.of(config) == LLAMA_3B
+    assert Shape.of(model_shapes.LLAMA_3B) == LLAMA_3B
 
 
 def plan(gib, *, shape=LLAMA_3B, method=Method(16), batch_size=16, accumulation=1, longest=1024):  # noqa: B008

@@ -29,7 +29,7 @@ from fintune.gguf.merged_folder import (
 from fintune.gguf.merged_weights import MergedWeights
 from fintune.gguf.modelfile import modelfile
 from fintune.gguf.rounded_weights import RoundedWeights
-from fintune.machine import peak_memory_bytes, release_memory, reset_peak_memory, size
+from fintune.machine import peak_memory_bytes, release_memory, reset_peak_memory, resident_memory_bytes, size
 from fintune.options import Config
 from fintune.progress import Bar, bar, say, track
 from fintune.tuning import full
@@ -77,7 +77,7 @@ def export(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
         reset_peak_memory()
     weighed = None if importance is None else read_importance(importance)
     seen = NormalFloat() if config.merge.into == "dequantised" else None
-    before = _resident_bytes()
+    before = resident_memory_bytes()
     if "merge" in inputs:
         report, notes = _write(config, inputs["merge"], None, folder, weighed)
     else:
@@ -218,14 +218,3 @@ def _speed(shown: Bar) -> Callable[[int, int], None]:
         shown.note(f"{num_read / 1e6 / max(time.monotonic() - started, 1e-3):.0f} MB/s")
 
     return progress
-
-
-def _resident_bytes() -> int:
-    """Memory of the process now; its peak where the system does not say."""
-    try:
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmRSS:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return peak_memory_bytes()
