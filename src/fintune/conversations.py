@@ -32,12 +32,14 @@ class Sequenced:
         input_ids: Shape [num_tokens].
         completion_mask: 1 where the token is trained; same length.
         rejected_ids: The worse answer with its end of turn, which stands behind the same prompt; of pairs alone.
+        label: Whether the answer is desired; of labelled answers alone.
     """
 
     id: str
     input_ids: list[int]
     completion_mask: list[int]
     rejected_ids: list[int] | None = None
+    label: bool | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -112,11 +114,13 @@ class EncodedConversation:
         example: The last trained turn and what comes before it; ``num_cut`` counts the turns behind it, left out.
         rows: One, or one for each trained turn where the chat template rewrites earlier turns.
         rejected: The worse answer in the completion's place, of a preference pair.
+        label: Whether the completion is desired, of a labelled answer.
     """
 
     example: Example
     rows: list[Sequenced]
     rejected: str | None = None
+    label: bool | None = None
 
 
 class ConversationEncoder:
@@ -204,19 +208,51 @@ class ConversationEncoder:
             TooLongError: Question and answers alone do not fit.
             DataError: The chat template refuses the turns, or a text holds the end-of-turn token.
         """
-        turns = [*([] if messages[0].role == "system" else self._system), *messages]
+        chosen, worse = self._answer(messages[-1].content), self._answer(rejected)
+        fitted = self._fitted(messages[:-1], [chosen, worse])
+        if fitted is None:
+            raise TooLongError(f"the question and the longer answer have more than {self._max_length} tokens")
+        prompt, num_cut, (better, other) = fitted
+        row = Sequenced(id_, better.input_ids, better.completion_mask, other.input_ids[other.num_prompt_tokens :])
+        example = Example(id=id_, messages=tuple(prompt), completion=chosen, num_cut=num_cut)
+        return EncodedConversation(example, [row], rejected=worse)
+
+    def encode_labelled(self, id_: str, messages: Sequence[Message], *, label: bool) -> EncodedConversation:
+        """Encode an answer that is desired or not; the last turn alone is trained.
+
+        Where it is too long, the oldest turns go; system message, question and answer never do.
+
+        Args:
+            id_: Of the example.
+            messages: All turns; the last is the answer.
+            label: Whether it is desired.
+
+        Raises:
+            TooLongError: Question and answer alone do not fit.
+            DataError: The chat template refuses the turns, or a text holds the end-of-turn token.
+        """
+        answer = self._answer(messages[-1].content)
+        fitted = self._fitted(messages[:-1], [answer])
+        if fitted is None:
+            raise TooLongError(f"the question and its answer have more than {self._max_length} tokens")
+        prompt, num_cut, (encoded,) = fitted
+        row = Sequenced(id_, encoded.input_ids, encoded.completion_mask, label=label)
+        example = Example(id=id_, messages=tuple(prompt), completion=answer, num_cut=num_cut)
+        return EncodedConversation(example, [row], label=label)
+
+    def _fitted(
+        self, before: Sequence[Message], answers: Sequence[str]
+    ) -> tuple[list[Message], int, list[chat.EncodedExample]] | None:
+        """The longest prompt behind which every answer fits, the turns that it lacks, and prompt with each answer."""
+        turns = [*([] if before[0].role == "system" else self._system), *before]
         num_head = int(turns[0].role == "system")
-        chosen, worse = self._answer(turns[-1].content), self._answer(rejected)
-        starts = [place for place, each in enumerate(turns[:-1]) if each.role == "user" and place >= num_head]
-        for start in [num_head, *(place for place in starts if place > num_head)]:
-            prompt = [*turns[:num_head], *turns[start:-1]]
-            better, other = (chat.encode_example(self._tokenizer, prompt, answer) for answer in (chosen, worse))
-            if max(len(better.input_ids), len(other.input_ids)) <= self._max_length:
-                behind = other.input_ids[other.num_prompt_tokens :]
-                row = Sequenced(id_, better.input_ids, better.completion_mask, behind)
-                example = Example(id=id_, messages=tuple(prompt), completion=chosen, num_cut=start - num_head)
-                return EncodedConversation(example, [row], worse)
-        raise TooLongError(f"the question and the longer answer have more than {self._max_length} tokens")
+        later = (place for place, each in enumerate(turns) if each.role == "user" and place > num_head)
+        for start in (num_head, *later):
+            prompt = [*turns[:num_head], *turns[start:]]
+            encoded = [chat.encode_example(self._tokenizer, prompt, answer) for answer in answers]
+            if max(len(each.input_ids) for each in encoded) <= self._max_length:
+                return prompt, start - num_head, encoded
+        return None
 
     def _answer(self, content: str) -> str:
         if not self._opens_thought:

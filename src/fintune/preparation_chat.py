@@ -14,9 +14,11 @@ from fintune.finqa.prompt import TooLongError
 from fintune.options import Config
 from fintune.prepared import NUM_PROBLEMS, Evidence, Prepared, PrepareReport, SplitReport, lengths, options_of
 from fintune.progress import track
-from fintune.records import Pair
+from fintune.records import LabelledAnswer, Pair
 from fintune.sources import mixture
 from fintune.sources.mixture import Entry
+from fintune.sources.shapes import Conversation
+from fintune.sources.wanted import Wanted, wanted_by
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,10 +35,11 @@ class _Split:
 def make(config: Config, tokenizer: PreTrainedTokenizerBase, *, limit: int | None = None) -> Prepared:
     """Read ``data.sources`` and encode what they hold; see `fintune.preparation.make`.
 
-    With a preference ``train.objective`` these are pairs, and other rows count as dropped.
+    With a preference ``train.objective`` these are pairs or, for ``kto``, also labelled answers; other rows count as
+    dropped.
     """
-    pairs = config.train.objective != "sft"
-    found = mixture.load(config.data, config.run.seed, limit=limit, pairs=pairs)
+    wanted = wanted_by(config.train.objective)
+    found = mixture.load(config.data, config.run.seed, limit=limit, wanted=wanted)
     encoder = ConversationEncoder(
         tokenizer,
         system=config.data.system,
@@ -44,15 +47,17 @@ def make(config: Config, tokenizer: PreTrainedTokenizerBase, *, limit: int | Non
         max_length=config.prompt.max_length,
     )
     splits = {
-        name: _encode(encoder, entries, name, strict=config.data.strict, pairs=pairs)
+        name: _encode(encoder, entries, name, strict=config.data.strict, wanted=wanted)
         for name, entries in (("train", found.train), ("eval", found.eval))
     }
+    if wanted == "labels" and limit is None:  # a sample may lack what the data has
+        _check_labels(splits["train"], [source.path for source in config.data.sources])
     report = PrepareReport(
         template_hash=chat.template_hash(tokenizer),
         max_length=config.prompt.max_length,
         num_shared_pages=0,
-        train=_report(splits["train"]),
-        eval=_report(splits["eval"]),
+        train=_report(splits["train"], wanted),
+        eval=_report(splits["eval"], wanted),
         finqa_test_steps={},
         finqa_test_operations={},
         options=options_of(config),
@@ -65,20 +70,17 @@ def make(config: Config, tokenizer: PreTrainedTokenizerBase, *, limit: int | Non
         examples={name: [each.example for each in split.examples] for name, split in splits.items()},
         rows={name: [row for each in split.examples for row in each.rows] for name, split in splits.items()},
         pairs={name: [pair for each in split.examples if (pair := _pair(each))] for name, split in splits.items()},
+        labelled={name: [one for each in split.examples if (one := _labelled(each))] for name, split in splits.items()},
     )
 
 
-def _encode(encoder: ConversationEncoder, entries: Sequence[Entry], name: str, *, strict: bool, pairs: bool) -> _Split:
+def _encode(
+    encoder: ConversationEncoder, entries: Sequence[Entry], name: str, *, strict: bool, wanted: Wanted
+) -> _Split:
     done = _Split([], len(entries))
     for entry in track(entries, f"encode {name}", len(entries)):
-        conversation = entry.conversation
         try:
-            if pairs and conversation.rejected is not None:
-                encoded = encoder.encode_pair(entry.id, conversation.messages, conversation.rejected)
-            else:
-                encoded = encoder.encode(
-                    entry.id, conversation.messages, untrained=conversation.untrained, rejected=conversation.rejected
-                )
+            encoded = _encoded(encoder, entry.id, entry.conversation, wanted)
         except DataError as error:
             told = DataError(error.message, record_id=entry.id, hint=error.hint)
             if strict:
@@ -89,9 +91,49 @@ def _encode(encoder: ConversationEncoder, entries: Sequence[Entry], name: str, *
             done.examples.append(encoded)
     if not done.examples:
         hint = "raise prompt.max_length" if done.dropped["too long"] else None
-        what = "pairs" if pairs else "conversations"
+        what = {"answers": "conversations", "pairs": "pairs", "labels": "answers"}[wanted]
         raise DataError(f"none of {len(entries)} {name} {what} can be encoded; {done.problems[0]}", hint=hint)
     return done
+
+
+def _encoded(encoder: ConversationEncoder, id_: str, conversation: Conversation, wanted: Wanted) -> EncodedConversation:
+    if wanted != "answers" and conversation.rejected is not None:
+        return encoder.encode_pair(id_, conversation.messages, conversation.rejected)
+    if wanted == "labels" and conversation.label is not None:
+        return encoder.encode_labelled(id_, conversation.messages, label=conversation.label)
+    return encoder.encode(id_, conversation.messages, untrained=conversation.untrained, rejected=conversation.rejected)
+
+
+def _check_labels(train: _Split, paths: Sequence[str]) -> None:
+    """Refuse answers that are all desired, or all undesired.
+
+    Raises:
+        DataError: With what is missing.
+    """
+    found = _labels(train)
+    for name, other, value in (("desired", "undesired", "false"), ("undesired", "desired", "true")):
+        if not found[other]:
+            raise DataError(
+                f"{', '.join(paths)}: all {found[name]:,} answers to train on are {name}, and kto learns from their "
+                f"difference to {other} ones",
+                hint=f"add rows with label {value}, or pairs"
+                + ("; train.objective: sft learns from desired answers alone" if name == "desired" else ""),
+            )
+
+
+def _labels(split: _Split) -> dict[str, int]:
+    """Answers by label; a pair holds one of each."""
+    return {
+        "desired": sum(each.label is not False for each in split.examples),
+        "undesired": sum(each.label is False or each.rejected is not None for each in split.examples),
+    }
+
+
+def _labelled(encoded: EncodedConversation) -> LabelledAnswer | None:
+    example = encoded.example
+    if encoded.label is None:
+        return None
+    return LabelledAnswer(id=example.id, messages=example.messages, completion=example.completion, label=encoded.label)
 
 
 def _pair(encoded: EncodedConversation) -> Pair | None:
@@ -101,7 +143,7 @@ def _pair(encoded: EncodedConversation) -> Pair | None:
     return Pair(id=example.id, messages=example.messages, chosen=example.completion, rejected=encoded.rejected)
 
 
-def _report(split: _Split) -> SplitReport:
+def _report(split: _Split, wanted: Wanted) -> SplitReport:
     rows = [row for each in split.examples for row in each.rows]
     trained = [sum(row.completion_mask) for row in rows]
     cut = [each.example.num_cut for each in split.examples]
@@ -121,4 +163,5 @@ def _report(split: _Split) -> SplitReport:
         evidence=Evidence(num_examples=0, num_complete=0, num_units=0, num_kept=0),
         steps={},
         operations={},
+        labels=_labels(split) if wanted == "labels" else {},
     )

@@ -5,8 +5,10 @@
     train.jsonl, eval.jsonl    records.Example a line
     gold.json                  the evaluation records in FinQA's official list form; an empty list for conversations
     SPLIT.pairs.jsonl          records.Pair a line, where the data holds preferences
+    SPLIT.labelled.jsonl       records.LabelledAnswer a line, where train.objective is kto and answers stand alone
     tokens/train, tokens/eval  datasets folders: id, input_ids, completion_mask; with a preference train.objective also
-                               rejected_ids, the answer that stands behind the same prompt in the other's place
+                               rejected_ids, the answer that stands behind the same prompt in the other's place; where
+                               there are answers without another one (rejected_ids is then empty) also label
     report.json                PrepareReport
 """
 
@@ -25,7 +27,7 @@ from fintune.config import effective
 from fintune.conversations import Sequenced
 from fintune.errors import ArtifactError
 from fintune.options import Config
-from fintune.records import Example, FinQARecord, Pair, Record
+from fintune.records import Example, FinQARecord, LabelledAnswer, Pair, Record
 from fintune.sources.mixture import SourceReport
 
 OPTIONS = ("run.seed", "model.name", "model.revision", "data", "prompt", "train.objective")
@@ -92,6 +94,7 @@ class SplitReport(Record):
         num_row_tokens: Tokens of all rows, which is what one pass over the split reads.
         steps: Share of programs by number of steps.
         operations: Share of steps by operation.
+        labels: Answers that are ``desired`` and ``undesired``, where training tells them apart.
     """
 
     num_read: int
@@ -110,6 +113,13 @@ class SplitReport(Record):
     evidence: Evidence
     steps: dict[str, float]
     operations: dict[str, float]
+    labels: dict[str, int] = Field(default_factory=dict)
+
+    @property
+    def one_sided(self) -> str:
+        """``desired`` or ``undesired`` where all answers are that; else empty."""
+        found = [name for name, number in self.labels.items() if number]
+        return found[0] if len(found) == 1 else ""
 
 
 class PrepareReport(Record):
@@ -165,6 +175,14 @@ class PrepareReport(Record):
                 share = f"{split.num_cut_units} of {split.num_units} {units}"
                 wholes = f"{split.num_cut_examples} of {split.num_examples} {whole}"
                 lines.append(f"{name}: {wholes} cut to fit {self.max_length} tokens ({share}){split.evidence.told()}")
+            if split.labels:
+                lines.append(
+                    f"{name}: {split.labels['desired']} desired, {split.labels['undesired']} undesired answers"
+                )
+        if self.eval.one_sided:
+            lines.append(
+                f"all held-out answers are {self.eval.one_sided}, so that no margin is measured; raise data.eval_share"
+            )
         if self.num_shared_pages:
             lines.append(f"{self.num_shared_pages} eval examples ask about a page that is also trained on")
         return lines
@@ -180,6 +198,7 @@ class Prepared:
         rows: Token rows by split.
         gold: Records of the evaluation split; none for conversations.
         pairs: Preference pairs by split.
+        labelled: Answers with a label, without a partner, by split.
     """
 
     report: PrepareReport
@@ -187,6 +206,7 @@ class Prepared:
     rows: Mapping[str, Sequence[Sequenced]]
     gold: Sequence[FinQARecord] = ()
     pairs: Mapping[str, Sequence[Pair]] = field(default_factory=dict)
+    labelled: Mapping[str, Sequence[LabelledAnswer]] = field(default_factory=dict)
 
 
 def lengths(numbers: Sequence[int]) -> Lengths:
@@ -219,6 +239,9 @@ def write(folder: Path, prepared: Prepared) -> None:
     for name, pairs in prepared.pairs.items():
         if pairs:
             _write_lines(folder / f"{name}.pairs.jsonl", pairs)
+    for name, labelled in prepared.labelled.items():
+        if labelled:
+            _write_lines(folder / f"{name}.labelled.jsonl", labelled)
     gold = [record.model_dump(mode="json") for record in prepared.gold]
     (folder / "gold.json").write_text(json.dumps(gold, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     (folder / "report.json").write_text(prepared.report.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -239,12 +262,15 @@ def _write_tokens(folder: Path, rows: Sequence[Sequenced]) -> None:
             "completion_mask": datasets.List(datasets.Value("int8")),
         }
     )
-    columns: dict[str, list[str] | list[list[int]]] = {
+    columns: dict[str, list[str] | list[bool] | list[list[int]]] = {
         "id": [row.id for row in rows],
         "input_ids": [row.input_ids for row in rows],
         "completion_mask": [row.completion_mask for row in rows],
     }
-    if all(row.rejected_ids is not None for row in rows):
+    if any(row.label is not None for row in rows):
+        features["label"] = datasets.Value("bool")
+        columns["label"] = [row.label is not False for row in rows]
+    if any(row.rejected_ids is not None for row in rows) or "label" in columns:
         features["rejected_ids"] = datasets.List(datasets.Value("int32"))
         columns["rejected_ids"] = [row.rejected_ids or [] for row in rows]
     shown = datasets.is_progress_bar_enabled()
@@ -275,6 +301,12 @@ def read_tokens(folder: Path, split: str, num: int) -> list[Sequenced]:
     stored = datasets.load_from_disk(str(folder / "tokens" / split))
     rows = stored.select(range(min(num, len(stored))))
     return [
-        Sequenced(str(row["id"]), list(row["input_ids"]), list(row["completion_mask"]), row.get("rejected_ids"))
+        Sequenced(
+            str(row["id"]),
+            list(row["input_ids"]),
+            list(row["completion_mask"]),
+            rejected_ids=row.get("rejected_ids") or None,
+            label=None if row.get("rejected_ids") else row.get("label"),
+        )
         for row in rows
     ]

@@ -97,6 +97,21 @@ class Pair(Record):
     rejected: str
 
 
+class LabelledAnswer(Record):
+    """One prompt with one answer that is desired or not, for preference training without pairs.
+
+    Attributes:
+        messages: The turns before the answer; the last is the user's.
+        completion: The answer, without template tokens.
+        label: Whether it is desired.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    completion: str
+    label: bool
+
+
 class Candidate(Record):
     """One of several completions of a prompt.
 

@@ -95,6 +95,65 @@ def test_whole_conversations_are_a_pair_only_behind_one_prompt():
     assert (raised.value.reason, raised.value.field) == ("not one prompt", "rejected")
 
 
+TURNS = [turn("user", ASK), turn("assistant", ANSWER)]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": ASK, "completion": ANSWER},
+        {"prompt": ASK, "response": ANSWER},
+        {"prompt": [turn("user", ASK)], "completion": [turn("assistant", ANSWER)]},
+        {"messages": TURNS},
+        {"conversations": [{"from": "human", "value": ASK}, {"from": "gpt", "value": ANSWER}]},
+    ],
+)
+@pytest.mark.parametrize(
+    ("written", "label"),
+    [
+        (True, True),
+        (False, False),
+        (1, True),
+        (0, False),
+        (1.0, True),
+        ("true", True),
+        ("False", False),
+        (" TRUE ", True),
+        ("0", False),
+        ("1.0", True),
+    ],
+)
+def test_an_answer_with_a_label_is_unpaired_preference_however_the_label_is_written(row, written, label):
+    shape, found = convert({**row, "label": written})
+    assert (shape, found.label, found.rejected) == ("unpaired_preference", label, None)
+    assert [(each.role, each.content) for each in found.messages] == QA
+
+
+def test_an_unpaired_answer_is_mapped_from_columns_of_other_names():
+    row = {"Frage": ASK, "antwort": {"text": ANSWER}, "gut": "false", "label": "bonds"}
+    columns = {"prompt": "Frage", "completion": "antwort.text", "label": "gut"}
+    shape, found = convert(row, columns=columns)
+    assert (shape, found.label) == ("unpaired_preference", False)
+    asked = {"instruction": ASK, "input": "the page", "completion": ANSWER, "label": 1}
+    named = convert(asked, "unpaired_preference")[1]
+    assert (named.messages[0].content, named.label) == (f"{ASK}\n\nthe page", True)
+
+
+def test_an_empty_label_is_that_of_another_shape_until_labels_are_learned_from():
+    row = {"prompt": ASK, "completion": ANSWER, "label": ""}
+    assert convert(row)[0] == "prompt_completion"
+    with pytest.raises(BrokenRowError, match="missing or empty") as caught:
+        convert(row, labelled=True)
+    assert (caught.value.reason, caught.value.field) == ("no label", "label")
+    other = {"instruction": ASK, "output": ANSWER, "prompt": None, "completion": None, "label": None}
+    assert convert(other, labelled=True)[0] == "alpaca"
+
+
+def test_a_label_that_means_something_else_is_passed_over_where_the_shape_is_named():
+    row = {"prompt": ASK, "completion": ANSWER, "label": "bonds"}
+    assert convert(row, "prompt_completion")[1].label is None
+
+
 def test_turns_behind_the_last_answer_are_left_out_and_counted():
     _, found = convert({"messages": [turn("user", ASK), turn("assistant", ANSWER), turn("user", "Thanks")]})
     assert [each.role for each in found.messages] == ["user", "assistant"]
@@ -158,6 +217,15 @@ def test_a_shape_that_is_named_wins_over_the_fields():
         ({"instruction": ASK, "output": float("nan")}, "no answer", "output", "fill it"),
         ({"prompt": ASK, "completion": "cut \ud83d"}, "not text", "completion", "cut inside an emoji"),
         ({"prompt": ASK, "completion": True}, "not text", "completion", "write it as text"),
+        ({"prompt": ASK, "completion": ANSWER, "label": "ture"}, "bad label", "label", "did you mean true?"),
+        ({"prompt": ASK, "completion": ANSWER, "label": "up"}, "bad label", "label", "shape: prompt_completion"),
+        ({"prompt": ASK, "completion": ANSWER, "label": "👍"}, "bad label", "label", "write true for a desired"),
+        ({"prompt": ASK, "completion": ANSWER, "label": -1}, "bad label", "label", "write true for a desired"),
+        ({"prompt": ASK, "completion": ANSWER, "label": 4.5}, "bad label", "label", "a rating needs a threshold"),
+        ({"prompt": ASK, "completion": ANSWER, "label": float("nan")}, "no label", "label", "write true"),
+        ({"prompt": ASK, "completion": ANSWER, "label": [True]}, "bad label", "label", "write true"),
+        ({"prompt": ASK, "completion": " ", "label": False}, "no answer", "completion", "fill it"),
+        ({"messages": [*TURNS[:1], TURNS[1] | {"weight": 0}], "label": True}, "no answer", "label", "remove the"),
         ({"text": "once upon a time"}, "unknown shape", "", "write prompt and completion"),
         ({"pre_text": [], "qa": {}}, "unknown shape", "", "data.source: finqa"),
         ({"frage": ASK}, "unknown shape", "", "columns: {question"),

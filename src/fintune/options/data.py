@@ -9,7 +9,9 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from fintune.options.base import Options
 
-Shape = Literal["messages", "sharegpt", "preference", "alpaca", "question_answer", "prompt_completion"]
+Shape = Literal[
+    "messages", "sharegpt", "preference", "unpaired_preference", "alpaca", "question_answer", "prompt_completion"
+]
 """What a row of a conversation source looks like; see docs/data.md."""
 
 

@@ -18,14 +18,15 @@ from pydantic import Field
 from fintune.errors import DataError
 from fintune.options import DataOptions, SourceOptions
 from fintune.progress import track
-from fintune.records import Message, Record
+from fintune.records import Record
 from fintune.sources import hub, rows
 from fintune.sources.duplicates import NearDuplicates, digest, digest_of
 from fintune.sources.licences import Licence, licence_of
 from fintune.sources.rows import BrokenRowError, Row
 from fintune.sources.shapes import Conversation, convert
+from fintune.sources.wanted import Wanted, left_out, nothing_wanted, said
 
-EXACT, NEAR, LIMIT, NO_PAIR = "exact duplicate", "near duplicate", "beyond max_rows", "no pair"
+EXACT, NEAR, LIMIT = "exact duplicate", "near duplicate", "beyond max_rows"
 _NOT_STRICT = "mend or remove it, or leave out --strict (data.strict: false) to drop and count such rows"
 
 
@@ -115,28 +116,30 @@ class _Found:
     num_trailing: int = 0
 
 
-def load(data: DataOptions, seed: int, *, limit: int | None = None, pairs: bool = False) -> Mixture:
+def load(data: DataOptions, seed: int, *, limit: int | None = None, wanted: Wanted = "answers") -> Mixture:
     """Read all sources.
 
     Args:
         data: ``sources`` and what belongs to them.
         seed: Of samples and fractional weights.
         limit: At most so many conversations a split, on top of ``data.max_train`` and ``data.max_eval``.
-        pairs: Take preference pairs alone; other rows are counted as dropped. The rejected answer then belongs to what
-            tells duplicates.
+        wanted: Which rows the objective learns from; others are counted as dropped. A rejected answer or a label that
+            is learned from belongs to what tells duplicates.
 
     Raises:
-        DataError: A source that cannot be read or gives nothing; with ``data.strict``, a row that cannot be used; with
-            ``pairs``, no pair in any source.
+        DataError: A source that cannot be read or gives nothing; with ``data.strict``, a row that cannot be used; no
+            wanted row in any source.
         ResourceError: A hub dataset that cannot be fetched.
     """
     problems: list[tuple[str, str]] = []
     seen: set[bytes] = set()
-    found = [_read(source, number, data, seed, seen, problems, pairs) for number, source in enumerate(data.sources)]
-    if pairs and not any(each.entries for each in found):
-        raise _no_pairs(data, found)
+    found = [_read(source, number, data, seed, seen, problems, wanted) for number, source in enumerate(data.sources)]
+    if not any(each.entries for each in found):
+        dropped = sum((each.dropped for each in found), Counter())
+        paths, num_rows = [source.path for source in data.sources], sum(each.num_rows for each in found)
+        raise nothing_wanted(paths, num_rows, dict(dropped.most_common()), wanted)
     if data.duplicates == "near":
-        _drop_near(found, data.near_similarity, pairs)
+        _drop_near(found, data.near_similarity, wanted)
     train, evaluation = _divide(found, data)
     reports = [
         SourceReport(
@@ -169,16 +172,6 @@ def _firsts_first(problems: Sequence[tuple[str, str]]) -> list[str]:
     return [*firsts.values(), *(line for reason, line in problems if firsts[reason] is not line)]
 
 
-def _no_pairs(data: DataOptions, found: Sequence[_Found]) -> DataError:
-    dropped = sum((each.dropped for each in found), Counter())
-    counts = ", ".join(f"{reason}: {times}" for reason, times in dropped.most_common())
-    return DataError(
-        f"{', '.join(source.path for source in data.sources)}: no preference pair among "
-        f"{sum(each.num_rows for each in found)} rows ({counts})",
-        hint="a pair has the fields prompt, chosen and rejected; set train.objective: sft to train on conversations",
-    )
-
-
 def _read(
     source: SourceOptions,
     number: int,
@@ -186,7 +179,7 @@ def _read(
     seed: int,
     seen: set[bytes],
     problems: list[tuple[str, str]],
-    pairs: bool,
+    wanted: Wanted,
 ) -> _Found:
     found = _Found()
     sample: list[tuple[int, int, Entry]] = []  # a heap of what was drawn so far, the last to be drawn first
@@ -195,18 +188,18 @@ def _read(
         found.num_rows += 1
         shapes = found.files.setdefault(label, Counter())
         try:
-            kind, conversation = convert(row.value, shape, source.columns)
+            kind, conversation = convert(row.value, shape, source.columns, labelled=wanted == "labels")
         except BrokenRowError as broken:
             found.dropped[broken.reason] += 1
             problems.append((broken.reason, _problem(row, broken, strict=data.strict)))
             continue
         found.shapes[kind] += 1
         shapes[kind] += 1
-        if pairs and conversation.rejected is None:
-            found.dropped[f"{NO_PAIR} ({kind})"] += 1
+        if reason := left_out(kind, conversation, wanted):
+            found.dropped[reason] += 1
             continue
         found.num_trailing += conversation.num_trailing
-        entry = Entry(f"{label}:{row.number}", number, conversation, digest_of(_said(conversation, pairs)))
+        entry = Entry(f"{label}:{row.number}", number, conversation, digest_of(said(conversation, wanted)))
         if data.duplicates != "keep":
             if entry.digest in seen:
                 found.dropped[EXACT] += 1
@@ -263,20 +256,13 @@ def _problem(row: Row, broken: BrokenRowError, *, strict: bool) -> str:
     return str(error)
 
 
-def _said(conversation: Conversation, pairs: bool) -> Sequence[Message]:
-    """What decides whether two conversations are the same."""
-    if not pairs or conversation.rejected is None:
-        return conversation.messages
-    return (*conversation.messages, Message(role="assistant", content=conversation.rejected))
-
-
-def _drop_near(found: Sequence[_Found], similarity: float, pairs: bool) -> None:
+def _drop_near(found: Sequence[_Found], similarity: float, wanted: Wanted) -> None:
     num = sum(len(each.entries) for each in found)
     known = NearDuplicates(similarity, num)
     everything = track([(each, entry) for each in found for entry in each.entries], "near duplicates", num)
     kept: list[tuple[_Found, Entry]] = []
     for each, entry in everything:
-        if known.repeats(_said(entry.conversation, pairs)) is None:
+        if known.repeats(said(entry.conversation, wanted)) is None:
             kept.append((each, entry))
         else:
             each.dropped[NEAR] += 1

@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from fintune.options import Shape
 from fintune.records import Message
+from fintune.sources.labels import label_of
 from fintune.sources.rows import BrokenRowError
 from fintune.sources.turns import list_of_turns, messages_of, text_of
 
@@ -26,16 +27,22 @@ class Conversation:
         untrained: Places of assistant's turns that the row itself excludes from training (``"weight": 0``).
         rejected: The worse answer in the last turn's place, of a preference pair.
         num_trailing: Turns behind the last answer, which were left out.
+        label: Whether the last answer is desired, where the row says so.
     """
 
     messages: tuple[Message, ...]
     untrained: frozenset[int] = frozenset()
     rejected: str | None = None
     num_trailing: int = 0
+    label: bool | None = None
 
 
 def convert(
-    row: object, shape: Shape | None = None, columns: Mapping[str, str] | None = None
+    row: object,
+    shape: Shape | None = None,
+    columns: Mapping[str, str] | None = None,
+    *,
+    labelled: bool = False,
 ) -> tuple[Shape, Conversation]:
     """Make a row a conversation.
 
@@ -43,6 +50,7 @@ def convert(
         row: As it was parsed.
         shape: What it must look like; found out where None.
         columns: Names of a shape's fields in the row; a dot goes into an object.
+        labelled: Labels are learned from, so that an empty one is no row of another shape but a broken one.
 
     Returns:
         The shape and the conversation.
@@ -56,17 +64,23 @@ def convert(
         kind = "a list" if isinstance(row, list) else "null" if row is None else f"{row!r:.40}"
         raise BrokenRowError("not an object", f"{kind} is no object with named fields")
     fields = _fields(row, columns or {})
-    found = shape or detect(fields)
+    found = shape or detect(fields, labelled=labelled)
     if found is None:
         raise _unknown(fields)
     return found, _CONVERT[found](fields)
 
 
-def detect(fields: Fields) -> Shape | None:
-    """The first shape whose fields are all filled; else the first whose fields are there at all."""
+def detect(fields: Fields, *, labelled: bool = False) -> Shape | None:
+    """The first shape whose fields are all filled; else the first whose fields are there at all.
+
+    Args:
+        fields: Of the row.
+        labelled: Take an empty label for a filled one.
+    """
     filled = {name for name, value in fields.items() if value is not None and value not in ("", [])}
+    filled |= {"label"} & fields.keys() if labelled else set()
     for present in (filled, set(fields)):
-        for shape, needed in _NEEDS.items():
+        for shape, needed in _NEEDS:
             if needed <= present:
                 return shape
     return None
@@ -190,6 +204,21 @@ def _answer(turns: list[Message], field: str) -> str:
     return turns[-1].content
 
 
+def _from_unpaired_preference(fields: Fields) -> Conversation:
+    label = label_of(fields.get("label"))
+    if fields.get("conversations") is not None:
+        found = _from_sharegpt(fields)
+    elif fields.get("messages") is not None:
+        found = _from_messages(fields)
+    else:
+        found = _completed(fields, _preference_prompt(fields))
+    if len(found.messages) - 1 in found.untrained:
+        raise BrokenRowError(
+            "no answer", "the labelled answer has weight 0", field="label", hint="remove the weight, or the row"
+        )
+    return replace(found, label=label)
+
+
 def _from_alpaca(fields: Fields) -> Conversation:
     return _pair(fields, _instruction(fields), text_of(fields.get("output"), "output", "no answer"))
 
@@ -209,7 +238,10 @@ def _from_question_answer(fields: Fields) -> Conversation:
 
 
 def _from_prompt_completion(fields: Fields) -> Conversation:
-    before = messages_of(fields.get("prompt"), "prompt", "no question")
+    return _completed(fields, messages_of(fields.get("prompt"), "prompt", "no question"))
+
+
+def _completed(fields: Fields, before: list[Message]) -> Conversation:
     completion = fields.get("completion")
     if isinstance(completion, list):
         answer = _answer(list_of_turns(completion, "completion")[0], "completion")
@@ -235,17 +267,21 @@ def _system(value: object) -> tuple[Message, ...]:
 
 _TURNS = ("messages", "conversations")
 _ALIASES: Final = {"response": "completion", "conversation": "messages", "system_prompt": "system"}
-_NEEDS: Final[dict[Shape, set[str]]] = {
-    "preference": {"chosen", "rejected"},
-    "messages": {"messages"},
-    "sharegpt": {"conversations"},
-    "alpaca": {"instruction", "output"},
-    "prompt_completion": {"prompt", "completion"},
-    "question_answer": {"question", "answer"},
-}
+_NEEDS: Final[tuple[tuple[Shape, set[str]], ...]] = (
+    ("preference", {"chosen", "rejected"}),
+    ("unpaired_preference", {"prompt", "completion", "label"}),
+    ("unpaired_preference", {"messages", "label"}),
+    ("unpaired_preference", {"conversations", "label"}),
+    ("messages", {"messages"}),
+    ("sharegpt", {"conversations"}),
+    ("alpaca", {"instruction", "output"}),
+    ("prompt_completion", {"prompt", "completion"}),
+    ("question_answer", {"question", "answer"}),
+)
 """The fields that tell a shape, in the order in which they are looked for."""
 _CONVERT: Final[dict[Shape, Callable[[Fields], Conversation]]] = {
     "preference": _from_preference,
+    "unpaired_preference": _from_unpaired_preference,
     "messages": _from_messages,
     "sharegpt": _from_sharegpt,
     "alpaca": _from_alpaca,

@@ -36,6 +36,9 @@ def prepare(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
         say(note)
     restricted = f"; not for commercial use: {report.non_commercial}" if report.non_commercial else ""
     what = "examples" if config.train.objective == "sft" else "preference pairs"
+    if any(made.labelled.values()):
+        labels = report.train.labels
+        what = f"preference rows; {labels['desired']} desired, {labels['undesired']} undesired answers to train on"
     facts = {
         "summary": f"{report.train.num_examples} train, {report.eval.num_examples} eval {what}{restricted}",
         "template_hash": report.template_hash,
@@ -46,6 +49,8 @@ def prepare(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
         "num_train_rows": report.train.num_rows,
         "num_train_tokens": report.train.num_row_tokens,
     }
+    if report.train.labels:
+        facts["num_labels"] = {"train": report.train.labels, "eval": report.eval.labels}
     if report.sources:
         facts["licences"] = {each.path: each.licence.name for each in report.sources}
     return facts
