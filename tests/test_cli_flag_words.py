@@ -24,6 +24,10 @@ from fintune.errors import ArtifactError, ResourceError
         ("wait for it, or set run.name to another name", "wait for it, or give another --out"),
         ("train.learning_rate was 1e-05 and is now 2e-05", "--learning_rate was 1e-05 and is now 2e-05"),
         ('train.optimizer was "sgd"', 'train.optimizer was "sgd"'),
+        (
+            "export.llama_cpp_path tools: no such folder: leave the option out",
+            "--llama_cpp_path tools: no such folder: leave the flag out",
+        ),
         ("command line: adapter.r: got 0", "--lora_r: got 0"),
         ("data/train.batch_size/x", "data/train.batch_size/x"),
     ],

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import stat
 import sys
 from pathlib import Path
 
 import pytest
 
+from checkout_stand_in import make_checkout
 from command import fintune
 from fintune import cli_finance
 from tiny import make_tiny_model
@@ -45,15 +45,8 @@ def told(model: Path, *words: str, investopedia: str = "none") -> str:
 
 
 def tools(folder: Path, *, converter: str | None = None, quantizer: str | None = None) -> tuple[str, str]:
-    """A checkout with these files; the flags that name it."""
-    (folder / "build" / "bin").mkdir(parents=True)
-    if converter is not None:
-        (folder / "convert_hf_to_gguf.py").write_text(converter, encoding="utf-8")
-    if quantizer is not None:
-        tool = folder / "build" / "bin" / "llama-quantize"
-        tool.write_text(quantizer, encoding="utf-8")
-        tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
-    return "--llama_cpp_path", folder.name
+    """The flags that name a checkout with these tools."""
+    return "--llama_cpp_path", make_checkout(folder, converter=converter, quantizer=quantizer).name
 
 
 def out_of_memory(here: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> str:

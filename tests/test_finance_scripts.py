@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import stat
-import sys
+import shutil
 from pathlib import Path
 
 import click
 import pytest
 
-from fintune import cli_finance, llama_cpp_checkout
+from checkout_stand_in import CONVERTER, calls, make_checkout
+from fintune import cli_finance
 from fintune.errors import ConfigError, FintuneError, ResourceError
 from tiny import make_tiny_model
 
@@ -78,28 +78,6 @@ def finance(model: Path, *words: object) -> None:
     call(cli_finance.pipeline_command(), "--model_name", model, "--investopedia", "none", *small, *words)
 
 
-def checkout(folder: Path, *, quantizer: str = "usage: llama-quantize in out type") -> Path:
-    """A stand-in of a llama.cpp checkout, whose tools say what they were called with."""
-    (folder / "build" / "bin").mkdir(parents=True)
-    (folder / "convert_hf_to_gguf.py").write_text(
-        "import sys, pathlib\n"
-        "if '--help' in sys.argv: print('usage: convert'); raise SystemExit\n"
-        "out = sys.argv[sys.argv.index('--outfile') + 1]\n"
-        "assert pathlib.Path(sys.argv[1], 'model.safetensors').is_file()\n"
-        "pathlib.Path(out).write_text('f16 of ' + sys.argv[1])\n",
-        encoding="utf-8",
-    )
-    tool = folder / "build" / "bin" / "llama-quantize"
-    tool.write_text(
-        f"#!{sys.executable}\nimport sys, pathlib\n"
-        f"if '--help' in sys.argv: print({quantizer!r}); raise SystemExit(1)\n"
-        "pathlib.Path(sys.argv[2]).write_text(sys.argv[3] + ' of ' + pathlib.Path(sys.argv[1]).read_text())\n",
-        encoding="utf-8",
-    )
-    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
-    return folder
-
-
 def test_every_flag_of_the_guide_is_there_with_its_default():
     command = cli_finance.pipeline_command()
     defaults = {f"--{option.name}": option.default for option in command.params}
@@ -126,14 +104,13 @@ def test_the_guides_commands_are_understood(line, here, monkeypatch):
     words = shlex.split(line)[1:]
     runs: list[object] = []
     monkeypatch.setattr(cli_finance, "_run", lambda config, flags, skip: runs.append((config, flags)) or False)
-    monkeypatch.setattr(cli_finance.files, "try_converter", lambda *_: None)  # it would fetch the model
-    checkout(here / "llama.cpp")
     command = cli_finance.train_command() if words[0] == "train.py" else cli_finance.pipeline_command()
     call(command, *words[1:])
     (config, flags), *_ = runs
     assert config.model.name == "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B"
     assert (config.train.schedule, config.run.seed, config.train.checkpoint_steps) == ("cosine", 3407, 500)
     assert config.train.accumulation == flags["gradient_accumulation_steps"]
+    assert config.export.llama_cpp_path == flags.get("llama_cpp_path")
 
 
 def test_the_guide_holds_no_other_command():
@@ -175,13 +152,28 @@ def test_the_whole_command_writes_what_the_guide_names_and_a_second_one_does_not
 
 
 def test_a_checkout_of_llama_cpp_converts_and_quantises_once(here, model):
-    tools = checkout(here / "llama.cpp")
-    finance(model, "--llama_cpp_path", tools, "--quantization_target", "q5_k_m", "--gguf_q4_path", "out/small.gguf")
-    assert (here / "out/small.gguf").read_text().startswith("Q5_K_M of f16 of ")
-    written = (here / "out/small.gguf").stat().st_mtime_ns
-    finance(model, "--llama_cpp_path", tools, "--quantization_target", "q5_k_m", "--gguf_q4_path", "out/small.gguf")
-    assert (here / "out/small.gguf").stat().st_mtime_ns == written
+    tools = make_checkout(here / "llama.cpp")
+    words = ("--llama_cpp_path", tools, "--quantization_target", "q5_k_m", "--gguf_q4_path", "out/small.gguf")
+    finance(model, *words)
+    made = ["convert F16 vocabulary", "convert F16", "quantise Q5_K_M"]
+    assert calls(tools) == made
+    exported = here / "financial_lora" / "run" / "export"
+    for name, kind in (("financial_model_fp16.gguf", "F16"), ("out/small.gguf", "Q5_K_M")):
+        assert (here / name).samefile(exported / f"run-{kind}.gguf")
+    assert "small.gguf" in (here / "out/small.gguf.Modelfile").read_text()
+    finance(model, *words)
+    assert calls(tools) == made
+    # A file that the user moved away is laid out again, and nothing is asked of the tools.
+    (here / "out/small.gguf").unlink()
+    shutil.rmtree(tools)
+    finance(model, *words)
+    assert (here / "out/small.gguf").is_file()
     assert not list(here.rglob("*.part*"))
+
+
+def test_a_checkout_is_not_looked_at_where_quantising_is_skipped(here, model, capsys):
+    finance(model, "--llama_cpp_path", "nowhere", "--skip_quantization", "--dry_run")
+    assert "export: skipped" in capsys.readouterr().out
 
 
 def test_a_checkout_that_cannot_work_is_refused_before_anything_is_trained(here, model):
@@ -191,20 +183,20 @@ def test_a_checkout_that_cannot_work_is_refused_before_anything_is_trained(here,
         (lambda tools: (tools / "build/bin/llama-quantize").chmod(0o644), "llama-quantize does not run"),
         (lambda tools: (tools / "convert_hf_to_gguf.py").write_text("import nothing_such"), "No module named"),
     ):
-        tools = checkout(here / f"tools-{len(list(here.iterdir()))}")
+        tools = make_checkout(here / f"tools-{len(list(here.iterdir()))}")
         spoil(tools)
         with pytest.raises(ResourceError) as caught:
             finance(model, "--llama_cpp_path", tools)
         assert told in str(caught.value)
-    # What it lacks for this model alone shows in the vocabulary.
-    tools = checkout(here / "tools-last")
-    text = (tools / "convert_hf_to_gguf.py").read_text()
-    (tools / "convert_hf_to_gguf.py").write_text(text + "if '--vocab-only' in sys.argv: import sentencepeace\n")
+    assert not (here / "financial_lora").exists()
+
+
+def test_what_the_converter_lacks_for_this_model_alone_shows_before_anything_is_trained(here, model):
+    lacks = "import sys\nif '--vocab-only' in sys.argv: import sentencepeace\n"
+    tools = make_checkout(here / "tools", converter=lacks + CONVERTER)
     with pytest.raises(ResourceError, match=r"convert_hf_to_gguf.py failed .*No module named 'sentencepeace'"):
         finance(model, "--llama_cpp_path", tools)
-    with pytest.raises(ResourceError, match="no such folder"):
-        llama_cpp_checkout.check(here / "nowhere")
-    assert not (here / "financial_lora").exists()
+    assert not list((here / "financial_lora" / "run").glob("*/manifest.json"))
 
 
 def test_a_checkpoint_of_another_program_is_refused(here, model):

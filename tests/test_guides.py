@@ -12,7 +12,7 @@ import click
 import pytest
 
 from command import Done, fintune
-from fintune import cli_finance, cli_train
+from fintune import cli_finance, cli_train, llama_cpp_checkout
 from fintune.sources.statements import generate
 from guide_commands import FINANCE, FINQA, PYTHON, as_meant, as_pasted, found_in
 from tiny import make_tiny_model
@@ -135,11 +135,12 @@ def test_a_comment_behind_a_backslash_is_told_and_what_the_shell_passes_is_run(f
 
 @pytest.mark.parametrize("name", ["quick start", "places", "hyperparameters", "resume"])
 def test_the_finance_guides_commands_are_understood_with_every_stage_foreseen(name, tmp_path, model, monkeypatch):
+    looked_at: list[Path] = []
     (tmp_path / "datasets").mkdir()
     (tmp_path / "datasets" / "trader_dpo_data.jsonl").write_text(
         '{"prompt": "a?", "chosen": "b", "rejected": "c"}\n', encoding="utf-8"
     )
-    monkeypatch.setattr(cli_finance.llama_cpp_checkout, "check", lambda folder: object())
+    monkeypatch.setattr(llama_cpp_checkout, "check", looked_at.append)
     monkeypatch.setattr(cli_finance, "GUIDE_MODEL", "none such")
     words = [str(model) if word.startswith("DSR1/") else word for word in as_meant(FINANCE[name])]
     if "--model_name" not in words:
@@ -148,7 +149,8 @@ def test_the_finance_guides_commands_are_understood_with_every_stage_foreseen(na
     assert done.status == 0, done.err
     told = dict(line.split(": ", 1) for line in done.out.splitlines())
     assert told["train"] == "run"
-    assert told["export"] == ("run" if name in ("places", "hyperparameters") else "skipped")
+    assert told["export"] == ("skipped" if name == "resume" else "run")
+    assert looked_at == ([Path("llama.cpp")] if name == "quick start" else [])
     assert [path.name for path in tmp_path.iterdir()] == ["datasets"]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from fintune import cli_extra_args, llama_cpp_checkout
+from fintune import cli_extra_args
 from fintune import cli_finance_files as files
 from fintune.cli_flag_words import told_in_flags
 from fintune.cli_pasted import PastedCommand
@@ -119,26 +119,16 @@ def run_pipeline(**flags: Any) -> None:
 
 
 def _pipeline(flags: Mapping[str, Any]) -> None:
-    checkout = None
-    if flags["llama_cpp_path"] is not None and not flags["skip_quantization"]:
-        checkout = llama_cpp_checkout.check(flags["llama_cpp_path"])
-    kind = flags["quantization_target"].upper()
-    config = _config(
-        flags, flags["lora_output_dir"], _investopedia(flags), ["merge.dtype=float16", f"export.types=[F16, {kind}]"]
-    )
-    skip = [stage for flag, stage in _SKIPS.items() if flags[flag]]
-    if checkout is not None and "export" not in skip:
-        skip.append("export")
-    if checkout is not None and not flags["dry_run"]:
-        files.try_converter(checkout, config)
-    if not _run(config, flags, skip=skip):
+    kind, checkout = flags["quantization_target"].upper(), flags["llama_cpp_path"]
+    more = ["merge.dtype=float16", f"export.types=[F16, {kind}]"]
+    more += [] if checkout is None else [f"export.llama_cpp_path={json.dumps(str(checkout))}"]
+    config = _config(flags, flags["lora_output_dir"], _investopedia(flags), more)
+    if not _run(config, flags, skip=[stage for flag, stage in _SKIPS.items() if flags[flag]]):
         return
     files.lay_out_adapter(config, flags["lora_output_dir"])
     if not flags["skip_merge"]:
         files.lay_out(config.folder / "merge", flags["merged_model_dir"], link=True)
-    if checkout is not None:
-        files.convert(checkout, config, half=flags["gguf_fp16_path"], small=flags["gguf_q4_path"], kind=kind)
-    elif not flags["skip_quantization"]:
+    if not flags["skip_quantization"]:
         exported = config.folder / "export"
         for type_, flag in (("F16", "gguf_fp16_path"), (kind, "gguf_q4_path")):
             files.place(exported / f"{_RUN}-{type_}.gguf", flags[flag])

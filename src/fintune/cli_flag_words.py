@@ -12,6 +12,7 @@ FLAGS: Mapping[str, str] = {
     "adapter.alpha": "--lora_alpha",
     "adapter.r": "--lora_r",
     "data.strict": "--strict",
+    "export.llama_cpp_path": "--llama_cpp_path",
     "export.types": "--quantization_target",
     "model.load": "--training_quantization",
     "model.name": "--model_name",
@@ -53,6 +54,7 @@ def in_flags(text: str, output_flag: str) -> str:
     """``train.batch_size=4`` as ``--per_device_train_batch_size 4``; an option without a flag as --extra_train_args."""
     text = text.removeprefix("command line: ")  # where a YAML file would be named
     text = re.sub(r"\brun it first: fintune run CONFIG --only (\w+)", _without_skip, text)
+    text = text.replace("leave the option out", "leave the flag out")
     text = text.replace("run.name=OTHER keeps it", f"another {output_flag} keeps it")
     text = text.replace("set run.dir to another folder, or run.name to another name", f"give another {output_flag}")
     text = text.replace("set run.name to another name", f"give another {output_flag}")

@@ -7,11 +7,13 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from fintune.errors import ResourceError
 from fintune.progress import say
 
+OPTION = "export.llama_cpp_path"
 CONVERTER = "convert_hf_to_gguf.py"
 _BUILD = "cmake -B build -S . && cmake --build build"
 _PLACES = ("build/bin/llama-quantize", "build/bin/llama-quantize.exe", "build/bin/Release/llama-quantize.exe")
@@ -33,38 +35,35 @@ class Checkout:
     quantizer: Path
 
 
-def check(folder: Path, option: str = "--llama_cpp_path") -> Checkout:
+def check(folder: Path) -> Checkout:
     """Find and try both tools.
-
-    Args:
-        folder: The checkout.
-        option: By which the user named it.
 
     Raises:
         ResourceError: One is missing or does not run, with what to do.
     """
-    word = "flag" if option.startswith("--") else "option"
     if not folder.is_dir():
-        hint = f"give a llama.cpp checkout, or leave the {word} out: fintune then writes the GGUF files itself"
-        raise ResourceError(f"{option} {folder}: no such folder", hint=hint)
+        hint = "give a llama.cpp checkout, or leave the option out: fintune then writes the GGUF files itself"
+        raise ResourceError(f"{OPTION} {folder}: no such folder", hint=hint)
     converter = folder / CONVERTER
     if not converter.is_file():
-        hint = f"it must be a llama.cpp checkout that holds {CONVERTER}, or leave the {word} out"
-        raise ResourceError(f"{option} {folder}: there is no {CONVERTER}", hint=hint)
+        hint = f"it must be a llama.cpp checkout that holds {CONVERTER}, or leave the option out"
+        raise ResourceError(f"{OPTION} {folder}: there is no {CONVERTER}", hint=hint)
     quantizer = next((folder / place for place in _PLACES if (folder / place).is_file()), None)
     if quantizer is None:
         raise ResourceError(
-            f"{option} {folder}: there is no build/bin/llama-quantize", hint=f"build it in {folder}: {_BUILD}"
+            f"{OPTION} {folder}: there is no build/bin/llama-quantize", hint=f"build it in {folder}: {_BUILD}"
         )
     for command, name, hint in (
-        ([sys.executable, str(converter), "--help"], CONVERTER, f"pip install -r {folder}/requirements.txt"),
-        ([str(quantizer), "--help"], "llama-quantize", f"build it anew in {folder}: {_BUILD}"),
+        ((sys.executable, str(converter.absolute()), "--help"), CONVERTER, f"pip install -r {folder}/requirements.txt"),
+        ((str(quantizer.absolute()), "--help"), "llama-quantize", f"build it anew in {folder}: {_BUILD}"),
     ):
         _try(command, name, hint)
     return Checkout(converter, quantizer)
 
 
-def _try(command: list[str], name: str, hint: str) -> None:
+@lru_cache(maxsize=4)
+def _try(command: tuple[str, ...], name: str, hint: str) -> None:
+    # Once a process: the converter loads torch to tell its usage, and a run looks at it in every stage that needs it.
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_HELP_SECONDS, check=False)  # noqa: S603
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from checkout_stand_in import calls, make_checkout
 from command import fintune
 from fintune import disk
 from fintune.errors import ModelError, ResourceError
@@ -27,41 +28,11 @@ pytest.importorskip("xllamacpp")
 
 GGUF_TESTS = Path(__file__).resolve().parents[1] / "gguf"
 UPSTREAM = json.loads((GGUF_TESTS / "upstream_sha256.json").read_text())
-# Writes a real file by way of this package, which knows the family by its other name.
-CONVERTER = """import json, shutil, sys, tempfile
-from pathlib import Path
-if "--help" in sys.argv:
-    sys.exit("usage: convert_hf_to_gguf.py MODEL")
-from fintune.gguf.export import export
-words = sys.argv[1:]
-kind = words[words.index("--outtype") + 1].upper()
-out = Path(words[words.index("--outfile") + 1])
-with (Path(__file__).parent / "calls.txt").open("a") as calls:
-    calls.write(f"convert {kind}{' vocabulary' * ('--vocab-only' in words)}\\n")
-with tempfile.TemporaryDirectory() as place:
-    model = Path(shutil.copytree(words[0], Path(place) / "model"))
-    config = json.loads((model / "config.json").read_text()) | {"model_type": "llama"}
-    (model / "config.json").write_text(json.dumps(config))
-    export(model, {kind: out}, name=words[words.index("--model-name") + 1] if "--model-name" in words else None)
-"""
-QUANTIZER = """#!/bin/sh
-[ "$1" = --help ] && { echo "usage: llama-quantize" >&2; exit 1; }
-[ "$1" = --imatrix ] && { weighed=" weighed"; shift 2; }
-echo "quantise $3$weighed" >> "$(dirname "$0")/../../calls.txt"
-[ "$3" = Q9 ] && { echo "invalid ftype Q9" >&2; exit 1; }
-cp "$1" "$2"
-"""
 
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
-    folder = tmp_path / "llama.cpp"
-    tool = folder / "build" / "bin" / "llama-quantize"
-    tool.parent.mkdir(parents=True)
-    (folder / "convert_hf_to_gguf.py").write_text(CONVERTER)
-    tool.write_text(QUANTIZER)
-    tool.chmod(0o755)
-    return folder
+    return make_checkout(tmp_path / "llama.cpp")
 
 
 @pytest.fixture
@@ -75,10 +46,6 @@ def other(tiny_model, tmp_path) -> Path:
 def config(checkout: Path | None, *types: str, **more: object) -> Config:
     options = {"types": types, **({"llama_cpp_path": checkout} if checkout else {})} | more
     return Config.model_validate({"run": {"name": "t"}, "export": options, "predict": {"models": ["base"]}})
-
-
-def calls(checkout: Path) -> list[str]:
-    return (checkout / "calls.txt").read_text().splitlines()
 
 
 def test_an_unknown_family_is_written_by_the_checkout_and_refused_without(other, checkout, tmp_path):

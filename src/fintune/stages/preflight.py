@@ -55,7 +55,7 @@ def _vocabulary(config: Config, model: Path, place: Path) -> TokenizerKeys:
     """As the export will write it: by this package, or by the user's llama.cpp checkout."""
     if config.export.llama_cpp_path is None:
         return read_vocabulary(model, ModelConfig(model).vocab_size)
-    checkout = llama_cpp_checkout.check(config.export.llama_cpp_path, "export.llama_cpp_path")
+    checkout = llama_cpp_checkout.check(config.export.llama_cpp_path)
     llama_cpp_checkout.convert(checkout, model, place / "converted.gguf", vocabulary_only=True)
     return read_converted(place / "converted.gguf")
 
