@@ -231,7 +231,6 @@ def _config(
         "train.accumulation": flags["gradient_accumulation_steps"],
         "train.warmup_steps": 5,
         "train.optimizer": "adamw_8bit",
-        "train.gradient_checkpointing": cuda,
         "train.checkpoint_steps": 500,
     }
     overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]

@@ -48,7 +48,7 @@ _OPTIONS: tuple[tuple[str, Any, Any, str], ...] = (
         "bfloat16 (true), or float16 on a GPU and float32 elsewhere; what fits the machine if left out.",
     ),
     ("use_4bit", bool, False, "Base weights in 4 bits: QLoRA, QDoRA."),
-    ("gradient_checkpointing", bool, False, "Recompute activations: less memory, slower."),
+    ("gradient_checkpointing", bool, None, "Recompute activations: less memory, slower; what fits if left out."),
     ("lora_r", int, 16, "Rank."),
     ("lora_alpha", int, 32, "Scale."),
     ("lora_dropout", float, 0.0, "Dropout before the adapter."),

@@ -50,10 +50,13 @@ def test_several_gpus_hold_whole_copies_where_they_fit_and_parts_where_not(lines
     said = lines(80, "train.gpus=4")
     assert "64 examples a step" in said[0]
     assert said[2] == "passes: 1 of 16 examples a step on each of 4 GPUs, which hold the whole model"
-    small = ("train.gpus=8", "train.batch_size=1", "train.gradient_checkpointing=true")
+    small = ("train.gpus=8", "train.batch_size=1")
     assert said[1].startswith("predicted: 39.1 GiB")
-    divided = lines(6, *small)
-    assert divided[1].endswith("of 4.8 on each of 8 GPUs, the frozen weights divided (FSDP2)")
+    for asked in ((), ("train.gradient_checkpointing=true",)):
+        divided = lines(5, *small, *asked)[1]
+        assert divided.endswith("on each of 8 GPUs, the frozen weights divided (FSDP2), all layers recomputed")
+    kept = lines(10, *small, "train.sharding=full")[1]
+    assert kept.endswith("of 8.8 on each of 8 GPUs, the frozen weights divided (FSDP2)")
     with pytest.raises(ResourceError, match=r"on each of 2 GPUs, .*: use a smaller train\.batch_size"):
         lines(6, "train.gpus=2")
     with pytest.raises(ConfigError, match=r"adapter\.init: pissa is not proven on several GPUs"):

@@ -60,7 +60,7 @@ def test_with_the_written_out_layers_the_limit_is_lowered_until_the_plan_changes
 
 
 def test_transformers_layers_get_passes_that_fit_with_the_examples_of_a_step():
-    told = less_memory(config(accumulation=2), room(24))
+    told = less_memory(config(accumulation=2, gradient_checkpointing=False), room(24))
     found = overrides(told)
     size, passes = int(found["train.batch_size"]), int(found["train.accumulation"])
     assert size * passes == 32
@@ -73,7 +73,7 @@ def test_transformers_layers_get_passes_that_fit_with_the_examples_of_a_step():
 def test_recomputing_comes_before_four_bits_and_four_bits_before_shorter_examples():
     # One example of 16,384 tokens a pass: there is nothing to divide.
     long = {"longest": 16384}
-    one = config(batch_size=1)
+    one = config(batch_size=1, gradient_checkpointing=False)
     assert overrides(less_memory(one, room(24, **long))) == {"train.gradient_checkpointing": "true"}
     assert "model.load" in overrides(less_memory(one, room(11, **long)))
     told = less_memory(one, room(6.5, **long))
@@ -82,6 +82,19 @@ def test_recomputing_comes_before_four_bits_and_four_bits_before_shorter_example
     assert found["model.load"] == "4bit"
     assert "(longer examples fit in no way of training)" in told
     assert less_memory(one, room(1, **long)).endswith("take a smaller model or GPU")
+
+
+def test_layers_that_were_recomputed_by_themselves_are_not_advised_to_be():
+    told = less_memory(config(), room(24))
+    assert "gradient_checkpointing" not in told
+    assert overrides(told) == {"train.batch_size": "8", "train.accumulation": "2"}
+    assert "gradient_checkpointing" not in less_memory(config(), room(24, model_type="gemma3"))
+    assert "gradient_checkpointing" in less_memory(config(), None)
+
+
+def test_whoever_forbade_to_recompute_is_told_to_allow_it():
+    told = less_memory(config(gradient_checkpointing=False), room(48, followed_plan=True))
+    assert overrides(told)["train.gradient_checkpointing"] == "true"
 
 
 def test_what_ran_out_of_memory_is_not_advised():

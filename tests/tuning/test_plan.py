@@ -36,9 +36,12 @@ def test_the_shape_is_read_from_a_models_configuration():
     assert Shape.of(model_shapes.LLAMA_3B) == LLAMA_3B
 
 
-def plan(gib, *, shape=LLAMA_3B, method=Method(16), batch_size=16, accumulation=1, longest=1024):  # noqa: B008
+def plan(gib, *, shape=LLAMA_3B, method=Method(16), **asked):  # noqa: B008
     return make_plan(
-        shape, method, batch_size=batch_size, accumulation=accumulation, longest=longest, limit_bytes=int(gib * GIB)
+        shape,
+        method,
+        **{"batch_size": 16, "accumulation": 1, "longest": 1024, **asked},
+        limit_bytes=int(gib * GIB),
     )
 
 
@@ -46,6 +49,18 @@ def test_nothing_is_recomputed_where_all_fits():
     made = plan(78)
     assert (made.setting.num_checkpointed, made.batch_size, made.fits) == (0, 16, True)
     assert made.reasons == ("no layer recomputed: all activations fit 78.0 GiB",)
+
+
+def test_what_is_asked_of_the_layers_is_planned_and_predicted():
+    made = plan(78, recompute=True)
+    assert made.setting.num_checkpointed == 28
+    assert made.predicted_bytes < plan(78).predicted_bytes / 3
+    assert made.reasons == ("every layer recomputed, as train.gradient_checkpointing says",)
+    made = plan(24, recompute=False)
+    assert (made.setting.num_checkpointed, made.fits) == (0, True)
+    assert made.batch_size * made.accumulation == 16
+    assert made.batch_size < plan(24).batch_size
+    assert "do not fit 24.0 GiB without recomputed layers" in made.reasons[0]
 
 
 def test_no_more_layers_are_recomputed_than_memory_demands():

@@ -89,10 +89,11 @@ class TrainOptions(Options):
         description="With several GPUs: `none` gives each the whole base model, `full` divides its frozen weights "
         "among them (FSDP2), `auto` divides where the whole does not fit one.",
     )
-    gradient_checkpointing: bool = neutral(
-        False,
-        "Recompute the activations of every layer in the backward pass: less memory, a third slower. The "
-        "fused layers recompute as many as memory demands by themselves.",
+    gradient_checkpointing: bool | None = neutral(
+        None,
+        "Recompute the activations of every layer in the backward pass: less memory, a third slower. Where empty, the "
+        "fused layers recompute as many as the GPU's memory demands, and transformers' layers all where theirs are not "
+        "sure to fit; nothing is recomputed on a CPU.",
     )
     max_memory_gib: float | None = neutral(
         None,

@@ -47,7 +47,14 @@ class TrainingPlan:
 
 
 def make_plan(
-    shape: Shape, method: Method, *, batch_size: int, accumulation: int, longest: int, limit_bytes: int
+    shape: Shape,
+    method: Method,
+    *,
+    batch_size: int,
+    accumulation: int,
+    longest: int,
+    limit_bytes: int,
+    recompute: bool | None = None,
 ) -> TrainingPlan:
     """The fastest way that fits; where none does, the smallest, with ``fits`` false.
 
@@ -58,12 +65,13 @@ def make_plan(
         accumulation: Forward passes a step as asked for.
         longest: Tokens of the longest example; a batch of such examples must fit.
         limit_bytes: Memory that may be allocated, see :data:`RESERVE_BYTES`.
+        recompute: All layers, or none; as many as memory demands where empty.
     """
     best: tuple[float, TrainingPlan] | None = None
     smallest: TrainingPlan | None = None
     for size in divisors(batch_size):
         passes = accumulation * (batch_size // size)
-        for setting in _settings(shape, method, tokens=size * longest, accumulates=passes > 1):
+        for setting in _settings(shape, method, recompute, tokens=size * longest, accumulates=passes > 1):
             peak = peak_bytes(shape, method, setting)
             made = TrainingPlan(setting, size, passes, peak, limit_bytes, peak <= limit_bytes, ())
             if smallest is None or peak < smallest.predicted_bytes:
@@ -76,7 +84,8 @@ def make_plan(
             break
     assert smallest is not None, "there is always a batch of one example"
     chosen = smallest if best is None else best[1]
-    return TrainingPlan(**{**vars(chosen), "reasons": tuple(_reasons(shape, method, chosen, batch_size))})
+    reasons = (*_pass_reasons(chosen, batch_size, recompute), *_layer_reasons(shape, method, chosen, recompute))
+    return TrainingPlan(**{**vars(chosen), "reasons": reasons})
 
 
 def needs_four_bit(shape: Shape, method: Method, *, longest: int, limit_bytes: int) -> bool:
@@ -91,9 +100,12 @@ def divisors(number: int) -> Iterator[int]:
     return (size for size in range(number, 0, -1) if number % size == 0)
 
 
-def _settings(shape: Shape, method: Method, *, tokens: int, accumulates: bool) -> Iterator[Setting]:
+def _settings(
+    shape: Shape, method: Method, recompute: bool | None, *, tokens: int, accumulates: bool
+) -> Iterator[Setting]:
+    numbers = {None: range(shape.layers + 1), True: (shape.layers,), False: (0,)}
     for unpacked in (True, False) if method.four_bit else (True,):
-        for num_checkpointed in range(shape.layers + 1):
+        for num_checkpointed in numbers[recompute]:
             yield Setting(num_checkpointed, unpacked, tokens, accumulates)
 
 
@@ -107,15 +119,21 @@ def _seconds(shape: Shape, setting: Setting, method: Method) -> float:
     return shape.layers * 2 * (layer + unpacking) + again
 
 
-def _reasons(shape: Shape, method: Method, plan: TrainingPlan, batch_size: int) -> Iterator[str]:
-    setting = plan.setting
-    room = f"{plan.limit_bytes / GIB:.1f} GiB"
+def _pass_reasons(plan: TrainingPlan, batch_size: int, recompute: bool | None) -> Iterator[str]:
     if plan.batch_size < batch_size:
+        layers = "without recomputed layers" if recompute is False else "even with every layer checkpointed"
         yield (
             f"{plan.batch_size} of {batch_size} examples a pass, {plan.accumulation} passes a step: "
-            f"{batch_size} do not fit {room} even with every layer checkpointed"
+            f"{batch_size} do not fit {plan.limit_bytes / GIB:.1f} GiB {layers}"
         )
-    if setting.num_checkpointed == 0:
+
+
+def _layer_reasons(shape: Shape, method: Method, plan: TrainingPlan, recompute: bool | None) -> Iterator[str]:
+    setting = plan.setting
+    room = f"{plan.limit_bytes / GIB:.1f} GiB"
+    if recompute is not None:
+        yield f"{'every' if recompute else 'no'} layer recomputed, as train.gradient_checkpointing says"
+    elif setting.num_checkpointed == 0:
         yield f"no layer recomputed: all activations fit {room}"
     else:
         yield f"{setting.num_checkpointed} of {shape.layers} layers recomputed, no more than {room} demand"

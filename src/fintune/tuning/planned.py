@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 FILE = "plan.json"
 """Name of the file in the stage's folder: what was chosen, predicted and measured."""
+SHARE = 0.9
+"""Of the memory that may be used, what transformers' layers may be predicted to take: that is right within a tenth."""
 
 
 def plan_model(model: PeftModel, options: TrainOptions, lengths: Sequence[int]) -> TrainingPlan:
@@ -34,21 +36,7 @@ def plan_model(model: PeftModel, options: TrainOptions, lengths: Sequence[int]) 
     Raises:
         ResourceError: Not even one example a pass fits.
     """
-    from peft.tuners.lora import LoraLayer
-
-    adapted = {
-        path.rpartition(".")[2]: module for path, module in model.named_modules() if isinstance(module, LoraLayer)
-    }
-    first = next(iter(adapted.values()))
-    (name,) = first.active_adapters
-    method = Method(
-        rank=max(module.r[name] for module in adapted.values()),
-        targets=tuple(adapted),
-        dora=name in first.lora_magnitude_vector,
-        four_bit=getattr(first.get_base_layer().weight, "quant_state", None) is not None,
-        moment_bytes=MOMENT_BYTES[options.optimizer],
-        dropout=any(getattr(drop, "p", 0) > 0 for drop in first.lora_dropout.values()),
-    )
+    method = method_of_model(model, options)
     shape = Shape.of(model.get_base_model().config.to_dict())
     limit = ranks.least(limit_bytes(options.max_memory_gib, free_bytes(model.device)))
     made = choose(shape, method, options, longest=max(lengths), limit=limit)
@@ -56,6 +44,25 @@ def plan_model(model: PeftModel, options: TrainOptions, lengths: Sequence[int]) 
         say(f"plan: {reason}")
     say(f"plan: {made.predicted_bytes / GIB:.1f} GiB predicted of {made.limit_bytes / GIB:.1f}")
     return made
+
+
+def method_of_model(model: PeftModel, options: TrainOptions) -> Method:
+    """What an adapted model trains."""
+    from peft.tuners.lora import LoraLayer
+
+    adapted = {
+        path.rpartition(".")[2]: module for path, module in model.named_modules() if isinstance(module, LoraLayer)
+    }
+    first = next(iter(adapted.values()))
+    (name,) = first.active_adapters
+    return Method(
+        rank=max(module.r[name] for module in adapted.values()),
+        targets=tuple(adapted),
+        dora=name in first.lora_magnitude_vector,
+        four_bit=getattr(first.get_base_layer().weight, "quant_state", None) is not None,
+        moment_bytes=MOMENT_BYTES[options.optimizer],
+        dropout=any(getattr(drop, "p", 0) > 0 for drop in first.lora_dropout.values()),
+    )
 
 
 def choose(shape: Shape, method: Method, options: TrainOptions, *, longest: int, limit: int) -> TrainingPlan:
@@ -71,15 +78,20 @@ def choose(shape: Shape, method: Method, options: TrainOptions, *, longest: int,
         accumulation=options.accumulation,
         longest=longest,
         limit_bytes=limit,
+        recompute=options.gradient_checkpointing,
     )
     if made.fits:
         return made
     advice = ["a shorter prompt.max_length", "a smaller adapter.r", "a smaller model"]
+    layers = "every layer recomputed"
+    if options.gradient_checkpointing is False:
+        advice.insert(0, "train.gradient_checkpointing=true")
+        layers = "no layer recomputed"
     if not method.four_bit:
         advice.insert(0, "model.load=4bit")
     raise ResourceError(
-        f"training needs {made.predicted_bytes / GIB:.1f} GiB for one example of {longest} tokens with every layer "
-        f"recomputed, and {limit / GIB:.1f} GiB may be used",
+        f"training needs {made.predicted_bytes / GIB:.1f} GiB for one example of {longest} tokens with {layers}, "
+        f"and {limit / GIB:.1f} GiB may be used",
         hint=f"use {', or '.join(advice)}",
     )
 
@@ -120,6 +132,27 @@ def fits_whole(config: Config, model_config: Mapping[str, Any], longest: int, li
     return True
 
 
+def must_recompute(
+    shape: Shape, method: Method, options: TrainOptions, *, longest: int, limit: int, parts: int = 1
+) -> bool:
+    """Of transformers' layers: what ``train.gradient_checkpointing`` says, else whether all activations are too many.
+
+    Args:
+        shape: The model.
+        method: What is trained.
+        options: Batch size and accumulation.
+        longest: Tokens of the longest example.
+        limit: Bytes that may be allocated.
+        parts: GPUs among which the frozen weights are divided.
+    """
+    if options.gradient_checkpointing is not None:
+        return options.gradient_checkpointing
+    tokens = options.batch_size * longest
+    accumulates = options.accumulation > 1
+    peak = modules_peak_bytes(shape, method, tokens=tokens, recomputed=False, accumulates=accumulates, parts=parts)
+    return peak > SHARE * limit
+
+
 def divided(config: Config, model_config: Mapping[str, Any], *, longest: int, limit: int) -> str:
     """What a GPU needs where the base is divided among all of them, as a sentence.
 
@@ -128,21 +161,24 @@ def divided(config: Config, model_config: Mapping[str, Any], *, longest: int, li
     """
     train = config.train
     shape, method = Shape.of(model_config), method_of(config.adapter, four_bit=False)
+    method = replace(method, moment_bytes=MOMENT_BYTES[train.optimizer])
     parts = train.gpus * train.machines
+    recomputed = must_recompute(shape, method, train, longest=longest, limit=limit, parts=parts)
     peak = modules_peak_bytes(
         shape,
-        replace(method, moment_bytes=MOMENT_BYTES[train.optimizer]),
+        method,
         tokens=train.batch_size * longest,
-        recomputed=train.gradient_checkpointing,
+        recomputed=recomputed,
         accumulates=train.accumulation > 1,
         parts=parts,
     )
     told = (
         f"about {peak / GIB:.1f} GiB of {limit / GIB:.1f} on each of {parts} GPUs, the frozen weights divided (FSDP2)"
+        f"{', all layers recomputed' if recomputed else ''}"
     )
     if peak > limit:
         hint = "a smaller train.batch_size with more train.accumulation"
-        hint += "" if train.gradient_checkpointing else ", train.gradient_checkpointing=true"
+        hint += "" if recomputed else ", train.gradient_checkpointing=true"
         raise ResourceError(f"training needs {told}", hint=f"use {hint}, or more GPUs")
     return told
 

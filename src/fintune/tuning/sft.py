@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fintune.errors import ConfigError
 from fintune.options import TrainOptions
 from fintune.progress import bar, say
-from fintune.tuning import checkpoints, metrics, planned, preference, ranks, shard
+from fintune.tuning import checkpoints, metrics, planned, preference, ranks, recompute, shard
 from fintune.tuning.adapter import in_float32
 from fintune.tuning.callbacks import make_callback
 from fintune.tuning.collate import num_steps, training_order
@@ -114,6 +114,8 @@ def train(
         # The same examples a step, in as many passes as memory demands.
         passes = {"batch_size": memory.batch_size, "accumulation": memory.accumulation}
         options = options.model_copy(update=passes)
+    elif not fused:
+        options = recompute.settle(model, options, lengths)
     resume, earlier = _where_it_stopped(folder)
     done = checkpoints.step_of(resume) if resume else 0
     with quiet_libraries(), bar("train", plan.steps, done=done) as shown:

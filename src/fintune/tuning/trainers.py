@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
     from trl import SFTConfig, SFTTrainer
 
-_WIDTHS = 32
+WIDTHS = 32
 """Batches are padded to multiples of so many tokens."""
 
 
@@ -99,14 +99,14 @@ def make_trainer(
         trainer = (shard.undivided(SFTTrainer) if shard.is_divided(options) else SFTTrainer)(
             model=model,
             args=args,
-            data_collator=CompletionCollator(tokenizer.pad_token_id, multiple=_WIDTHS),
+            data_collator=CompletionCollator(tokenizer.pad_token_id, multiple=WIDTHS),
             train_dataset=rows,
             processing_class=tokenizer,
             callbacks=callbacks,
         )
     else:
         trainer = preference.make_trainer(
-            model, tokenizer, rows, args, options, callbacks, multiple=_WIDTHS, bad_loss=bad_loss
+            model, tokenizer, rows, args, options, callbacks, multiple=WIDTHS, bad_loss=bad_loss
         )
     if args.bf16 or args.fp16:
         compute_in_base_type(model)
@@ -163,7 +163,7 @@ def make_arguments(
         optim=optimizers.NAMES[options.optimizer],
         bf16=compute == "bfloat16",
         fp16=compute == "float16",
-        gradient_checkpointing=options.gradient_checkpointing,
+        gradient_checkpointing=bool(options.gradient_checkpointing),
         # The order is laid out already; a sampler of the trainer's would shuffle it again.
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
