@@ -113,22 +113,25 @@ def run(order: dict[str, Any]) -> None:
     rows = load_from_disk(order["tokens"])
     tokenizer = models.load_tokenizer(models.resolve(order["model"]))
     evaluation = None
+    eval_rows = _drawn(load_from_disk(order["eval_tokens"]), config)
     if config.train.eval_steps is not None:
-        evaluation = Evaluation(_drawn(load_from_disk(order["eval_tokens"]), config))
+        evaluation = Evaluation(eval_rows)
     try:
-        model = _model(config, order["model"], order["compute"], max(map(len, rows["input_ids"])))
+        longest = max(len(ids) for split in (rows, eval_rows) for ids in split["input_ids"])
+        model = _model(config, order["model"], order["compute"], longest)
         sft.train(
             model,
             tokenizer,
             rows,
-            config.train.model_copy(update={"fused_layers": "never"}),
+            config.train.model_copy(update={"fused_layers": "never", "gradient_checkpointing": _recomputes(config)}),
             compute=order["compute"],
             seed=config.run.seed,
             folder=folder,
             evaluation=evaluation,
         )
     except torch.OutOfMemoryError as error:
-        hint = "lower train.batch_size and raise train.accumulation, or set train.gradient_checkpointing to true"
+        hint = "lower train.batch_size and raise train.accumulation"
+        hint += "" if _recomputes(config) else ", or leave train.gradient_checkpointing empty"
         raise ResourceError(f"out of memory under Unsloth ({str(error).splitlines()[0][:160]})", hint=hint) from None
     peak = round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else None
     (folder / FILE).write_text(json.dumps({"versions": versions(), "peak_gib": peak}) + "\n", encoding="utf-8")
@@ -141,11 +144,14 @@ def _model(config: Config, folder: str, compute: str, longest: int) -> Any:
     from transformers import set_seed
     from unsloth import FastLanguageModel
 
+    from fintune.tuning.trainers import WIDTHS
+
     set_seed(config.run.seed)
     options = config.adapter
     model, _ = FastLanguageModel.from_pretrained(
         model_name=folder,
-        max_seq_length=max(longest, 64),
+        # Unsloth cuts what is longer, but not its labels, and batches are padded to a multiple.
+        max_seq_length=max(-(-longest // WIDTHS) * WIDTHS, 64),
         dtype=getattr(torch, compute),
         load_in_4bit=config.model.load == "4bit",
         use_exact_model_name=True,
@@ -159,11 +165,16 @@ def _model(config: Config, folder: str, compute: str, longest: int) -> Any:
         lora_dropout=options.dropout,
         bias="none",
         target_modules=parts if "all-linear" in options.targets else list(options.targets),
-        use_gradient_checkpointing="unsloth" if config.train.gradient_checkpointing else False,
+        use_gradient_checkpointing="unsloth" if _recomputes(config) else False,
         use_rslora=options.rslora,
         use_dora=options.kind == "dora",
         random_state=config.run.seed,
     )
+
+
+def _recomputes(config: Config) -> bool:
+    """Unsloth's own choice is to recompute."""
+    return config.train.gradient_checkpointing is not False
 
 
 def _drawn(rows: Dataset, config: Config) -> Dataset:
