@@ -18,6 +18,8 @@ _BACKENDS = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+_FLASH_TYPES = (torch.bfloat16, torch.float16)
+"""What FlashAttention multiplies, and with it the kernel for sequences of different lengths."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, sequences: Sequences, 
         count, length = len(sequences.lengths), sequences.lengths[0]
         q, k, v = (each.view(count, length, *each.shape[1:]).transpose(1, 2) for each in (queries, keys, values))
         return _even(q, k, v, scaling).transpose(1, 2).reshape(len(queries), -1)
-    if queries.is_cuda:
+    if queries.is_cuda and queries.dtype in _FLASH_TYPES:
         from torch.nn.attention.varlen import varlen_attn
 
         longest, borders = max(sequences.lengths), sequences.offsets
@@ -81,6 +83,10 @@ def _even(queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tens
         return torch.nn.functional.scaled_dot_product_attention(
             queries, keys, values, is_causal=True, scale=scaling, enable_gqa=grouped
         )
+    if grouped and queries.dtype not in _FLASH_TYPES:
+        # The one kernel that takes float32 and holds no scores wants keys for every head.
+        keys, values = (each.repeat_interleave(queries.shape[1] // each.shape[1], dim=1) for each in (keys, values))
+        grouped = False
     with sdpa_kernel(_BACKENDS, set_priority=True):
         return torch.nn.functional.scaled_dot_product_attention(
             queries, keys, values, is_causal=True, scale=scaling, enable_gqa=grouped
