@@ -9,10 +9,6 @@ For a layer ``W`` [out, in] with the adapter ``B A`` of rank ``r`` and factor ``
 So the adapter costs a few more columns of a product that is taken anyway, and no pass over the output. Layers with one
 input (queries, keys and values; gate and up) lie below each other, the ``B`` on a block diagonal. The buffer of a
 16-bit layer *is* its weight: the layer's parameter becomes a view of it, so nothing is held twice.
-
-DoRA (arXiv 2402.09353) multiplies each output by ``m / ||W + s B A||``, a norm that is taken as constant in the
-backward pass (its section 4.3). Row by row the norm needs no sum of matrices, for its square is
-``||W||^2 + 2 s <W A^T, B> + s^2 <B A A^T, B>``.
 """
 
 from __future__ import annotations
@@ -21,50 +17,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fintune.tuning.fused import kernels
+from fintune.tuning.fused.adapted import Adapted, Grads
+from fintune.tuning.fused.dora import scales, without_magnitude
+from fintune.tuning.fused.products import product
 from fintune.tuning.fused.weights import dequantise, is_four_bit
 
 _ALIGNMENT = 64
 """Columns; rows then begin at multiples of a cache line, as fast matrix products want."""
-
-
-@dataclass(frozen=True)
-class Adapted:
-    """A linear layer with its adapter.
-
-    Attributes:
-        base: The frozen layer.
-        a: [rank, in], or None where the layer has no adapter.
-        b: [out, rank].
-        scaling: Factor of the product.
-        magnitude: DoRA's, [out].
-    """
-
-    base: nn.Module
-    a: nn.Parameter | None = None
-    b: nn.Parameter | None = None
-    scaling: float = 1.0
-    magnitude: nn.Parameter | None = None
-
-    @property
-    def rank(self) -> int:
-        """Of the adapter; 0 without one."""
-        return 0 if self.a is None else self.a.shape[0]
-
-    def parameters(self) -> list[nn.Parameter]:
-        """What is trained."""
-        return [each for each in (self.a, self.b, self.magnitude) if each is not None]
-
-
-@dataclass
-class Grads:
-    """Gradients of a group's parameters, layer by layer; None where a layer has none."""
-
-    a: list[Tensor | None]
-    b: list[Tensor | None]
-    magnitude: list[Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -280,22 +241,8 @@ class Group:
         assert self.squares is not None, "filled together with the magnitude"
         with torch.no_grad():
             made = scales(self, matrix[None], self.squares[None], self.magnitude[None])
-        self.without_magnitude(made)
+        without_magnitude(self, made)
         return made[0]
-
-    def without_magnitude(self, factors: Tensor) -> None:
-        """Set the factors of layers that have no magnitude to one, in place; shape [layers, out]."""
-        for layer, part in zip(self.layers, factors.split(self.sizes, 1), strict=True):
-            if layer.magnitude is None:
-                part.fill_(1.0)
-
-    def split_magnitude_grad(self, grad: Tensor, into: Grads) -> None:
-        """Put the gradient of all magnitudes, [out], to the layers that have one."""
-        parts = grad.split(self.sizes)
-        into.magnitude = [
-            None if layer.magnitude is None else part.to(layer.magnitude.dtype)
-            for layer, part in zip(self.layers, parts, strict=True)
-        ]
 
 
 def _places(sizes: Sequence[int], ranks: Sequence[int]) -> list[tuple[slice, slice]]:
@@ -304,33 +251,3 @@ def _places(sizes: Sequence[int], ranks: Sequence[int]) -> list[tuple[slice, sli
         made.append((slice(row, row + size), slice(column, column + rank)))
         row, column = row + size, column + rank
     return made
-
-
-def scales(group: Group, matrices: Tensor, squares: Tensor, magnitudes: Tensor) -> Tensor:
-    """DoRA's factors of several groups alike.
-
-    Args:
-        group: One of them.
-        matrices: Their bordered matrices, [layers, out + border, in + border].
-        squares: Squared norms of the rows of the frozen weights, float32 [layers, out].
-        magnitudes: float32 [layers, out].
-
-    Returns:
-        float32 [layers, out].
-    """
-    w, b = matrices[:, : group.num_out, : group.num_in], matrices[:, : group.num_out, group.num_in :]
-    a = matrices[:, group.num_out :, : group.num_in]
-    cross, gram = product(w, a.transpose(1, 2)), product(a, a.transpose(1, 2))
-    if group.factors is not None:
-        # Factors of the columns belong to A as well as to B.
-        cross, gram = cross * group.factors, gram * group.factors * group.factors[:, None]
-    made: Tensor = kernels.of(matrices).dora_scale(cross, b, gram, squares, magnitudes, group.factor)
-    return made
-
-
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """A matrix product (or a batch of them) in float32; on a GPU it is never rounded to the type of its inputs."""
-    multiply = torch.mm if left.dim() == 2 else torch.bmm
-    if left.is_cuda and left.dtype != torch.float32:
-        return multiply(left, right, out_dtype=torch.float32)
-    return multiply(left, right).float()

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from fintune.tuning.fused import kernels
-from fintune.tuning.fused.bordered import Grads, Group, product
+from fintune.tuning.fused.adapted import Grads
+from fintune.tuning.fused.bordered import Group
 from fintune.tuning.fused.kernels import Magnitudes
+from fintune.tuning.fused.products import product
 
 _PARTS = 4
 """Layers of a group at most, and groups of a decoder layer."""

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fintune.tuning.fused.adapted import Adapted
 from fintune.tuning.fused.attend import Sequences
-from fintune.tuning.fused.bordered import Adapted, Group
+from fintune.tuning.fused.bordered import Group
 from fintune.tuning.fused.head import Loss, loss_of
 from fintune.tuning.fused.kernels import HeadParts
 from fintune.tuning.fused.layer import Layer

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from fintune.tuning.fused import dropped, kernels
+from fintune.tuning.fused.adapted import Grads
 from fintune.tuning.fused.attend import Sequences, attend
-from fintune.tuning.fused.bordered import Grads, Group
+from fintune.tuning.fused.bordered import Group
+from fintune.tuning.fused.dora import split_magnitude_grad
 from fintune.tuning.fused.dropped import Drop
 from fintune.tuning.fused.kernels import Magnitudes
 
@@ -296,7 +298,7 @@ def _adapter_grads(group: Group, wide_grad: Tensor, wide: Tensor) -> Grads:
 
 def _in_order(group: Group, grads: Grads, magnitude: Tensor | None) -> list[Tensor | None]:
     if magnitude is not None:
-        group.split_magnitude_grad(magnitude, grads)
+        split_magnitude_grad(group, magnitude, grads)
     found: list[Tensor | None] = []
     for layer, a, b, m in zip(group.layers, grads.a, grads.b, grads.magnitude, strict=True):
         for parameter, made in ((layer.a, a), (layer.b, b), (layer.magnitude, m)):

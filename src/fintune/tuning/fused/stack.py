@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fintune.tuning.fused.bordered import Group, scales
+from fintune.tuning.fused.bordered import Group
+from fintune.tuning.fused.dora import scales, without_magnitude
 from fintune.tuning.fused.weights import is_four_bit
 
 
@@ -68,7 +69,7 @@ class Stack:
             top, column = top + size, column + rank
         if self._magnitude is not None and self._scale is not None:
             self._scale.copy_(scales(first, held, self._squares, self._magnitude))
-            first.without_magnitude(self._scale)
+            without_magnitude(first, self._scale)
 
     def _take_over(self) -> Tensor:
         first = self._groups[0]
