@@ -16,7 +16,7 @@ from fintune.prepared import NUM_PROBLEMS, Evidence, Prepared, PrepareReport, Sp
 from fintune.progress import track
 from fintune.records import LabelledAnswer, Pair
 from fintune.sources import mixture
-from fintune.sources.mixture import Entry
+from fintune.sources.one_source import Entry
 from fintune.sources.shapes import Conversation
 from fintune.sources.wanted import Wanted, wanted_by
 

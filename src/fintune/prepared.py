@@ -28,7 +28,7 @@ from fintune.conversations import Sequenced
 from fintune.errors import ArtifactError
 from fintune.options import Config
 from fintune.records import Example, FinQARecord, LabelledAnswer, Pair, Record
-from fintune.sources.mixture import SourceReport
+from fintune.sources.source_report import SourceReport
 
 OPTIONS = ("run.seed", "model.name", "model.revision", "data", "prompt", "train.objective")
 """Prefixes of the options that decide the result."""

@@ -1,0 +1,159 @@
+"""An entry of ``data.sources``: its rows read, converted, cleared of exact duplicates and sampled."""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fintune.errors import DataError
+from fintune.options import DataOptions, SourceOptions
+from fintune.sources import hub, rows
+from fintune.sources.chance import chance
+from fintune.sources.duplicates import digest_of
+from fintune.sources.licences import Licence, licence_of
+from fintune.sources.rows import BrokenRowError, Row
+from fintune.sources.shapes import Conversation, convert
+from fintune.sources.wanted import Wanted, left_out, said
+
+_EXACT, _LIMIT = "exact duplicate", "beyond max_rows"
+_NOT_STRICT = "mend or remove it, or leave out --strict (data.strict: false) to drop and count such rows"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A conversation with where it comes from.
+
+    Attributes:
+        id: Label of its file, and its row.
+        source: Place in ``data.sources``.
+        digest: Of all that is said.
+    """
+
+    id: str
+    source: int
+    conversation: Conversation
+    digest: bytes
+
+
+@dataclass
+class Found:
+    """What a source gave.
+
+    Attributes:
+        entries: What is wanted, in the order of the rows.
+        num_rows: Rows that it holds.
+        shapes: Usable rows by shape.
+        files: The same by file.
+        dropped: Rows that were left out, by reason.
+        num_trailing: Turns behind the last answer of their conversation, which were left out.
+    """
+
+    entries: list[Entry] = field(default_factory=list)
+    num_rows: int = 0
+    shapes: Counter[str] = field(default_factory=Counter)
+    files: dict[str, Counter[str]] = field(default_factory=dict)
+    dropped: Counter[str] = field(default_factory=Counter)
+    num_trailing: int = 0
+
+
+def read(
+    source: SourceOptions,
+    number: int,
+    data: DataOptions,
+    seed: int,
+    seen: set[bytes],
+    problems: list[tuple[str, str]],
+    wanted: Wanted,
+) -> Found:
+    """Read, convert and sample.
+
+    Args:
+        source: An entry of ``data.sources``.
+        number: Its place there.
+        data: What holds for all sources.
+        seed: Of the sample.
+        seen: Digests of what earlier sources gave; those of this one are added.
+        problems: Gets the reason and a line for each row that cannot be used.
+        wanted: Which rows the objective learns from.
+
+    Raises:
+        DataError: No row can be used, or with ``data.strict`` one cannot.
+        ResourceError: A hub dataset that cannot be fetched.
+    """
+    found = Found()
+    sample: list[tuple[int, int, Entry]] = []  # a heap of what was drawn so far, the last to be drawn first
+    shape = None if source.shape == "auto" else source.shape
+    for label, row in _rows(source, number):
+        found.num_rows += 1
+        shapes = found.files.setdefault(label, Counter())
+        try:
+            kind, conversation = convert(row.value, shape, source.columns, labelled=wanted == "labels")
+        except BrokenRowError as broken:
+            found.dropped[broken.reason] += 1
+            problems.append((broken.reason, _problem(row, broken, strict=data.strict)))
+            continue
+        found.shapes[kind] += 1
+        shapes[kind] += 1
+        if reason := left_out(kind, conversation, wanted):
+            found.dropped[reason] += 1
+            continue
+        found.num_trailing += conversation.num_trailing
+        entry = Entry(f"{label}:{row.number}", number, conversation, digest_of(said(conversation, wanted)))
+        if data.duplicates != "keep":
+            if entry.digest in seen:
+                found.dropped[_EXACT] += 1
+                continue
+            seen.add(entry.digest)
+        heapq.heappush(sample, (-chance(entry.digest, f"draw {seed}"), -found.num_rows, entry))
+        if source.max_rows is not None and len(sample) > source.max_rows:
+            heapq.heappop(sample)
+            found.dropped[_LIMIT] += 1
+    if not found.shapes:
+        counts = ", ".join(f"{reason}: {times}" for reason, times in found.dropped.most_common())
+        first = f"; the first: {problems[-sum(found.dropped.values())][1]}" if found.dropped else ""
+        raise DataError(f"no row can be used ({counts or 'it holds none'}){first}", path=source.path)
+    found.entries = [entry for _, _, entry in sorted(sample, key=lambda item: -item[1])]
+    return found
+
+
+def _rows(source: SourceOptions, number: int) -> Iterator[tuple[str, Row]]:
+    """Rows with the label of where each stands; labels of different sources differ."""
+    before = f"{number + 1}/" if number else ""
+    if source.path.startswith(hub.PREFIX):
+        wanted = hub_split(source)
+        label = f"{before}{wanted.name}/{source.split or 'train'}"
+        yield from ((label, row) for row in hub.read(wanted))
+        return
+    found = rows.find(source.path)
+    root = Path(source.path).expanduser()
+    for path in found:
+        below = path.relative_to(root).as_posix() if root.is_dir() and path != root else path.name
+        below = path.as_posix() if len(found) > 1 and not root.is_dir() else below  # names alone may be the same
+        yield from ((f"{before}{below}", row) for row in rows.read_rows(path, split=source.split))
+
+
+def hub_split(source: SourceOptions) -> hub.HubSplit:
+    """What an entry of ``data.sources`` asks of the hub."""
+    name = source.path.removeprefix(hub.PREFIX)
+    return hub.HubSplit(name, source.split, source.subset, source.revision)
+
+
+def licence(source: SourceOptions) -> Licence:
+    """What a source may be used for: as the user says, else as it says itself."""
+    if not source.path.startswith(hub.PREFIX):
+        return licence_of(source.licence, path=Path(source.path).expanduser())
+    wanted = hub_split(source)
+    known = licence_of(source.licence, hub_name=wanted.name)
+    return known if known.origin else licence_of("", card=hub.licence(wanted))
+
+
+def _problem(row: Row, broken: BrokenRowError, *, strict: bool) -> str:
+    what = f"{broken.field}: {broken.why}" if broken.field else broken.why
+    error = DataError(what, path=row.place, row=row.number, hint=broken.hint)
+    if strict:
+        error.hint = f"{broken.hint}; {_NOT_STRICT}" if broken.hint else _NOT_STRICT
+        raise error from None
+    return str(error)

@@ -1,0 +1,51 @@
+"""What became of the rows of a source, for the report of the data and for the user."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from fintune.records import Record
+from fintune.sources.licences import Licence
+
+
+class SourceReport(Record):
+    """What became of an entry of ``data.sources``.
+
+    Attributes:
+        path: As the user wrote it.
+        licence: What it may be used for.
+        num_rows: Rows that it holds.
+        shapes: Usable rows by shape.
+        files: The same by file, where there are several.
+        dropped: Rows that were left out, by reason.
+        num_trailing: Turns behind the last answer of their conversation, which were left out.
+        num_train: Conversations to train on, before the weight.
+        num_eval: Conversations held out.
+        weight: How often one pass holds each.
+    """
+
+    path: str
+    licence: Licence
+    num_rows: int
+    shapes: dict[str, int]
+    files: dict[str, dict[str, int]] = Field(default_factory=dict)
+    dropped: dict[str, int]
+    num_trailing: int = 0
+    num_train: int
+    num_eval: int
+    weight: float
+
+    def told(self) -> list[str]:
+        """What was found, for the user: a line, and one for each file where there are several."""
+        shapes = ", ".join(f"{number} {shape}" for shape, number in self.shapes.items())
+        dropped = ", ".join(f"{number} {reason}" for reason, number in self.dropped.items())
+        times = f", each {self.weight:g} times" if self.weight != 1 else ""
+        lines = [
+            f"{self.path}: {self.num_rows} rows: {shapes}"
+            + (f"; dropped {dropped}" if dropped else "")
+            + (f"; {self.num_trailing} turns without an answer left out" if self.num_trailing else "")
+            + f"; {self.num_train} to train on{times}, {self.num_eval} held out; licence {self.licence.name}"
+        ]
+        for file, found in self.files.items():
+            lines.append(f"  {file}: " + (", ".join(f"{n} {shape}" for shape, n in found.items()) or "no usable row"))
+        return lines
