@@ -258,10 +258,11 @@ def make(folder: Path, shape: str, layers: int | None) -> None:
     config |= {"head_dim": width // size["heads"], "dtype": "bfloat16", "torch_dtype": "bfloat16"}
     (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
     linear = linear_layers(size)
-    random = torch.Generator().manual_seed(1)
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # 14 billion numbers take minutes on a CPU
+    random = torch.Generator(device).manual_seed(1)
 
     def values(rows: int, columns: int, scale: float) -> torch.Tensor:
-        return torch.randn(rows, columns, generator=random).mul_(scale)
+        return torch.randn(rows, columns, generator=random, device=device).mul_(scale).cpu()
 
     weight_map: dict[str, str] = {}
     low_rank: dict[str, torch.Tensor] = {}
