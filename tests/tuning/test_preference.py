@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import pytest
 
 from fintune.errors import ArtifactError, DataError
+from fintune.tuning.answer_figures import AnswerFigures, told_right_sides
 from fintune.tuning.collate import num_steps
-from fintune.tuning.preference import PairCollator, _batches, lengths, odds_ratio_loss
+from fintune.tuning.preference import odds_ratio_loss
+from fintune.tuning.preference_rows import PairCollator, batches, count_labels, label_weights, lengths
 
 torch = pytest.importorskip("torch")
 
@@ -40,6 +42,78 @@ def test_kto_compares_each_prompt_with_an_answer_to_another():
         assert answers[answer] != at % 2, f"{answer} was given to prompt {at % 2}"
 
 
+def answer(id_: str, prompt: list[int], completion: list[int], label: bool) -> dict[str, object]:
+    return {**row(id_, prompt, completion, []), "label": label}
+
+
+def test_answers_without_a_partner_keep_their_label_and_are_compared_with_one_to_another_prompt():
+    rows = [answer("a", [1, 2], [3], True), answer("b", [1, 2], [4, 5], False), answer("c", [7], [8], True)]
+    batch = PairCollator(0, single=True)([*rows, {**ROWS[0], "label": True}])
+    assert batch["label"].tolist() == [True, False, True, True, False]
+    assert batch["input_ids"][1:3, :4].tolist() == [[1, 2, 4, 5], [7, 8, 0, 0]]
+    assert batch["input_ids"][4, :5].tolist() == [1, 2, 4, 5, 6]
+
+
+def test_answers_to_one_prompt_beside_each_other_are_not_taken_for_answers_to_another():
+    rows = [answer(f"{p}{n}", [p], [10 * p + n], n > 0) for p in (1, 2, 3) for n in (0, 1)]
+    batch = PairCollator(0, single=True)(rows)
+    assert [int(own[0]) for own in batch["KL_input_ids"]] == [1, 1, 2, 2, 3, 3]
+    assert all(int(ids[1]) // 10 != int(ids[0]) for ids in batch["KL_input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("counts", "given", "weights"),
+    [
+        ((40, 40), {}, (1, 1)),
+        ((50, 40), {}, (1, 1)),
+        ((10, 100), {}, (10, 1)),
+        ((90, 10), {}, (1, 6.75)),
+        ((90, 10), {"desired_weight": 0.5}, (0.5, 3.375)),
+        ((10, 100), {"desired_weight": 12}, (12, 1)),
+        ((10, 100), {"undesired_weight": 0.5}, (5, 0.5)),
+        ((10, 100), {"desired_weight": 1, "undesired_weight": 1}, (1, 1)),
+    ],
+)
+def test_labels_weigh_as_the_paper_has_it_unless_both_weights_are_given(counts, given, weights):
+    from fintune.options import TrainOptions
+
+    options = TrainOptions(objective="kto", **given)
+    found = label_weights(options, *counts)
+    assert found == pytest.approx(weights)
+    if len(given) < 2:
+        assert 1 - 1e-9 <= found[0] * counts[0] / (found[1] * counts[1]) <= 4 / 3 + 1e-9
+
+
+def test_held_out_answers_are_counted_by_label_and_a_label_without_any_is_not_spoken_of():
+    one, two = AnswerFigures(), AnswerFigures()
+    one.add([True, True, False], [0.2, -0.1, -0.3], [-1.0, -2.0, -3.0], loss=0.4, kl=0.1)
+    one.add([False], [0.1], [-5.0], loss=0.8, kl=0.5)
+    assert one.figures() == pytest.approx(
+        {
+            "loss": 0.5,
+            "kl": 0.2,
+            "rewards/chosen": 0.05,
+            "rewards/chosen_right": 0.5,
+            "logps/chosen": -1.5,
+            "rewards/rejected": -0.1,
+            "rewards/rejected_right": 0.5,
+            "logps/rejected": -4.0,
+            "rewards/margins": 0.15,
+        }
+    )
+    two.add([False], [0.0], [-5.0], loss=0.5, kl=0.0)
+    assert two.figures() == {
+        "loss": 0.5,
+        "kl": 0.0,
+        "rewards/rejected": 0.0,
+        "rewards/rejected_right": 0.0,
+        "logps/rejected": -5.0,
+    }
+    assert told_right_sides({"desired": 0.5, "undesired": 1.0}) == (
+        "50.0% of the desired answers above, 100.0% of the undesired answers below the reference"
+    )
+
+
 def test_a_row_that_trains_nothing_is_refused_with_its_id():
     with pytest.raises(DataError, match="id a: no token of this example is trained"):
         PairCollator(0)([{**ROWS[0], "completion_mask": [0, 0, 0]}])
@@ -49,6 +123,10 @@ def test_the_length_of_a_pair_counts_its_prompt_twice():
     from datasets import Dataset
 
     assert lengths(Dataset.from_list(ROWS)) == [3 + 2 + 3, 3 + 1 + 1]
+    alone = Dataset.from_list([answer("a", [1, 2], [3], True), {**ROWS[0], "label": True}])
+    assert lengths(alone) == [3, 3 + 2 + 3]
+    assert count_labels(alone) == (2, 1)
+    assert count_labels(Dataset.from_list(ROWS)) == (2, 2)
     with pytest.raises(ArtifactError, match="no preference pairs"):
         lengths(Dataset.from_list([{"input_ids": [1], "completion_mask": [1]}]))
 
@@ -56,7 +134,7 @@ def test_the_length_of_a_pair_counts_its_prompt_twice():
 @pytest.mark.parametrize(("num_rows", "size"), [(7, 3), (6, 3), (1, 2), (9, 2), (2, 4)])
 def test_no_pair_is_measured_alone_beside_others(num_rows, size):
     order = list(range(num_rows))[::-1]
-    made = _batches([{"n": n} for n in range(num_rows)], order, size)
+    made = batches([{"n": n} for n in range(num_rows)], order, size)
     assert [each["n"] for batch in made for each in batch] == order
     assert all(len(batch) > 1 for batch in made) or num_rows == 1
 

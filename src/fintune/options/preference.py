@@ -18,13 +18,19 @@ def obstacle(config: Config) -> str | None:
     """
     train, adapter = config.train, config.adapter
     asked = f"train.objective: {train.objective}"
+    weighed = next((name for name in ("desired_weight", "undesired_weight") if getattr(train, name) is not None), None)
+    rows = "preference rows (prompt, chosen, rejected)"
+    if train.objective == "kto":
+        rows += " or labelled answers (prompt, completion, label)"
     if train.objective == "sft":
         if train.beta != BETA:
             return "train.beta has no say in train.objective: sft; set dpo, orpo or kto, or remove it"
-        return "train.chosen_weight belongs to train.objective: dpo; remove it" if train.chosen_weight else None
+        if train.chosen_weight:
+            return "train.chosen_weight belongs to train.objective: dpo; remove it"
+        return f"train.{weighed} belongs to train.objective: kto; remove it" if weighed else None
     found = {
-        f"{asked} compares pairs of answers, which data.source: {config.data.source} lacks; set data.source: chat and "
-        "name preference rows (prompt, chosen, rejected) in data.sources": config.data.source != "chat",
+        f"{asked} compares answers, which data.source: {config.data.source} lacks; set data.source: chat and name "
+        f"{rows} in data.sources": config.data.source != "chat",
         f"{asked} is unproven with adapter.kind: full, since its reference is the model without the adapter; use lora "
         "or dora": adapter.kind == "full",
         f"{asked} is unproven with adapter.init: {adapter.init}, whose adapter changes the model before the first "
@@ -38,6 +44,9 @@ def obstacle(config: Config) -> str | None:
         ),
         f"train.chosen_weight belongs to train.objective: dpo, not to {train.objective}; remove it": (
             train.chosen_weight > 0 and train.objective != "dpo"
+        ),
+        f"train.{weighed} belongs to train.objective: kto, not to {train.objective}; remove it": (
+            weighed is not None and train.objective != "kto"
         ),
         f"{asked} compares answers of different prompts in a forward pass; set train.batch_size to 2 or more": (
             train.objective == "kto" and train.batch_size < 2

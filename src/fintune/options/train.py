@@ -19,7 +19,8 @@ class TrainOptions(Options):
         description="`sft`: the completion is learned. On preference rows (`data.source: chat`; docs/preference.md) "
         "`dpo` (arXiv 2305.18290) and `kto` (arXiv 2402.01306) learn to tell chosen from rejected answers, measured "
         "against the model before training; `orpo` (arXiv 2403.07691) learns the chosen answer at the same time and "
-        "needs no reference. They want a far lower `train.learning_rate`: 5e-6 to 5e-5.",
+        "needs no reference. `kto` also learns from answers that stand alone with a label (prompt, completion, label: "
+        "true or false). They want a far lower `train.learning_rate`: 5e-6 to 5e-5.",
     )
     beta: float = Field(
         BETA,
@@ -32,6 +33,16 @@ class TrainOptions(Options):
         ge=0,
         description="Of `train.objective: dpo`: adds so much of the chosen answers' own loss, which keeps their "
         "probability from falling with that of the rejected ones (arXiv 2404.19733 takes 1).",
+    )
+    desired_weight: float | None = Field(
+        None,
+        gt=0,
+        description="Of `train.objective: kto`: weight of the answers labelled true. Where empty it is chosen so that "
+        "the desired answers together weigh as much as the undesired ones, or up to a third more (arXiv 2402.01306, "
+        "section 4).",
+    )
+    undesired_weight: float | None = Field(
+        None, gt=0, description="Likewise of the answers labelled false; where both are empty, the fewer weigh more."
     )
     epochs: float = Field(3.0, gt=0, description="Passes over the training examples.")
     max_steps: int | None = Field(

@@ -18,7 +18,19 @@ from fintune.errors import ArtifactError, ResourceError
 from fintune.model_folder import read_json
 from fintune.options import Config
 from fintune.progress import say
-from fintune.tuning import adapter, advice, full, launch, optimizers, planned, ranks, reporters, sft, unsloth
+from fintune.tuning import (
+    adapter,
+    advice,
+    full,
+    launch,
+    optimizers,
+    planned,
+    preference_rows,
+    ranks,
+    reporters,
+    sft,
+    unsloth,
+)
 from fintune.tuning.evaluate import BEST, Evaluation
 from fintune.tuning.facts import trained_facts
 from fintune.tuning.hub_callback import EpochPushes
@@ -59,7 +71,8 @@ def train(config: Config, inputs: Mapping[str, Path], folder: Path) -> dict[str,
                 _train(config, inputs["prepare"], rows, folder, result)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     shutil.rmtree(folder / BEST, ignore_errors=True)
-    return {"num_examples": len(rows), "precision": _precision(config).dtype} | trained_facts(config, folder, result)
+    counts = {"num_examples": len(rows), "precision": _precision(config).dtype}
+    return counts | preference_rows.label_facts(config.train, rows) | trained_facts(config, folder, result)
 
 
 def train_as_rank(config: Config, prepare: Path, folder: Path) -> None:
@@ -114,7 +127,9 @@ def _train(config: Config, prepare: Path, rows: Dataset, folder: Path, result: P
     # rounded at every layer: at 135M parameters that decides a seventh of the answers. A GPU's memory and bandwidth
     # want 16-bit weights; but weights that are trained themselves would round small updates away.
     stored = precision.dtype if torch.cuda.is_available() and not is_full else "float32"
-    options, sharded = config.train, _is_sharded(config, ref, rows)
+    options, sharded = preference_rows.with_label_weights(config.train, rows), _is_sharded(config, ref, rows)
+    if labels := preference_rows.label_facts(config.train, rows):
+        say(preference_rows.told_labels(labels))
     if sharded:
         options = options.model_copy(update={"fused_layers": "never", "sharding": "full"})
     base = models.load_model(

@@ -11,6 +11,7 @@ from fintune.errors import FintuneError
 from fintune.options import TrainOptions
 from fintune.progress import Bar
 from fintune.tuning import checkpoints, metrics, ranks
+from fintune.tuning.answer_figures import right_sides, told_right_sides
 from fintune.tuning.evaluate import BEST, Evaluator, best_step, drop_others
 from fintune.tuning.preference import FIGURES
 
@@ -93,6 +94,8 @@ def make_callback(
                 told += f"  {logs['eval_accuracy']:.1%} right"
             if "eval_rewards/accuracies" in logs:
                 told += f"  {logs['eval_rewards/accuracies']:.1%} of the pairs ranked right"
+            elif rights := right_sides(logs):
+                told += f"  {told_right_sides(rights)}"
             bar.note(told)
             line["seconds"] = round(seconds + self._seconds(), 3)
             if ranks.leads():

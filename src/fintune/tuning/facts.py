@@ -7,6 +7,7 @@ from typing import Any
 
 from fintune.options import Config
 from fintune.tuning import adapter, full, metrics, planned, unsloth
+from fintune.tuning.answer_figures import right_sides, told_right_sides
 from fintune.tuning.evaluate import best_step, out_of_patience
 
 
@@ -35,10 +36,11 @@ def trained_facts(config: Config, folder: Path, result: Path) -> dict[str, Any]:
     told = f"{last['step']} steps, loss {first['loss']:.2f} to {last['loss']:.2f}, {rate:.0f} tok/s"
     if config.train.objective != "sft":
         facts["objective"] = config.train.objective
-        facts["reward_margin"] = last["rewards/margins"]
-        told += (
-            f", {config.train.objective} reward margin {first['rewards/margins']:.2f} to {last['rewards/margins']:.2f}"
-        )
+        # A step of kto may hold answers of one label alone, and then has none.
+        margins = [line["rewards/margins"] for line in trained if "rewards/margins" in line]
+        if margins:
+            facts["reward_margin"] = margins[-1]
+            told += f", {config.train.objective} reward margin {margins[0]:.2f} to {margins[-1]:.2f}"
     best = best_step(lines, config.train.keep)
     if best is not None:
         kept = best if config.train.keep != "last" else last["step"]
@@ -52,5 +54,10 @@ def trained_facts(config: Config, folder: Path, result: Path) -> dict[str, Any]:
             ranked = at_kept["eval_rewards/accuracies"]
             facts |= {"eval_reward_accuracy": ranked, "eval_reward_margin": at_kept["eval_rewards/margins"]}
             told += f" and {ranked:.1%} of held-out pairs ranked right"
+        elif rights := right_sides(at_kept):
+            facts |= {f"eval_{name}_right": share for name, share in rights.items()}
+            if "eval_rewards/margins" in at_kept:
+                facts["eval_reward_margin"] = at_kept["eval_rewards/margins"]
+            told += f" and {told_right_sides(rights)}"
     facts |= planned.read(folder) | unsloth.read(folder)
     return facts | {"stopped_early": out_of_patience(lines, config.train), "summary": told}

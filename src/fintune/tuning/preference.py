@@ -1,4 +1,4 @@
-"""Preference training: TRL's DPOTrainer and KTOTrainer on pairs that are tokenised already, and ORPO in the same loop.
+"""Preference training: TRL's DPOTrainer and KTOTrainer on rows that are tokenised already, and ORPO in the same loop.
 
 The reference is the model with its adapter switched off, so no second model is held. TRL 1.16 has ORPO among its
 experiments only, where it also trains the prompt and holds the logits of every position; here its loss is taken from
@@ -7,13 +7,15 @@ the answers alone, in DPOTrainer's loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fintune.errors import ArtifactError, FintuneError
+from fintune.errors import FintuneError
 from fintune.options import TrainOptions
-from fintune.tuning.collate import IGNORED, check_mask
+from fintune.tuning.answer_figures import AnswerFigures
+from fintune.tuning.collate import IGNORED
+from fintune.tuning.preference_rows import PairCollator, all_pairs, batches
 
 if TYPE_CHECKING:
     import torch
@@ -29,38 +31,36 @@ FIGURES = (
     "rewards/rejected",
     "rewards/margins",
     "rewards/accuracies",
+    "rewards/chosen_right",
+    "rewards/rejected_right",
     "logps/chosen",
     "logps/rejected",
     "kl",
 )
 """What the trainers log of every step besides the loss, and what goes into metrics.jsonl: rewards are beta times the
 log-probability that an answer has won over the reference (with orpo: over none, and a mean of its tokens), a margin is
-chosen less rejected, accuracy the share of pairs with a positive one (not logged while kto trains)."""
-
-
-def lengths(rows: Dataset) -> list[int]:
-    """Tokens that a row reads: of a pair, the prompt twice.
-
-    Raises:
-        ArtifactError: The rows are no pairs.
-    """
-    if "rejected_ids" not in rows.column_names:
-        raise ArtifactError("the prepared rows are no preference pairs", hint="run prepare again")
-    masks = zip(rows["input_ids"], rows["completion_mask"], rows["rejected_ids"], strict=True)
-    return [len(ids) + mask.index(1) + len(rejected) for ids, mask, rejected in masks]
+chosen less rejected, accuracy the share of pairs with a positive one (not logged while kto trains). Of answers without
+a partner the desired count as chosen, the undesired as rejected; the shares on the right side of zero are measured of
+held-out answers alone."""
 
 
 def arguments(options: TrainOptions) -> Callable[..., TrainingArguments]:
     """TRL's arguments, to be completed by those that every way of training has.
 
     Args:
-        options: Objective, beta, weight of the chosen answers' loss.
+        options: Objective, beta, weight of the chosen answers' loss; for ``kto`` both weights of the labels.
     """
     from trl import DPOConfig, KTOConfig
 
     # What is too long was left out when it was prepared; nothing is cut here.
     if options.objective == "kto":
-        return partial(KTOConfig, max_length=None, beta=options.beta)
+        return partial(
+            KTOConfig,
+            max_length=None,
+            beta=options.beta,
+            desirable_weight=options.desired_weight,
+            undesirable_weight=options.undesired_weight,
+        )
     with_chosen = options.chosen_weight > 0
     return partial(
         DPOConfig,
@@ -88,7 +88,7 @@ def make_trainer(
         model: With a fresh adapter, whose first update is zero.
         tokenizer: With a padding token.
         rows: Columns ``id``, ``input_ids``, ``completion_mask`` (the chosen answer) and ``rejected_ids``, in the order
-            of training.
+            of training; with answers that have no partner also ``label``.
         args: From :func:`arguments`.
         options: How to train.
         callbacks: Of transformers' Trainer.
@@ -147,45 +147,56 @@ def _trainer_class(options: TrainOptions, bad_loss: Callable[[int, Sequence[str]
             super().log(logs, start_time)
 
         def measure(self, model: nn.Module, rows: Dataset, order: Sequence[int], size: int) -> dict[str, float]:
-            """Loss and figures over pairs, each pair counting the same.
+            """Loss and figures over held-out rows: each pair counts the same, or for ``kto`` each answer.
 
             Args:
                 model: In evaluation mode.
-                rows: The pairs.
+                rows: Pairs, or labelled answers.
                 order: Their indices.
-                size: Pairs a forward pass.
+                size: Rows a forward pass.
             """
+            found = self._of_answers if options.objective == "kto" else self._of_pairs
+            return {f"eval_{name}": value for name, value in found(model, rows, order, size).items()}
+
+        def _of_pairs(self, model: nn.Module, rows: Dataset, order: Sequence[int], size: int) -> dict[str, float]:
             totals: dict[str, float] = {}
-            for batch_rows in _batches(rows, order, max(size, 2) if options.objective == "kto" else size):
-                batch = self.data_collator(batch_rows)
-                loss, *_ = self.prediction_step(model, batch, prediction_loss_only=True)
-                found = {name: sum(values) / len(values) for name, values in self._metrics["eval"].items()}
-                self._metrics["eval"].clear()
-                if options.objective == "kto":
-                    found["rewards/accuracies"] = self._ranked_right(model, batch)
-                for name, value in {"loss": float(loss), **found}.items():
+            for batch_rows in batches(rows, order, size):
+                found = self._evaluated(model, self.data_collator(batch_rows))
+                for name, value in found.items():
                     if name == "loss" or name in FIGURES:
-                        totals[f"eval_{name}"] = totals.get(f"eval_{name}", 0.0) + value * len(batch_rows)
+                        totals[name] = totals.get(name, 0.0) + value * len(batch_rows)
             return {name: total / len(order) for name, total in totals.items()}
 
-        def _ranked_right(self, model: nn.Module, batch: Batch) -> float:
+        def _of_answers(self, model: nn.Module, rows: Dataset, order: Sequence[int], size: int) -> dict[str, float]:
+            answers, num_ranked = AnswerFigures(), 0
+            for batch_rows in batches(rows, order, max(size, 2)):
+                batch = self.data_collator(batch_rows)
+                found = self._evaluated(model, batch)
+                logps, gained = self._gained(model, batch)
+                rewards = (options.beta * gained).tolist()
+                answers.add(batch["label"].tolist(), rewards, logps.tolist(), loss=found["loss"], kl=found["kl"])
+                if all_pairs(rows):
+                    chosen, rejected = gained.chunk(2)
+                    num_ranked += int((chosen > rejected).sum())
+            ranked = {"rewards/accuracies": num_ranked / len(order)} if all_pairs(rows) else {}
+            return answers.figures() | ranked
+
+        def _evaluated(self, model: nn.Module, batch: Batch) -> dict[str, float]:
+            loss, *_ = self.prediction_step(model, batch, prediction_loss_only=True)
+            found = {name: sum(values) / len(values) for name, values in self._metrics["eval"].items()}
+            self._metrics["eval"].clear()
+            return found | {"loss": float(loss)}
+
+        def _gained(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+            """Log-probabilities of the answers, and what they have gained over the reference; shape [answers]."""
             inputs = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
                 policy = answer_logps(model, inputs).sum(1)
                 with self.accelerator.unwrap_model(self.model).disable_adapter():
                     reference = answer_logps(model, inputs).sum(1)
-            chosen, rejected = (policy - reference).chunk(2)
-            return float((chosen > rejected).float().mean())
+            return policy, policy - reference
 
     return PreferenceTrainer
-
-
-def _batches(rows: Dataset, order: Sequence[int], size: int) -> list[list[dict[str, Any]]]:
-    starts = list(range(0, len(order), size))
-    if len(starts) > 1 and len(order) - starts[-1] == 1:
-        starts.pop()  # a lone pair goes with those before it: kto compares answers of different prompts
-    ends = [*starts[1:], len(order)]
-    return [[rows[index] for index in order[start:end]] for start, end in zip(starts, ends, strict=True)]
 
 
 def answer_logps(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -236,49 +247,3 @@ def odds_ratio_loss(model: nn.Module, batch: Batch, weight: float) -> tuple[torc
             "logps/rejected": rejected.mean(),
         }
     return loss, {name: float(value) for name, value in figures.items()}
-
-
-class PairCollator:
-    """Rows of pairs to one batch, chosen answers in the first half of its rows and rejected ones in the second.
-
-    Args:
-        pad_token_id: Id that fills the shorter rows, on the right.
-        multiple: The width is rounded up to a multiple of this.
-        single: Label each answer and add, for KTO's estimate of the divergence, each prompt with an answer that was
-            given to another one.
-    """
-
-    def __init__(self, pad_token_id: int, *, multiple: int = 1, single: bool = False) -> None:
-        self.pad_token_id, self.multiple, self.single = pad_token_id, multiple, single
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
-        """``input_ids``, ``attention_mask``, ``completion_mask``, shape [2 * pairs, width], and the pairs' ``ids``.
-
-        Raises:
-            DataError: A row in which nothing or everything is trained.
-        """
-        from trl.trainer.dpo_trainer import DataCollatorForPreference
-        from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
-
-        ids = [str(row["id"]) for row in rows]
-        pairs = [_split(row) for row in rows]
-        if not self.single:
-            collate = DataCollatorForPreference(self.pad_token_id, pad_to_multiple_of=self.multiple)
-            return {**collate(pairs), "ids": ids}
-        answers = [
-            {"prompt_ids": pair["prompt_ids"], "completion_ids": pair[f"{side}_ids"], "label": side == "chosen"}
-            for side in ("chosen", "rejected")
-            for pair in pairs
-        ]
-        said = [each["completion_ids"] for each in answers]
-        others = [said[-1], *said[:-1]]
-        answers = [{**each, "KL_completion_ids": other} for each, other in zip(answers, others, strict=True)]
-        collate = DataCollatorForUnpairedPreference(self.pad_token_id, pad_to_multiple_of=self.multiple)
-        return {**collate(answers), "ids": ids}
-
-
-def _split(row: Mapping[str, Any]) -> dict[str, list[int]]:
-    mask, tokens = row["completion_mask"], row["input_ids"]
-    check_mask(str(row["id"]), tokens, mask)
-    start = mask.index(1)
-    return {"prompt_ids": tokens[:start], "chosen_ids": tokens[start:], "rejected_ids": row["rejected_ids"]}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fintune.errors import ConfigError
 from fintune.options import TrainOptions
 from fintune.progress import bar, say
-from fintune.tuning import checkpoints, metrics, planned, preference, ranks, recompute, shard
+from fintune.tuning import checkpoints, metrics, planned, preference_rows, ranks, recompute, shard
 from fintune.tuning.adapter import in_float32
 from fintune.tuning.callbacks import make_callback
 from fintune.tuning.collate import num_steps, training_order
@@ -104,7 +104,7 @@ def train(
     from transformers import PrinterCallback
 
     supervised = options.objective == "sft"
-    lengths = [len(ids) for ids in rows["input_ids"]] if supervised else preference.lengths(rows)
+    lengths = [len(ids) for ids in rows["input_ids"]] if supervised else preference_rows.lengths(rows)
     plan = make_plan(lengths, options, seed)
     fused, memory = supervised and _is_fused(model, options.fused_layers), None
     if fused and model.device.type == "cuda":
