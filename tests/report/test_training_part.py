@@ -35,3 +35,17 @@ def test_preference_training_shows_its_margins_and_says_what_its_loss_is() -> No
     assert rows["reward margin, held-out pairs"] == "0.250 at first, 0.250 at last"
     assert shown["words"].startswith("Preference loss")
     assert not context([{"step": 1, "loss": 2.0}])["words"].startswith("Preference loss")
+
+
+def test_training_on_labelled_answers_shows_margins_and_the_sides_of_the_reference_by_label() -> None:
+    lines = [{"step": 1, "loss": 0.5, "kl": 0.0}, {"step": 2, "loss": 0.4, "kl": 0.1, "rewards/margins": 0.2}]
+    lines += [
+        {"step": step, "eval_loss": 0.5, "eval_rewards/margins": 0.1 * step, "eval_rewards/chosen_right": 0.5 * step}
+        for step in (1, 2)
+    ]
+    shown = context(lines)
+    rows = dict(shown["rows"])
+    assert shown["words"].startswith("Preference loss of single answers")
+    assert rows["reward margin, held-out answers"] == "0.100 at first, 0.200 at last"
+    assert rows["desired above the reference, held-out answers"] == "50.0% at first, 100.0% at last"
+    assert not [name for name in rows if "undesired" in name or "ranked" in name]

@@ -172,6 +172,27 @@ def test_of_a_pair_the_rejected_answer_is_shown_in_a_colour_of_its_own(tmp_path:
     assert re.search(r"⟦it is (\d+)<\|im_end\|>⟧.*rejected: no idea \1", printed(config), re.DOTALL)
 
 
+def test_of_labelled_answers_both_labels_are_counted_and_undesired_ones_shown_in_a_colour_of_their_own(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    rows = [{"prompt": f"what is cash {n}?", "completion": f"it is {n}", "label": n % 3 == 0} for n in range(30)]
+    (tmp_path / "kto.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options = ["data.source=chat", f"data.sources=[{tmp_path / 'kto.jsonl'}]", "data.duplicates=exact"]
+    options += ["train.objective=kto", f"model.name={tiny_model}", f"run.dir={tmp_path}", "run.name=k"]
+    config = load(None, [*options, "data.eval_share=0.2"]).config
+    text = printed(config, num_examples=99)
+    counted = {name: [int(n) for n in re.findall(rf"(?<!un){name} answers +(\d+) +(\d+)", text)[0]]
+               for name in ("desired", "undesired")}  # fmt: skip
+    assert {name: sum(numbers) for name, numbers in counted.items()} == {"desired": 10, "undesired": 20}
+    shown_in = {n: label for label, n in re.findall(r"trained, (\w+) .*?⟦it is (\d+)<", text, re.DOTALL)}
+    assert shown_in
+    assert all(label == ("desired" if int(n) % 3 == 0 else "undesired") for n, label in shown_in.items())
+    html = page(config, tmp_path, num_examples=99)
+    assert {int(n) % 3 == 0 for n in re.findall(r'<span class="t">it is (\d+)</span>', html)} == {True}
+    assert {int(n) % 3 == 0 for n in re.findall(r'<span class="t r">it is (\d+)</span>', html)} == {False}
+    assert "undesired answer</span>" in html
+
+
 def test_a_page_that_cannot_be_written_is_refused_before_any_work(chat: Config, tmp_path: Path) -> None:
     for wrong, told in (
         (tmp_path, "a folder, and no file can be written there"),

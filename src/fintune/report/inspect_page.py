@@ -39,6 +39,7 @@ class Shown:
         num_trained: Those that the loss sees.
         pieces: From the first token to the last.
         rejected: Of a pair the worse answer, which stands behind the same prompt.
+        label: Of an answer without a partner, whether it is desired.
     """
 
     id: str
@@ -46,6 +47,13 @@ class Shown:
     num_trained: int
     pieces: Sequence[Piece]
     rejected: Sequence[Piece] = ()
+    label: bool | None = None
+
+    @property
+    def counts(self) -> str:
+        """Tokens, those that are trained, and the label where there is one."""
+        label = {None: "", True: ", desired", False: ", undesired"}[self.label]
+        return f"{self.num_tokens:,} tokens, {self.num_trained:,} trained{label}"
 
 
 @dataclass(frozen=True)
@@ -120,6 +128,10 @@ def counts(report: Report) -> Iterator[tuple[str, str, str]]:
         yield row("records read", "num_read")
     yield row("conversations" if chat else "drawn", "num_sampled")
     yield row("examples", "num_examples")
+    if any(split["labels"] for split in splits):
+        for label in ("desired", "undesired"):
+            first, second = (f"{split['labels'].get(label, 0):,}" for split in splits)
+            yield f"{label} answers", first, second
     if any(split["num_rows"] != split["num_examples"] for split in splits):
         yield row("rows of training", "num_rows")
     yield row("conversations cut to fit" if chat else "pages cut to fit", "num_cut_examples")

@@ -102,7 +102,7 @@ def _print(page: InspectPage, report: PrepareReport, console: Console) -> None:
     if report.kind == "program":
         console.print(_shares(report))
     for example in page.examples:
-        title = Text(f"{example.id}: {example.num_tokens} tokens, {example.num_trained} trained")
+        title = Text(f"{example.id}: {example.counts}")
         console.print(Panel(render(example, brackets=not coloured), title=title, title_align="left"))
     if page.examples:
         console.print(_legend() if coloured else Text(f"{OPEN}trained{CLOSE}"))
@@ -138,6 +138,7 @@ def shown(tokenizer: PreTrainedTokenizerBase, row: Sequenced) -> Shown:
         sum(row.completion_mask),
         pieces,
         _pieces(tokenizer, rejected, [1] * len(rejected)),
+        row.label,
     )
 
 
@@ -165,16 +166,17 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], trained_mask
 
 
 def render(example: Shown, *, brackets: bool = False) -> Text:
-    """An example as text: the prompt dim, what is trained green, a rejected answer red, special tokens reversed.
+    """An example as text: the prompt dim, what is trained green, rejected or undesired answers red, special tokens reversed.
 
     Args:
         example: The example.
         brackets: Put what is trained between brackets, for where styles do not show.
     """
-    text = _marked(example.pieces, (TRAINED_STYLE, TRAINED_SPECIAL_STYLE), brackets)
+    good, bad = (TRAINED_STYLE, TRAINED_SPECIAL_STYLE), (REJECTED_STYLE, REJECTED_SPECIAL_STYLE)
+    text = _marked(example.pieces, bad if example.label is False else good, brackets)
     if example.rejected:
         text.append("\n\nrejected: ", "bold")
-        text.append_text(_marked(example.rejected, (REJECTED_STYLE, REJECTED_SPECIAL_STYLE), False))
+        text.append_text(_marked(example.rejected, bad, False))
     return text
 
 

@@ -12,6 +12,11 @@ _COMPARED = (
     "Preference loss of pairs of answers. A margin is the reward of the chosen answer less that of the rejected one; "
     "a pair is ranked right where it is positive."
 )
+_LABELLED = (
+    "Preference loss of single answers, desired and undesired ones. A reward is beta times the log-probability that an "
+    "answer has gained over the model before training; a margin is the mean of the desired answers less that of the "
+    "undesired ones."
+)
 
 
 def context(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -48,9 +53,11 @@ def context(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if rate.steps:
         rows.append(("peak learning rate", f"{max(rate.values):.2g}"))
     words = f"Loss fell from {train.values[0]:.2f} to {train.values[-1]:.3f} in {train.steps[-1]:,} steps"
+    # The trainer of labelled answers alone logs an estimate of the divergence.
+    labelled = any("kl" in line for line in lines)
     compared = any("rewards/margins" in line for line in lines)
     return {
-        "words": _COMPARED if compared else _COMPLETED,
+        "words": _LABELLED if labelled else _COMPARED if compared else _COMPLETED,
         "plot": loss_plot("loss-plot", words, train, evaluated, rate),
         "legend": legend,
         "rows": rows,
@@ -60,12 +67,18 @@ def context(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _preference_rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """Margins between chosen and rejected answers, where there was preference training."""
     rows = []
-    for prefix, where in (("", "training"), ("eval_", "held-out pairs")):
+    alone = [_curve(lines, f"eval_rewards/{name}_right") for name in ("chosen", "rejected")]
+    held_out = "held-out pairs" if not any(curve.steps for curve in alone) else "held-out answers"
+    for prefix, where in (("", "training"), ("eval_", held_out)):
         margins, right = (_curve(lines, f"{prefix}rewards/{name}").values for name in ("margins", "accuracies"))
         if margins:
             rows.append((f"reward margin, {where}", f"{margins[0]:.3f} at first, {margins[-1]:.3f} at last"))
         if right:
             rows.append((f"ranked right, {where}", f"{right[0]:.1%} at first, {right[-1]:.1%} at last"))
+    for words, curve in zip(("desired above", "undesired below"), alone, strict=True):
+        if curve.values:
+            told = f"{curve.values[0]:.1%} at first, {curve.values[-1]:.1%} at last"
+            rows.append((f"{words} the reference, {held_out}", told))
     return rows
 
 
