@@ -221,7 +221,7 @@ def test_a_shape_that_is_named_wins_over_the_fields():
         ({"prompt": ASK, "completion": ANSWER, "label": "up"}, "bad label", "label", "shape: prompt_completion"),
         ({"prompt": ASK, "completion": ANSWER, "label": "👍"}, "bad label", "label", "write true for a desired"),
         ({"prompt": ASK, "completion": ANSWER, "label": -1}, "bad label", "label", "write true for a desired"),
-        ({"prompt": ASK, "completion": ANSWER, "label": 4.5}, "bad label", "label", "a rating needs a threshold"),
+        ({"prompt": ASK, "completion": ANSWER, "label": 4.5}, "bad label", "label", "of a rating by a threshold"),
         ({"prompt": ASK, "completion": ANSWER, "label": float("nan")}, "no label", "label", "write true"),
         ({"prompt": ASK, "completion": ANSWER, "label": [True]}, "bad label", "label", "write true"),
         ({"prompt": ASK, "completion": " ", "label": False}, "no answer", "completion", "fill it"),

@@ -32,7 +32,7 @@ def label_of(value: object) -> bool:
         if math.isnan(value):
             raise BrokenRowError("no label", "missing or empty", field="label", hint=_MEANT)
         told = f"{value:g} is no label"
-        hint = f"{_MEANT}; a rating needs a threshold, a class of another kind {_ELSE}"
+        hint = f"{_MEANT}, of a rating by a threshold; {_ELSE}"
         raise BrokenRowError("bad label", told, field="label", hint=hint)
     if not isinstance(value, str):
         raise BrokenRowError("bad label", "holds more than one value", field="label", hint=_MEANT)

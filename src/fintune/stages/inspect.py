@@ -166,7 +166,7 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], trained_mask
 
 
 def render(example: Shown, *, brackets: bool = False) -> Text:
-    """An example as text: the prompt dim, what is trained green, rejected or undesired answers red, special tokens reversed.
+    """An example as text: the prompt dim, trained tokens green, rejected or undesired ones red, special ones reversed.
 
     Args:
         example: The example.
