@@ -109,6 +109,8 @@ def export(
         ArtifactError: An adapter that leaves weights as they were.
         ResourceError: See the module.
     """
+    from threadpoolctl import threadpool_limits
+
     started = time.monotonic()
     ggml = load_ggml()
     with ExitStack() as stack:
@@ -125,7 +127,10 @@ def export(
                 targets = [
                     _Target(file, opened.enter_context(temporary[path].open("wb"))) for path, file in files.items()
                 ]
-                done = _stream(plan, _Worker(ggml, weights, targets, importance), threads, progress)
+                # Every thread multiplies small matrices of its own: a pool of BLAS's behind each would only get in the
+                # others' way.
+                with threadpool_limits(1, user_api="blas"):
+                    done = _stream(plan, _Worker(ggml, weights, targets, importance), threads, progress)
                 weights.check()
                 for target in targets:
                     target.finish()
