@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 from weakref import WeakKeyDictionary
 
 from fintune.errors import DataError, ModelError
@@ -49,6 +49,30 @@ class EncodedExample:
         return self.completion_mask.index(1)
 
 
+class Writer(Protocol):
+    """How a conversation becomes text, and the text ids.
+
+    `fintune.chat_writer` has one for conversations that begin alike; it gives what `render` and `encode_text` give.
+    """
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        """The conversation as the template writes it."""
+
+    def encode(self, text: str) -> list[int]:
+        """Its ids."""
+
+
+@dataclass(frozen=True)
+class _Anew:
+    tokenizer: PreTrainedTokenizerBase
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        return render(self.tokenizer, messages, add_generation_prompt)
+
+    def encode(self, text: str) -> list[int]:
+        return encode_text(self.tokenizer, text)
+
+
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
     """The conversation as the template writes it.
 
@@ -60,11 +84,10 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_
     """
     from jinja2 import TemplateError
 
-    template = chat_template(tokenizer)
     try:
         text = tokenizer.apply_chat_template(
             [message.model_dump() for message in messages],
-            chat_template=_STRFTIME_CALL.sub(lambda call: repr(_TEMPLATE_DAY.strftime(call[2])), template),
+            chat_template=dated_template(tokenizer),
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             enable_thinking=False,
@@ -75,19 +98,33 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_
     return str(text)
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+def dated_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template with a fixed day in place of today.
+
+    Raises:
+        ModelError: The tokenizer has no chat template.
+    """
+    return _STRFTIME_CALL.sub(lambda call: repr(_TEMPLATE_DAY.strftime(call[2])), chat_template(tokenizer))
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], writer: Writer | None = None
+) -> list[int]:
     """Ids of the conversation up to where the assistant's turn begins; the same ids that training saw.
 
     Raises:
         ModelError: No chat template, none that ends a turn, or the prompt begins with two BOS tokens.
         DataError: The template refuses these messages, or one holds the token that ends a turn.
     """
-    return _encode_prompt(tokenizer, messages, render(tokenizer, messages))
+    writer = writer or _Anew(tokenizer)
+    return _encode_prompt(tokenizer, messages, writer.render(messages), writer)
 
 
-def _encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], prompt: str) -> list[int]:
+def _encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], prompt: str, writer: Writer
+) -> list[int]:
     _refuse_end_of_turn(tokenizer, *(message.content for message in messages))
-    ids = _encode(tokenizer, prompt)
+    ids = writer.encode(prompt)
     if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
         raise ModelError(
             f"a prompt of {tokenizer.name_or_path} begins with two {tokenizer.bos_token} tokens",
@@ -96,7 +133,9 @@ def _encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Messag
     return ids
 
 
-def encode_example(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], completion: str) -> EncodedExample:
+def encode_example(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], completion: str, writer: Writer | None = None
+) -> EncodedExample:
     """Ids of the conversation with the assistant's turn, trained on that turn and the token that ends it.
 
     Equal to the template's rendering of the whole conversation, cut behind the end-of-turn token, wherever that
@@ -106,30 +145,33 @@ def encode_example(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Messag
         ModelError: No chat template, none that ends a turn, or one that changes the completion's text.
         DataError: The completion is empty or holds the end-of-turn token, or the template refuses the messages.
     """
-    prompt = render(tokenizer, messages)
-    prompt_ids = _encode_prompt(tokenizer, messages, prompt)
+    writer = writer or _Anew(tokenizer)
+    prompt = writer.render(messages)
+    prompt_ids = _encode_prompt(tokenizer, messages, prompt, writer)
     if not completion.strip():
         raise DataError("the completion is empty, so there is nothing to train on")
     end_id, end_text = _refuse_end_of_turn(tokenizer, completion)
 
-    whole = render(tokenizer, [*messages, Message(role="assistant", content=completion)], add_generation_prompt=False)
+    whole = writer.render([*messages, Message(role="assistant", content=completion)], add_generation_prompt=False)
     turn = whole.removeprefix(prompt) if whole.startswith(prompt) else completion + end_text
     turn = turn[: turn.find(end_text) + len(end_text)]
     if turn.removesuffix(end_text).strip() != completion.strip():
         raise ModelError(
             f"the chat template of {tokenizer.name_or_path} writes the completion {completion[:60]!r} as {turn[:80]!r}"
         )
-    ids = _encode(tokenizer, prompt + turn)
+    ids = writer.encode(prompt + turn)
     follows = whole.startswith(prompt + turn) and ids[: len(prompt_ids)] == prompt_ids
     if not follows:
-        ids = prompt_ids + _encode(tokenizer, turn)
-    if ids[-1] != end_id or ids.count(end_id) != prompt_ids.count(end_id) + 1:
+        ids = prompt_ids + writer.encode(turn)
+    trained = ids[len(prompt_ids) :]
+    if trained[-1:] != [end_id] or trained.count(end_id) != 1:
         raise ModelError(f"{end_text} does not end the encoded completion {completion[:60]!r}")
-    num_trained = len(ids) - len(prompt_ids)
-    return EncodedExample(ids, [0] * len(prompt_ids) + [1] * num_trained, follows)
+    return EncodedExample(ids, [0] * len(prompt_ids) + [1] * len(trained), follows)
 
 
-def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> EncodedExample:
+def encode_conversation(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], writer: Writer | None = None
+) -> EncodedExample:
     """Ids of a conversation that ends with the assistant, trained on every assistant's turn and what ends it.
 
     Raises:
@@ -144,7 +186,7 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[M
     for place, message in enumerate(messages):
         if message.role != "assistant":
             continue
-        turn = encode_example(tokenizer, messages[:place], message.content)
+        turn = encode_example(tokenizer, messages[:place], message.content, writer)
         if turn.input_ids[: len(ids)] != ids:
             raise ModelError(
                 f"the chat template of {tokenizer.name_or_path} rewrites earlier turns",
@@ -171,7 +213,7 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     turns = [Message(role="user", content="question"), Message(role="assistant", content=_PROBE)]
     behind = render(tokenizer, turns, add_generation_prompt=False).rpartition(_PROBE)[2]
     special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
-    end = next((id_ for id_ in _encode(tokenizer, behind) if id_ in special), None)
+    end = next((id_ for id_ in encode_text(tokenizer, behind) if id_ in special), None)
     if end is None:
         raise ModelError(
             f"the chat template of {tokenizer.name_or_path} puts no special token behind an assistant's turn",
@@ -214,6 +256,7 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(chat_template(tokenizer).encode()).hexdigest()
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a rendered text, as it stands."""
     ids: list[int] = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     return ids

@@ -8,10 +8,12 @@ for its own question.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from fintune import chat
+from fintune.chat_writer import TurnWriter
 from fintune.errors import DataError
 from fintune.examples import EncodedRecord
 from fintune.finqa.prompt import TooLongError, ask
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _THOUGHT, _THOUGHT_END = "<think>", "</think>"
+_LETTERS_A_TOKEN = 6
+"""More than most tokens have: so much of a long conversation is tokenised at once, and the rest where it is needed."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +73,11 @@ def grouped(
     """
     if num_questions == 1:
         return single(examples)
+    writer = TurnWriter(tokenizer)
     pages: dict[object, list[EncodedRecord]] = {}
     for place, each in enumerate(examples):
         pages.setdefault(place if each.example.num_cut else _page(each.record), []).append(each)
-    return [row for page in pages.values() for row in _rows(tokenizer, page, num_questions, max_length)]
+    return [row for page in pages.values() for row in _rows(tokenizer, writer, page, num_questions, max_length)]
 
 
 def _page(record: FinQARecord) -> object:
@@ -80,28 +85,33 @@ def _page(record: FinQARecord) -> object:
 
 
 def _rows(
-    tokenizer: PreTrainedTokenizerBase, page: Sequence[EncodedRecord], num_questions: int, max_length: int
+    tokenizer: PreTrainedTokenizerBase,
+    writer: TurnWriter,
+    page: Sequence[EncodedRecord],
+    num_questions: int,
+    max_length: int,
 ) -> Iterator[Sequenced]:
     members: list[EncodedRecord] = []
     row: Sequenced | None = None
     for each in page:
-        longer = _join(tokenizer, [*members, each]) if len(members) < num_questions else None
+        longer = _join(tokenizer, writer, [*members, each]) if len(members) < num_questions else None
         if row is not None and (longer is None or len(longer.input_ids) > max_length):
             yield row
-            members, longer = [], _join(tokenizer, [each])
+            members, longer = [], _join(tokenizer, writer, [each])
         members, row = [*members, each], longer
     if row is not None:
         yield row
 
 
-def _join(tokenizer: PreTrainedTokenizerBase, members: Sequence[EncodedRecord]) -> Sequenced:
+def _join(tokenizer: PreTrainedTokenizerBase, writer: TurnWriter, members: Sequence[EncodedRecord]) -> Sequenced:
     if len(members) == 1:
         return single(members)[0]
     messages: list[Message] = []
     for each in members:
         asked = each.example.messages if not messages else (Message(role="user", content=ask(each.record.qa.question)),)
         messages += [*asked, Message(role="assistant", content=each.example.completion)]
-    encoded = chat.encode_conversation(tokenizer, messages)
+    writer.check(messages)
+    encoded = chat.encode_conversation(tokenizer, messages, writer)
     ids = " ".join(each.example.id for each in members)
     return Sequenced(ids, encoded.input_ids, encoded.completion_mask)
 
@@ -137,6 +147,7 @@ class ConversationEncoder:
         self, tokenizer: PreTrainedTokenizerBase, *, system: str, train_on: Literal["all", "last"], max_length: int
     ) -> None:
         self._tokenizer, self._train_on, self._max_length = tokenizer, train_on, max_length
+        self._writer = TurnWriter(tokenizer)
         self._system = [Message(role="system", content=system)] if system else []
         asked = chat.render(tokenizer, [Message(role="user", content="question")])
         # Such a template (DeepSeek-R1's) has every answer begin inside a thought.
@@ -162,7 +173,7 @@ class ConversationEncoder:
             TooLongError: Not even the first trained turn fits.
             DataError: The chat template refuses the turns, a text holds the end-of-turn token, nothing is trained.
         """
-        before = self._system if messages[0].role != "system" else []
+        before = self._head(messages)
         turns = [*before, *messages]
         answers = [place for place, each in enumerate(turns) if each.role == "assistant"]
         trained = [place for place in answers if place - len(before) not in untrained]
@@ -170,19 +181,8 @@ class ConversationEncoder:
             trained = [place for place in trained if place == answers[-1]]
         if not trained:
             raise DataError("none of the assistant's turns is to be trained")
-        rows: list[Sequenced] = []
-        last = None
-        for place in trained:
-            turn = chat.encode_example(self._tokenizer, turns[:place], self._answer(turns[place].content))
-            if len(turn.input_ids) > self._max_length:
-                break  # every later turn is longer
-            before_it = rows[-1] if rows else None
-            if before_it and turn.input_ids[: len(before_it.input_ids)] == before_it.input_ids:
-                rest = turn.completion_mask[len(before_it.input_ids) :]
-                rows[-1] = Sequenced(before_it.id, turn.input_ids, before_it.completion_mask + rest)
-            else:
-                rows.append(Sequenced(f"{id_}/{place}" if rows else id_, turn.input_ids, turn.completion_mask))
-            last = place
+        self._writer.check(turns)
+        rows, last = self._rows(id_, turns, trained)
         if last is None:
             raise TooLongError(f"the first answer ends behind token {self._max_length}")
         example = Example(
@@ -193,6 +193,41 @@ class ConversationEncoder:
         )
         whole = rejected is not None and last == len(turns) - 1
         return EncodedConversation(example, rows, self._answer(rejected) if whole and rejected else None)
+
+    def _rows(self, id_: str, turns: Sequence[Message], trained: Sequence[int]) -> tuple[list[Sequenced], int | None]:
+        """The rows of the trained turns that fit, and the place of the last of these; None where none does."""
+        rows: list[Sequenced] = []
+        last = None
+        for place in trained:
+            turn = self._turn(turns[:place], self._answer(turns[place].content))
+            if len(turn.input_ids) > self._max_length:
+                break  # every later turn is longer
+            before_it = rows[-1] if rows else None
+            if before_it and turn.input_ids[: len(before_it.input_ids)] == before_it.input_ids:
+                rest = turn.completion_mask[len(before_it.input_ids) :]
+                rows[-1] = Sequenced(before_it.id, turn.input_ids, before_it.completion_mask + rest)
+            else:
+                rows.append(Sequenced(f"{id_}/{place}" if rows else id_, turn.input_ids, turn.completion_mask))
+            last = place
+        return rows, last
+
+    def _turn(self, prompt: Sequence[Message], answer: str) -> chat.EncodedExample:
+        return chat.encode_example(self._tokenizer, prompt, answer, self._writer)
+
+    def learn(self, conversations: Iterable[Sequence[Message]]) -> None:
+        """Tokenise conversations at once, which `encode` and the others then take apart; it only saves time.
+
+        Args:
+            conversations: All turns of each.
+        """
+        texts = []
+        for messages in conversations:
+            with suppress(DataError):  # told by `encode`
+                texts.append(self._writer.render([*self._head(messages), *messages], False))
+        self._writer.learn(texts, num_letters=_LETTERS_A_TOKEN * self._max_length)
+
+    def _head(self, messages: Sequence[Message]) -> list[Message]:
+        return [] if messages[0].role == "system" else self._system
 
     def encode_pair(self, id_: str, messages: Sequence[Message], rejected: str) -> EncodedConversation:
         """Encode a preference pair: both answers behind the same prompt, of which the last turn alone is trained.
@@ -244,12 +279,13 @@ class ConversationEncoder:
         self, before: Sequence[Message], answers: Sequence[str]
     ) -> tuple[list[Message], int, list[chat.EncodedExample]] | None:
         """The longest prompt behind which every answer fits, the turns that it lacks, and prompt with each answer."""
-        turns = [*([] if before[0].role == "system" else self._system), *before]
+        turns = [*self._head(before), *before]
+        self._writer.check(turns)
         num_head = int(turns[0].role == "system")
         later = (place for place, each in enumerate(turns) if each.role == "user" and place > num_head)
         for start in (num_head, *later):
             prompt = [*turns[:num_head], *turns[start:]]
-            encoded = [chat.encode_example(self._tokenizer, prompt, answer) for answer in answers]
+            encoded = [self._turn(prompt, answer) for answer in answers]
             if max(len(each.input_ids) for each in encoded) <= self._max_length:
                 return prompt, start - num_head, encoded
         return None

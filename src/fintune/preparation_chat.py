@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+_TOGETHER = 128
+"""Conversations that are tokenised at once."""
+
+
 @dataclass(frozen=True)
 class _Split:
     examples: list[EncodedConversation]
@@ -78,7 +82,9 @@ def _encode(
     encoder: ConversationEncoder, entries: Sequence[Entry], name: str, *, strict: bool, wanted: Wanted
 ) -> _Split:
     done = _Split([], len(entries))
-    for entry in track(entries, f"encode {name}", len(entries)):
+    for place, entry in enumerate(track(entries, f"encode {name}", len(entries))):
+        if place % _TOGETHER == 0:
+            encoder.learn(each.conversation.messages for each in entries[place : place + _TOGETHER])
         try:
             encoded = _encoded(encoder, entry.id, entry.conversation, wanted)
         except DataError as error:
