@@ -33,22 +33,27 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from shapes import SIZES, settings
+
 SHAPES = {
-    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "layers": 16, "heads": 32, "kv_heads": 8},
-    "14b": {
-        "hidden_size": 5120,
-        "intermediate_size": 13824,
-        "layers": 48,
-        "heads": 40,
-        "kv_heads": 8,
-        "model_type": "qwen2",
-        "architectures": ["Qwen2ForCausalLM"],
-        "tie_word_embeddings": False,
-        "vocab_size": 152064,
+    "14b": settings("14b") | {"architectures": ["Qwen2ForCausalLM"]},
+    "1b": {
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 8192,
     },
-    "narrow": {"hidden_size": 1024, "intermediate_size": 4096, "layers": 24, "heads": 16, "kv_heads": 8},
-    "tiny": {"hidden_size": 256, "intermediate_size": 512, "layers": 4, "heads": 4, "kv_heads": 2},
+    "narrow": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "intermediate_size": 4096,
+    },
+    "tiny": {key: size for key, size in SIZES["tiny"].items() if key != "vocab_size"} | {"num_hidden_layers": 4},
 }
+"""Without a vocabulary where the model has that of the tokenizer."""
 DEPTHS = (12, 24, 48)
 RANKS = {"14b": 32}
 """Of the adapters; 16 where none stands here."""
@@ -248,14 +253,13 @@ def make(folder: Path, shape: str, layers: int | None) -> None:
 
     from fintune.builtin import ensure
 
-    size = SHAPES[shape] | ({} if layers is None else {"layers": layers})
-    rank, width = RANKS.get(shape, 16), size["hidden_size"]
+    size = SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers})
+    rank, width, num_layers = RANKS.get(shape, 16), size["hidden_size"], size["num_hidden_layers"]
     base, adapter = folder / "base", folder / "adapter"
     shutil.copytree(ensure("builtin:smollm2-135m"), base, ignore=shutil.ignore_patterns("*.safetensors*"))
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    names = {"layers": "num_hidden_layers", "heads": "num_attention_heads", "kv_heads": "num_key_value_heads"}
-    config |= {names.get(key, key): value for key, value in size.items()}
-    config |= {"head_dim": width // size["heads"], "dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    config |= size
+    config |= {"head_dim": width // size["num_attention_heads"], "dtype": "bfloat16", "torch_dtype": "bfloat16"}
     (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
     linear = linear_layers(size)
     device = "cuda" if torch.cuda.is_available() else "cpu"  # 14 billion numbers take minutes on a CPU
@@ -274,7 +278,7 @@ def make(folder: Path, shape: str, layers: int | None) -> None:
             shard["model.norm.weight"] = torch.ones(width, dtype=torch.bfloat16)
             if not config["tie_word_embeddings"]:
                 shard["lm_head.weight"] = values(config["vocab_size"], width, 0.02).bfloat16()
-        for layer in range(number * size["layers"] // 4, (number + 1) * size["layers"] // 4):
+        for layer in range(number * num_layers // 4, (number + 1) * num_layers // 4):
             for name, (rows, columns) in linear.items():
                 place = f"model.layers.{layer}.{name}"
                 shard[f"{place}.weight"] = values(rows, columns, columns**-0.5).bfloat16()
@@ -299,7 +303,7 @@ def make(folder: Path, shape: str, layers: int | None) -> None:
 def linear_layers(size: dict[str, int]) -> dict[str, tuple[int, int]]:
     """Names within a decoder layer and their shapes, (rows, columns)."""
     width, wide = size["hidden_size"], size["intermediate_size"]
-    kv_width = width * size["kv_heads"] // size["heads"]
+    kv_width = width * size["num_key_value_heads"] // size["num_attention_heads"]
     return {
         "self_attn.q_proj": (width, width), "self_attn.k_proj": (kv_width, width),
         "self_attn.v_proj": (kv_width, width), "self_attn.o_proj": (width, width),

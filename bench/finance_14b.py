@@ -26,34 +26,18 @@ import threading
 import time
 from pathlib import Path
 
+from shapes import SIZES
+
 ROOT = Path(__file__).resolve().parents[1]
 CARD_GIB = 24
 CONTEXT_GIB = 1.25
 """Of a card, what the CUDA context and the allocator's gaps take beside the tensors."""
-SHAPES = {
-    "14b": {
-        "hidden_size": 5120,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 8,
-        "intermediate_size": 13824,
-        "vocab_size": 152064,
-    },
-    "tiny": {
-        "hidden_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 512,
-        "vocab_size": 512,
-    },
-}
 
 
 def main() -> None:
     """Make the model and the data, run the command, write what it took."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="14b")
+    parser.add_argument("--shape", choices=("14b", "tiny"), default="14b")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--max-seq-length", type=int, help="the guide's 4096; 256 for tiny")
     parser.add_argument("--folder", type=Path, help="for model, data and run; a temporary one where empty")
@@ -61,7 +45,7 @@ def main() -> None:
     options = parser.parse_args()
     folder = (options.folder or Path(tempfile.mkdtemp(prefix="fintune-14b-"))).resolve()
     length = options.max_seq_length or (4096 if options.shape == "14b" else 256)
-    model = _model(folder / "model", SHAPES[options.shape])
+    model = _model(folder / "model", SIZES[options.shape])
     _conversations(folder / "datasets", 8 * min(options.steps, 20) + 16, length)
     command = _command(model, length, options.steps)
     print(" ".join(map(str, command)), flush=True)

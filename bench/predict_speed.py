@@ -28,26 +28,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-SHAPES = {
-    "3b": {
-        "hidden_size": 3072,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 24,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "intermediate_size": 8192,
-        "vocab_size": 128256,
-    },
-    "tiny": {
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 128,
-        "vocab_size": 8000,
-    },
-}
+from shapes import SIZES
+
 MAX_LENGTH = 2048
+VOCABULARY = 8000
+"""Of the tokenizer that is trained on the questions' text."""
 
 
 def main() -> None:
@@ -88,7 +73,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--finqa", type=Path, required=True, help="folder of dev.json.gz")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--model", default="builtin:smollm2-135m", help="folder, hub id or built-in model")
-    which.add_argument("--random", choices=SHAPES, help="a model of this shape, made here")
+    which.add_argument("--random", choices=("3b", "tiny"), help="a model of this shape, made here")
     parser.add_argument("--num", type=int, default=883, help="questions")
     parser.add_argument("--piece", type=int, default=16, help="questions of a piece")
     parser.add_argument("--loop-num", type=int, help="questions of a piece that the loop asks; all where empty")
@@ -149,7 +134,7 @@ def made(given: argparse.Namespace, records: list[Any]) -> tuple[Any, Any]:
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=8000, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     texts = (" ".join((*each.pre_text, *each.post_text, each.qa.question)) for each in records)
     bpe.train_from_iterator(texts, trainer)
@@ -159,8 +144,9 @@ def made(given: argparse.Namespace, records: list[Any]) -> tuple[Any, Any]:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token=special[1], eos_token=special[2], pad_token=special[0], chat_template=template
     )
+    sizes = SIZES[given.random]
     config = LlamaConfig(
-        **SHAPES[given.random],
+        **sizes | {"vocab_size": max(sizes["vocab_size"], VOCABULARY)},
         max_position_embeddings=4 * MAX_LENGTH,
         tie_word_embeddings=True,
         pad_token_id=0,

@@ -26,42 +26,10 @@ import time
 import traceback
 from pathlib import Path
 
+from shapes import SIZES, settings
+
 WARM_UP, TIMED = 4, 10
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-MODELS = {
-    "14b": {
-        "model_type": "qwen2",
-        "hidden_size": 5120,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 8,
-        "intermediate_size": 13824,
-        "vocab_size": 152064,
-        "tie_word_embeddings": False,
-    },
-    "3b": {
-        "model_type": "llama",
-        "hidden_size": 3072,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 24,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "intermediate_size": 8192,
-        "vocab_size": 128256,
-        "tie_word_embeddings": True,
-    },
-    "tiny": {
-        "model_type": "llama",
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 128,
-        "vocab_size": 1000,
-        "tie_word_embeddings": True,
-    },
-}
 
 SHAPES = {
     "14B QLoRA r=32, 1 x 4096": {"model": "14b", "four_bit": True, "rank": 32, "batch": 1, "length": 4096},
@@ -183,7 +151,7 @@ def _tidy() -> None:
 
 def _make_rows(shape: dict) -> list[list[int]]:
     draw = random.Random(0)  # noqa: S311 - token ids, no secret
-    vocabulary = MODELS[shape["model"]]["vocab_size"]
+    vocabulary = SIZES[shape["model"]]["vocab_size"]
 
     def length() -> int:
         if not shape.get("report_lengths"):
@@ -213,12 +181,12 @@ def _make_clock():
 def _configuration(model: str):
     from transformers import AutoConfig
 
-    shape = dict(MODELS[model])
-    kind = shape.pop("model_type")
+    given = settings(model)
+    kind = given.pop("model_type")
     classes = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
     return AutoConfig.for_model(
         kind,
-        **shape,
+        **given,
         max_position_embeddings=32768,
         rms_norm_eps=1e-5,
         bos_token_id=1,

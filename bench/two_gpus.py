@@ -24,7 +24,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from train_speed import MODELS, _configuration, _tokenizer_folder
+from shapes import SIZES
+from train_speed import _configuration, _tokenizer_folder
 
 WARM_UP = 4
 WAYS = (
@@ -147,7 +148,7 @@ def _compare(results: list[dict]) -> None:
 def main() -> None:
     """Run all variants, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=sorted(MODELS), default="3b")
+    parser.add_argument("--model", choices=sorted(SIZES), default="3b")
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--batch", type=int, default=4, help="examples a pass and GPU")
     parser.add_argument("--length", type=int, default=1024)
@@ -168,7 +169,7 @@ def main() -> None:
         place = Path(name)
         _make_model(options.model, place / "model")
         number = options.batch * options.gpus * options.steps
-        _make_rows(MODELS[options.model]["vocab_size"], number, options.length, place / "prepare")
+        _make_rows(SIZES[options.model]["vocab_size"], number, options.length, place / "prepare")
         for way in chosen:
             results.append(_run(way, options, place))
             _compare(results)

@@ -36,6 +36,7 @@ def threads():
 
 def predict_speed(monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", ["predict_speed.py", *map(str, words)])
+    monkeypatch.syspath_prepend(BENCH)
     runpy.run_path(str(BENCH / "predict_speed.py"), run_name="__main__")
 
 
