@@ -63,6 +63,27 @@ def test_several_gpus_hold_whole_copies_where_they_fit_and_parts_where_not(lines
         lines(80, "train.gpus=2", "adapter.init=pissa")
 
 
+def test_transformers_layers_are_planned_as_they_are_run(lines):
+    fused, modules = (
+        lines(40, "train.batch_size=4")[1:],
+        lines(40, "train.batch_size=4", "train.fused_layers=never")[1:],
+    )
+    assert len(modules) == 1
+    assert modules[0].endswith("of 38.8 with transformers' layers")
+    assert fused[0].split()[1] != modules[0].split()[1]
+    assert lines(16, "train.fused_layers=never")[1].endswith("of 14.8 with transformers' layers, all layers recomputed")
+    with pytest.raises(
+        ResourceError, match=r"transformers' layers, all layers recomputed: use a smaller train.batch_s"
+    ):
+        lines(9, "train.fused_layers=never")
+
+
+def test_the_limit_is_told_where_it_comes_from(lines):
+    assert lines(24, "train.max_memory_gib=14")[1].endswith("of 14.0 (train.max_memory_gib)")
+    with pytest.raises(ResourceError, match=r"and 0\.0 GiB may be used"):
+        lines(1)
+
+
 def test_what_does_not_fit_is_refused_with_what_would(lines):
     with pytest.raises(ResourceError, match=r"needs .* GiB for one example of 1024 tokens .*: use model.load=4bit"):
         lines(6)
@@ -73,6 +94,10 @@ def test_models_and_methods_without_a_plan_are_refused(lines):
         lines(24, model={**LLAMA_3B, "model_type": "gemma3"})
     with pytest.raises(ConfigError, match=r"not adapter\.kind: full"):
         lines(24, "adapter.kind=full")
+    with pytest.raises(ConfigError, match=r"knows train\.backend: own, not unsloth"):
+        lines(24, "train.backend=unsloth")
+    with pytest.raises(ConfigError, match=r"knows adapters of q_proj, .*, not of nonsense"):
+        lines(24, "adapter.targets=[nonsense]")
     with pytest.raises(ConfigError, match=r"knows train\.objective: sft, not dpo"):
         lines(24, "data.source=chat", "data.sources=[pairs.jsonl]", "train.objective=dpo")
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 import model_shapes
+from fintune.options import TrainOptions
+from fintune.tuning import planned
 from fintune.tuning.memory import Method, Setting, Shape, peak_bytes
-from fintune.tuning.plan import GIB, make_plan, needs_four_bit
+from fintune.tuning.plan import GIB, make_plan
 
 LLAMA_3B = Shape(3072, 8192, 28, 24, 8, 128, 128256, tied=True)
 QWEN_14B = Shape(5120, 13824, 48, 40, 8, 128, 152064, tied=False)
@@ -95,7 +99,12 @@ def test_what_never_fits_is_said_with_the_smallest_way():
     assert (made.batch_size, made.accumulation, made.setting.num_checkpointed) == (1, 16, 28)
 
 
-def test_whether_four_bits_are_needed():
-    wide = {"shape": QWEN_14B, "method": QLORA, "longest": 4096}
-    assert needs_four_bit(**wide, limit_bytes=24 * GIB)
-    assert not needs_four_bit(**wide, limit_bytes=78 * GIB)
+@pytest.mark.parametrize("method", [QLORA, Method(128, dora=True, dropout=True), Method(16, moment_bytes=2)])
+@pytest.mark.parametrize("gib", [8, 9.5, 12, 24, 32, 78])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_whether_four_bits_are_needed_is_what_the_16_bit_plan_says(method, gib, batch_size):
+    wide = {"batch_size": batch_size, "longest": 2048}
+    fits = plan(gib, shape=QWEN_14B, method=replace(method, four_bit=False), **wide).fits
+    options = TrainOptions(batch_size=batch_size)
+    told = planned.on_four_bits(QWEN_14B, method, options, longest=2048, limit=int(gib * GIB))
+    assert told.startswith("4 bits are not needed" if fits else "4 bits are needed")

@@ -7,7 +7,7 @@ from fintune.errors import ConfigError, ResourceError
 from fintune.model_folder import read_json
 from fintune.options import Config
 from fintune.tuning import launch, planned
-from fintune.tuning.memory import FAMILIES
+from fintune.tuning.memory import FAMILIES, PARTS
 from fintune.tuning.plan import GIB, RESERVE_BYTES
 
 
@@ -38,6 +38,7 @@ def plan(config: Config, *, gib: float | None = None, longest: int | None = None
             f"the planner knows {', '.join(FAMILIES)}, not {model_config.get('model_type')}",
             hint="train with transformers' layers, and lower train.batch_size where memory does not suffice",
         )
+    _check_way(config)
     total = _total_bytes() if gib is None else int(gib * GIB)
     limit = planned.limit_bytes(config.train.max_memory_gib, total)
     longest = longest or config.prompt.max_length
@@ -50,17 +51,38 @@ def plan(config: Config, *, gib: float | None = None, longest: int | None = None
     launch.check(config)
     may_divide = gpus > 1 and config.train.sharding == "auto" and config.model.load == "16bit"
     if config.train.sharding == "full" or (may_divide and not planned.fits_whole(config, model_config, longest, limit)):
-        return [head, planned.divided(config, model_config, longest=longest, limit=limit)]
+        return [head, planned.by_modules(config, model_config, longest=longest, limit=limit, divided=True)]
+    if config.train.fused_layers == "never":
+        return [head, planned.by_modules(config, model_config, longest=longest, limit=limit)]
     made, advice = planned.plan_config(config, model_config, longest=longest, limit=limit)
     on_each = f" on each of {gpus} GPUs, which hold the whole model" if gpus > 1 else ""
     return [
         head,
-        f"predicted: {made.predicted_bytes / GIB:.1f} GiB of {limit / GIB:.1f} "
-        f"({total / GIB:.1f} less {RESERVE_BYTES / GIB:.2f} for the context and the allocator)",
+        f"predicted: {made.predicted_bytes / GIB:.1f} GiB of {limit / GIB:.1f} ({_limit_told(limit, total)})",
         f"passes: {made.accumulation} of {made.batch_size} examples a step{on_each}",
         *(f"- {reason}" for reason in made.reasons),
         f"- {advice}",
     ]
+
+
+def _check_way(config: Config) -> None:
+    if config.train.backend != "own":
+        raise ConfigError(
+            f"the planner knows train.backend: own, not {config.train.backend}",
+            hint="lower train.batch_size and raise train.accumulation where memory does not suffice",
+        )
+    unknown = sorted(set(config.adapter.targets) - {"all-linear", *PARTS})
+    if unknown:
+        raise ConfigError(
+            f"the planner knows adapters of {', '.join(PARTS)}, not of {', '.join(unknown)}",
+            hint="name some of these, or all-linear, in adapter.targets",
+        )
+
+
+def _limit_told(limit: int, total: int) -> str:
+    if limit < total - RESERVE_BYTES:
+        return "train.max_memory_gib"
+    return f"{total / GIB:.1f} less {RESERVE_BYTES / GIB:.2f} for the context and the allocator"
 
 
 def _total_bytes() -> int:

@@ -88,13 +88,6 @@ def make_plan(
     return TrainingPlan(**{**vars(chosen), "reasons": reasons})
 
 
-def needs_four_bit(shape: Shape, method: Method, *, longest: int, limit_bytes: int) -> bool:
-    """Whether the base only fits in 4 bits, one example a pass and every layer checkpointed."""
-    wide = Method(method.rank, method.targets, dora=method.dora, four_bit=False)
-    setting = Setting(shape.layers, unpacked=True, tokens=longest, accumulates=True)
-    return peak_bytes(shape, wide, setting) > limit_bytes
-
-
 def divisors(number: int) -> Iterator[int]:
     """From the largest down."""
     return (size for size in range(number, 0, -1) if number % size == 0)

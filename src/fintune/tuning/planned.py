@@ -14,7 +14,7 @@ from fintune.progress import say
 from fintune.tuning import ranks
 from fintune.tuning.memory import FAMILIES, PARTS, Method, Setting, Shape, modules_peak_bytes
 from fintune.tuning.optimizers import MOMENT_BYTES
-from fintune.tuning.plan import GIB, RESERVE_BYTES, TrainingPlan, make_plan, needs_four_bit
+from fintune.tuning.plan import GIB, RESERVE_BYTES, TrainingPlan, make_plan
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -40,7 +40,7 @@ def plan_model(model: PeftModel, options: TrainOptions, lengths: Sequence[int]) 
     shape = Shape.of(model.get_base_model().config.to_dict())
     limit = ranks.least(limit_bytes(options.max_memory_gib, free_bytes(model.device)))
     made = choose(shape, method, options, longest=max(lengths), limit=limit)
-    for reason in made.reasons:
+    for reason in (*made.reasons, on_four_bits(shape, method, options, longest=max(lengths), limit=limit)):
         say(f"plan: {reason}")
     say(f"plan: {made.predicted_bytes / GIB:.1f} GiB predicted of {made.limit_bytes / GIB:.1f}")
     return made
@@ -65,13 +65,8 @@ def method_of_model(model: PeftModel, options: TrainOptions) -> Method:
     )
 
 
-def choose(shape: Shape, method: Method, options: TrainOptions, *, longest: int, limit: int) -> TrainingPlan:
-    """The planner's choice under the options.
-
-    Raises:
-        ResourceError: Not even one example a pass fits.
-    """
-    made = make_plan(
+def _plan(shape: Shape, method: Method, options: TrainOptions, *, longest: int, limit: int) -> TrainingPlan:
+    return make_plan(
         shape,
         method,
         batch_size=options.batch_size,
@@ -80,6 +75,29 @@ def choose(shape: Shape, method: Method, options: TrainOptions, *, longest: int,
         limit_bytes=limit,
         recompute=options.gradient_checkpointing,
     )
+
+
+def on_four_bits(shape: Shape, method: Method, options: TrainOptions, *, longest: int, limit: int) -> str:
+    """Whether the base only fits in 4 bits, as a sentence; arguments as for :func:`choose`."""
+    if _plan(shape, replace(method, four_bit=False), options, longest=longest, limit=limit).fits:
+        return "4 bits are not needed: 16 bits fit"
+    return "4 bits are needed: the 16-bit model does not fit"
+
+
+def choose(shape: Shape, method: Method, options: TrainOptions, *, longest: int, limit: int) -> TrainingPlan:
+    """The planner's choice under the options.
+
+    Args:
+        shape: The model.
+        method: What is trained.
+        options: Batch size, accumulation, whether to recompute.
+        longest: Tokens of the longest example.
+        limit: Bytes that may be allocated.
+
+    Raises:
+        ResourceError: Not even one example a pass fits.
+    """
+    made = _plan(shape, method, options, longest=longest, limit=limit)
     if made.fits:
         return made
     advice = ["a shorter prompt.max_length", "a smaller adapter.r", "a smaller model"]
@@ -116,8 +134,7 @@ def plan_config(
     shape = Shape.of(model_config)
     method = method_of(config.adapter, four_bit=config.model.load == "4bit")
     method = replace(method, moment_bytes=MOMENT_BYTES[config.train.optimizer])
-    need = needs_four_bit(shape, method, longest=longest, limit_bytes=limit)
-    advice = "4 bits are needed: the 16-bit model does not fit" if need else "4 bits are not needed: 16 bits fit"
+    advice = on_four_bits(shape, method, config.train, longest=longest, limit=limit)
     return choose(shape, method, config.train, longest=longest, limit=limit), advice
 
 
@@ -153,16 +170,25 @@ def must_recompute(
     return peak > SHARE * limit
 
 
-def divided(config: Config, model_config: Mapping[str, Any], *, longest: int, limit: int) -> str:
-    """What a GPU needs where the base is divided among all of them, as a sentence.
+def by_modules(
+    config: Config, model_config: Mapping[str, Any], *, longest: int, limit: int, divided: bool = False
+) -> str:
+    """What a GPU needs for transformers' layers, as a sentence.
+
+    Args:
+        config: The run.
+        model_config: The model's ``config.json``.
+        longest: Tokens of the longest example.
+        limit: Bytes that may be allocated.
+        divided: The base is divided among all GPUs.
 
     Raises:
-        ResourceError: Not even then does the batch fit.
+        ResourceError: The batch does not fit.
     """
     train = config.train
-    shape, method = Shape.of(model_config), method_of(config.adapter, four_bit=False)
+    shape, method = Shape.of(model_config), method_of(config.adapter, four_bit=config.model.load == "4bit")
     method = replace(method, moment_bytes=MOMENT_BYTES[train.optimizer])
-    parts = train.gpus * train.machines
+    parts = train.gpus * train.machines if divided else 1
     recomputed = must_recompute(shape, method, train, longest=longest, limit=limit, parts=parts)
     peak = modules_peak_bytes(
         shape,
@@ -172,14 +198,12 @@ def divided(config: Config, model_config: Mapping[str, Any], *, longest: int, li
         accumulates=train.accumulation > 1,
         parts=parts,
     )
-    told = (
-        f"about {peak / GIB:.1f} GiB of {limit / GIB:.1f} on each of {parts} GPUs, the frozen weights divided (FSDP2)"
-        f"{', all layers recomputed' if recomputed else ''}"
-    )
+    where = f"on each of {parts} GPUs, the frozen weights divided (FSDP2)" if divided else "with transformers' layers"
+    told = f"about {peak / GIB:.1f} GiB of {limit / GIB:.1f} {where}{', all layers recomputed' if recomputed else ''}"
     if peak > limit:
         hint = "a smaller train.batch_size with more train.accumulation"
         hint += "" if recomputed else ", train.gradient_checkpointing=true"
-        raise ResourceError(f"training needs {told}", hint=f"use {hint}, or more GPUs")
+        raise ResourceError(f"training needs {told}", hint=f"use {hint}{', or more GPUs' if divided else ''}")
     return told
 
 
@@ -191,7 +215,7 @@ def method_of(options: AdapterOptions, *, four_bit: bool) -> Method:
 
 def limit_bytes(max_memory_gib: float | None, free_bytes: int) -> int:
     """What may be allocated: the GPU's free memory but a reserve, or less where the user says so."""
-    free = free_bytes - RESERVE_BYTES
+    free = max(0, free_bytes - RESERVE_BYTES)
     return free if max_memory_gib is None else min(free, int(max_memory_gib * GIB))
 
 
