@@ -37,6 +37,20 @@ def test_the_batches_of_a_window_are_not_in_order_of_length():
     assert means != sorted(means)
 
 
+@pytest.mark.parametrize("share", [2, 5, 10])
+def test_batches_mix_labels_in_their_proportion_even_where_a_label_goes_with_a_length(share):
+    labels = [index % share == 0 for index in range(100)]
+    lengths = [length + 100 * label for length, label in zip(LENGTHS, labels, strict=True)]
+    order = training_order(lengths, 200, 10, seed=1, labels=labels)
+    assert Counter(order) == Counter(dict.fromkeys(range(100), 2))
+    found = [sum(labels[i] for i in order[at : at + 10]) for at in range(0, 200, 10)]
+    assert all(abs(number - 10 / share) < 1 for number in found)
+
+
+def test_labels_that_are_all_alike_change_no_order():
+    assert training_order(LENGTHS, 200, 8, seed=1, labels=[True] * 100) == training_order(LENGTHS, 200, 8, seed=1)
+
+
 @pytest.mark.parametrize(
     ("epochs", "max_steps", "expected"),
     [(1, None, (10, 3)), (1.5, None, (15, 4)), (3, 2, (8, 2)), (0.01, None, (1, 1))],

@@ -19,7 +19,9 @@ IGNORED = -100
 _WINDOW_BATCHES = 32
 
 
-def training_order(lengths: Sequence[int], num_examples: int, batch_size: int, seed: int) -> list[int]:
+def training_order(
+    lengths: Sequence[int], num_examples: int, batch_size: int, seed: int, *, labels: Sequence[bool] | None = None
+) -> list[int]:
     """Which example comes when, for the whole run at once, so that a resumed run only has to count.
 
     Every pass over the data is shuffled anew. Within a window of some batches the examples are sorted by length, then
@@ -30,6 +32,8 @@ def training_order(lengths: Sequence[int], num_examples: int, batch_size: int, s
         num_examples: How many to see in the run; more than there are means several passes.
         batch_size: Examples an optimiser step, over all devices and accumulated passes.
         seed: Seed of the order.
+        labels: Of the examples; every batch then holds both labels in the proportion of its window, as nearly as whole
+            examples allow. Where a label goes with a length, batches of like length would hold one label alone.
 
     Returns:
         ``num_examples`` indices into ``lengths``.
@@ -45,6 +49,7 @@ def training_order(lengths: Sequence[int], num_examples: int, batch_size: int, s
     order: list[int] = []
     for start in range(0, num_examples, window):
         part = sorted(stream[start : start + window], key=lambda index: lengths[index])
+        part = part if labels is None else _mixed(part, labels)
         # The remainder comes off a random place, not always off the longest ones.
         num_left = len(part) % batch_size
         cut = draw.randrange(len(part) - num_left + 1)
@@ -53,6 +58,15 @@ def training_order(lengths: Sequence[int], num_examples: int, batch_size: int, s
         draw.shuffle(batches)
         order += [index for batch in batches for index in batch] + left
     return order
+
+
+def _mixed(part: Sequence[int], labels: Sequence[bool]) -> list[int]:
+    """Both labels spread evenly over the whole, each in the order that it had."""
+    places: list[tuple[float, int]] = []
+    for label in (True, False):
+        members = [index for index in part if labels[index] == label]
+        places += [((place + 0.5) / len(members), index) for place, index in enumerate(members)]
+    return [index for _, index in sorted(places, key=lambda each: each[0])]
 
 
 def num_steps(num_rows: int, epochs: float, batch_size: int, max_steps: int | None) -> tuple[int, int]:

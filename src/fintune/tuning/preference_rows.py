@@ -35,6 +35,11 @@ def all_pairs(rows: Dataset) -> bool:
     return "label" not in rows.column_names
 
 
+def labels_of(rows: Dataset) -> list[bool] | None:
+    """Whether each row's own answer is desired; None where all are pairs, or no preferences."""
+    return None if all_pairs(rows) else list(rows["label"])
+
+
 def count_labels(rows: Dataset) -> tuple[int, int]:
     """Desired and undesired answers; a pair holds one of each."""
     if all_pairs(rows):

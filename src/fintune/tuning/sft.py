@@ -43,13 +43,16 @@ class Plan:
     tokens: list[int]
 
 
-def make_plan(lengths: Sequence[int], options: TrainOptions, seed: int) -> Plan:
+def make_plan(
+    lengths: Sequence[int], options: TrainOptions, seed: int, *, labels: Sequence[bool] | None = None
+) -> Plan:
     """Lay the whole run out.
 
     Args:
         lengths: Tokens of each example.
         options: Epochs, batch size and accumulation.
         seed: Seed of the order.
+        labels: Of answers that are desired or not, which every step mixes.
     """
     batch_size = options.batch_size * options.accumulation * ranks.count()
     num_examples, steps = num_steps(len(lengths), options.epochs, batch_size, options.max_steps)
@@ -57,7 +60,7 @@ def make_plan(lengths: Sequence[int], options: TrainOptions, seed: int) -> Plan:
         num_examples = steps * batch_size  # it compares answers of different prompts, and a rest may be a single one
     if ranks.count() > 1:  # every process has a part of every step, so the last one is filled up
         num_examples = steps * batch_size
-    order = training_order(lengths, num_examples, batch_size, seed)
+    order = training_order(lengths, num_examples, batch_size, seed, labels=labels)
     tokens = [0]
     for step in range(steps):
         tokens.append(tokens[-1] + sum(lengths[i] for i in order[step * batch_size : (step + 1) * batch_size]))
@@ -105,7 +108,7 @@ def train(
 
     supervised = options.objective == "sft"
     lengths = [len(ids) for ids in rows["input_ids"]] if supervised else preference_rows.lengths(rows)
-    plan = make_plan(lengths, options, seed)
+    plan = make_plan(lengths, options, seed, labels=preference_rows.labels_of(rows))
     fused, memory = supervised and _is_fused(model, options.fused_layers), None
     if fused and model.device.type == "cuda":
         memory = planned.plan_model(model, options, lengths)
