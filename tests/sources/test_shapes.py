@@ -139,6 +139,12 @@ def test_an_unpaired_answer_is_mapped_from_columns_of_other_names():
     assert (named.messages[0].content, named.label) == (f"{ASK}\n\nthe page", True)
 
 
+def test_a_named_shape_without_a_label_says_how_to_name_its_column():
+    with pytest.raises(BrokenRowError, match="not in the row") as caught:
+        convert({"prompt": ASK, "completion": ANSWER, "good": True}, "unpaired_preference")
+    assert (caught.value.field, "columns: {label:" in str(caught.value.hint)) == ("label", True)
+
+
 def test_an_empty_label_is_that_of_another_shape_until_labels_are_learned_from():
     row = {"prompt": ASK, "completion": ANSWER, "label": ""}
     assert convert(row)[0] == "prompt_completion"

@@ -205,7 +205,10 @@ def _answer(turns: list[Message], field: str) -> str:
 
 
 def _from_unpaired_preference(fields: Fields) -> Conversation:
-    label = label_of(fields.get("label"))
+    if "label" not in fields:
+        hint = "name the column that says it, as columns: {label: liked}"
+        raise BrokenRowError("no label", "not in the row", field="label", hint=hint)
+    label = label_of(fields["label"])
     if fields.get("conversations") is not None:
         found = _from_sharegpt(fields)
     elif fields.get("messages") is not None:
