@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
 from fintune.options import Shape
 from fintune.records import Message
+from fintune.sources.fields import Fields, fields_of
 from fintune.sources.labels import label_of
 from fintune.sources.rows import BrokenRowError
 from fintune.sources.turns import list_of_turns, messages_of, text_of
-
-Fields = Mapping[str, object]
-"""A row's values by name in lower case."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,7 @@ def convert(
     if not isinstance(row, dict):
         kind = "a list" if isinstance(row, list) else "null" if row is None else f"{row!r:.40}"
         raise BrokenRowError("not an object", f"{kind} is no object with named fields")
-    fields = _fields(row, columns or {})
+    fields = fields_of(row, columns or {})
     found = shape or detect(fields, labelled=labelled)
     if found is None:
         raise _unknown(fields)
@@ -84,44 +80,6 @@ def detect(fields: Fields, *, labelled: bool = False) -> Shape | None:
             if needed <= present:
                 return shape
     return None
-
-
-def _fields(row: Mapping[str, object], columns: Mapping[str, str]) -> dict[str, object]:
-    fields = {str(name).strip().lower(): value for name, value in row.items()}
-    mapped = {field.lower(): _column(row, column) for field, column in columns.items()}
-    fields |= mapped
-    for name, known in _ALIASES.items():
-        if name in fields and known not in fields:
-            fields[known] = fields[name]
-    turns = fields.get("messages") if fields.get("messages") is not None else fields.get("conversations")
-    first = _first(turns)
-    if isinstance(first, dict) and "role" not in first and "from" in first:
-        fields["conversations"], fields["messages"] = turns, None
-    elif turns is not None:
-        fields["messages"], fields["conversations"] = turns, None
-    return {name: value for name, value in fields.items() if name not in _TURNS or value is not None}
-
-
-def _first(turns: object) -> object:
-    if isinstance(turns, str):  # a list as text in a cell
-        try:
-            turns = json.loads(turns)
-        except ValueError:
-            return None
-    return turns[0] if isinstance(turns, list) and turns else None
-
-
-def _column(row: Mapping[str, object], column: str) -> object:
-    if column in row:
-        return row[column]
-    value: object = row
-    for part in column.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            near = difflib.get_close_matches(column, list(map(str, row)), n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(map(str, row))}"
-            raise BrokenRowError("no such column", "the column is not in the row", field=column, hint=hint)
-        value = value[part]
-    return value
 
 
 def _unknown(fields: Fields) -> BrokenRowError:
@@ -268,8 +226,6 @@ def _system(value: object) -> tuple[Message, ...]:
     return (Message(role="system", content=text_of(value, "system", "bad system message")),)
 
 
-_TURNS = ("messages", "conversations")
-_ALIASES: Final = {"response": "completion", "conversation": "messages", "system_prompt": "system"}
 _NEEDS: Final[tuple[tuple[Shape, set[str]], ...]] = (
     ("preference", {"chosen", "rejected"}),
     ("unpaired_preference", {"prompt", "completion", "label"}),
