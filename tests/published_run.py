@@ -96,7 +96,7 @@ def save_adapter(base: Path, name: str, folder: Path) -> None:
         if "lora_B" in weight_name:
             torch.nn.init.normal_(weight, std=0.2)
     folder.parent.mkdir(parents=True)
-    adapter.save(adapted, name, None, folder)
+    adapter.save(adapted, name, None, folder, base=base)
 
 
 def finish(

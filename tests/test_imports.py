@@ -20,6 +20,7 @@ ROOMS = {"sources", "finqa", "tuning", "engines", "gguf", "report"}
 
 ROOTS_FOR_ROOMS = {
     "fintune",  # __version__
+    "fintune.adapter_origin",  # which base an adapter belongs to
     "fintune.artifact",  # manifests and outcomes, which tables show
     "fintune.cache",
     "fintune.chat",

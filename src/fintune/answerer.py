@@ -14,17 +14,15 @@ from __future__ import annotations
 import gc
 import hashlib
 import os
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from fintune import chat, models
+from fintune import adapter_origin, chat, models
 from fintune.engines.endpoint import is_endpoint, parse
-from fintune.engines.protocol import Completion, Decoding, Engine
+from fintune.engines.protocol import Answered, Decoding, Engine
 from fintune.errors import ModelError
-from fintune.model_folder import adapter_base
 from fintune.options import Config
 from fintune.records import Message
 
@@ -41,8 +39,6 @@ Conversation = Sequence[Message]
 
 CHARACTERS_PER_TOKEN = 2.5
 """For servers whose tokenizer is not known. Finance pages have about 3, or 2.6 where every digit is a token."""
-
-_PUBLIC_NAME = re.compile(r"builtin:\S+|[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -117,7 +113,9 @@ class Answerer(Protocol):
         """Tokens of a text."""
         ...
 
-    def complete(self, conversations: Sequence[Conversation], decoding: Decoding) -> Iterator[Completion]:
+    def complete(
+        self, conversations: Sequence[Conversation], decoding: Decoding, done: Collection[int] = ()
+    ) -> Iterator[Answered]:
         """Completions as :meth:`fintune.engines.protocol.Engine.generate` gives them."""
         ...
 
@@ -179,9 +177,11 @@ class _Folder:
     def __init__(self, named: Named, engine: EngineName) -> None:
         self.engine = engine
         if named.adapter is not None:
-            _check_base(named.name, named.adapter)
+            adapter_origin.check_name(named.name, named.adapter)
         ref = models.fetch(models.resolve(named.name, revision=named.revision))
         assert ref.path is not None, "fetch fills the path"
+        if named.adapter is not None:
+            adapter_origin.check_weights(ref.path, named.adapter, name=named.name)
         self._tokenizer = models.load_tokenizer(ref, trust_remote_code=named.trust_remote_code)
         parts = [ref.path] if named.adapter is None else [ref.path, named.adapter]
         self.fingerprint = " ".join([*map(models.model_fingerprint, parts), *(["4bit"] if named.load_in_4bit else [])])
@@ -194,8 +194,10 @@ class _Folder:
     def count_text(self, text: str) -> int:
         return len(self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def complete(self, conversations: Sequence[Conversation], decoding: Decoding) -> Iterator[Completion]:
-        return self._engine.generate([chat.render(self._tokenizer, turns) for turns in conversations], decoding)
+    def complete(
+        self, conversations: Sequence[Conversation], decoding: Decoding, done: Collection[int] = ()
+    ) -> Iterator[Answered]:
+        return self._engine.generate([chat.render(self._tokenizer, turns) for turns in conversations], decoding, done)
 
     def close(self) -> None:
         self._engine.close()
@@ -223,8 +225,10 @@ class _GgufFile:
     def count_text(self, text: str) -> int:
         return len(self._engine.tokenise([text])[0])
 
-    def complete(self, conversations: Sequence[Conversation], decoding: Decoding) -> Iterator[Completion]:
-        return self._engine.generate([self._engine.render(turns) for turns in conversations], decoding)
+    def complete(
+        self, conversations: Sequence[Conversation], decoding: Decoding, done: Collection[int] = ()
+    ) -> Iterator[Answered]:
+        return self._engine.generate([self._engine.render(turns) for turns in conversations], decoding, done)
 
     def close(self) -> None:
         self._engine.close()
@@ -247,8 +251,10 @@ class _Served:
     def count_text(self, text: str) -> int:
         return -int(-len(text) // CHARACTERS_PER_TOKEN)
 
-    def complete(self, conversations: Sequence[Conversation], decoding: Decoding) -> Iterator[Completion]:
-        return self._engine.chat(conversations, decoding)
+    def complete(
+        self, conversations: Sequence[Conversation], decoding: Decoding, done: Collection[int] = ()
+    ) -> Iterator[Answered]:
+        return self._engine.chat(conversations, decoding, done)
 
     def close(self) -> None:
         self._engine.close()
@@ -286,18 +292,6 @@ def _in_vllm(named: Named, ref: models.ModelRef, tokenizer: PreTrainedTokenizerB
         load_in_4bit=named.load_in_4bit,
         trust_remote_code=named.trust_remote_code,
     )
-
-
-def _check_base(name: str, adapter: Path) -> None:
-    """Public names tell models apart; of folders, which may have moved, the sizes are compared when they load."""
-    if not (adapter / "adapter_config.json").is_file():
-        raise ModelError(
-            f"{adapter} holds no adapter: adapter_config.json is missing", hint="give a folder in PEFT format"
-        )
-    trained_on = adapter_base(adapter)
-    public = [_PUBLIC_NAME.fullmatch(each) and not Path(each).exists() for each in (name, trained_on)]
-    if all(public) and name.casefold() != trained_on.casefold():
-        raise ModelError(f"{adapter} was trained on {trained_on}, not on {name}", hint=f"use it with {trained_on}")
 
 
 def _is_gguf(path: Path) -> bool:

@@ -60,6 +60,16 @@ def check_model_folder(folder: Path) -> None:
 
 
 def _check_weights(folder: Path) -> None:
+    for file in weight_files(folder):
+        check_safetensors(file)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that a model is read from: those of its index, or those that there are.
+
+    Raises:
+        ModelError: There are none, or some that the index names are missing.
+    """
     index = folder / _INDEX
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
@@ -82,8 +92,7 @@ def _check_weights(folder: Path) -> None:
             f"{folder} holds no safetensors weights{found}",
             hint="only safetensors are read; save the model with save_pretrained of a recent transformers",
         )
-    for file in files:
-        check_safetensors(file)
+    return files
 
 
 def check_safetensors(file: Path) -> None:
@@ -153,11 +162,12 @@ def model_fingerprint(path: Path) -> str:
         raise ModelError(f"{path} holds no model files")
     whole = hashlib.sha256()
     for file in files:
-        whole.update(f"{file.name}\0{_file_hash(file)}\n".encode())
+        whole.update(f"{file.name}\0{file_hash(file)}\n".encode())
     return whole.hexdigest()
 
 
-def _file_hash(file: Path) -> str:
+def file_hash(file: Path) -> str:
+    """sha256 of a file, remembered as :func:`model_fingerprint` says."""
     stat = file.stat()
     large = stat.st_size > _CHUNK_BYTES
     key = hashlib.sha256(f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()

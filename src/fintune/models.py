@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from fintune import adapter_origin
 from fintune.chat import end_of_turn_ids
 from fintune.errors import ModelError, ResourceError
 from fintune.model_folder import adapter_base, check_safetensors, model_fingerprint, read_json
@@ -206,6 +207,8 @@ def load_adapter(model: PreTrainedModel, path: Path, *, trainable: bool = False)
             raise ModelError(f"{path} holds no adapter: {name} is missing", hint="give a folder in PEFT format")
     check_safetensors(path / "adapter_model.safetensors")
     _check_adapter_fits(model, path)
+    if (Path(model.name_or_path) / "config.json").is_file():
+        adapter_origin.check_weights(Path(model.name_or_path), path)
     with quiet_peft():
         adapted: PeftModel = PeftModel.from_pretrained(model, path, is_trainable=trainable)
     return adapted

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fintune import builtin, model_ref
+from fintune import adapter_origin, builtin, model_ref
 from fintune.artifact import MANIFEST, Manifest, sha256_file
 from fintune.errors import ArtifactError, ConfigError, ModelError
 from fintune.hub_push import Upload
@@ -83,6 +83,8 @@ def _files(
     for what in config.publish.what:
         step = _STEPS[what]
         for name in manifests[step].outputs:
+            if name == f"adapter/{adapter_origin.FILE}":
+                continue  # of weights on this machine; the hub's may be those before they were rounded
             if what == "adapter" and name.startswith("adapter/"):
                 chosen.append((step, name, _below(config.publish.adapter_folder, name.removeprefix("adapter/"))))
             elif name in gguf if what == "gguf" else what == "merged" and name != CARD:

@@ -135,7 +135,7 @@ def run(order: dict[str, Any]) -> None:
         raise ResourceError(f"out of memory under Unsloth ({str(error).splitlines()[0][:160]})", hint=hint) from None
     peak = round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else None
     (folder / FILE).write_text(json.dumps({"versions": versions(), "peak_gib": peak}) + "\n", encoding="utf-8")
-    adapter.save(model, config.model.name, config.model.revision, folder / "adapter")
+    adapter.save(model, config.model.name, config.model.revision, folder / "adapter", base=Path(order["model"]))
 
 
 def _model(config: Config, folder: str, compute: str, longest: int) -> Any:

@@ -103,6 +103,7 @@ def test_dpo_raises_the_margin_of_held_out_pairs_and_leaves_the_reference_alone(
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "fintune.json",
     ]
 
 

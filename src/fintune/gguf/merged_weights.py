@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fintune import adapter_origin
 from fintune.errors import ModelError, ResourceError
 from fintune.gguf.adapter_reader import Adapter, LowRank
 from fintune.gguf.safetensor_reader import SafetensorFolder, StoredTensor
@@ -78,6 +79,7 @@ class MergedWeights:
     ) -> None:
         self.adapter = Adapter(adapter)
         self._base = SafetensorFolder(base)
+        adapter_origin.check_weights(base, adapter)
         tied = self._is_tied(base)
         self._transform = transform
         self._changes = dict(self.adapter.changes)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fintune import chat, models
+from fintune import adapter_origin, chat, models
 from fintune.errors import ArtifactError
 from fintune.gguf import layerwise
 from fintune.gguf.dequantised import NormalFloat, merged_into
@@ -72,6 +72,7 @@ def merge(config: Config, inputs: Mapping[str, Path], folder: Path) -> dict[str,
     proof = _prove((ref.path, adapter), (folder, None), golden, trust_remote_code=trust)
     return {
         **_facts(report, seen),
+        **adapter_origin.merged_facts(adapter),
         **proof,
         "summary": (
             f"{report.dtype}, {report.num_moved} weights moved, "

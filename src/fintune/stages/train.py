@@ -176,7 +176,7 @@ def _train(config: Config, prepare: Path, rows: Dataset, folder: Path, result: P
     pushes = _pushes(config, model, start, len(rows))
     train_rows(model, extra_callbacks=[pushes.callback()] if pushes else [])
     if ranks.leads():
-        adapter.save(model, config.model.name, config.model.revision, result, start=start)
+        adapter.save(model, config.model.name, config.model.revision, result, start=start, base=ref.path)
     ranks.wait()
     if pushes:
         pushes.finish()

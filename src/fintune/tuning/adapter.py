@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fintune import adapter_origin
 from fintune.errors import ConfigError
 from fintune.options import AdapterOptions
 from fintune.tuning.quiet import quiet_libraries
@@ -225,7 +226,15 @@ def _sort_targets(path: Path) -> None:
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def save(model: PeftModel, base_name: str, revision: str | None, folder: Path, *, start: Path | None = None) -> None:
+def save(
+    model: PeftModel,
+    base_name: str,
+    revision: str | None,
+    folder: Path,
+    *,
+    start: Path | None = None,
+    base: Path | None = None,
+) -> None:
     """Write the adapter in PEFT's format; the folder appears at once, with everything in it.
 
     Args:
@@ -235,6 +244,7 @@ def save(model: PeftModel, base_name: str, revision: str | None, folder: Path, *
         folder: Where to; an older one is replaced.
         start: From :func:`save_start`. The adapter is written as the difference to it, of twice the rank, for the base
             model as it is stored, whose weights PiSSA and LoftQ changed.
+        base: Folder of the base model, whose weights are noted beside the adapter.
     """
     beside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
@@ -246,6 +256,8 @@ def save(model: PeftModel, base_name: str, revision: str | None, folder: Path, *
     _sort_targets(beside / "adapter_config.json")
     if start is not None:
         _subtract(start, beside)
+    if base is not None:
+        adapter_origin.note(beside, base)
     (beside / "README.md").unlink(missing_ok=True)  # an empty form; the run's own card says more
     shutil.rmtree(folder, ignore_errors=True)
     beside.replace(folder)
