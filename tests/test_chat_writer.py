@@ -226,6 +226,14 @@ def test_a_template_that_is_compiled_in_another_way_is_noticed(monkeypatch):
     assert encoder.encode("x", talk) == expected
 
 
+def test_a_template_that_cannot_be_compiled_is_told_where_it_is_used():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for %}"
+    writer = TurnWriter(tokenizer)
+    with pytest.raises(DataError, match="refuses the turns user"):
+        writer.render(long_talk(1))
+
+
 def test_what_is_remembered_is_bounded(monkeypatch):
     tokenizer = make_tokenizer()
     monkeypatch.setattr(chat_writer, "_KEPT_IDS", 200)

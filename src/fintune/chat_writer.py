@@ -183,12 +183,17 @@ def _overlap(end: str, other: str) -> bool:
 
 
 def _compiled(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, str]], bool], str] | None:
-    """The template as ``apply_chat_template`` compiles it; None where this transformers has it elsewhere."""
+    """The template as ``apply_chat_template`` compiles it; None where it does not or does it elsewhere."""
+    from jinja2 import TemplateError
+
     try:
         from transformers.utils.chat_template_utils import _compile_jinja_template
     except ImportError:
         return None
-    template = _compile_jinja_template(chat.dated_template(tokenizer))
+    try:
+        template = _compile_jinja_template(chat.dated_template(tokenizer))
+    except TemplateError:
+        return None  # told where it is used
     names = dict(tokenizer.special_tokens_map)
 
     def write(messages: list[dict[str, str]], add_generation_prompt: bool) -> str:

@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from fintune import chat
+from fintune.chat_writer import TurnWriter
 from fintune.errors import DataError
 from fintune.finqa.prompt import Built, TooLongError, build_messages, prompt_budget
 from fintune.progress import track
@@ -72,6 +73,7 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, system: str, max_length: int) -> None:
         self._tokenizer, self._system, self.max_length = tokenizer, system, max_length
+        self._writer = TurnWriter(tokenizer)  # a page is measured, encoded as a prompt and with its completion
         # Several questions share a page, so most lines were counted before.
         self._count = lru_cache(_CACHED_LINES)(self._count_tokens)
 
@@ -116,11 +118,12 @@ class Encoder:
         """
         completion = record.qa.program.strip()
         alone = [Message(role="user", content=record.qa.question)]
-        num_completion = sum(chat.encode_example(self._tokenizer, alone, completion).completion_mask)
+        self._writer.check(alone)
+        num_completion = sum(chat.encode_example(self._tokenizer, alone, completion, self._writer).completion_mask)
         budget = prompt_budget(self.max_length, num_completion)
         while True:
             built = self._build(record, budget)
-            encoded = chat.encode_example(self._tokenizer, built.messages, completion)
+            encoded = chat.encode_example(self._tokenizer, built.messages, completion, self._writer)
             excess = len(encoded.input_ids) - self.max_length
             if excess <= 0:
                 break
@@ -141,7 +144,7 @@ class Encoder:
             system=self._system,
             budget=budget,
             count_tokens=self._count,
-            count_prompt=lambda messages: len(chat.encode_prompt(self._tokenizer, messages)),
+            count_prompt=lambda messages: len(chat.encode_prompt(self._tokenizer, messages, self._writer)),
         )
 
     def _count_tokens(self, text: str) -> int:
