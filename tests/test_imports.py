@@ -41,6 +41,7 @@ ROOTS_OVER_ROOMS = {
     "fintune.cli_audit": {"stages"},
     "fintune.cli_common": {"report"},
     "fintune.cli_config": {"report"},
+    "fintune.cli_convert": {"stages"},
     "fintune.cli_inspect": {"stages"},
     "fintune.cli_score": {"report", "stages"},
     "fintune.cli_serve": {"stages"},

@@ -25,6 +25,7 @@ from fintune.cli_common import (
     strict_option,
 )
 from fintune.cli_config import config_group
+from fintune.cli_convert import export, merge
 from fintune.cli_inspect import inspect
 from fintune.cli_plan import plan
 from fintune.cli_predict import predict_plain
@@ -158,8 +159,6 @@ _verb("preflight", "Does llama.cpp split text as the model does?")
 _verb("prepare", "Data to examples and tokens.")
 _verb("train", "Fine-tune an adapter; an interrupted run goes on from its last checkpoint.")
 _verb("guard", "A fixed set of finance questions and FinQA pages before and after training: what got worse.")
-_verb("merge", "Fold the adapter into the base model: a 16-bit Hugging Face folder.")
-_verb("export", "The model to GGUF files for llama.cpp.")
 _verb("replay", "Is each file the model that was trained?")
 _verb("report", "One HTML page of the run.")
 
@@ -215,7 +214,7 @@ def predict(
     )
 
 
-for command in (score, inspect, ask, plan, audit, publish, serve, config_group):
+for command in (merge, export, score, inspect, ask, plan, audit, publish, serve, config_group):
     app.add_command(command)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from fintune.artifact import write_atomically
@@ -64,6 +67,51 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FintuneError(f"{folder}: cannot be made ({error.strerror or error})") from None
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder that appears under its name when the work is done; what a failed attempt wrote is removed.
+
+    Args:
+        folder: Where it is to lie; nothing may be there but an empty folder.
+
+    Yields:
+        A hidden folder beside it, to write into.
+
+    Raises:
+        FintuneError: Something is there, or no folder can be made.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FintuneError(
+            f"{folder}: exists, and nothing there is overwritten", hint="name another --out, or remove it"
+        )
+    make_folder(folder.parent)
+    for left in folder.parent.glob(f".{folder.name}.*.part"):  # of a process that was killed
+        if not _runs(left.name.split(".")[-2]):
+            shutil.rmtree(left, ignore_errors=True)
+    beside = folder.parent / f".{folder.name}.{os.getpid()}.part"
+    try:
+        try:
+            beside.mkdir()
+        except OSError as error:
+            raise FintuneError(f"{folder}: cannot be made ({error.strerror or error})") from None
+        yield beside
+        beside.replace(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _runs(pid: str) -> bool:
+    if not pid.isdigit():
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def abridged(remarks: Sequence[str], where: str = "") -> list[str]:

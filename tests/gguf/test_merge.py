@@ -115,6 +115,18 @@ def test_a_tied_model_whose_embeddings_stand_still_stays_tied(tiny_model, tmp_pa
     assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is True
 
 
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_a_vocabulary_that_grew_without_its_embeddings_is_told_as_such(untied, tmp_path, target):
+    grown = make_tiny_model(tmp_path / "grown", tie_word_embeddings=False, vocab_size=408)
+    adapter = saved(grown, tmp_path / "adapter", target_modules=[target, "q_proj"])
+    patch_json(adapter / "adapter_config.json", base_model_name_or_path="someone/base")  # whose weights nobody knows
+    (tmp_path / "merged").mkdir()
+    told = r"with a vocabulary of 408 tokens, .* has 400, and the resized embeddings were not saved .*save_embedding_l"
+    with pytest.raises(ModelError, match=told):
+        merge_folders(untied, adapter, tmp_path / "merged")
+    assert not list((tmp_path / "merged").iterdir())
+
+
 def test_a_vocabulary_that_grew_comes_with_its_embeddings_and_tokenizer(tiny_model, tmp_path):
     adapter = saved(tiny_model, tmp_path / "adapter")
     tensors = load_file(adapter / "adapter_model.safetensors")

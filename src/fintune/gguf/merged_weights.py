@@ -139,6 +139,12 @@ class MergedWeights:
             tensor = self.tensors.get(name)
             if tensor is None:
                 raise ModelError(f"{where}: it adapts {name.removesuffix('.weight')}, which is not there", hint=hint)
+            if name in (EMBEDDING, HEAD) and tensor.shape[0] != change.shape[0] and tensor.shape[1] == change.shape[1]:
+                raise ModelError(
+                    f"{adapter.folder} was trained with a vocabulary of {change.shape[0]} tokens, {self._base.folder} "
+                    f"has {tensor.shape[0]}, and the resized embeddings were not saved with the adapter",
+                    hint="save it again from the training, with PEFT's save_embedding_layers=True",
+                )
             if tensor.shape != change.shape:
                 raise ModelError(
                     f"{where}: {name} has the shape {list(tensor.shape)} here and {list(change.shape)} in the adapter",

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fintune import llama_cpp_checkout, models
+from fintune import adapter_origin, llama_cpp_checkout, models
 from fintune.artifact import Facts
-from fintune.errors import ArtifactError, ModelError
+from fintune.errors import ArtifactError, ConfigError, ModelError
 from fintune.gguf.dequantised import NormalFloat, merged_into
 from fintune.gguf.export import ExportReport
 from fintune.gguf.export import export as write_gguf
@@ -76,13 +76,55 @@ def export(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
         release_memory()
         reset_peak_memory()
     weighed = None if importance is None else read_importance(importance)
+    adapter = None if "merge" in inputs else inputs["train"] / "adapter"
+    return facts | _stream(config, inputs.get("merge"), adapter, folder, weighed)
+
+
+def export_model(config: Config, folder: Path, *, adapter: Path | None = None) -> Facts:
+    """``fintune export --model``: any Hugging Face folder, or a base with an adapter, without a run.
+
+    Args:
+        config: ``model``, ``export`` and ``merge``; ``run.name`` begins the files' names.
+        folder: As for :func:`export`.
+        adapter: PEFT folder, folded in while the base is read.
+
+    Raises:
+        ConfigError: ``export.importance: compute``, for which there are no texts.
+        FintuneError: As for :func:`export`.
+    """
+    if config.export.computes_importance:
+        raise ConfigError(
+            "export.importance: compute reads the training texts of a run", hint="name a file, or export the run"
+        )
+    ref = models.fetch(models.resolve(config.model.name, revision=config.model.revision))
+    assert ref.path is not None, "fetch fills the path"
+    if config.export.llama_cpp_path is not None:
+        if adapter is not None:
+            raise ConfigError(
+                "export.llama_cpp_path reads a merged folder", hint="make one with fintune merge --model --adapter"
+            )
+        return _by_checkout(config, config.export.llama_cpp_path, ref.path, folder)
+    if adapter is not None:
+        adapter_origin.check_name(config.model.name, adapter)
+        adapter_origin.check_weights(ref.path, adapter, name=config.model.name)
+    importance = config.export.importance_file
+    weighed = None if importance is None else read_importance(importance)
+    return _stream(config, None if adapter is not None else ref.path, adapter, folder, weighed)
+
+
+def _stream(
+    config: Config, model: Path | None, adapter: Path | None, folder: Path, weighed: Importance | None
+) -> Facts:
+    """One reading of a folder, or of the configuration's model with an adapter."""
+    facts: Facts = {}
     seen = NormalFloat() if config.merge.into == "dequantised" else None
     before = resident_memory_bytes()
-    if "merge" in inputs:
-        report, notes = _write(config, inputs["merge"], None, folder, weighed)
+    if adapter is None:
+        assert model is not None, "one of them is given"
+        report, notes = _write(config, model, None, folder, weighed)
     else:
-        with _merged_while_read(config, inputs["train"] / "adapter", folder, seen) as (model, weights):
-            report, notes = _write(config, model, weights, folder, weighed)
+        with _merged_while_read(config, adapter, folder, seen) as (place, weights):
+            report, notes = _write(config, place, weights, folder, weighed)
         facts |= merged_into(seen)
     grown = max(0, peak_memory_bytes() - before)
     if grown > MEMORY_LIMIT_BYTES:
@@ -91,7 +133,7 @@ def export(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
         say(note)
     sizes = {file.kind: file.num_bytes for file in report.files}
     return facts | {
-        "source": "merged folder" if "merge" in inputs else "base + adapter",
+        "source": "merged folder" if adapter is None else "base + adapter",
         "file_bytes": sizes,
         "tensors_by_type": {file.kind: dict(file.num_tensors_by_type) for file in report.files},
         "importance": None if weighed is None else weighed.file,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fintune import adapter_origin, chat, models
+from fintune import adapter_origin, chat, guard_set, models
 from fintune.errors import ArtifactError
 from fintune.gguf import layerwise
 from fintune.gguf.dequantised import NormalFloat, merged_into
@@ -15,13 +15,16 @@ from fintune.gguf.merge import MergeReport, merge_folders
 from fintune.gguf.merged_folder import settle_special_tokens
 from fintune.options import Config
 from fintune.progress import bar, track
-from fintune.records import Example
+from fintune.records import Example, Message
 from fintune.tuning import full
 from fintune.tuning.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
+
+Turns = tuple[Sequence[Message], str]
+"""A conversation and its answer."""
 
 NUM_GOLDEN = 4
 """Prompts on which base + adapter and the merged folder are compared."""
@@ -53,12 +56,38 @@ def merge(config: Config, inputs: Mapping[str, Path], folder: Path) -> dict[str,
     whole = full.result(inputs["train"])
     if whole is not None:
         return _convert(config, inputs, ref.path, whole, folder)
-    adapter = inputs["train"] / "adapter"
+    return _fold(config, ref.path, inputs["train"] / "adapter", folder, _golden_of(inputs["prepare"] / "eval.jsonl"))
+
+
+def merge_adapter(config: Config, adapter: Path, folder: Path) -> dict[str, Any]:
+    """``fintune merge --model``: a base and an adapter without a run, compared on prompts of the guard's fixed set.
+
+    Args:
+        config: ``model`` and ``merge``.
+        adapter: PEFT folder.
+        folder: Becomes a Hugging Face model folder.
+
+    Returns:
+        As :func:`merge`.
+
+    Raises:
+        FintuneError: As :func:`merge`.
+    """
+    adapter_origin.check_name(config.model.name, adapter)
+    ref = models.fetch(models.resolve(config.model.name, revision=config.model.revision))
+    assert ref.path is not None, "fetch fills the path"
+    adapter_origin.check_weights(ref.path, adapter, name=config.model.name)
+    asked = [(each.messages, each.answer) for each in guard_set.prompts()[:NUM_GOLDEN]]
+    return _fold(config, ref.path, adapter, folder, asked)
+
+
+def _fold(config: Config, base: Path, adapter: Path, folder: Path, golden: Sequence[Turns]) -> dict[str, Any]:
+    """Base and adapter to a folder, and the proof on golden prompts."""
     trust = config.model.trust_remote_code
     seen = NormalFloat() if config.merge.into == "dequantised" else None
     with bar("merge", 1.0) as shown:
         report = merge_folders(
-            ref.path,
+            base,
             adapter,
             folder,
             dtype=config.merge.dtype,
@@ -68,8 +97,7 @@ def merge(config: Config, inputs: Mapping[str, Path], folder: Path) -> dict[str,
     tokenizer = models.load_tokenizer(models.resolve(str(folder)), trust_remote_code=trust)
     settle_special_tokens(folder, tokenizer)
 
-    golden = _golden_prompts(tokenizer, inputs["prepare"] / "eval.jsonl")
-    proof = _prove((ref.path, adapter), (folder, None), golden, trust_remote_code=trust)
+    proof = _prove((base, adapter), (folder, None), _encoded(tokenizer, golden), trust_remote_code=trust)
     return {
         **_facts(report, seen),
         **adapter_origin.merged_facts(adapter),
@@ -92,7 +120,7 @@ def _convert(config: Config, inputs: Mapping[str, Path], base: Path, trained: Pa
     trust = config.model.trust_remote_code
     tokenizer = models.load_tokenizer(models.resolve(str(folder)), trust_remote_code=trust)
     settle_special_tokens(folder, tokenizer)
-    golden = _golden_prompts(tokenizer, inputs["prepare"] / "eval.jsonl")
+    golden = _encoded(tokenizer, _golden_of(inputs["prepare"] / "eval.jsonl"))
     proof = _prove((trained, None), (folder, None), golden, trust_remote_code=trust)
     return {
         "dtype": dtype,
@@ -176,10 +204,15 @@ def _shares(advance: Callable[[float], None]) -> Callable[[int, int], None]:
     return progress
 
 
-def _golden_prompts(tokenizer: PreTrainedTokenizerBase, path: Path) -> list[list[int]]:
+def _golden_of(path: Path) -> list[Turns]:
+    """The first examples of a run's evaluation split."""
     with path.open(encoding="utf-8") as lines:
         examples = [Example.model_validate_json(line) for line, _ in zip(lines, range(NUM_GOLDEN), strict=False)]
-    return [chat.encode_example(tokenizer, each.messages, each.completion).input_ids for each in examples]
+    return [(each.messages, each.completion) for each in examples]
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, golden: Sequence[Turns]) -> list[list[int]]:
+    return [chat.encode_example(tokenizer, messages, completion).input_ids for messages, completion in golden]
 
 
 def _logits(model: Any, golden: Sequence[Sequence[int]], what: str) -> list[torch.Tensor]:
