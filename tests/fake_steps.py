@@ -39,13 +39,13 @@ class Chain:
         return self.runs / "trial"
 
     def steps(self) -> list[Step]:
-        prepare = self._step("prepare", (), ("data", "run.seed"))
+        prepare = self.step("prepare", (), ("data", "run.seed"))
         return [
             replace(prepare, sources=lambda _: {"data.train": self.source}),
-            self._step("train", ("prepare",), ("train",), resumes=True),
-            self._step("predict/base", ("prepare",), ("predict.max_new_tokens",)),
-            self._step("predict/merged", ("prepare", "train"), ("predict.max_new_tokens",)),
-            self._step("report", ("prepare", "train", "predict/base", "predict/merged"), ()),
+            self.step("train", ("prepare",), ("train",), resumes=True),
+            self.step("predict/base", ("prepare",), ("predict.max_new_tokens",)),
+            self.step("predict/merged", ("prepare", "train"), ("predict.max_new_tokens",)),
+            self.step("report", ("prepare", "train", "predict/base", "predict/merged"), ()),
         ]
 
     def pipeline(
@@ -74,7 +74,9 @@ class Chain:
             for path in sorted(self.runs.rglob("*"))
         }
 
-    def _step(self, name: str, inputs: tuple[str, ...], options: tuple[str, ...], *, resumes: bool = False) -> Step:
+    def step(self, name: str, inputs: tuple[str, ...], options: tuple[str, ...], *, resumes: bool = False) -> Step:
+        """A step that writes one file."""
+
         def run(config: Config, inputs: Mapping[str, Path], folder: Path) -> dict[str, object]:
             self.ran.append(name)
             read = {step: (path / "out.json").read_text() for step, path in inputs.items()}

@@ -103,7 +103,7 @@ def test_every_flag_of_the_guide_is_there_with_its_default():
 def test_the_guides_commands_are_understood(line, here, monkeypatch):
     words = shlex.split(line)[1:]
     runs: list[object] = []
-    monkeypatch.setattr(cli_finance, "_run", lambda config, flags, skip: runs.append((config, flags)) or False)
+    monkeypatch.setattr(cli_finance, "_run", lambda config, flags, **_: runs.append((config, flags)) or False)
     command = cli_finance.train_command() if words[0] == "train.py" else cli_finance.pipeline_command()
     call(command, *words[1:])
     (config, flags), *_ = runs
@@ -203,6 +203,11 @@ def test_a_checkpoint_of_another_program_is_refused(here, model):
     (here / "elsewhere" / "checkpoint-5").mkdir(parents=True)
     with pytest.raises(ConfigError, match="this checkpoint is none of the run in financial_lora/run"):
         finance(model, "--resume_from_checkpoint", "elsewhere/checkpoint-5")
+
+
+def test_types_that_leave_out_a_file_of_the_guides_are_refused(here, model):
+    with pytest.raises(ConfigError, match="--extra_train_args leaves out F16 and Q4_K_M: the GGUF files are F16 and"):
+        finance(model, "--extra_train_args", "export.types=[Q8_0]")
 
 
 def test_a_missing_dataset_folder_is_named(here, model):

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from types import SimpleNamespace
@@ -108,6 +109,17 @@ def test_redo_makes_the_step_and_what_reads_it_anew(chain: Chain) -> None:
     chain.run()
     assert chain.run("train.epochs=5", redo=("train",)) == ["train", "predict/merged", "report"]
     assert chain.run("train.epochs=5") == []
+
+
+def test_a_check_ahead_of_a_step_is_made_anew_with_it_where_its_options_changed(chain: Chain, monkeypatch) -> None:
+    check = replace(chain.step("check", (), ("train.epochs",)), about="train")
+    steps = [check, *chain.steps()]
+    monkeypatch.setattr(chain, "steps", lambda: steps)
+    chain.run()
+    told = refusal(chain, "train.epochs=5")
+    assert f"{chain.folder / 'check'} was made with other settings" in told and "--redo train makes it anew" in told
+    assert chain.run("train.epochs=5", redo=("train",)) == ["check", "train", "predict/merged", "report"]
+    assert chain.run("train.epochs=5", redo=("train",)) == ["train"]
 
 
 def test_what_follows_stays_where_a_redone_step_gives_the_same_bytes(chain: Chain) -> None:

@@ -123,6 +123,11 @@ def _pipeline(flags: Mapping[str, Any]) -> None:
     more = ["merge.dtype=float16", f"export.types=[F16, {kind}]"]
     more += [] if checkout is None else [f"export.llama_cpp_path={json.dumps(str(checkout))}"]
     config = _config(flags, flags["lora_output_dir"], _investopedia(flags), more)
+    if missing := {"F16", kind} - set(config.export.types):
+        raise ConfigError(
+            f"--extra_train_args leaves out {' and '.join(sorted(missing))}: the GGUF files are F16 and {kind}",
+            hint="--quantization_target names the second",
+        )
     if not _run(config, flags, skip=[stage for flag, stage in _SKIPS.items() if flags[flag]]):
         return
     files.lay_out_adapter(config, flags["lora_output_dir"])
@@ -131,8 +136,10 @@ def _pipeline(flags: Mapping[str, Any]) -> None:
     if not flags["skip_quantization"]:
         exported = config.folder / "export"
         for type_, flag in (("F16", "gguf_fp16_path"), (kind, "gguf_q4_path")):
-            files.place(exported / f"{_RUN}-{type_}.gguf", flags[flag])
-        files.modelfile(exported / "Modelfile", f"{_RUN}-{kind}.gguf", flags["gguf_q4_path"])
+            files.place(exported / f"{config.run.name}-{type_}.gguf", flags[flag])
+        files.modelfile(
+            exported / "Modelfile", f"{config.run.name}-{config.export.types[-1]}.gguf", flags["gguf_q4_path"]
+        )
 
 
 def run_training(**flags: Any) -> None:

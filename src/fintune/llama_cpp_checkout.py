@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from fintune.errors import ResourceError
+from fintune.errors import ConfigError, ResourceError
 from fintune.progress import say
 
 OPTION = "export.llama_cpp_path"
@@ -18,6 +20,8 @@ CONVERTER = "convert_hf_to_gguf.py"
 _BUILD = "cmake -B build -S . && cmake --build build"
 _PLACES = ("build/bin/llama-quantize", "build/bin/llama-quantize.exe", "build/bin/Release/llama-quantize.exe")
 _HELP_SECONDS = 120
+_TYPE = re.compile(r"\bor\s+(\w+)\s+:")
+"""How llama-quantize lists them: ``15  or  Q4_K_M  :  4.58G, +0.1754 ppl``."""
 PLAIN = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """Types that the converter writes, by the type of the weights that each holds exactly."""
 
@@ -35,11 +39,16 @@ class Checkout:
     quantizer: Path
 
 
-def check(folder: Path) -> Checkout:
+def check(folder: Path, kinds: Sequence[str] = ()) -> Checkout:
     """Find and try both tools.
 
+    Args:
+        folder: The checkout.
+        kinds: Types that will be asked for.
+
     Raises:
-        ResourceError: One is missing or does not run, with what to do.
+        ResourceError: A tool is missing or does not run, with what to do.
+        ConfigError: The quantiser lists its types, and one that will be asked for is not among them.
     """
     if not folder.is_dir():
         hint = "give a llama.cpp checkout, or leave the option out: fintune then writes the GGUF files itself"
@@ -53,26 +62,33 @@ def check(folder: Path) -> Checkout:
         raise ResourceError(
             f"{OPTION} {folder}: there is no build/bin/llama-quantize", hint=f"build it in {folder}: {_BUILD}"
         )
-    for command, name, hint in (
-        ((sys.executable, str(converter.absolute()), "--help"), CONVERTER, f"pip install -r {folder}/requirements.txt"),
-        ((str(quantizer.absolute()), "--help"), "llama-quantize", f"build it anew in {folder}: {_BUILD}"),
-    ):
-        _try(command, name, hint)
+    _usage(
+        (sys.executable, str(converter.absolute()), "--help"), CONVERTER, f"pip install -r {folder}/requirements.txt"
+    )
+    rebuild = f"build it anew in {folder}: {_BUILD}"
+    known = _TYPE.findall(_usage((str(quantizer.absolute()), "--help"), "llama-quantize", rebuild))
+    for kind in kinds:
+        if known and kind.upper() not in {*known, *PLAIN.values()}:
+            near = difflib.get_close_matches(kind.upper(), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it knows {', '.join(known)}"
+            raise ConfigError(f"export.types: the llama-quantize of {folder} knows no {kind}", hint=hint)
     return Checkout(converter, quantizer)
 
 
 @lru_cache(maxsize=4)
-def _try(command: tuple[str, ...], name: str, hint: str) -> None:
+def _usage(command: tuple[str, ...], name: str, hint: str) -> str:
     # Once a process: the converter loads torch to tell its usage, and a run looks at it in every stage that needs it.
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_HELP_SECONDS, check=False)  # noqa: S603
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ResourceError(f"{name} does not run ({error})", hint=hint) from None
     # llama-quantize tells its usage with status 1; a tool that does not run says nothing about usage.
-    if "usage" not in (done.stdout + done.stderr).lower():
+    told = done.stdout + done.stderr
+    if "usage" not in told.lower():
         lines = (done.stderr or done.stdout).strip().splitlines()
         why = lines[-1][:200] if lines else f"status {done.returncode}"
         raise ResourceError(f"{name} does not run ({why})", hint=hint)
+    return told
 
 
 def convert(

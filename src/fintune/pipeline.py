@@ -197,11 +197,13 @@ class Pipeline:
         unfinished = slot.unfinished() if step.resumes and state == "unfinished" else None
         if unfinished is not None:
             changes = key.differences(unfinished)
+        if changes and step.ahead_of in self.redone:
+            return f"run anew, as {step.ahead_of} is"
         if changes:
             made = "was made" if unfinished is None else "is unfinished work, made"
             raise ArtifactError(
                 f"{slot.folder} {made} with other settings: {describe(changes)}",
-                hint=f"--redo {step.name} makes it anew, run.name=OTHER keeps it",
+                hint=f"--redo {step.ahead_of or step.name} makes it anew, run.name=OTHER keeps it",
             )
         if state == "inputs changed":
             return "run anew, its inputs changed"

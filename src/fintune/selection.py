@@ -45,6 +45,11 @@ class Step:
         """``predict`` of ``predict/merged``."""
         return self.name.partition("/")[0]
 
+    @property
+    def ahead_of(self) -> str | None:
+        """The step that this one checks beforehand: it is about that one, and reads nothing that this run made."""
+        return None if self.inputs else self.about
+
 
 @dataclass(frozen=True)
 class Selection:

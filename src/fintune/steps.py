@@ -226,7 +226,7 @@ def _check_model(config: Config) -> None:
 def _check_export(config: Config) -> None:
     list(_importance_file(config))
     if config.export.llama_cpp_path is not None:
-        llama_cpp_checkout.check(config.export.llama_cpp_path)
+        llama_cpp_checkout.check(config.export.llama_cpp_path, config.export.types)
     _check_model(config)
 
 

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from checkout_stand_in import calls, make_checkout
+from checkout_stand_in import QUANTIZER, calls, make_checkout
 from command import fintune
 from fintune import disk
-from fintune.errors import ModelError, ResourceError
+from fintune.errors import ConfigError, ModelError, ResourceError
 from fintune.gguf.merge import merge_folders
+from fintune.llama_cpp_checkout import check
 from fintune.options import Config
 from fintune.stages.export import export
 from fintune.stages.preflight import preflight
@@ -114,6 +115,17 @@ def test_a_run_looks_at_the_checkout_before_it_begins(tiny_model, checkout, tmp_
     assert fintune("run", path, *words, f"export.llama_cpp_path={checkout}").status == 0
     done = fintune("run", path, *words, f"export.llama_cpp_path={tmp_path}")
     assert done.status == 2 and f"export.llama_cpp_path {tmp_path}: there is no convert_hf_to_gguf.py" in done.err
+
+
+def test_a_type_that_the_quantiser_does_not_list_is_refused_before_the_run_begins(tmp_path):
+    listed = QUANTIZER.replace("usage: llama-quantize", "usage:   7  or  Q8_0  :  7.96G\n  15  or  Q4_K_M  :  4.58G")
+    tools = make_checkout(tmp_path / "tools", quantizer=listed)
+    check(tools, ("F16", "Q8_0", "q4_k_m"))
+    with pytest.raises(
+        ConfigError, match=r"^export\.types: the llama-quantize of .*tools knows no Q4_M: did you mean Q4_"
+    ):
+        check(tools, ("F16", "Q4_M"))
+    check(make_checkout(tmp_path / "silent"), ("Q4_M",))  # lists none, so it is asked when it is run
 
 
 @pytest.mark.parametrize("more", [{"source": "adapter"}, {"importance": "compute"}])
