@@ -215,7 +215,7 @@ def test_rows_that_are_no_pairs_are_refused_by_training(tiny_model, data, tmp_pa
 def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_pairs(tiny_model, data, pairs, tmp_path):
     with pytest.raises(FintuneError, match=r"not finite at step \d+") as raised:
         train(options(tiny_model, data, "dpo", "train.learning_rate=1e30"), {"prepare": pairs}, tmp_path)
-    assert "trader_dpo_data.jsonl:" in str(raised.value) or "gradient" in str(raised.value)
+    assert "trader_dpo_data.jsonl:" in str(raised.value)
 
 
 @pytest.mark.parametrize(

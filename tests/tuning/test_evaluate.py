@@ -7,7 +7,7 @@ import pytest
 from fintune import models
 from fintune.errors import FintuneError
 from fintune.options import AdapterOptions, TrainOptions
-from fintune.tuning import adapter, checkpoints, evaluate, full, metrics, sft
+from fintune.tuning import adapter, checkpoints, full, metrics, sft
 from fintune.tuning.evaluate import Evaluation, best_step, out_of_patience
 from prepared_rows import prepared
 
@@ -223,10 +223,20 @@ def test_weights_that_an_older_checkpoint_may_need_stay_until_a_newer_one_is_com
     assert kept == 2
 
 
-def test_an_evaluation_loss_that_is_not_finite_stops_with_the_step(tiny_model, splits, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate.Evaluator, "_loss", lambda *_: float("nan"))
-    with pytest.raises(FintuneError, match="the evaluation loss is not finite behind step 2"):
-        run(tiny_model, splits, tmp_path / "run")
+@pytest.mark.parametrize("fused_layers", ["never", "always"])
+def test_an_evaluation_loss_that_is_not_finite_names_step_and_examples(tiny_model, splits, tmp_path, fused_layers):
+    from transformers import TrainerCallback
+
+    class Spoil(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **_):
+            if state.global_step == 2:
+                next(w for name, w in model.named_parameters() if "lora_A" in name).data.fill_(float("nan"))
+
+    longest = sorted(splits[1], key=lambda row: -len(row["input_ids"]))[:2]
+    ids = ", ".join(row["id"] for row in longest)
+    with pytest.raises(FintuneError, match=f"the evaluation loss is not finite behind step 2; examples {ids}: lower"):
+        run(tiny_model, splits, tmp_path / "run", callbacks=[Spoil()], fused_layers=fused_layers)
+    assert "eval_loss" not in lines(tmp_path / "run")[-1]
 
 
 @pytest.mark.parametrize(

@@ -75,11 +75,11 @@ def failure(exitcode):
 
 def test_the_error_of_a_process_is_raised_as_it_was(tmp_path):
     order = tmp_path / "order.json"
-    launch.write_error(order, 0, FintuneError("the gradient is not finite at step 3", hint="lower it"))
-    launch.write_error(order, 1, DataError("no token is trained; examples x1", record_id="x1"))
+    launch.write_error(order, 0, FintuneError("the gradient is not finite at step 3; examples x0, x1"))
+    launch.write_error(order, 1, DataError("no token is trained", record_id="x1"))
     told = launch._told_by_ranks(tmp_path, failure(2), 2)
     assert type(told) is DataError
-    assert str(told) == "id x1: no token is trained; examples x1"
+    assert str(told) == "id x1: no token is trained"
     assert json.loads((tmp_path / "error-0.json").read_text())["kind"] == "FintuneError"
 
 

@@ -208,3 +208,30 @@ def test_an_unknown_target_is_refused_with_those_there_are(tiny_model):
     model = models.load_model(models.resolve(str(tiny_model)), dtype="float32", device="cpu")
     with pytest.raises(ConfigError, match=r"no linear layer 'q_prj': it has down_proj, .*q_proj"):
         adapter.attach(model, AdapterOptions(targets=("q_prj",)))
+
+
+@pytest.mark.parametrize("fused_layers", ["never", "always"])
+def test_a_gradient_that_is_not_finite_names_step_and_examples(tiny_model, rows, tmp_path, fused_layers):
+    """The loss is finite all the time; a hook spoils the gradient of one matrix in the second step."""
+    calls = []
+
+    def spoil(model):
+        def hook(gradient):
+            calls.append(gradient)
+            return gradient * float("inf") if len(calls) == 2 else gradient
+
+        next(weight for name, weight in model.named_parameters() if "lora_B" in name).register_hook(hook)
+
+    options = {"fused_layers": fused_layers, "dropout": 0.0, "batch_size": 3}
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    order = sft.make_plan(lengths, TrainOptions(max_steps=8, batch_size=3), 5).order
+    ids = ", ".join(rows[index]["id"] for index in order[3:6])
+    with pytest.raises(FintuneError, match=f"the gradient is not finite at step 2; examples {ids}: lower"):
+        run(tiny_model, rows, tmp_path / "run", spoil=spoil, **options)
+    assert [line["step"] for line in history(tmp_path / "run")] == [1]
+
+
+def test_many_examples_are_counted_and_not_all_named():
+    told = str(trainers.bad_loss(3, [f"x{i}" for i in range(40)]))
+    assert "x31 and 8 more: lower" in told
+    assert "x32" not in told

@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fintune.errors import FintuneError
 from fintune.options import TrainOptions
 from fintune.progress import Bar
 from fintune.tuning import checkpoints, metrics, ranks
 from fintune.tuning.answer_figures import right_sides, told_right_sides
-from fintune.tuning.evaluate import BEST, Evaluator, best_step, drop_others
+from fintune.tuning.evaluate import BEST, Evaluator, best_step, drop_others, not_finite
 from fintune.tuning.preference import FIGURES
 
 if TYPE_CHECKING:
@@ -20,7 +19,13 @@ if TYPE_CHECKING:
 
 
 def make_callback(
-    options: TrainOptions, *, folder: Path, plan_tokens: Sequence[int], bar: Bar, seconds: float
+    options: TrainOptions,
+    *,
+    folder: Path,
+    plan_tokens: Sequence[int],
+    bar: Bar,
+    seconds: float,
+    examples_of: Callable[[int], Sequence[str]],
 ) -> TrainerCallback:
     """A callback for transformers' Trainer.
 
@@ -30,6 +35,7 @@ def make_callback(
         plan_tokens: Tokens behind each step.
         bar: Moves one a step.
         seconds: Training time of earlier attempts.
+        examples_of: Ids of the examples of a step, over all processes; steps count from 1.
     """
     import torch
     from transformers import TrainerCallback
@@ -55,10 +61,8 @@ def make_callback(
                 return
             grads = [weight.grad for weight in self.trained if weight.grad is not None]
             if not bool(torch.stack(torch._foreach_norm(grads)).isfinite().all()):
-                raise FintuneError(
-                    f"the gradient is not finite at step {state.global_step + 1}",
-                    hint="lower train.learning_rate, or set train.precision to float32",
-                )
+                step = state.global_step + 1
+                raise not_finite(f"the gradient is not finite at step {step}", examples_of(step))
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             bar.advance()

@@ -29,6 +29,7 @@ BEST = "best"
 """Folder of the best weights so far, below that of ``train``, while it works."""
 
 _WEIGHTS = "weights.safetensors"
+_NUM_NAMED = 32
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,6 @@ class Evaluator:
                 found = {"eval_loss": self._loss(model)}
             else:
                 found = self._measure(model, self._evaluation.rows, self._order, self._options.batch_size)
-            if not isfinite(found["eval_loss"]):
-                raise FintuneError(
-                    f"the evaluation loss is not finite behind step {step}",
-                    hint="lower train.learning_rate, or set train.precision to float32; the last checkpoint is kept",
-                )
             if self._evaluation.accuracy is not None:
                 found["eval_accuracy"] = self._accuracy(self._evaluation.accuracy)
             self.seconds += time.monotonic() - started
@@ -139,10 +135,12 @@ class Evaluator:
         total, num_tokens = 0.0, 0
         rows, size = self._evaluation.rows, self._options.batch_size
         for start, counts in ranks.padded_share(range(0, len(self._order), size)):
-            batch = self._trainer.data_collator([rows[index] for index in self._order[start : start + size]])
+            members = [rows[index] for index in self._order[start : start + size]]
+            batch = self._trainer.data_collator(members)
             num_labels = int((batch["labels"][:, 1:] != IGNORED).sum())
             with torch.no_grad():
                 loss = self._trainer.prediction_step(model, batch, prediction_loss_only=True)[0]
+            check_loss(float(loss), self._trainer.state.global_step, members)
             total += float(loss) * num_labels * counts
             num_tokens += num_labels * counts
         total, num_all = ranks.total([total, num_tokens])
@@ -155,6 +153,31 @@ class Evaluator:
         dtype = torch.float16 if args.fp16 else torch.bfloat16
         with torch.autocast(model.device.type, dtype, enabled=args.bf16 or args.fp16):
             return accuracy(model)
+
+
+def not_finite(what: str, examples: Sequence[str]) -> FintuneError:
+    """What stops a run whose figures are not finite, with the ids of the examples that they are from."""
+    told = ", ".join(examples[:_NUM_NAMED])
+    more = f" and {len(examples) - _NUM_NAMED} more" if len(examples) > _NUM_NAMED else ""
+    return FintuneError(
+        f"{what}; examples {told}{more}",
+        hint="lower train.learning_rate, or set train.precision to float32; the last checkpoint is kept",
+    )
+
+
+def check_loss(loss: float, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Stop at an evaluation loss that is not finite.
+
+    Args:
+        loss: Of one batch.
+        step: Behind which it is taken.
+        rows: Of the batch, with their ``id``.
+
+    Raises:
+        FintuneError: With the step and the ids.
+    """
+    if not isfinite(loss):
+        raise not_finite(f"the evaluation loss is not finite behind step {step}", [str(row["id"]) for row in rows])
 
 
 def save_best(model: nn.Module, folder: Path, step: int) -> None:

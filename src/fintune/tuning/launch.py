@@ -150,8 +150,8 @@ def write_error(order: Path, number: int, error: FintuneError) -> None:
 def _told_by_ranks(place: Path, failure: Any, num_ranks: int) -> Exception:
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(place.glob("error-*.json"))]
     if found:
-        # A loss that is not finite makes every process's gradient so; the one that knows the examples is heard.
-        told = max(found, key=lambda each: "examples" in each["message"])
+        # A loss that is not finite makes every process's gradient so; the one that knows its examples is heard.
+        told = min(found, key=lambda each: each["message"].startswith("the gradient"))
         kind = getattr(errors, told["kind"], FintuneError)
         failed: Exception = kind(told["message"])
         return failed

@@ -15,6 +15,7 @@ from fintune.errors import FintuneError
 from fintune.options import TrainOptions
 from fintune.tuning.answer_figures import AnswerFigures
 from fintune.tuning.collate import IGNORED
+from fintune.tuning.evaluate import check_loss
 from fintune.tuning.preference_rows import PairCollator, all_pairs, batches
 
 if TYPE_CHECKING:
@@ -162,6 +163,7 @@ def _trainer_class(options: TrainOptions, bad_loss: Callable[[int, Sequence[str]
             totals: dict[str, float] = {}
             for batch_rows in batches(rows, order, size):
                 found = self._evaluated(model, self.data_collator(batch_rows))
+                check_loss(found["loss"], self.state.global_step, batch_rows)
                 for name, value in found.items():
                     if name == "loss" or name in FIGURES:
                         totals[name] = totals.get(name, 0.0) + value * len(batch_rows)
@@ -172,6 +174,7 @@ def _trainer_class(options: TrainOptions, bad_loss: Callable[[int, Sequence[str]
             for batch_rows in batches(rows, order, max(size, 2)):
                 batch = self.data_collator(batch_rows)
                 found = self._evaluated(model, batch)
+                check_loss(found["loss"], self.state.global_step, batch_rows)
                 logps, gained = self._gained(model, batch)
                 rewards = (options.beta * gained).tolist()
                 answers.add(batch["label"].tolist(), rewards, logps.tolist(), loss=found["loss"], kl=found["kl"])

@@ -119,19 +119,25 @@ def train(
         options = options.model_copy(update=passes)
     elif not fused:
         options = recompute.settle(model, options, lengths)
+    step_size = options.batch_size * options.accumulation * ranks.count()
+
+    def examples_of(step: int) -> list[str]:
+        return [str(rows[index]["id"]) for index in plan.order[(step - 1) * step_size : step * step_size]]
+
     resume, earlier = _where_it_stopped(folder)
     done = checkpoints.step_of(resume) if resume else 0
     with quiet_libraries(), bar("train", plan.steps, done=done) as shown:
         args = make_arguments(model, options, plan.steps, compute, seed, folder / "checkpoints")
         order = plan.order
         if out_of_patience(earlier, options):  # it was over; only what comes behind training is left to do
-            args.max_steps, order = done, order[: done * options.batch_size * options.accumulation * ranks.count()]
+            args.max_steps, order = done, order[: done * step_size]
         callback = make_callback(
             options,
             folder=folder,
             plan_tokens=plan.tokens,
             bar=shown,
             seconds=earlier[-1]["seconds"] if earlier else 0.0,
+            examples_of=examples_of,
         )
         callbacks = [callback, *(reporters(done) if reporters else ()), *extra_callbacks]
         trained = rows.select(order)

@@ -17,6 +17,7 @@ from fintune.tuning import optimizers, preference, shard
 from fintune.tuning.adapter import compute_in_base_type, store_frozen_weights
 from fintune.tuning.attention import use_short_causal_attention
 from fintune.tuning.collate import CompletionCollator
+from fintune.tuning.evaluate import not_finite
 from fintune.tuning.head import score_trained_positions
 from fintune.tuning.plan import TrainingPlan
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import torch
     from datasets import Dataset
     from peft import PeftModel
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
     from trl import SFTConfig, SFTTrainer
 
@@ -191,10 +193,7 @@ def _base(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
 
 def bad_loss(step: int, examples: Sequence[str]) -> FintuneError:
     """What stops a run whose loss is not finite."""
-    return FintuneError(
-        f"the loss is not finite at step {step}; examples {', '.join(examples)}",
-        hint="lower train.learning_rate, or set train.precision to float32; the last checkpoint is kept",
-    )
+    return not_finite(f"the loss is not finite at step {step}", examples)
 
 
 def stop_at_bad_losses(trainer: SFTTrainer, rows: Dataset) -> None:
@@ -213,8 +212,8 @@ class _LossGuard:
     def __init__(self, rows: Dataset, trainer: SFTTrainer) -> None:
         self._rows, self._trainer = rows, trainer
 
-    def __call__(self, _model: object, _args: object, kwargs: dict[str, Any], output: Any) -> None:
-        log_probs = getattr(output, "log_probs", None)
+    def __call__(self, model: nn.Module, _args: object, kwargs: dict[str, Any], output: Any) -> None:
+        log_probs = getattr(output, "log_probs", None) if model.training else None  # evaluations name their own rows
         if log_probs is None or bool(log_probs.isfinite().all()):
             return
         raise bad_loss(self._trainer.state.global_step + 1, self._ids(kwargs))
