@@ -25,6 +25,7 @@ from fintune.chat import end_of_turn_ids
 from fintune.errors import ModelError, ResourceError
 from fintune.model_folder import adapter_base, check_safetensors, model_fingerprint, read_json
 from fintune.model_ref import ModelRef, fetch, fetch_config, resolve
+from fintune.out_of_memory import advice_on_memory
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -160,7 +161,7 @@ def load_model(
 
     Raises:
         ModelError: The weights do not fit the configuration, or transformers does not know the architecture.
-        ResourceError: bitsandbytes is missing for 4-bit, or as ``fetch``.
+        ResourceError: bitsandbytes is missing for 4-bit, the memory does not suffice, or as ``fetch``.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -172,7 +173,7 @@ def load_model(
     in_products = stored if compute is None else getattr(torch, compute)
     options = {"quantization_config": _four_bit(in_products)} if load == "4bit" else {}
     try:
-        with _no_progress_bar():
+        with _no_progress_bar(), advice_on_memory(_less_memory(load), during=f"loading {folder}"):
             model, loading = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=stored,
@@ -192,6 +193,11 @@ def load_model(
         )
     loaded: PreTrainedModel = model.eval()
     return loaded
+
+
+def _less_memory(load: Load) -> str:
+    smaller = "take a smaller model or a machine with more memory"
+    return smaller if load == "4bit" else f"load it in 4 bits, or {smaller}"
 
 
 def load_adapter(model: PreTrainedModel, path: Path, *, trainable: bool = False) -> PeftModel:

@@ -13,8 +13,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fintune.errors import FintuneError, ResourceError
+from fintune.errors import FintuneError
 from fintune.options import Config
+from fintune.out_of_memory import advice_on_memory
 from fintune.tuning import launch
 from fintune.tuning.unsloth import FILE
 
@@ -116,7 +117,9 @@ def run(order: dict[str, Any]) -> None:
     eval_rows = _drawn(load_from_disk(order["eval_tokens"]), config)
     if config.train.eval_steps is not None:
         evaluation = Evaluation(eval_rows)
-    try:
+    hint = "lower train.batch_size and raise train.accumulation"
+    hint += "" if _recomputes(config) else ", or leave train.gradient_checkpointing empty"
+    with advice_on_memory(hint, during="training with Unsloth"):
         longest = max(len(ids) for split in (rows, eval_rows) for ids in split["input_ids"])
         model = _model(config, order["model"], order["compute"], longest)
         sft.train(
@@ -129,10 +132,6 @@ def run(order: dict[str, Any]) -> None:
             folder=folder,
             evaluation=evaluation,
         )
-    except torch.OutOfMemoryError as error:
-        hint = "lower train.batch_size and raise train.accumulation"
-        hint += "" if _recomputes(config) else ", or leave train.gradient_checkpointing empty"
-        raise ResourceError(f"out of memory under Unsloth ({str(error).splitlines()[0][:160]})", hint=hint) from None
     peak = round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else None
     (folder / FILE).write_text(json.dumps({"versions": versions(), "peak_gib": peak}) + "\n", encoding="utf-8")
     adapter.save(model, config.model.name, config.model.revision, folder / "adapter", base=Path(order["model"]))

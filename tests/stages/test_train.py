@@ -154,6 +154,32 @@ def test_out_of_memory_is_one_line_with_what_to_change(tiny_model, inputs, tmp_p
     assert "\n" not in str(raised.value)
 
 
+def test_memory_that_runs_out_on_a_cpu_is_one_line_with_the_same_advice(tiny_model, inputs, tmp_path, monkeypatch):
+    """The allocator is really asked for more than there is: 2^50 bytes."""
+    from fintune.errors import ResourceError
+    from fintune.tuning import sft
+
+    monkeypatch.setattr(sft, "train", lambda *_, **__: torch.empty(1 << 50, dtype=torch.uint8))
+    (tmp_path / "train").mkdir()
+    with pytest.raises(ResourceError, match=r"^out of memory \(DefaultCPUAllocator: can't allocate memory") as raised:
+        train(config(tiny_model, batch_size=8), inputs, tmp_path / "train")
+    assert "set train.batch_size=4 train.accumulation=2, or" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_model_that_does_not_fit_the_memory_is_told_with_what_to_do(tiny_model, inputs, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    from fintune.errors import ResourceError
+
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *_, **__: torch.empty(1 << 50, dtype=torch.uint8)
+    )
+    (tmp_path / "train").mkdir()
+    with pytest.raises(ResourceError, match=r"^out of memory while loading .*: load it in 4 bits, or take a smaller"):
+        train(config(tiny_model), inputs, tmp_path / "train")
+
+
 def test_out_of_memory_on_a_gpu_names_the_overrides_that_fit(tiny_model, inputs, tmp_path, monkeypatch):
     from fintune.errors import ResourceError
     from fintune.tuning import planned, sft

@@ -103,7 +103,7 @@ def test_a_process_that_dies_or_runs_out_of_memory_is_one_line(tiny_model, input
     chosen = config(tiny_model, backend="unsloth", backend_python=stand_in(tmp_path / "site"))
     for trouble, told in (
         ("killed", "Unsloth's process was ended by SIGKILL: see whether the machine ran out of memory"),
-        ("memory", r"out of memory under Unsloth \(CUDA out of memory\. Tried .*\): lower train.batch_size"),
+        ("memory", r"out of memory while training with Unsloth \(CUDA out of memory\. Tr.*\): lower train.batch_size"),
     ):
         monkeypatch.setenv("STAND_IN", trouble)
         with pytest.raises(ResourceError, match=told):

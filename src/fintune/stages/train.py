@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +14,10 @@ from fintune import chat, hub_push, models, publication
 from fintune.accuracy import read_questions
 from fintune.engines.protocol import Decoding
 from fintune.engines.transformers_engine import TransformersEngine
-from fintune.errors import ArtifactError, ResourceError
+from fintune.errors import ArtifactError
 from fintune.model_folder import read_json
 from fintune.options import Config
+from fintune.out_of_memory import advice_on_memory
 from fintune.progress import say
 from fintune.tuning import (
     adapter,
@@ -67,7 +68,7 @@ def train(config: Config, inputs: Mapping[str, Path], folder: Path) -> dict[str,
         if config.train.gpus * config.train.machines > 1:
             launch.run(config, inputs["prepare"], folder)
         else:
-            with _advice_on_memory(config, rows, folder):
+            with _with_advice(config, rows, folder):
                 _train(config, inputs["prepare"], rows, folder, result)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     shutil.rmtree(folder / BEST, ignore_errors=True)
@@ -78,7 +79,7 @@ def train(config: Config, inputs: Mapping[str, Path], folder: Path) -> dict[str,
 def train_as_rank(config: Config, prepare: Path, folder: Path) -> None:
     """What each process of a training on several GPUs does; arguments and errors as for :func:`train`."""
     rows = _rows(prepare / "tokens" / "train")
-    with _advice_on_memory(config, rows, folder):
+    with _with_advice(config, rows, folder):
         _train(config, prepare, rows, folder, _result(config, folder))
 
 
@@ -239,21 +240,9 @@ def _evaluation(config: Config, prepare: Path, tokenizer: PreTrainedTokenizerBas
     return Evaluation(rows, accuracy)
 
 
-@contextmanager
-def _advice_on_memory(config: Config, rows: Dataset, folder: Path) -> Iterator[None]:
-    """Out of memory becomes one line with what to change.
-
-    Raises:
-        ResourceError: With the overrides to add.
-    """
-    import torch
-
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0][:160]
-        hint = advice.less_memory(config, _room(config, rows, folder))
-        raise ResourceError(f"out of memory ({reason})", hint=hint) from None
+def _with_advice(config: Config, rows: Dataset, folder: Path) -> AbstractContextManager[None]:
+    """Out of memory becomes one line with the overrides to add."""
+    return advice_on_memory(lambda: advice.less_memory(config, _room(config, rows, folder)))
 
 
 def _room(config: Config, rows: Dataset, folder: Path) -> advice.Room | None:
