@@ -195,7 +195,7 @@ def _write_modelfile(config: Config, model: Path, file: Path) -> list[str]:
 
 def _by_checkout(config: Config, path: Path, model: Path, folder: Path) -> Facts:
     """Merged folder -> a file that holds it exactly -> the quantised ones, by llama.cpp's own tools."""
-    checkout = llama_cpp_checkout.check(path)
+    checkout = llama_cpp_checkout.check(path, config.export.types)
     outputs = {kind: gguf_path(config, folder, kind) for kind in config.export.types}
     merged = read_json(model / "config.json")
     started = time.monotonic()
