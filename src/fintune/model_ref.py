@@ -81,13 +81,21 @@ def fetch(ref: ModelRef) -> ModelRef:
     return replace(ref, path=folder, licence=licence_of(folder))
 
 
-def fetch_config(ref: ModelRef) -> ModelRef:
-    """The same model with at least its ``config.json`` in a local folder; from the hub comes nothing else.
+def fetch_config(name: str, *, revision: str | None = None) -> ModelRef:
+    """A model with at least its ``config.json`` in a local folder: no weights, no tokenizer; from the hub nothing else.
+
+    Args:
+        name: As for :func:`resolve`.
+        revision: Branch, tag or commit on the hub.
 
     Raises:
         ModelError: Unknown or gated model, or one without a configuration.
         ResourceError: The hub cannot be reached and the file is not in its local cache.
     """
+    folder = Path(name).expanduser()
+    if name and (folder / "config.json").is_file():
+        return ModelRef(name, folder, folder.resolve().name, licence_of(folder))
+    ref = resolve(name, revision=revision)
     if ref.path is not None or ref.name.startswith(builtin.PREFIX):
         return fetch(ref)
     from huggingface_hub import hf_hub_download

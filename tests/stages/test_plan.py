@@ -32,9 +32,9 @@ def lines(tmp_path, tiny_model):
 
 def test_a_large_gpu_recomputes_nothing(lines):
     said = lines(80)
-    assert said[1] == "predicted: 39.1 GiB of 78.8 (80.0 less 1.25 for the context and the allocator)"
+    assert said[1] == "fits: 39.1 GiB predicted of 78.8 (80.0 less 1.25 for the context and the allocator)"
     assert said[2:] == [
-        "passes: 1 of 16 examples a step",
+        "a step: one pass over a batch of 16",
         "- no layer recomputed: all activations fit 78.8 GiB",
         "- 4 bits are not needed: 16 bits fit",
     ]
@@ -49,9 +49,9 @@ def test_a_small_one_recomputes_and_divides(lines):
 def test_several_gpus_hold_whole_copies_where_they_fit_and_parts_where_not(lines):
     said = lines(80, "train.gpus=4")
     assert "64 examples a step" in said[0]
-    assert said[2] == "passes: 1 of 16 examples a step on each of 4 GPUs, which hold the whole model"
+    assert said[2] == "a step: one pass over a batch of 16 on each of 4 GPUs, which hold the whole model"
     small = ("train.gpus=8", "train.batch_size=1")
-    assert said[1].startswith("predicted: 39.1 GiB")
+    assert said[1].startswith("fits: 39.1 GiB")
     for asked in ((), ("train.gradient_checkpointing=true",)):
         divided = lines(5, *small, *asked)[1]
         assert divided.endswith("on each of 8 GPUs, the frozen weights divided (FSDP2), all layers recomputed")
@@ -70,10 +70,10 @@ def test_transformers_layers_are_planned_as_they_are_run(lines):
     )
     assert len(modules) == 1
     assert modules[0].endswith("of 38.8 with transformers' layers")
-    assert fused[0].split()[1] != modules[0].split()[1]
+    assert fused[0].split()[1] != modules[0].split()[2]
     assert lines(16, "train.fused_layers=never")[1].endswith("of 14.8 with transformers' layers, all layers recomputed")
     with pytest.raises(
-        ResourceError, match=r"transformers' layers, all layers recomputed: use a smaller train.batch_s"
+        ResourceError, match=r"layers recomputed, and 7\.8 GiB may be used: use a smaller train.batch_s"
     ):
         lines(9, "train.fused_layers=never")
 
@@ -135,6 +135,16 @@ def test_a_model_on_the_hub_without_a_configuration_is_told_from_an_unknown_one(
     path.write_text("model: {name: owner/other}\n")
     with pytest.raises(ModelError, match="no folder owner/other here and no model of that name on the hub"):
         plan(load(path, ()).config, gib=80)
+
+
+def test_a_folder_with_a_configuration_alone_is_planned(tiny_model, tmp_path):
+    folder = tmp_path / "q14"
+    folder.mkdir()
+    config = json.loads((tiny_model / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "head_dim": 128, **LLAMA_3B}))
+    said = plan(load(None, [f"model.name={folder}", "train.batch_size=1"]).config, gib=24)
+    assert said[0].startswith(f"{folder}, lora r=16 on 16bit weights, 1 example a step")
+    assert said[1].startswith("fits: ")
 
 
 def test_without_a_gpu_the_memory_is_asked_for(lines):

@@ -8,7 +8,7 @@ from fintune.model_folder import read_json
 from fintune.options import Config
 from fintune.tuning import launch, planned
 from fintune.tuning.memory import FAMILIES, PARTS
-from fintune.tuning.plan import GIB, RESERVE_BYTES
+from fintune.tuning.plan import GIB, RESERVE_BYTES, TrainingPlan
 
 
 def plan(config: Config, *, gib: float | None = None, longest: int | None = None) -> list[str]:
@@ -30,7 +30,7 @@ def plan(config: Config, *, gib: float | None = None, longest: int | None = None
             f"the planner knows train.objective: sft, not {config.train.objective}",
             hint="lower train.batch_size and raise train.accumulation where memory does not suffice",
         )
-    ref = models.fetch_config(models.resolve(config.model.name, revision=config.model.revision))
+    ref = models.fetch_config(config.model.name, revision=config.model.revision)
     assert ref.path is not None, "it brings the folder"
     model_config = read_json(ref.path / "config.json")
     if model_config.get("model_type") not in FAMILIES:
@@ -46,7 +46,7 @@ def plan(config: Config, *, gib: float | None = None, longest: int | None = None
     examples = config.train.batch_size * config.train.accumulation * gpus
     head = (
         f"{config.model.name}, {config.adapter.kind} r={config.adapter.r} on {config.model.load} weights, "
-        f"{examples} examples a step of at most {longest} tokens"
+        f"{examples} example{'s' if examples > 1 else ''} a step of at most {longest} tokens"
     )
     launch.check(config)
     may_divide = gpus > 1 and config.train.sharding == "auto" and config.model.load == "16bit"
@@ -58,8 +58,8 @@ def plan(config: Config, *, gib: float | None = None, longest: int | None = None
     on_each = f" on each of {gpus} GPUs, which hold the whole model" if gpus > 1 else ""
     return [
         head,
-        f"predicted: {made.predicted_bytes / GIB:.1f} GiB of {limit / GIB:.1f} ({_limit_told(limit, total)})",
-        f"passes: {made.accumulation} of {made.batch_size} examples a step{on_each}",
+        f"fits: {made.predicted_bytes / GIB:.1f} GiB predicted of {limit / GIB:.1f} ({_limit_told(limit, total)})",
+        f"a step: {_passes(made)}{on_each}",
         *(f"- {reason}" for reason in made.reasons),
         f"- {advice}",
     ]
@@ -77,6 +77,12 @@ def _check_way(config: Config) -> None:
             f"the planner knows adapters of {', '.join(PARTS)}, not of {', '.join(unknown)}",
             hint="name some of these, or all-linear, in adapter.targets",
         )
+
+
+def _passes(made: TrainingPlan) -> str:
+    if made.accumulation == 1:
+        return f"one pass over a batch of {made.batch_size}"
+    return f"{made.accumulation} accumulated passes over batches of {made.batch_size}"
 
 
 def _limit_told(limit: int, total: int) -> str:

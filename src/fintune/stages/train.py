@@ -250,7 +250,7 @@ def _room(config: Config, rows: Dataset, folder: Path) -> advice.Room | None:
 
     if not torch.cuda.is_available():
         return None
-    ref = models.fetch_config(models.resolve(config.model.name, revision=config.model.revision))
+    ref = models.fetch_config(config.model.name, revision=config.model.revision)
     assert ref.path is not None, "it brings the folder"
     return advice.Room(
         model_config=read_json(ref.path / "config.json"),

@@ -199,12 +199,15 @@ def by_modules(
         parts=parts,
     )
     where = f"on each of {parts} GPUs, the frozen weights divided (FSDP2)" if divided else "with transformers' layers"
-    told = f"about {peak / GIB:.1f} GiB of {limit / GIB:.1f} {where}{', all layers recomputed' if recomputed else ''}"
+    where += ", all layers recomputed" if recomputed else ""
     if peak > limit:
-        hint = "a smaller train.batch_size with more train.accumulation"
+        hint = "a smaller train.batch_size with more train.accumulation" if train.batch_size > 1 else "model.load=4bit"
         hint += "" if recomputed else ", train.gradient_checkpointing=true"
-        raise ResourceError(f"training needs {told}", hint=f"use {hint}{', or more GPUs' if divided else ''}")
-    return told
+        raise ResourceError(
+            f"training needs about {peak / GIB:.1f} GiB {where}, and {limit / GIB:.1f} GiB may be used",
+            hint=f"use {hint}{', or more GPUs' if divided else ''}",
+        )
+    return f"fits: about {peak / GIB:.1f} GiB of {limit / GIB:.1f} {where}"
 
 
 def method_of(options: AdapterOptions, *, four_bit: bool) -> Method:
