@@ -210,6 +210,28 @@ def test_types_that_leave_out_a_file_of_the_guides_are_refused(here, model):
         finance(model, "--extra_train_args", "export.types=[Q8_0]")
 
 
+def test_a_device_to_merge_on_is_taken_with_a_word_and_an_unknown_one_refused(here, capsys):
+    model = ("--model_name", "builtin:smollm2-135m", "--dry_run")
+    said = "merging is done on the CPU all the same, in memory bounded by the largest tensor"
+    for device in ("auto", "cuda", "cuda:1", "balanced", "sequential", "cpu"):
+        call(cli_finance.pipeline_command(), *model, "--merge_device_map", device)
+        assert (f"--merge_device_map {device}: {said}" in capsys.readouterr().err) == (device != "cpu")
+    for device in ("bogus", "cuda:", "CUDA:x", ""):
+        with pytest.raises(ConfigError, match=f"--merge_device_map {device}: not known: known are cpu, auto, cuda"):
+            call(cli_finance.pipeline_command(), *model, "--merge_device_map", device)
+
+
+def test_every_stage_that_can_be_made_anew_is_named(here, monkeypatch):
+    plans: list[object] = []
+    monkeypatch.setattr("fintune.pipeline.Pipeline.preview", lambda pipeline: plans.append(pipeline) or [])
+    for command in (cli_finance.pipeline_command(), cli_finance.train_command()):
+        call(command, "--model_name", "builtin:smollm2-135m", "--dry_run")
+        (help_,) = (option.help for option in command.params if option.name == "redo")
+        plan = plans.pop()
+        chosen = [step.name for step in plan.steps if step.name in plan.chosen]
+        assert help_ == f"Make a stage anew: {', '.join(chosen)}."
+
+
 def test_a_missing_dataset_folder_is_named(here, model):
     with pytest.raises(FintuneError, match="no such file or folder"):
         finance(model, "--dataset_folder", "nowhere")

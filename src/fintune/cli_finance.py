@@ -8,14 +8,18 @@ to the run's files where the disk allows it.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from fintune import cli_extra_args
+from fintune import cli_extra_args, disk
 from fintune import cli_finance_files as files
+from fintune import cli_finance_places as places
+from fintune.cli_finance_places import Place
 from fintune.cli_flag_words import told_in_flags
 from fintune.cli_pasted import PastedCommand
 from fintune.errors import ConfigError
@@ -29,6 +33,7 @@ INVESTOPEDIA = "hub:FinLang/investopedia-instruction-tuning-dataset"
 INVESTOPEDIA_ROWS = 22_500
 _RUN = "run"
 _TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_DEVICES = re.compile(r"cpu|auto|cuda(:\d+)?|balanced|sequential")
 _PATH = click.Path(path_type=Path)
 _BITS = click.Choice(["auto", "4bit", "16bit"])
 
@@ -58,10 +63,17 @@ _PIPELINE: tuple[tuple[str, Any, Any, str], ...] = (
     ("gguf_fp16_path", _PATH, Path("financial_model_fp16.gguf"), "Gets the 16-bit GGUF file."),
     ("gguf_q4_path", _PATH, Path("financial_model_q4_k_m.gguf"), "Gets the quantised GGUF file."),
     ("quantization_target", str, "Q4_K_M", "Type of the quantised file."),
-    ("merge_device_map", str, "cpu", "Taken for compatibility: merging always computes on the CPU, in float32."),
+    (
+        "merge_device_map",
+        str,
+        "cpu",
+        "Taken for compatibility: merging is done on the CPU, in memory bounded by the largest tensor.",
+    ),
     ("investopedia", str, INVESTOPEDIA, "Where Investopedia's rows come from: hub:OWNER/NAME, a file, or none."),
     ("investopedia_rows", int, INVESTOPEDIA_ROWS, "So many of them, drawn by a hash."),
 )
+_TRAINING_STAGES = ("prepare", "train", "guard")
+_STAGES = ("preflight", *_TRAINING_STAGES, "merge", "export", "replay", "report")
 _SKIPS = {
     "skip_dataset_prep": "prepare",
     "skip_training": "train",
@@ -74,11 +86,9 @@ def _option(name: str, kind: Any, default: Any, meaning: str) -> click.Option:
     return click.Option([f"--{name}"], type=kind, default=default, show_default=default not in (None, ""), help=meaning)
 
 
-def _common() -> list[click.Parameter]:
+def _common(stages: str) -> list[click.Parameter]:
     return [
-        click.Option(
-            ["--redo"], multiple=True, metavar="STAGE", help="Make a stage anew: prepare, train, merge, export."
-        ),
+        click.Option(["--redo"], multiple=True, metavar="STAGE", help=f"Make a stage anew: {stages}."),
         click.Option(["--strict"], is_flag=True, help="Stop at the first row that cannot be used."),
         click.Option(["--dry_run"], is_flag=True, help="Say what would be done, do nothing."),
     ]
@@ -91,7 +101,7 @@ def pipeline_command() -> click.Command:
     ]
     return PastedCommand(
         "train_financial_model",
-        params=[*(_option(*each) for each in (*_TRAINING, *_PIPELINE)), *skips, *_common()],
+        params=[*(_option(*each) for each in (*_TRAINING, *_PIPELINE)), *skips, *_common(", ".join(_STAGES))],
         callback=run_pipeline,
         help="Finance data to a fine-tuned, merged and quantised model; `fintune run` does the same and more.",
     )
@@ -102,7 +112,7 @@ def train_command() -> click.Command:
     output = _option("output_dir", _PATH, Path("financial_lora"), "Gets the adapter; the run lies in its run/.")
     return PastedCommand(
         "train",
-        params=[*(_option(*each) for each in _TRAINING), output, *_common()],
+        params=[*(_option(*each) for each in _TRAINING), output, *_common(", ".join(_TRAINING_STAGES))],
         callback=run_training,
         help="Fine-tune an adapter on a folder of conversations; `fintune train` does the same and more.",
     )
@@ -128,17 +138,61 @@ def _pipeline(flags: Mapping[str, Any]) -> None:
             f"--extra_train_args leaves out {' and '.join(sorted(missing))}: the GGUF files are F16 and {kind}",
             hint="--quantization_target names the second",
         )
-    if not _run(config, flags, skip=[stage for flag, stage in _SKIPS.items() if flags[flag]]):
-        return
-    files.lay_out_adapter(config, flags["lora_output_dir"])
     if not flags["skip_merge"]:
-        files.lay_out(config.folder / "merge", flags["merged_model_dir"], link=True)
+        _check_device(flags["merge_device_map"])
+    outputs = _outputs(config, kind, flags)
+    skip = [stage for flag, stage in _SKIPS.items() if flags[flag]]
+    if not _run(config, flags, skip=skip, outputs=outputs):
+        return
+    for output in outputs:
+        if output.kind == "adapter":
+            files.lay_out_adapter(config, output.path)
+        elif output.is_folder:
+            files.lay_out(output.source, output.path, kind=output.kind, link=True)
+        else:
+            files.place(output.source, output.path, kind=output.kind)
     if not flags["skip_quantization"]:
-        exported = config.folder / "export"
-        for type_, flag in (("F16", "gguf_fp16_path"), (kind, "gguf_q4_path")):
-            files.place(exported / f"{config.run.name}-{type_}.gguf", flags[flag])
         files.modelfile(
-            exported / "Modelfile", f"{config.run.name}-{config.export.types[-1]}.gguf", flags["gguf_q4_path"]
+            config.folder / "export" / "Modelfile",
+            f"{config.run.name}-{config.export.types[-1]}.gguf",
+            flags["gguf_q4_path"],
+        )
+
+
+def _outputs(config: Config, kind: str, flags: Mapping[str, Any]) -> list[Place]:
+    """What the flags say about the places of what is not skipped."""
+    merged, exported = config.folder / "merge", config.folder / "export"
+    found = [_adapter(config, "--lora_output_dir", flags["lora_output_dir"])]
+    if not flags["skip_merge"]:
+        predicted = partial(disk.merge_bytes, config)
+        found.append(Place("--merged_model_dir", flags["merged_model_dir"], "merged", "merge", merged, predicted))
+    if not flags["skip_quantization"]:
+        for type_, flag in (("F16", "gguf_fp16_path"), (kind, "gguf_q4_path")):
+            alone = config.model_copy(update={"export": config.export.model_copy(update={"types": (type_,)})})
+            file = exported / f"{config.run.name}-{type_}.gguf"
+            found.append(Place(f"--{flag}", flags[flag], "gguf", "export", file, partial(disk.export_bytes, alone)))
+    return found
+
+
+def _adapter(config: Config, flag: str, path: Path) -> Place:
+    return Place(flag, path, "adapter", "train", config.folder / "train" / "adapter")
+
+
+def _check_device(device: str) -> None:
+    """The guide passes Accelerate's word for where the merge happens.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    if not _DEVICES.fullmatch(device):
+        raise ConfigError(
+            f"--merge_device_map {device}: not known",
+            hint="known are cpu, auto, cuda, cuda:N, balanced, sequential; all of them merge on the CPU",
+        )
+    if device != "cpu":
+        say(
+            f"--merge_device_map {device}: merging is done on the CPU all the same, in memory bounded by the largest "
+            "tensor"
         )
 
 
@@ -157,16 +211,17 @@ def _train(flags: Mapping[str, Any]) -> None:
     # What is unfinished goes on with the data that it began with.
     began = (config.folder / "prepare").is_dir() and flags["resume_from_checkpoint"] is not None
     skip = ["merge", "export", "report", *(["prepare"] if began else [])]
-    if _run(config, flags, skip=skip):
+    if _run(config, flags, skip=skip, outputs=[_adapter(config, "--output_dir", flags["output_dir"])]):
         files.lay_out_adapter(config, flags["output_dir"])
 
 
-def _run(config: Config, flags: Mapping[str, Any], *, skip: Sequence[str]) -> bool:
+def _run(config: Config, flags: Mapping[str, Any], *, skip: Sequence[str], outputs: Sequence[Place]) -> bool:
     """Whether anything was run: not where ``--dry_run`` only asks."""
     from fintune.pipeline import Pipeline
     from fintune.selection import Selection
     from fintune.steps import build
 
+    places.check(outputs, _read(flags), config.folder)
     if flags["resume_from_checkpoint"] is not None:
         _tell_resuming(config.folder, flags["resume_from_checkpoint"])
     pipeline = Pipeline(config, build(config), Selection(skip=skip, redo=flags["redo"]))
@@ -174,8 +229,17 @@ def _run(config: Config, flags: Mapping[str, Any], *, skip: Sequence[str]) -> bo
         for step, what in pipeline.preview():
             click.echo(f"{step.name}: {what}")
         return False
+    places.check_space(outputs, lambda: {step.name: what for step, what in pipeline.preview()}, config.folder)
+    places.adopt(outputs)
     list(pipeline.run())
     return True
+
+
+def _read(flags: Mapping[str, Any]) -> dict[str, Path]:
+    """What is read, where it lies on this disk."""
+    names = ("model_name", "dataset_folder", "investopedia", "llama_cpp_path")
+    found = {f"--{name}": Path(flags[name]).expanduser() for name in names if flags.get(name) is not None}
+    return {flag: path for flag, path in found.items() if path.exists()}
 
 
 def _tell_resuming(run: Path, checkpoint: str) -> None:
