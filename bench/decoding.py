@@ -88,6 +88,7 @@ def measure(run: Path, kind: str, num: int, name: str, threads: int) -> dict[str
     """One way with one model."""
     from fintune import chat
     from fintune.engines.candidates import decoding, grammars, predict_one
+    from fintune.engines.protocol import in_order
     from fintune.finqa.parse import ParseError, parse
     from fintune.finqa.program import tokenize
     from fintune.options import PredictOptions
@@ -103,7 +104,7 @@ def measure(run: Path, kind: str, num: int, name: str, threads: int) -> dict[str
     prompts = [chat.render(tokenizer, each.messages) for each in examples]
     start, started = time.perf_counter(), time.process_time()
     allowed = grammars(options, records)
-    completions = list(engine.generate(prompts, decoding(options, allowed)))
+    completions = in_order(engine.generate(prompts, decoding(options, allowed)))
     seconds, processor = time.perf_counter() - start, time.process_time() - started
     engine.close()
     k = options.num_candidates

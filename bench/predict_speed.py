@@ -187,11 +187,11 @@ def one_by_one(model: Any, tokenizer: Any, prompts: list[str], given: argparse.N
 
 def batched(model: Any, tokenizer: Any, prompts: list[str], given: argparse.Namespace) -> list[tuple[int, ...]]:
     """This package's engine."""
-    from fintune.engines.protocol import Decoding
+    from fintune.engines.protocol import Decoding, in_order
     from fintune.engines.transformers_engine import TransformersEngine
 
     engine = TransformersEngine(model, tokenizer, given.batch_size)
-    return [each.token_ids for each in engine.generate(prompts, Decoding(given.new_tokens))]
+    return [each.token_ids for each in in_order(engine.generate(prompts, Decoding(given.new_tokens)))]
 
 
 WAYS = {"loop": one_by_one, "engine": batched}

@@ -53,6 +53,7 @@ def switch(name: str, text: str):
 @click.option("--num_shots", type=click.IntRange(min=0), default=0, show_default=True, help="Solved questions shown.")
 @click.option("--train_json", type=FILE, help="Where shots come from; else the training file beside --test_json.")
 @click.option("--seed", type=click.IntRange(min=0), default=17, show_default=True)
+@click.option("--batch_size", type=click.IntRange(min=1), default=16, show_default=True, help="Completions together.")
 def inference_fixed(
     model_path: str | None,
     base_model: str | None,
@@ -68,6 +69,7 @@ def inference_fixed(
     num_shots: int,
     train_json: Path | None,
     seed: int,
+    batch_size: int,
 ) -> None:
     """Answer every question of a FinQA file with a program."""
     if (model_path is None) == (base_model is None):
@@ -87,6 +89,7 @@ def inference_fixed(
         "top_p": top_p,
         "num_shots": num_shots,
         "seed": seed,
+        "batch_size": batch_size,
     }
     out_json.parent.mkdir(parents=True, exist_ok=True)  # the guide's outputs/ is nobody's to make
     predict_plain(

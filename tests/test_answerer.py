@@ -9,7 +9,7 @@ from engines import fake_vllm
 from engines.served import Scripted, llama_cpp_server, said
 from fintune.answerer import Named, engine_of, open_model
 from fintune.engines.endpoint import OWN_KEY
-from fintune.engines.protocol import Decoding
+from fintune.engines.protocol import Decoding, in_order
 from fintune.errors import ModelError
 from fintune.records import Message
 
@@ -77,7 +77,7 @@ def test_every_engine_counts_and_answers_the_same_conversation(tiny_model, tmp_p
     counts = {}
     for name, engine in names:
         opened = open_model(Named(name, engine=engine, context_tokens=256, precision="float32"))
-        (found,) = opened.complete([TURNS], Decoding(3))
+        (found,) = in_order(opened.complete([TURNS], Decoding(3)))
         assert opened.count(TURNS) == found.num_prompt_tokens
         assert 0 < opened.count_text("the revenue") < opened.count(TURNS)
         counts[name, engine] = found.num_prompt_tokens
@@ -86,7 +86,7 @@ def test_every_engine_counts_and_answers_the_same_conversation(tiny_model, tmp_p
     assert counts[names[2]] == counts[names[3]]
     with llama_cpp_server(tmp_path / "m.gguf") as url:
         opened = open_model(Named(url))
-        (found,) = opened.complete([TURNS], Decoding(3))
+        (found,) = in_order(opened.complete([TURNS], Decoding(3)))
         assert found.num_prompt_tokens == counts[names[3]]
         opened.close()
 

@@ -228,13 +228,13 @@ def test_scoring_the_official_file_by_hand_gives_the_score_of_the_run(finished):
 def test_an_exported_file_answers_in_llama_cpp(finished, able_model, kind):
     from fintune import chat, models
     from fintune.engines.llama_cpp import LlamaCppEngine
-    from fintune.engines.protocol import Decoding
+    from fintune.engines.protocol import Decoding, in_order
     from fintune.records import Message
 
     tokenizer = models.load_tokenizer(models.resolve(str(able_model)))
     prompt = chat.render(tokenizer, [Message(role="user", content="what was net income in 2019?")])
     with LlamaCppEngine(finished.folder / "export" / f"small-{kind}.gguf", context_tokens=256, threads=1) as engine:
-        (answer,) = engine.generate([prompt], Decoding(8))
+        (answer,) = in_order(engine.generate([prompt], Decoding(8)))
     assert 1 <= len(answer.token_ids) <= 8
     assert answer.num_prompt_tokens == len(tokenizer(prompt)["input_ids"])
 

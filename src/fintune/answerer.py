@@ -14,14 +14,14 @@ from __future__ import annotations
 import gc
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from fintune import adapter_origin, chat, models
 from fintune.engines.endpoint import is_endpoint, parse
-from fintune.engines.protocol import Completion, Decoding, Engine
+from fintune.engines.protocol import Answered, Decoding, Engine
 from fintune.errors import ModelError
 from fintune.options import Config
 from fintune.records import Message
@@ -113,7 +113,9 @@ class Answerer(Protocol):
         """Tokens of a text."""
         ...
 
-    def complete(self, conversations: Sequence[Conversation], decoding: Decoding) -> Iterator[Completion]:
+    def complete(
+        self, conversations: Sequence[Conversation], decoding: Decoding, done: Collection[int] = ()
+    ) -> Iterator[Answered]:
         """Completions as :meth:`fintune.engines.protocol.Engine.generate` gives them."""
         ...
 
@@ -192,8 +194,10 @@ class _Folder:
     def count_text(self, text: str) -> int:
         return len(self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def complete(self, conversations: Sequence[Conversation], decoding: Decoding) -> Iterator[Completion]:
-        return self._engine.generate([chat.render(self._tokenizer, turns) for turns in conversations], decoding)
+    def complete(
+        self, conversations: Sequence[Conversation], decoding: Decoding, done: Collection[int] = ()
+    ) -> Iterator[Answered]:
+        return self._engine.generate([chat.render(self._tokenizer, turns) for turns in conversations], decoding, done)
 
     def close(self) -> None:
         self._engine.close()
@@ -221,8 +225,10 @@ class _GgufFile:
     def count_text(self, text: str) -> int:
         return len(self._engine.tokenise([text])[0])
 
-    def complete(self, conversations: Sequence[Conversation], decoding: Decoding) -> Iterator[Completion]:
-        return self._engine.generate([self._engine.render(turns) for turns in conversations], decoding)
+    def complete(
+        self, conversations: Sequence[Conversation], decoding: Decoding, done: Collection[int] = ()
+    ) -> Iterator[Answered]:
+        return self._engine.generate([self._engine.render(turns) for turns in conversations], decoding, done)
 
     def close(self) -> None:
         self._engine.close()
@@ -245,8 +251,10 @@ class _Served:
     def count_text(self, text: str) -> int:
         return -int(-len(text) // CHARACTERS_PER_TOKEN)
 
-    def complete(self, conversations: Sequence[Conversation], decoding: Decoding) -> Iterator[Completion]:
-        return self._engine.chat(conversations, decoding)
+    def complete(
+        self, conversations: Sequence[Conversation], decoding: Decoding, done: Collection[int] = ()
+    ) -> Iterator[Answered]:
+        return self._engine.chat(conversations, decoding, done)
 
     def close(self) -> None:
         self._engine.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,6 +29,12 @@ class StructuredOutputsParams:
             raise ValueError("You must use one kind of structured outputs constraint")
 
 
+class RequestOutputKind(Enum):
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
+
+
 @dataclass
 class SamplingParams:
     n: int = 1
@@ -46,6 +53,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     structured_outputs: StructuredOutputsParams | None = None
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self):
         if not 0 < self.top_p <= 1 or self.temperature < 0 or self.max_tokens < 1:
@@ -92,6 +100,38 @@ class RequestOutput:
     finished: bool = True
 
 
+class LLMEngine:
+    """What ``LLM`` holds: requests go in, a step gives those that ended, of which the last begun may be the first."""
+
+    def __init__(self, llm):
+        self._llm, self._waiting = llm, []
+        self.calls, self.aborted = [], []
+
+    def add_request(self, request_id, prompt, params, arrival_time=None, lora_request=None, **_):
+        if not isinstance(request_id, str):
+            raise TypeError(f"request_id must be a string, got {type(request_id)}")
+        if lora_request is not None:
+            self._llm._adapt(lora_request)
+        self.calls.append((prompt, params))
+        self._waiting.append((request_id, prompt, params))
+
+    def has_unfinished_requests(self):
+        return bool(self._waiting)
+
+    def step(self):
+        begun, self._waiting = self._waiting[:2], self._waiting[2:]
+        done = [
+            RequestOutput(name, None, prompt["prompt_token_ids"], [self._llm._complete(prompt, params)])
+            for name, prompt, params in reversed(begun)
+        ]
+        assert all(params.output_kind is RequestOutputKind.FINAL_ONLY for _, _, params in begun)
+        return done
+
+    def abort_request(self, request_ids):
+        self.aborted += request_ids
+        self._waiting = [each for each in self._waiting if each[0] not in request_ids]
+
+
 @dataclass
 class LLM:
     """Every argument is one of ``vllm.LLM`` or of its ``EngineArgs``; another is an error."""
@@ -111,7 +151,7 @@ class LLM:
     enable_lora: bool = False
     max_loras: int = 1
     max_lora_rank: int = 16
-    calls: list[tuple[list, list]] = field(default_factory=list, init=False)
+    llm_engine: LLMEngine = field(init=False)
 
     def __post_init__(self):
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -123,17 +163,7 @@ class LLM:
         if self.max_model_len > self._model.config.max_position_embeddings:
             raise ValueError(f"max_model_len ({self.max_model_len}) is greater than the derived one\nand so on")
         self._adapted = False
-
-    def generate(self, prompts, sampling_params=None, *, use_tqdm=True, lora_request=None, priority=None):
-        if not isinstance(sampling_params, list) or len(sampling_params) != len(prompts):
-            raise ValueError("The lengths of prompts and params must be the same.")
-        if lora_request is not None:
-            self._adapt(lora_request)
-        self.calls.append((prompts, sampling_params))
-        return [
-            RequestOutput(str(number), None, prompt["prompt_token_ids"], [self._complete(prompt, params)])
-            for number, (prompt, params) in enumerate(zip(prompts, sampling_params, strict=True))
-        ]
+        self.llm_engine = LLMEngine(self)
 
     def _adapt(self, request):
         from peft import PeftModel
@@ -185,6 +215,7 @@ def install(monkeypatch):
     root.LLM, root.SamplingParams = LLM, SamplingParams
     request.LoRARequest = LoRARequest
     sampling.SamplingParams, sampling.StructuredOutputsParams = SamplingParams, StructuredOutputsParams
+    sampling.RequestOutputKind = RequestOutputKind
     root.lora, lora.request, root.sampling_params = lora, request, sampling
     for module in (root, lora, request, sampling):
         monkeypatch.setitem(sys.modules, module.__name__, module)

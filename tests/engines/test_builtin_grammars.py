@@ -7,7 +7,7 @@ import pytest
 from fintune import chat, models
 from fintune.engines.candidates import grammars, predict_one
 from fintune.engines.llama_cpp import LlamaCppEngine
-from fintune.engines.protocol import Decoding
+from fintune.engines.protocol import Decoding, in_order
 from fintune.engines.transformers_engine import TransformersEngine
 from fintune.finqa.ending import takes
 from fintune.finqa.parse import ParseError, parse
@@ -55,7 +55,7 @@ def programs(engine, tokenizer, **options):
         chat.render(tokenizer, [Message(role="user", content=f"{each.table}\n{each.qa.question} Write a program.")])
         for each in RECORDS
     ]
-    found = list(engine.generate(prompts, Decoding(64, grammars=allowed)))
+    found = in_order(engine.generate(prompts, Decoding(64, grammars=allowed)))
     predictions = [
         predict_one(record.id, [done], chosen, record.table, allowed[place] if allowed else None)
         for place, (record, done) in enumerate(zip(RECORDS, found, strict=True))

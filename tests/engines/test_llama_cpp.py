@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from fintune.engines.gguf_header import numbers
 from fintune.engines.llama_cpp import LlamaCppEngine
 from fintune.engines.prefixes import common
-from fintune.engines.protocol import Decoding
+from fintune.engines.protocol import Decoding, in_order
 from fintune.errors import ModelError
 from fintune.finqa.ending import ending
 from fintune.finqa.grammar import Characters, Grammar, Repeated, Series, Text, general, restricted, vocabulary
@@ -69,7 +69,7 @@ def test_conversations_are_rendered_by_the_template_of_the_file(engine, gguf_fil
 
 def test_completions_come_in_the_order_of_the_prompts(engine):
     prompts = PROMPTS * 3
-    together = list(engine.generate(prompts, Decoding(6)))
+    together = in_order(engine.generate(prompts, Decoding(6)))
     counts = [len(row) for row in engine.tokenise(prompts)]
     assert [completion.num_prompt_tokens for completion in together] == counts
     assert len(set(counts)) > 1
@@ -79,7 +79,7 @@ def test_completions_come_in_the_order_of_the_prompts(engine):
 def test_batched_decoding_repeats_itself(gguf_file, name):
     def run():
         with LlamaCppEngine(gguf_file.with_name(name), context_tokens=256, parallel=2) as fresh:
-            found = fresh.generate(PROMPTS * 2 + PAGES, Decoding(12))
+            found = in_order(fresh.generate(PROMPTS * 2 + PAGES, Decoding(12)))
             return [(done.token_ids, done.margins) for done in found]
 
     assert run() == run()
@@ -99,7 +99,7 @@ def test_a_page_is_computed_once_for_its_questions(gguf_file, monkeypatch, paral
             return answer
 
         monkeypatch.setattr(fresh, "_post", counting)
-        completions = list(fresh.generate(PAGES, Decoding(4)))
+        completions = in_order(fresh.generate(PAGES, Decoding(4)))
         rows = fresh.tokenise(PAGES)
     counts = [completion.num_prompt_tokens for completion in completions]
     assert counts == list(map(len, rows))
@@ -110,10 +110,10 @@ def test_a_page_is_computed_once_for_its_questions(gguf_file, monkeypatch, paral
 
 
 def test_what_a_slot_holds_moves_nothing_but_near_ties(gguf_file, engine):
-    together = list(engine.generate(PAGES, Decoding(12)))
+    together = in_order(engine.generate(PAGES, Decoding(12)))
     for prompt, found in zip(PAGES, together, strict=True):
         with LlamaCppEngine(gguf_file, context_tokens=256, parallel=1) as fresh:
-            (alone,) = fresh.generate([prompt], Decoding(12))
+            (alone,) = in_order(fresh.generate([prompt], Decoding(12)))
         num_same = common([*found.token_ids], [*alone.token_ids])
         assert found.margins[:num_same] == pytest.approx(alone.margins[:num_same], abs=0.01)
         if num_same < 12:
@@ -121,13 +121,13 @@ def test_what_a_slot_holds_moves_nothing_but_near_ties(gguf_file, engine):
 
 
 def test_the_same_prompt_twice_is_answered_twice(engine):
-    first, second, third = engine.generate([PAGES[0]] * 3, Decoding(8))
+    first, second, third = in_order(engine.generate([PAGES[0]] * 3, Decoding(8)))
     assert first.token_ids == second.token_ids == third.token_ids
     assert first.num_prompt_tokens == third.num_prompt_tokens
 
 
 def test_every_token_has_a_margin_and_the_shares_of_time_are_positive(engine):
-    for completion in engine.generate(PROMPTS, Decoding(5)):
+    for completion in in_order(engine.generate(PROMPTS, Decoding(5))):
         assert len(completion.margins) == len(completion.token_ids) <= 5
         assert all(margin >= 0 and math.isfinite(margin) for margin in completion.margins)
         assert completion.seconds >= 0
@@ -135,19 +135,19 @@ def test_every_token_has_a_margin_and_the_shares_of_time_are_positive(engine):
 
 def test_tokens_within_a_utf8_character_are_kept(engine):
     # Random weights write single bytes: most tokens end within a character, for which no margin is reported.
-    completions = list(engine.generate(PROMPTS, Decoding(30)))
+    completions = in_order(engine.generate(PROMPTS, Decoding(30)))
     assert any("\ufffd" in completion.text for completion in completions)
     assert all(len(c.token_ids) == 30 for c in completions if c.finish_reason == "length")
 
 
 def test_the_limit_and_the_end_token_are_told_apart(engine):
     endings = set()
-    for completion in engine.generate(PROMPTS, Decoding(200)):
+    for completion in in_order(engine.generate(PROMPTS, Decoding(200))):
         endings.add(completion.finish_reason)
         assert (completion.token_ids[-1] == 2) == (completion.finish_reason == "stop")
         assert completion.finish_reason == "stop" or len(completion.token_ids) == 200
         assert "<|im_end|>" not in completion.text
-    short = next(iter(engine.generate(PROMPTS[:1], Decoding(1))))
+    (short,) = in_order(engine.generate(PROMPTS[:1], Decoding(1)))
     assert short.finish_reason == "length" or short.token_ids == (2,)
 
 
@@ -156,7 +156,7 @@ def test_no_bos_is_put_before_a_prompt_even_where_the_vocabulary_wants_one(gguf_
     patch_json(folder / "tokenizer_config.json", add_bos_token=True)
     export(folder, {"F16": tmp_path / "m.gguf"})
     with LlamaCppEngine(tmp_path / "m.gguf", context_tokens=128, parallel=1) as engine:
-        (completion,) = engine.generate(["in the"], Decoding(1))
+        (completion,) = in_order(engine.generate(["in the"], Decoding(1)))
         assert completion.num_prompt_tokens == len(engine.tokenise(["in the"])[0])
         assert engine.tokenise(["in the"])[0][0] != 1
 
@@ -166,8 +166,8 @@ def test_sampling_defaults_of_the_file_are_not_used(gguf_file, tmp_path, engine)
     (folder / "generation_config.json").write_text(json.dumps({"temperature": 5.0, "penalty_repeat": 3.0}))
     export(folder, {"F16": tmp_path / "m.gguf"})
     with LlamaCppEngine(tmp_path / "m.gguf", context_tokens=256, parallel=1) as other:
-        (theirs,) = other.generate(PROMPTS[:1], Decoding(20))
-    (ours,) = engine.generate(PROMPTS[:1], Decoding(20))
+        (theirs,) = in_order(other.generate(PROMPTS[:1], Decoding(20)))
+    (ours,) = in_order(engine.generate(PROMPTS[:1], Decoding(20)))
     assert theirs.token_ids == ours.token_ids
 
 
@@ -175,12 +175,12 @@ def test_a_consumer_may_stop_early(engine):
     completions = engine.generate(PROMPTS, Decoding(20))
     next(completions)
     completions.close()
-    assert len(list(engine.generate(PROMPTS[:2], Decoding(2)))) == 2
+    assert len(in_order(engine.generate(PROMPTS[:2], Decoding(2)))) == 2
 
 
 def test_a_quantised_file_runs(gguf_file):
     with LlamaCppEngine(gguf_file.with_name("q.gguf"), context_tokens=128, parallel=1) as engine:
-        assert len(list(engine.generate(PROMPTS[:1], Decoding(3)))) == 1
+        assert len(in_order(engine.generate(PROMPTS[:1], Decoding(3)))) == 1
 
 
 def test_a_prompt_longer_than_the_context_is_named(engine):
@@ -223,7 +223,7 @@ DRAWN = Decoding(10, temperature=1.0, top_p=0.9, seed=5, num_candidates=3)
 def test_candidates_stand_together_differ_and_come_again(gguf_file):
     def run(decoding):
         with LlamaCppEngine(gguf_file, context_tokens=256, parallel=2) as fresh:
-            return [(each.token_ids, each.num_prompt_tokens) for each in fresh.generate(PROMPTS, decoding)]
+            return [(each.token_ids, each.num_prompt_tokens) for each in in_order(fresh.generate(PROMPTS, decoding))]
 
     found = run(DRAWN)
     assert len(found) == 3 * len(PROMPTS)
@@ -241,7 +241,9 @@ def test_candidates_stand_together_differ_and_come_again(gguf_file):
 def test_log_probabilities_are_those_of_the_model_without_temperature_and_grammar(engine):
     free = Decoding(8)
     hot = Decoding(8, temperature=50.0, seed=1)
-    for cold_one, hot_one in zip(engine.generate(PROMPTS, free), engine.generate(PROMPTS, hot), strict=True):
+    for cold_one, hot_one in zip(
+        in_order(engine.generate(PROMPTS, free)), in_order(engine.generate(PROMPTS, hot)), strict=True
+    ):
         assert len(hot_one.logprobs) == len(hot_one.token_ids)
         # Another first token is no better than the second-best; at this temperature any would be about -6.
         if cold_one.margins[0] and hot_one.margins[0] and cold_one.token_ids[0] != hot_one.token_ids[0]:
@@ -256,7 +258,7 @@ PAGE_GRAMMARS = [restricted(vocabulary([["a", "x"], [f"net income {p}", f"{p}5",
 @pytest.mark.parametrize("grammars", [(general(),) * 7, tuple(PAGE_GRAMMARS)], ids=["general", "pages"])
 def test_a_grammar_is_kept_to_and_ended(engine, grammars, temperature):
     decoding = Decoding(180, temperature=temperature, num_candidates=2, grammars=grammars)
-    found = list(engine.generate(PROMPTS, decoding))
+    found = in_order(engine.generate(PROMPTS, decoding))
     assert len(found) == 14
     for place, each in enumerate(found):
         end = ending(grammars[place // 2], each.text.rstrip("\ufffd"))
@@ -269,6 +271,6 @@ def test_a_grammar_is_kept_to_and_ended(engine, grammars, temperature):
 def test_no_control_token_stands_in_for_text(engine):
     any_text = Grammar({"start": Series((Text("a"), Repeated(Characters("^,"), "+")))})
     hot = Decoding(150, temperature=5.0, num_candidates=3, grammars=(any_text,) * 7)
-    for each in engine.generate(PROMPTS, hot):
+    for each in in_order(engine.generate(PROMPTS, hot)):
         assert not {0, 1} & set(each.token_ids)
         assert 2 not in each.token_ids[:-1]

@@ -7,7 +7,7 @@ import pytest
 from fintune import chat, models
 from fintune.engines import transformers_engine
 from fintune.engines.prefixes import Cut
-from fintune.engines.protocol import Decoding
+from fintune.engines.protocol import Decoding, in_order
 from fintune.engines.transformers_engine import TransformersEngine
 from fintune.errors import ModelError
 from fintune.finqa.ending import ending
@@ -35,8 +35,8 @@ def prompts(tokenizer):
 
 
 def test_the_batch_size_changes_no_token(model, tokenizer, prompts):
-    one = list(TransformersEngine(model, tokenizer, 1).generate(prompts, Decoding(10)))
-    four = list(TransformersEngine(model, tokenizer, 4).generate(prompts, Decoding(10)))
+    one = in_order(TransformersEngine(model, tokenizer, 1).generate(prompts, Decoding(10)))
+    four = in_order(TransformersEngine(model, tokenizer, 4).generate(prompts, Decoding(10)))
     assert [each.token_ids for each in one] == [each.token_ids for each in four]
     for a, b in zip(one, four, strict=True):
         assert a.margins == pytest.approx(b.margins, abs=1e-4)
@@ -44,7 +44,7 @@ def test_the_batch_size_changes_no_token(model, tokenizer, prompts):
 
 def test_tokens_and_margins_are_those_of_one_forward_pass(model, tokenizer, prompts):
     for prompt, found in zip(
-        prompts, TransformersEngine(model, tokenizer, 4).generate(prompts, Decoding(6)), strict=True
+        prompts, in_order(TransformersEngine(model, tokenizer, 4).generate(prompts, Decoding(6))), strict=True
     ):
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         assert found.num_prompt_tokens == len(ids)
@@ -56,11 +56,11 @@ def test_tokens_and_margins_are_those_of_one_forward_pass(model, tokenizer, prom
 
 
 def test_a_row_ends_at_the_stop_token_while_others_go_on(model, tokenizer, prompts):
-    free = list(TransformersEngine(model, tokenizer, 4).generate(prompts, Decoding(8)))
+    free = in_order(TransformersEngine(model, tokenizer, 4).generate(prompts, Decoding(8)))
     engine = TransformersEngine(model, tokenizer, 4)
     stop = free[0].token_ids[2]
     engine._stop_ids = frozenset({stop})
-    cut = list(engine.generate(prompts, Decoding(8)))
+    cut = in_order(engine.generate(prompts, Decoding(8)))
     for a, b in zip(free, cut, strict=True):
         expected = a.token_ids[: a.token_ids.index(stop) + 1] if stop in a.token_ids else a.token_ids
         assert b.token_ids == expected
@@ -70,7 +70,7 @@ def test_a_row_ends_at_the_stop_token_while_others_go_on(model, tokenizer, promp
 
 def test_special_tokens_are_not_in_the_text(model, tokenizer, prompts):
     engine = TransformersEngine(model, tokenizer, 1)
-    for each in engine.generate(prompts[:3], Decoding(4)):
+    for each in in_order(engine.generate(prompts[:3], Decoding(4))):
         assert "<|" not in each.text
 
 
@@ -81,7 +81,7 @@ def test_a_prompt_longer_than_the_context_is_refused_before_decoding(model, toke
 
 def test_no_more_tokens_than_the_context_has_room_for(model, tokenizer):
     prompt = "1" * 4094
-    (found,) = TransformersEngine(model, tokenizer, 1).generate([prompt], Decoding(50))
+    (found,) = in_order(TransformersEngine(model, tokenizer, 1).generate([prompt], Decoding(50)))
     assert found.num_prompt_tokens == 4094
     assert len(found.token_ids) <= 2
 
@@ -107,10 +107,10 @@ def test_sharing_beginnings_changes_no_token(model, tokenizer, monkeypatch, name
     hook = model.register_forward_pre_hook(
         lambda _, __, given: passes.append(given["input_ids"].numel()), with_kwargs=True
     )
-    shared = list(TransformersEngine(model, tokenizer, 7).generate(prompts, Decoding(12)))
+    shared = in_order(TransformersEngine(model, tokenizer, 7).generate(prompts, Decoding(12)))
     num_shared, passes[:] = sum(passes), []
     monkeypatch.setattr(transformers_engine, "cut", _unshared)
-    alone = list(TransformersEngine(model, tokenizer, 7).generate(prompts, Decoding(12)))
+    alone = in_order(TransformersEngine(model, tokenizer, 7).generate(prompts, Decoding(12)))
     hook.remove()
     assert num_shared < sum(passes)
     for a, b in zip(shared, alone, strict=True):
@@ -136,7 +136,7 @@ def test_a_model_that_forgets_tokens_computes_prompts_whole(tokenizer, prompts):
             )
         ).eval()
     texts = [chat.render(tokenizer, [Message(role="user", content=PAGE * 3 + str(q))]) for q in range(3)]
-    found = list(TransformersEngine(sliding, tokenizer, 3).generate(texts, Decoding(5)))
+    found = in_order(TransformersEngine(sliding, tokenizer, 3).generate(texts, Decoding(5)))
     for text, each in zip(texts, found, strict=True):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         logits = sliding(torch.tensor([ids + list(each.token_ids)])).logits[0, len(ids) - 1 : -1]
@@ -153,9 +153,9 @@ def test_an_adapter_shares_beginnings_too(tiny_model, tokenizer, monkeypatch):
         with quiet_libraries():
             adapted = get_peft_model(base, lora).eval()
     prompts = [chat.render(tokenizer, [Message(role="user", content=text)]) for text in SETS["pages of questions"]]
-    shared = list(TransformersEngine(adapted, tokenizer, 8).generate(prompts, Decoding(8)))
+    shared = in_order(TransformersEngine(adapted, tokenizer, 8).generate(prompts, Decoding(8)))
     monkeypatch.setattr(transformers_engine, "cut", _unshared)
-    alone = list(TransformersEngine(adapted, tokenizer, 8).generate(prompts, Decoding(8)))
+    alone = in_order(TransformersEngine(adapted, tokenizer, 8).generate(prompts, Decoding(8)))
     assert [each.token_ids for each in shared] == [each.token_ids for each in alone]
 
 
@@ -163,7 +163,7 @@ DRAWN = Decoding(8, temperature=1.0, top_p=0.95, seed=3, num_candidates=3)
 
 
 def test_candidates_of_a_prompt_stand_together_and_differ(model, tokenizer, prompts):
-    found = list(TransformersEngine(model, tokenizer, 4).generate(prompts, DRAWN))
+    found = in_order(TransformersEngine(model, tokenizer, 4).generate(prompts, DRAWN))
     assert len(found) == 3 * len(prompts)
     counts = [len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts]
     assert [each.num_prompt_tokens for each in found] == [count for count in counts for _ in range(3)]
@@ -172,7 +172,10 @@ def test_candidates_of_a_prompt_stand_together_and_differ(model, tokenizer, prom
 
 def test_what_is_drawn_depends_on_the_prompt_and_the_seed_only(model, tokenizer, prompts):
     def tokens(prompts, batch_size, decoding=DRAWN):
-        return [each.token_ids for each in TransformersEngine(model, tokenizer, batch_size).generate(prompts, decoding)]
+        return [
+            each.token_ids
+            for each in in_order(TransformersEngine(model, tokenizer, batch_size).generate(prompts, decoding))
+        ]
 
     whole = tokens(prompts, 4)
     assert whole == tokens(prompts, 7) == tokens(prompts[:4], 1) + tokens(prompts[4:], 16)
@@ -188,7 +191,7 @@ PAGES = [restricted(vocabulary([["a", "x"], [f"net income {p}", f"{p}5", "12,345
 @pytest.mark.parametrize("grammars", [(general(),) * 11, tuple(PAGES)], ids=["general", "pages"])
 def test_a_grammar_is_kept_to_and_ended(model, tokenizer, prompts, grammars, temperature):
     decoding = Decoding(120, temperature=temperature, grammars=grammars)
-    found = list(TransformersEngine(model, tokenizer, 4).generate(prompts, decoding))
+    found = in_order(TransformersEngine(model, tokenizer, 4).generate(prompts, decoding))
     for grammar, each in zip(grammars, found, strict=True):
         end = ending(grammar, each.text.rstrip("\ufffd"))
         assert end is not None
@@ -213,6 +216,6 @@ def test_logits_wider_than_the_tokenizer_are_no_obstacle(tokenizer, prompts):
             )
         ).eval()
     decoding = Decoding(40, temperature=1.0, grammars=(PAGES[0],) * 2)
-    for each in TransformersEngine(wide, tokenizer, 2).generate(prompts[:2], decoding):
+    for each in in_order(TransformersEngine(wide, tokenizer, 2).generate(prompts[:2], decoding)):
         assert ending(PAGES[0], each.text) is not None
         assert max(each.token_ids) < len(tokenizer)

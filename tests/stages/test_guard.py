@@ -11,6 +11,7 @@ from command import fintune
 from fintune import chat, guard_set, models
 from fintune.config import load
 from fintune.engines.likelihood import Loss
+from fintune.engines.protocol import Answered, Completion
 from fintune.errors import FintuneError
 from fintune.finqa.execute import execute
 from fintune.finqa.program import tokenize
@@ -145,7 +146,9 @@ def test_an_answer_that_is_no_longer_right_is_named(tiny_model, trained, tmp_pat
 
         def generate(self, prompts, _):
             assert all(guard_set.TASK in prompt for prompt in prompts)
-            return (type("Said", (), {"text": text}) for text in self.texts)
+            return (
+                Answered(place, (Completion((), text, "stop", (), 1, 0.0),)) for place, text in enumerate(self.texts)
+            )
 
     monkeypatch.setattr(stage, "TransformersEngine", Engine)
     facts = guard(config(tiny_model), {"train": trained}, tmp_path)

@@ -70,9 +70,9 @@ def test_questions_about_a_page_are_asked_together_and_come_back_in_the_order_of
     first = [chat.render(tokenizer_of(tiny_model), Example.model_validate_json(line).messages) for line in lines]
     generate, seen = TransformersEngine.generate, []
 
-    def spied(self, prompts, decoding):
+    def spied(self, prompts, *others):
         seen.extend(prompts)
-        return generate(self, prompts, decoding)
+        return generate(self, prompts, *others)
 
     monkeypatch.setattr(TransformersEngine, "generate", spied)
     _, predictions = run(tiny_model, inputs, tmp_path / "p")
@@ -86,12 +86,12 @@ def test_an_interrupted_run_goes_on_behind_a_torn_line(tiny_model, inputs, tmp_p
     _, whole = run(tiny_model, inputs, tmp_path / "whole")
     generate, seen = TransformersEngine.generate, []
 
-    def short(self, prompts, decoding):
-        seen.append(len(prompts))
-        for number, completion in enumerate(generate(self, prompts, decoding)):
+    def short(self, prompts, decoding, done):
+        seen.append(len(prompts) - len(done))
+        for number, answer in enumerate(generate(self, prompts, decoding, done)):
             if number == 3 and len(seen) == 1:
                 raise KeyboardInterrupt
-            yield completion
+            yield answer
 
     monkeypatch.setattr(TransformersEngine, "generate", short)
     with pytest.raises(KeyboardInterrupt):
@@ -104,7 +104,7 @@ def test_an_interrupted_run_goes_on_behind_a_torn_line(tiny_model, inputs, tmp_p
 
 
 def test_another_decoding_does_not_mix(tiny_model, inputs, tmp_path, monkeypatch):
-    def stop(self, prompts, decoding):
+    def stop(self, prompts, *_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -118,11 +118,11 @@ def test_another_decoding_does_not_mix(tiny_model, inputs, tmp_path, monkeypatch
 def test_a_tokenizer_that_counts_otherwise_is_refused(tiny_model, inputs, tmp_path, monkeypatch):
     generate = TransformersEngine.generate
 
-    def longer(self, prompts, decoding):
-        return generate(self, [prompt + "x" for prompt in prompts], decoding)
+    def longer(self, prompts, *others):
+        return generate(self, [prompt + "x" for prompt in prompts], *others)
 
     monkeypatch.setattr(TransformersEngine, "generate", longer)
-    with pytest.raises(ModelError, match=r"base model reads the prompt of x0 as \d+ tokens, the tokenizer as \d+"):
+    with pytest.raises(ModelError, match=r"base model reads the prompt of x\d as \d+ tokens, the tokenizer as \d+"):
         run(tiny_model, inputs, tmp_path / "p")
 
 
@@ -210,8 +210,8 @@ def test_a_vote_leaves_all_candidates_and_their_agreement(tiny_model, inputs, tm
 )
 def test_other_ways_of_decoding_do_not_mix(tiny_model, inputs, tmp_path, monkeypatch, changed):
     with monkeypatch.context() as patch:
-        patch.setattr(TransformersEngine, "generate", lambda self, prompts, decoding: iter(()))
-        with pytest.raises(IndexError):
+        patch.setattr(TransformersEngine, "generate", lambda *_: iter(()))
+        with pytest.raises(KeyError):
             run(tiny_model, inputs, tmp_path / "p")
     with pytest.raises(ArtifactError, match="begun with another decoding"):
         run(tiny_model, inputs, tmp_path / "p", **changed)

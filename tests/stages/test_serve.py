@@ -21,7 +21,7 @@ from fintune.artifact import Key, Manifest, digests
 from fintune.engines.endpoint import parse
 from fintune.engines.llama_cpp import LlamaCppEngine
 from fintune.engines.openai import OpenAIEngine
-from fintune.engines.protocol import Decoding
+from fintune.engines.protocol import Decoding, in_order
 from fintune.errors import ArtifactError, ConfigError, ModelError, ResourceError
 from fintune.gguf.export import export
 from fintune.records import Message
@@ -92,13 +92,13 @@ def test_a_runs_last_file_answers_as_it_does_in_this_process_until_ctrl_c(run, m
             urllib.request.urlopen(urllib.request.Request(f"{url}/chat/completions", b"{}"))
         monkeypatch.setenv(OWN_KEY, KEY)
         engine = OpenAIEngine(parse(f"{url}#demo-Q4_K_M"), parallel=1)
-        found = [each.token_ids for each in engine.chat(ASKED, Decoding(6))]
+        found = [each.token_ids for each in in_order(engine.chat(ASKED, Decoding(6)))]
         engine.close()
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
         assert process.stdout.read() == "stopped\n" and process.stderr.read() == ""
     with LlamaCppEngine(run / "export" / "demo-Q4_K_M.gguf", context_tokens=256, parallel=1) as local:
-        wanted = list(local.generate([local.render(each) for each in ASKED], Decoding(6)))
+        wanted = in_order(local.generate([local.render(each) for each in ASKED], Decoding(6)))
     assert found == [each.token_ids for each in wanted]
 
 

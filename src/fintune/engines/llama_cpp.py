@@ -20,7 +20,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 
 from fintune.engines.llama_requests import completion, of_one_grammar, question, unwritten_tokens
 from fintune.engines.prefixes import families
-from fintune.engines.protocol import Completion, Decoding
+from fintune.engines.protocol import Answered, Completion, Decoding
 from fintune.engines.waves import waves
 from fintune.errors import ModelError, PromptError, ResourceError
 from fintune.records import Message
@@ -37,7 +37,7 @@ from fintune.records import Message
 _TEMPLATE_DAY = "26 Jul 2024"
 """For templates that print the day (Llama 3): the one of :mod:`fintune.chat`."""
 _WINDOW_PER_SLOT = 16
-"""Families are looked for among so many prompts for each slot; results come in the order asked."""
+"""Families are looked for among so many prompts for each slot."""
 _SIMILARITY = 0.4
 """Share of a prompt that a slot must hold to be taken for it; members of a family share at least half."""
 
@@ -140,7 +140,7 @@ class LlamaCppEngine:
             raise ModelError(f"{self.path}: llama.cpp refused a prompt: {answer['error'].get('message', answer)}")
         return answer
 
-    def generate(self, prompts: Sequence[str], decoding: Decoding) -> Iterator[Completion]:
+    def generate(self, prompts: Sequence[str], decoding: Decoding, done: Collection[int] = ()) -> Iterator[Answered]:
         """Complete prompts; see :class:`fintune.engines.protocol.Engine`.
 
         Raises:
@@ -157,7 +157,7 @@ class LlamaCppEngine:
                     f" of {room}" + (f" that {self.path.name} was trained for" if room < self.context_tokens else ""),
                     hint="lower prompt.max_length",
                 )
-        return self._run(rows, decoding)
+        return self._run(rows, decoding, [place for place in range(len(rows)) if place not in done])
 
     def _room(self) -> int:
         """Tokens that a slot has: what was asked for, or the model's own context where that is shorter."""
@@ -166,47 +166,42 @@ class LlamaCppEngine:
             answer = json.loads(connection.getresponse().read())
         return int(answer["default_generation_settings"]["n_ctx"])
 
-    def _run(self, rows: Sequence[list[int]], decoding: Decoding) -> Iterator[Completion]:
+    def _run(self, rows: Sequence[list[int]], decoding: Decoding, asked: Sequence[int]) -> Iterator[Answered]:
         size = self._parallel * _WINDOW_PER_SLOT
         with closing(self._connect()) as connection:
-            for start in range(0, len(rows), size):
-                window = rows[start : start + size]
-                done: dict[int, list[Completion]] = {}
-                num_given = 0
-                for wave in waves(sorted(families(window), key=min), self._parallel):
-                    for places in of_one_grammar(wave, decoding, start):
-                        done |= self._complete(connection, window, places, decoding, start)
-                    while num_given in done:
-                        yield from done.pop(num_given)
-                        num_given += 1
+            for start in range(0, len(asked), size):
+                window = asked[start : start + size]
+                grouped = families([rows[place] for place in window])
+                for wave in waves(sorted(grouped, key=min), self._parallel):
+                    for places in of_one_grammar([window[at] for at in wave], decoding):
+                        yield from self._complete(connection, rows, places, decoding)
 
     def _complete(
         self,
         connection: http.client.HTTPConnection,
-        window: Sequence[list[int]],
+        rows: Sequence[list[int]],
         places: Sequence[int],
         decoding: Decoding,
-        start: int,
-    ) -> dict[int, list[Completion]]:
-        """All candidates of some prompts of a window, which begins at prompt ``start``.
+    ) -> list[Answered]:
+        """All candidates of the prompts at some places.
 
         The prompts of a request are taken up together, and the next request follows when all are answered, so that the
         batches do not depend on when a request arrives: the rounding does depend on the batches.
         """
         found: dict[int, list[Completion]] = {place: [] for place in places}
-        grammar = None if decoding.grammars is None else decoding.grammars[start + places[0]]
+        grammar = None if decoding.grammars is None else decoding.grammars[places[0]]
         if grammar is not None and self._unwritten is None:
             self._unwritten = unwritten_tokens(self.path)
         for candidate in range(decoding.num_candidates):
             body = question(decoding, candidate, grammar, self._unwritten or ())
             started = time.monotonic()
-            answer = self._post(connection, "/completion", {"prompt": [window[place] for place in places], **body})
+            answer = self._post(connection, "/completion", {"prompt": [rows[place] for place in places], **body})
             # One prompt is answered by an object, several by a list in their order.
             answers = answer if isinstance(answer, list) else [answer]
             seconds = (time.monotonic() - started) / len(places)
             for place, each in zip(places, answers, strict=True):
-                found[place].append(completion(each, seconds, len(window[place])))
-        return found
+                found[place].append(completion(each, seconds, len(rows[place])))
+        return [Answered(place, tuple(each)) for place, each in found.items()]
 
     def close(self) -> None:
         """Stop the server and free the weights."""

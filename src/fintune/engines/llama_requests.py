@@ -68,10 +68,10 @@ def unwritten_tokens(path: Path) -> list[int]:
     return [token for token, kind in enumerate(found.get(types, ())) if kind == _CONTROL and token not in last]
 
 
-def of_one_grammar(places: Sequence[int], decoding: Decoding, start: int) -> list[list[int]]:
-    """Places of prompts that one request can hold; the window begins at prompt ``start``."""
+def of_one_grammar(places: Sequence[int], decoding: Decoding) -> list[list[int]]:
+    """Places of prompts, by the requests that can hold them together."""
     grammars = decoding.grammars
-    if grammars is None or all(grammars[start + place] is grammars[start + places[0]] for place in places):
+    if grammars is None or all(grammars[place] is grammars[places[0]] for place in places):
         return [list(places)]
     return [[place] for place in places]
 

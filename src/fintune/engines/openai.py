@@ -1,8 +1,7 @@
 """Any server with an OpenAI-compatible interface: llama.cpp's, vLLM's, Ollama's, or a hosted one.
 
 A conversation goes to ``/chat/completions``, where the server's own template renders it: what a user of that server
-gets. A rendered prompt goes to ``/completions`` as token ids, which llama.cpp and vLLM take: what this package's other
-engines get, to the token.
+gets.
 
 The interface says little about sampling, so a server's own defaults would decide part of the result. Servers tell who
 they are in ``/models``; for llama.cpp and vLLM what this package does not ask for is turned off by name (repetition
@@ -16,19 +15,18 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal
 
 from fintune.engines.endpoint import Connection, Endpoint
-from fintune.engines.protocol import Completion, Decoding
+from fintune.engines.protocol import Answered, Completion, Decoding
 from fintune.errors import ModelError, PromptError, ResourceError
 from fintune.finqa.grammar import Grammar
 from fintune.records import Message
-
-Tokenise = Callable[[str], list[int]]
 
 _QUEUED_PER_REQUEST = 2
 """Requests that wait for each one in flight, so that the server is never idle and a consumer may stop early."""
@@ -40,36 +38,34 @@ class _Dialect:
     """What a kind of server takes beyond the common interface.
 
     Attributes:
-        always: Parts of every request.
-        in_chat: Parts of a conversation's request.
+        parts: Parts of every request.
         grammar: The part that constrains a completion; None where there is none.
-        takes_ids: Whether a prompt can be token ids.
         limit: The name of the limit of new tokens.
     """
 
-    always: Mapping[str, Any] = field(default_factory=dict)
-    in_chat: Mapping[str, Any] = field(default_factory=dict)
+    parts: Mapping[str, Any] = field(default_factory=dict)
     grammar: Callable[[Grammar], Mapping[str, Any]] | None = None
-    takes_ids: bool = False
     limit: str = "max_tokens"
 
 
-_NO_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}
+_NO_THINKING_AND_MARGINS = {
+    "chat_template_kwargs": {"enable_thinking": False},
+    "logprobs": True,
+    "top_logprobs": 2,
+}
 _PLAIN = _Dialect()
 _DIALECTS = {
     "llamacpp": _Dialect(
         # As transformers does it: the temperature first, then the most probable tokens of what it gives.
-        always={"samplers": ["temperature", "top_p"], "repeat_penalty": 1.0, "cache_prompt": True},
-        in_chat=_NO_THINKING | {"logprobs": True, "top_logprobs": 2},
+        parts={"samplers": ["temperature", "top_p"], "repeat_penalty": 1.0, "cache_prompt": True}
+        | _NO_THINKING_AND_MARGINS,
         grammar=lambda grammar: {"grammar": grammar.gbnf()},
-        takes_ids=True,
     ),
     "vllm": _Dialect(
-        always={"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "return_token_ids": True},
-        in_chat=_NO_THINKING | {"logprobs": True, "top_logprobs": 2},
+        parts={"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "return_token_ids": True}
+        | _NO_THINKING_AND_MARGINS,
         # GBNF is what its default backend, xgrammar, calls EBNF.
         grammar=lambda grammar: {"structured_outputs": {"grammar": grammar.gbnf()}},
-        takes_ids=True,
     ),
     "openai": _Dialect(limit="max_completion_tokens"),
 }
@@ -82,7 +78,6 @@ class OpenAIEngine:
 
     Args:
         endpoint: Address and model.
-        tokenise: Makes token ids of a rendered prompt, for :meth:`generate`.
         parallel: Requests in flight. Which completions share the server's batches depends on when they arrive, so
             near-ties may fall otherwise from run to run; with 1 a server that repeats itself is repeated.
         timeout_seconds: Longest wait for one answer.
@@ -97,14 +92,13 @@ class OpenAIEngine:
         self,
         endpoint: Endpoint,
         *,
-        tokenise: Tokenise | None = None,
         parallel: int = 8,
         timeout_seconds: float = 600.0,
         retries: int = 5,
     ) -> None:
         self.name = "openai"
         self.url = endpoint.url
-        self._tokenise, self._parallel = tokenise, parallel
+        self._parallel = parallel
         self._connection = Connection(endpoint, parallel=parallel, timeout_seconds=timeout_seconds, retries=retries)
         listed = self._connection.get("/models")
         served = listed.get("data") or [] if isinstance(listed, dict) else None
@@ -114,12 +108,15 @@ class OpenAIEngine:
         owner = next((str(each.get("owned_by")) for each in served or [] if _is_called(each, self.model)), "")
         self._dialect = _DIALECTS.get(owner, _PLAIN)
 
-    def chat(self, conversations: Sequence[Sequence[Message]], decoding: Decoding) -> Iterator[Completion]:
+    def chat(
+        self, conversations: Sequence[Sequence[Message]], decoding: Decoding, done: Collection[int] = ()
+    ) -> Iterator[Answered]:
         """Complete conversations through the server's own chat template.
 
         Args:
             conversations: Turns up to the user's last.
             decoding: How; without greedy decoding the draws are the server's.
+            done: Places of conversations that are not asked, as an earlier call has their answers.
 
         Yields:
             As :meth:`fintune.engines.protocol.Engine.generate`.
@@ -128,38 +125,24 @@ class OpenAIEngine:
             ModelError: The server refuses a conversation, one that is too long for instance, or cannot constrain.
             ResourceError: It does not answer.
         """
-        bodies = [{"messages": [turn.model_dump() for turn in turns]} for turns in conversations]
-        return self._complete("/chat/completions", bodies, decoding, self._dialect.in_chat)
-
-    def generate(self, prompts: Sequence[str], decoding: Decoding) -> Iterator[Completion]:
-        """Complete rendered prompts; see :class:`fintune.engines.protocol.Engine`.
-
-        Raises:
-            ModelError: As :meth:`chat`, or the server takes no token ids.
-            ResourceError: It does not answer.
-        """
-        if self._tokenise is None or not self._dialect.takes_ids:
-            raise ModelError(
-                f"{self.url} cannot be given rendered prompts: llama.cpp's and vLLM's servers can",
-                hint="let the server's own chat template render them",
-            )
-        bodies = [{"prompt": self._tokenise(prompt)} for prompt in prompts]
-        return self._complete("/completions", bodies, decoding, {"logprobs": 2})
-
-    def _complete(
-        self, route: str, bodies: Sequence[Mapping[str, Any]], decoding: Decoding, extra: Mapping[str, Any]
-    ) -> Iterator[Completion]:
         if decoding.grammars is not None and self._dialect.grammar is None:
             raise ModelError(
                 f"{self.url} is no server that is known to take a grammar",
                 hint="llama.cpp's and vLLM's are; decode freely with this one",
             )
-        requests = [
-            {"model": self.model, **body, **self._dialect.always, **extra, **self._choice(decoding, body, at, number)}
-            for at, body in enumerate(bodies)
+        bodies = [{"messages": [turn.model_dump() for turn in turns]} for turns in conversations]
+        asked = {
+            (place, number): {
+                "model": self.model,
+                **body,
+                **self._dialect.parts,
+                **self._choice(decoding, body, place, number),
+            }
+            for place, body in enumerate(bodies)
+            if place not in done
             for number in range(decoding.num_candidates)
-        ]
-        return self._answers(route, requests, decoding)
+        }
+        return self._answers(asked, decoding.num_candidates)
 
     def _choice(self, decoding: Decoding, body: Mapping[str, Any], at: int, number: int) -> dict[str, Any]:
         """How the tokens of one candidate are chosen."""
@@ -176,19 +159,28 @@ class OpenAIEngine:
             chosen |= self._dialect.grammar(decoding.grammars[at])
         return chosen
 
-    def _answers(self, route: str, requests: Sequence[Mapping[str, Any]], decoding: Decoding) -> Iterator[Completion]:
-        waiting: deque[Future[dict[str, Any]]] = deque()
-        told = time.monotonic()
+    def _answers(self, asked: Mapping[tuple[int, int], Mapping[str, Any]], num_candidates: int) -> Iterator[Answered]:
+        """Each conversation when all its requests, by place and number of the candidate, are answered."""
+        waiting: dict[Future[dict[str, Any]], tuple[int, int]] = {}
+        found: dict[int, dict[int, Completion]] = defaultdict(dict)
+        left, told = iter(asked.items()), time.monotonic()
         pool = ThreadPoolExecutor(self._parallel, thread_name_prefix="fintune-request")
         try:
-            for number in range(len(requests)):
+            while True:
                 room = self._parallel * (1 + _QUEUED_PER_REQUEST) - len(waiting)
-                begun = number + len(waiting)
-                for request in requests[begun : begun + room]:
-                    waiting.append(pool.submit(self._connection.post, route, request))
-                answer = self._answer(waiting.popleft(), number // decoding.num_candidates)
-                yield _completion(self.url, answer, time.monotonic() - told)
-                told = time.monotonic()
+                for key, request in islice(left, room):
+                    waiting[pool.submit(self._connection.post, "/chat/completions", request)] = key
+                if not waiting:
+                    return
+                # Of those that ended together the first asked comes first, so that the same mistake is named each time.
+                for future in sorted(wait(waiting, return_when=FIRST_COMPLETED).done, key=waiting.__getitem__):
+                    place, number = waiting.pop(future)
+                    answer = self._answer(future, place)
+                    found[place][number] = _completion(self.url, answer, time.monotonic() - told)
+                    told = time.monotonic()
+                    if len(found[place]) == num_candidates:
+                        yield Answered(place, tuple(one for _, one in sorted(found.pop(place).items())))
+                        told = time.monotonic()
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -216,9 +208,9 @@ class ChatEngine:
         self.name = served.name
         self._served, self._conversations = served, conversations
 
-    def generate(self, prompts: Sequence[str], decoding: Decoding) -> Iterator[Completion]:
+    def generate(self, prompts: Sequence[str], decoding: Decoding, done: Collection[int] = ()) -> Iterator[Answered]:
         """See :meth:`OpenAIEngine.chat`."""
-        return self._served.chat([self._conversations[prompt] for prompt in prompts], decoding)
+        return self._served.chat([self._conversations[prompt] for prompt in prompts], decoding, done)
 
     def close(self) -> None:
         """Drop the connections."""
@@ -253,11 +245,11 @@ def _seed(seed: int, prompt: str, number: int) -> int:
 def _completion(url: str, answer: Mapping[str, Any], seconds: float) -> Completion:
     try:
         choice = answer["choices"][0]
-        text = choice["text"] if "text" in choice else choice["message"].get("content")
-        steps = _steps(choice.get("logprobs"))
+        text = choice["message"].get("content")
+        steps = (choice.get("logprobs") or {}).get("content") or ()
         usage = answer.get("usage") or {}
         ids = choice.get("token_ids") or [step["id"] for step in steps if "id" in step]
-        aligned = steps if len(steps) == len(ids) else []
+        aligned = steps if len(steps) == len(ids) else ()
         return Completion(
             token_ids=tuple(map(int, ids)),
             text=text or "",
@@ -275,19 +267,6 @@ def _completion(url: str, answer: Mapping[str, Any], seconds: float) -> Completi
 
 def _ending(reason: object) -> Literal["stop", "length"]:
     return "length" if reason == "length" else "stop"
-
-
-def _steps(logprobs: Any) -> list[dict[str, Any]]:
-    """One entry a token; ``/completions`` of vLLM writes lists beside each other instead."""
-    if not logprobs:
-        return []
-    if "content" in logprobs:
-        return list(logprobs["content"] or ())
-    tops = logprobs.get("top_logprobs") or [None] * len(logprobs["token_logprobs"])
-    return [
-        {"logprob": own, "top_logprobs": [{"logprob": value} for value in sorted((top or {}).values(), reverse=True)]}
-        for own, top in zip(logprobs["token_logprobs"], tops, strict=True)
-    ]
 
 
 def _margin(step: Mapping[str, Any]) -> float:

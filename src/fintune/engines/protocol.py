@@ -1,10 +1,10 @@
-"""What every engine offers: rendered prompts in, completions out, in the order of the prompts."""
+"""What every engine offers: rendered prompts in, completions out as they end, each with the place of its prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from fintune.finqa.grammar import Grammar
 
@@ -58,6 +58,24 @@ class Completion:
     logprobs: tuple[float, ...] = ()
 
 
+class Answered(NamedTuple):
+    """A prompt with all that it was asked for.
+
+    Attributes:
+        place: Of the prompt among those that were given, from 0.
+        completions: ``Decoding.num_candidates`` of them, in the order of the candidates.
+    """
+
+    place: int
+    completions: tuple[Completion, ...]
+
+
+def in_order(answers: Iterable[Answered]) -> list[Completion]:
+    """All completions in the order of the prompts, the candidates of a prompt one behind the other."""
+    ordered = sorted(answers, key=lambda answer: answer.place)
+    return [completion for answer in ordered for completion in answer.completions]
+
+
 class Engine(Protocol):
     """A loaded model.
 
@@ -67,17 +85,19 @@ class Engine(Protocol):
 
     name: str
 
-    def generate(self, prompts: Sequence[str], decoding: Decoding) -> Iterator[Completion]:
+    def generate(self, prompts: Sequence[str], decoding: Decoding, done: Collection[int] = ()) -> Iterator[Answered]:
         """Complete prompts.
 
         Args:
             prompts: Texts that the chat template rendered, generation prompt included. Special tokens in them are
                 parsed and none is added: a BOS is there if the template put it there.
             decoding: How; an engine that cannot do a part of it says so and does not leave it out.
+            done: Places of prompts that an earlier, interrupted call has answered. They are not answered again, and
+                are given so that an engine can keep the others in the batches in which they would have been with them:
+                rounding differs between batches.
 
         Yields:
-            ``decoding.num_candidates`` completions per prompt, in the order of the prompts, as soon as they and those
-            before them are done.
+            Each prompt as soon as its last candidate has ended, in whatever order that happens.
 
         Raises:
             ModelError: A prompt and its completion do not fit the context.

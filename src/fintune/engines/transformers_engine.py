@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from fintune.engines.cache_room import cache_with_room, can_spread, spread
 from fintune.engines.choosing import Way, choose
 from fintune.engines.masks import Masks
 from fintune.engines.prefixes import batches, cut, families
-from fintune.engines.protocol import Completion, Decoding
+from fintune.engines.protocol import Answered, Completion, Decoding
 from fintune.errors import PromptError
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 _WINDOW_BATCHES = 4
-"""Prompts are sorted, by page and length, within so many batches; results come, in the order asked, by windows.
+"""Prompts are sorted, by page and length, within so many batches.
 
 Of FinQA's dev questions, pages together, twice as many would save 1 % of the computed tokens, half as many cost 10 %.
 """
@@ -36,8 +37,10 @@ Of FinQA's dev questions, pages together, twice as many would save 1 % of the co
 
 @dataclass
 class _Row:
-    """One prompt on its way through the loop."""
+    """A candidate of the prompt at a place, on its way through the loop."""
 
+    place: int
+    candidate: int
     prompt_ids: list[int]
     max_new_tokens: int
     way: Way
@@ -68,8 +71,11 @@ class TransformersEngine:
         self._masks: Masks | None = None
         self._context = int(model.config.get_text_config().max_position_embeddings)
 
-    def generate(self, prompts: Sequence[str], decoding: Decoding) -> Iterator[Completion]:
-        """Completions, in the order of the prompts; see :class:`fintune.engines.protocol.Engine`.
+    def generate(self, prompts: Sequence[str], decoding: Decoding, done: Collection[int] = ()) -> Iterator[Answered]:
+        """Completions as their rows end; see :class:`fintune.engines.protocol.Engine`.
+
+        A batch that an interrupted call left half answered is decoded again as a whole, without handing out what is
+        done: what a resumed run answers is, to the last bit, what an uninterrupted one does.
 
         Raises:
             ModelError: A prompt that leaves no room in the model's context; raised before anything is decoded. Or the
@@ -79,20 +85,29 @@ class TransformersEngine:
         if decoding.grammars is not None and self._masks is None:
             num_tokens = int(self._model.config.get_text_config().vocab_size)
             self._masks = Masks(self._tokenizer, num_tokens, self._stop_ids)
-        return self._windows(encoded, decoding)
+        return self._windows(encoded, decoding, frozenset(done))
 
     def close(self) -> None:
         """Let go of the model; the engine cannot be used afterwards."""
         del self._model
 
-    def _windows(self, prompts: list[list[int]], decoding: Decoding) -> Iterator[Completion]:
+    def _windows(self, prompts: list[list[int]], decoding: Decoding, done: frozenset[int]) -> Iterator[Answered]:
         window = max(1, self._batch_size * _WINDOW_BATCHES // decoding.num_candidates)
+        ended: dict[int, list[_Row]] = defaultdict(list)
         for start in range(0, len(prompts), window):
-            numbers = range(start, min(start + window, len(prompts)))
-            part = [self._row(prompts, n, c, decoding) for n in numbers for c in range(decoding.num_candidates)]
-            for batch in batches(families([row.prompt_ids for row in part]), self._batch_size):
-                self._decode([part[place] for place in batch], decoding)
-            yield from map(self._completion, part)
+            places = range(start, min(start + window, len(prompts)))
+            part = [(place, candidate) for place in places for candidate in range(decoding.num_candidates)]
+            for batch in batches(families([prompts[place] for place, _ in part]), self._batch_size):
+                asked = [part[at] for at in batch]
+                if all(place in done for place, _ in asked):
+                    continue
+                for row in self._decode([self._row(prompts, *each, decoding) for each in asked], decoding):
+                    if row.place in done:
+                        continue
+                    ended[row.place].append(row)
+                    if len(ended[row.place]) == decoding.num_candidates:
+                        rows = sorted(ended.pop(row.place), key=lambda row: row.candidate)
+                        yield Answered(row.place, tuple(map(self._completion, rows)))
 
     def _encode(self, number: int, prompt: str) -> list[int]:
         ids: list[int] = self._tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
@@ -104,44 +119,62 @@ class TransformersEngine:
             )
         return ids
 
-    def _row(self, prompts: list[list[int]], number: int, candidate: int, decoding: Decoding) -> _Row:
-        ids = prompts[number]
+    def _row(self, prompts: list[list[int]], place: int, candidate: int, decoding: Decoding) -> _Row:
+        ids = prompts[place]
         reader = None
         if decoding.grammars is not None:
             assert self._masks is not None, "generate opens it"
-            reader = self._masks.reader(decoding.grammars[number])
+            reader = self._masks.reader(decoding.grammars[place])
         chance = None
         if decoding.temperature > 0 and not (decoding.greedy_first and candidate == 0):
             # From the prompt, not its number: a run that goes on where another stopped draws the same.
             chance = random.Random(f"{decoding.seed} {candidate} {ids}")  # noqa: S311
-        return _Row(ids, min(decoding.max_new_tokens, self._context - len(ids)), Way(reader, chance))
+        return _Row(place, candidate, ids, min(decoding.max_new_tokens, self._context - len(ids)), Way(reader, chance))
 
-    def _decode(self, rows: list[_Row], decoding: Decoding) -> None:
-        """Run one batch to its end."""
+    def _decode(self, rows: list[_Row], decoding: Decoding) -> Iterator[_Row]:
+        """Run one batch to its end, and give each row when it has ended; a step's time is shared by its rows."""
+        state: _State | None = None
+        while rows:
+            started = time.perf_counter()
+            state, logits = self._prefill(rows) if state is None else self._step(state, rows)
+            going = self._take(rows, logits, decoding)
+            seconds = (time.perf_counter() - started) / len(rows)
+            for row in rows:
+                row.seconds += seconds
+            yield from (row for row in rows if not row.open)
+            rows = going
+
+    def _step(self, state: _State, rows: list[_Row]) -> tuple[_State, torch.Tensor]:
+        """Compute one more position of each row.
+
+        Returns:
+            The batch behind it, and its logits, shape [rows, 1, vocabulary].
+        """
         import torch
 
-        started = time.perf_counter()
-        device = self._model.device
+        # A step at a time: a generator that rests within the mode would leave its caller in it.
         with torch.inference_mode():
-            state = self._prefill(rows)
-            open_rows = self._take(rows, state.logits, decoding)
-            while open_rows:
-                if len(open_rows) < len(state.rows):
-                    state = state.only(open_rows)
-                last = torch.tensor([[row.token_ids[-1]] for row in open_rows], device=device)
-                state.mask = torch.cat([state.mask, torch.ones_like(last)], dim=1)
-                out = self._model(
-                    input_ids=last,
-                    attention_mask=state.mask,
-                    position_ids=state.mask.sum(1, keepdim=True) - 1,
-                    past_key_values=state.cache,
-                    use_cache=True,
-                )
-                open_rows = self._take(open_rows, out.logits, decoding)
-        for row in rows:
-            row.seconds = (time.perf_counter() - started) / len(rows)
+            if len(rows) < len(state.rows):
+                state = state.only(rows)
+            last = torch.tensor([[row.token_ids[-1]] for row in rows], device=self._model.device)
+            state.mask = torch.cat([state.mask, torch.ones_like(last)], dim=1)
+            out = self._model(
+                input_ids=last,
+                attention_mask=state.mask,
+                position_ids=state.mask.sum(1, keepdim=True) - 1,
+                past_key_values=state.cache,
+                use_cache=True,
+            )
+        return state, out.logits
 
-    def _prefill(self, rows: list[_Row]) -> _State:
+    def _prefill(self, rows: list[_Row]) -> tuple[_State, torch.Tensor]:
+        """Compute the prompts of a batch; gives what :meth:`_step` gives."""
+        import torch
+
+        with torch.inference_mode():
+            return self._prefilled(rows)
+
+    def _prefilled(self, rows: list[_Row]) -> tuple[_State, torch.Tensor]:
         import torch
 
         prompts = [row.prompt_ids for row in rows]
@@ -161,7 +194,7 @@ class TransformersEngine:
             use_cache=True,
             logits_to_keep=1,
         )
-        return _State(rows, mask, cache, out.logits)
+        return _State(rows, mask, cache), out.logits
 
     def _prefill_heads(self, prompts: list[list[int]], cache: DynamicCache) -> int:
         """Fill the cache with the beginnings of the prompts, computing those that are shared only once.
@@ -225,13 +258,11 @@ class _State:
         rows: What is in the batch.
         mask: Attention mask, shape [rows, tokens so far].
         cache: Keys and values.
-        logits: Of the last position after the prefill, shape [rows, 1, vocabulary].
     """
 
     rows: list[_Row]
     mask: torch.Tensor
     cache: DynamicCache
-    logits: torch.Tensor
 
     def only(self, kept: list[_Row]) -> _State:
         """The batch without the rows that have ended."""
@@ -240,4 +271,4 @@ class _State:
         places = {id(row): place for place, row in enumerate(self.rows)}
         indices = torch.tensor([places[id(row)] for row in kept], device=self.mask.device)
         self.cache.batch_select_indices(indices)
-        return _State(kept, self.mask[indices], self.cache, self.logits)
+        return _State(kept, self.mask[indices], self.cache)

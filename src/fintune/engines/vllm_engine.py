@@ -1,7 +1,8 @@
 """vLLM in this process, with a LoRA adapter where there is one (optional extra ``fintune[vllm]``, CUDA).
 
-Written against vLLM's documented offline interface of 0.11 and later: ``LLM``, ``SamplingParams``,
-``StructuredOutputsParams``, ``LoRARequest``, token-id prompts, ``RequestOutput``. **It was not run**: vLLM cannot be
+Written against vLLM's documented offline interface of 0.11 and later: ``LLM`` and the ``LLMEngine`` in it (its
+``generate`` would give nothing before all is done), ``SamplingParams``, ``StructuredOutputsParams``, ``LoRARequest``,
+token-id prompts, ``RequestOutput``. **It was not run**: vLLM cannot be
 installed on the machines that this package is developed on. The tests run it against a stand-in which has exactly the
 documented names, arguments and limits. So known from the documentation alone are: that weights load and fit the memory,
 speed, that llguidance as vLLM's backend takes the Lark form of the grammar (the function that it calls,
@@ -19,13 +20,14 @@ import gc
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fintune import chat
 from fintune.engines.prefixes import families
-from fintune.engines.protocol import Completion, Decoding
+from fintune.engines.protocol import Answered, Completion, Decoding
 from fintune.errors import ModelError, PromptError, ResourceError
 
 if TYPE_CHECKING:
@@ -34,8 +36,6 @@ if TYPE_CHECKING:
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM's ``max_lora_rank`` takes."""
 
-_WINDOW = 512
-"""Prompts given to vLLM at once: it returns them together, and an interrupted run keeps what was returned."""
 _SHUT_OUT_NATS = 104.0
 """Margin where the grammar allows a single token: that of a probability of 0 in 32 bits, which JSON can write."""
 
@@ -107,7 +107,7 @@ class VllmEngine:
         except RuntimeError as error:
             raise ResourceError(f"{path}: vLLM cannot start ({_first_line(error)})") from error
 
-    def generate(self, prompts: Sequence[str], decoding: Decoding) -> Iterator[Completion]:
+    def generate(self, prompts: Sequence[str], decoding: Decoding, done: Collection[int] = ()) -> Iterator[Answered]:
         """Complete prompts; see :class:`fintune.engines.protocol.Engine`.
 
         Raises:
@@ -122,7 +122,7 @@ class VllmEngine:
                     f"the context of {self.context_tokens}",
                     hint="lower prompt.max_length",
                 )
-        return self._run(rows, decoding)
+        return self._run(rows, decoding, [place for place in range(len(rows)) if place not in done])
 
     def close(self) -> None:
         """Give the memory back."""
@@ -133,30 +133,40 @@ class VllmEngine:
         ids: list[int] = self._tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
-    def _run(self, rows: Sequence[list[int]], decoding: Decoding) -> Iterator[Completion]:
-        for start in range(0, len(rows), _WINDOW):
-            window = rows[start : start + _WINDOW]
-            # Questions on a page one behind the other: vLLM then computes the page once.
-            order = [place for family in families(window) for place in family]
-            prompts, params = [], []
-            for place in order:
-                for number in range(decoding.num_candidates):
-                    prompts.append({"prompt_token_ids": window[place]})
-                    params.append(self._params(decoding, window[place], start + place, number))
+    def _run(self, rows: Sequence[list[int]], decoding: Decoding, asked: Sequence[int]) -> Iterator[Answered]:
+        engine: Any = self._llm.llm_engine
+        # Questions on a page one behind the other: vLLM then computes the page once.
+        order = [asked[at] for family in families([rows[place] for place in asked]) for at in family]
+        waiting: dict[str, tuple[int, int]] = {}
+        for place in order:
+            for number in range(decoding.num_candidates):
+                name = str(len(waiting))
+                params = self._params(decoding, rows[place], place, number)
+                engine.add_request(name, {"prompt_token_ids": rows[place]}, params, lora_request=self._lora)
+                waiting[name] = place, number
+        found: dict[int, dict[int, Completion]] = defaultdict(dict)
+        try:
             began = time.monotonic()
-            outputs = self._llm.generate(prompts, params, lora_request=self._lora, use_tqdm=False)
-            seconds = (time.monotonic() - began) / len(outputs)
-            found = [_completion(output, seconds) for output in outputs]
-            first = {place: at * decoding.num_candidates for at, place in enumerate(order)}
-            for place in range(len(window)):
-                yield from found[first[place] : first[place] + decoding.num_candidates]
+            while waiting:
+                ended = [each for each in engine.step() if each.finished]
+                seconds = (time.monotonic() - began) / max(len(ended), 1)
+                for output in ended:
+                    place, number = waiting.pop(output.request_id)
+                    found[place][number] = _completion(output, seconds)
+                    if len(found[place]) == decoding.num_candidates:
+                        yield Answered(place, tuple(one for _, one in sorted(found.pop(place).items())))
+                if ended:
+                    began = time.monotonic()
+        finally:
+            if waiting:  # whoever asked has stopped reading
+                engine.abort_request([*waiting])
 
     def _params(self, decoding: Decoding, row: Sequence[int], at: int, number: int) -> Any:
         greedy = decoding.temperature == 0 or (decoding.greedy_first and number == 0)
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
         constraint = None
         if decoding.grammars is not None:
-            from vllm.sampling_params import StructuredOutputsParams
-
             constraint = StructuredOutputsParams(grammar=decoding.grammars[at].lark())
         return self._vllm.SamplingParams(
             max_tokens=decoding.max_new_tokens,
@@ -168,6 +178,7 @@ class VllmEngine:
             skip_special_tokens=True,
             spaces_between_special_tokens=False,
             structured_outputs=constraint,
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
 

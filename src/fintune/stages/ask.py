@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fintune.answerer import Named, open_model
+from fintune.answerer import Named, engine_of, open_model
+from fintune.engines.answering import less_memory
 from fintune.engines.candidates import decoding, grammars, predict_one
+from fintune.engines.protocol import in_order
+from fintune.errors import ModelError, PromptError
 from fintune.finqa.page import page_units
 from fintune.finqa.program import tokenize
 from fintune.finqa.prompt import build_messages, prompt_budget
 from fintune.finqa.trace import Operand, Trace, trace
 from fintune.options import PredictOptions, PromptOptions
+from fintune.out_of_memory import advice_on_memory
 from fintune.records import Candidate, FinQARecord
 
 
@@ -111,23 +115,30 @@ def ask(record: FinQARecord, named: Named, prompt: PromptOptions, options: Predi
         options: How tokens are chosen, what they may say, and how one of several candidates is chosen.
 
     Raises:
-        ModelError: The model cannot be used, or not in this way.
-        ResourceError: A package, the hub or a server is missing.
+        ModelError: The model cannot be used, or not in this way; or page and question do not fit its context.
+        ResourceError: A package, the hub or a server is missing, or memory ran out.
         DataError: The question alone is longer than the prompt may be.
     """
     allowed = grammars(options, [record])
-    answerer = open_model(named)
-    try:
-        built = build_messages(
-            record,
-            system=prompt.system,
-            budget=prompt_budget(prompt.max_length),
-            count_tokens=answerer.count_text,
-            count_prompt=answerer.count,
-        )
-        completions = list(answerer.complete([built.messages], decoding(options, allowed)))
-    finally:
-        answerer.close()
+    can_pack = engine_of(named) in ("transformers", "vllm") and not named.load_in_4bit
+    hint = less_memory(
+        min(options.batch_size, options.num_candidates), prompt.max_length, "add --load-in-4bit" if can_pack else None
+    )
+    with advice_on_memory(hint, during=f"asking {named.name}"):
+        answerer = open_model(named)
+        try:
+            built = build_messages(
+                record,
+                system=prompt.system,
+                budget=prompt_budget(prompt.max_length),
+                count_tokens=answerer.count_text,
+                count_prompt=answerer.count,
+            )
+            completions = in_order(answerer.complete([built.messages], decoding(options, allowed)))
+        except PromptError as error:
+            raise ModelError(f"the page with its question{error.problem}", hint=error.hint) from None
+        finally:
+            answerer.close()
     predicted = predict_one(record.id, completions, options, record.table, allowed[0] if allowed else None)
     sentences = [unit.text for unit in page_units(record) if unit.kind == "text"]
     return Answer(

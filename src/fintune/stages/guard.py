@@ -14,7 +14,7 @@ from fintune.accuracy import Question
 from fintune.artifact import Facts, write_atomically
 from fintune.conversations import ConversationEncoder, Sequenced
 from fintune.engines.likelihood import Loss, answer_losses
-from fintune.engines.protocol import Decoding
+from fintune.engines.protocol import Decoding, in_order
 from fintune.engines.transformers_engine import TransformersEngine
 from fintune.errors import FintuneError
 from fintune.guard_set import GuardPrompt
@@ -179,10 +179,10 @@ def _measure(
     losses = list(answer_losses(model, each_row))
     asked = [(each, each.record) for each in prompts if each.record is not None]
     engine = TransformersEngine(model, tokenizer, min(config.predict.batch_size, len(asked)))
-    texts = engine.generate([chat.render(tokenizer, each.messages) for each, _ in asked], Decoding(_NEW_TOKENS))
+    answers = engine.generate([chat.render(tokenizer, each.messages) for each, _ in asked], Decoding(_NEW_TOKENS))
     right = {
         each.id: Question(each.messages, record).is_right(completion.text)
-        for (each, record), completion in zip(asked, texts, strict=True)
+        for (each, record), completion in zip(asked, in_order(answers), strict=True)
     }
     return losses, right
 

@@ -6,23 +6,20 @@ import gc
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from fintune import chat, models
-from fintune.engines.candidates import decoding, grammars, predict_one
+from fintune.engines.answering import answer_all, less_memory, num_tokens
 from fintune.engines.journal import Journal
-from fintune.engines.pages import page_order, prompts_named
 from fintune.errors import ArtifactError, ModelError
-from fintune.finqa.execute import execute
 from fintune.finqa.parse import ParseError, parse
 from fintune.finqa.program import tokenize
 from fintune.options import Config, ModelKind
-from fintune.progress import bar
+from fintune.out_of_memory import advice_on_memory
 from fintune.records import Example, FinQARecord, Prediction
 from fintune.shots import examples_with_shots
 from fintune.tuning import full
@@ -31,7 +28,7 @@ from fintune.tuning.quiet import quiet_libraries
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from fintune.engines.protocol import Completion, Engine
+    from fintune.engines.protocol import Answered, Completion, Decoding, Engine
 
 FOUR_BIT = "_4bit"
 """Ending of the kinds whose weights are packed while they load."""
@@ -58,6 +55,7 @@ def predict(config: Config, inputs: Mapping[str, Path], folder: Path, *, kind: M
             otherwise than the model's.
         ArtifactError: ``predictions.jsonl`` was begun with another model, other prompts or another decoding; or
             ``gold.json`` lacks the page of an example.
+        ResourceError: Memory ran out.
     """
     examples = _examples(inputs["prepare"] / "eval.jsonl")
     tokenizer = _tokenizer(config)
@@ -74,13 +72,9 @@ def predict(config: Config, inputs: Mapping[str, Path], folder: Path, *, kind: M
     }
     journal = Journal(folder / "predictions.jsonl", key)
     try:
-        todo = [each for each in examples if each.id not in journal.done]
-        if todo:
-            engine = (
-                _served(config, todo, prompts) if kind == "endpoint" else _open_engine(config, inputs, kind, tokenizer)
-            )
-            _decode(config, engine, tokenizer, todo, prompts, journal, _Gold(inputs["prepare"] / "gold.json"), kind)
-            engine.close()
+        if any(each.id not in journal.done for each in examples):
+            with advice_on_memory(lambda: _less_memory(config, kind), during=f"asking the {kind} model"):
+                _decode(config, inputs, kind, tokenizer, examples, prompts, journal)
             gc.collect()  # the next kind's model should not stand beside this one in memory
     finally:
         journal.close()
@@ -93,39 +87,33 @@ def predict(config: Config, inputs: Mapping[str, Path], folder: Path, *, kind: M
 
 def _decode(
     config: Config,
-    engine: Engine,
+    inputs: Mapping[str, Path],
+    kind: ModelKind,
     tokenizer: PreTrainedTokenizerBase,
-    todo: Sequence[Example],
+    examples: Sequence[Example],
     prompts: Mapping[str, str],
     journal: Journal,
-    gold: _Gold,
-    kind: str,
 ) -> None:
-    for done in journal.done.values():
-        gold.add(done)
-    options, pages = config.predict, [gold.page(each) for each in todo]
-    order = page_order(pages)
-    todo, pages = [todo[at] for at in order], [pages[at] for at in order]
-    allowed = grammars(options, pages)
-    num_tokens, seconds = 0, 0.0
-    progress = bar(f"predict {kind}", len(todo) + len(journal.done), done=len(journal.done))
-    with prompts_named(pages), progress as shown:
-        completions = engine.generate([prompts[e.id] for e in todo], decoding(options, allowed))
-        for number, (example, page) in enumerate(zip(todo, pages, strict=True)):
-            found = list(islice(completions, options.num_candidates))
-            if kind != "endpoint":  # it has a tokenizer and a chat template of its own
-                _check_prompt(example, found[0], tokenizer, kind)
-            prediction = predict_one(example.id, found, options, page.table, allowed[number] if allowed else None)
-            journal.append(prediction)
-            gold.add(prediction)
-            num_tokens += _num_tokens(prediction)
-            seconds += prediction.seconds
-            shown.advance()
-            shown.note(f"{num_tokens / max(seconds, 1e-9):.0f} tok/s{gold.told()}")
+    pages = _pages(inputs["prepare"] / "gold.json", examples)
+    by_id = {each.id: each for each in examples}
+    is_served = kind == "endpoint"
+    engine = _served(config, examples, prompts) if is_served else _open_engine(config, inputs, kind, tokenizer)
+
+    def ask(ids: Sequence[str], decoding: Decoding, done: frozenset[int]) -> Iterator[Answered]:
+        return engine.generate([prompts[each] for each in ids], decoding, done)
+
+    def check(example_id: str, completion: Completion) -> None:
+        _check_prompt(by_id[example_id], completion, tokenizer, kind)
+
+    # A server has a tokenizer and a chat template of its own.
+    answer_all(f"predict {kind}", pages, config.predict, journal, ask, None if is_served else check)
+    engine.close()
 
 
-def _num_tokens(prediction: Prediction) -> int:
-    return sum(each.num_tokens for each in prediction.candidates) or len(prediction.token_ids)
+def _less_memory(config: Config, kind: ModelKind) -> str:
+    can_pack = kind == "merged" or (kind == "adapter" and config.adapter.kind != "full")
+    four_bit = f"measure {kind}{FOUR_BIT} instead of {kind} (predict.models)" if can_pack else None
+    return less_memory(config.predict.batch_size, config.prompt.max_length, four_bit)
 
 
 def _check_prompt(example: Example, completion: Completion, tokenizer: PreTrainedTokenizerBase, kind: str) -> None:
@@ -144,14 +132,14 @@ def _finish(folder: Path, predictions: Sequence[Prediction]) -> dict[str, Any]:
     official = [{"id": each.id, "predicted": tokenize(each.program)} for each in predictions]
     _write(folder / "official.json", json.dumps(official, ensure_ascii=False, indent=1) + "\n")
     seconds = sum(each.seconds for each in predictions)
-    num_tokens = sum(map(_num_tokens, predictions))
+    total = sum(map(num_tokens, predictions))
     length_share = sum(each.finish_reason == "length" for each in predictions) / max(len(predictions), 1)
-    rate = num_tokens / max(seconds, 1e-9)
+    rate = total / max(seconds, 1e-9)
     known = [each.confidence for each in predictions if each.confidence is not None]
     return {
         "num_predictions": len(predictions),
         "predict_seconds": round(seconds, 3),
-        "num_tokens": num_tokens,
+        "num_tokens": total,
         "tokens_per_second": round(rate, 1),
         "length_share": length_share,
         "num_unparsable": sum(not _parses(each.program) for each in predictions),
@@ -259,42 +247,24 @@ def _open_engine(config: Config, inputs: Mapping[str, Path], kind: str, tokenize
     return TransformersEngine(model.eval(), tokenizer, config.predict.batch_size)
 
 
-def _served(config: Config, todo: Sequence[Example], prompts: Mapping[str, str]) -> Engine:
+def _served(config: Config, examples: Sequence[Example], prompts: Mapping[str, str]) -> Engine:
     from fintune.engines.endpoint import parse
     from fintune.engines.openai import ChatEngine, OpenAIEngine
 
     assert config.predict.endpoint is not None, "the options ask for it"
     served = OpenAIEngine(parse(config.predict.endpoint), parallel=config.predict.batch_size)
-    return ChatEngine(served, {prompts[each.id]: each.messages for each in todo})
+    return ChatEngine(served, {prompts[each.id]: each.messages for each in examples})
 
 
-class _Gold:
-    """The pages of the examples, and the running execution accuracy."""
+def _pages(path: Path, examples: Sequence[Example]) -> list[FinQARecord]:
+    """The records that examples were made from.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        raw = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-        self._records = {record.id: record for record in map(FinQARecord.model_validate, raw)}
-        self._num, self._num_right = 0, 0
-
-    def page(self, example: Example) -> FinQARecord:
-        """The record that an example was made from.
-
-        Raises:
-            ArtifactError: There is none.
-        """
-        if example.id not in self._records:
-            raise ArtifactError(f"{self._path} has no page {example.id}", hint="run fintune prepare again")
-        return self._records[example.id]
-
-    def add(self, prediction: Prediction) -> None:
-        """Count one prediction."""
-        record = self._records.get(prediction.id)
-        if record is not None:
-            execution = execute(tokenize(prediction.program), record.table)
-            self._num += 1
-            self._num_right += not execution.invalid and execution.result == record.qa.exe_ans
-
-    def told(self) -> str:
-        """``, 12.5% right``, or nothing."""
-        return f", {self._num_right / self._num:.1%} right" if self._num else ""
+    Raises:
+        ArtifactError: One is missing.
+    """
+    raw = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    records = {record.id: record for record in map(FinQARecord.model_validate, raw)}
+    for each in examples:
+        if each.id not in records:
+            raise ArtifactError(f"{path} has no page {each.id}", hint="run fintune prepare again")
+    return [records[each.id] for each in examples]

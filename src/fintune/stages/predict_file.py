@@ -9,24 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from fintune import machine, outputs
 from fintune.answerer import Answerer, Named, engine_of, open_model
 from fintune.artifact import sha256_file
-from fintune.engines.candidates import decoding, grammars, predict_one
+from fintune.engines.answering import answer_all, is_right, less_memory, num_tokens
 from fintune.engines.journal import Journal
-from fintune.engines.pages import page_order, prompts_named
+from fintune.engines.protocol import Answered, Decoding
 from fintune.errors import ArtifactError, DataError
-from fintune.finqa.execute import execute
 from fintune.finqa.program import tokenize
 from fintune.finqa.prompt import TooLongError, build_messages, prompt_budget
 from fintune.options import Config
-from fintune.progress import bar, track
+from fintune.out_of_memory import advice_on_memory
+from fintune.progress import track
 from fintune.records import FinQARecord, Message, Prediction
 from fintune.shots import Shots
 from fintune.sources.finqa_json import read_finqa
@@ -96,7 +96,7 @@ def predict_file(job: FileJob, config: Config) -> FilePredictions:
     Raises:
         DataError: A file cannot be used, or none of its questions can be asked.
         ModelError: The model cannot be used.
-        ResourceError: A package, the hub or a server is missing.
+        ResourceError: A package, the hub or a server is missing, or memory ran out.
         ArtifactError: An unfinished attempt was made with something else.
         FintuneError: A file cannot be written.
     """
@@ -105,7 +105,8 @@ def predict_file(job: FileJob, config: Config) -> FilePredictions:
     outputs.check([job.out, job.manifest], read_too)
     read = read_finqa(job.data, needs_gold=False)
     shots = _shots(job, read.records)
-    answerer = open_model(job.named)
+    with _advice_on_memory(job, config):
+        answerer = open_model(job.named)
     try:
         prompts = _prompts(read.records, answerer, config, shots)
         prompts.dropped = {**read.dropped, **prompts.dropped}
@@ -162,58 +163,43 @@ def _resumed(job: FileJob, config: Config, answerer: Answerer, prompts: _Prompts
         "prompts": hashlib.sha256(text.encode("utf-8", errors="backslashreplace")).hexdigest(),
         "decoding": config.predict.model_dump_json(exclude={"models", "threads", "batch_size"}),
     }
+
+    def ask(ids: Sequence[str], decoding: Decoding, done: frozenset[int]) -> Iterator[Answered]:
+        return answerer.complete([prompts.turns[each] for each in ids], decoding, done)
+
     try:
         journal = Journal(job.partial, key)
     except ArtifactError as error:
         raise ArtifactError(error.message, hint=f"remove {job.partial} to begin anew, or name another file") from None
     try:
-        todo = [each for each in prompts.records if each.id not in journal.done]
-        _decode(config, answerer, [todo[at] for at in page_order(todo)], prompts, journal)
+        with _advice_on_memory(job, config):
+            answer_all(f"predict {answerer.engine}", prompts.records, config.predict, journal, ask, None)
     finally:
         journal.close()
     return [journal.done[each.id] for each in prompts.records]
 
 
-def _decode(
-    config: Config, answerer: Answerer, todo: Sequence[FinQARecord], prompts: _Prompts, journal: Journal
-) -> None:
-    if not todo:
-        return
-    options, allowed = config.predict, grammars(config.predict, todo)
-    tables = {each.id: each for each in prompts.records}
-    right = [_is_right(each, tables[each.id]) for each in journal.done.values() if each.id in tables]
-    progress = bar(f"predict {answerer.engine}", len(prompts.records), done=len(journal.done))
-    with prompts_named(todo), progress as shown:
-        completions = answerer.complete([prompts.turns[each.id] for each in todo], decoding(options, allowed))
-        for number, record in enumerate(todo):
-            found = list(islice(completions, options.num_candidates))
-            prediction = predict_one(record.id, found, options, record.table, allowed[number] if allowed else None)
-            journal.append(prediction)
-            right.append(_is_right(prediction, record))
-            shown.advance()
-            known = [each for each in right if each is not None]
-            shown.note(f"{sum(known) / len(known):.1%} right" if known else "")
-
-
-def _is_right(prediction: Prediction, record: FinQARecord) -> bool | None:
-    """Whether the result is gold's; None where there is no gold."""
-    if not record.qa.program:
-        return None
-    execution = execute(tokenize(prediction.program), record.table)
-    return not execution.invalid and execution.result == record.qa.exe_ans
+def _advice_on_memory(job: FileJob, config: Config) -> AbstractContextManager[None]:
+    can_pack = engine_of(job.named) in ("transformers", "vllm") and not job.named.load_in_4bit
+    hint = less_memory(
+        config.predict.batch_size,
+        config.prompt.max_length,
+        "add --load-in-4bit (older script: --load_in_4bit)" if can_pack else None,
+        batches="set predict.batch_size={0} (older script: --batch_size {0})",
+    )
+    return advice_on_memory(hint, during=f"asking {job.named.name}")
 
 
 def _facts(predictions: Sequence[Prediction], prompts: _Prompts) -> dict[str, Any]:
     by_id = {each.id: each for each in prompts.records}
-    right = [_is_right(each, by_id[each.id]) for each in predictions]
+    right = [is_right(each, by_id[each.id]) for each in predictions]
     known = [each for each in right if each is not None]
-    num_tokens = sum(sum(each.num_tokens for each in p.candidates) or len(p.token_ids) for p in predictions)
     return {
         "num_predictions": len(predictions),
         "num_dropped": prompts.dropped,
         "num_cut_pages": prompts.num_cut,
         "num_cut_off": sum(each.finish_reason == "length" for each in predictions),
-        "num_tokens": num_tokens,
+        "num_tokens": sum(map(num_tokens, predictions)),
         "predict_seconds": round(sum(each.seconds for each in predictions), 3),
         "num_gold": len(known),
         "execution_accuracy": round(sum(known) / len(known), 6) if known else None,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fintune import chat, hub_push, models, publication
 from fintune.accuracy import read_questions
-from fintune.engines.protocol import Decoding
+from fintune.engines.protocol import Decoding, in_order
 from fintune.engines.transformers_engine import TransformersEngine
 from fintune.errors import ArtifactError
 from fintune.model_folder import read_json
@@ -231,9 +231,9 @@ def _evaluation(config: Config, prepare: Path, tokenizer: PreTrainedTokenizerBas
     def accuracy(model: PeftModel | PreTrainedModel) -> float:
         engine = TransformersEngine(model, tokenizer, config.predict.batch_size)
         own, asked = ranks.share(questions), ranks.share(prompts)
-        completions = engine.generate(asked, Decoding(max_new_tokens=options.eval_new_tokens)) if asked else []
+        answers = engine.generate(asked, Decoding(max_new_tokens=options.eval_new_tokens)) if asked else ()
         num_right = sum(
-            question.is_right(completion.text) for question, completion in zip(own, completions, strict=True)
+            question.is_right(completion.text) for question, completion in zip(own, in_order(answers), strict=True)
         )
         return ranks.total([num_right])[0] / len(questions)
 

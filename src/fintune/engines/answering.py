@@ -1,0 +1,116 @@
+"""All questions of a file or a run through an engine: each answer goes to the journal when it is there.
+
+Answers come as they end, not in the order of the questions; the journal goes by id, and so must whoever reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from fintune.engines.candidates import decoding, grammars, predict_one
+from fintune.engines.journal import Journal
+from fintune.engines.pages import page_order, prompts_named
+from fintune.engines.protocol import Answered, Completion, Decoding
+from fintune.finqa.execute import execute
+from fintune.finqa.program import tokenize
+from fintune.options import PredictOptions
+from fintune.progress import bar
+from fintune.records import FinQARecord, Prediction
+
+Ask = Callable[[Sequence[str], Decoding, frozenset[int]], Iterator[Answered]]
+"""Puts the questions with these ids to an engine, but those at the places that are done."""
+Check = Callable[[str, Completion], None]
+"""Looks at the first completion of the question with this id."""
+
+
+def answer_all(
+    title: str, records: Sequence[FinQARecord], options: PredictOptions, journal: Journal, ask: Ask, check: Check | None
+) -> None:
+    """Answer what the journal does not hold.
+
+    Questions about a page are asked one behind the other, those that are done among them, see
+    :meth:`fintune.engines.protocol.Engine.generate`.
+
+    Args:
+        title: Of the progress bar.
+        records: All questions with their pages; gold in them is read for the running accuracy alone.
+        options: How they are asked.
+        journal: Grows by a line with each answer.
+        ask: The engine.
+        check: Refuses an answer.
+
+    Raises:
+        ModelError: The engine cannot take a question, which it names, or another way of asking.
+    """
+    if all(record.id in journal.done for record in records):
+        return
+    records = [records[at] for at in page_order(records)]
+    done = frozenset(at for at, record in enumerate(records) if record.id in journal.done)
+    allowed = grammars(options, records)
+    running = Running()
+    for at in sorted(done):
+        running.add_earlier(journal.done[records[at].id], records[at])
+    with prompts_named(records), bar(title, len(records), done=len(done)) as shown:
+        for place, found in ask([record.id for record in records], decoding(options, allowed), done):
+            record = records[place]
+            if check is not None:
+                check(record.id, found[0])
+            prediction = predict_one(record.id, found, options, record.table, allowed[place] if allowed else None)
+            journal.append(prediction)
+            running.add(prediction, record)
+            shown.advance()
+            shown.note(running.told())
+
+
+class Running:
+    """Speed and execution accuracy so far."""
+
+    def __init__(self) -> None:
+        self._num_tokens, self._seconds, self._num_gold, self._num_right = 0, 0.0, 0, 0
+
+    def add(self, prediction: Prediction, record: FinQARecord) -> None:
+        """Count an answer."""
+        self._num_tokens += num_tokens(prediction)
+        self._seconds += prediction.seconds
+        self.add_earlier(prediction, record)
+
+    def add_earlier(self, prediction: Prediction, record: FinQARecord) -> None:
+        """Count an answer of an interrupted attempt, whose speed says nothing about this one."""
+        right = is_right(prediction, record)
+        if right is not None:
+            self._num_gold += 1
+            self._num_right += right
+
+    def told(self) -> str:
+        """``31 tok/s, 12.5% right``, or the speed alone where there is no gold."""
+        right = f", {self._num_right / self._num_gold:.1%} right" if self._num_gold else ""
+        return f"{self._num_tokens / max(self._seconds, 1e-9):.0f} tok/s{right}"
+
+
+def num_tokens(prediction: Prediction) -> int:
+    """Generated tokens, those of all candidates."""
+    return sum(each.num_tokens for each in prediction.candidates) or len(prediction.token_ids)
+
+
+def is_right(prediction: Prediction, record: FinQARecord) -> bool | None:
+    """Whether the program's result is gold's; None where there is no gold."""
+    if not record.qa.program:
+        return None
+    execution = execute(tokenize(prediction.program), record.table)
+    return not execution.invalid and execution.result == record.qa.exe_ans
+
+
+def less_memory(
+    batch_size: int, max_length: int, four_bit: str | None, *, batches: str = "set predict.batch_size={0}"
+) -> str:
+    """What to change when memory ran out, the cheapest change first.
+
+    Args:
+        batch_size: Completions that were decoded together.
+        max_length: ``prompt.max_length``.
+        four_bit: What loads the weights in 4 bits; None where they are already, or cannot be.
+        batches: What makes batches smaller, with a place for the number.
+    """
+    ways = [batches.format(batch_size // 2)] if batch_size > 1 else []
+    ways += [four_bit] if four_bit else []
+    return ", or ".join([*ways, f"lower prompt.max_length (now {max_length})"])
