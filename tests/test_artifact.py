@@ -159,6 +159,24 @@ def test_a_changed_option_and_a_changed_source_are_named_and_an_input_is_not(slo
     assert slot.state(moved) == ("inputs changed", [])
 
 
+def test_of_a_list_of_settings_the_changed_ones_are_named_and_a_long_value_is_cut() -> None:
+    def changes(was: object, now: object) -> list[str]:
+        return key(**{"data.sources": now}).differences(key(**{"data.sources": was}))
+
+    folder, hub = {"path": "data", "columns": {}}, {"path": "hub:a/b", "columns": {}, "max_rows": 22500}
+    assert changes([folder, hub], [folder, hub | {"max_rows": 40, "columns": {"a": "b"}}]) == [
+        'data.sources[1].columns.a was null and is now "b"',
+        "data.sources[1].max_rows was 22500 and is now 40",
+    ]
+    assert changes([folder, hub], [folder]) == ["data.sources had 2 entries and now has 1"]
+    assert changes([folder], [folder, hub]) == ["data.sources had 1 entry and now has 2"]
+    assert changes(["q_proj"], ["q_proj", "v_proj"]) == ['data.sources was ["q_proj"] and is now ["q_proj", "v_proj"]']
+    (cut,) = changes("short", "long" * 100)
+    assert cut.startswith('data.sources was "short" and is now "longlong')
+    assert cut.endswith(" ...")
+    assert len(cut) < 200
+
+
 def test_many_changes_make_one_line() -> None:
     assert describe(["a", "b", "c", "d"]) == "a; b and 2 more"
     assert describe(["a", "b"]) == "a; b"

@@ -30,6 +30,15 @@ from fintune.errors import ArtifactError, ResourceError
         ),
         ("command line: adapter.r: got 0", "--lora_r: got 0"),
         ("data/train.batch_size/x", "data/train.batch_size/x"),
+        ("command line: data.sources[1].max_rows: got 0", "--investopedia_rows: got 0"),
+        ('data.sources[0].path was "a" and is now "b"', '--dataset_folder was "a" and is now "b"'),
+        ("data.sources[1].shape: got 0", "--investopedia.shape: got 0"),
+        (
+            "data.sources had 1 entry and now has 2",
+            "--dataset_folder and --investopedia had 1 entry and now has 2",
+        ),
+        ("or leave out --strict (data.strict: false) to drop such rows", "or leave out --strict to drop such rows"),
+        ("free some, or set run.dir to a folder on another disk", "free some, or give a --out on another disk"),
     ],
 )
 def test_options_are_told_as_flags(text, told):

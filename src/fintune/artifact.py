@@ -24,6 +24,8 @@ from fintune.errors import ArtifactError
 MANIFEST = "manifest.json"
 KEY = "key.json"
 WORK = ".work"
+_LONGEST = 120
+"""Letters of a value that a message shows."""
 
 Facts = dict[str, Any]
 """What a stage found out: counts and figures, as JSON has them."""
@@ -55,9 +57,7 @@ class Key(BaseModel):
         """What the user changed since ``old``, one phrase each; changed inputs are not named here."""
         changes = []
         for name in sorted(self.options.keys() | old.options.keys()):
-            was, now = old.options.get(name), self.options.get(name)
-            if was != now:
-                changes.append(f"{name} was {json.dumps(was)} and is now {json.dumps(now)}")
+            changes += _changes(name, old.options.get(name), self.options.get(name))
         for name in sorted(self.sources.keys() | old.sources.keys()):
             if self.sources.get(name) != old.sources.get(name):
                 changes.append(f"the content behind {name} has changed")
@@ -235,6 +235,30 @@ def folder_bytes(folder: Path) -> int:
 
 def _files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def _changes(name: str, was: Any, now: Any) -> list[str]:
+    """What differs between two values as JSON has them, entry by entry where they are lists of settings."""
+    if was == now:
+        return []
+    if isinstance(was, dict) and isinstance(now, dict):
+        return [
+            each
+            for key in sorted(was.keys() | now.keys())
+            for each in _changes(f"{name}.{key}", was.get(key), now.get(key))
+        ]
+    if isinstance(was, list) and isinstance(now, list) and any(isinstance(each, dict) for each in (*was, *now)):
+        if len(was) != len(now):
+            entries = "1 entry" if len(was) == 1 else f"{len(was)} entries"
+            return [f"{name} had {entries} and now has {len(now)}"]
+        pairs = enumerate(zip(was, now, strict=True))
+        return [each for number, pair in pairs for each in _changes(f"{name}[{number}]", *pair)]
+    return [f"{name} was {_short(was)} and is now {_short(now)}"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 4]} ..."
 
 
 def describe(changes: list[str]) -> str:

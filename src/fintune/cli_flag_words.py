@@ -11,6 +11,7 @@ from fintune.errors import FintuneError
 FLAGS: Mapping[str, str] = {
     "adapter.alpha": "--lora_alpha",
     "adapter.r": "--lora_r",
+    "data.sources": "--dataset_folder and --investopedia",
     "data.strict": "--strict",
     "export.llama_cpp_path": "--llama_cpp_path",
     "export.types": "--quantization_target",
@@ -23,6 +24,14 @@ FLAGS: Mapping[str, str] = {
     "train.learning_rate": "--learning_rate",
 }
 """Options that have a flag."""
+_OF_SOURCES: Mapping[str, str] = {
+    "data.sources[0].path": "--dataset_folder",
+    "data.sources[0]": "--dataset_folder",
+    "data.sources[1].max_rows": "--investopedia_rows",
+    "data.sources[1].path": "--investopedia",
+    "data.sources[1]": "--investopedia",
+}
+"""What the flags say about the sources, longer names first."""
 _SKIPS = {
     "prepare": "--skip_dataset_prep",
     "train": "--skip_training",
@@ -58,6 +67,10 @@ def in_flags(text: str, output_flag: str) -> str:
     text = text.replace("run.name=OTHER keeps it", f"another {output_flag} keeps it")
     text = text.replace("set run.dir to another folder, or run.name to another name", f"give another {output_flag}")
     text = text.replace("set run.name to another name", f"give another {output_flag}")
+    text = text.replace("set run.dir to a folder on another disk", f"give a {output_flag} on another disk")
+    text = text.replace(" (data.strict: false)", "")
+    for option, flag in _OF_SOURCES.items():
+        text = text.replace(option, flag)
     text = re.sub(rf"\b(?:{_SECTIONS})\.[a-z0-9_]+=[^\s,;:]+", _setting, text)
     return re.sub(rf"(?<!['\w./])(?:{_SECTIONS})\.[a-z0-9_]+\b(?!=)", lambda found: FLAGS.get(found[0], found[0]), text)
 

@@ -63,6 +63,16 @@ def test_strict_stops_at_the_first_broken_row(write):
         load([path], "data.strict=true")
 
 
+def test_with_strict_a_question_of_the_message_stays_one(write):
+    path = write("x.jsonl", [{"messages": [{"role": "usr", "content": "a"}, {"role": "assistant", "content": "b"}]}])
+    with pytest.raises(DataError) as caught:
+        load([path], "data.strict=true")
+    assert str(caught.value).endswith(
+        "'usr' is no role: did you mean 'user'? Mend it, or leave out --strict (data.strict: false) to drop and count "
+        "such rows"
+    )
+
+
 def test_a_source_without_a_usable_row_stops_the_run_with_the_first_reason(write):
     with pytest.raises(DataError, match=r"no row can be used \(unknown shape: 2\); the first: .*row 1"):
         load([write("a.jsonl", [qa(1)]), write("x.jsonl", [{"text": "x"}] * 2)])

@@ -19,7 +19,7 @@ from fintune.sources.shapes import Conversation, convert
 from fintune.sources.wanted import Wanted, left_out, said
 
 _EXACT, _LIMIT = "exact duplicate", "beyond max_rows"
-_NOT_STRICT = "mend or remove it, or leave out --strict (data.strict: false) to drop and count such rows"
+_NOT_STRICT = "or leave out --strict (data.strict: false) to drop and count such rows"
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,12 @@ def _problem(row: Row, broken: BrokenRowError, *, strict: bool) -> str:
     what = f"{broken.field}: {broken.why}" if broken.field else broken.why
     error = DataError(what, path=row.place, row=row.number, hint=broken.hint)
     if strict:
-        error.hint = f"{broken.hint}; {_NOT_STRICT}" if broken.hint else _NOT_STRICT
+        error.hint = _with_way_out(broken.hint)
         raise error from None
     return str(error)
+
+
+def _with_way_out(hint: str | None) -> str:
+    if not hint:
+        return f"mend or remove it, {_NOT_STRICT}"
+    return f"{hint} Mend it, {_NOT_STRICT}" if hint.endswith("?") else f"{hint}; {_NOT_STRICT}"
