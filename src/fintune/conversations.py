@@ -51,6 +51,13 @@ class Sequenced:
         again = 0 if self.rejected_ids is None else self.completion_mask.index(1) + len(self.rejected_ids)
         return len(self.input_ids) + again
 
+    @property
+    def num_at_once(self) -> int:
+        """What the model has before it at its last token; of a pair with the longer answer."""
+        if self.rejected_ids is None:
+            return len(self.input_ids)
+        return max(len(self.input_ids), self.completion_mask.index(1) + len(self.rejected_ids))
+
 
 def single(examples: Iterable[EncodedRecord]) -> list[Sequenced]:
     """One row an example."""

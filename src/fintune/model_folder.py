@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from fintune.cache import cache_folder
@@ -131,6 +132,21 @@ def read_json(path: Path) -> dict[str, object]:
     if not isinstance(content, dict):
         raise ModelError(f"{path} holds no JSON object")
     return content
+
+
+def context_tokens(config: Mapping[str, object]) -> int | None:
+    """Tokens that a model reads at most by its ``config.json``, stretched positions included; None where not said."""
+    inner = config.get("text_config")
+    text = inner if isinstance(inner, dict) else config
+    most = text.get("max_position_embeddings")
+    if not isinstance(most, int):
+        return None
+    scaling = text.get("rope_scaling") or text.get("rope_parameters")
+    if not isinstance(scaling, dict) or not isinstance(factor := scaling.get("factor"), int | float):
+        return most
+    # Llama 3.1's files name the stretched length, Qwen2.5's for YaRN the one before.
+    original = scaling.get("original_max_position_embeddings", most)
+    return max(most, int(factor * original)) if isinstance(original, int) else most
 
 
 def adapter_base(folder: Path) -> str:

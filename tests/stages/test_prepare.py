@@ -11,7 +11,8 @@ import pytest
 
 from fintune.chat import encode_prompt
 from fintune.config import load
-from fintune.errors import DataError
+from fintune.errors import ConfigError, DataError
+from fintune.model_folder import context_tokens
 from fintune.models import load_tokenizer, resolve
 from fintune.options import Config
 from fintune.preparation import page_of
@@ -19,6 +20,7 @@ from fintune.prepared import lengths, read_report, read_tokens
 from fintune.records import Example, FinQARecord
 from fintune.sources.finqa_json import read_finqa
 from fintune.stages.prepare import prepare
+from tiny import patch_json
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "finqa"
 
@@ -150,3 +152,57 @@ def test_real_records_are_prepared_with_their_evidence(config: Config, tmp_path:
     counts = list(report.train.cleaned.values())
     assert counts == sorted(counts, reverse=True)
     assert {"percentage", "negative", "apostrophe", "lone stop"} <= set(report.train.cleaned)
+
+
+def short_sighted(model: Path, folder: Path, context: int, **config: Any) -> Path:
+    """The same model with another length of its context."""
+    import shutil
+
+    copy = Path(shutil.copytree(model, folder))
+    patch_json(copy / "config.json", max_position_embeddings=context, **config)
+    return copy
+
+
+def test_rows_beyond_the_models_context_are_refused_with_the_option_and_the_length(
+    config: Config, tiny_model: Path, tmp_path: Path
+) -> None:
+    model = short_sighted(tiny_model, tmp_path / "model", 200)
+    asked = config.model_copy(update={"model": config.model.model_copy(update={"name": str(model)})})
+    folder = tmp_path / "out"
+    folder.mkdir()
+    with pytest.raises(
+        ConfigError, match=r"prompt\.max_length is 512 and the longest row has \d+ tokens \(id "
+    ) as told:
+        prepare(asked, {}, folder)
+    assert str(told.value).endswith("model reads at most 200: set prompt.max_length to 200 or less")
+    assert list(folder.iterdir()) == []
+    fits = asked.model_copy(update={"prompt": asked.prompt.model_copy(update={"max_length": 200})})
+    assert prepare(fits, {}, folder)["num_train"] == 4
+
+
+@pytest.mark.parametrize(
+    ("config", "context"),
+    [
+        ({"max_position_embeddings": 2048}, 2048),
+        ({}, None),
+        ({"text_config": {"max_position_embeddings": 77}}, 77),
+        ({"max_position_embeddings": 300, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, 300),
+        # As in the files of Qwen2.5 with YaRN, and of Llama 3.1.
+        (
+            {
+                "max_position_embeddings": 32768,
+                "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+            },
+            131072,
+        ),
+        (
+            {
+                "max_position_embeddings": 131072,
+                "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192},
+            },
+            131072,
+        ),
+    ],
+)
+def test_the_context_is_the_stretched_one(config: dict[str, Any], context: int | None) -> None:
+    assert context_tokens(config) == context

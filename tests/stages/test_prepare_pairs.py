@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,13 @@ from command import fintune
 from fintune import chat, models
 from fintune.config import load
 from fintune.conversations import ConversationEncoder
-from fintune.errors import DataError
+from fintune.errors import ConfigError, DataError
 from fintune.finqa.prompt import TooLongError
 from fintune.prepared import read_report
 from fintune.records import Message, Pair
 from fintune.stages.prepare import prepare
 from pair_rows import pair_rows, write_rows
-from tiny import make_tokenizer
+from tiny import make_tokenizer, patch_json
 
 SFT = [{"messages": [{"role": "user", "content": f"view {n}?"}, {"role": "assistant", "content": "long"}]}
        for n in range(3)]  # fmt: skip
@@ -151,3 +152,33 @@ def test_asking_for_another_objective_names_what_prepare_was_made_with(tiny_mode
     done = fintune(*words, "train.objective=sft")
     assert done.status == 2
     assert 'train.objective was "dpo" and is now "sft"' in done.err
+
+
+def test_the_longer_answer_of_a_pair_has_to_fit_the_models_context(tiny_model, tmp_path):
+    rows = pair_rows(12)
+    rows[4]["rejected"] = "cash " * 60
+    data = write_rows(tmp_path / "d.jsonl", rows)
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    patch_json(model / "config.json", max_position_embeddings=90)
+    asked = options(model, data, more=("prompt.max_length=256",))
+    with pytest.raises(ConfigError, match=r"has \d+ tokens \(id d\.jsonl:5\), but .*model reads at most 90") as told:
+        prepare(load(None, asked).config, {}, tmp_path)
+    assert 90 < int(str(told.value).split("has ")[1].split()[0]) < 180  # of one answer, not of both
+    rows[4]["rejected"] = "cash " * 6
+    write_rows(data, rows)  # two answers and the prompt twice are more than the context, each alone is not
+    assert max(2 * len(row["input_ids"]) for row in prepared_rows(asked, tmp_path / "ok")) > 90
+
+
+def prepared_rows(asked, folder):
+    folder.mkdir()
+    prepare(load(None, asked).config, {}, folder)
+    return rows_of(folder, "train")
+
+
+def test_conversations_have_to_fit_the_models_context(tiny_model, tmp_path):
+    data = write_rows(tmp_path / "d.jsonl", SFT)
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    patch_json(model / "config.json", max_position_embeddings=16)
+    asked = options(model, data, more=("train.objective=sft",))
+    with pytest.raises(ConfigError, match=r"prompt\.max_length is 128 .* reads at most 16"):
+        prepare(load(None, asked).config, {}, tmp_path)

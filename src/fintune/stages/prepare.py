@@ -7,6 +7,8 @@ from pathlib import Path
 
 from fintune import models, preparation, prepared
 from fintune.artifact import Facts
+from fintune.errors import ConfigError
+from fintune.model_folder import context_tokens, read_json
 from fintune.options import Config
 from fintune.progress import say
 
@@ -25,11 +27,13 @@ def prepare(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
     Raises:
         DataError: A data file, or every record of it, cannot be used.
         ModelError: The model has no usable tokenizer.
+        ConfigError: ``prompt.max_length`` lets through rows that are longer than the model's context.
         ResourceError: A hub dataset that cannot be fetched.
     """
     reference = models.resolve(config.model.name, revision=config.model.revision)
     tokenizer = models.load_tokenizer(reference, trust_remote_code=config.model.trust_remote_code)
     made = preparation.make(config, tokenizer)
+    _check_context(config, reference, made)
     prepared.write(folder, made)
     report = made.report
     for note in report.notes():
@@ -54,3 +58,18 @@ def prepare(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
     if report.sources:
         facts["licences"] = {each.path: each.licence.name for each in report.sources}
     return facts
+
+
+def _check_context(config: Config, reference: models.ModelRef, made: prepared.Prepared) -> None:
+    folder = models.fetch(reference).path
+    assert folder is not None, "fetch fills the path"
+    context = context_tokens(read_json(folder / "config.json"))
+    name, num_tokens = max(
+        ((row.id, row.num_at_once) for rows in made.rows.values() for row in rows), key=lambda row: row[1]
+    )
+    if context is not None and num_tokens > context:
+        raise ConfigError(
+            f"prompt.max_length is {config.prompt.max_length} and the longest row has {num_tokens} tokens (id {name}), "
+            f"but {config.model.name} reads at most {context}",
+            hint=f"set prompt.max_length to {context} or less",
+        )
