@@ -417,7 +417,7 @@ def test_every_configuration_loads_and_can_be_planned(finished, path, tmp_path):
     gold = finished.folder / "prepare" / "gold.json"
     data = [f"data.train={gold}", f"data.eval={gold}"] if "finqa" in path.stem else []
     steps = STEPS
-    if path.stem == "preference":
+    if path.stem in ("preference", "chat"):
         data = [f"data.sources={write_rows(tmp_path / 'pairs.jsonl', pair_rows(12))}"]
         steps = ("preflight", "prepare", "train", "guard", "merge", "export", "replay", "report")
     assert load(path, data).config.run.name == path.stem
@@ -441,6 +441,18 @@ def test_preference_pairs_go_through_every_stage(able_model, tmp_path):
     html = (tmp_path / "preference" / "report" / "index.html").read_text(encoding="utf-8")
     assert "ranked right, held-out pairs" in html
     assert (tmp_path / "preference" / "export" / "preference-Q4_K_M.gguf").is_file()
+
+
+def test_rows_of_ones_own_become_a_model_file(able_model, tmp_path):
+    row = {"instruction": "What did sales do in 2019?", "output": "They rose by 4 % to 1,250."}
+    rows = write_rows(tmp_path / "mine.jsonl", [{**row, "input": f"Page {n} of the report."} for n in range(24)])
+    done = fintune(
+        *("run", REPO / "configs" / "chat.yaml", f"model.name={able_model}", f"run.dir={tmp_path}"),
+        *(f"data.sources={rows}", "data.duplicates=keep", "data.eval_share=0.2", "train.max_steps=2"),
+        *("prompt.max_length=128", "guard.enabled=false", "train.threads=1", "export.threads=1"),
+    )
+    assert done.status == 0, done.err
+    assert (tmp_path / "chat" / "export" / "chat-Q4_K_M.gguf").is_file()
 
 
 @pytest.mark.skipif(not (FINQA / "train.json.gz").is_file(), reason="../shared/finqa holds the official files")

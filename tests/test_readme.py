@@ -39,7 +39,12 @@ def test_the_pages_hold_commands_to_check():
 def test_a_documented_command_is_understood(line, tmp_path):
     model = make_tiny_model(tmp_path / "model")
     verb, config, *overrides = shlex.split(line.split("#")[0])[1:]
-    overrides = [word for word in overrides if not word.startswith(("model.name=", "data.train=", "data.eval="))]
+    given = ("model.name=", "data.train=", "data.eval=", "data.sources=")
+    overrides = [word for word in overrides if not word.startswith(given)]
+    if "chat" in config or "preference" in config:
+        rows = tmp_path / "rows.jsonl"
+        rows.write_text('{"prompt": "Hello?", "completion": "Hello.", "chosen": "Hello.", "rejected": "No."}\n')
+        overrides += [f"data.sources={rows}"]
     if "finqa" in config:
         if not FINQA.is_dir():
             pytest.skip("the real FinQA files are not here")
