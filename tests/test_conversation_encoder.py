@@ -104,6 +104,17 @@ def test_a_thought_of_the_data_goes_on_where_the_template_begins_one(tokenizer):
     assert tokenizer.decode(row.input_ids).count("<think>") == 1
 
 
+def test_an_answer_with_nothing_before_it_is_refused_and_read_where_it_is_not_trained(tokenizer):
+    greeted = [Message(role="assistant", content="Hello."), *TURNS[1:3]]
+    with pytest.raises(DataError, match="the assistant speaks first") as told:
+        encoder(tokenizer).encode("x", greeted)
+    assert told.value.hint == "put a user's turn before it, or set data.system"
+    (row,) = encoder(tokenizer).encode("x", greeted, untrained={0}).rows
+    assert trained(tokenizer, row) == ["revenue is 12<|im_end|>"]
+    (row,) = encoder(tokenizer, system="Greet.").encode("x", greeted).rows
+    assert trained(tokenizer, row) == ["Hello.<|im_end|>", "revenue is 12<|im_end|>"]
+
+
 def test_a_text_with_the_token_that_ends_a_turn_is_refused(tokenizer):
     with pytest.raises(DataError, match="ends a turn"):
         encoder(tokenizer).encode("x", [TURNS[1], Message(role="assistant", content="a<|im_end|>b")])

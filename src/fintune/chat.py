@@ -80,10 +80,15 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_
 
     Raises:
         ModelError: The tokenizer has no chat template.
-        DataError: The template refuses these messages (order of roles, no system turn ...).
+        DataError: There is none, or the template refuses these messages (order of roles, no system turn ...).
     """
     from jinja2 import TemplateError
 
+    if not messages:
+        raise DataError(
+            "the assistant speaks first, so there is no prompt for its turn",
+            hint="put a user's turn before it, or set data.system",
+        )
     try:
         text = tokenizer.apply_chat_template(
             [message.model_dump() for message in messages],
