@@ -34,7 +34,7 @@ from fintune.errors import ConfigError
         ("--eval_strategy steps --eval_steps 5", ["train.eval_steps=5"]),
         ("--eval_strategy no --eval_steps 5", ["train.eval_steps=5", "train.eval_steps="]),
         ("--load_best_model_at_end", ["train.keep=best_loss"]),
-        ("--save_strategy steps --save_total_limit 2 --packing False", []),
+        ("--save_strategy steps --save_total_limit 3 --packing False", ["train.num_checkpoints=3"]),
         ("train.max_steps=3 --max_steps 9", ["train.max_steps=9", "train.max_steps=3"]),
     ],
 )
@@ -63,7 +63,6 @@ def test_every_translation_is_an_option_with_an_allowed_value():
         ("'open", "No closing quotation"),
         ("--optim adam_mini", "--optim adam_mini is not known here: known are adamw"),
         ("--packing true", "--packing true cannot be set: rows are never packed"),
-        ("--save_total_limit 3", "the newest 2 complete checkpoints are kept; leave it out"),
         ("--push_to_hub", "--push_to_hub is not set here: `fintune publish`"),
         ("--eval_strategy steps", "needs --eval_steps"),
         ("--eval_strategy epoch", "known are no, steps"),

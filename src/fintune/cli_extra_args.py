@@ -29,6 +29,7 @@ RENAMED: Mapping[str, str] = {
     "per_device_train_batch_size": "train.batch_size",
     "random_state": "run.seed",
     "save_steps": "train.checkpoint_steps",
+    "save_total_limit": "train.num_checkpoints",
     "seed": "run.seed",
     "use_rslora": "adapter.rslora",
     "warmup_ratio": "train.warmup_ratio",
@@ -65,7 +66,6 @@ FIXED: Mapping[str, tuple[str, str]] = {
     "packing": ("false", "rows are never packed into one; the fused layers need no padding"),
     "remove_unused_columns": ("true", "the collator keeps only what the model reads"),
     "save_strategy": ("steps", "checkpoints are written every --save_steps"),
-    "save_total_limit": ("2", "the newest 2 complete checkpoints are kept"),
 }
 """What is always so here; another value is refused with the reason."""
 

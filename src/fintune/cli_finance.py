@@ -303,6 +303,7 @@ def _config(
         "train.warmup_steps": 5,
         "train.optimizer": "adamw_8bit",
         "train.checkpoint_steps": 500,
+        "train.num_checkpoints": 3,
     }
     overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
     return load(None, [*overrides, *more, *cli_extra_args.overrides(flags["extra_train_args"])]).config

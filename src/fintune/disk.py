@@ -95,14 +95,15 @@ def _source_bytes(source: SourceOptions) -> int:
 
 
 def train_bytes(config: Config) -> int:
-    """What is trained, and three checkpoints of it with Adam's two moments, in float32; and the best of it."""
+    """What is trained, its checkpoints and a new one with Adam's two moments, in float32; and the best of it."""
+    written = 3 * (config.train.num_checkpoints + 1)
     best = 2 if config.train.keep != "last" else 0
     if config.adapter.kind == "full":
         all_weights = sum(tensor.num_weights for tensor in _base(config).values())
-        return int(4 * all_weights * (1 + 3 * 3 + best) * _MARGIN) + 20_000_000
+        return int(4 * all_weights * (1 + written + best) * _MARGIN) + 20_000_000
     layers = [t.shape for name, t in _base(config).items() if len(t.shape) == 2 and "embed" not in name]
     weights = sum(config.adapter.r * sum(shape) for shape in layers)
-    return int(4 * weights * (1 + 3 * 3 + best) * _MARGIN) + 20_000_000
+    return int(4 * weights * (1 + written + best) * _MARGIN) + 20_000_000
 
 
 def merge_bytes(config: Config) -> int:

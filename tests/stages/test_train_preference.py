@@ -126,9 +126,16 @@ def test_the_reference_is_the_model_without_its_adapter_and_no_checkpoint_holds_
     """TRL would keep a copy of the adapter, and write it into every checkpoint."""
     from fintune.tuning import checkpoints
 
-    seen = []
-    monkeypatch.setattr(checkpoints, "drop_old", lambda folder: seen.extend(folder.rglob("adapter_model.safetensors")))
-    train(options(tiny_model, data, "dpo", "train.checkpoint_steps=3"), {"prepare": pairs}, tmp_path)
+    seen, kept = [], set()
+
+    def look(folder, num_kept):
+        seen.extend(folder.rglob("adapter_model.safetensors"))
+        kept.add(num_kept)
+
+    monkeypatch.setattr(checkpoints, "drop_old", look)
+    asked = options(tiny_model, data, "dpo", "train.checkpoint_steps=3", "train.num_checkpoints=5")
+    train(asked, {"prepare": pairs}, tmp_path)
+    assert kept == {5}
     assert seen
     assert {path.parent.name for path in seen} <= {"checkpoint-3", "checkpoint-6"}
 

@@ -30,8 +30,9 @@ def test_no_folder_means_no_checkpoint(tmp_path):
     assert checkpoints.latest(tmp_path / "absent") is None
 
 
-def test_two_checkpoints_are_kept(tmp_path):
-    for step in (1, 2, 3):
+def test_so_many_checkpoints_are_kept_as_asked(tmp_path):
+    for step in (1, 2, 10, 11):
         make(tmp_path, step)
-    checkpoints.drop_old(tmp_path)
-    assert [checkpoints.step_of(path) for path in checkpoints.complete(tmp_path)] == [2, 3]
+    for num_kept, steps in ((5, [1, 2, 10, 11]), (3, [2, 10, 11]), (1, [11])):
+        checkpoints.drop_old(tmp_path, num_kept)
+        assert [checkpoints.step_of(path) for path in checkpoints.complete(tmp_path)] == steps

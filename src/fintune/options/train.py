@@ -120,6 +120,7 @@ class TrainOptions(Options):
     checkpoint_steps: int = Field(
         100, ge=1, description="Steps between checkpoints, from which an interrupted run resumes."
     )
+    num_checkpoints: int = neutral(2, "Complete checkpoints that are kept, the newest.", ge=1)
     eval_steps: int | None = Field(
         None,
         ge=1,

@@ -111,7 +111,7 @@ def make_callback(
                 return
             where = folder / "checkpoints"
             checkpoints.mark_complete(where / f"checkpoint-{state.global_step}")
-            checkpoints.drop_old(where)
+            checkpoints.drop_old(where, options.num_checkpoints)
             if options.keep != "last":
                 drop_others(folder / BEST, best_step(metrics.read(folder / "metrics.jsonl"), options.keep))
 

@@ -9,9 +9,6 @@ from pathlib import Path
 MARK = "complete"
 """Name of the empty file that is written last."""
 
-NUM_KEPT = 2
-"""Complete checkpoints that are kept."""
-
 
 def step_of(checkpoint: Path) -> int:
     """Optimiser steps that the checkpoint has behind it."""
@@ -43,8 +40,8 @@ def latest(folder: Path) -> Path | None:
     return kept[-1] if kept else None
 
 
-def drop_old(folder: Path) -> None:
-    """Remove all but the newest complete checkpoints."""
-    for path in complete(folder)[:-NUM_KEPT]:
+def drop_old(folder: Path, num_kept: int) -> None:
+    """Remove all but so many complete checkpoints, the newest."""
+    for path in complete(folder)[:-num_kept]:
         (path / MARK).unlink()  # first, so that a half-removed one does not count
         shutil.rmtree(path)
