@@ -60,6 +60,7 @@ class Scripted:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 served.seen.append((self.path, body, dict(self.headers)))
                 time.sleep(seconds)
+                served.before_answering(body)
                 status, answer, *headers = script.pop(0) if len(script) > 1 else script[0]
                 self._answer(status, answer, headers[0] if headers else {})
 
@@ -75,6 +76,9 @@ class Scripted:
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
 
+    def before_answering(self, body):
+        """Called with a request that was read."""
+
     @property
     def url(self):
         return f"http://127.0.0.1:{self._server.server_port}/v1"
@@ -87,6 +91,18 @@ class Scripted:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+class Slow(Scripted):
+    """Keeps back the answer to one question until told to go on."""
+
+    def __init__(self, question):
+        super().__init__((200, said()))
+        self.question, self.go_on = question, threading.Event()
+
+    def before_answering(self, body):
+        if body["messages"][-1]["content"] == self.question:
+            self.go_on.wait(60)
 
 
 def said(text="add(1, 2)", **choice):

@@ -23,6 +23,16 @@ def test_what_was_written_is_there_again(tmp_path):
     again.close()
 
 
+def test_a_line_is_in_the_file_before_the_next_one_is_made(tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    journal = Journal(path, KEY)
+    for number, name in enumerate("xyz", 1):
+        journal.append(prediction(name))
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert [Prediction.model_validate_json(line).id for line in lines] == [*"xyz"[:number]]
+    journal.close()
+
+
 def test_a_torn_last_line_is_cut_off(tmp_path):
     path = tmp_path / "predictions.jsonl"
     journal = Journal(path, KEY)

@@ -274,3 +274,19 @@ def test_no_control_token_stands_in_for_text(engine):
     for each in in_order(engine.generate(PROMPTS, hot)):
         assert not {0, 1} & set(each.token_ids)
         assert 2 not in each.token_ids[:-1]
+
+
+def test_what_is_done_is_not_asked_and_keeps_its_place(engine, monkeypatch):
+    grammars = tuple(general(steps) for steps in range(1, len(PROMPTS) + 1))
+    asked, post = [], LlamaCppEngine._post
+
+    def spied(self, connection, route, body):
+        if route == "/completion":
+            asked.append((len(body["prompt"]), body["grammar"]))
+        return post(self, connection, route, body)
+
+    monkeypatch.setattr(LlamaCppEngine, "_post", spied)
+    done = {0, 2}
+    found = [each.place for each in engine.generate(PROMPTS, Decoding(2, grammars=grammars), done)]
+    assert sorted(found) == [place for place in range(len(PROMPTS)) if place not in done]
+    assert asked == [(1, grammars[place].gbnf()) for place in found]

@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from engines.served import KEY, Scripted, llama_cpp_server, said
+from engines.served import KEY, Scripted, Slow, llama_cpp_server, said
 from fintune.engines.endpoint import COMMON_KEY, OWN_KEY, Endpoint, is_endpoint, parse
 from fintune.engines.llama_cpp import LlamaCppEngine
 from fintune.engines.openai import OpenAIEngine
@@ -70,6 +70,17 @@ def test_completions_belong_to_their_prompts_whatever_is_in_flight(url):
     alone = in_order(engine(url, parallel=1).chat(CHATS, Decoding(3)))
     assert [each.num_prompt_tokens for each in together] == [each.num_prompt_tokens for each in alone] * 3
     assert len({each.num_prompt_tokens for each in alone}) > 1
+
+
+def test_a_quick_answer_does_not_wait_for_a_slow_one_and_what_is_done_is_not_asked():
+    with Slow(QUESTIONS[1]) as served:
+        answers = engine(f"{served.url}#m", parallel=2).chat(CHATS, Decoding(2), done=(0, 3))
+        quick = [next(answers).place for _ in range(4)]
+        served.go_on.set()
+        assert sorted(quick) == [2, 4, 5, 6]
+        assert [each.place for each in answers] == [1]
+    asked = [body["messages"][0]["content"] for _, body, _ in served.seen]
+    assert sorted(asked) == sorted(QUESTIONS[place] for place in (1, 2, 4, 5, 6))
 
 
 def test_a_grammar_leaves_only_programs(url):

@@ -68,6 +68,60 @@ def test_a_row_ends_at_the_stop_token_while_others_go_on(model, tokenizer, promp
         assert len(b.margins) == len(b.token_ids)
 
 
+@pytest.fixture
+def prefilled(monkeypatch):
+    """Prompts of each batch that was begun, as it is begun."""
+    begun, prefill = [], TransformersEngine._prefill
+
+    def counted(self, rows):
+        begun.append([row.place for row in rows])
+        return prefill(self, rows)
+
+    monkeypatch.setattr(TransformersEngine, "_prefill", counted)
+    return begun
+
+
+@pytest.mark.parametrize("num_candidates", [1, 2])
+def test_a_batch_is_handed_out_before_the_next_one_begins(model, tokenizer, prompts, prefilled, num_candidates):
+    decoding = Decoding(4, temperature=1.0, num_candidates=num_candidates)
+    num_given = 0
+    for answer in TransformersEngine(model, tokenizer, 4).generate(prompts, decoding):
+        num_given += 1
+        assert answer.place in {place for batch in prefilled for place in batch}
+        assert num_candidates * num_given > sum(map(len, prefilled[:-1]))
+        assert len(answer.completions) == num_candidates
+        assert not torch.is_inference_mode_enabled()
+    assert num_given == len(prompts)
+    assert len(prefilled) > 2
+
+
+def test_a_row_that_ends_is_handed_out_while_its_batch_goes_on(model, tokenizer, prompts, monkeypatch):
+    engine, steps, step = TransformersEngine(model, tokenizer, 11), [], TransformersEngine._step
+    drawn = Decoding(8, temperature=2.0)
+    free = in_order(engine.generate(prompts, drawn))
+    engine._stop_ids = frozenset({free[0].token_ids[2]})
+    monkeypatch.setattr(TransformersEngine, "_step", lambda *given: steps.append(1) or step(*given))
+    num_steps = {answer.place: len(steps) for answer in engine.generate(prompts, drawn)}
+    assert min(num_steps.values()) < max(num_steps.values()) == 7
+
+
+def test_what_is_done_is_not_answered_again_and_changes_nothing_about_the_rest(model, tokenizer, prompts, prefilled):
+    def answered(done):
+        prefilled.clear()
+        engine = TransformersEngine(model, tokenizer, 4)
+        return {each.place: each.completions[0] for each in engine.generate(prompts, Decoding(10), done)}
+
+    whole = answered(())
+    first, second, *_ = batches = [*prefilled]
+    # The second batch was interrupted behind its first row.
+    done = {*first, second[0]}
+    rest = answered(done)
+    assert prefilled == batches[1:]
+    assert rest.keys() == whole.keys() - done
+    for place, each in rest.items():
+        assert replace(each, seconds=0) == replace(whole[place], seconds=0)
+
+
 def test_special_tokens_are_not_in_the_text(model, tokenizer, prompts):
     engine = TransformersEngine(model, tokenizer, 1)
     for each in in_order(engine.generate(prompts[:3], Decoding(4))):

@@ -194,3 +194,31 @@ def test_a_mistake_is_one_line_with_status_2(page, tiny_model, tmp_path, monkeyp
     assert done.status == 2
     assert message in done.err
     assert done.err.count("\n") == 1
+
+
+def test_a_page_that_the_model_cannot_read_is_called_so(tiny_model, page, tmp_path):
+    (tmp_path / "note.txt").write_text("The company grew. " * 1500)
+    done = fintune(
+        "ask", tiny_model, "--page", page, "--text", tmp_path / "note.txt", QUESTION, "prompt.max_length=9000"
+    )
+    assert (done.status, done.err.count("\n")) == (2, 1)
+    assert "the page with its question has " in done.err
+    assert "reads at most 4096: lower prompt.max_length" in done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        (["--strategy", "vote", "--num-candidates", "6"], "set predict.batch_size=3, or add --load-in-4bit, or lower"),
+        ([], "): add --load-in-4bit, or lower prompt.max_length (now 2048)"),
+    ],
+)
+def test_out_of_memory_is_one_line_with_status_2(tiny_model, page, monkeypatch, words, advice):
+    from fintune.engines.transformers_engine import TransformersEngine
+
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(TransformersEngine, "_prefill", lambda *_: torch.empty(10**15))
+    done = fintune("ask", tiny_model, "--page", page, QUESTION, *words)
+    assert (done.status, done.err.count("\n")) == (2, 1)
+    assert f"out of memory while asking {tiny_model} (DefaultCPUAllocator: can't allocate memory" in done.err
+    assert advice in done.err

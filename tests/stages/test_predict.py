@@ -7,14 +7,14 @@ from pydantic import ValidationError
 
 from fintune import chat, models
 from fintune.engines.transformers_engine import TransformersEngine
-from fintune.errors import ArtifactError, ModelError
+from fintune.errors import ArtifactError, ModelError, ResourceError
 from fintune.finqa.parse import parse
 from fintune.options import Config
 from fintune.records import Example, Prediction
 from fintune.stages.predict import predict
 from prepared_rows import prepared
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 
 
 def config(model, **options):
@@ -101,6 +101,60 @@ def test_an_interrupted_run_goes_on_behind_a_torn_line(tiny_model, inputs, tmp_p
     _, resumed = run(tiny_model, inputs, tmp_path / "cut")
     assert seen == [5, 2]
     assert without_seconds(resumed) == without_seconds(whole)
+
+
+def test_a_kill_in_the_third_batch_leaves_the_answers_of_two_and_only_the_rest_is_asked_again(
+    tiny_model, inputs, tmp_path, monkeypatch
+):
+    inputs["prepare"] = prepared(tmp_path / "eleven", tiny_model, 11)
+    _, whole = run(tiny_model, inputs, tmp_path / "whole")
+    file, begun, prefill = tmp_path / "cut/predictions.jsonl", [], TransformersEngine._prefill
+
+    def killed(self, rows):
+        begun.append(len(rows))
+        if len(begun) == 3:
+            # Nothing is closed yet: this is what a process leaves that is killed here.
+            assert len(file.read_text(encoding="utf-8").splitlines()) == sum(begun[:2]) == 4
+            raise KeyboardInterrupt
+        return prefill(self, rows)
+
+    monkeypatch.setattr(TransformersEngine, "_prefill", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_model, inputs, tmp_path / "cut")
+    _, resumed = run(tiny_model, inputs, tmp_path / "cut")
+    assert sum(begun[3:]) == 11 - 4
+    assert [each.id for each in resumed] == [f"x{number}" for number in range(11)]
+    assert [each.model_copy(update={"seconds": 0.0}) for each in resumed] == [
+        each.model_copy(update={"seconds": 0.0}) for each in whole
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "four_bit"),
+    [("base", ""), ("merged", "or measure merged_4bit instead of merged (predict.models), ")],
+)
+def test_out_of_memory_is_one_line_and_a_smaller_batch_goes_on_with_what_is_there(
+    tiny_model, inputs, tmp_path, monkeypatch, kind, four_bit
+):
+    inputs["merge"] = tiny_model
+    begun, prefill = [], TransformersEngine._prefill
+
+    def full(self, rows):
+        begun.append(len(rows))
+        if len(begun) == 2:
+            torch.empty(10**15)
+        return prefill(self, rows)
+
+    monkeypatch.setattr(TransformersEngine, "_prefill", full)
+    (tmp_path / "p").mkdir()
+    with pytest.raises(ResourceError) as caught:
+        predict(config(tiny_model), inputs, tmp_path / "p", kind=kind)
+    told = str(caught.value)
+    assert told.startswith(f"out of memory while asking the {kind} model (DefaultCPUAllocator: can't allocate memory")
+    assert told.endswith(f": set predict.batch_size=1, {four_bit}or lower prompt.max_length (now 2048)")
+    facts = predict(config(tiny_model, batch_size=1), inputs, tmp_path / "p", kind=kind)
+    assert facts["num_predictions"] == 5
+    assert begun == [2, 2, 1, 1, 1]
 
 
 def test_another_decoding_does_not_mix(tiny_model, inputs, tmp_path, monkeypatch):

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
+import signal
 from pathlib import Path
 
 import pytest
 
-from command import fintune
+from command import fintune, fintune_killed
 from engines.served import Scripted, said
+from fintune import progress
 from fintune.answerer import Named
 from fintune.engines.transformers_engine import TransformersEngine
 from fintune.errors import ArtifactError
@@ -16,7 +19,7 @@ from fintune.stages.predict_file import FileJob, predict_file
 from report.example_run import records
 from test_shots import TRAIN
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "inference_fixed.py"
 
@@ -123,6 +126,51 @@ def test_an_interrupted_command_goes_on_and_another_model_does_not_mix(data, tin
     assert texts[0] == texts[1]
     assert resumed["num_tokens"] == whole["num_tokens"]
     assert not list(data.parent.glob("*.partial*"))
+
+
+def test_a_killed_command_has_written_what_was_answered_and_asks_only_for_the_rest(data, tiny_model, monkeypatch):
+    rows = [record.model_dump(mode="json") for record in records(7)]
+    data.write_text(json.dumps(rows))
+    words = ["--model", tiny_model, "--data", data, "predict.max_new_tokens=3", "predict.batch_size=2"]
+    place = "fintune.engines.transformers_engine:TransformersEngine._prefill"
+    done = fintune_killed(place, 3, "predict", *words, "--out", data.parent / "out.json")
+    assert done.status == -signal.SIGKILL
+    partial = (data.parent / "out.partial.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(partial) == 4
+    asked, generate = [], TransformersEngine.generate
+
+    def spied(self, prompts, decoding, done):
+        asked.append(len(prompts) - len(done))
+        return generate(self, prompts, decoding, done)
+
+    monkeypatch.setattr(TransformersEngine, "generate", spied)
+    for name in ("out.json", "whole.json"):
+        assert fintune("predict", *words, "--out", data.parent / name).status == 0
+    assert asked == [3, 7]
+    resumed, whole = (json.loads((data.parent / name).read_text()) for name in ("out.json", "whole.json"))
+    assert [row["id"] for row in resumed] == [row["id"] for row in rows]
+    assert [row | {"seconds": 0} for row in resumed] == [row | {"seconds": 0} for row in whole]
+
+
+def test_the_bar_tells_tokens_a_second_and_the_running_accuracy(data, tiny_model, monkeypatch):
+    notes = []
+    monkeypatch.setattr(progress._LineBar, "note", lambda _, text: notes.append(text))
+    facts = predict_file(job(data, tiny_model), config()).facts
+    assert len(notes) == 4
+    assert all(re.fullmatch(r"[1-9]\d* tok/s, \d+\.\d% right", note) for note in notes)
+    assert notes[-1].endswith(f", {facts['execution_accuracy']:.1%} right")
+
+
+def test_out_of_memory_is_one_line_with_status_2(data, tiny_model, monkeypatch):
+    def full(self, rows):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
+
+    monkeypatch.setattr(TransformersEngine, "_prefill", full)
+    out = data.parent / "out.json"
+    done = script("--model_path", tiny_model, "--test_json", data, "--out_json", out, "--batch_size", 6)
+    assert (done.status, done.err.count("\n")) == (2, 1)
+    assert f"out of memory while asking {tiny_model} (CUDA out of memory. Tried to allocate 2.00 GiB.): " in done.err
+    assert "set predict.batch_size=3 (older script: --batch_size 3), or add --load-in-4bit (older" in done.err
 
 
 @pytest.mark.parametrize(
