@@ -234,6 +234,16 @@ def test_a_template_that_cannot_be_compiled_is_told_where_it_is_used():
         writer.render(long_talk(1))
 
 
+def test_what_is_wrong_is_told_of_a_conversation_and_not_ahead_of_it():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = SHY.replace("> 7", "== 2")  # as its end of turn is looked for
+    encoder = ConversationEncoder(tokenizer, system="", train_on="all", max_length=4000)
+    talk = long_talk(4)
+    encoder.learn([talk])
+    with pytest.raises(DataError, match="too many"):
+        encoder.encode("x", talk)
+
+
 def test_what_is_remembered_is_bounded(monkeypatch):
     tokenizer = make_tokenizer()
     monkeypatch.setattr(chat_writer, "_KEPT_IDS", 200)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from fintune import chat
 from fintune.chat_writer import TurnWriter
-from fintune.errors import DataError
+from fintune.errors import DataError, FintuneError
 from fintune.examples import EncodedRecord
 from fintune.finqa.prompt import TooLongError, ask
 from fintune.records import Example, FinQARecord, Message
@@ -229,9 +229,10 @@ class ConversationEncoder:
         """
         texts = []
         for messages in conversations:
-            with suppress(DataError):  # told by `encode`
+            with suppress(FintuneError):  # told by `encode`
                 texts.append(self._writer.render([*self._head(messages), *messages], False))
-        self._writer.learn(texts, num_letters=_LETTERS_A_TOKEN * self._max_length)
+        with suppress(FintuneError):
+            self._writer.learn(texts, num_letters=_LETTERS_A_TOKEN * self._max_length)
 
     def _head(self, messages: Sequence[Message]) -> list[Message]:
         return [] if messages[0].role == "system" else self._system

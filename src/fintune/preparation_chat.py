@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from fintune import chat
@@ -14,7 +15,7 @@ from fintune.finqa.prompt import TooLongError
 from fintune.options import Config
 from fintune.prepared import NUM_PROBLEMS, Evidence, Prepared, PrepareReport, SplitReport, lengths, options_of
 from fintune.progress import track
-from fintune.records import LabelledAnswer, Pair
+from fintune.records import LabelledAnswer, Message, Pair
 from fintune.sources import mixture
 from fintune.sources.one_source import Entry
 from fintune.sources.shapes import Conversation
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-_TOGETHER = 128
-"""Conversations that are tokenised at once."""
+_LETTERS_TOGETHER = 200_000
+"""Of the conversations that are tokenised at once: enough for every core, little to keep."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,12 @@ def _encode(
     encoder: ConversationEncoder, entries: Sequence[Entry], name: str, *, strict: bool, wanted: Wanted
 ) -> _Split:
     done = _Split([], len(entries))
+    learned = 0
     for place, entry in enumerate(track(entries, f"encode {name}", len(entries))):
-        if place % _TOGETHER == 0:
-            encoder.learn(each.conversation.messages for each in entries[place : place + _TOGETHER])
+        if place == learned:
+            together = _together(islice(entries, place, None))
+            encoder.learn(together)
+            learned += len(together)
         try:
             encoded = _encoded(encoder, entry.id, entry.conversation, wanted)
         except DataError as error:
@@ -100,6 +104,18 @@ def _encode(
         what = {"answers": "conversations", "pairs": "pairs", "labels": "answers"}[wanted]
         raise DataError(f"none of {len(entries)} {name} {what} can be encoded; {done.problems[0]}", hint=hint)
     return done
+
+
+def _together(entries: Iterable[Entry]) -> list[tuple[Message, ...]]:
+    """The first conversations, at least one."""
+    found: list[tuple[Message, ...]] = []
+    num_letters = 0
+    for entry in entries:
+        found.append(entry.conversation.messages)
+        num_letters += sum(len(message.content) for message in found[-1])
+        if num_letters > _LETTERS_TOGETHER:
+            break
+    return found
 
 
 def _encoded(encoder: ConversationEncoder, id_: str, conversation: Conversation, wanted: Wanted) -> EncodedConversation:
