@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import islice
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from fintune.options import Config
 from fintune.publication import CARD, Publication, gguf_names, refuse_licence
 from fintune.records import FinQAQuestion, FinQARecord, Message
 from fintune.report.card import Base, Card, Replayed, Source
-from fintune.report.metrics import Score, read_score
+from fintune.report.metrics import Score, read_score, wilson
 from fintune.report.parts.accuracy import decoded
-from fintune.report.run_page import KINDS, RunPage
+from fintune.report.run_page import KINDS, RunPage, span
 from fintune.sources.hub import PREFIX
 from fintune.sources.licences import combined, hub_name, is_on_hub, licence_of
 
@@ -170,9 +171,30 @@ def _method(manifests: Mapping[str, Manifest]) -> Iterator[tuple[str, str]]:
         yield "rank, alpha, dropout", f"{told['adapter.r']}, {told['adapter.alpha']}, {told['adapter.dropout']}{start}"
         yield "adapted layers", ", ".join(manifest.key.options["adapter.targets"])
     yield "precision", str(manifest.facts.get("precision", told.get("train.precision")))
-    examples = int(told["train.batch_size"]) * int(told["train.accumulation"])
     yield "learning rate", f"{float(told['train.learning_rate']):g}, {told['train.schedule']}"
-    yield "passes, examples a step", f"{told['train.epochs']}, {examples}"
+    yield "passes, examples a step", _passes(manifest.key.options, manifest.facts)
+
+
+def _passes(options: Mapping[str, Any], facts: Facts) -> str:
+    """As many as were made: ``train.max_steps`` and patience end a training before ``train.epochs``."""
+    factors = ("train.batch_size", "train.accumulation", "train.gpus", "train.machines")
+    examples = prod(int(options.get(name) or 1) for name in factors)
+    asked, rows = float(options["train.epochs"]), facts.get("num_examples")
+    made = int(facts["num_steps"]) * examples / rows if rows else asked
+    # The last step of a training that came to its end may hold fewer.
+    passes = made if options.get("train.max_steps") else min(made, asked)
+    return f"{passes:.2g}, {examples:,}" if passes < 1 else f"{round(passes, 2):g}, {examples:,}"
+
+
+def _guarded(facts: Facts) -> Iterator[tuple[str, str]]:
+    """The guard's line, and between what the shares of right programs lie: twelve are few."""
+    yield "fixed prompts, before and after", str(facts.get("summary", ""))
+    for group in facts.get("groups", ()):
+        number = group["num_prompts"]
+        if group["right_before"] is not None:
+            rights = (group["right_before"], group["right_after"])
+            told = ", ".join(f"{right} of {number} ({span(wilson(right, number))} %)" for right in rights)
+            yield f"{group['name']} right, before and after, 95 % intervals", told
 
 
 def _training(manifests: Mapping[str, Manifest]) -> Iterator[tuple[str, str]]:
@@ -187,7 +209,7 @@ def _training(manifests: Mapping[str, Manifest]) -> Iterator[tuple[str, str]]:
     if "eval_loss" in facts:
         yield "loss on held-out examples", f"{facts['eval_loss']:.3f} at step {facts['kept_step']:,}"
     if "guard" in manifests:
-        yield "fixed prompts, before and after", str(manifests["guard"].facts.get("summary", ""))
+        yield from _guarded(manifests["guard"].facts)
     told = f"{duration(facts['train_seconds'])}, {facts['tokens_per_second']:,.0f} tokens a second"
     machine = manifest.machine
     where = machine.get("gpu") or f"{machine.get('cores')} cores of {machine.get('processor')}"
