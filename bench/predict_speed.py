@@ -20,6 +20,7 @@ many questions of a piece, evenly spread, and its time is scaled up.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
 import json
 import random
@@ -57,6 +58,9 @@ def main() -> None:
     started = time.monotonic()
     for way in WAYS.values():
         way(model, tokenizer, prompts[:2], given)  # what is set up once is nobody's time
+    for name in given.also:
+        with contextlib.suppress(Exception):  # told when it is measured
+            ALSO[name](model, tokenizer, prompts[: given.batch_size], given)
     while done < len(prompts) and (not result["pieces"] or time.monotonic() - started < 60 * given.minutes):
         part = prompts[done : done + given.piece]
         result["pieces"].append(measured(model, tokenizer, part, given, flip=len(result["pieces"]) % 2 == 1))
@@ -82,6 +86,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=64, help="of a completion at most")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--also", nargs="*", choices=ALSO, default=[], help="other ways, timed on the whole piece")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write, or to go on with")
     return parser.parse_args()
 
@@ -194,7 +199,60 @@ def batched(model: Any, tokenizer: Any, prompts: list[str], given: argparse.Name
     return [each.token_ids for each in in_order(engine.generate(prompts, Decoding(given.new_tokens)))]
 
 
+def continuous(model: Any, tokenizer: Any, prompts: list[str], given: argparse.Namespace) -> list[tuple[int, ...]]:
+    """Transformers' continuous batching: rows enter as others end, keys and values lie in pages."""
+    from transformers import GenerationConfig
+
+    from fintune import chat
+
+    config = GenerationConfig(
+        max_new_tokens=given.new_tokens,
+        do_sample=False,
+        eos_token_id=list(chat.end_of_turn_ids(tokenizer)),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    inputs = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    before = model.config._attn_implementation
+    try:
+        found = model.generate_batch(inputs, generation_config=config)
+    finally:
+        model.set_attn_implementation(before)
+    by_number = sorted(found.items(), key=lambda item: int(item[0].rsplit("_", 1)[-1]))
+    return [tuple(each.generated_tokens) for _, each in by_number]
+
+
+def static(model: Any, tokenizer: Any, prompts: list[str], given: argparse.Namespace) -> list[tuple[int, ...]]:
+    """Transformers' generate over batches of like length with a static cache, whose steps it compiles on a GPU."""
+    import torch
+
+    from fintune import chat
+
+    stop, found = list(chat.end_of_turn_ids(tokenizer)), {}
+    order = sorted(range(len(prompts)), key=lambda at: len(prompts[at]))
+    tokenizer.padding_side = "left"
+    for start in range(0, len(order), given.batch_size):
+        places = order[start : start + given.batch_size]
+        batch = [prompts[at] for at in places]
+        inputs = tokenizer(batch, add_special_tokens=False, padding=True, return_tensors="pt").to(model.device)
+        with torch.inference_mode():
+            out = model.generate(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                max_new_tokens=given.new_tokens,
+                do_sample=False,
+                cache_implementation="static",
+                eos_token_id=stop,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        for at, row in zip(places, out[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+            end = next((place + 1 for place, token in enumerate(row) if token in stop), len(row))
+            found[at] = tuple(row[:end])
+    return [found[at] for at in range(len(prompts))]
+
+
 WAYS = {"loop": one_by_one, "engine": batched}
+ALSO = {"continuous": continuous, "static": static}
+"""Ways of transformers that the engine might have taken instead."""
 
 
 def measured(
@@ -215,6 +273,16 @@ def measured(
             "processor_seconds": round((time.process_time() - processor) * scale, 3),
             "num_tokens": sum(map(len, tokens[name])),
         }
+    for name in given.also:
+        started = time.perf_counter()
+        try:
+            tokens[name] = ALSO[name](model, tokenizer, prompts, given)
+        except Exception as error:
+            piece[name] = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+            continue
+        same = sum(one == other for one, other in zip(tokens["engine"], tokens[name], strict=True))
+        seconds = round(time.perf_counter() - started, 3)
+        piece[name] = {"seconds": seconds, "num_same_as_engine": same, "num_tokens": sum(map(len, tokens[name]))}
     same = sum(tokens["engine"][at] == loop for at, loop in zip(places, tokens["loop"], strict=True))
     return piece | {"num_same_completions": same, "num_prompt_tokens": sum(map(len, tokenizer(prompts)["input_ids"]))}
 
