@@ -113,6 +113,35 @@ def test_another_address_makes_no_kind_of_model_stale_but_what_is_served_there()
     assert [name for name in keys[0] if keys[0][name] != keys[1][name]] == ["predict/endpoint"]
 
 
+def test_each_way_of_constraining_is_a_step_of_its_own_behind_the_kinds_name() -> None:
+    config = load(None, ["predict.models=[base, merged]", "predict.constrain=[none, example]"]).config
+    steps = {step.name: step for step in build(config)}
+    measured = [name for name in steps if name.startswith(("predict/", "score/"))]
+    assert measured == [
+        *("predict/base", "score/base", "predict/base+example", "score/base+example"),
+        *("predict/merged", "score/merged", "predict/merged+example", "score/merged+example"),
+    ]
+    assert steps["predict/merged+example"].inputs == ("prepare", "merge")
+    assert steps["score/merged+example"].inputs == ("prepare", "predict/merged+example")
+    found = {name: step.view(config).predict.constrain for name, step in steps.items() if step.verb == "predict"}
+    assert found == {
+        "predict/base": "none",
+        "predict/base+example": "example",
+        "predict/merged": "none",
+        "predict/merged+example": "example",
+    }
+
+
+def test_asking_for_one_more_way_makes_nothing_stale() -> None:
+    keys = []
+    for ways in ("none", "[none]", "[none, general]", "[none, example, general]"):
+        config = load(None, [f"predict.constrain={ways}"]).config
+        keys.append({step.name: effective(step.view(config), step.options) for step in build(config)})
+    assert keys[0] == keys[1]
+    assert all(keys[0].items() <= more.items() for more in keys[2:])
+    assert keys[2]["predict/base+general"] == keys[3]["predict/base+general"]
+
+
 def test_what_is_served_is_measured_only_with_an_address() -> None:
     with pytest.raises(ConfigError, match=r"predict\.models asks for endpoint; set predict\.endpoint"):
         load(None, ["predict.models=[endpoint]"])

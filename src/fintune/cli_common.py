@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -10,6 +10,7 @@ import click
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from fintune.selection import Selection
 
@@ -39,8 +40,8 @@ def run_stages(path: Path | None, overrides: tuple[str, ...], selection: Selecti
     """Run what is selected of a run, or say what would be run; then the table of scores and where the page lies."""
     from fintune.config import load
     from fintune.pipeline import Pipeline
-    from fintune.report.metrics import read_score
-    from fintune.report.tables import plan_table, score_table
+    from fintune.report.tables import plan_table
+    from fintune.report.ways import read_scored, score_tables
     from fintune.steps import build
 
     loaded = load(path, overrides)
@@ -53,10 +54,19 @@ def run_stages(path: Path | None, overrides: tuple[str, ...], selection: Selecti
     looked_at = [outcome.step for outcome in pipeline.run() if outcome.what != "skipped"]
     scored = [step for step in looked_at if step.startswith("score/")]
     if scored:
-        scores = {step.removeprefix("score/"): read_score(folder / step / "score.json") for step in scored}
-        out.print("", score_table(scores, "model"), "", sep="\n")
+        scores = read_scored(folder, [step.removeprefix("score/") for step in scored])
+        out.print()
+        print_tables(score_tables(scores, "model", first=loaded.config.predict.ways[0]))
+        out.print()
     if "report" in looked_at:
         out.print(f"The run's page: {folder / 'report' / 'index.html'}", markup=False, soft_wrap=True)
+
+
+def print_tables(tables: Sequence[Table]) -> None:
+    """Tables to standard output, an empty line between two."""
+    out = stdout()
+    for place, table in enumerate(tables):
+        out.print(*([""] if place else []), table, sep="\n")
 
 
 def stdout() -> Console:

@@ -48,6 +48,7 @@ def predict_plain(
     from fintune.stages.predict_file import FileJob, predict_file
 
     options = load(config, overrides).config
+    options = options.in_way(options.predict.ways[0])
     named = Named.with_options(model, options, adapter=adapter, engine=engine, load_in_4bit=load_in_4bit)
     number = options.predict.num_shots
     job = FileJob(named, data, out, train=train or (training_file(data) if number else None), num_shots=number)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from fintune.cli_common import FILE, run_stages, stdout
+from fintune.cli_common import FILE, print_tables, run_stages, stdout
 
 
 @click.command()
@@ -19,7 +19,8 @@ from fintune.cli_common import FILE, run_stages, stdout
     "files",
     multiple=True,
     metavar="[NAME=]FILE",
-    help="JSON, JSONL or .gz of {id, predicted} or {id, program}; several give one table, a row each.",
+    help="JSON, JSONL or .gz of {id, predicted} or {id, program}; several give one table, a row each, and a "
+    "column group each where they are named as NAME and NAME+example.",
 )
 @click.option("--gold", type=FILE, help="Official FinQA JSON, plain or .gz.")
 @click.option("--csv", type=FILE, help="Write one row a prediction here.")
@@ -65,16 +66,16 @@ def _named(given: str) -> tuple[str, Path]:
 
 
 def print_scores(files: Mapping[str, Path], gold: Path, *, strict: bool = False) -> None:
-    """Score several files: one table to standard output, how many rows were not scored to standard error."""
-    from fintune.report.tables import score_table
+    """Score several files: tables to standard output, how many rows were not scored to standard error."""
+    from fintune.report.ways import Scored, score_tables
     from fintune.stages.score import score_files
 
-    scores = {}
+    scored = {}
     for name, path in files.items():
         done = score_files(path, gold, strict=strict)
-        scores[name] = done.score
+        scored[name] = Scored(done.score, done.right, done.seconds)
         _tell_unscored(name, done.num_unscored)
-    stdout().print(score_table(scores))
+    print_tables(score_tables(scored, "predictions"))
 
 
 def _tell_unscored(name: object, num_unscored: Mapping[str, int]) -> None:

@@ -63,7 +63,7 @@ class Pipeline:
         """What the step's result will depend on; an input that has no result yet counts as an empty digest."""
         manifests = {name: self.manifest(name) for name in self._present_inputs(step)}
         inputs = {name: manifest.digest if manifest is not None else "" for name, manifest in manifests.items()}
-        options = effective(self.config, step.options)
+        options = effective(step.view(self.config), step.options)
         return Key(step=step.name, options=options, sources=step.sources(self.config), inputs=inputs)
 
     def preview(self) -> list[tuple[Step, str]]:
@@ -158,7 +158,7 @@ class Pipeline:
         started = time.monotonic()
         inputs = {name: self.slot(name).folder for name in self._present_inputs(step)}
         with stage(step.name):
-            facts = step.run(self.config, inputs, folder)
+            facts = step.run(step.view(self.config), inputs, folder)
         machine.release_memory()  # a model of the stage before must not count against the next
         seconds = time.monotonic() - started
         manifest = Manifest(

@@ -44,7 +44,7 @@ def options_page() -> str:
             ]
         mark = "°" if is_neutral(field) else ""
         default = field.get_default(call_default_factory=True)
-        lines.append(f"| `{leaf}`{mark} | {_type(str(field.annotation))} | {_default(default)} | {field.description} |")
+        lines.append(f"| `{leaf}`{mark} | {_shown_type(field)} | {_default(default)} | {field.description} |")
     for key, field in fields():
         for entry in get_args(field.annotation):
             if isinstance(entry, type) and issubclass(entry, Options):
@@ -76,6 +76,12 @@ def _section_meaning(section: str) -> str:
     for part in section.split("."):
         model = model.model_fields[part].annotation
     return str(model.__doc__).strip().splitlines()[0]
+
+
+def _shown_type(field: FieldInfo) -> str:
+    extra = field.json_schema_extra
+    said = extra.get("shown_type") if isinstance(extra, dict) else None  # where the annotation is no reading
+    return said if isinstance(said, str) else _type(str(field.annotation))
 
 
 def _type(annotation: str) -> str:

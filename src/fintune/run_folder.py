@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from fintune.artifact import MANIFEST, Manifest
 from fintune.config import fields
 from fintune.errors import ArtifactError
+from fintune.options import WAY_MARK
 
 
 def overrides_of(folder: Path) -> list[str]:
@@ -22,7 +23,8 @@ def overrides_of(folder: Path) -> list[str]:
         ArtifactError: It holds no finished stage, or a manifest that cannot be read.
     """
     found: dict[str, object] = {}
-    for path in sorted([*folder.glob(f"*/{MANIFEST}"), *folder.glob(f"predict/*/{MANIFEST}")]):
+    predicted = [path for path in folder.glob(f"predict/*/{MANIFEST}") if WAY_MARK not in path.parent.name]
+    for path in sorted([*folder.glob(f"*/{MANIFEST}"), *predicted]):  # a kind's name alone means its first way
         try:
             found |= Manifest.model_validate_json(path.read_bytes()).key.options
         except (OSError, ValidationError) as error:

@@ -28,6 +28,7 @@ class Step:
         resumes: Whether it goes on with an earlier, unfinished attempt.
         check: Refuses at once what is sure to fail later, such as a data file that is not there; loads nothing.
         about: A step whose results this one is about: where the user skips that one, this one is left out with it.
+        view: The options as this step has them, where it is one of several that differ in an option.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Step:
     resumes: bool = False
     check: Callable[[Config], None] = lambda _: None
     about: str | None = None
+    view: Callable[[Config], Config] = lambda config: config
 
     @property
     def verb(self) -> str:

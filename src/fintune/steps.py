@@ -11,7 +11,7 @@ from typing import get_args
 from fintune import disk, llama_cpp_checkout
 from fintune.artifact import Facts, sha256_file
 from fintune.errors import DataError, ModelError
-from fintune.options import Config, ModelKind, PredictOptions
+from fintune.options import Config, ModelKind, PredictOptions, Way
 from fintune.selection import Stage, Step
 from fintune.sources.rows import local_files
 
@@ -145,9 +145,15 @@ def _export(config: Config) -> Step:
 def _measure(config: Config, kind: ModelKind) -> list[Step]:
     if kind not in config.predict.models or config.data.source == "chat":
         return []  # a conversation has no official verdict; train.eval_steps measures the loss on what is held out
+    steps = (_predict_and_score(kind, name, way) for name, way in config.predict.named_ways(kind))
+    return [step for pair in steps for step in pair]
+
+
+def _predict_and_score(kind: ModelKind, name: str, way: Way) -> tuple[Step, Step]:
+    """A kind of model in one way: what that way was made with says nothing of the others, which may come and go."""
     needs = NEEDS.get(kind)
     predict = Step(
-        f"predict/{kind}",
+        f"predict/{name}",
         ("prepare", *([needs] if needs else [])),
         (*_MODEL, *_predict_options(kind)),
         _stage("predict", kind=kind),
@@ -155,11 +161,12 @@ def _measure(config: Config, kind: ModelKind) -> list[Step]:
         disk.predict_bytes,
         resumes=True,
         check=_check_four_bit_model if kind.endswith("_4bit") else _check_model,
+        view=lambda config: config.in_way(way),
     )
     score = Step(
-        f"score/{kind}", ("prepare", predict.name), (), _stage("score", kind=kind), _nothing, disk.predict_bytes
+        f"score/{name}", ("prepare", predict.name), (), _stage("score", kind=name), _nothing, disk.predict_bytes
     )
-    return [predict, score]
+    return predict, score
 
 
 def _predict_options(kind: ModelKind) -> tuple[str, ...]:

@@ -35,9 +35,10 @@ def decoding(options: PredictOptions, grammars: tuple[Grammar, ...] | None) -> D
 
 def grammars(options: PredictOptions, records: Iterable[FinQARecord]) -> tuple[Grammar, ...] | None:
     """What may be said about each record; one and the same grammar for all where it is the whole language."""
-    if options.constrain == "none":
+    way = options.ways[0]
+    if way == "none":
         return None
-    if options.constrain == "general":
+    if way == "general":
         whole = general()
         return tuple(whole for _ in records)
     return tuple(

@@ -12,12 +12,13 @@ from fintune.options.data import DataOptions, PromptOptions, Shape, SourceOption
 from fintune.options.export import ExportOptions, MergeOptions, ReplayOptions
 from fintune.options.guard import GuardOptions
 from fintune.options.model import AdapterOptions, ModelOptions
-from fintune.options.predict import ModelKind, PredictOptions
+from fintune.options.predict import WAY_MARK, ModelKind, PredictOptions, Way, kind_and_way
 from fintune.options.publish import PublishOptions
 from fintune.options.run import Config, RunOptions
 from fintune.options.train import TrainOptions
 
 __all__ = [
+    "WAY_MARK",
     "AdapterOptions",
     "Config",
     "DataOptions",
@@ -36,6 +37,8 @@ __all__ = [
     "SourceOptions",
     "StatementsOptions",
     "TrainOptions",
+    "Way",
     "is_neutral",
+    "kind_and_way",
     "neutral",
 ]

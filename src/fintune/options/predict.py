@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from fintune.options.base import Options, neutral
 
 ModelKind = Literal["base", "adapter", "adapter_4bit", "merged", "merged_4bit", "F16", "Q4_K_M", "endpoint"]
+Way = Literal["none", "general", "example"]
+"""What a completion may say: anything, any program, or a program of what its page holds."""
+WAY_MARK = "+"
+"""Stands between kind and way in the name of a step: ``predict/merged+example``."""
+
+
+def kind_and_way(name: str) -> tuple[str, str]:
+    """``merged`` and ``example`` of ``merged+example``; the way is "" where none of them is named."""
+    kind, _, way = name.rpartition(WAY_MARK)
+    return (kind, way) if kind and way in get_args(Way) else (name, "")
+
+
+def _one_or_several(value: object) -> str:
+    # Told apart before they are checked, so that what is refused is the value that is wrong.
+    return "several" if isinstance(value, (list, tuple)) else "one"
 
 
 class PredictOptions(Options):
@@ -39,10 +54,14 @@ class PredictOptions(Options):
     max_new_tokens: int = Field(
         96, ge=1, description="Tokens of a completion at most; the longest gold of FinQA needs about 90."
     )
-    constrain: Literal["none", "general", "example"] = Field(
+    constrain: Annotated[
+        Annotated[Way, Tag("one")] | Annotated[tuple[Way, ...], Tag("several")], Discriminator(_one_or_several)
+    ] = Field(
         "none",
+        json_schema_extra={"shown_type": f"{' or '.join(get_args(Way))}, or a list of these"},
         description="What a completion may say: anything; only programs (`general`); or only programs of the numbers "
-        "and rows on its page and FinQA's constants (`example`).",
+        "and rows on its page and FinQA's constants (`example`). A list, as `[none, example]`, measures each kind of "
+        "model in each of these ways; the first is the one that the steps named after the kind alone mean.",
     )
     strategy: Literal["greedy", "sample", "execution_guided", "vote"] = Field(
         "greedy",
@@ -65,6 +84,27 @@ class PredictOptions(Options):
         "float32", description="Arithmetic of the transformers engine."
     )
     threads: int | None = neutral(None, "CPU threads; all cores where empty.", ge=1)
+
+    @property
+    def ways(self) -> tuple[Way, ...]:
+        """`constrain` as a list: each kind of model is measured in each of them."""
+        return self.constrain if isinstance(self.constrain, tuple) else (self.constrain,)
+
+    def named_ways(self, kind: ModelKind) -> list[tuple[str, Way]]:
+        """What each way of measuring a kind is called, the first by the kind alone: ``merged``, ``merged+example``."""
+        first, *others = self.ways
+        return [(kind, first), *((f"{kind}{WAY_MARK}{way}", way) for way in others)]
+
+    @field_validator("constrain")
+    @classmethod
+    def _each_way_once(cls, value: Way | tuple[Way, ...]) -> Way | tuple[Way, ...]:
+        if not isinstance(value, tuple):
+            return value
+        if not value:
+            raise ValueError("predict.constrain is an empty list; name a way, such as none")
+        if twice := next((way for at, way in enumerate(value) if way in value[:at]), None):
+            raise ValueError(f"predict.constrain names {twice} twice; name each way once")
+        return value if len(value) > 1 else value[0]
 
     @model_validator(mode="after")
     def _candidates_are_used(self) -> PredictOptions:

@@ -11,7 +11,7 @@ from fintune.options.data import DataOptions, PromptOptions
 from fintune.options.export import ExportOptions, MergeOptions, ReplayOptions
 from fintune.options.guard import GuardOptions
 from fintune.options.model import AdapterOptions, ModelOptions
-from fintune.options.predict import PredictOptions
+from fintune.options.predict import PredictOptions, Way
 from fintune.options.preference import obstacle
 from fintune.options.publish import PublishOptions
 from fintune.options.train import TrainOptions
@@ -98,6 +98,10 @@ class Config(Options):
         if found := self.publish.obstacle(self.adapter.kind, self.export.source):
             raise ValueError(found)
         return self
+
+    def in_way(self, way: Way) -> Config:
+        """The same, with completions constrained in one way alone."""
+        return self.model_copy(update={"predict": self.predict.model_copy(update={"constrain": way})})
 
     @property
     def folder(self) -> Path:

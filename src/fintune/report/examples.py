@@ -97,6 +97,7 @@ def browser_blocks(
     records: Sequence[FinQARecord],
     answers: Mapping[str, Mapping[str, Answer]],
     num_cut: Mapping[str, int],
+    num_compared: int | None = None,
 ) -> tuple[str, str]:
     """The two blocks for the page, safe inside a ``script`` element.
 
@@ -104,6 +105,7 @@ def browser_blocks(
         records: The questions to show.
         answers: By the name of who answered, then by id.
         num_cut: Units of the page that were left out of the prompt, by id.
+        num_compared: The first so many of those who answered are asked whether they agree; all where None.
 
     Returns:
         The index (one JSON object) and the pages (one JSON object a line).
@@ -132,7 +134,8 @@ def browser_blocks(
                 "m": [_answer(record, by_id.get(record.id), used) for by_id in answers.values()],
             }
         )
-    return script_json({"kinds": list(answers), "examples": examples}), "\n".join(pages)
+    compared = len(answers) if num_compared is None else num_compared
+    return script_json({"kinds": list(answers), "num_compared": compared, "examples": examples}), "\n".join(pages)
 
 
 def script_json(value: Any) -> str:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from fintune.report.agreement import NEAR_TIE_NATS
 from fintune.report.examples import Answer, browser_blocks
-from fintune.report.parts import accuracy, confidence, data, guard, made, pairs, replay, training
-from fintune.report.run_page import KINDS, RunPage
+from fintune.report.parts import accuracy, confidence, data, guard, made, pairs, replay, training, ways
+from fintune.report.run_page import RunPage
 from fintune.report.templating import fill
 
 FILTERS = (
@@ -26,18 +26,22 @@ def render(page: RunPage) -> str:
     compared = [pairs.pair(page, a, b, agreement) for a, b, agreement in page.agreements]
     trained, prepared = training.context(page.metrics), data.context(page.data)
     sure, guarded = confidence.context(page), guard.context(page.guard)
-    replayed = replay.context(page)
+    replayed, measured = replay.context(page), accuracy.in_every_way(page)
     index, pages = ("", "")
-    if page.records and page.predictions:
+    if page.records and (page.predictions or page.other_ways):
         answers = {
-            KINDS.get(kind, kind): {
-                id_: Answer.of(prediction, page.verdicts.get(kind, {}).get(id_)) for id_, prediction in by_id.items()
+            accuracy.label(kind, way): {
+                id_: Answer.of(prediction, verdicts.get(kind, {}).get(id_)) for id_, prediction in by_id.items()
             }
-            for kind, by_id in page.predictions.items()
+            for way, predictions, verdicts in (
+                ("", page.predictions, page.verdicts),
+                *((other.way, other.predictions, other.verdicts) for other in page.other_ways),
+            )
+            for kind, by_id in predictions.items()
         }
-        index, pages = browser_blocks(page.records, answers, page.num_cut)
+        index, pages = browser_blocks(page.records, answers, page.num_cut, len(page.predictions))
     present = (
-        (page.measured, "accuracy", "Accuracy"),
+        (measured, "accuracy", "Accuracy"),
         (sure, "confidence", "Confidence"),
         (replayed, "replay", "Replay"),
         (compared, "agreement", "Agreement"),
@@ -55,12 +59,13 @@ def render(page: RunPage) -> str:
         hero=accuracy.hero(page),
         chips=made.chips(page),
         parts=[(id_, words) for there, id_, words in present if there],
-        measured=[accuracy.row(measured) for measured in page.measured],
-        breakdowns=accuracy.breakdowns(page.measured),
-        same_n=accuracy.same_n(page.measured),
+        measured=[accuracy.row(each, way) for each, way in measured],
+        ways=ways.context(page),
+        breakdowns=accuracy.breakdowns(measured),
+        same_n=accuracy.same_n([each for each, _ in measured]),
         decoded=accuracy.decoded(page),
-        unended=accuracy.unended(page.measured),
-        plot=accuracy.plot(page.measured) if page.measured else "",
+        unended=accuracy.unended(measured),
+        plot=accuracy.plot(measured) if measured else "",
         confidence=sure,
         replay=replayed,
         pairs=compared,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-from fintune.options import Config
+from fintune.options import Config, Way
 from fintune.records import FinQARecord, Prediction
 from fintune.report.agreement import Agreement, compare
 from fintune.report.metrics import Score
@@ -24,6 +24,12 @@ KINDS: Mapping[str, str] = {
     "endpoint": "served",
 }
 """Kinds of model in the order of the chain, with the name that the page gives them."""
+WAYS: Mapping[Way, str] = {
+    "none": "free",
+    "general": "programs only",
+    "example": "only programs of the page's numbers and rows",
+}
+"""What completions may say, with the words of the page for it."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,16 @@ class Measured:
     num_unended: int
     predict_seconds: float
     weights_bytes: int | None
+
+
+@dataclass(frozen=True)
+class OtherWay:
+    """The same kinds of model, their completions constrained otherwise; fields as those of :class:`RunPage`."""
+
+    way: Way
+    measured: Sequence[Measured]
+    predictions: Mapping[str, Mapping[str, Prediction]]
+    verdicts: Mapping[str, Mapping[str, Judged]]
 
 
 @dataclass(frozen=True)
@@ -78,6 +94,7 @@ class RunPage:
         verdicts: By kind, then by id.
         made: One for each stage, in the order of the run.
         token_names: Text of a token by its id, where the tokenizer is at hand.
+        other_ways: The ways of ``predict.constrain`` behind the first, which is what all of the above is of.
     """
 
     name: str
@@ -93,6 +110,7 @@ class RunPage:
     verdicts: Mapping[str, Mapping[str, Judged]] = field(default_factory=dict)
     made: Sequence[Made] = ()
     token_names: Mapping[int, str] = field(default_factory=dict)
+    other_ways: Sequence[OtherWay] = ()
 
     @property
     def agreements(self) -> list[tuple[str, str, Agreement]]:

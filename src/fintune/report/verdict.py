@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
-from fintune.errors import DataError
+from fintune.errors import ArtifactError, DataError
 from fintune.finqa.constants import OPERATIONS
 from fintune.finqa.equal import equal_program
 from fintune.finqa.execute import Execution, run
@@ -42,6 +44,25 @@ class Judged(Record):
     invalid: bool
     result: float | str
     outcome: Outcome
+
+
+def read_verdicts(path: Path) -> dict[str, Judged]:
+    """The verdicts of a ``score.csv``, by id.
+
+    Raises:
+        ArtifactError: It is missing, or no such file.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return {
+                row["id"]: Judged.model_validate({name: row[name] for name in Judged.model_fields})
+                for row in csv.DictReader(file)
+            }
+    except (OSError, ValueError, csv.Error, KeyError) as error:
+        raise ArtifactError(
+            f"{path}: cannot be read ({str(error).splitlines()[0]})",
+            hint=f"--redo score/{path.parent.name} makes it anew",
+        ) from None
 
 
 class Verdict(Judged):

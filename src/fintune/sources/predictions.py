@@ -22,11 +22,12 @@ _HINT = 'expected {"id": ..., "predicted": [tokens]} or {"id": ..., "program": "
 
 @dataclass(frozen=True)
 class PredictedProgram:
-    """One row of a file: 1-based row, id, official tokens."""
+    """One row of a file: 1-based row, id, official tokens, and the time of the completion where the row tells it."""
 
     row: int
     id: str
     tokens: tuple[str, ...]
+    seconds: float | None = None
 
 
 @dataclass
@@ -146,10 +147,11 @@ def _take(found: PredictionFile, row: int, value: object) -> None:
     if key is None:
         found.report("no program", "no program: neither 'predicted' nor 'program' is there", row, record_id)
         return
-    program = value[key]
+    program, told = value[key], value.get("seconds")
+    seconds = float(told) if isinstance(told, int | float) and told >= 0 else None
     if isinstance(program, str):
-        found.predictions.append(PredictedProgram(row, record_id, tuple(tokenize(program))))
+        found.predictions.append(PredictedProgram(row, record_id, tuple(tokenize(program)), seconds))
     elif isinstance(program, list) and all(isinstance(piece, str) for piece in program):
-        found.predictions.append(PredictedProgram(row, record_id, tuple(program)))
+        found.predictions.append(PredictedProgram(row, record_id, tuple(program), seconds))
     else:
         found.report("bad program", f"{key!r} is neither a text nor a list of texts", row, record_id)

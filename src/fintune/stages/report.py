@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,12 +11,12 @@ from pydantic import BaseModel, ValidationError
 
 from fintune.artifact import MANIFEST, Facts, Manifest, write_atomically
 from fintune.errors import ArtifactError
-from fintune.options import Config
+from fintune.options import WAY_MARK, Config, Way, kind_and_way
 from fintune.records import Example, FinQARecord, Prediction
 from fintune.report.metrics import read_score
 from fintune.report.page import render
-from fintune.report.run_page import KINDS, Made, Measured, RunPage
-from fintune.report.verdict import Judged
+from fintune.report.run_page import KINDS, Made, Measured, OtherWay, RunPage
+from fintune.report.verdict import read_verdicts
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -54,34 +53,51 @@ def collect(config: Config, inputs: Mapping[str, Path]) -> RunPage:
     Raises:
         ArtifactError: A file that is missing or cannot be read.
     """
-    predictions = {
-        kind: {prediction.id: prediction for prediction in _lines(inputs[step] / "predictions.jsonl", Prediction)}
-        for kind in KINDS
-        if (step := f"predict/{kind}") in inputs
-    }
-    verdicts = {kind: _verdicts(inputs[step] / "score.csv") for kind in KINDS if (step := f"score/{kind}") in inputs}
+    first, *others = (_way(way, place, inputs) for place, way in enumerate(config.predict.ways))
     prepare, train = inputs.get("prepare"), inputs.get("train")
     return RunPage(
         name=config.run.name,
         config=config,
-        measured=[_measured(kind, inputs, predictions[kind]) for kind in verdicts if kind in predictions],
+        measured=first.measured,
         metrics=list(_objects(train / "metrics.jsonl")) if train else [],
         replay=_object(inputs["replay"] / "replay.json") if "replay" in inputs else {},
         guard=_object(inputs["guard"] / "guard.json") if "guard" in inputs else {},
         data=_object(prepare / "report.json") if prepare else {},
         records=_records(prepare / "gold.json") if prepare else [],
         num_cut={e.id: e.num_cut for e in _lines(prepare / "eval.jsonl", Example)} if prepare else {},
-        predictions=predictions,
-        verdicts=verdicts,
+        predictions=first.predictions,
+        verdicts=first.verdicts,
         made=[_made(step, path) for step, path in inputs.items()],
         token_names=_token_names(inputs),
+        other_ways=[other for other in others if other.predictions],
     )
 
 
-def _measured(kind: str, inputs: Mapping[str, Path], predictions: Mapping[str, Prediction]) -> Measured:
+def _way(way: Way, place: int, inputs: Mapping[str, Path]) -> OtherWay:
+    """One way of ``predict.constrain``, by its place there: the first has the kinds' own names."""
+    names = {kind: f"{kind}{WAY_MARK}{way}" if place else kind for kind in KINDS}
+    predictions = {
+        kind: {prediction.id: prediction for prediction in _lines(inputs[step] / "predictions.jsonl", Prediction)}
+        for kind, name in names.items()
+        if (step := f"predict/{name}") in inputs
+    }
+    verdicts = {
+        kind: read_verdicts(inputs[step] / "score.csv")
+        for kind, name in names.items()
+        if (step := f"score/{name}") in inputs
+    }
+    measured = [
+        _measured(kind, inputs, inputs[f"score/{names[kind]}"] / "score.json", predictions[kind])
+        for kind in verdicts
+        if kind in predictions
+    ]
+    return OtherWay(way, measured, predictions, verdicts)
+
+
+def _measured(kind: str, inputs: Mapping[str, Path], score: Path, predictions: Mapping[str, Prediction]) -> Measured:
     return Measured(
         kind=kind,
-        score=read_score(inputs[f"score/{kind}"] / "score.json"),
+        score=read_score(score),
         num_unended=sum(prediction.finish_reason == "length" for prediction in predictions.values()),
         predict_seconds=sum(prediction.seconds for prediction in predictions.values()),
         weights_bytes=_weights_bytes(kind, inputs),
@@ -133,17 +149,6 @@ def _token_names(inputs: Mapping[str, Path]) -> dict[int, str]:
     return {number: token.translate({0x120: " ", 0x10A: "\n", 0x2581: " "}) for number, token in names.items()}
 
 
-def _verdicts(path: Path) -> dict[str, Judged]:
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return {
-                row["id"]: Judged.model_validate({name: row[name] for name in Judged.model_fields})
-                for row in csv.DictReader(file)
-            }
-    except (OSError, ValueError, csv.Error, KeyError) as error:
-        raise _unreadable(path, str(error).splitlines()[0]) from None
-
-
 def _records(path: Path) -> list[FinQARecord]:
     try:
         return [FinQARecord.model_validate(row) for row in json.loads(path.read_bytes())]
@@ -179,5 +184,6 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _unreadable(path: Path, reason: str) -> ArtifactError:
-    step = path.parent.name if path.parent.name not in KINDS else f"{path.parent.parent.name}/{path.parent.name}"
+    name, above = path.parent.name, path.parent.parent.name
+    step = f"{above}/{name}" if kind_and_way(name)[0] in KINDS else name
     return ArtifactError(f"{path}: cannot be read ({reason})", hint=f"--redo {step} makes it anew")

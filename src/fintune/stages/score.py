@@ -35,16 +35,23 @@ class ScoreRun:
         verdicts: One a scored prediction, in file order.
         problems: One line for each row that was not scored, or scored with a doubt (a duplicate id).
         num_unscored: Rows that are in no figure, by reason. Those of a known id are missing in the whole-file figures.
+        seconds: Time of all scored completions; None where not every row tells its own.
     """
 
     score: Score
     verdicts: list[Verdict]
     problems: list[str]
     num_unscored: Mapping[str, int]
+    seconds: float | None = None
+
+    @property
+    def right(self) -> dict[str, bool]:
+        """Whether the program executes to the gold result, by id; of several predictions for one the first counts."""
+        return {verdict.id: verdict.exe_correct for verdict in reversed(self.verdicts)}
 
 
 def score(config: Config, inputs: Mapping[str, Path], folder: Path, *, kind: str) -> Facts:
-    """Score the predictions of one kind of model, as a step of a run."""
+    """Score the predictions of one kind of model in one way, ``merged`` or ``merged+example``, as a step of a run."""
     done = score_files(
         inputs[f"predict/{kind}"] / "predictions.jsonl",
         inputs["prepare"] / "gold.json",
@@ -109,7 +116,10 @@ def score_files(
     if num_unknown:
         num_unscored["unknown id"] = num_unknown
     lines = [*read_gold.problems, *map(str, problems), *_remarks(gold, figures, verdicts)]
-    done = ScoreRun(figures, verdicts, lines, dict(num_unscored))
+    seconds = [row.seconds for row in usable if row.seconds is not None]
+    done = ScoreRun(
+        figures, verdicts, lines, dict(num_unscored), seconds=sum(seconds) if len(seconds) == len(usable) else None
+    )
     if csv is not None:
         outputs.write(csv, csv_text(verdicts))
     if json is not None:

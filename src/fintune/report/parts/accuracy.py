@@ -44,6 +44,7 @@ def hero(page: RunPage) -> dict[str, str]:
 def decoded(page: RunPage) -> str:
     """How tokens were chosen, where it was not the usual way: such figures stand beside no others."""
     options = page.config.predict
+    way = options.ways[0]
     kept = {
         "none": "",
         "general": "Completions were kept to the program language.",
@@ -55,13 +56,25 @@ def decoded(page: RunPage) -> str:
         "execution_guided": f"Of {options.num_candidates} candidates the most probable one that runs was taken.",
         "vote": f"{options.num_candidates} drawn programs voted on the result.",
     }
-    return f"{kept[options.constrain]} {chosen[options.strategy]}".strip()
+    return f"{kept[way]} {chosen[options.strategy]}".strip()
 
 
-def row(measured: Measured) -> dict[str, Any]:
+def label(kind: str, way: str = "") -> str:
+    """Name of a kind of model, with the way of its completions where that is not the first: ``merged, example``."""
+    return f"{KINDS.get(kind, kind)}, {way}" if way else KINDS.get(kind, kind)
+
+
+def in_every_way(page: RunPage) -> list[tuple[Measured, str]]:
+    """Each kind of model in the order of the chain, with its way; "" is the first."""
+    ways = [("", page.measured), *((other.way, other.measured) for other in page.other_ways)]
+    found = [(each, way) for way, measured in ways for each in measured]
+    return sorted(found, key=lambda each: list(KINDS).index(each[0].kind))
+
+
+def row(measured: Measured, way: str = "") -> dict[str, Any]:
     """One row of the table, as text."""
     return {
-        "label": KINDS[measured.kind],
+        "label": label(measured.kind, way),
         "colour": list(KINDS).index(measured.kind),
         "exe": percent(measured.score.execution_accuracy),
         "interval": span(measured.score.execution_accuracy_interval),
@@ -81,25 +94,25 @@ def same_n(measured: Sequence[Measured]) -> str:
     return f"{numbers.pop():,}" if len(numbers) == 1 else ""
 
 
-def unended(measured: Sequence[Measured]) -> str:
-    """A sentence about completions that reached the token limit, or nothing."""
-    ended = [f"{KINDS[m.kind]} {m.num_unended}" for m in measured if m.num_unended]
+def unended(measured: Sequence[tuple[Measured, str]]) -> str:
+    """A sentence about completions that reached the token limit, or nothing; each kind comes with its way."""
+    ended = [f"{label(m.kind, way)} {m.num_unended}" for m, way in measured if m.num_unended]
     return f"Completions cut off at the token limit: {', '.join(ended)}." if ended else ""
 
 
-def plot(measured: Sequence[Measured]) -> str:
-    """Dots and intervals."""
+def plot(measured: Sequence[tuple[Measured, str]]) -> str:
+    """Dots and intervals; each kind comes with its way."""
     rows = [
         Dot(
-            KINDS[m.kind].replace("GGUF ", ""),
+            label(m.kind, way).replace("GGUF ", ""),
             m.score.execution_accuracy,
             *m.score.execution_accuracy_interval,
             m.score.program_accuracy,
             list(KINDS).index(m.kind),
         )
-        for m in measured
+        for m, way in measured
     ]
-    number = same_n(measured)
+    number = same_n([m for m, _ in measured])
     words = "; ".join(f"{row.label} {percent(row.value)}" for row in rows)
     return dot_plot(
         "accuracy-plot",
@@ -114,13 +127,13 @@ def group_name(key: int | str) -> str:
     return str(key).replace("yes_no", "yes or no")
 
 
-def breakdowns(measured: Sequence[Measured]) -> list[dict[str, Any]]:
-    """Execution accuracy by kind of question, one table each: the groups in rows, the models in columns."""
+def breakdowns(measured: Sequence[tuple[Measured, str]]) -> list[dict[str, Any]]:
+    """Execution accuracy by kind of question, one table each: groups in rows, kinds of model and ways in columns."""
     if not measured:
         return []
     tables = []
     for name, attribute in GROUPS:
-        groups = [getattr(m.score, attribute) for m in measured]
+        groups = [getattr(m.score, attribute) for m, _ in measured]
         keys = sorted({key for group in groups for key in group}, key=str)
         rows = [
             {
