@@ -214,8 +214,11 @@ def test_an_unknown_stage_is_answered_with_the_one_that_was_meant(mistake, flag:
     assert "'predct' is no stage of this run: did you mean predict?" in mistake("run", DEMO, flag, "predct")
 
 
-def test_a_stage_that_needs_another_first_says_which(mistake, finqa) -> None:
-    assert "train needs prepare, which is left out and has no result in" in mistake("train", finqa())
+def test_a_stage_that_needs_another_first_gives_the_commands(mistake, finqa) -> None:
+    path = finqa()
+    told = mistake("train", path, "run.name=intr")
+    assert told.startswith("fintune: nothing is prepared in ")
+    assert f"runs/intr: fintune prepare {path} run.name=intr first, or fintune run {path} run.name=intr for" in told
 
 
 def test_a_page_of_nothing_is_refused(mistake, finqa, tmp_path: Path) -> None:
@@ -371,6 +374,14 @@ def test_an_interruption_says_how_to_go_on(run, monkeypatch: pytest.MonkeyPatch)
     done = run("run", DEMO)
     assert done.status == 130
     assert done.err.strip() == "fintune: interrupted; the same command goes on from here"
+
+
+def test_an_interruption_that_knows_what_is_kept_says_so(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt("interrupted; the same command goes on from step 16")
+
+    monkeypatch.setattr(cli, "run_stages", interrupted)
+    assert run("run", DEMO).err.strip() == "fintune: interrupted; the same command goes on from step 16"
 
 
 def test_a_reader_that_goes_away_is_no_error_message() -> None:

@@ -70,8 +70,9 @@ def main(command: click.Command | None = None, name: str = "fintune") -> None:
         _stop(f"{error.format_message().rstrip('.')}; see {verb} --help", USER_ERROR)
     except click.ClickException as error:
         _stop(error.format_message(), USER_ERROR)
-    except (KeyboardInterrupt, click.Abort):
-        _stop("interrupted; the same command goes on from here", INTERRUPTED)
+    except (KeyboardInterrupt, click.Abort) as error:
+        told = error.__cause__ if isinstance(error, click.Abort) else error  # click's own stands before the first
+        _stop(str(told or "") or "interrupted; the same command goes on from here", INTERRUPTED)
     except BrokenPipeError:
         # The reader went away (`fintune ... | head`); Python would complain again while it closes standard output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

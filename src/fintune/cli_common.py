@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -45,7 +46,8 @@ def run_stages(path: Path | None, overrides: tuple[str, ...], selection: Selecti
     from fintune.steps import build
 
     loaded = load(path, overrides)
-    pipeline = Pipeline(loaded.config, build(loaded.config), selection)
+    called = shlex.join([*([str(path)] if path is not None else []), *overrides])
+    pipeline = Pipeline(loaded.config, build(loaded.config), selection, called=called)
     out = stdout()
     if dry_run:
         out.print(plan_table([(step.name, what, step.inputs) for step, what in pipeline.preview()]))

@@ -25,13 +25,16 @@ from fintune.progress import console, say, stage
 from fintune.selection import Selection, Step, check_names, left_out_with, matches, selected
 
 _NOTHING_TO_DO = ("skipped", "up to date")
+_DONE = {"prepare": "prepared", "train": "trained", "merge": "merged", "export": "exported"}
 
 
 class Pipeline:
     """The steps of one run's folder."""
 
-    def __init__(self, config: Config, steps: Sequence[Step], selection: Selection) -> None:
+    def __init__(self, config: Config, steps: Sequence[Step], selection: Selection, *, called: str = "CONFIG") -> None:
+        """``called`` is what the user wrote for the configuration, for commands in messages."""
         check_names(steps, selection)
+        self.called = called
         self.config, self.steps, self.selection = config, steps, selection
         self.chosen = selected(steps, selection)
         self.left_out = left_out_with(steps, selection)
@@ -82,10 +85,7 @@ class Pipeline:
                 continue
             for name in step.inputs:
                 if name not in self.chosen and self.manifest(name) is None and not self._optional(step):
-                    raise ArtifactError(
-                        f"{step.name} needs {name}, which is left out and has no result in {self.config.folder}",
-                        hint=f"run it first: fintune run CONFIG --only {name}",
-                    )
+                    raise self._missing(name)
             if step.inputs and not self._present_inputs(step):
                 raise ArtifactError(
                     f"{step.name} has nothing to read: no stage has a result in {self.config.folder}",
@@ -97,6 +97,13 @@ class Pipeline:
                 remade.add(step.name)
             lines.append((step, word))
         return lines
+
+    def _missing(self, name: str) -> ArtifactError:
+        verb = name.partition("/")[0]
+        done = _DONE.get(name)
+        what = f"nothing is {done} in {self.config.folder}" if done else f"{self.config.folder} has no result of {name}"
+        first = f"fintune {verb} {self.called}" if name == verb else f"fintune run {self.called} --only {name}"
+        return ArtifactError(what, hint=f"{first} first, or fintune run {self.called} for everything")
 
     def _foreseen(self, step: Step, inputs_remade: bool) -> str:
         slot = self.slot(step.name)
@@ -209,7 +216,7 @@ class Pipeline:
             return "run anew, its inputs changed"
         if state == "up to date":
             return state
-        return "resume" if unfinished == key else "run"
+        return step.resume_word(slot.work) if unfinished == key else "run"
 
     def _refuse_foreign(self, step: Step) -> None:
         """What someone else laid under a step's name is not ours to delete."""

@@ -26,6 +26,7 @@ class Step:
         sources: Fingerprints of the user's files and model that it reads, by option name.
         needed_bytes: Disk that it will take, predicted.
         resumes: Whether it goes on with an earlier, unfinished attempt.
+        resume_word: How it goes on with what lies in the folder of that attempt; ``run`` where it begins anew.
         check: Refuses at once what is sure to fail later, such as a data file that is not there; loads nothing.
         about: A step whose results this one is about: where the user skips that one, this one is left out with it.
         view: The options as this step has them, where it is one of several that differ in an option.
@@ -38,6 +39,7 @@ class Step:
     sources: Callable[[Config], dict[str, str]]
     needed_bytes: Callable[[Config], int]
     resumes: bool = False
+    resume_word: Callable[[Path], str] = lambda _: "resume"
     check: Callable[[Config], None] = lambda _: None
     about: str | None = None
     view: Callable[[Config], Config] = lambda config: config

@@ -63,6 +63,7 @@ def build(config: Config) -> list[Step]:
             _model,
             disk.train_bytes,
             resumes=True,
+            resume_word=_resume_training,
             check=_check_training,
         ),
         *_guard(config),
@@ -250,6 +251,15 @@ def _check_four_bit_model(config: Config) -> None:
 def _check_training(config: Config) -> None:
     import_module("fintune.stages.train").check(config)
     _check_model(config)
+
+
+def _resume_training(folder: Path) -> str:
+    if (folder / "adapter").exists() or (folder / "model").exists():
+        return "resume"  # it is trained, and only what comes behind was interrupted
+    from fintune.tuning import checkpoints
+
+    kept = checkpoints.complete(folder / "checkpoints")
+    return f"resume from step {checkpoints.step_of(kept[-1])}" if kept else "run"
 
 
 def _files(config: Config) -> Iterator[tuple[str, Path]]:

@@ -19,6 +19,7 @@ from fintune.tuning.adapter import in_float32
 from fintune.tuning.callbacks import make_callback
 from fintune.tuning.collate import num_steps, training_order
 from fintune.tuning.evaluate import BEST, Evaluation, Evaluator, best_step, load_best, out_of_patience
+from fintune.tuning.interruption import Stop, behind_the_step
 from fintune.tuning.quiet import quiet_libraries
 from fintune.tuning.trainers import make_arguments, make_fused_trainer, make_trainer, stop_at_bad_losses
 
@@ -103,6 +104,7 @@ def train(
         FintuneError: Loss or gradient is not finite; with the step and the examples.
         DataError: A row in which nothing or everything is trained.
         ConfigError: ``train.fused_layers: always`` for a model or adapter that they do not know.
+        KeyboardInterrupt: SIGINT or SIGTERM; behind a checkpoint, where one process trains.
     """
     from transformers import PrinterCallback
 
@@ -139,7 +141,8 @@ def train(
             seconds=earlier[-1]["seconds"] if earlier else 0.0,
             examples_of=examples_of,
         )
-        callbacks = [callback, *(reporters(done) if reporters else ()), *extra_callbacks]
+        stop = Stop()
+        callbacks = [callback, stop.callback(), *(reporters(done) if reporters else ()), *extra_callbacks]
         trained = rows.select(order)
         with in_float32(model):
             if fused:
@@ -159,7 +162,8 @@ def train(
         if shard.is_divided(options):
             shard.divide(trainer.model)
         ranks.train_together(trainer)
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        with behind_the_step(stop, folder / "checkpoints"):
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if memory is not None and ranks.leads():
         planned.write(memory, folder, trained=True)
     best = best_step(metrics.read(folder / "metrics.jsonl"), options.keep) if options.keep != "last" else None
