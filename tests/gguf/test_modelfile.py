@@ -6,7 +6,7 @@ import pytest
 
 from fintune.errors import ModelError
 from fintune.gguf.chat import render_chat
-from fintune.gguf.modelfile import modelfile
+from fintune.gguf.modelfile import differences, modelfile
 from synthetic import write_tokenizer
 from tiny import CHATML, patch_json
 
@@ -16,6 +16,13 @@ LLAMA3 = (
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 DEFAULT_SYSTEM = "{% if messages[0].role != 'system' %}<|im_start|>system\nYou compute.<|im_end|>\n{% endif %}" + CHATML
+
+# As DeepSeek-R1's does: the thought of an earlier answer goes, and a new answer begins with one.
+FORGETS_THOUGHTS = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' %}"
+    "<|User|>{{ m.content }}{% else %}<|Assistant|>{{ m.content.split('</think>')[-1] }}<|im_end|>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}"
+)
 
 
 @pytest.fixture
@@ -38,7 +45,7 @@ def go(text: str, messages: list[dict[str, str]]) -> str:
     return opening + (default[1] if default and no_system else "") + turns + tail
 
 
-@pytest.mark.parametrize("template", [CHATML, DEFAULT_SYSTEM, LLAMA3])
+@pytest.mark.parametrize("template", [CHATML, DEFAULT_SYSTEM, LLAMA3, FORGETS_THOUGHTS])
 @pytest.mark.parametrize("roles", [["user"], ["system", "user"], ["user", "assistant", "user"]])
 def test_ollama_renders_what_the_chat_template_renders(folder, template, roles):
     (folder / "chat_template.jinja").write_text(template)
@@ -57,6 +64,30 @@ def test_it_names_the_file_the_stop_token_and_the_context(folder):
     lines = modelfile(folder, "m-Q4_K_M.gguf", context_tokens=512).splitlines()
     assert lines[0] == "FROM ./m-Q4_K_M.gguf"
     assert {'PARAMETER stop "<|im_end|>"', "PARAMETER num_ctx 512", "PARAMETER temperature 0"} <= set(lines)
+
+
+def test_thoughts_that_stay_in_earlier_answers_are_noted_and_the_modelfile_is_written_all_the_same(folder):
+    (folder / "chat_template.jinja").write_text(FORGETS_THOUGHTS)
+    (note,) = differences(folder)
+    assert "send earlier answers without their thoughts" in note
+    text = modelfile(folder, "m.gguf", context_tokens=512)
+    assert text.splitlines()[:2] == [f"# {note}", "FROM ./m.gguf"]
+    thinking = [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "<think>two</think>three"},
+        {"role": "user", "content": "four"},
+    ]
+    special = {"bos_token": "<|im_start|>"}
+    expected = render_chat(FORGETS_THOUGHTS, thinking, special_tokens=special, add_generation_prompt=True)
+    assert go(text, thinking) != expected
+    thinking[1]["content"] = "three"
+    assert go(text, thinking) == expected
+
+
+@pytest.mark.parametrize("template", [CHATML, DEFAULT_SYSTEM, LLAMA3])
+def test_a_template_that_leaves_thoughts_alone_gets_no_note(folder, template):
+    (folder / "chat_template.jinja").write_text(template)
+    assert differences(folder) == []
 
 
 def test_a_template_that_is_not_made_of_turns_is_refused(folder):

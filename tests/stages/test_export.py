@@ -17,7 +17,7 @@ from fintune.stages import export as module
 from fintune.stages.export import export
 from fintune.stages.merge import merge
 from prepared_rows import prepared
-from tiny import patch_json
+from tiny import CHATML, patch_json
 
 TYPES = ("F16", "Q8_0")
 
@@ -57,6 +57,17 @@ def test_a_template_that_ollama_cannot_express_costs_the_modelfile_alone(tiny_mo
     assert (folder / "t-F16.gguf").is_file()
     assert not (folder / "Modelfile").exists()
     assert any("no Modelfile" in note for note in facts["notes"])
+
+
+def test_a_modelfile_that_renders_earlier_thoughts_otherwise_is_written_and_noted(tiny_model, tmp_path):
+    merged, folder = tmp_path / "merge", tmp_path / "export"
+    shutil.copytree(tiny_model, merged)
+    folder.mkdir()
+    forgets = CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")
+    (merged / "chat_template.jinja").write_text(forgets, encoding="utf-8")
+    facts = export(config(), {"merge": merged}, folder)
+    assert any(note.startswith("Modelfile: ") and "<think>" in note for note in facts["notes"])
+    assert "send earlier answers without their thoughts" in (folder / "Modelfile").read_text(encoding="utf-8")
 
 
 def trained(tmp_path, model):

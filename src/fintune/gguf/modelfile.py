@@ -18,6 +18,7 @@ from fintune.gguf.chat import read_chat_template, render_chat, special_token_tex
 _ROLES = {"s": "system", "u": "user", "a": "assistant"}
 # Conversations by role; the first is the probe, all are compared.
 _CONVERSATIONS = ("suau", "u", "su", "uau", "suauau")
+_THOUGHT = "<think>\nfintune-probe-thought\n</think>\n\n"
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,7 @@ def modelfile(folder: Path, gguf_name: str, *, context_tokens: int) -> str:
     """
     import gguf
 
-    template = read_chat_template(folder)
-    if template is None:
-        raise ModelError(f"{folder}: no chat template, so no Modelfile", hint="add chat_template.jinja to the folder")
-    special = special_token_texts(folder)
+    template, special = _template(folder)
     pieces = _read_pieces(folder, template, special)
     # Where a vocabulary says that it prepends BOS, Ollama does it: the template must not do it again.
     adds_bos = gguf.SpecialVocab(folder).add_special_token.get("bos", False)
@@ -75,6 +73,7 @@ def modelfile(folder: Path, gguf_name: str, *, context_tokens: int) -> str:
     body = f"{opening}{default}{{{{ range .Messages }}}}{branches}{{{{ end }}}}{{{{ end }}}}{pieces.generation}"
     stop = turn_ending(template, special).strip() or special["eos_token"]
     lines = [
+        *(f"# {note}" for note in differences(folder)),
         f"FROM ./{gguf_name}",
         f'TEMPLATE """{body}"""',
         f'PARAMETER stop "{stop}"',
@@ -85,10 +84,44 @@ def modelfile(folder: Path, gguf_name: str, *, context_tokens: int) -> str:
     return "\n".join(lines) + "\n"
 
 
+def differences(folder: Path) -> list[str]:
+    """What the Modelfile's template renders otherwise than the chat template does, a line each.
+
+    Ollama's language cannot cut a text, so thoughts that a chat template takes out of earlier answers stay in.
+
+    Args:
+        folder: The Hugging Face folder that was exported.
+
+    Raises:
+        ModelError: As for :func:`modelfile`.
+    """
+    template, special = _template(folder)
+    roles = "uau"
+    words = [_THOUGHT * (role == "a") + word for role, word in zip(roles, _words(roles), strict=True)]
+    rendered = _render(template, special, roles, words, generate=True)
+    if _read_pieces(folder, template, special).render(roles, words) == rendered:
+        return []
+    return [
+        "the chat template takes <think>...</think> out of earlier answers or writes it otherwise, Ollama's template "
+        "leaves it: send earlier answers without their thoughts"
+    ]
+
+
+def _template(folder: Path) -> tuple[str, dict[str, str]]:
+    template = read_chat_template(folder)
+    if template is None:
+        raise ModelError(f"{folder}: no chat template, so no Modelfile", hint="add chat_template.jinja to the folder")
+    return template, special_token_texts(folder)
+
+
+def _render(template: str, special: dict[str, str], roles: str, words: Sequence[str], *, generate: bool) -> str:
+    messages = [{"role": _ROLES[role], "content": word} for role, word in zip(roles, words, strict=True)]
+    return render_chat(template, messages, special_tokens=special, add_generation_prompt=generate)
+
+
 def _read_pieces(folder: Path, template: str, special: dict[str, str]) -> TurnPieces:
     def rendered(roles: str, generate: bool) -> str:
-        messages = [{"role": _ROLES[role], "content": word} for role, word in zip(roles, _words(roles), strict=True)]
-        return render_chat(template, messages, special_tokens=special, add_generation_prompt=generate)
+        return _render(template, special, roles, _words(roles), generate=generate)
 
     def parts(roles: str, generate: bool) -> list[str]:
         text, found = rendered(roles, generate), []
