@@ -84,6 +84,10 @@ class BackgroundPush:
             except FintuneError as error:
                 self.failed = True
                 say(f"{saved.label} was not pushed, and training goes on: {error}")
+            except Exception as error:  # a thread that ended would push no later one either, without a word
+                self.failed = True
+                # Its kind alone: the text of a client's error may hold the request's headers, and so the token.
+                say(f"{saved.label} was not pushed, and training goes on: {type(error).__name__}")
             finally:
                 shutil.rmtree(saved.folder, ignore_errors=True)
 

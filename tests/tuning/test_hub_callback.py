@@ -149,6 +149,26 @@ def test_a_slow_hub_blocks_nothing_and_of_what_waits_only_the_newest_is_sent(hub
     assert "is not done after 0.01 s" in told
 
 
+def test_an_error_nobody_foresaw_is_told_by_its_kind_and_the_next_snapshot_is_pushed(hub, monkeypatch, capsys):
+    real, errors = hub_background.send, [RuntimeError(f"Authorization: Bearer {TOKEN}")]
+
+    def once(*args: object, **kwargs: object) -> object:
+        if errors:
+            raise errors.pop()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(hub_background, "send", once)
+    pushes = BackgroundPush(Target("ann/model"))
+    for epoch in (1, 2):
+        pushes.push(writer(f"{epoch}"), f"epoch {epoch}")
+        pushes.finish()
+        assert pushes.failed is (epoch == 1)
+    assert hub.repositories["ann/model"].commits["main"] == ["initial commit", "epoch 2"]
+    told = capsys.readouterr().err
+    assert "epoch 1 was not pushed, and training goes on: RuntimeError\n" in told
+    assert TOKEN not in told
+
+
 def test_a_snapshot_that_cannot_be_saved_is_told_and_passed_over(hub, capsys):
     pushes = BackgroundPush(Target("ann/model"))
 
