@@ -19,8 +19,11 @@ from fintune.errors import ArtifactError, ResourceError
         ),
         ("set train.gradient_checkpointing=true", "set --extra_train_args 'train.gradient_checkpointing=true'"),
         ("--redo train makes it anew, run.name=OTHER keeps it", "--redo train makes it anew, another --out keeps it"),
-        ("run it first: fintune run CONFIG --only prepare", "leave out --skip_dataset_prep"),
-        ("run it first: fintune run CONFIG --only score", "run it first: fintune run CONFIG --only score"),
+        ("fintune prepare CONFIG first, or fintune run CONFIG for everything", "leave out --skip_dataset_prep"),
+        (
+            "fintune guard CONFIG first, or fintune run CONFIG for everything",
+            "fintune guard CONFIG first, or fintune run CONFIG for everything",
+        ),
         ("wait for it, or set run.name to another name", "wait for it, or give another --out"),
         ("train.learning_rate was 1e-05 and is now 2e-05", "--learning_rate was 1e-05 and is now 2e-05"),
         ('train.optimizer was "sgd"', 'train.optimizer was "sgd"'),
@@ -51,6 +54,6 @@ def test_every_flag_stands_for_an_option():
 
 def test_an_error_keeps_its_kind():
     with pytest.raises(ArtifactError, match=r"^--lora_r was 8: leave out --skip_merge$"), told_in_flags("--out"):
-        raise ArtifactError("adapter.r was 8", hint="run it first: fintune run CONFIG --only merge")
+        raise ArtifactError("adapter.r was 8", hint="fintune merge CONFIG first, or fintune run CONFIG for everything")
     with pytest.raises(ResourceError, match=r"^no GPU$"), told_in_flags("--out"):
         raise ResourceError("no GPU")

@@ -62,7 +62,7 @@ def told_in_flags(output_flag: str) -> Iterator[None]:
 def in_flags(text: str, output_flag: str) -> str:
     """``train.batch_size=4`` as ``--per_device_train_batch_size 4``; an option without a flag as --extra_train_args."""
     text = text.removeprefix("command line: ")  # where a YAML file would be named
-    text = re.sub(r"\brun it first: fintune run CONFIG --only (\w+)", _without_skip, text)
+    text = re.sub(r"\bfintune (\w+) CONFIG first, or fintune run CONFIG for everything", _without_skip, text)
     text = text.replace("leave the option out", "leave the flag out")
     text = text.replace("run.name=OTHER keeps it", f"another {output_flag} keeps it")
     text = text.replace("set run.dir to another folder, or run.name to another name", f"give another {output_flag}")
