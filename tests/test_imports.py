@@ -46,6 +46,7 @@ ROOTS_OVER_ROOMS = {
     "fintune.cli_score": {"report", "stages"},
     "fintune.cli_serve": {"stages"},
     "fintune.cli_ask": {"report", "sources", "stages"},
+    "fintune.cli_models": {"stages"},  # the file of a run that is served is also the one that is asked
     "fintune.cli_plan": {"stages"},
     "fintune.cli_predict": {"stages"},
     "fintune.conversations": {"finqa"},  # examples of one page as one training row

@@ -44,10 +44,12 @@ def predict_plain(
     """
     from fintune import outputs
     from fintune.answerer import Named
+    from fintune.cli_models import model_of
     from fintune.config import load
     from fintune.stages.predict_file import FileJob, predict_file
 
-    options = load(config, overrides).config
+    model, of_run = model_of(model, with_adapter=adapter is not None)
+    options = load(config, (*(of_run if config is None else ()), *overrides)).config
     options = options.in_way(options.predict.ways[0])
     named = Named.with_options(model, options, adapter=adapter, engine=engine, load_in_4bit=load_in_4bit)
     number = options.predict.num_shots

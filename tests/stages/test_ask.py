@@ -8,6 +8,7 @@ from command import fintune
 from engines.served import Scripted, said
 from engines.test_vllm_engine import make_adapter
 from fintune.finqa.parse import parse
+from fintune.report.answer_text import confidence_words
 from report.example_run import records
 from tiny import make_tiny_model
 from tiny_gguf import make_tiny_gguf
@@ -62,6 +63,35 @@ def test_numbers_that_are_not_on_the_page_are_marked(page, question, where):
     assert done.status == 0
     assert done.out.startswith("6828  ungrounded\n")
     assert f"999 {where}" in done.out
+
+
+def test_an_answer_of_constants_alone_is_marked(page):
+    done, _ = asked(page, "add(const_m1, const_m1), multiply(#0, const_100)")
+    assert done.out.startswith("-200  ungrounded\n")
+    assert "  ungrounded made of constants alone, of no number of the page\n" in done.out
+    found = json.loads(asked(page, "add(const_m1, const_m1)", "--json")[0].out)
+    assert (found["answer"], found["grounded"]) == (-2.0, False)
+    assert "ungrounded" not in asked(page, "divide(5829, const_100)")[0].out
+
+
+def test_decimals_are_read_as_told(tmp_path):
+    page = tmp_path / "page.csv"
+    page.write_text("name;2023\nrevenue;1.250\n")
+    assert "page.csv: row 2 (revenue), column 2 (2023): 1.250 can be" in asked(page, "add(1, 2)")[0].err
+    assert "revenue, 2023: 1250\n" in asked(page, "add(1250, const_1)", "--decimal", "comma")[0].out
+
+
+def test_a_question_without_a_page_is_told_where_free_chat_is():
+    done = fintune("ask", "acme/base", "hello?")
+    assert done.status == 2
+    assert "give --page FILE, or for free chat: fintune serve MODEL.gguf" in done.err
+
+
+@pytest.mark.parametrize(
+    ("confidence", "told"), [(1e-21, "< 0.01 %"), (0.002, "0.2 %"), (0.416, "42 %"), (1.0, "100 %")]
+)
+def test_a_small_confidence_is_not_called_none(confidence, told):
+    assert confidence_words(confidence, [], None)[0] == told
 
 
 def test_a_completion_without_a_program_is_no_answer(page):

@@ -11,10 +11,17 @@ from fintune.records import FinQARecord
 
 _MAX_PLACES = 3
 _MAX_SENTENCE = 160
+_LEAST_PERCENT = 0.01
 
 
 def answer_lines(
-    record: FinQARecord, program: str, traced: Trace, result: float | str | None, elsewhere: Sequence[Operand]
+    record: FinQARecord,
+    program: str,
+    traced: Trace,
+    result: float | str | None,
+    elsewhere: Sequence[Operand],
+    *,
+    of_constants: bool = False,
 ) -> Iterator[Text]:
     """Lines to print.
 
@@ -24,11 +31,12 @@ def answer_lines(
         traced: Its execution.
         result: What it executes to; None for nothing.
         elsewhere: Operands that stand nowhere on the page.
+        of_constants: Whether constants alone went into it.
     """
     if result is None:
         yield Text.assemble(("no answer", "bold red"), f"  {traced.reason or 'the program has no result'}")
     else:
-        mark = [("  ungrounded", "bold yellow")] if elsewhere else []
+        mark = [("  ungrounded", "bold yellow")] if elsewhere or of_constants else []
         yield Text.assemble((_shown(result, record.qa.question, traced), "bold green"), *mark)
     yield Text.assemble(("program ", "dim"), program or "none")
     for number, step in enumerate(traced.steps):
@@ -41,6 +49,8 @@ def answer_lines(
     for operand in elsewhere:
         where = "in the question alone" if magnitudes(operand.text) <= magnitudes(record.qa.question) else "nowhere"
         yield Text.assemble(("  ungrounded ", "yellow"), f"{operand.text} stands {where}, not on the page")
+    if of_constants and result is not None:
+        yield Text.assemble(("  ungrounded ", "yellow"), "made of constants alone, of no number of the page")
 
 
 def confidence_words(
@@ -58,7 +68,7 @@ def confidence_words(
     """
     num_same = sum(each is not None and each == result for each in results)
     agree = f"{num_same} of {len(results)} candidates have this result" if results else ""
-    return "not known" if confidence is None else f"{100 * confidence:.0f} %", agree
+    return "not known" if confidence is None else _share(confidence), agree
 
 
 def confidence_line(
@@ -67,6 +77,13 @@ def confidence_line(
     """:func:`confidence_words` as a line."""
     known, agree = confidence_words(confidence, results, result)
     return Text.assemble(("confidence ", "dim"), known, (f"  {agree}" if agree else "", "dim"))
+
+
+def _share(fraction: float) -> str:
+    percent = 100 * fraction
+    if percent < _LEAST_PERCENT:
+        return f"< {_LEAST_PERCENT} %"
+    return f"{percent:.0f} %" if percent >= 1 else f"{percent:.2g} %"
 
 
 def number_text(value: object) -> str:

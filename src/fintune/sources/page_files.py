@@ -1,12 +1,13 @@
 """One page from a file of a user: a FinQA record, a CSV table, or an HTML or Markdown page with one table.
 
 The page comes out in FinQA's form, in which models of this package were trained: one sentence an entry, a loss in
-brackets as ``-5.2 ( 5.2 )``, 5,829 as 5829, a sign of currency or percent in its number's cell.
+brackets as ``-5.2 ( 5.2 )``, 5,829 as 5829, a sign of currency or percent in its number's cell, 1.250,5 as 1250.5.
 """
 
 from __future__ import annotations
 
 import csv
+import difflib
 import io
 import json
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from fintune.errors import DataError
 from fintune.records import FinQAQuestion, FinQARecord
+from fintune.sources.decimal_commas import Mark, with_points
 from fintune.sources.html_page import HtmlPage
 from fintune.sources.json_files import read_text
 
@@ -30,7 +32,9 @@ _MARKS = re.compile(
 )
 
 
-def read_page(path: Path, question: str, *, text: str = "", record_id: str | None = None) -> FinQARecord:
+def read_page(
+    path: Path, question: str, *, text: str = "", record_id: str | None = None, decimal: Mark | None = None
+) -> FinQARecord:
     """Read a page and put a question to it.
 
     Args:
@@ -38,9 +42,11 @@ def read_page(path: Path, question: str, *, text: str = "", record_id: str | Non
         question: What is asked; the question of a FinQA record is not read.
         text: Sentences that stand before the table.
         record_id: Which record of a list of several.
+        decimal: What stands before the decimals of a table's numbers; found out where None. A FinQA record has points.
 
     Raises:
-        DataError: The file cannot be read, or holds no table or several.
+        DataError: The file cannot be read, holds no table or several, no number, one that can be read in two ways, or
+            no records where one is asked for.
     """
     if not question.strip():
         raise DataError("no question was asked", path=path, hint='put it last, in quotes: "What was ...?"')
@@ -51,9 +57,13 @@ def read_page(path: Path, question: str, *, text: str = "", record_id: str | Non
     if kind == "json":
         page = _finqa(path, content, record_id)
         before = [*sentences([text]), *page.pre_text]
-        return page.model_copy(update={"pre_text": tuple(before), "qa": _asked(question)})
+        return _with_numbers(page.model_copy(update={"pre_text": tuple(before), "qa": _asked(question)}), path)
+    if record_id is not None:
+        raise DataError(f"no FinQA file, so it has no record {record_id}", path=path, hint="leave out --id")
+    sign = ""
     if kind == "csv":
-        tables, above, below = [_csv(path, content)], [], []
+        sign = _separator(path, content)
+        tables, above, below = [_csv(path, content, sign)], [], []
     elif kind == "html":
         parsed = HtmlPage(content)
         tables, above, below = parsed.tables, parsed.before, parsed.after
@@ -63,13 +73,30 @@ def read_page(path: Path, question: str, *, text: str = "", record_id: str | Non
         what = "holds no table" if not tables or not tables[0] else f"holds {len(tables)} tables"
         hint = "keep the one that the question is about" if len(tables) > 1 else f"give {KINDS}"
         raise DataError(what, path=path, hint=hint)
-    return FinQARecord(
-        id=path.name,
-        pre_text=tuple(sentences([text, *above])),
-        post_text=tuple(sentences(below)),
-        table=_even(tables[0]),
-        qa=_asked(question),
+    table, texts = with_points(
+        tables[0],
+        [question, text, *above, *below],
+        path=path,
+        semicolons=sign == ";",
+        comma_separated=sign == ",",
+        mark=decimal,
     )
+    end = 2 + len(above)
+    page = FinQARecord(
+        id=path.name,
+        pre_text=tuple(sentences(texts[1:end])),
+        post_text=tuple(sentences(texts[end:])),
+        table=_even(table),
+        qa=_asked(texts[0]),
+    )
+    return _with_numbers(page, path)
+
+
+def _with_numbers(page: FinQARecord, path: Path) -> FinQARecord:
+    cells = (cell for row in page.table[1:] for cell in row[1:])
+    if not any(map(str.isdigit, "".join((*cells, *page.pre_text, *page.post_text)))):
+        raise DataError("no cell holds a number", path=path, hint="answers are computed from the numbers of a page")
+    return page
 
 
 def sentences(blocks: Sequence[str]) -> list[str]:
@@ -122,9 +149,10 @@ def _finqa(path: Path, content: str, record_id: str | None) -> FinQARecord:
             raise DataError(f"not JSON ({error})", path=path) from None
     rows = raw if isinstance(raw, list) else [raw]
     if record_id is not None:
+        names = [str(row["id"]) for row in rows if isinstance(row, dict) and "id" in row]
         rows = [row for row in rows if isinstance(row, dict) and row.get("id") == record_id]
         if not rows:
-            raise DataError("no record has this id", path=path, record_id=record_id)
+            raise DataError("no record has this id", path=path, record_id=record_id, hint=_near(record_id, names))
     if len(rows) != 1:
         raise DataError(f"holds {len(rows)} records", path=path, hint="say which one with --id")
     row = rows[0]
@@ -139,18 +167,31 @@ def _finqa(path: Path, content: str, record_id: str | None) -> FinQARecord:
         raise DataError(f"is no FinQA record ({str(error).splitlines()[1].strip()})", path=path) from None
 
 
-def _csv(path: Path, content: str) -> list[list[str]]:
+def _near(record_id: str, names: Sequence[str]) -> str | None:
+    longer = [name for name in names if name.startswith(record_id)]
+    near = longer[:1] or difflib.get_close_matches(record_id, names, n=1)
+    return f"did you mean {near[0]}?" if near else None
+
+
+def _separator(path: Path, content: str) -> str:
     if path.name.lower().removesuffix(".gz").endswith(".tsv"):
-        delimiter = "\t"
-    else:
-        first = next(line for line in content.splitlines() if line.strip())
-        # "1,234" in a cell makes the comma the least sure sign.
-        delimiter = max(";\t|,", key=lambda sign: (first.count(sign), sign != ","))
+        return "\t"
+    first = next(line for line in content.splitlines() if line.strip())
+    # "1,234" in a cell makes the comma the least sure sign.
+    return max(";\t|,", key=lambda sign: (first.count(sign), sign != ","))
+
+
+def _csv(path: Path, content: str, delimiter: str) -> list[list[str]]:
     try:
         rows = [list(row) for row in csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)]
     except csv.Error as error:
         raise DataError(f"no CSV table ({error})", path=path) from None
     rows = [[" ".join(cell.split()) for cell in row] for row in rows if any(cell.strip() for cell in row)]
+    for number, row in enumerate(rows, start=1):
+        # A comma in a number would have shifted the cells behind it.
+        if delimiter == "," and 1 < len(rows[0]) < len(row) and any(row[len(rows[0]) :]):
+            problem = f"has {len(row)} cells where the header has {len(rows[0])}"
+            raise DataError(problem, path=path, row=number, hint='put a number with a comma in quotes: "1,250"')
     return rows if len(rows) > 1 and max(map(len, rows)) > 1 else []
 
 

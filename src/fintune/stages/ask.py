@@ -67,9 +67,15 @@ class Answer:
         )
 
     @property
+    def of_constants(self) -> bool:
+        """Whether no number of the page went into it, and none from elsewhere: constants alone."""
+        kinds = {operand.kind for step in self.traced.steps for operand in step.operands}
+        return bool(kinds) and kinds <= {"constant", "step"}
+
+    @property
     def grounded(self) -> bool:
-        """Whether there is an answer, made of numbers of the page (and constants) alone."""
-        return self.result is not None and not self.elsewhere
+        """Whether there is an answer, made of numbers of the page (and constants beside them) alone."""
+        return self.result is not None and not self.elsewhere and not self.of_constants
 
     def as_json(self) -> dict[str, Any]:
         """All of it, for machines."""
