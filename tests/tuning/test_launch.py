@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 from types import SimpleNamespace
 
 import pytest
 
 from fintune.errors import ConfigError, DataError, FintuneError, ResourceError
 from fintune.options import Config
+from fintune.stages.train import check
 from fintune.tuning import launch, ranks
 
 
@@ -58,7 +60,16 @@ def test_more_gpus_than_there_are_name_how_many(monkeypatch):
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ResourceError, match=r"train.gpus is 2, but this machine has 1: set train.gpus to 1"):
-        launch._require_gpus(2)
+        check(config())  # before anything is prepared
+    launch.check(config())  # fintune plan may speak of GPUs that are elsewhere
+
+
+def test_paths_with_spaces_stay_one_word_of_the_printed_line(tmp_path):
+    order = tmp_path / "my runs" / "order.json"
+    line = launch.torchrun_line(config(train__machines=3, run__name="a b"), "host7", 29400, order)
+    words = shlex.split(line)
+    assert words[-1] == str(order)
+    assert words[words.index("--rdzv-id") + 1] == "a b"
 
 
 def test_another_machine_is_told_the_whole_line(tmp_path):

@@ -91,10 +91,11 @@ def check(config: Config) -> None:
     """Refuse what is sure to fail later for want of a package, or is not proven on several GPUs; loads nothing.
 
     Raises:
-        ResourceError: With the package's name.
+        ResourceError: With the package's name, or fewer GPUs than asked for.
         ConfigError: An optimiser that this machine cannot run, or a combination that several GPUs cannot.
     """
     launch.check(config)
+    launch.require_gpus(config.train.gpus)
     reporters.check(config.train.report_to)
     if config.publish.each_epoch:
         hub_push.require_token()

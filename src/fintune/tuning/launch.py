@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -64,9 +65,11 @@ def run(config: Config, prepare: Path, folder: Path) -> None:
 
     Raises:
         FintuneError: What stopped a process; all others are ended.
-        ResourceError: Fewer GPUs than asked for.
     """
-    _require_gpus(config.train.gpus)
+    import torch
+
+    if not torch.cuda.is_available():
+        say(f"no CUDA GPU: {config.train.gpus} processes share this processor, which is of use for a trial only")
     place = folder / FOLDER
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
@@ -79,13 +82,18 @@ def run(config: Config, prepare: Path, folder: Path) -> None:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _require_gpus(wanted: int) -> None:
-    import torch
+def require_gpus(wanted: int) -> None:
+    """Refuse more processes than this machine has GPUs; where it has none, they share the processor.
+
+    Raises:
+        ResourceError: Fewer GPUs than asked for.
+    """
+    if wanted == 1:
+        return
+    import torch  # takes seconds
 
     found = torch.cuda.device_count()
-    if not found:
-        say(f"no CUDA GPU: {wanted} processes share this processor, which is of use for a trial only")
-    elif found < wanted:
+    if 0 < found < wanted:
         raise ResourceError(f"train.gpus is {wanted}, but this machine has {found}", hint=f"set train.gpus to {found}")
 
 
@@ -125,10 +133,10 @@ def _launch(config: Config, order: Path) -> None:
 
 def torchrun_line(config: Config, host: str, port: int, order: Path) -> str:
     """What starts the processes of another machine, which has to see the same paths."""
-    train = config.train
+    train, name = config.train, shlex.quote(config.run.name or "fintune")
     return (
         f"torchrun --nnodes {train.machines} --nproc-per-node {train.gpus} --rdzv-backend c10d "
-        f"--rdzv-endpoint {host}:{port} --rdzv-id {config.run.name or 'fintune'} -m {ENTRY} {order}"
+        f"--rdzv-endpoint {host}:{port} --rdzv-id {name} -m {ENTRY} {shlex.quote(str(order))}"
     )
 
 
