@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from fintune.cli import main
+from fintune.cli_flag_words import told_in
 from fintune.cli_pasted import PastedCommand
 from fintune.cli_predict import predict_plain
 from fintune.model_folder import adapter_base
@@ -91,16 +92,19 @@ def inference_fixed(
         "seed": seed,
         "batch_size": batch_size,
     }
+    named = ("max_new_tokens", "temperature", "top_p", "num_shots", "seed")
+    flags = {f"predict.{name}": f"--{name}" for name in named} | {"predict.num_candidates": "--eg_k"}
     out_json.parent.mkdir(parents=True, exist_ok=True)  # the guide's outputs/ is nobody's to make
-    predict_plain(
-        model_path or base_model or "",
-        test_json,
-        out_json,
-        tuple(f"predict.{name}={value}" for name, value in overrides.items()),
-        adapter=adapter_path,
-        train=train_json,
-        load_in_4bit=load_in_4bit,
-    )
+    with told_in(flags):
+        predict_plain(
+            model_path or base_model or "",
+            test_json,
+            out_json,
+            tuple(f"predict.{name}={value}" for name, value in overrides.items()),
+            adapter=adapter_path,
+            train=train_json,
+            load_in_4bit=load_in_4bit,
+        )
 
 
 if __name__ == "__main__":

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from fintune.cli_flag_words import FLAGS, in_flags, told_in_flags
+from fintune import cli_train
+from fintune.cli_flag_words import FLAGS, in_flags, told_in, told_in_flags
 from fintune.config import fields
-from fintune.errors import ArtifactError, ResourceError
+from fintune.errors import ArtifactError, ConfigError, ResourceError
 
 
 @pytest.mark.parametrize(
@@ -57,3 +60,30 @@ def test_an_error_keeps_its_kind():
         raise ArtifactError("adapter.r was 8", hint="fintune merge CONFIG first, or fintune run CONFIG for everything")
     with pytest.raises(ResourceError, match=r"^no GPU$"), told_in_flags("--out"):
         raise ResourceError("no GPU")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("command line: adapter.r: got 0", "--lora_r: got 0"),
+        ("add train.batch_size=4 train.seed=1, or adapter.r=8.", "add --batch 4 train.seed=1, or --lora_r 8."),
+        ("lower adapter.r, or model.load=4bit, or model.load", "lower --lora_r, or --use_4bit true, or model.load"),
+        (
+            "data/adapter.r/x and adapter.rslora and adapter.r.txt",
+            "data/adapter.r/x and adapter.rslora and adapter.r.txt",
+        ),
+    ],
+)
+def test_a_script_is_told_in_its_own_flags(text, told):
+    with (
+        pytest.raises(ConfigError) as raised,
+        told_in({"adapter.r": "--lora_r", "train.batch_size": "--batch", "model.load=4bit": "--use_4bit true"}),
+    ):
+        raise ConfigError(text, hint=text)
+    assert (raised.value.message, raised.value.hint) == (told, told)
+
+
+def test_the_flags_of_the_older_training_commands_stand_for_options():
+    assert {re.split("[=:]", option)[0] for option in cli_train._FLAGS} <= {key for key, _ in fields()}
+    known = {f"--{name}" for name, *_ in cli_train._OPTIONS}
+    assert {flag.split()[0] for flag in cli_train._FLAGS.values()} <= known

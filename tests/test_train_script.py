@@ -182,7 +182,7 @@ def test_mistakes_name_the_flag_or_the_folder(tiny_model, processed, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no saved dataset in it"):
         call(flags(tiny_model, tmp_path / "empty", tmp_path / "out"))
-    with pytest.raises(ConfigError, match=r"adapter\.r: .*greater than or equal to 1"):
+    with pytest.raises(ConfigError, match=r"^--lora_r: got 0: input should be greater than or equal to 1$"):
         call(flags(tiny_model, processed / "train", tmp_path / "out", lora_r=0))
     assert not (tmp_path / "out").exists()
 

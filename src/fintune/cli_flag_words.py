@@ -82,3 +82,27 @@ def _without_skip(found: re.Match[str]) -> str:
 def _setting(found: re.Match[str]) -> str:
     option, _, value = found[0].partition("=")
     return f"{FLAGS[option]} {value}" if option in FLAGS else f"--extra_train_args '{found[0]}'"
+
+
+@contextmanager
+def told_in(flags: Mapping[str, str]) -> Iterator[None]:
+    """Errors of the package in the flags of one script.
+
+    Args:
+        flags: Flag by option, or flag and value by ``option=value``; options that are not among them keep their name.
+
+    Raises:
+        FintuneError: The same, in other words.
+    """
+    named = re.compile(rf"(?<!['\w./])({'|'.join(map(re.escape, flags))})(?:(=)|(?!\w|\.\w))")
+
+    def told(text: str) -> str:
+        text = text.removeprefix("command line: ")
+        return named.sub(lambda found: flags[found[1]] + (" " if found[2] else ""), text)
+
+    try:
+        yield
+    except FintuneError as error:
+        error.message = told(error.message)
+        error.hint = told(error.hint) if error.hint is not None else None
+        raise

@@ -15,7 +15,8 @@ from typing import Any
 import click
 from pydantic import ValidationError
 
-from fintune import dataset_folder, hub_push
+from fintune import adapter_origin, dataset_folder, hub_push
+from fintune.cli_flag_words import told_in
 from fintune.cli_pasted import PastedCommand
 from fintune.errors import ConfigError
 from fintune.options import Config
@@ -66,6 +67,27 @@ _OPTIONS: tuple[tuple[str, Any, Any, str], ...] = (
     ("max_length", int, 2048, "Tokens of prompt and completion; the page is cut to fit."),
     ("seed", int, 17, "Of order, sampling and initialisation."),
 )
+_FLAGS = {
+    "adapter.alpha": "--lora_alpha",
+    "adapter.dropout": "--lora_dropout",
+    "adapter.r": "--lora_r",
+    "model.load=4bit": "--use_4bit true",
+    "model.load: 16bit": "--use_4bit false",
+    "model.name": "--base_model",
+    "prompt.max_length": "--max_length",
+    "run.seed": "--seed",
+    "train.accumulation": "--gradient_accumulation_steps",
+    "train.batch_size": "--per_device_train_batch_size",
+    "train.checkpoint_steps": "--save_steps",
+    "train.epochs": "--epochs",
+    "train.eval_steps": "--eval_steps",
+    "train.gradient_checkpointing": "--gradient_checkpointing",
+    "train.learning_rate": "--lr",
+    "train.log_steps": "--logging_steps",
+    "train.report_to": "--report_to",
+    "train.weight_decay": "--weight_decay",
+}
+"""What messages call the options by."""
 _REQUIRED = ("base_model", "dataset_dir", "output_dir")
 
 
@@ -77,7 +99,8 @@ def command(*, use_dora: bool) -> click.Command:
     """
 
     def run(**flags: Any) -> None:
-        train({**flags, "use_dora": use_dora if flags["use_dora"] is None else flags["use_dora"]})
+        with told_in(_FLAGS):
+            train({**flags, "use_dora": use_dora if flags["use_dora"] is None else flags["use_dora"]})
 
     alone: dict[str, Any] = {"is_flag": False, "flag_value": "true"}
     params: list[click.Parameter] = [
@@ -136,7 +159,7 @@ def train(flags: Mapping[str, Any]) -> None:
     _lay_out(config.folder / "train" / "adapter", output)
     click.echo(f"{output}: the adapter; its losses are in {config.folder / 'train' / 'metrics.jsonl'}")
     if repo is not None:
-        click.echo(hub_push.push(repo, output, leave_out=(f"{_RUN}/*", "data/*")))
+        click.echo(hub_push.push(repo, output, leave_out=(f"{_RUN}/*", "data/*", adapter_origin.FILE)))
 
 
 def _data(flags: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
@@ -190,7 +213,10 @@ def _config(flags: Mapping[str, Any], data: Mapping[str, Any], repo: str | None,
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{where}: {first['msg'].removeprefix('Value error, ')}" if where else first["msg"]) from None
+        reason = first["msg"].removeprefix("Value error, ")
+        if not where:
+            raise ConfigError(reason) from None
+        raise ConfigError(f"{where}: got {first['input']}", hint=reason[0].lower() + reason[1:]) from None
 
 
 def _precision(use_bf16: bool | None) -> str:

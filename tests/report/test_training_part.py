@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pytest
+
 from fintune.report.parts.training import context
 
 
@@ -14,6 +16,19 @@ def test_evaluations_are_drawn_and_the_best_of_them_named() -> None:
     assert rows["highest execution accuracy"] == "30.0% at step 4"
     assert ("s4", "evaluation loss") in shown["legend"]
     assert "var(--s4)" in str(shown["plot"])
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ((5.88, 5.932), "Loss rose from 5.880 to 5.932 in 2 steps"),
+        ((2.0, 1.0), "Loss fell from 2.000 to 1.000 in 2 steps"),
+        ((0.69321, 0.69318), "Loss 0.693 at first and at last, 2 steps"),
+    ],
+)
+def test_the_curve_is_told_as_it_went(values: tuple[float, float], told: str) -> None:
+    shown = context([{"step": step, "loss": loss} for step, loss in enumerate(values, 1)])
+    assert told in str(shown["plot"])
 
 
 def test_without_evaluations_none_is_spoken_of() -> None:

@@ -220,7 +220,7 @@ def test_the_older_script_runs_an_adapter_on_its_base_with_shots(data, tiny_mode
         (["--base_model", "MODEL", "--test_json", "DATA"], "--base_model and --adapter_path go together"),
         (["--model_path", "m.gguf", "--test_json", "DATA"], "m.gguf: no such file"),
         (["--model_path", "MODEL", "--test_json", "COPY", "--num_shots", "2"], "does not say which training file"),
-        (["--model_path", "MODEL", "--test_json", "DATA", "--temperature", "-1"], "predict.temperature"),
+        (["--model_path", "MODEL", "--test_json", "DATA", "--temperature", "-1"], "fintune: --temperature: got -1.0"),
         (["--model_path", "MODEL", "--test_json", "DATA", "--eg_k", "0"], "--eg_k"),
     ],
 )

@@ -52,7 +52,7 @@ def context(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     rows += _preference_rows(lines)
     if rate.steps:
         rows.append(("peak learning rate", f"{max(rate.values):.2g}"))
-    words = f"Loss fell from {train.values[0]:.2f} to {train.values[-1]:.3f} in {train.steps[-1]:,} steps"
+    words = _told(train)
     # The trainer of labelled answers alone logs an estimate of the divergence.
     labelled = any("kl" in line for line in lines)
     compared = any("rewards/margins" in line for line in lines)
@@ -62,6 +62,15 @@ def context(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "legend": legend,
         "rows": rows,
     }
+
+
+def _told(train: Curve) -> str:
+    """The curve in words; figures that round to the same are neither a rise nor a fall."""
+    first, last = (f"{train.values[at]:.3f}" for at in (0, -1))
+    if first == last:
+        return f"Loss {first} at first and at last, {train.steps[-1]:,} steps"
+    went = "fell" if float(last) < float(first) else "rose"
+    return f"Loss {went} from {first} to {last} in {train.steps[-1]:,} steps"
 
 
 def _preference_rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
