@@ -1,15 +1,17 @@
 """train_financial_model.py, stopped in every stage and begun again, each time in a fork of this process.
 
-python killed_finance.py STOPPED WHOLE FLAG...
+python killed_finance.py STOPPED WHOLE CONVERTED FLAG...
 
 In the folder STOPPED it is stopped everywhere, then runs to its end; in WHOLE it runs once, and a second time when a
-line comes in. The libraries are imported once. Writes a line an attempt: where it was to stop, by which signal, and its
-exit status. What the attempts say goes to log.txt in their folder.
+line comes in. CONVERTED, in which a llama.cpp checkout lies, gets a copy of WHOLE, and there the checkout converts anew
+and is stopped between its two tools. The libraries are imported once. Writes a line an attempt: where it was to stop,
+by which signal, and its exit status. What the attempts say goes to log.txt in their folder.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 from importlib import import_module
@@ -34,6 +36,10 @@ STOPS = (
     ("files", "fintune.cli_finance_files:lay_out", 1, "SIGINT"),
 )
 """Where each attempt ends: stage, ``module:function``, right behind its so many-th call, by which signal."""
+
+
+BETWEEN_TOOLS = ("checkout", "fintune.llama_cpp_checkout:convert", 2, "SIGKILL")
+"""Likewise with a llama.cpp checkout, whose converter is tried on the vocabulary first."""
 
 
 def attempt(stop: tuple[str, int, str] | None = None) -> int:
@@ -72,7 +78,7 @@ def tell(*words: object) -> None:
 
 
 def main() -> None:
-    stopped, whole, *flags = sys.argv[1:]
+    stopped, whole, converted, *flags = sys.argv[1:]
     sys.argv = ["train_financial_model.py", *flags]
     for heavy in ("bitsandbytes", "datasets", "peft", "transformers", "trl", "fintune.stages.train", "gguf"):
         import_module(heavy)
@@ -85,6 +91,12 @@ def main() -> None:
     sys.stdin.readline()
     Path("log.txt").unlink()
     tell("again", "-", attempt())
+    shutil.copytree(whole, converted, dirs_exist_ok=True)
+    os.chdir(converted)
+    sys.argv += ["--llama_cpp_path", "llama.cpp", "--redo", "export"]
+    stage, where, number, name = BETWEEN_TOOLS
+    tell(stage, name, attempt((where, number, name)))
+    tell("converted", "-", attempt())
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ begun again, skipped, and its outputs used as the guide uses them."""
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import re
@@ -17,9 +18,10 @@ from types import ModuleType
 
 import pytest
 
+from checkout_stand_in import calls, make_checkout
 from finance_data import CARD, INVESTOPEDIA, investopedia, write_datasets
 from fintune.cli_finance_record import NAME
-from killed_finance import STOPS
+from killed_finance import BETWEEN_TOOLS, STOPS
 from sources.hub_server import HubServer
 from tiny import make_tiny_model
 
@@ -40,6 +42,7 @@ class Story:
     Attributes:
         stopped: Folder in which it was stopped everywhere and then came to its end.
         whole: Folder in which it ran once, and a second time.
+        converted: A copy of it, in which a llama.cpp checkout converted anew.
         attempts: Stage, signal and exit status of each attempt.
         before: Names, times and contents of the outputs in ``whole``, and requests to the hub, before the second time.
         after: Likewise after it.
@@ -47,6 +50,7 @@ class Story:
 
     stopped: Path
     whole: Path
+    converted: Path
     attempts: list[list[str]]
     before: tuple[dict[Path, int], dict[str, bytes], object]
     after: tuple[dict[Path, int], dict[str, bytes], object]
@@ -76,7 +80,8 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory, model, server) -> Story:
-    stopped, whole = tmp_path_factory.mktemp("stopped"), tmp_path_factory.mktemp("whole")
+    stopped, whole, converted = (tmp_path_factory.mktemp(name) for name in ("stopped", "whole", "converted"))
+    make_checkout(converted / "llama.cpp")
     for folder in (stopped, whole):
         write_datasets(folder / "datasets")
     server.break_after.append(4000)
@@ -87,23 +92,25 @@ def story(tmp_path_factory, model, server) -> Story:
 
     cache = tmp_path_factory.mktemp("cache")
     environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(cache), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, ROOT / "tests" / "killed_finance.py", stopped, whole, "--model_name", model, *SMALL]
+    folders = (stopped, whole, converted)
+    command = [sys.executable, ROOT / "tests" / "killed_finance.py", *folders, "--model_name", model, *SMALL]
     with subprocess.Popen(
         [*map(str, command)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
         lines = [process.stdout.readline() for _ in range(len(STOPS) + 2)]
         before = look()
         lines += process.communicate("go on\n")[0].splitlines()
-    return Story(stopped, whole, [line.split() for line in lines], before, look())
+    return Story(stopped, whole, converted, [line.split() for line in lines], before, look())
 
 
 def test_every_attempt_ended_where_it_was_to_end_and_the_others_came_through(story):
     ends = {"SIGKILL": -signal.SIGKILL, "SIGINT": 130}
-    expected = [[stage, name, str(int(ends[name]))] for stage, _, _, name in STOPS]
-    expected += [[name, "-", "0"] for name in ("last", "whole", "again")]
+    expected = [[stage, name, str(int(ends[name]))] for stage, _, _, name in (*STOPS, BETWEEN_TOOLS)]
+    expected[-1:-1] = [[name, "-", "0"] for name in ("last", "whole", "again")]
+    expected += [["converted", "-", "0"]]
     assert story.attempts == expected, (story.stopped / "log.txt").read_text()
     log = (story.stopped / "log.txt").read_text()
-    assert log.count("interrupted; the same command goes on from here") == sum(stop[3] == "SIGINT" for stop in STOPS)
+    assert log.count("interrupted; the same command goes on from ") == sum(stop[3] == "SIGINT" for stop in STOPS)
     assert "train: resume" in log
 
 
@@ -113,6 +120,17 @@ def test_the_outputs_after_all_interruptions_are_those_of_an_uninterrupted_run(s
     assert {name for name, data in stopped.items() if data != whole[name]} == set()
     assert not list(story.stopped.rglob("*.part*"))
     assert not list((story.stopped / "financial_lora" / "run" / ".work").iterdir())
+
+
+def test_a_checkout_that_was_stopped_between_its_tools_begins_with_the_first_and_its_files_take_their_places(story):
+    made = ["convert F16 vocabulary", "convert F16", "convert F16", "quantise Q4_K_M"]
+    assert calls(story.converted / "llama.cpp") == made
+    for name, kind in (("financial_model_fp16.gguf", "F16"), ("financial_model_q4_k_m.gguf", "Q4_K_M")):
+        exported = story.converted / "financial_lora" / "run" / "export" / f"run-{kind}.gguf"
+        assert filecmp.cmp(story.converted / name, exported, shallow=False)
+    q4 = "financial_model_q4_k_m.gguf"
+    assert (story.converted / q4).stat().st_size > (story.whole / q4).stat().st_size, "the stand-in quantises nothing"
+    assert not list(story.converted.rglob("*.part*"))
 
 
 def test_a_download_goes_on_at_the_byte_where_it_was_stopped(story, server):
