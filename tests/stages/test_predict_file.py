@@ -167,10 +167,13 @@ def test_out_of_memory_is_one_line_with_status_2(data, tiny_model, monkeypatch):
 
     monkeypatch.setattr(TransformersEngine, "_prefill", full)
     out = data.parent / "out.json"
-    done = script("--model_path", tiny_model, "--test_json", data, "--out_json", out, "--batch_size", 6)
+    done = fintune("predict", "--model", tiny_model, "--data", data, "--out", out, "predict.batch_size=6")
     assert (done.status, done.err.count("\n")) == (2, 1)
     assert f"out of memory while asking {tiny_model} (CUDA out of memory. Tried to allocate 2.00 GiB.): " in done.err
-    assert "set predict.batch_size=3 (older script: --batch_size 3), or add --load-in-4bit (older" in done.err
+    assert "): set predict.batch_size=3, or add --load-in-4bit (older script: --load_in_4bit), or lower" in done.err
+    done = script("--model_path", tiny_model, "--test_json", data, "--out_json", out, "--batch_size", 6)
+    assert (done.status, done.err.count("\n")) == (2, 1)
+    assert "batch_size" in done.err.partition("): set ")[2]
 
 
 @pytest.mark.parametrize(
@@ -256,3 +259,37 @@ def test_a_prompt_longer_than_the_models_context_names_its_question(data, tiny_m
     assert (done.status, done.err.count("\n")) == (2, 1)
     assert f"the prompt of {rows[2]['id']} has " in done.err
     assert "reads at most 4096: lower prompt.max_length" in done.err
+
+
+def predicted(model, data, *words, name="out.json"):
+    out = data.parent / name
+    done = fintune("predict", "--model", model, "--data", data, "--out", out, "predict.max_new_tokens=4", *words)
+    return done, [row["id"] for row in json.loads(out.read_text())] if done.status == 0 else []
+
+
+def test_so_many_questions_are_asked_as_are_wanted(data, tiny_model):
+    done, ids = predicted(tiny_model, data, "data.max_eval=2")
+    assert (done.out.split(": ")[1].split(",")[0], len(ids)) == ("2 predictions", 2)
+    assert predicted(tiny_model, data, "--num", "2")[1] == ids
+    manifest = json.loads((data.parent / "out.manifest.json").read_text())
+    assert (manifest["max_questions"], manifest["facts"]["num_predictions"]) == (2, 2)
+
+
+@pytest.mark.parametrize("override", ["data.max_train=5", "train.epochs=2", "run.name=x", "data.source=finqa"])
+def test_an_override_that_changes_nothing_is_refused(data, override):
+    done = fintune("predict", "--model", "acme/m", "--data", data, "--out", data.parent / "out.json", override)
+    assert done.status == 2
+    assert done.err.count("\n") == 1
+    if override != "data.source=finqa":
+        assert f"{override.partition('=')[0]} changes nothing in predict --model: it reads prompt." in done.err
+
+
+def test_the_flags_of_ask_are_those_of_a_file(data, tiny_model):
+    words = ("--constrain", "general", "--strategy", "vote", "--num-candidates", "2")
+    done, ids = predicted(tiny_model, data, *words, "--num", "1")
+    assert (done.status, len(ids)) == (0, 1)
+    used = json.loads((data.parent / "out.manifest.json").read_text())["options"]["predict"]
+    assert (used["constrain"], used["strategy"], used["num_candidates"]) == ("general", "vote", 2)
+    for flag in (("--num", "2"), ("--num-candidates", "2"), ("--strategy", "vote")):
+        refused = fintune("predict", "any.yaml", *flag)
+        assert f"{flag[0]} goes with --model" in refused.err

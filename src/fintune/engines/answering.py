@@ -50,7 +50,7 @@ def answer_all(
     running = Running()
     for at in sorted(done):
         running.add_earlier(journal.done[records[at].id], records[at])
-    with prompts_named(records), bar(title, len(records), done=len(done)) as shown:
+    with prompts_named(records), bar(title, len(records), done=len(done), slow=True) as shown:
         for place, found in ask([record.id for record in records], decoding(options, allowed), done):
             record = records[place]
             if check is not None:
@@ -100,17 +100,14 @@ def is_right(prediction: Prediction, record: FinQARecord) -> bool | None:
     return not execution.invalid and execution.result == record.qa.exe_ans
 
 
-def less_memory(
-    batch_size: int, max_length: int, four_bit: str | None, *, batches: str = "set predict.batch_size={0}"
-) -> str:
+def less_memory(batch_size: int, max_length: int, four_bit: str | None) -> str:
     """What to change when memory ran out, the cheapest change first.
 
     Args:
         batch_size: Completions that were decoded together.
         max_length: ``prompt.max_length``.
         four_bit: What loads the weights in 4 bits; None where they are already, or cannot be.
-        batches: What makes batches smaller, with a place for the number.
     """
-    ways = [batches.format(batch_size // 2)] if batch_size > 1 else []
+    ways = [f"set predict.batch_size={batch_size // 2}"] if batch_size > 1 else []
     ways += [four_bit] if four_bit else []
     return ", or ".join([*ways, f"lower prompt.max_length (now {max_length})"])

@@ -26,10 +26,11 @@ from fintune.finqa.program import tokenize
 from fintune.finqa.prompt import TooLongError, build_messages, prompt_budget
 from fintune.options import Config
 from fintune.out_of_memory import advice_on_memory
-from fintune.progress import track
+from fintune.progress import bar, track
 from fintune.records import FinQARecord, Message, Prediction
 from fintune.shots import Shots
 from fintune.sources.finqa_json import read_finqa
+from fintune.sources.splits import draw
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class FileJob:
         out: JSON file to write.
         train: FinQA file that shots are chosen from.
         num_shots: Shots of a prompt; 0 for none.
+        max_questions: Ask at most so many of them, drawn with ``run.seed`` as a run draws them; all where None.
     """
 
     named: Named
@@ -49,6 +51,7 @@ class FileJob:
     out: Path
     train: Path | None = None
     num_shots: int = 0
+    max_questions: int | None = None
 
     @property
     def manifest(self) -> Path:
@@ -105,10 +108,11 @@ def predict_file(job: FileJob, config: Config) -> FilePredictions:
     outputs.check([job.out, job.manifest], read_too)
     read = read_finqa(job.data, needs_gold=False)
     shots = _shots(job, read.records)
-    with _advice_on_memory(job, config):
+    with _advice_on_memory(job, config), bar("load the model", 1, slow=True):
         answerer = open_model(job.named)
     try:
-        prompts = _prompts(read.records, answerer, config, shots)
+        asked = draw(read.records, job.max_questions, config.run.seed)
+        prompts = _prompts(asked, answerer, config, shots)
         prompts.dropped = {**read.dropped, **prompts.dropped}
         prompts.problems = [*read.problems, *prompts.problems]
         predictions = _resumed(job, config, answerer, prompts)
@@ -185,7 +189,6 @@ def _advice_on_memory(job: FileJob, config: Config) -> AbstractContextManager[No
         config.predict.batch_size,
         config.prompt.max_length,
         "add --load-in-4bit (older script: --load_in_4bit)" if can_pack else None,
-        batches="set predict.batch_size={0} (older script: --batch_size {0})",
     )
     return advice_on_memory(hint, during=f"asking {job.named.name}")
 
@@ -235,6 +238,8 @@ def _write(
         "data": {"path": str(job.data), "sha256": sha256_file(job.data)},
         "shots_from": None if job.train is None else {"path": str(job.train), "sha256": sha256_file(job.train)},
         "num_shots": job.num_shots,
+        "max_questions": job.max_questions,
+        "seed": config.run.seed,
         "options": {"prompt": config.prompt.model_dump(mode="json"), "predict": config.predict.model_dump(mode="json")},
         "facts": facts,
         "shots": {} if prompts.shots is None else prompts.shots.prompts.used,
