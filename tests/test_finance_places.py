@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import shutil
@@ -16,7 +17,7 @@ from fintune.cli_finance_files import lay_out, lay_out_adapter, modelfile, place
 from fintune.cli_finance_places import Place
 from fintune.cli_finance_record import NAME, Record
 from fintune.config import load
-from fintune.errors import ArtifactError, ResourceError
+from fintune.errors import ArtifactError, ConfigError, ResourceError
 
 ONE = {"config.json": "one", "model.safetensors": "weights", "chat_template.jinja": "template"}
 SHARDS = {"config.json": "two", "model-1-of-2.safetensors": "w", "model-2-of-2.safetensors": "w"} | {
@@ -176,6 +177,7 @@ def told(*words: str) -> str:
         ("--merged_model_dir financial_lora", "--lora_output_dir and --merged_model_dir both name financial_lora"),
         ("--gguf_fp16_path a.gguf --gguf_q4_path ./a.gguf", "--gguf_fp16_path and --gguf_q4_path both name a.gguf"),
         ("--gguf_q4_path out --merged_model_dir out/merged", "--gguf_q4_path out: is to be a file, and another output"),
+        ("--gguf_q4_path .", "--gguf_q4_path .: is a folder, not a file: name a file in it: ./NAME.gguf"),
         ("--gguf_q4_path base", "--gguf_q4_path base: is a folder, not a file: name a file in it"),
         ("--gguf_q4_path mine.gguf", "--gguf_q4_path mine.gguf: there is a file already, which these commands did not"),
         ("--gguf_fp16_path dangling.gguf", "--gguf_fp16_path dangling.gguf: there is a file already"),
@@ -203,6 +205,15 @@ def test_a_folder_that_may_not_be_written_to_is_refused(here, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "sealed")
     (here / "sealed").mkdir()
     assert "--gguf_q4_path sealed/a/b.gguf: " in told("--gguf_q4_path", "sealed/a/b.gguf")
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a file system that refuses only when written to")
+def test_a_file_system_that_says_too_late_that_it_refuses_is_tried_out(tmp_path):
+    fine = gguf(tmp_path)
+    cli_finance_places.try_out([fine])
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match=r"--gguf_q4_path /proc/a/b.gguf: /proc cannot be written to"):
+        cli_finance_places.try_out([fine, dataclasses.replace(fine, path=Path("/proc/a/b.gguf"))])
 
 
 def test_what_is_skipped_has_no_place(here):

@@ -19,6 +19,7 @@ import click
 from fintune import cli_extra_args, disk
 from fintune import cli_finance_files as files
 from fintune import cli_finance_places as places
+from fintune.cli_finance_flags import MODEL, SKIPS, pipeline_flags, train_flags
 from fintune.cli_finance_places import Place
 from fintune.cli_flag_words import told_in_flags
 from fintune.cli_pasted import PastedCommand
@@ -27,81 +28,16 @@ from fintune.options import Config
 from fintune.progress import say
 
 GUIDE_MODEL = "DSR1/DSR1-Distill-Qwen-14B"
-MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B"
-"""What the hub calls the guide's model."""
-INVESTOPEDIA = "hub:FinLang/investopedia-instruction-tuning-dataset"
-INVESTOPEDIA_ROWS = 22_500
 _RUN = "run"
 _TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _DEVICES = re.compile(r"cpu|auto|cuda(:\d+)?|balanced|sequential")
-_PATH = click.Path(path_type=Path)
-_BITS = click.Choice(["auto", "4bit", "16bit"])
-
-_TRAINING: tuple[tuple[str, Any, Any, str], ...] = (
-    ("model_name", str, MODEL, "Hub id, local folder or builtin:smollm2-135m."),
-    ("dataset_folder", _PATH, Path("datasets"), "Folder of JSON, JSONL, CSV or Parquet conversations of any shape."),
-    ("resume_from_checkpoint", str, None, "Go on with the unfinished training in the adapter's folder."),
-    ("learning_rate", float, 1e-5, "Peak learning rate, on a cosine schedule."),
-    ("num_train_epochs", float, 3.0, "Passes over the data."),
-    ("max_seq_length", int, 4096, "Tokens of a conversation; later turns that do not fit are left out."),
-    ("gradient_accumulation_steps", int, 8, "Forward passes an optimiser step."),
-    ("per_device_train_batch_size", int, 1, "Conversations a forward pass."),
-    ("lora_r", int, 32, "Rank of the adapter."),
-    ("lora_alpha", int, 64, "Scale of the adapter."),
-    ("training_quantization", _BITS, "auto", "Base weights while training; auto is 4bit on a CUDA GPU, else 16bit."),
-    ("extra_train_args", str, "", "More options in one string: 'train.weight_decay=0.01' or '--weight_decay 0.01'."),
-)
-_PIPELINE: tuple[tuple[str, Any, Any, str], ...] = (
-    (
-        "llama_cpp_path",
-        _PATH,
-        None,
-        "Convert and quantise with this llama.cpp checkout instead of the built-in export.",
-    ),
-    ("lora_output_dir", _PATH, Path("financial_lora"), "Gets the adapter and tokenizer; the run lies in its run/."),
-    ("merged_model_dir", _PATH, Path("merged_financial_fp16"), "Gets the merged 16-bit Hugging Face folder."),
-    ("gguf_fp16_path", _PATH, Path("financial_model_fp16.gguf"), "Gets the 16-bit GGUF file."),
-    ("gguf_q4_path", _PATH, Path("financial_model_q4_k_m.gguf"), "Gets the quantised GGUF file."),
-    ("quantization_target", str, "Q4_K_M", "Type of the quantised file."),
-    (
-        "merge_device_map",
-        str,
-        "cpu",
-        "Taken for compatibility: merging is done on the CPU, in memory bounded by the largest tensor.",
-    ),
-    ("investopedia", str, INVESTOPEDIA, "Where Investopedia's rows come from: hub:OWNER/NAME, a file, or none."),
-    ("investopedia_rows", int, INVESTOPEDIA_ROWS, "So many of them, drawn by a hash."),
-)
-_TRAINING_STAGES = ("prepare", "train", "guard")
-_STAGES = ("preflight", *_TRAINING_STAGES, "merge", "export", "replay", "report")
-_SKIPS = {
-    "skip_dataset_prep": "prepare",
-    "skip_training": "train",
-    "skip_merge": "merge",
-    "skip_quantization": "export",
-}
-
-
-def _option(name: str, kind: Any, default: Any, meaning: str) -> click.Option:
-    return click.Option([f"--{name}"], type=kind, default=default, show_default=default not in (None, ""), help=meaning)
-
-
-def _common(stages: str) -> list[click.Parameter]:
-    return [
-        click.Option(["--redo"], multiple=True, metavar="STAGE", help=f"Make a stage anew: {stages}."),
-        click.Option(["--strict"], is_flag=True, help="Stop at the first row that cannot be used."),
-        click.Option(["--dry_run"], is_flag=True, help="Say what would be done, do nothing."),
-    ]
 
 
 def pipeline_command() -> click.Command:
     """The command of ``train_financial_model.py``."""
-    skips: list[click.Parameter] = [
-        click.Option([f"--{flag}"], is_flag=True, help=f"Leave {stage} as it lies.") for flag, stage in _SKIPS.items()
-    ]
     return PastedCommand(
         "train_financial_model",
-        params=[*(_option(*each) for each in (*_TRAINING, *_PIPELINE)), *skips, *_common(", ".join(_STAGES))],
+        params=pipeline_flags(),
         callback=run_pipeline,
         help="Finance data to a fine-tuned, merged and quantised model; `fintune run` does the same and more.",
     )
@@ -109,10 +45,9 @@ def pipeline_command() -> click.Command:
 
 def train_command() -> click.Command:
     """The command of ``train.py``."""
-    output = _option("output_dir", _PATH, Path("financial_lora"), "Gets the adapter; the run lies in its run/.")
     return PastedCommand(
         "train",
-        params=[*(_option(*each) for each in _TRAINING), output, *_common(", ".join(_TRAINING_STAGES))],
+        params=train_flags(),
         callback=run_training,
         help="Fine-tune an adapter on a folder of conversations; `fintune train` does the same and more.",
     )
@@ -141,7 +76,7 @@ def _pipeline(flags: Mapping[str, Any]) -> None:
     if not flags["skip_merge"]:
         _check_device(flags["merge_device_map"])
     outputs = _outputs(config, kind, flags)
-    skip = [stage for flag, stage in _SKIPS.items() if flags[flag]]
+    skip = [stage for flag, stage in SKIPS.items() if flags[flag]]
     if not _run(config, flags, skip=skip, outputs=outputs):
         return
     for output in outputs:
@@ -229,6 +164,7 @@ def _run(config: Config, flags: Mapping[str, Any], *, skip: Sequence[str], outpu
         for step, what in pipeline.preview():
             click.echo(f"{step.name}: {what}")
         return False
+    places.try_out(outputs)
     places.check_space(outputs, lambda: {step.name: what for step, what in pipeline.preview()}, config.folder)
     places.adopt(outputs)
     list(pipeline.run())

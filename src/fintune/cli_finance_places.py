@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,9 +75,9 @@ def check(places: Sequence[Place], read: Mapping[str, Path], run: Path) -> None:
     """
     for number, place in enumerate(places):
         _refuse_read(place, read, run.resolve())
+        _refuse_unwritable(place)
         for other in places[:number]:
             _refuse_both(other, place)
-        _refuse_unwritable(place)
         _refuse_foreign(place, run)
 
 
@@ -149,6 +150,23 @@ def _is_ours(path: Path, source: Path | None) -> bool:
     if Record(path.parent).owns(path):
         return True
     return source is not None and files.is_there(source, path, link=True)
+
+
+def try_out(places: Sequence[Place]) -> None:
+    """Write and delete an empty file on each place's file system: not all say beforehand that they refuse.
+
+    Raises:
+        ConfigError: One that refuses.
+    """
+    for place in places:
+        folder = _existing(place.path if place.is_folder else place.path.parent)
+        try:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise ConfigError(
+                f"{place.words}: {folder} cannot be written to ({error.strerror or error})", hint=_another(place)
+            ) from None
 
 
 def adopt(places: Sequence[Place]) -> None:
