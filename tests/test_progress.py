@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import threading
 
 import pytest
 from rich.console import Console
@@ -54,6 +55,17 @@ def test_a_resumed_bar_counts_from_where_it_was(written: io.StringIO, clock: lis
         clock[0] = 20.0
         shown.advance()
     assert written.getvalue() == "  predict 8/10\n"
+
+
+def test_a_slow_step_is_told_of_though_nothing_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "console", Console(file=io.StringIO()))
+    monkeypatch.setattr(progress, "SILENT_SECONDS", 0.01)
+    told = threading.Event()
+    monkeypatch.setattr(progress, "say", lambda text: (lines.append(text), told.set()))
+    lines: list[str] = []
+    with progress.bar("predict", 883, slow=True):
+        assert told.wait(60)
+    assert lines[0] == "predict 0/883"
 
 
 def test_brackets_are_text_and_a_long_remark_is_one_line(written: io.StringIO) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 import click
 
 from fintune import __version__, machine
-from fintune.cli_ask import ENGINES, ask
+from fintune.cli_ask import CONSTRAIN, ENGINES, STRATEGY, ask
 from fintune.cli_audit import audit
 from fintune.cli_common import (
     FILE,
@@ -176,6 +176,12 @@ _verb("report", "One HTML page of the run.")
 @click.option("--data", type=FILE, help="FinQA file whose questions --model is asked.")
 @click.option("--train", type=FILE, help="FinQA file that predict.num_shots come from; else the one beside --data.")
 @click.option("--out", type=FILE, help="JSON file for the predictions of --model.")
+@click.option(
+    "--num", type=click.IntRange(min=1), metavar="N", help="Ask --model N of the questions, drawn with run.seed."
+)
+@click.option("--constrain", type=CONSTRAIN, help="What --model may write: as predict.constrain.")
+@click.option("--strategy", type=STRATEGY, help="How the answer of --model is chosen, as predict.strategy.")
+@click.option("--num-candidates", type=int, metavar="N", help="Completions, for execution_guided and vote.")
 def predict(
     config: Path | None,
     overrides: tuple[str, ...],
@@ -188,14 +194,23 @@ def predict(
     data: Path | None,
     train: Path | None,
     out: Path | None,
+    num: int | None,
+    constrain: str | None,
+    strategy: str | None,
+    num_candidates: int | None,
 ) -> None:
     """Answer the evaluation questions with each kind of model, or those of --data with --model.
 
     An interrupted command goes on from where it stopped.
     """
+    flags = {"constrain": constrain, "strategy": strategy, "num_candidates": num_candidates}
+    given = [f"predict.{flag}={value}" for flag, value in flags.items() if value is not None]
     if model is None and data is None and out is None and config is not None:
         from fintune.selection import Selection
 
+        if num is not None or given:
+            told = "--num" if num is not None else f"--{given[0][8:].partition('=')[0].replace('_', '-')}"
+            raise click.UsageError(f"{told} goes with --model; a run has data.max_eval and predict. options")
         run_stages(config, overrides, Selection(only=("predict",), redo=("predict",) if redo else ()), dry_run=dry_run)
         return
     if model is None or data is None or out is None:
@@ -206,12 +221,13 @@ def predict(
         model,
         data,
         out,
-        overrides,
+        (*overrides, *given),
         config=config,
         adapter=adapter,
         train=train,
         engine=engine,
         load_in_4bit=load_in_4bit,
+        max_questions=num,
     )
 
 

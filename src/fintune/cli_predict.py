@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fintune.errors import DataError
+from fintune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from fintune.answerer import AskedEngine
+    from fintune.config import Loaded
 
+_NUMBER = "data.max_eval"
+_READ = (_NUMBER, "run.seed")
+_SECTIONS = ("prompt.", "predict.", "model.")
 _SPLIT = re.compile(r"(?<![A-Za-z])(test|dev|valid|validation|eval)(?![A-Za-z])", re.IGNORECASE)
 
 
@@ -28,6 +32,7 @@ def predict_plain(
     train: Path | None = None,
     engine: AskedEngine = "auto",
     load_in_4bit: bool = False,
+    max_questions: int | None = None,
 ) -> None:
     """Ask a model every question of a FinQA file, as `fintune.stages.predict_file` does, and say what came of it.
 
@@ -41,19 +46,28 @@ def predict_plain(
         train: FinQA file that shots come from; the training file beside ``data`` where None.
         engine: What runs the model.
         load_in_4bit: Quantise the weights while they load.
+        max_questions: Ask at most so many; the override ``data.max_eval``, where there is one, where None.
+
+    Raises:
+        ConfigError: An override that changes nothing here.
     """
     from fintune import outputs
     from fintune.answerer import Named
     from fintune.cli_models import model_of
-    from fintune.config import load
+    from fintune.config import OVERRIDE, load
     from fintune.stages.predict_file import FileJob, predict_file
 
     model, of_run = model_of(model, with_adapter=adapter is not None)
-    options = load(config, (*(of_run if config is None else ()), *overrides)).config
+    loaded = load(config, (*(of_run if config is None else ()), *overrides))
+    _refuse_unread(loaded)
+    options = loaded.config
+    if max_questions is None and loaded.origin.get(_NUMBER) == OVERRIDE:
+        max_questions = options.data.max_eval
     options = options.in_way(options.predict.ways[0])
     named = Named.with_options(model, options, adapter=adapter, engine=engine, load_in_4bit=load_in_4bit)
     number = options.predict.num_shots
-    job = FileJob(named, data, out, train=train or (training_file(data) if number else None), num_shots=number)
+    train = train or (training_file(data) if number else None)
+    job = FileJob(named, data, out, train=train, num_shots=number, max_questions=max_questions)
     done = predict_file(job, options)
     for problem in outputs.abridged(done.problems):
         click.echo(f"fintune: {problem}", err=True)
@@ -69,6 +83,18 @@ def predict_plain(
     ):
         told += [f"{facts[key]} {what}"] if facts.get(key) else []
     click.echo(f"{out}: {', '.join(told)}")
+
+
+def _refuse_unread(loaded: Loaded) -> None:
+    """Overrides that a file without a run does not read; those of a CONFIG are about its run."""
+    from fintune.config import OVERRIDE
+
+    for key, origin in loaded.origin.items():
+        if origin == OVERRIDE and key not in _READ and not key.startswith(_SECTIONS):
+            raise ConfigError(
+                f"{key} changes nothing in predict --model",
+                hint=f"it reads prompt., predict. and model. options, {' and '.join(_READ)}",
+            )
 
 
 def training_file(data: Path) -> Path:

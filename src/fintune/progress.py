@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Protocol, TypeVar
 
 from rich.console import Console, RenderableType
@@ -27,6 +28,10 @@ console = Console(stderr=True, highlight=False)
 
 QUIET_SECONDS = 15.0
 """Seconds between lines where the output is no terminal."""
+
+
+SILENT_SECONDS = 60.0
+"""Seconds after which a slow step says where it is though nothing has moved."""
 
 
 class Bar(Protocol):
@@ -59,11 +64,21 @@ class _LineBar:
         self._done += amount
         now = time.monotonic()
         if now - self._last >= QUIET_SECONDS:
-            self._last = now
-            say(f"{self._description} {self._done:g}/{self._total:g} {self._note}".rstrip())
+            self._tell(now)
 
     def note(self, text: str) -> None:
         self._note = text
+
+    def tell_until(self, ended: threading.Event) -> None:
+        """Say it from time to time even if nothing moves, in a thread of its own."""
+        while not ended.wait(max(SILENT_SECONDS - (time.monotonic() - self._last), 0.01)):
+            now = time.monotonic()
+            if now - self._last >= SILENT_SECONDS:
+                self._tell(now)
+
+    def _tell(self, now: float) -> None:
+        self._last = now
+        say(f"{self._description} {self._done:g}/{self._total:g} {self._note}".rstrip())
 
 
 class _OfBars(ProgressColumn):
@@ -113,25 +128,39 @@ def _area() -> Iterator[Progress | None]:
 
 
 @contextmanager
-def bar(description: str, total: float, *, done: float = 0) -> Iterator[Bar]:
+def bar(description: str, total: float, *, done: float = 0, slow: bool = False) -> Iterator[Bar]:
     """A progress bar for the length of the block.
 
     Args:
         description: Two or three words.
         total: Number of units.
         done: Units that an earlier, interrupted attempt has done.
+        slow: Whether a unit may take minutes: without a terminal, a line then comes every :data:`SILENT_SECONDS`.
     """
     with _area() as progress:
         if progress is None:
             line = _LineBar(description, total)
             line.advance(done)
-            yield line
+            with _told_now_and_then(line) if slow else nullcontext():
+                yield line
             return
         task = progress.add_task(f"  {description}", total=total, completed=done, note="")  # type: ignore[arg-type]
         try:
             yield _RichBar(progress, task)
         finally:
             progress.remove_task(task)
+
+
+@contextmanager
+def _told_now_and_then(line: _LineBar) -> Iterator[None]:
+    ended = threading.Event()
+    thread = threading.Thread(target=line.tell_until, args=(ended,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def say(text: str) -> None:

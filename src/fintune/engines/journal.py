@@ -14,6 +14,8 @@ from fintune.errors import ArtifactError
 from fintune.records import Prediction
 
 _SYNC_SECONDS = 5.0
+_OTHER = {"prompts": "other questions or prompts"}
+"""How a part of the key is told of that is not called another one."""
 
 
 class Journal:
@@ -57,8 +59,9 @@ class Journal:
             old = json.loads(self._beside.read_text(encoding="utf-8"))
             changed = [name for name in sorted(key.keys() | old.keys()) if key.get(name) != old.get(name)]
             if changed:
+                others = ", ".join(_OTHER.get(name, f"another {name}") for name in changed)
                 raise ArtifactError(
-                    f"{self._path} was begun with another {', '.join(changed)}",
+                    f"{self._path} was begun with {others}",
                     hint="remove the folder, or run the stage with --redo",
                 )
         elif self._path.exists():

@@ -73,9 +73,14 @@ def _least(*limits: int | None) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
+def draw(records: list[FinQARecord], number: int | None, seed: int) -> list[FinQARecord]:
+    """At most so many records, in their order; all where ``number`` is None."""
+    if number is None or number >= len(records):
+        return records
+    drawn = random.Random(seed).sample(range(len(records)), number)  # noqa: S311 - a sample, no secret
+    return [records[k] for k in sorted(drawn)]
+
+
 def _draw(result: ReadResult, number: int | None, seed: int) -> Split:
-    records = result.records
-    if number is not None and number < len(records):
-        drawn = random.Random(seed).sample(range(len(records)), number)  # noqa: S311 - a sample, no secret
-        records = [records[k] for k in sorted(drawn)]
+    records = draw(result.records, number, seed)
     return Split(records, len(result.records), result.dropped, result.problems)
