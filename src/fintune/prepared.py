@@ -29,6 +29,7 @@ from fintune.errors import ArtifactError
 from fintune.options import Config
 from fintune.records import Example, FinQARecord, LabelledAnswer, Pair, Record
 from fintune.sources.source_report import SourceReport
+from fintune.spread import file_of, spread
 
 OPTIONS = ("run.seed", "model.name", "model.revision", "data", "prompt", "train.objective")
 """Prefixes of the options that decide the result."""
@@ -295,11 +296,12 @@ def read_report(folder: Path) -> PrepareReport:
 
 
 def read_tokens(folder: Path, split: str, num: int) -> list[Sequenced]:
-    """The first ``num`` rows of a split."""
+    """``num`` rows of a split, spread over its files and shapes."""
     import datasets
 
     stored = datasets.load_from_disk(str(folder / "tokens" / split))
-    rows = stored.select(range(min(num, len(stored))))
+    labels = stored["label"] if "label" in stored.column_names else [None] * len(stored)
+    rows = stored.select(spread(list(zip(map(file_of, stored["id"]), labels, strict=True)), num))
     return [
         Sequenced(
             str(row["id"]),

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import pytest
 
 from fintune.report import plots
-from fintune.report.plots import Curve, Dot, dot_plot, length_plot, loss_plot, share_plot, smooth
+from fintune.report.plots import Curve, Dot, dot_plot, length_plot, loss_plot, share_plot, smooth, too_few
 
 STEPS = list(range(1, 101))
 
@@ -87,3 +87,12 @@ def test_smoothing_keeps_length_ends_and_straight_lines():
     assert len(smooth(bumpy)) == len(bumpy)
     assert max(smooth(bumpy)[5:-5]) < 0.7
     assert smooth([4.0]) == [4.0]
+
+
+def test_a_single_held_out_example_does_not_flatten_the_lengths_of_training():
+    train = [(start, start + 100, 10) for start in range(0, 1000, 100)]
+    alone = length_plot("lengths", "Lengths", [train])
+    few = length_plot("lengths", "Lengths", [train, [(700, 800, 19)]])
+    many = length_plot("lengths", "Lengths", [train, [(700, 800, 20)]])
+    assert too_few([(700, 800, 19)])
+    assert few == alone != many

@@ -96,6 +96,24 @@ def test_only_as_many_examples_as_asked_for_are_shown(config: Config) -> None:
     assert printed(config, num_examples=2).count("<|im_start|>assistant") == 2
 
 
+@pytest.mark.parametrize("stored", [False, True])
+def test_examples_are_of_every_file_not_of_the_first(tmp_path: Path, tiny_model: Path, stored: bool) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for file in "abc":
+        rows = [{"prompt": f"what is {file} {number} ?", "completion": f"{file} is {number}"} for number in range(9)]
+        (folder / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options = ["data.source=chat", f"data.sources=[{{path: {folder}}}]", f"model.name={tiny_model}"]
+    config = load(None, [*options, f"run.dir={tmp_path}", "run.name=s"]).config
+    if stored:
+        (config.folder / "prepare").mkdir(parents=True)
+        prepare(config, {}, config.folder / "prepare")
+        (config.folder / "prepare" / "manifest.json").write_text("{}", encoding="utf-8")
+    text = printed(config, num_examples=3)
+    assert ("not prepared yet" in text) is not stored
+    assert re.findall(r"\u27e6(.) is", text) == ["a", "b", "c"]
+
+
 def test_a_prepared_folder_is_read_only_where_the_options_are_the_same(config: Config) -> None:
     folder = config.folder / "prepare"
     folder.mkdir(parents=True)

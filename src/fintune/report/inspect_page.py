@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fintune.report.plots import length_plot, share_plot
+from fintune.report.plots import length_plot, share_plot, too_few
 from fintune.report.templating import fill
 
 Report = Mapping[str, Any]
@@ -66,7 +66,7 @@ class InspectPage:
         model: Whose tokens they are.
         data: ``data.source``.
         report: Counts and figures.
-        examples: The first of the training split.
+        examples: Some of the training split.
     """
 
     name: str
@@ -110,6 +110,7 @@ def render_inspect(page: InspectPage) -> str:
         problems=problems(report),
         prompts=_lengths("prompt", splits, report["max_length"]),
         completions=_lengths("completion", splits, None),
+        too_few=too_few(splits[1]["prompt_tokens"]["histogram"]),
         figures=[row for what in ("prompt", "completion") for row in _figures(what, splits)],
         programs=[] if chat else _programs(report),
     )

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 WIDE_PIXELS = 560
 NARROW_PIXELS = 330
+_FEWEST = 20
+"""Examples of a histogram beside another."""
 _DPI = 72  # matplotlib's SVG unit is the point; at 72 a point is a pixel of the drawing
 
 _INK, _MUTED, _LINE = "#010203", "#020304", "#030405"
@@ -167,6 +169,11 @@ def share_plot(name: str, title: str, ours: Mapping[str, float], other: Mapping[
     return _figure(name, title, draw, height=48 + 24 * len(labels))
 
 
+def too_few(histogram: Sequence[tuple[int, int, int]]) -> bool:
+    """Whether a second histogram would be a few spikes that flatten the first."""
+    return sum(count for _, _, count in histogram) < _FEWEST
+
+
 def length_plot(
     name: str,
     title: str,
@@ -179,10 +186,12 @@ def length_plot(
     Args:
         name: Unique on the page.
         title: For a screen reader.
-        histograms: Lists of (from, up to but without, count), without gaps; coloured ``--s1``, ``--s4``.
+        histograms: Lists of (from, up to but without, count), without gaps; coloured ``--s1``, ``--s4``. All but the
+            first are left out where they are :func:`too_few`.
         limit: A length that none may pass, drawn as a line.
         axis: What is counted.
     """
+    histograms = [*histograms[:1], *(bins for bins in histograms[1:] if not too_few(bins))]
     narrowest = min(end - start for bins in histograms for start, end, _ in bins)
     unit = 10 ** round(math.log10(narrowest))
 

@@ -32,6 +32,7 @@ from fintune.report.inspect_page import (
     sources,
 )
 from fintune.sources.rows import local_files
+from fintune.spread import file_of, spread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,7 +56,7 @@ def inspect(config: Config, console: Console, *, num_examples: int = 3, html: Pa
     Args:
         config: The run.
         console: Where to print.
-        num_examples: Training examples to render.
+        num_examples: Training examples to render, spread over files and shapes.
         html: Gets the page.
 
     Raises:
@@ -121,9 +122,10 @@ def _fresh(
     config: Config, tokenizer: PreTrainedTokenizerBase, number: int
 ) -> tuple[PrepareReport, list[Sequenced], str]:
     made = preparation.make(config, tokenizer, limit=SAMPLE)
+    rows = made.rows["train"]
     return (
         made.report,
-        list(made.rows["train"][:number]),
+        [rows[place] for place in spread([(file_of(row.id), row.label) for row in rows], number)],
         f"not prepared yet with these options: read anew, at most {SAMPLE} examples a split",
     )
 

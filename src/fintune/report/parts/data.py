@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from fintune.report.parts import sources
-from fintune.report.plots import length_plot, share_plot
+from fintune.report.plots import length_plot, share_plot, too_few
 
 Row = tuple[str, str, str]
 Told = Callable[[Mapping[str, Any]], str]
@@ -24,6 +24,7 @@ def context(report: Mapping[str, Any]) -> dict[str, Any]:
     train, evaluated = report["train"], report["eval"]
     prompts = [split["prompt_tokens"] for split in (train, evaluated)]
     shown = {
+        "few_evaluated": f"{evaluated['num_examples']:,}" if too_few(prompts[1]["histogram"]) else "",
         "limit": f"{report['max_length']:,}",
         "lengths": length_plot(
             "length-plot",

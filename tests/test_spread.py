@@ -1,0 +1,24 @@
+"""Which rows are shown of many."""
+
+from __future__ import annotations
+
+from fintune.spread import file_of, spread
+
+
+def test_every_kind_is_shown_and_the_rows_of_a_kind_lie_far_apart():
+    kinds = ["a"] * 100 + ["b"] * 50 + ["c"]
+    assert spread(kinds, 3) == [0, 100, 150]
+    assert spread(kinds, 5) == [0, 50, 100, 125, 150]
+    assert spread(kinds, 0) == []
+    assert spread(kinds, 1000) == list(range(151))
+    assert spread([], 3) == []
+
+
+def test_where_there_are_more_kinds_than_places_they_are_of_the_whole_range():
+    assert spread([kind for kind in range(10) for _ in range(7)], 2) == [0, 35]
+
+
+def test_a_conversations_id_names_its_file_and_a_page_none():
+    assert file_of("rows of: 2024.jsonl:12") == "rows of: 2024.jsonl"
+    assert file_of("rows.jsonl:7#2") == "rows.jsonl"
+    assert {file_of("A/2009/page_1.pdf-1"), file_of("A/2009/page_1.pdf-1 A/2009/page_1.pdf-2")} == {""}
