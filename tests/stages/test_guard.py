@@ -12,7 +12,7 @@ from fintune import chat, guard_set, models
 from fintune.config import load
 from fintune.engines.likelihood import Loss
 from fintune.engines.protocol import Answered, Completion
-from fintune.errors import FintuneError
+from fintune.errors import FintuneError, ResourceError
 from fintune.finqa.execute import execute
 from fintune.finqa.program import tokenize
 from fintune.sources.statements import generate
@@ -157,6 +157,17 @@ def test_an_answer_that_is_no_longer_right_is_named(tiny_model, trained, tmp_pat
     assert len(facts["lost"]) == 12
     assert "12 to 0 of 12 right" in facts["summary"]
     assert "no longer right: " in facts["summary"]
+
+
+def test_out_of_memory_names_a_smaller_batch_and_the_way_without(tiny_model, trained, tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(stage.TransformersEngine, "_prefill", lambda *_: torch.empty(10**15))
+    with pytest.raises(
+        ResourceError,
+        match=r"^out of memory while asking the guard's prompts \(.*\): set predict\.batch_size=\d+, or go on without",
+    ):
+        guard(config(tiny_model), {"train": trained}, tmp_path)
+    assert not list(tmp_path.glob("guard*"))
 
 
 def test_a_chat_run_guards_itself_and_its_page_shows_it(tiny_model, tmp_path):

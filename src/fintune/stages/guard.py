@@ -19,6 +19,7 @@ from fintune.engines.transformers_engine import TransformersEngine
 from fintune.errors import FintuneError
 from fintune.guard_set import GuardPrompt
 from fintune.options import Config
+from fintune.out_of_memory import advice_on_memory
 from fintune.progress import track
 from fintune.records import Message, Record
 from fintune.tuning import full
@@ -116,6 +117,7 @@ def guard(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
     Raises:
         FintuneError: A group's loss rose by more than ``guard.max_rise``.
         ModelError: The base model or what was trained cannot be loaded.
+        ResourceError: Memory ran out.
     """
     import torch
 
@@ -124,17 +126,18 @@ def guard(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
     tokenizer = models.load_tokenizer(ref, trust_remote_code=config.model.trust_remote_code)
     prompts = guard_set.prompts()
     rows = _rows(tokenizer, prompts)
-    model: PreTrainedModel | PeftModel = _load(config, ref)
-    before = _measure(config, model, tokenizer, prompts, rows, "before")
-    whole = full.result(inputs["train"])
-    if whole is None:
-        with quiet_libraries():
-            model = models.load_adapter(model, inputs["train"] / "adapter")
-    else:
-        del model
-        gc.collect()
-        model = _load(config, models.resolve(str(whole)))
-    after = _measure(config, model, tokenizer, prompts, rows, "after")
+    with advice_on_memory(_less_memory(config, prompts), during="asking the guard's prompts"):
+        model: PreTrainedModel | PeftModel = _load(config, ref)
+        before = _measure(config, model, tokenizer, prompts, rows, "before")
+        whole = full.result(inputs["train"])
+        if whole is None:
+            with quiet_libraries():
+                model = models.load_adapter(model, inputs["train"] / "adapter")
+        else:
+            del model
+            gc.collect()
+            model = _load(config, models.resolve(str(whole)))
+        after = _measure(config, model, tokenizer, prompts, rows, "after")
     report = _report(prompts, before, after, config.guard.threshold)
     write_atomically(folder / FILE, report.model_dump_json(indent=1) + "\n")
     _judge(report, config.guard.max_rise)
@@ -185,6 +188,13 @@ def _measure(
         for (each, record), completion in zip(asked, in_order(answers), strict=True)
     }
     return losses, right
+
+
+def _less_memory(config: Config, prompts: Sequence[GuardPrompt]) -> str:
+    # Its prompts are fixed, and it loads the model as training did.
+    num_together = min(config.predict.batch_size, sum(each.record is not None for each in prompts))
+    smaller = f"set predict.batch_size={num_together // 2}, or " if num_together > 1 else ""
+    return f"{smaller}go on without it (guard.enabled=false)"
 
 
 def _report(
