@@ -114,6 +114,12 @@ def test_what_is_no_page_is_one_line(tmp_path, name, content, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("name", "content"), [("p.csv", CSV), ("p.html", HTML)])
+def test_a_page_that_is_no_finqa_file_has_no_record_to_choose(tmp_path, name, content):
+    with pytest.raises(DataError, match=rf"{name}: no FinQA file, so it has no record A-1: leave out --id"):
+        read(tmp_path, name, content, record_id="A-1")
+
+
 def test_an_empty_question_is_refused(tmp_path):
     (tmp_path / "p.csv").write_text(CSV)
     with pytest.raises(DataError, match="no question was asked"):
