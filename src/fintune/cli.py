@@ -33,6 +33,7 @@ from fintune.cli_publish import publish
 from fintune.cli_score import score
 from fintune.cli_serve import serve
 from fintune.errors import FintuneError
+from fintune.extras import not_installed
 
 if TYPE_CHECKING:
     from fintune.answerer import AskedEngine
@@ -73,6 +74,11 @@ def main(command: click.Command | None = None, name: str = "fintune") -> None:
     except (KeyboardInterrupt, click.Abort) as error:
         told = error.__cause__ if isinstance(error, click.Abort) else error  # click's own stands before the first
         _stop(str(told or "") or "interrupted; the same command goes on from here", INTERRUPTED)
+    except ModuleNotFoundError as error:
+        missing = not_installed(error)
+        if missing is None:
+            raise
+        _stop(str(missing), USER_ERROR)
     except BrokenPipeError:
         # The reader went away (`fintune ... | head`); Python would complain again while it closes standard output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
