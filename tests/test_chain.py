@@ -452,7 +452,9 @@ def test_rows_of_ones_own_become_a_model_file(able_model, tmp_path):
         *("prompt.max_length=128", "guard.enabled=false", "train.threads=1", "export.threads=1"),
     )
     assert done.status == 0, done.err
-    assert (tmp_path / "chat" / "export" / "chat-Q4_K_M.gguf").is_file()
+    file = tmp_path / "chat" / "export" / "chat-Q4_K_M.gguf"
+    assert file.is_file()
+    assert f"GGUF {file}\nTo talk to it: fintune serve {tmp_path / 'chat'}\n" in done.out
 
 
 @pytest.mark.skipif(not (FINQA / "train.json.gz").is_file(), reason="../shared/finqa holds the official files")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -60,8 +60,23 @@ def run_stages(path: Path | None, overrides: tuple[str, ...], selection: Selecti
         out.print()
         print_tables(score_tables(scores, "model", first=loaded.config.predict.ways[0]))
         out.print()
+    if loaded.config.data.source == "chat":
+        # Nothing was scored: what the run is for are its files.
+        for line in _made(folder, looked_at):
+            out.print(line, markup=False, soft_wrap=True)
     if "report" in looked_at:
         out.print(f"The run's page: {folder / 'report' / 'index.html'}", markup=False, soft_wrap=True)
+
+
+def _made(run: Path, looked_at: Collection[str]) -> Iterator[str]:
+    """The models of a run, and what to do with them."""
+    if "merge" in looked_at and (run / "merge" / "config.json").is_file():
+        yield f"Merged model {run / 'merge'}"
+    files = sorted((run / "export").glob("*.gguf")) if "export" in looked_at else []
+    for file in files:
+        yield f"GGUF {file}"
+    if files:
+        yield f"To talk to it: fintune serve {shlex.quote(str(run))}"
 
 
 def print_tables(tables: Sequence[Table]) -> None:

@@ -1,0 +1,50 @@
+"""What a run says when it has ended."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from command import fintune
+from fake_steps import Chain
+from fintune import steps
+
+
+@pytest.fixture
+def chain(tmp_path, monkeypatch):
+    """A run of files in place of models, which merges and exports."""
+    chain = Chain(tmp_path / "my runs")
+    chain.acts["merge"] = lambda _, __, folder: (folder / "config.json").write_text("{}")
+    chain.acts["export"] = lambda _, __, folder: (folder / "chat-Q4_K_M.gguf").write_bytes(b"GGUF")
+    made = [chain.step(name, (), ()) for name in ("merge", "export", "report")]
+    monkeypatch.setattr(steps, "build", lambda _: made)
+    return chain
+
+
+def run(chain, source, *words):
+    rows = chain.runs.parent / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "a", "completion": "b"}))
+    config = chain.runs.parent / "chat.yaml"
+    config.write_text(json.dumps({"data": source, "run": {"dir": str(chain.runs)}}))
+    done = fintune("run", config, *words)
+    assert done.status == 0, done.err
+    return [line for line in done.out.splitlines() if line]
+
+
+def test_a_run_on_conversations_ends_with_its_files_and_what_to_do_with_them(chain):
+    source = {"source": "chat", "sources": [str(chain.runs.parent / "rows.jsonl")]}
+    folder = chain.runs / "chat"
+    lines = [
+        f"Merged model {folder / 'merge'}",
+        f"GGUF {folder / 'export' / 'chat-Q4_K_M.gguf'}",
+        f"To talk to it: fintune serve '{folder}'",
+    ]
+    page = f"The run's page: {folder / 'report' / 'index.html'}"
+    assert run(chain, source) == [*lines, page]
+    assert run(chain, source) == [*lines, page], "up to date"
+    assert run(chain, source, "--only", "report") == [page]
+
+
+def test_a_run_with_scores_ends_with_its_page(chain):
+    assert run(chain, {}) == [f"The run's page: {chain.runs / 'chat' / 'report' / 'index.html'}"]
