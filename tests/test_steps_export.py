@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from fintune.errors import ModelError
 from fintune.options import Config
 from fintune.selection import Step
 from fintune.steps import build
+from tiny import patch_json
 
 ADAPTER = ("export.source=adapter", "predict.models=[adapter, F16]")
 
@@ -94,3 +96,18 @@ def test_a_computed_matrix_counts_in_the_prediction_of_disk(tiny_model: Path) ->
         for more in ([], ["export.importance=compute"])
     )
     assert 1000 < weighed - plain < 100_000
+
+
+@pytest.mark.parametrize("verb", ["train", "merge", "export"])
+def test_a_quantised_base_is_refused_before_any_stage_and_can_be_measured(
+    tiny_model: Path, tmp_path: Path, verb: str
+) -> None:
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    patch_json(base / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    config, found = steps(f"model.name={base}", "predict.models=[base, F16]")
+    with pytest.raises(ModelError, match=r"base is quantised \(gptq\): it can neither be trained nor") as refused:
+        found[verb].check(config)
+    assert "name the 16-bit model" in str(refused.value)
+    found["predict/base"].check(config)
+    patch_json(base / "config.json", quantization_config=None)
+    found[verb].check(config)

@@ -60,6 +60,22 @@ def check_model_folder(folder: Path) -> None:
         )
 
 
+def check_unquantised(folder: Path) -> None:
+    """Refuses a base of training, merge and export whose configuration says that its weights are quantised.
+
+    Raises:
+        ModelError: With the method.
+    """
+    quantised = read_json(folder / "config.json").get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        raise ModelError(
+            f"{folder} is quantised{f' ({method})' if method else ''}: it can neither be trained nor have an adapter "
+            "merged into it",
+            hint="name the 16-bit model that it was made from; model.load: 4bit quantises that while it loads",
+        )
+
+
 def _check_weights(folder: Path) -> None:
     for file in weight_files(folder):
         check_safetensors(file)

@@ -122,7 +122,7 @@ def _merge(config: Config) -> list[Step]:
     if not _merged(config):
         return []
     options = (*_MODEL, "merge")
-    return [Step("merge", ("prepare", "train"), options, _stage("merge"), _model, disk.merge_bytes, check=_check_model)]
+    return [Step("merge", ("prepare", "train"), options, _stage("merge"), _model, disk.merge_bytes, check=_check_base)]
 
 
 def _export(config: Config) -> Step:
@@ -231,11 +231,24 @@ def _check_model(config: Config) -> None:
     resolve(config.model.name, revision=config.model.revision)
 
 
+def _check_base(config: Config) -> None:
+    """Of training, merge and export, which need its own weights."""
+    from fintune import builtin
+    from fintune.model_folder import check_unquantised
+    from fintune.model_ref import fetch_config
+
+    _check_model(config)
+    if not config.model.name.startswith(builtin.PREFIX):
+        folder = fetch_config(config.model.name, revision=config.model.revision).path
+        assert folder is not None, "fetch_config fills the path"
+        check_unquantised(folder)
+
+
 def _check_export(config: Config) -> None:
     list(_importance_file(config))
     if config.export.llama_cpp_path is not None:
         llama_cpp_checkout.check(config.export.llama_cpp_path, config.export.types)
-    _check_model(config)
+    _check_base(config)
 
 
 def _check_publishing(config: Config) -> None:
@@ -250,7 +263,7 @@ def _check_four_bit_model(config: Config) -> None:
 
 def _check_training(config: Config) -> None:
     import_module("fintune.stages.train").check(config)
-    _check_model(config)
+    _check_base(config)
 
 
 def _resume_training(folder: Path) -> str:
