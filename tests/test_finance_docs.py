@@ -75,6 +75,11 @@ def changed_flag(here: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> st
     return told(model, *words, "--learning_rate", "2e-5")
 
 
+def file_in_the_way(here: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (here / "mine.gguf").write_text("mine", encoding="utf-8")
+    return told(model, "--gguf_q4_path", "mine.gguf")
+
+
 USAGE = "print('usage')"
 TROUBLES = {
     "CUDA out of memory": out_of_memory,
@@ -89,6 +94,7 @@ TROUBLES = {
     ),
     "dataset download fails": failed_download,
     "a changed flag": changed_flag,
+    "a file in the way": file_in_the_way,
     "nothing to rerun on": lambda here, model, _: told(model, "--skip_dataset_prep"),
     "no data": lambda here, model, _: told(model, "--dataset_folder", "nowhere"),
 }
