@@ -384,6 +384,33 @@ def test_an_interruption_that_knows_what_is_kept_says_so(run, monkeypatch: pytes
     assert run("run", DEMO).err.strip() == "fintune: interrupted; the same command goes on from step 16"
 
 
+@pytest.mark.parametrize(
+    ("flags", "written"),
+    [
+        (("--learning_rate", "1e-4"), "--learning_rate: write train.learning_rate=1e-4"),
+        (("--learning-rate=1e-4",), "--learning-rate: write train.learning_rate=1e-4"),
+        (("--num_train_epochs", "--dry-run"), "--num_train_epochs: write train.epochs=VALUE"),
+        (("--train.epochs", "2"), "--train.epochs: write train.epochs=2"),
+        (("--load_in_4bit",), "--load_in_4bit: write model.load=4bit"),
+    ],
+)
+def test_a_flag_of_another_program_is_answered_with_the_override(mistake, flags: tuple[str, ...], written: str) -> None:
+    assert mistake("run", DEMO, *flags) == f"fintune: no option {written}\n"
+
+
+def test_a_flag_that_is_no_option_anywhere_keeps_its_message(mistake) -> None:
+    assert "No such option '--zzz'; see fintune run --help" in mistake("run", DEMO, "--zzz")
+
+
+def test_help_lists_the_verbs_in_the_order_of_work_and_cuts_no_sentence(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = run("--help").out.partition("Commands:\n")[2].splitlines()
+    names = [line.split()[0] for line in lines]
+    assert names[:6] == ["run", "demo", "inspect", "plan", "prepare", "train"]
+    assert sorted(names) == sorted(cli.app.commands)
+    assert not [line for line in lines if line.endswith("...")]
+
+
 def test_a_reader_that_goes_away_is_no_error_message() -> None:
     words = [sys.executable, "-m", "fintune.cli", "config", "reference"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as done:

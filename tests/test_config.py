@@ -7,6 +7,7 @@ import pytest
 from fintune.config import OVERRIDE, effective, fields, flat, load
 from fintune.errors import ConfigError
 from fintune.options import Config, is_neutral
+from fintune.options.export import GGUF_TYPES
 
 
 @pytest.fixture
@@ -61,8 +62,33 @@ def test_a_section_with_everything_commented_out_has_its_defaults(write) -> None
     assert load(path, ["train.epochs=9", "data.statements.size=small"]).config.data.statements.size == "small"
 
 
-def test_an_empty_file_is_all_defaults(write) -> None:
-    assert load(write("# nothing\n")).config.train == Config().train
+def test_one_name_or_several_with_commas_stand_for_a_list(write) -> None:
+    path = write("export:\n  types: q4_k_m, f16\ntrain:\n  report_to: tensorboard\n")
+    config = load(path, ["predict.models=base", "adapter.targets=[q_proj]"]).config
+    assert config.export.types == ("Q4_K_M", "F16")
+    assert config.train.report_to == ("tensorboard",)
+    assert config.predict.models == ("base",)
+    assert config.adapter.targets == ("q_proj",)
+
+
+def test_the_gguf_types_are_those_that_are_written() -> None:
+    from fintune.gguf.mixtures import MIXTURES
+
+    assert set(GGUF_TYPES) == set(MIXTURES)
+
+
+def test_data_in_place_of_the_configuration_is_recognised(tmp_path: Path) -> None:
+    for name, text in (("chat.jsonl", "{}\n"), ("chat.csv", "a,b\n"), ("chat.json", '[{"messages": []}]')):
+        path = tmp_path / name
+        path.write_text(text)
+        assert f"{name}: this is data, not a configuration: " in refusal(path)
+        assert refusal(path).endswith(f"data.sources={path}")
+
+
+@pytest.mark.parametrize("text", ["", " \n", "# nothing\n", "---\n"])
+def test_an_empty_file_runs_no_demo(write, text: str) -> None:
+    assert "trial.yaml is empty: write at least model and data" in refusal(write(text))
+    assert load(write(text), ["train.epochs=1"]).config.train.batch_size == Config().train.batch_size
 
 
 def test_anchors_and_merges_keep_a_place(write) -> None:
@@ -112,6 +138,12 @@ def test_a_folder_and_a_binary_file_are_no_configuration(tmp_path: Path) -> None
     [
         ("train:\n  epochs: [1\nmodel: x\n", ":3: not valid YAML"),
         ("train:\n  epochs: 1\n  epochs: 2\n", ":3: not valid YAML"),
+        (
+            "train:\n  epochs: 1\n    batch_size: 2\n",
+            ":3: not valid YAML (the indentation does not match a line above)",
+        ),
+        ("train:\n  epochs: 1\n batch_size: 2\n", ":3: not valid YAML (the indentation does not match a line above)"),
+        ("train:\n\tepochs: 1\n", ":2: not valid YAML (a tab stands before it): use spaces, not a tab"),
         ("- a\n- b\n", "holds no sections"),
         ("just words\n", "holds no sections"),
     ],
@@ -129,6 +161,12 @@ def test_what_is_no_tree_of_sections_is_refused_with_its_line(write, text: str, 
         ("train.lr", "train.learning_rate"),
         ("train.zzz", None),
         ("data.statements.train_company", "data.statements.train_companies"),
+        ("lr", "train.learning_rate"),
+        ("lora_r", "adapter.r"),
+        ("adapter.lora_alpha", "adapter.alpha"),
+        ("per_device_train_batch_size", "train.batch_size"),
+        ("num_train_epochs", "train.epochs"),
+        ("load_in_4bit", "model.load=4bit"),
     ],
 )
 def test_an_unknown_key_is_answered_with_the_one_that_was_meant(key: str, meant: str | None) -> None:
@@ -153,7 +191,10 @@ def test_an_unknown_key_of_the_file_comes_with_its_line(write) -> None:
         ("train.epochs=0", "train.epochs: got 0: input should be greater than 0"),
         ("train.epochs=.inf", "train.epochs: got Infinity: input should be a finite number"),
         ("train.learning_rate=.nan", "train.learning_rate: got NaN: input should be a finite number"),
-        ("adapter.kind=qlora", "adapter.kind: got \"qlora\": input should be 'lora', 'dora' or 'full'"),
+        ("adapter.kind=qlora", "input should be 'lora', 'dora' or 'full'; QLoRA is adapter.kind=lora model.load=4bit"),
+        ("packing=true", "unknown option packing: rows are never packed into one"),
+        ("export.types=[Q9_K]", "export.types: unknown GGUF type 'Q9_K': did you mean Q6_K?"),
+        ("export.types=zip", "export.types: unknown GGUF type 'ZIP': there are F32, F16,"),
         ("predict.models=[base, f16]", 'predict.models: got "f16": input should be'),
         ("predict.models=[]", "predict.models: got []: "),
         ("run.seed=-1", "run.seed: got -1: input should be greater than or equal to 0"),

@@ -58,7 +58,7 @@ ROOTS_OVER_ROOMS = {
     "fintune.preparation": {"finqa", "sources"},
     "fintune.preparation_chat": {"finqa", "sources"},
     "fintune.prepared": {"sources"},
-    "fintune.steps": {"sources"},  # the files that a run reads
+    "fintune.steps": {"sources", "tuning"},  # the files that a run reads, the step from which training goes on
     "fintune.train_rank": {"stages", "tuning"},  # one process of a training on several GPUs
     "fintune.train_unsloth": {"tuning"},  # the process in which Unsloth trains
     "fintune.shots": {"finqa", "sources"},  # solved questions before the question

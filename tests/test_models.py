@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fintune.errors import ModelError, ResourceError
+from fintune.model_ref import fetch_config
 from fintune.models import (
     ModelRef,
     Precision,
@@ -72,6 +73,11 @@ def test_the_builtin_model_is_known_by_name_and_others_are_not():
 def test_a_path_that_is_not_there_is_named(name):
     with pytest.raises(ModelError, match="no folder"):
         resolve(name)
+
+
+def test_a_built_in_model_without_its_mark_is_answered_with_it():
+    with pytest.raises(ModelError, match=r"no folder SmolLM2-135M: did you mean builtin:smollm2-135m\?"):
+        resolve("SmolLM2-135M")
 
 
 def test_a_file_where_a_folder_belongs_is_refused(tmp_path):
@@ -195,6 +201,28 @@ def test_an_unreachable_hub_is_not_an_unknown_model(hub, monkeypatch):
         fetch(resolve("owner/model"))
     assert "builtin:smollm2-135m" in raised.value.hint
     assert "\n" not in str(raised.value)
+
+
+def test_the_librarys_retries_are_not_told_beside_the_one_line(monkeypatch):
+    import logging
+
+    told: list[logging.LogRecord] = []
+    library = logging.getLogger("huggingface_hub")
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", told.append)
+
+    def retry(*_: object, **__: object) -> None:
+        logging.getLogger("huggingface_hub.utils._http").warning("retrying in 1 s")
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", retry)
+    library.addHandler(handler)
+    try:
+        with pytest.raises(ResourceError, match="the hub cannot be reached"):
+            fetch_config("owner/model")
+    finally:
+        library.removeHandler(handler)
+    assert told == []
 
 
 # --- tokenizer and padding

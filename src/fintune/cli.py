@@ -26,6 +26,7 @@ from fintune.cli_common import (
 )
 from fintune.cli_config import config_group
 from fintune.cli_convert import export, merge
+from fintune.cli_help import Verbs, as_override
 from fintune.cli_inspect import inspect
 from fintune.cli_plan import plan
 from fintune.cli_predict import predict_plain
@@ -67,6 +68,8 @@ def main(command: click.Command | None = None, name: str = "fintune") -> None:
         click.echo(error.format_message())
         sys.exit(USER_ERROR)
     except click.UsageError as error:
+        if command is None and (instead := as_override(error, sys.argv[1:])):
+            _stop(instead, USER_ERROR)
         verb = error.ctx.command_path if error.ctx is not None else "fintune"
         _stop(f"{error.format_message().rstrip('.')}; see {verb} --help", USER_ERROR)
     except click.ClickException as error:
@@ -95,7 +98,7 @@ def _stop(message: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, package_name="fintune", message="fintune %(version)s")
 def app() -> None:
     """Fine-tune, measure and ship language models for finance.

@@ -38,6 +38,29 @@ RENAMED: Mapping[str, str] = {
 }
 """Names that mean what the option means."""
 
+CALLED: Mapping[str, str] = {
+    "base_model": "model.name",
+    "bf16": "train.precision=bfloat16",
+    "dataset": "data.sources",
+    "eval_strategy": "train.eval_steps",
+    "evaluation_strategy": "train.eval_steps",
+    "fp16": "train.precision=float16",
+    "load_best_model_at_end": "train.keep=best_loss",
+    "load_in_4bit": "model.load=4bit",
+    "lora_rank": "adapter.r",
+    "lr": "train.learning_rate",
+    "lr_scheduler_type": "train.schedule",
+    "model_name": "model.name",
+    "model_name_or_path": "model.name",
+    "optim": "train.optimizer",
+    "output_dir": "run.dir",
+    "rank": "adapter.r",
+    "report_to": "train.report_to",
+    "target_modules": "adapter.targets",
+    "use_dora": "adapter.kind=dora",
+}
+"""Further names by which other programs call an option, for messages; ``option=value`` where the value is settled."""
+
 OPTIMIZERS: Mapping[str, str] = {
     "adamw": "adamw",
     "adamw_torch": "adamw",
@@ -78,6 +101,11 @@ ELSEWHERE: Mapping[str, str] = {
     "resume_from_checkpoint": "it is a flag of its own",
 }
 """Names whose work is done in another place."""
+
+
+def meant(name: str) -> str | None:
+    """The option that another program calls so, as ``train.learning_rate`` or ``model.load=4bit``."""
+    return RENAMED.get(name) or CALLED.get(name)
 
 
 def overrides(text: str) -> list[str]:

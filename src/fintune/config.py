@@ -10,19 +10,25 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import YAMLError
 
+from fintune.cli_extra_args import FIXED, meant
+from fintune.config_file import read
 from fintune.errors import ConfigError
 from fintune.options import Config, Options, is_neutral
 
 DEFAULT = "default"
 OVERRIDE = "command line"
+_KINDS = {
+    "adapter.kind=qlora": "; QLoRA is adapter.kind=lora model.load=4bit",
+    "adapter.kind=qdora": "; QDoRA is adapter.kind=dora model.load=4bit",
+}
+"""What is called a method elsewhere and is two options here."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +56,19 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> Loaded:
     Raises:
         ConfigError: Missing or malformed file, unknown key (with a suggestion), wrong type, impossible combination.
     """
-    values, origin = _read(path) if path is not None else ({}, {})
+    values, origin = read(path) if path is not None else ({}, {})
+    if path is not None and not values and not overrides:
+        raise ConfigError(
+            f"{path} is empty",
+            hint="write at least model and data, see docs/options.md; `fintune demo` runs the built-in example",
+        )
     _drop_empty_sections(values, Config)
     for override in overrides:
         for key, value in _leaves(*_split(override)):
             _put(values, key, value, override)
             origin[key] = OVERRIDE
     _refuse_unknown(values, Config, (), origin)
+    _names_alone(values, Config)
     try:
         # JSON mode is strict about scalars ("3" is no number) and still takes a list for a tuple.
         config = Config.model_validate_json(json.dumps(values), strict=True)
@@ -100,46 +112,6 @@ def effective(config: Config, prefixes: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(f"{path}: no such configuration file", hint=_where_to_look(path)) from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path} is a folder, not a configuration file", hint=_where_to_look(path / "_")) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path}: not UTF-8 text (byte {error.start})", hint="a configuration is a YAML file, see docs/options.md"
-        ) from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from None
-    try:
-        tree = YAML(typ="rt").load(text)
-    except MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise ConfigError(
-            f"{path}:{line}: not valid YAML ({error.problem})", hint="look at that line and the one before it"
-        ) from None
-    except YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from None
-    if tree is None:
-        return {}, {}
-    if not isinstance(tree, CommentedMap):
-        raise ConfigError(
-            f"{path}: holds no sections such as 'model:'",
-            hint="see docs/options.md",
-        )
-    origin: dict[str, str] = {}
-    return _plain(tree, path, "", origin), origin
-
-
-def _where_to_look(path: Path) -> str:
-    if "=" in str(path):
-        return "the first argument is the configuration file, overrides come after it"
-    near = sorted(str(p) for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-    return f"{path.parent} holds {', '.join(near)}" if near else "check the path"
-
-
 def _drop_empty_sections(values: dict[str, Any], model: type[BaseModel]) -> None:
     """A section whose options are all commented out reads as null; its options have their defaults."""
     for name, field in model.model_fields.items():
@@ -151,17 +123,14 @@ def _drop_empty_sections(values: dict[str, Any], model: type[BaseModel]) -> None
                 _drop_empty_sections(values[name], kind)
 
 
-def _plain(tree: CommentedMap, path: Path, prefix: str, origin: dict[str, str]) -> dict[str, Any]:
-    plain: dict[str, Any] = {}
-    for key, value in tree.items():
-        dotted = f"{prefix}{key}"
-        # A key that came from elsewhere by a merge (`<<: *anchor`) has no line of its own.
-        origin[dotted] = f"{path}:{(tree.lc.key(key)[0] if key in tree.lc.data else tree.lc.line) + 1}"
-        if isinstance(value, CommentedMap):
-            plain[str(key)] = _plain(value, path, f"{dotted}.", origin)
-        else:
-            plain[str(key)] = json.loads(json.dumps(value, default=str))
-    return plain
+def _names_alone(values: dict[str, Any], model: type[BaseModel]) -> None:
+    """``F16`` or ``F16, Q4_K_M`` for a list of names becomes that list."""
+    for name, field in model.model_fields.items():
+        kind, value = field.annotation, values.get(name)
+        if isinstance(value, dict) and isinstance(kind, type) and issubclass(kind, Options):
+            _names_alone(value, kind)
+        elif isinstance(value, str) and get_origin(kind) is tuple and not hasattr(get_args(kind)[0], "model_fields"):
+            values[name] = [each.strip() for each in value.split(",") if each.strip()]
 
 
 def _split(override: str) -> tuple[str, Any]:
@@ -218,7 +187,14 @@ def _refuse_unknown(
         if field is None:
             known = [key for key, _ in fields()] + ([] if path else list(Config.model_fields))
             here = {other: ".".join((*path, other)) for other in model.model_fields}
-            near = _initials(name, here) or [here[leaf] for leaf in difflib.get_close_matches(name, list(here), n=1)]
+            called = meant(name)
+            if name in FIXED and called is None:
+                raise ConfigError(f"{place}unknown option {dotted}", hint=f"{FIXED[name][1]}; leave it out")
+            near = (
+                [called]
+                if called
+                else _initials(name, here) or [here[leaf] for leaf in difflib.get_close_matches(name, list(here), n=1)]
+            )
             # A section alone is no likeness: train.zzz is not train.keep.
             near = near or difflib.get_close_matches(dotted, known, n=1, cutoff=0.8) or _same_leaf(name, known)
             hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(model.model_fields)}"
@@ -260,7 +236,8 @@ def _explain(error: ValidationError, origin: Mapping[str, str]) -> ConfigError:
     if first["type"] == "missing" and entry:
         return ConfigError(f"{place}{entry} is missing")
     key = entry or key
-    return ConfigError(f"{place}{key}: got {got}", hint=first["msg"][0].lower() + first["msg"][1:])
+    hint = first["msg"][0].lower() + first["msg"][1:]
+    return ConfigError(f"{place}{key}: got {got}", hint=hint + _KINDS.get(f"{key}={first['input']}".lower(), ""))
 
 
 def _entry(loc: Sequence[int | str]) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fintune import builtin
 from fintune.errors import ModelError, ResourceError
+from fintune.hub_errors import quiet_hub
 from fintune.model_folder import MODEL_FILES, check_model_folder, licence_of
 
 
@@ -51,6 +52,8 @@ def resolve(name: str, *, revision: str | None = None) -> ModelRef:
         return ModelRef(name, folder, folder.resolve().name, licence_of(folder))
     if folder.is_file():
         raise ModelError(f"{name} is a file", hint="a folder in Hugging Face form is needed here")
+    if name.lower() in builtin.BUILTIN:
+        raise ModelError(f"no folder {name}", hint=f"did you mean {builtin.PREFIX}{name.lower()}?")
     if not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", name, re.ASCII) or name.endswith(".gguf"):
         raise ModelError(
             f"no folder {name}", hint="name an existing model folder, a hub id OWNER/NAME, or builtin:NAME"
@@ -100,7 +103,7 @@ def fetch_config(name: str, *, revision: str | None = None) -> ModelRef:
         return fetch(ref)
     from huggingface_hub import hf_hub_download
 
-    with _told_plainly(ref):
+    with _told_plainly(ref), quiet_hub():
         return replace(ref, path=Path(hf_hub_download(ref.name, "config.json", revision=ref.revision)).parent)
 
 

@@ -13,7 +13,7 @@ from fintune.artifact import Facts, sha256_file
 from fintune.errors import DataError, ModelError
 from fintune.options import Config, ModelKind, PredictOptions, Way
 from fintune.selection import Stage, Step
-from fintune.sources.rows import local_files
+from fintune.sources.rows import local_files, tried
 
 NEEDS: Mapping[ModelKind, str] = {
     "adapter": "train",
@@ -286,7 +286,7 @@ def _files(config: Config) -> Iterator[tuple[str, Path]]:
         if config.data.source == "finqa" and path is not None:
             if not path.is_file():
                 what = "is a folder, not a file" if path.is_dir() else "no such file"
-                raise DataError(what, path=path, hint=f"data.{name} must name a FinQA JSON file")
+                raise DataError(what, path=path, hint=f"data.{name} must name a FinQA JSON file{tried(path)}")
             yield f"data.{name}", path
 
 

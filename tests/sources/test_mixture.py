@@ -102,6 +102,13 @@ def test_at_least_one_conversation_is_held_out(write):
     assert (len(found.train), len(found.eval)) == (4, 1)
 
 
+def test_what_leaves_nothing_to_be_trained_on_is_told_with_its_cure(write):
+    with pytest.raises(DataError, match="of 1 conversations none is left to be trained on: add conversations: one at"):
+        load([write("x.jsonl", [qa(1)])])
+    with pytest.raises(DataError, match=r"none is left to be trained on: lower data\.eval_share, which is 0\.99"):
+        load([write("x.jsonl", [qa(n) for n in range(2)])], "data.eval_share=0.99")
+
+
 def test_a_source_can_be_held_out_or_trained_on_whole(write):
     a, b = write("a.jsonl", [qa(n) for n in range(30)]), write("b.jsonl", [qa(n, "oil") for n in range(20)])
     entries = [{"path": str(a), "hold_out": "none"}, {"path": str(b), "hold_out": "all"}]

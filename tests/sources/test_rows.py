@@ -97,6 +97,12 @@ def test_what_is_not_there_is_said_with_its_name(tmp_path, monkeypatch, path):
     with pytest.raises(DataError, match="no such file or folder") as caught:
         find(path)
     assert path in str(caught.value)
+    assert f", {tmp_path / path} was tried" in str(caught.value)
+
+
+def test_a_broken_line_is_told_without_the_parsers_own_line(tmp_path):
+    found = list(read_rows(write(tmp_path / "x.jsonl", lines(ROWS[:1]) + '{"a": 1 "b": 2}\n' + lines(ROWS[1:]))))
+    assert str(found[1].value) == "not JSON (Expecting ',' delimiter, character 9)"
 
 
 def test_the_name_of_a_hub_dataset_without_its_mark_is_answered_with_it():

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fintune.options.base import Options, neutral
 
 COMPUTE = Path("compute")
 """``export.importance`` that names no file."""
 _NOT_QUANTISED = {"F32", "F16", "BF16"}
+GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "Q3_K_M")
+"""What this package writes by itself; the quantiser of a llama.cpp checkout has its own list."""
 
 
 class MergeOptions(Options):
@@ -60,6 +63,20 @@ class ExportOptions(Options):
     def importance_file(self) -> Path | None:
         """The user's matrix."""
         return None if self.computes_importance else self.importance
+
+    @field_validator("types")
+    @classmethod
+    def _in_capitals(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(kind.upper() for kind in value)
+
+    @model_validator(mode="after")
+    def _types_are_known(self) -> ExportOptions:
+        for kind in self.types if self.llama_cpp_path is None else ():
+            if kind not in GGUF_TYPES:
+                near = difflib.get_close_matches(kind, GGUF_TYPES, n=1, cutoff=0.7)
+                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(GGUF_TYPES)}"
+                raise ValueError(f"export.types: unknown GGUF type {kind!r}: {hint}")
+        return self
 
     @model_validator(mode="after")
     def _checkout_reads_a_folder(self) -> ExportOptions:

@@ -127,6 +127,12 @@ def _divide(found: Sequence[Found], data: DataOptions) -> tuple[list[Entry], lis
         (evaluation if rule == "all" or (rule == "share" and value < bound) else train).append(entry)
     if not train or not evaluation:
         which, other = ("trained on", "all") if not train else ("held out", "none")
+        if not train and open_ones:
+            few = "add conversations: one at least is held out, and one trained on"
+            raise DataError(
+                f"data.sources: of {len(hashed)} conversations none is left to be {which}",
+                hint=few if len(open_ones) == 1 else f"lower data.eval_share, which is {data.eval_share:g}",
+            )
         raise DataError(
             f"data.sources: of {len(hashed)} conversations none is left to be {which}",
             hint=f"add conversations, or set hold_out of a source to something else than {other}",

@@ -101,10 +101,16 @@ def local_files(source: SourceOptions) -> list[Path]:
 
 def _instead(path: str) -> str:
     if any(letter in path for letter in "*?["):
-        return "nothing matches the pattern"
+        return f"nothing matches the pattern{tried(path)}"
     if path.count("/") == 1 and not path.startswith((".", "/", "~")):
-        return f"check its name; a dataset of the hub is written hub:{path}"
-    return "check its name"
+        return f"check its name{tried(path)}; a dataset of the hub is written hub:{path}"
+    return f"check its name{tried(path)}"
+
+
+def tried(path: Path | str) -> str:
+    """For a message: where a relative path was looked for; nothing for an absolute one."""
+    full = Path(path).expanduser()
+    return "" if full.is_absolute() else f", {full.absolute()} was tried"
 
 
 def is_saved_dataset(folder: Path) -> bool:
@@ -218,6 +224,11 @@ def _second_is_object(path: Path) -> bool:
             return False
 
 
+def _problem(error: ValueError | RecursionError) -> str:
+    # A row is one line, so the parser's own line and column in it would only mislead.
+    return f"{error.msg}, character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
+
+
 def _lines(path: Path) -> Iterator[Row]:
     with _opened(path) as file:
         broken: Row | None = None
@@ -237,7 +248,7 @@ def _lines(path: Path) -> Iterator[Row]:
                 broken = Row(str(path), number, BrokenRowError("not UTF-8", why, hint="save the file as UTF-8"))
             except (ValueError, RecursionError) as error:
                 hint = "each line must hold one whole JSON object"
-                broken = Row(str(path), number, BrokenRowError("not JSON", f"not JSON ({error})", hint=hint))
+                broken = Row(str(path), number, BrokenRowError("not JSON", f"not JSON ({_problem(error)})", hint=hint))
         if broken is not None:
             if not ended:
                 raise DataError(f"truncated in row {broken.number}", path=path, hint=AGAIN)
