@@ -27,6 +27,7 @@ def cells(page):
         ("p.csv", "name;2023;2022\nspaced;1 250,5;12 500", [["1250.5", "12500"]]),
         ("p.md", "| n | 2023 |\n|---|---|\n| revenue | € 1.250,5 |", [["€ 1250.5"]]),
         ("p.html", "<table><tr><td>n<td>2023</tr><tr><td>revenue<td>1.250,5</tr></table>", [["1250.5"]]),
+        ("p.csv", "name;2023;2022\nrevenue;1.250,5m;12,5x", [["1250.5m", "12.5x"]]),
         # A decimal point stays what it is.
         ("p.csv", 'name,2023,2022\nrevenue,"1,250","1,120"', [["1250", "1120"]]),
         ("p.csv", "name,2023,2022\nratio,1.250,1.120", [["1.250", "1.120"]]),
@@ -52,6 +53,7 @@ def test_text_goes_by_its_table(tmp_path):
         ("name;2023\nrevenue;1.250", r"row 2 \(revenue\), column 2 \(2023\): 1.250 can be 1250 or 1.250"),
         ("name;2023\nrevenue;1,250", r"row 2 \(revenue\), column 2 \(2023\): 1,250 can be 1250 or 1.250"),
         ("name;2023\na;1.250,5\nb;12.5", r"row 3 \(b\), column 2 \(2023\): 12.5 contradicts 1.250,5 in row 2"),
+        ("name|2023\nrate|1,250 %", r"row 2 \(rate\), column 2 \(2023\): 1,250 can be 1250 or 1.250"),
         ("name;2023;2022;2021\na;1.250,5;1,250.5;1.250", r"row 2 \(a\), column 4 \(2021\): 1.250 can be"),
     ],
 )

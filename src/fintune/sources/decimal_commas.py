@@ -20,7 +20,7 @@ Mark: TypeAlias = Literal["point", "comma"]
 """What stands before the decimals."""
 Strength: TypeAlias = Literal["sure", "likely"]
 
-_TOKEN = re.compile(r"(?<![\w.,])\d+(?:[.,]\d+)*(?![\w])(\s?%)?|(?<![\w.,])\d+(?:[.,]\d+)+")
+_TOKEN = re.compile(r"(?<![\w.,])\d+(?:[.,]\d+)*(?!\w|[.,]\d)(?:\s?%)?|(?<![\w.,])\d+(?:[.,]\d+)+(?!\d)")
 _SURE_COMMA = re.compile(r"\d{1,3}(?:\.\d{3})+,\d+|[1-9]\d{0,2}(?:\.\d{3}){2,}")
 _SURE_POINT = re.compile(r"\d{1,3}(?:,\d{3})+\.\d+|[1-9]\d{0,2}(?:,\d{3}){2,}|\d{1,2}(?:,\d{2})+,\d{3}(?:\.\d+)?")
 _EITHER = re.compile(r"[1-9]\d{0,2}[.,]\d{3}")
@@ -39,6 +39,7 @@ class _Seen:
     text: str
     mark: Mark | None
     strength: Strength | None
+    is_percent: bool
 
 
 def with_points(
@@ -85,9 +86,10 @@ def _of_row(row: int, cells: Sequence[str]) -> list[_Seen]:
             continue  # the name of a column
         for token in _TOKEN.finditer(cell):
             text = token[0].rstrip("% \u00a0")
-            mark, strength = _told(text, is_percent="%" in token[0] or "%" in cell)
+            is_percent = "%" in cell
+            mark, strength = _told(text, is_percent=is_percent)
             if mark is not None or _EITHER.fullmatch(text):
-                found.append(_Seen(row, column, text, mark, strength))
+                found.append(_Seen(row, column, text, mark, strength, is_percent))
     return found
 
 
@@ -119,7 +121,7 @@ def _of_table(seen: Sequence[_Seen], semicolons: bool, comma_separated: bool) ->
     if likely == {"point"}:
         return {".": "point", ",": "point"}
     signs = {sign for each in seen for sign in ".," if sign in each.text}
-    if len(signs) == 2:
+    if len(signs) == 2 or any(each.is_percent for each in seen):  # 1,250 % is hardly twelve times a hundred percent
         return {".": None, ",": None}
     return {".": "point" if comma_separated else None, ",": None if semicolons else "point"}
 
