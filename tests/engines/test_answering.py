@@ -35,7 +35,7 @@ def bars(monkeypatch):
     made = []
 
     @contextmanager
-    def bar(title, total, *, done=0):
+    def bar(title, total, *, done=0, slow=False):
         made.append(Bar(title, total, done))
         yield made[-1]
 
