@@ -3,14 +3,17 @@
     python bench/six_kinds.py --finqa ../shared/finqa --dir runs --out bench/results/six_kinds.json [KEY=VALUE]...
 
 Two runs of configs/finqa.yaml with the built-in model, `lora` and `dora`, differ in adapter.kind alone; `fintune score`
-then gives one table. A run goes on where it was interrupted, and so does this program. Few steps on few conversations:
-it shows that every kind predicts and what each costs in accuracy beside the others, and is no claim about FinQA.
+then gives one table. Base and LoRA are asked twice, free and kept to programs of the page (predict.constrain), each in
+columns of its own, with the answers that the constraint gains and loses. A run goes on where it was interrupted, and so
+does this program. Few steps on few conversations: it shows that every kind predicts and what each costs in accuracy
+beside the others, and is no claim about FinQA.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -42,14 +45,11 @@ KINDS = {
     "GGUF Q4_K_M": ("lora", "Q4_K_M"),
 }
 """Name in the table, and the run and the step's kind that it is from."""
-MEASURED = {
-    "lora": "[base, adapter, adapter_4bit, merged, F16, Q4_K_M]",
-    "dora": "[adapter]",
+CONSTRAINED = {
+    f"{kind}+example": (run, f"{step}+example") for kind, (run, step) in KINDS.items() if kind in ("base", "LoRA")
 }
-STAGES = {
-    "lora": ("prepare", "train", "merge", "export", "predict", "score"),
-    "dora": ("prepare", "train", "predict", "score"),
-}
+"""The same of the kinds that are also asked for programs of the page alone."""
+STAGES = {"lora": ("prepare", "train", "merge", "export"), "dora": ("prepare", "train")}
 
 
 def main() -> None:
@@ -63,16 +63,23 @@ def main() -> None:
     options = [*OPTIONS, *given.overrides]
     for name in STAGES:
         fintune(*words(name, options), f"data.train={given.finqa / 'train.json.gz'}", *places(given))
+    measured = KINDS | CONSTRAINED
     names = [
-        f"{kind}={given.dir / run / 'predict' / step / 'predictions.jsonl'}" for kind, (run, step) in KINDS.items()
+        f"{kind if kind in CONSTRAINED else f'{kind}+none'}={given.dir / run / 'predict' / step / 'predictions.jsonl'}"
+        for kind, (run, step) in measured.items()
     ]
     gold = given.dir / "lora" / "prepare" / "gold.json"
     table = fintune("score", *(word for name in names for word in ("--predictions", name)), "--gold", str(gold))
     print(table, end="")
     result = {
         "what": __doc__.splitlines()[0],
-        "commands": [" ".join(["fintune", *words(name, options)]) for name in STAGES],
-        "kinds": {kind: figures(given.dir / run, step) for kind, (run, step) in KINDS.items()},
+        "commands": [shlex.join(["fintune", *words(name, options)]) for name in STAGES],
+        "kinds": {kind: figures(given.dir / run, step) for kind, (run, step) in measured.items()},
+        "constraint": {
+            kind: difference(*(given.dir / run / "score" / each / "score.csv" for each in (step, f"{step}+example")))
+            for kind, (run, step) in KINDS.items()
+            if f"{kind}+example" in CONSTRAINED
+        },
         **surroundings(),
     }
     given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -85,9 +92,14 @@ def path(text: str) -> Path:
 
 def words(name: str, options: list[str]) -> list[str]:
     """What one run is asked, but for where files lie."""
-    only = [word for stage in STAGES[name] for word in ("--only", stage)]
-    models = f"predict.models={MEASURED[name]}"
-    return ["run", "configs/finqa.yaml", f"run.name={name}", f"adapter.kind={name}", models, *options, *only]
+    steps = [step for run, step in (*KINDS.values(), *CONSTRAINED.values()) if run == name]
+    stages = [*STAGES[name], *(f"{verb}/{step}" for step in steps for verb in ("predict", "score"))]
+    only = [word for stage in stages for word in ("--only", stage)]
+    kinds = [step for step in steps if "+" not in step]
+    asked = [f"predict.models=[{', '.join(kinds)}]"]
+    if kinds != steps:
+        asked.append("predict.constrain=[none, example]")
+    return ["run", "configs/finqa.yaml", f"run.name={name}", f"adapter.kind={name}", *asked, *options, *only]
 
 
 def places(given: argparse.Namespace) -> list[str]:
@@ -114,6 +126,22 @@ def figures(run: Path, step: str) -> dict[str, Any]:
     )
     made = ("num_tokens", "num_unparsable", "length_share", "predict_seconds")
     return {name: score[name] for name in scored} | {name: facts[name] for name in made}
+
+
+def difference(free: Path, constrained: Path) -> dict[str, Any]:
+    """What the constraint changes in execution accuracy, on the same questions."""
+    from fintune.report.paired import paired
+    from fintune.report.verdict import read_verdicts
+
+    sides = ({id_: each.exe_correct for id_, each in read_verdicts(path).items()} for path in (free, constrained))
+    found = paired(*sides)
+    return {
+        "num_common": found.num_common,
+        "num_gained": found.num_gained,
+        "num_lost": found.num_lost,
+        "difference": found.difference,
+        "interval": found.interval,
+    }
 
 
 def surroundings() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from fintune.artifact import Manifest
 from fintune.finqa.parse import parse
 from fintune.records import Prediction
 from fintune.run_folder import overrides_of
+from report.example_run import records
 
 pytest.importorskip("torch")
 
@@ -69,6 +71,16 @@ def test_one_way_of_one_kind_is_made_redone_and_left_out_by_its_name(run) -> Non
     assert sum("up to date" in line for line in told) == 2
     done = run(BOTH, "--only", "predict/base+exmple")
     assert (done.status, "did you mean predict/base+example?" in done.err) == (2, True)
+
+
+def test_outside_a_run_the_first_way_is_taken(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "dev.json").write_text(json.dumps([each.model_dump(mode="json") for each in records(2)]))
+    words = ["--model", tiny_model, "--data", tmp_path / "dev.json", "--out", tmp_path / "out.json"]
+    done = fintune("predict", *words, "predict.constrain=[example, none]", "predict.max_new_tokens=6")
+    assert done.status == 0, done.err
+    assert json.loads((tmp_path / "out.manifest.json").read_text())["options"]["predict"]["constrain"] == "example"
+    for row in json.loads((tmp_path / "out.json").read_text()):
+        parse(row["program"])
 
 
 def test_another_first_way_is_a_changed_option_and_stops_the_run(run) -> None:

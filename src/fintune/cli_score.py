@@ -20,7 +20,7 @@ from fintune.cli_common import FILE, print_tables, run_stages, stdout
     multiple=True,
     metavar="[NAME=]FILE",
     help="JSON, JSONL or .gz of {id, predicted} or {id, program}; several give one table, a row each, and a "
-    "column group each where they are named as NAME and NAME+example.",
+    "column group each where they are named as NAME+none and NAME+example.",
 )
 @click.option("--gold", type=FILE, help="Official FinQA JSON, plain or .gz.")
 @click.option("--csv", type=FILE, help="Write one row a prediction here.")

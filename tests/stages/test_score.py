@@ -286,12 +286,12 @@ def test_files_named_as_the_ways_of_a_kind_stand_in_column_groups(tmp_path: Path
     done = fintune("score", *words, "--gold", gold)
     assert done.status == 0
     lines = [line.split() for line in done.out.splitlines()]
-    assert lines[0] == ["as", "named", "example"]
+    assert lines[0] == ["plain", "example"]
     rows = [line for line in lines if line[:1] in (["LoRA"], ["DoRA"])]
     assert rows[0][:3] == ["LoRA", "3", "33.33%"]
     assert rows[0][-6:] == ["43.9", "to", "100.0%", "100.00%", "0.00%", "4.5"]
     assert rows[1] == ["DoRA", "3", *rows[0][2:8]], "no column of a way that was not measured"
-    assert ["example", "against", "as", "named", "answers", "times", "the"] in lines
+    assert ["example", "against", "plain", "answers", "times", "the"] in lines
     assert rows[2][:3] == ["LoRA", "3", "+66.7"]
     assert rows[2][-2:] == ["2", "0"], "gained and lost; the times are not known in both ways"
     assert len(rows) == 3

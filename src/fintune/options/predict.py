@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, get_args
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from fintune.options.base import Options, neutral
 
@@ -24,6 +24,11 @@ def kind_and_way(name: str) -> tuple[str, str]:
 def _one_or_several(value: object) -> str:
     # Told apart before they are checked, so that what is refused is the value that is wrong.
     return "several" if isinstance(value, (list, tuple)) else "one"
+
+
+def _as_tuple(value: object) -> object:
+    # Behind a validator in Python, strict checking takes no list for it.
+    return tuple(value) if isinstance(value, list) else value
 
 
 class PredictOptions(Options):
@@ -55,7 +60,8 @@ class PredictOptions(Options):
         96, ge=1, description="Tokens of a completion at most; the longest gold of FinQA needs about 90."
     )
     constrain: Annotated[
-        Annotated[Way, Tag("one")] | Annotated[tuple[Way, ...], Tag("several")], Discriminator(_one_or_several)
+        Annotated[Way, Tag("one")] | Annotated[tuple[Way, ...], BeforeValidator(_as_tuple), Tag("several")],
+        Discriminator(_one_or_several),
     ] = Field(
         "none",
         json_schema_extra={"shown_type": f"{' or '.join(get_args(Way))}, or a list of these"},

@@ -57,7 +57,7 @@ def read_scored(run: Path, names: Iterable[str]) -> dict[str, Scored]:
     return found
 
 
-def score_tables(scored: Mapping[str, Scored], what: str, first: str = "as named") -> list[Table]:
+def score_tables(scored: Mapping[str, Scored], what: str, first: str = "plain") -> list[Table]:
     """Official figures, a row a kind of model.
 
     Args:
