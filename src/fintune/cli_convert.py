@@ -113,6 +113,11 @@ def _note(folder: Path, model: str, adapter: Path | None, facts: dict[str, objec
     """Beside the result, what it was made from and with."""
     from fintune import machine
 
-    made = {"model": model, "adapter": None if adapter is None else str(adapter), "facts": facts}
-    made |= {"versions": machine.versions(), "commit": machine.commit()}
+    made = {
+        "model": model,
+        "adapter": None if adapter is None else str(adapter),
+        "facts": facts,
+        "versions": machine.versions(),
+        "commit": machine.commit(),
+    }
     (folder / "manifest.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
