@@ -9,8 +9,8 @@ import pytest
 
 from fintune import disk
 from fintune.config import effective, load
-from fintune.errors import ModelError
-from fintune.options import Config
+from fintune.errors import ConfigError, ModelError
+from fintune.options import GGUF_KINDS, Config
 from fintune.selection import Step
 from fintune.steps import build
 from tiny import patch_json
@@ -111,3 +111,15 @@ def test_a_quantised_base_is_refused_before_any_stage_and_can_be_measured(
     found["predict/base"].check(config)
     patch_json(base / "config.json", quantization_config=None)
     found[verb].check(config)
+
+
+def test_every_type_that_export_writes_can_be_measured_and_others_stay_as_they_are() -> None:
+    kinds = ", ".join(GGUF_KINDS)
+    _, found = steps(f"predict.models=[{kinds}]", f"export.types=[{kinds}]")
+    _, usual = steps("predict.models=[F16, Q4_K_M]")
+    for kind in GGUF_KINDS:
+        assert found[f"predict/{kind}"].inputs == ("prepare", "export")
+        assert found[f"predict/{kind}"].options == usual["predict/F16"].options
+        assert f"score/{kind}" in found["report"].inputs
+    with pytest.raises(ConfigError, match=r"predict\.models asks for Q8_0, which export\.types does not write"):
+        steps("predict.models=[F16, Q8_0]")

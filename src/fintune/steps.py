@@ -11,7 +11,7 @@ from typing import get_args
 from fintune import disk, llama_cpp_checkout
 from fintune.artifact import Facts, sha256_file
 from fintune.errors import DataError, ModelError
-from fintune.options import Config, ModelKind, PredictOptions, Way
+from fintune.options import GGUF_KINDS, Config, ModelKind, PredictOptions, Way
 from fintune.selection import Stage, Step
 from fintune.sources.rows import local_files, tried
 
@@ -20,8 +20,7 @@ NEEDS: Mapping[ModelKind, str] = {
     "adapter_4bit": "train",
     "merged": "merge",
     "merged_4bit": "merge",
-    "F16": "export",
-    "Q4_K_M": "export",
+    **dict.fromkeys(GGUF_KINDS, "export"),
 }
 """The step whose result each kind of model is read from; "base" needs none."""
 
@@ -83,8 +82,7 @@ def build(config: Config) -> list[Step]:
             check=_check_model,
             about="export",
         ),
-        *_measure(config, "F16"),
-        *_measure(config, "Q4_K_M"),
+        *(step for kind in GGUF_KINDS for step in _measure(config, kind)),
         *_measure(config, "endpoint"),
     ]
     steps.append(
@@ -173,8 +171,9 @@ def _predict_and_score(kind: ModelKind, name: str, way: Way) -> tuple[Step, Step
 def _predict_options(kind: ModelKind) -> tuple[str, ...]:
     # Adding a kind to predict.models must not make the predictions of the others stale.
     assert kind in get_args(ModelKind)
-    others = {"endpoint": {"precision", "engine"}, "F16": {"endpoint", "engine"}, "Q4_K_M": {"endpoint", "engine"}}
-    names = set(PredictOptions.model_fields) - {"models", "threads"} - others.get(kind, {"endpoint"})
+    others = {"precision" if kind == "endpoint" else "endpoint"}
+    others |= {"engine"} if kind == "endpoint" or kind in GGUF_KINDS else set()
+    names = set(PredictOptions.model_fields) - {"models", "threads"} - others
     return tuple(f"predict.{name}" for name in sorted(names))
 
 

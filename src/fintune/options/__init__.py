@@ -12,12 +12,13 @@ from fintune.options.data import DataOptions, PromptOptions, Shape, SourceOption
 from fintune.options.export import ExportOptions, MergeOptions, ReplayOptions
 from fintune.options.guard import GuardOptions
 from fintune.options.model import AdapterOptions, ModelOptions
-from fintune.options.predict import WAY_MARK, ModelKind, PredictOptions, Way, kind_and_way
+from fintune.options.predict import GGUF_KINDS, WAY_MARK, ModelKind, PredictOptions, Way, kind_and_way
 from fintune.options.publish import PublishOptions
 from fintune.options.run import Config, RunOptions
 from fintune.options.train import TrainOptions
 
 __all__ = [
+    "GGUF_KINDS",
     "WAY_MARK",
     "AdapterOptions",
     "Config",

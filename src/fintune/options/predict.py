@@ -8,7 +8,9 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 
 from fintune.options.base import Options, neutral
 
-ModelKind = Literal["base", "adapter", "adapter_4bit", "merged", "merged_4bit", "F16", "Q4_K_M", "endpoint"]
+GgufKind = Literal["F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "Q3_K_M"]
+ModelKind = Literal["base", "adapter", "adapter_4bit", "merged", "merged_4bit", GgufKind, "endpoint"]
+GGUF_KINDS: tuple[GgufKind, ...] = get_args(GgufKind)
 Way = Literal["none", "general", "example"]
 """What a completion may say: anything, any program, or a program of what its page holds."""
 WAY_MARK = "+"
@@ -36,7 +38,8 @@ class PredictOptions(Options):
 
     models: Annotated[tuple[ModelKind, ...], Field(min_length=1)] = Field(
         ("base", "adapter", "merged", "F16", "Q4_K_M"),
-        description="What is measured: the model before training, base + adapter, merged folder, GGUF files by type; "
+        description="What is measured: the model before training, base + adapter, merged folder, GGUF files by type "
+        "(`export.types` has to write them); "
         "`adapter_4bit` and `merged_4bit` with the base's or the merged weights packed in 4 bits while they load (NF4, "
         "bitsandbytes); and `endpoint`, whatever is served at `predict.endpoint`.",
     )

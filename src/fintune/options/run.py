@@ -11,7 +11,7 @@ from fintune.options.data import DataOptions, PromptOptions
 from fintune.options.export import ExportOptions, MergeOptions, ReplayOptions
 from fintune.options.guard import GuardOptions
 from fintune.options.model import AdapterOptions, ModelOptions
-from fintune.options.predict import PredictOptions, Way
+from fintune.options.predict import GGUF_KINDS, PredictOptions, Way
 from fintune.options.preference import obstacle
 from fintune.options.publish import PublishOptions
 from fintune.options.train import TrainOptions
@@ -86,7 +86,7 @@ class Config(Options):
                 "export.source: adapter writes no merged folder, which predict.models asks for; "
                 f"take {' and '.join(merged)} out there"
             )
-        missing = [kind for kind in self.predict.models if kind in {"F16", "Q4_K_M"} and kind not in self.export.types]
+        missing = [kind for kind in self.predict.models if kind in GGUF_KINDS and kind not in self.export.types]
         if missing:
             raise ValueError(
                 f"predict.models asks for {', '.join(missing)}, which export.types does not write; add it there"

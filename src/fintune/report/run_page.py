@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-from fintune.options import Config, Way
+from fintune.options import GGUF_KINDS, Config, Way
 from fintune.records import FinQARecord, Prediction
 from fintune.report.agreement import Agreement, compare
 from fintune.report.metrics import Score
@@ -19,11 +19,12 @@ KINDS: Mapping[str, str] = {
     "adapter_4bit": "adapter, 4 bits",
     "merged": "merged",
     "merged_4bit": "merged, 4 bits",
-    "F16": "GGUF F16",
-    "Q4_K_M": "GGUF Q4_K_M",
+    **{kind: f"GGUF {kind}" for kind in GGUF_KINDS},
     "endpoint": "served",
 }
 """Kinds of model in the order of the chain, with the name that the page gives them."""
+_USUAL = ("base", "adapter", "adapter_4bit", "merged", "merged_4bit", "F16", "Q4_K_M", "endpoint")
+_COLOURS = {kind: number for number, kind in enumerate([*_USUAL, *(kind for kind in KINDS if kind not in _USUAL)])}
 WAYS: Mapping[Way, str] = {
     "none": "free",
     "general": "programs only",
@@ -132,6 +133,11 @@ class RunPage:
             )
             for a, b in combinations(trained, 2)
         ]
+
+
+def colour(kind: str) -> int:
+    """Number of a kind's colour, ``--s0`` to ``--s7``; those that are seldom measured share with the usual ones."""
+    return _COLOURS[kind] % 8
 
 
 def span(interval: tuple[float, float]) -> str:

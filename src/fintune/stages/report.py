@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from fintune.artifact import MANIFEST, Facts, Manifest, write_atomically
 from fintune.errors import ArtifactError
-from fintune.options import WAY_MARK, Config, Way, kind_and_way
+from fintune.options import GGUF_KINDS, WAY_MARK, Config, Way, kind_and_way
 from fintune.records import Example, FinQARecord, Prediction
 from fintune.report.metrics import read_score
 from fintune.report.page import render
@@ -105,11 +105,10 @@ def _measured(kind: str, inputs: Mapping[str, Path], score: Path, predictions: M
 
 
 def _weights_bytes(kind: str, inputs: Mapping[str, Path]) -> int | None:
-    places = {
+    places: dict[str, tuple[str, str]] = {
         "adapter": ("train", "[am]*/*model*.safetensors"),  # adapter/, or model/ where all weights were trained
         "merged": ("merge", "*.safetensors"),
-        "F16": ("export", "*-F16.gguf"),
-        "Q4_K_M": ("export", "*-Q4_K_M.gguf"),
+        **{gguf: ("export", f"*-{gguf}.gguf") for gguf in GGUF_KINDS},
     }
     step, pattern = places.get(kind, ("", ""))
     files = list(inputs[step].glob(pattern)) if step in inputs else []

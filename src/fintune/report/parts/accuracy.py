@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from fintune.options import GGUF_KINDS
 from fintune.report.plots import Dot, dot_plot
-from fintune.report.run_page import KINDS, Measured, RunPage, percent, span
+from fintune.report.run_page import KINDS, Measured, RunPage, colour, percent, span
 
 GROUPS = (
     ("steps of the gold program", "by_num_steps"),
@@ -15,6 +16,7 @@ GROUPS = (
     ("type of question", "by_question_type"),
 )
 """Kinds of question by name, with the attribute of a score that has their figures."""
+_QUANTISED = tuple(kind for kind in GGUF_KINDS if kind.startswith("Q"))
 
 
 def hero(page: RunPage) -> dict[str, str]:
@@ -29,11 +31,11 @@ def hero(page: RunPage) -> dict[str, str]:
         only = after or before
         assert only is not None
         return {"before": percent(only.score.execution_accuracy), "after": "", "words": f"{words} ({KINDS[only.kind]})"}
-    smallest = by_kind.get("Q4_K_M")
+    smallest = by_kind.get("Q4_K_M") or next((by_kind[kind] for kind in reversed(_QUANTISED) if kind in by_kind), None)
     tail = ""
     if smallest is not None and smallest is not after:
         size = f" in {smallest.weights_bytes / 1e6:.0f} MB" if smallest.weights_bytes else ""
-        tail = f"; {percent(smallest.score.execution_accuracy)} as the Q4_K_M file that ships{size}"
+        tail = f"; {percent(smallest.score.execution_accuracy)} as the {smallest.kind} file that ships{size}"
     return {
         "before": percent(before.score.execution_accuracy),
         "after": percent(after.score.execution_accuracy),
@@ -75,7 +77,7 @@ def row(measured: Measured, way: str = "") -> dict[str, Any]:
     """One row of the table, as text."""
     return {
         "label": label(measured.kind, way),
-        "colour": list(KINDS).index(measured.kind),
+        "colour": colour(measured.kind),
         "exe": percent(measured.score.execution_accuracy),
         "interval": span(measured.score.execution_accuracy_interval),
         "program": percent(measured.score.program_accuracy),
@@ -108,7 +110,7 @@ def plot(measured: Sequence[tuple[Measured, str]]) -> str:
             m.score.execution_accuracy,
             *m.score.execution_accuracy_interval,
             m.score.program_accuracy,
-            list(KINDS).index(m.kind),
+            colour(m.kind),
         )
         for m, way in measured
     ]

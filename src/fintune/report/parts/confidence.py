@@ -6,7 +6,7 @@ from typing import Any
 
 from fintune.report.plots import Curve, coverage_plot
 from fintune.report.risk import answered_accuracy, at_coverage
-from fintune.report.run_page import KINDS, RunPage, percent
+from fintune.report.run_page import KINDS, RunPage, colour, percent
 
 COVERAGES = (1.0, 0.8, 0.5, 0.2)
 """Shares of the questions that are answered, as columns."""
@@ -29,7 +29,7 @@ def context(page: RunPage) -> dict[str, Any]:
     rows = [
         {
             "label": KINDS[kind],
-            "colour": list(KINDS).index(kind),
+            "colour": colour(kind),
             "n": f"{len(curve):,}",
             "cells": [percent(at_coverage(curve, coverage)) for coverage in COVERAGES],
         }
@@ -38,7 +38,7 @@ def context(page: RunPage) -> dict[str, Any]:
     drawn = [
         (
             KINDS[kind],
-            list(KINDS).index(kind),
+            colour(kind),
             Curve([(k + 1) / len(curve) for k in range(len(curve))], curve),
         )
         for kind, curve in curves.items()

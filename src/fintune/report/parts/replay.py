@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fintune.report.run_page import KINDS, RunPage, percent
+from fintune.report.run_page import KINDS, RunPage, colour, percent
 
 _REFERENCES = ("adapter", "trained")
 _NOTHING = 1e-6
@@ -19,7 +19,6 @@ def context(page: RunPage) -> dict[str, Any] | None:
         return None
     accuracies = {measured.kind: percent(measured.score.execution_accuracy) for measured in page.measured}
     least: Mapping[str, float] = page.replay.get("min_same_share") or {}
-    names = list(KINDS)
     return {
         "num_positions": f"{page.replay.get('num_positions', 0):,}",
         "num_examples": f"{page.replay.get('num_examples', 0):,}",
@@ -30,7 +29,7 @@ def context(page: RunPage) -> dict[str, Any] | None:
         "rows": [
             {
                 "label": _label(kind),
-                "colour": names.index(kind) if kind in names else None,
+                "colour": colour(kind) if kind in KINDS else None,
                 "kl": "reference" if kind in _REFERENCES else _nats(figures["mean_kl"]),
                 "same": "" if kind in _REFERENCES else percent(figures["same_best_token_share"]),
                 "perplexity": f"{figures['perplexity']:.4f}",

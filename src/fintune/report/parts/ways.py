@@ -8,7 +8,7 @@ from typing import Any
 from fintune.options import Way
 from fintune.report.paired import paired
 from fintune.report.parts.accuracy import row
-from fintune.report.run_page import KINDS, WAYS, Measured, OtherWay, RunPage
+from fintune.report.run_page import KINDS, WAYS, Measured, OtherWay, RunPage, colour
 
 _ByWay = Mapping[Way, Mapping[str, Measured]]
 
@@ -47,7 +47,7 @@ def _differences(first: OtherWay, other: OtherWay) -> Iterator[dict[str, Any]]:
         seconds = before[after.kind].predict_seconds
         yield {
             "label": KINDS[after.kind],
-            "colour": list(KINDS).index(after.kind),
+            "colour": colour(after.kind),
             "way": other.way,
             "num": f"{found.num_common:,}",
             "points": found.points,
