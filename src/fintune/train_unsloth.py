@@ -49,6 +49,8 @@ def main() -> None:
     except FintuneError as error:
         launch.write_error(order, 0, error)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def versions() -> dict[str, str]:

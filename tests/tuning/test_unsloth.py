@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -42,7 +46,11 @@ class FastLanguageModel:
         return adapter.attach(model, options)
 """
 PYTHON = """#!{python}
+import os
+import signal
 import sys
+import threading
+import time
 sys.path.insert(0, {place!r})
 from fintune import train_unsloth
 train_unsloth._cuda = lambda: {cuda}
@@ -169,3 +177,25 @@ def test_the_check_is_one_line_of_json():
     found = json.loads(done.stdout)
     assert found["versions"]["torch"]
     assert set(found) == {"versions", "obstacle"}
+
+
+def test_an_interruption_is_passed_on_once_and_waited_for(tmp_path):
+    ready, kept = tmp_path / "ready", tmp_path / "kept"
+    code = (
+        "import pathlib, signal, sys, time\n"
+        "def keep(*_):\n"
+        "    pathlib.Path(sys.argv[2]).write_text('step 16'); sys.exit(130)\n"
+        "signal.signal(signal.SIGINT, keep)\n"
+        "pathlib.Path(sys.argv[1]).touch()\n"
+        "time.sleep(60)"
+    )
+
+    def interrupt():
+        while not ready.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        unsloth._wait([sys.executable, "-c", code, str(ready), str(kept)], dict(os.environ))
+    assert kept.read_text() == "step 16"

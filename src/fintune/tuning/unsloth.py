@@ -144,10 +144,16 @@ def _environment(place: Path | None) -> dict[str, str]:
 
 
 def _wait(command: list[str], environment: dict[str, str]) -> int:
-    # Its words go where this process's own notes go.
-    with subprocess.Popen(command, stdout=2, env=environment) as process:  # noqa: S603
+    # Its words go where this process's own notes go. It has a session of its own, so that a terminal's Ctrl-C reaches
+    # it once, from here: a second one would stop it before it has kept its step.
+    with subprocess.Popen(command, stdout=2, env=environment, start_new_session=True) as process:  # noqa: S603
         try:
-            return process.wait()
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                process.send_signal(signal.SIGINT)
+                process.wait()
+                raise
         except BaseException:
             process.terminate()
             process.wait()
