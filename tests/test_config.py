@@ -77,6 +77,10 @@ def test_the_gguf_types_are_those_that_are_written() -> None:
     assert set(GGUF_TYPES) == set(MIXTURES)
 
 
+def test_a_configuration_named_after_data_is_a_configuration(write) -> None:
+    assert load(write("train: {epochs: 2}\n", "my.csv.yaml")).config.train.epochs == 2
+
+
 def test_data_in_place_of_the_configuration_is_recognised(tmp_path: Path) -> None:
     for name, text in (("chat.jsonl", "{}\n"), ("chat.csv", "a,b\n"), ("chat.json", '[{"messages": []}]')):
         path = tmp_path / name

@@ -21,7 +21,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     Raises:
         ConfigError: Missing, no YAML, or no tree of sections.
     """
-    if _DATA.intersection(path.suffixes[-2:]) and path.is_file():
+    if Path(path.name.removesuffix(".gz")).suffix in _DATA and path.is_file():
         raise _is_data(path)
     try:
         text = path.read_text(encoding="utf-8")
