@@ -21,6 +21,7 @@ CASES = {
     # 80 layers with grouped queries are llama.cpp's 70B, which has a rule of its own for attn_v.
     "llama-80-layers": {"num_layers": 80, "kinds": FEW},
     "qwen2-80-layers-odd": {"model_type": "qwen2", "pre": "qwen2", "num_layers": 80, "hidden_size": 160, "kinds": FEW},
+    "mistral": {"model_type": "mistral", "sliding_window": 4096},
     "mistral-odd": {"model_type": "mistral", "hidden_size": 672, "sliding_window": 4096, "kinds": FEW},
     "merged-lora": {"merges": True, "num_shards": 2, "kinds": ("F16", "Q8_0", "Q4_K_M")},
 }
