@@ -27,6 +27,10 @@ CASES = {
 }
 """Options of :func:`synthetic.write_folder`; ``kinds`` are the types that are compared, ``merges`` adds an adapter."""
 
+BUILTIN = "builtin:smollm2-135m"
+BUILTIN_KINDS = ("F16", "Q8_0", "Q4_K_M")
+"""A real model, whose pre-tokenizer the converter knows by itself."""
+
 
 def write_case(name: str, folder: Path) -> Path:
     options = {key: value for key, value in CASES[name].items() if key not in ("kinds", "merges")}

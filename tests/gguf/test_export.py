@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from fintune.errors import ModelError, ResourceError
 from fintune.gguf import export as module
 from fintune.gguf.export import export, predict_bytes
-from gguf_cases import CASES, write_case
+from gguf_cases import BUILTIN, BUILTIN_KINDS, CASES, write_case
 from synthetic import lora_of, write_folder
 from tiny import patch_json
 
@@ -51,8 +51,18 @@ def interleaved(rows: np.ndarray, num_heads: int) -> np.ndarray:
 @ON_X86
 @pytest.mark.parametrize("case", [case for case in CASES if not CASES[case].get("merges")])
 def test_files_are_those_of_llama_cpps_own_tools(tmp_path, case):
-    folder = write_case(case, tmp_path / "model")
-    outputs = {kind: tmp_path / f"{kind}.gguf" for kind in UPSTREAM[case]}
+    compare_with_upstream(write_case(case, tmp_path / "model"), case, tmp_path)
+
+
+@ON_X86
+@pytest.mark.slow
+def test_files_of_the_built_in_model_are_those_of_llama_cpps_own_tools(builtin_model, tmp_path):
+    assert set(UPSTREAM[BUILTIN]) == set(BUILTIN_KINDS)
+    compare_with_upstream(builtin_model, BUILTIN, tmp_path)
+
+
+def compare_with_upstream(folder: Path, case: str, work: Path) -> None:
+    outputs = {kind: work / f"{kind}.gguf" for kind in UPSTREAM[case]}
     export(folder, outputs, threads=2, name="Tiny Model 1")
     assert {kind: hashlib.sha256(path.read_bytes()).hexdigest() for kind, path in outputs.items()} == UPSTREAM[case]
 

@@ -61,15 +61,17 @@ def sha256(path: Path) -> str:
 
 def main(peers: Path, names: list[str]) -> None:
     from fintune import llama_cpp_checkout
-    from gguf_cases import CASES, folder_of
+    from fintune.builtin import ensure
+    from gguf_cases import BUILTIN, BUILTIN_KINDS, CASES, folder_of
 
     hashes = json.loads(HASHES.read_text())
-    for name in names or CASES:
+    for name in names or [*CASES, BUILTIN]:
+        case = CASES.get(name, {"kinds": BUILTIN_KINDS, "pre": None})
         with tempfile.TemporaryDirectory() as place:
             work = Path(place)
-            model, dtype = folder_of(name, work)
-            outputs = {kind: work / f"{kind}.gguf" for kind in CASES[name].get("kinds", KINDS)}
-            tools = llama_cpp_checkout.check(checkout(peers, work / "llama.cpp", CASES[name].get("pre", "gpt-2")))
+            model, dtype = (ensure(BUILTIN), "float16") if name == BUILTIN else folder_of(name, work)
+            outputs = {kind: work / f"{kind}.gguf" for kind in case.get("kinds", KINDS)}
+            tools = llama_cpp_checkout.check(checkout(peers, work / "llama.cpp", case.get("pre", "gpt-2")))
             llama_cpp_checkout.export(tools, model, outputs, name="Tiny Model 1", dtype=dtype)
             found = {kind: sha256(path) for kind, path in outputs.items()}
             sys.stdout.write(f"{name}: {'as before' if hashes.get(name) == found else 'new'}\n")
