@@ -323,8 +323,7 @@ def test_skip_leaves_a_verb_out_and_what_needs_it_says_so(run):
     shutil.rmtree(run.folder / "export")
     done = run("--skip", "export")
     assert done.status == 2
-    assert "export" in done.err
-    assert "--only export" in done.err
+    assert f"nothing is exported in {run.folder}: fintune export" in done.err
 
 
 def test_the_report_shows_what_there_is(run):
@@ -404,7 +403,7 @@ def test_a_killed_stage_leaves_nothing_finished_and_the_next_run_completes(run, 
     done = run()
     assert done.status == 0, done.err
     resumes = step.startswith(("train", "predict"))
-    assert (f"  {step}: resume" in done.err.splitlines()) == resumes
+    assert any(line.startswith(f"  {step}: resume") for line in done.err.splitlines()) == resumes
     assert list((run.folder / ".work").iterdir()) == []
     assert all((run.folder / each / "manifest.json").is_file() for each in STEPS)
     assert {kind: run.said(kind) for kind in KINDS} == {kind: finished.said(kind) for kind in KINDS}

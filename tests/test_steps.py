@@ -13,10 +13,12 @@ import pytest
 from fintune.config import effective, fields, load
 from fintune.errors import ConfigError, DataError, ModelError, ResourceError
 from fintune.options import Config, ModelKind
+from fintune.options.export import GGUF_TYPES
 from fintune.selection import Step
 from fintune.steps import NEEDS, build
 
 ENDPOINT = "predict.endpoint=http://127.0.0.1:8080/v1"
+ALL_TYPES = f"export.types={json.dumps(GGUF_TYPES)}"
 
 
 def names(config: Config) -> list[str]:
@@ -67,7 +69,7 @@ def test_conversations_are_guarded_and_pages_where_asked(options: list[str], gua
 def test_every_input_comes_before_what_reads_it() -> None:
     for models in (["base"], ["Q4_K_M"], list(get_args(ModelKind))):
         seen: set[str] = set()
-        for step in build(load(None, [f"predict.models={json.dumps(models)}", ENDPOINT]).config):
+        for step in build(load(None, [f"predict.models={json.dumps(models)}", ENDPOINT, ALL_TYPES]).config):
             assert set(step.inputs) <= seen, step.name
             seen.add(step.name)
 
@@ -94,7 +96,7 @@ def test_options_of_a_step_name_options_that_there_are() -> None:
 
 def test_every_option_that_can_change_a_result_belongs_to_a_step() -> None:
     models = f"predict.models={json.dumps(get_args(ModelKind))}"
-    measured = load(None, [models, ENDPOINT, "publish.repo_id=ann/demo", "guard.enabled=true"]).config
+    measured = load(None, [models, ENDPOINT, ALL_TYPES, "publish.repo_id=ann/demo", "guard.enabled=true"]).config
     owned = {key for step in build(measured) for key in effective(measured, step.options)}
     # Which models are measured decides which steps there are, not what any of them gives.
     assert effective(Config(), list(Config.model_fields)).keys() - owned == {"predict.models"}
@@ -108,7 +110,7 @@ def test_asking_for_one_more_kind_of_model_makes_no_other_stale() -> None:
 
 def test_another_address_makes_no_kind_of_model_stale_but_what_is_served_there() -> None:
     models = f"predict.models={json.dumps(get_args(ModelKind))}"
-    configs = [load(None, [models, address]).config for address in (ENDPOINT, f"{ENDPOINT}#other")]
+    configs = [load(None, [models, ALL_TYPES, address]).config for address in (ENDPOINT, f"{ENDPOINT}#other")]
     keys = [{step.name: effective(config, step.options) for step in build(config)} for config in configs]
     assert [name for name in keys[0] if keys[0][name] != keys[1][name]] == ["predict/endpoint"]
 

@@ -136,6 +136,7 @@ def kill_one_rank(folder, steps):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are found below /proc")
 def test_a_killed_process_ends_all_and_the_same_command_goes_on(tiny_model, prepare, tmp_path):
+    before = signal.getsignal(signal.SIGINT)
     plain = {"max_steps": 16, "eval_steps": None, "keep": "last", "learning_rate": 1e-3}
     asked = config(tiny_model, batch_size=2, **plain)
     cut, whole = tmp_path / "cut", tmp_path / "whole"
@@ -148,6 +149,7 @@ def test_a_killed_process_ends_all_and_the_same_command_goes_on(tiny_model, prep
     assert 6 <= seen < 16
     assert not (cut / "adapter").exists()
     facts = train(asked, {"prepare": prepare}, cut)
+    assert signal.getsignal(signal.SIGINT) is before, "the stages behind the training are interrupted as ever"
     assert facts["num_steps"] == 16
     train(config(tiny_model, gpus=1, batch_size=4, **plain), {"prepare": prepare}, whole)
     check_alike(cut, whole, near=1e-4)

@@ -12,7 +12,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -124,11 +125,25 @@ def _launch(config: Config, order: Path) -> None:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
     try:
-        elastic_launch(settings, sys.executable)("-m", ENTRY, str(order))
+        with _signals_given_back():
+            elastic_launch(settings, sys.executable)("-m", ENTRY, str(order))
     except ChildFailedError as error:
         raise _told_by_ranks(order.parent, error, train.gpus * train.machines) from None
     except SignalException as error:
         raise KeyboardInterrupt from error
+
+
+@contextmanager
+def _signals_given_back() -> Iterator[None]:
+    """The agent takes these for itself, and keeps them: Ctrl-C in a stage behind the training would be a traceback."""
+    taken = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    before = {each: signal.getsignal(each) for each in taken}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for each, handler in before.items():
+                signal.signal(each, handler)
 
 
 def torchrun_line(config: Config, host: str, port: int, order: Path) -> str:
