@@ -169,25 +169,34 @@ def made(given: argparse.Namespace, records: list[Any]) -> tuple[Any, Any]:
 
 def one_by_one(model: Any, tokenizer: Any, prompts: list[str], given: argparse.Namespace) -> list[tuple[int, ...]]:
     """Transformers' generate, a prompt at a time."""
-    import torch
-
     from fintune import chat
 
     found = []
     stop = list(chat.end_of_turn_ids(tokenizer))
     for prompt in prompts:
         inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
-        with torch.inference_mode():
-            out = model.generate(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                max_new_tokens=given.new_tokens,
-                do_sample=False,
-                eos_token_id=stop,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        found.append(tuple(out[0, inputs["input_ids"].shape[1] :].tolist()))
+        found.append(tuple(generated(model, tokenizer, inputs, given, stop)[0]))
     return found
+
+
+def generated(
+    model: Any, tokenizer: Any, inputs: Any, given: argparse.Namespace, stop: list[int], **more: Any
+) -> list[list[int]]:
+    """The new tokens of each row by transformers' generate, greedy."""
+    import torch
+
+    with torch.inference_mode():
+        out = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=given.new_tokens,
+            do_sample=False,
+            eos_token_id=stop,
+            pad_token_id=tokenizer.pad_token_id,
+            **more,
+        )
+    rows: list[list[int]] = out[:, inputs["input_ids"].shape[1] :].tolist()
+    return rows
 
 
 def batched(model: Any, tokenizer: Any, prompts: list[str], given: argparse.Namespace) -> list[tuple[int, ...]]:
@@ -223,8 +232,6 @@ def continuous(model: Any, tokenizer: Any, prompts: list[str], given: argparse.N
 
 def static(model: Any, tokenizer: Any, prompts: list[str], given: argparse.Namespace) -> list[tuple[int, ...]]:
     """Transformers' generate over batches of like length with a static cache, whose steps it compiles on a GPU."""
-    import torch
-
     from fintune import chat
 
     stop, found = list(chat.end_of_turn_ids(tokenizer)), {}
@@ -234,17 +241,8 @@ def static(model: Any, tokenizer: Any, prompts: list[str], given: argparse.Names
         places = order[start : start + given.batch_size]
         batch = [prompts[at] for at in places]
         inputs = tokenizer(batch, add_special_tokens=False, padding=True, return_tensors="pt").to(model.device)
-        with torch.inference_mode():
-            out = model.generate(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                max_new_tokens=given.new_tokens,
-                do_sample=False,
-                cache_implementation="static",
-                eos_token_id=stop,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        for at, row in zip(places, out[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+        rows = generated(model, tokenizer, inputs, given, stop, cache_implementation="static")
+        for at, row in zip(places, rows, strict=True):
             end = next((place + 1 for place, token in enumerate(row) if token in stop), len(row))
             found[at] = tuple(row[:end])
     return [found[at] for at in range(len(prompts))]

@@ -19,10 +19,14 @@ from fintune.cli_common import (
     STRICT,
     config_arguments,
     dry_run_option,
+    optional_config_arguments,
     packaged_config,
+    redo_flag,
     redo_option,
+    run_stage,
     run_stages,
     strict_option,
+    without_config,
 )
 from fintune.cli_config import config_group
 from fintune.cli_convert import export, merge
@@ -155,14 +159,11 @@ def _verb(name: str, doc: str) -> None:
 
     @app.command(name, help=doc)
     @config_arguments
-    @click.option("--redo", is_flag=True, help="Even if it is up to date.")
+    @redo_flag
     @reads_data
     @dry_run_option
     def command(config: Path, overrides: tuple[str, ...], redo: bool, dry_run: bool, strict: bool = False) -> None:
-        from fintune.selection import Selection
-
-        overrides = (*overrides, *(STRICT if strict else ()))
-        run_stages(config, overrides, Selection(only=(name,), redo=(name,) if redo else ()), dry_run=dry_run)
+        run_stage(name, config, (*overrides, *(STRICT if strict else ())), redo=redo, dry_run=dry_run)
 
 
 _verb("preflight", "Does llama.cpp split text as the model does?")
@@ -174,9 +175,8 @@ _verb("report", "One HTML page of the run.")
 
 
 @app.command()
-@click.argument("config", type=FILE, required=False, metavar="[CONFIG]")
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--redo", is_flag=True, help="Even if it is up to date.")
+@optional_config_arguments
+@redo_flag
 @dry_run_option
 @click.option("--model", metavar="MODEL", help="Instead of a run's models: folder, hub id, GGUF file or URL#NAME.")
 @click.option("--adapter", type=FILE, metavar="DIR", help="PEFT adapter of --model.")
@@ -215,17 +215,14 @@ def predict(
     flags = {"constrain": constrain, "strategy": strategy, "num_candidates": num_candidates}
     given = [f"predict.{flag}={value}" for flag, value in flags.items() if value is not None]
     if model is None and data is None and out is None and config is not None:
-        from fintune.selection import Selection
-
         if num is not None or given:
             told = "--num" if num is not None else f"--{given[0][8:].partition('=')[0].replace('_', '-')}"
             raise click.UsageError(f"{told} goes with --model; a run has data.max_eval and predict. options")
-        run_stages(config, overrides, Selection(only=("predict",), redo=("predict",) if redo else ()), dry_run=dry_run)
+        run_stage("predict", config, overrides, redo=redo, dry_run=dry_run)
         return
     if model is None or data is None or out is None:
         raise click.UsageError("give a CONFIG, or --model, --data and --out together")
-    if config is not None and "=" in config.name:
-        config, overrides = None, (str(config), *overrides)
+    config, overrides = without_config(config, overrides)
     predict_plain(
         model,
         data,

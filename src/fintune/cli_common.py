@@ -30,11 +30,32 @@ def config_arguments(command: F) -> F:
     return click.argument("config", type=FILE, metavar="CONFIG")(command)
 
 
+def optional_config_arguments(command: F) -> F:
+    """CONFIG, which may be left out, and overrides; see :func:`without_config`."""
+    command = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")(command)
+    return click.argument("config", type=FILE, required=False, metavar="[CONFIG]")(command)
+
+
+def without_config(config: Path | None, overrides: tuple[str, ...]) -> tuple[Path | None, tuple[str, ...]]:
+    """The first override stands where the configuration would, if that is left out."""
+    if config is not None and "=" in config.name:
+        return None, (str(config), *overrides)
+    return config, overrides
+
+
+redo_flag = click.option("--redo", is_flag=True, help="Even if it is up to date.")
 redo_option = click.option(
     "--redo", multiple=True, metavar="STAGE", help="Make a stage anew, and what follows where its result changes."
 )
 dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be done, do nothing.")
 strict_option = click.option("--strict", is_flag=True, help="Stop at the first row of the data that cannot be used.")
+
+
+def run_stage(name: str, config: Path, overrides: tuple[str, ...], *, redo: bool, dry_run: bool) -> None:
+    """Run one stage of a run, as the verb of its name does."""
+    from fintune.selection import Selection
+
+    run_stages(config, overrides, Selection(only=(name,), redo=(name,) if redo else ()), dry_run=dry_run)
 
 
 def run_stages(path: Path | None, overrides: tuple[str, ...], selection: Selection, *, dry_run: bool = False) -> None:

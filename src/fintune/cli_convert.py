@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from fintune.cli_common import FILE, dry_run_option, run_stages
+from fintune.cli_common import FILE, dry_run_option, optional_config_arguments, redo_flag, run_stage, without_config
 
 if TYPE_CHECKING:
     from fintune.options import Config
 
-_redo = click.option("--redo", is_flag=True, help="Even if it is up to date.")
-_config = click.argument("config", type=FILE, required=False, metavar="[CONFIG]")
-_overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+    Make = Callable[[Config, Path], dict[str, Any]]
+    """Of the options and the folder to write into, what there is to tell."""
+
+
+def _arguments(*, model: str, adapter: str, out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Those of a stage, and instead of a run's the three with these words."""
+
+    def decorated(command: Callable[..., None]) -> Callable[..., None]:
+        command = click.option("--out", type=FILE, metavar="DIR", help=out)(command)
+        command = click.option("--adapter", type=FILE, metavar="DIR", help=adapter)(command)
+        command = click.option("--model", metavar="MODEL", help=model)(command)
+        return optional_config_arguments(redo_flag(dry_run_option(command)))
+
+    return decorated
 
 
 @click.command()
-@_config
-@_overrides
-@_redo
-@dry_run_option
-@click.option("--model", metavar="MODEL", help="Instead of a run's: base model, folder or hub id.")
-@click.option("--adapter", type=FILE, metavar="DIR", help="PEFT adapter of --model.")
-@click.option("--out", type=FILE, metavar="DIR", help="Folder for the merged model; nothing may be there yet.")
+@_arguments(
+    model="Instead of a run's: base model, folder or hub id.",
+    adapter="PEFT adapter of --model.",
+    out="Folder for the merged model; nothing may be there yet.",
+)
 def merge(
     config: Path | None,
     overrides: tuple[str, ...],
@@ -39,28 +49,23 @@ def merge(
 
     Of a run, or of --model and --adapter.
     """
-    if _is_of_a_run("merge", config, overrides, [model, adapter, out], redo=redo, dry_run=dry_run):
+    if config is not None and model is None and adapter is None and out is None:
+        run_stage("merge", config, overrides, redo=redo, dry_run=dry_run)
         return
     if model is None or adapter is None or out is None or redo or dry_run:
         raise click.UsageError("give a CONFIG, or --model, --adapter and --out together")
-    from fintune import outputs
     from fintune.stages.merge import merge_adapter
 
-    options = _options(config, overrides, model, out)
-    with outputs.whole_folder(out) as folder:
-        facts = merge_adapter(options, adapter, folder)
-        _note(folder, model, adapter, facts)
-    click.echo(f"{out}: {facts['summary']}")
+    given = adapter
+    _without_a_run(config, overrides, model, given, out, lambda options, folder: merge_adapter(options, given, folder))
 
 
 @click.command()
-@_config
-@_overrides
-@_redo
-@dry_run_option
-@click.option("--model", metavar="MODEL", help="Instead of a run's: any Hugging Face folder or hub id.")
-@click.option("--adapter", type=FILE, metavar="DIR", help="PEFT adapter of --model, folded in while it is read.")
-@click.option("--out", type=FILE, metavar="DIR", help="Folder for the files; nothing may be there yet.")
+@_arguments(
+    model="Instead of a run's: any Hugging Face folder or hub id.",
+    adapter="PEFT adapter of --model, folded in while it is read.",
+    out="Folder for the files; nothing may be there yet.",
+)
 def export(
     config: Path | None,
     overrides: tuple[str, ...],
@@ -74,50 +79,41 @@ def export(
 
     Of a run, or of --model, with --adapter or without; export.types=[Q4_K_M,F16] chooses the types.
     """
-    if _is_of_a_run("export", config, overrides, [model, adapter, out], redo=redo, dry_run=dry_run):
+    if config is not None and model is None and adapter is None and out is None:
+        run_stage("export", config, overrides, redo=redo, dry_run=dry_run)
         return
     if model is None or out is None or redo or dry_run:
         raise click.UsageError("give a CONFIG, or --model and --out together")
-    from fintune import outputs
     from fintune.stages.export import export_model
 
-    options = _options(config, overrides, model, out)
-    with outputs.whole_folder(out) as folder:
-        facts = export_model(options, folder, adapter=adapter)
-        _note(folder, model, adapter, facts)
-    click.echo(f"{out}: {facts['summary']}")
+    _without_a_run(
+        config,
+        overrides,
+        model,
+        adapter,
+        out,
+        lambda options, folder: export_model(options, folder, adapter=adapter),
+    )
 
 
-def _is_of_a_run(
-    verb: str, config: Path | None, overrides: tuple[str, ...], others: list[object], *, redo: bool, dry_run: bool
-) -> bool:
-    """Run the stage where only a configuration is given."""
-    if config is None or any(other is not None for other in others):
-        return False
-    from fintune.selection import Selection
-
-    run_stages(config, overrides, Selection(only=(verb,), redo=(verb,) if redo else ()), dry_run=dry_run)
-    return True
-
-
-def _options(config: Path | None, overrides: tuple[str, ...], model: str, out: Path) -> Config:
+def _without_a_run(
+    config: Path | None, overrides: tuple[str, ...], model: str, adapter: Path | None, out: Path, make: Make
+) -> None:
+    """Make the folder whole, with a manifest of what it was made from and with."""
+    from fintune import machine, outputs
     from fintune.config import load
 
-    if config is not None and "=" in config.name:
-        config, overrides = None, (str(config), *overrides)
+    config, overrides = without_config(config, overrides)
     named = () if any(each.startswith("run.name=") for each in overrides) else (f"run.name={json.dumps(out.name)}",)
-    return load(config, [f"model.name={json.dumps(model)}", "predict.models=[base]", *named, *overrides]).config
-
-
-def _note(folder: Path, model: str, adapter: Path | None, facts: dict[str, object]) -> None:
-    """Beside the result, what it was made from and with."""
-    from fintune import machine
-
-    made = {
-        "model": model,
-        "adapter": None if adapter is None else str(adapter),
-        "facts": facts,
-        "versions": machine.versions(),
-        "commit": machine.commit(),
-    }
-    (folder / "manifest.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    options = load(config, [f"model.name={json.dumps(model)}", "predict.models=[base]", *named, *overrides]).config
+    with outputs.whole_folder(out) as folder:
+        facts = make(options, folder)
+        made = {
+            "model": model,
+            "adapter": None if adapter is None else str(adapter),
+            "facts": facts,
+            "versions": machine.versions(),
+            "commit": machine.commit(),
+        }
+        (folder / "manifest.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    click.echo(f"{out}: {facts['summary']}")
