@@ -6,28 +6,15 @@ import json
 
 import pytest
 
+import finished_step
 from command import fintune
-from fintune.artifact import Key, Manifest, digests, write_atomically
 from fintune.cli_models import model_of
 from fintune.errors import ArtifactError, ModelError
 
 
 def finish(folder, **facts):
     folder.mkdir(parents=True, exist_ok=True)
-    manifest = Manifest(
-        key=Key(step=folder.name, options={"prompt.system": "Answer it."}, sources={}, inputs={}),
-        fingerprint="",
-        outputs=digests(folder),
-        facts=facts,
-        versions={},
-        commit=None,
-        machine={},
-        seed=0,
-        finished="",
-        seconds=0,
-        peak_memory_bytes=0,
-    )
-    write_atomically(folder / "manifest.json", manifest.model_dump_json())
+    finished_step.finish(folder, options={"prompt.system": "Answer it."}, **facts)
 
 
 @pytest.fixture

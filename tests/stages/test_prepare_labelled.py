@@ -19,19 +19,12 @@ from fintune.records import Example, LabelledAnswer, Message
 from fintune.stages.prepare import prepare
 from labelled_rows import labelled_rows
 from pair_rows import pair_rows, write_rows
+from preference_training import data_options
 from tiny import make_tokenizer
 
 
 def options(tiny_model: Path, *sources: Path, objective: str = "kto", more: tuple[str, ...] = ()) -> list[str]:
-    return [
-        "data.source=chat",
-        f"data.sources={json.dumps([str(source) for source in sources])}",
-        "data.eval_share=0.25",
-        "prompt.max_length=128",
-        f"model.name={tiny_model}",
-        f"train.objective={objective}",
-        *more,
-    ]
+    return data_options(tiny_model, *sources, objective=objective, more=more)
 
 
 def run_prepare(tmp_path: Path, *words: str):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from fintune.prepared import read_report
 from fintune.records import Message, Pair
 from fintune.stages.prepare import prepare
 from pair_rows import pair_rows, write_rows
+from preference_training import data_options
 from tiny import make_tokenizer, patch_json
 
 SFT = [{"messages": [{"role": "user", "content": f"view {n}?"}, {"role": "assistant", "content": "long"}]}
@@ -25,15 +25,7 @@ SFT = [{"messages": [{"role": "user", "content": f"view {n}?"}, {"role": "assist
 
 
 def options(tiny_model: Path, *sources: Path, more: tuple[str, ...] = ()) -> list[str]:
-    return [
-        "data.source=chat",
-        f"data.sources={json.dumps([str(source) for source in sources])}",
-        "data.eval_share=0.25",
-        "prompt.max_length=128",
-        f"model.name={tiny_model}",
-        "train.objective=dpo",
-        *more,
-    ]
+    return data_options(tiny_model, *sources, objective="dpo", more=more)
 
 
 def rows_of(folder: Path, split: str):

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from command import fintune, fintune_process
-from fintune.artifact import Key, Manifest, digests
+from finished_step import finish
 from fintune.engines.endpoint import parse
 from fintune.engines.llama_cpp import LlamaCppEngine
 from fintune.engines.openai import OpenAIEngine
@@ -45,20 +45,7 @@ def run(tiny_model, tmp_path_factory) -> Path:
     (folder / "export").mkdir(parents=True)
     kinds = ("F16", "Q4_K_M")
     report = export(tiny_model, {kind: folder / "export" / f"demo-{kind}.gguf" for kind in kinds})
-    manifest = Manifest(
-        key=Key(step="export", options={}, sources={}, inputs={}),
-        fingerprint="",
-        outputs=digests(folder / "export"),
-        facts={"file_bytes": {file.kind: file.num_bytes for file in report.files}},
-        versions={},
-        commit=None,
-        machine={},
-        seed=0,
-        finished="",
-        seconds=0,
-        peak_memory_bytes=0,
-    )
-    (folder / "export" / "manifest.json").write_text(manifest.model_dump_json())
+    finish(folder / "export", file_bytes={file.kind: file.num_bytes for file in report.files})
     (folder / "merge").symlink_to(tiny_model)
     (folder / "train").mkdir()
     adapter = lora_of(tiny_model, folder / "train" / "adapter")

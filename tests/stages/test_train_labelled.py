@@ -8,16 +8,19 @@ from pathlib import Path
 import pytest
 
 from fintune import chat, models
-from fintune.config import load
 from fintune.errors import ConfigError
 from fintune.options import Config
 from fintune.prepared import read_tokens
 from fintune.records import LabelledAnswer
 from fintune.stages.prepare import prepare
 from fintune.stages.train import train
-from fintune.tuning import metrics
 from labelled_rows import labelled_rows
 from pair_rows import pair_rows, write_rows
+from preference_training import (
+    check_that_an_interrupted_run_equals_the_uninterrupted_one,
+    lines,
+    training,
+)
 
 torch = pytest.importorskip("torch")
 
@@ -28,20 +31,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def options(model: Path, data: Path, *more: str) -> Config:
-    return load(
-        None,
-        [
-            f"model.name={model}",
-            "data.source=chat",
-            f"data.sources={data}",
-            "data.eval_share=0.25",
-            "prompt.max_length=128",
-            "adapter.r=4",
-            "train.objective=kto",
-            *("train.precision=float32", "train.batch_size=4", "train.max_steps=6", "train.learning_rate=2e-3"),
-            *more,
-        ],
-    ).config
+    return training(model, data, "kto", *more)
 
 
 @pytest.fixture(scope="module")
@@ -50,16 +40,6 @@ def answers(data, tiny_model, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("prepare")
     prepare(options(tiny_model, data), {}, folder)
     return folder
-
-
-def lines(folder: Path) -> list[dict[str, float]]:
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in metrics.read(folder / "metrics.jsonl")]
-
-
-def weights(folder: Path):
-    from safetensors.torch import load_file
-
-    return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
 def logp(model, tokenizer, one: LabelledAnswer) -> float:
@@ -127,24 +107,7 @@ def test_the_first_loss_is_that_of_equal_models_times_the_weights_of_its_labels(
 
 def test_an_interrupted_run_goes_on_and_equals_the_uninterrupted_one(tiny_model, data, answers, tmp_path, monkeypatch):
     asked = options(tiny_model, data, "train.checkpoint_steps=2", "train.eval_steps=2", "train.keep=best_loss")
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    whole.mkdir()
-    cut.mkdir()
-    train(asked, {"prepare": answers}, whole)
-    original = metrics.append
-
-    def interrupted(path: Path, line: dict[str, float]) -> None:
-        original(path, line)
-        if line["step"] == 5:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(metrics, "append", interrupted)
-        train(asked, {"prepare": answers}, cut)
-    assert not (cut / "adapter").exists()
-    train(asked, {"prepare": answers}, cut)
-    assert lines(cut) == lines(whole)
-    assert all(torch.equal(weights(cut)[name], weight) for name, weight in weights(whole).items())
+    check_that_an_interrupted_run_equals_the_uninterrupted_one(asked, answers, tmp_path, monkeypatch)
 
 
 def test_held_out_answers_are_measured_one_by_one_whatever_the_batch(tiny_model, data, answers, tmp_path):

@@ -10,14 +10,17 @@ from pathlib import Path
 import pytest
 
 from fintune import chat, models
-from fintune.config import load
 from fintune.errors import ArtifactError, ConfigError, FintuneError
-from fintune.options import Config
 from fintune.records import Pair
 from fintune.stages.prepare import prepare
 from fintune.stages.train import train
-from fintune.tuning import metrics
 from pair_rows import pair_rows, write_rows
+from preference_training import (
+    check_that_an_interrupted_run_equals_the_uninterrupted_one,
+    lines,
+    weights,
+)
+from preference_training import training as options
 from prepared_rows import prepared
 
 torch = pytest.importorskip("torch")
@@ -29,39 +32,12 @@ def data(tmp_path_factory) -> Path:
     return write_rows(tmp_path_factory.mktemp("pairs") / "trader_dpo_data.jsonl", pair_rows(40))
 
 
-def options(model: Path, data: Path, objective: str, *more: str) -> Config:
-    return load(
-        None,
-        [
-            f"model.name={model}",
-            "data.source=chat",
-            f"data.sources={data}",
-            "data.eval_share=0.25",
-            "prompt.max_length=128",
-            "adapter.r=4",
-            f"train.objective={objective}",
-            *("train.precision=float32", "train.batch_size=4", "train.max_steps=6", "train.learning_rate=2e-3"),
-            *more,
-        ],
-    ).config
-
-
 @pytest.fixture(scope="module")
 def pairs(data, tiny_model, tmp_path_factory) -> Path:
     """Prepared pairs; look, do not touch."""
     folder = tmp_path_factory.mktemp("prepare")
     prepare(options(tiny_model, data, "dpo"), {}, folder)
     return folder
-
-
-def lines(folder: Path) -> list[dict[str, float]]:
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in metrics.read(folder / "metrics.jsonl")]
-
-
-def weights(folder: Path):
-    from safetensors.torch import load_file
-
-    return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
 def margin(model, tokenizer, pair: Pair) -> float:
@@ -147,24 +123,7 @@ def test_an_interrupted_run_goes_on_and_equals_the_uninterrupted_one(
     asked = options(
         tiny_model, data, objective, "train.checkpoint_steps=2", "train.eval_steps=2", "train.keep=best_loss"
     )
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    whole.mkdir()
-    cut.mkdir()
-    train(asked, {"prepare": pairs}, whole)
-    original = metrics.append
-
-    def interrupted(path: Path, line: dict[str, float]) -> None:
-        original(path, line)
-        if line["step"] == 5:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(metrics, "append", interrupted)
-        train(asked, {"prepare": pairs}, cut)
-    assert not (cut / "adapter").exists()
-    train(asked, {"prepare": pairs}, cut)
-    assert lines(cut) == lines(whole)
-    assert all(torch.equal(weights(cut)[name], weight) for name, weight in weights(whole).items())
+    check_that_an_interrupted_run_equals_the_uninterrupted_one(asked, pairs, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
