@@ -149,7 +149,7 @@ def make_arguments(
     made = preference.arguments(options)
     if options.objective == "sft":
         made = partial(SFTConfig, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None)
-    return made(
+    args = made(
         output_dir=str(folder),
         use_cpu=weights.device.type == "cpu" and not (shard.is_divided(options) and torch.cuda.is_available()),
         max_steps=num_steps,
@@ -183,6 +183,10 @@ def make_arguments(
         report_to="none",
         disable_tqdm=True,
     )
+    if args.n_gpu > 1:
+        # Else a single process would spread over all GPUs that it sees (nn.DataParallel); that is train.gpus' matter.
+        args._n_gpu = 1
+    return args
 
 
 def _base(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
