@@ -1,7 +1,8 @@
 """What the GPU runs for DoRA, launched by ``triton_kernels``: factors, and backward passes that take magnitudes along.
 
 The gradient of a magnitude is a sum over the tokens. A program adds up a block of them; torch adds the blocks, so that
-results repeat.
+results repeat. The number of tokens changes from batch to batch: it is not specialised, since each kind of it (a
+multiple of 16, or not) would cost a second of compilation in the midst of training.
 """
 # mypy: ignore-errors
 # ruff: noqa: N803, D103 - what each does stands at the function of the same name in plain_kernels
@@ -18,7 +19,7 @@ def store_sums_program(sums, magnitude, total, at, inside, row, sums_stride):
     tl.store(sums + row * sums_stride + at, total / values, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def scale_grad_program(
     grad, branch, scale, magnitude, own, sums, num_rows, num_columns, grad_stride, branch_stride, sums_stride,
     ROWS: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr,
@@ -38,7 +39,7 @@ def scale_grad_program(
     store_sums_program(sums, magnitude, tl.sum(total, 0), at, inside, tl.program_id(0), sums_stride)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def gate_backward_dora_program(
     grad, both, scale, magnitude, out, again, sums, num_rows, num_columns,
     grad_stride, both_stride, out_stride, again_stride, sums_stride,
@@ -77,7 +78,7 @@ def gate_backward_dora_program(
     store_sums_program(sums + beside, magnitude + beside, tl.sum(total_up, 0), at, inside, block, sums_stride)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def join_heads_dora_program(
     queries, keys, values, qkv, scale, bias, magnitude, query_norm, key_norm, cos, sin, out, sums,
     num_tokens, qkv_stride, out_stride, sums_stride, num_queries, num_keys, eps,
