@@ -257,7 +257,7 @@ def _room(config: Config, rows: Dataset, folder: Path) -> advice.Room | None:
         model_config=read_json(ref.path / "config.json"),
         longest=max(map(len, rows["input_ids"])),
         limit_bytes=planned.limit_bytes(config.train.max_memory_gib, planned.free_bytes()),
-        followed_plan=bool(planned.read(folder)),
+        followed_plan="predicted_peak_gib" in planned.read(folder),
     )
 
 

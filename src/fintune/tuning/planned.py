@@ -230,16 +230,13 @@ def free_bytes(device: object = None) -> int:
     return int(free + torch.cuda.memory_reserved(device))
 
 
-def write(plan: TrainingPlan, folder: Path, *, trained: bool) -> None:
+def write(plan: TrainingPlan, folder: Path) -> None:
     """Leave the plan for the manifest.
 
     Args:
         plan: What was chosen.
         folder: The stage's.
-        trained: The run is over; the largest allocation is written beside the prediction.
     """
-    import torch
-
     setting: Setting = plan.setting
     facts = {
         "predicted_peak_gib": round(plan.predicted_bytes / GIB, 2),
@@ -248,14 +245,21 @@ def write(plan: TrainingPlan, folder: Path, *, trained: bool) -> None:
         "batch_size": plan.batch_size,
         "accumulation": plan.accumulation,
     }
-    if trained:
-        measured = torch.cuda.max_memory_allocated() / GIB
-        facts["peak_gib"] = round(measured, 2)
-        say(f"memory: {measured:.1f} GiB at most, {plan.predicted_bytes / GIB:.1f} predicted")
     (folder / FILE).write_text(json.dumps(facts) + "\n", encoding="utf-8")
 
 
+def write_peak(folder: Path) -> None:
+    """Write the largest allocation on this process's GPU beside the prediction, where there was one, and say both."""
+    import torch
+
+    measured = torch.cuda.max_memory_allocated() / GIB
+    facts = read(folder)
+    predicted = f", {facts['predicted_peak_gib']:.1f} predicted" if "predicted_peak_gib" in facts else ""
+    say(f"memory: {measured:.1f} GiB at most{predicted}")
+    (folder / FILE).write_text(json.dumps(facts | {"peak_gib": round(measured, 2)}) + "\n", encoding="utf-8")
+
+
 def read(folder: Path) -> dict[str, Any]:
-    """What :func:`write` left; nothing where there was no plan."""
+    """What :func:`write` and :func:`write_peak` left; nothing where there was neither."""
     path = folder / FILE
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}

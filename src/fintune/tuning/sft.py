@@ -115,7 +115,7 @@ def train(
     if fused and model.device.type == "cuda":
         memory = planned.plan_model(model, options, lengths)
         if ranks.leads():
-            planned.write(memory, folder, trained=False)
+            planned.write(memory, folder)
         # The same examples a step, in as many passes as memory demands.
         passes = {"batch_size": memory.batch_size, "accumulation": memory.accumulation}
         options = options.model_copy(update=passes)
@@ -164,8 +164,8 @@ def train(
         ranks.train_together(trainer)
         with behind_the_step(stop, folder / "checkpoints"):
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    if memory is not None and ranks.leads():
-        planned.write(memory, folder, trained=True)
+    if trainer.args.device.type == "cuda" and ranks.leads():
+        planned.write_peak(folder)
     best = best_step(metrics.read(folder / "metrics.jsonl"), options.keep) if options.keep != "last" else None
     if best is None:
         return int(trainer.state.global_step)

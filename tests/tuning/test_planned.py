@@ -1,0 +1,28 @@
+"""What the planner leaves for the manifest, and the largest allocation beside it."""
+
+from __future__ import annotations
+
+import torch
+
+from fintune.tuning import planned
+from fintune.tuning.memory import Setting
+from fintune.tuning.plan import GIB, TrainingPlan
+
+PLAN = TrainingPlan(Setting(3, False, 4096), 2, 4, 9 * GIB, 12 * GIB, True, ())
+
+
+def test_the_peak_is_said_and_kept_beside_the_prediction(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: int(8.5 * GIB))
+    planned.write(PLAN, tmp_path)
+    planned.write_peak(tmp_path)
+    found = planned.read(tmp_path)
+    assert (found["peak_gib"], found["predicted_peak_gib"], found["recomputed_layers"]) == (8.5, 9.0, 3)
+    assert "8.5 GiB at most, 9.0 predicted" in capsys.readouterr().err
+
+
+def test_a_training_without_a_plan_tells_its_peak_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2 * GIB)
+    planned.write_peak(tmp_path)
+    assert planned.read(tmp_path) == {"peak_gib": 2.0}
+    told = capsys.readouterr().err
+    assert "2.0 GiB at most" in told and "predicted" not in told
