@@ -7,7 +7,8 @@
 
 A model of true shape with random weights trains on the same rows through ``fintune train``'s stage: on one GPU with
 whole copies on each of them, and with the frozen weights divided (FSDP2), each time as many examples a step. Every
-variant is a process of its own. The first steps warm up; tokens a second are those of all others.
+variant is a process of its own. The first steps warm up; tokens a second are those of all others. "Two machines" are
+two agents on this one, a GPU each: the second is started with the line that the first prints.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ import argparse
 import json
 import os
 import platform
+import shlex
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -32,6 +36,8 @@ WAYS = (
     {"name": "one GPU", "gpus": 1},
     {"name": "whole copies", "sharding": "none"},
     {"name": "divided", "sharding": "full"},
+    {"name": "two machines", "gpus": 1, "machines": 2, "sharding": "none"},
+    {"name": "two machines, divided", "gpus": 1, "machines": 2, "sharding": "full"},
     {"name": "DoRA, one GPU", "gpus": 1, "kind": "dora"},
     {"name": "DoRA, whole copies", "sharding": "none", "kind": "dora"},
     {"name": "DoRA, divided", "sharding": "full", "kind": "dora"},
@@ -89,6 +95,7 @@ def _worker(order: dict) -> None:
         return
     lines = [json.loads(line) for line in (Path(order["folder"]) / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
+    timed_steps = steps[WARM_UP - 1 :]
     timed = steps[-1]["seconds"] - steps[WARM_UP - 1]["seconds"]
     tokens = steps[-1]["tokens"] - steps[WARM_UP - 1]["tokens"]
     found = {
@@ -97,18 +104,21 @@ def _worker(order: dict) -> None:
         "grad_norms": [line["grad_norm"] for line in steps],
         "eval_losses": [line["eval_loss"] for line in lines if "eval_loss" in line],
         "tokens_per_second": round(tokens / max(timed, 1e-9), 1),
+        "step_seconds_median": round(
+            statistics.median(b["seconds"] - a["seconds"] for a, b in pairwise(timed_steps)), 4
+        ),
         "peak_gib": facts.get("peak_gib"),
     }
     print("RESULT " + json.dumps(found), flush=True)
 
 
 def _run(way: dict, options: argparse.Namespace, place: Path) -> dict:
-    gpus = way.get("gpus", options.gpus)
+    gpus, machines = way.get("gpus", options.gpus), way.get("machines", 1)
     folder = place / way["name"].replace(" ", "-").replace(",", "")
     folder.mkdir()
-    batch = options.batch * options.gpus // gpus
-    train = {"batch_size": batch, "gpus": gpus, "sharding": way.get("sharding", "auto"), "max_steps": options.steps}
-    train |= {"checkpoint_steps": 10**6, "eval_steps": options.steps, "learning_rate": 1e-4}
+    batch = options.batch * options.gpus // (gpus * machines)
+    train = {"batch_size": batch, "gpus": gpus, "machines": machines, "sharding": way.get("sharding", "auto")}
+    train |= {"max_steps": options.steps, "checkpoint_steps": 10**6, "eval_steps": options.steps, "learning_rate": 1e-4}
     if options.model == "tiny":
         train |= {"precision": "float32", "threads": 1}
     order = {
@@ -124,10 +134,32 @@ def _run(way: dict, options: argparse.Namespace, place: Path) -> dict:
     source = str(Path(__file__).resolve().parents[1] / "src")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(order)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    found = json.loads(lines[-1][7:]) if lines else {"ok": False, "error": done.stderr[-1500:]}
-    return {"variant": way["name"], "gpus": gpus, "seconds": round(time.monotonic() - began, 1), **found}
+    log = place / f"{folder.name}.log"
+    with log.open("w") as stderr, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, env=env) as process:
+        other = _second_machine(process, log, env) if machines > 1 else None
+        told, _ = process.communicate()
+        if other is not None:
+            other.kill()
+            other.wait()
+    lines = [line for line in told.decode().splitlines() if line.startswith("RESULT ")]
+    found = json.loads(lines[-1][7:]) if lines else {"ok": False, "error": log.read_text()[-1500:]}
+    seconds = round(time.monotonic() - began, 1)
+    return {"variant": way["name"], "gpus": gpus * machines, "seconds": seconds, **found}
+
+
+def _second_machine(first: subprocess.Popen, log: Path, env: dict[str, str]) -> subprocess.Popen | None:
+    """Another agent, started as a user would, with the line that the first one printed."""
+    sign = " other machines: torchrun "
+    while first.poll() is None:
+        line = next((line for line in log.read_text().splitlines() if sign in line), "")
+        if line:
+            words = shlex.split(line.partition(sign)[2])
+            hidden = {**env, "CUDA_VISIBLE_DEVICES": "1"}
+            with log.with_suffix(".second").open("w") as out:
+                command = [sys.executable, "-m", "torch.distributed.run", *words]
+                return subprocess.Popen(command, stdout=out, stderr=out, env=hidden)
+        time.sleep(0.2)
+    return None
 
 
 def _compare(results: list[dict]) -> None:

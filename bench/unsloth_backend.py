@@ -93,7 +93,7 @@ def _run(name: str, data: list[str], folder: Path, options: argparse.Namespace) 
         f"train.max_steps={options.steps}",
         f"train.eval_steps={options.steps}",
     ]
-    if name == "unsloth" and options.unsloth_python is not None:
+    if name.startswith("unsloth") and options.unsloth_python is not None:
         overrides.append(f"train.backend_python={options.unsloth_python}")
     config = load(None, overrides).config
     pipeline = Pipeline(config, build(config), Selection(only=("prepare", "train")))
