@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from fintune.model_folder import read_json
 from fintune.options import Config, SourceOptions
-from fintune.sources.rows import local_files
+from fintune.sources.files import local_files
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _STORED_BYTES = {"F64": 8, "F32": 4, "F8_E4M3": 1, "F8_E5M2": 1}

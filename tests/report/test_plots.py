@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from fintune.report import plots
+from fintune.report import svg
 from fintune.report.plots import Curve, Dot, dot_plot, length_plot, loss_plot, share_plot, smooth, too_few
 
 STEPS = list(range(1, 101))
@@ -37,7 +37,7 @@ def test_a_plot_is_well_formed_and_comes_for_a_desk_and_for_a_phone(plot):
     root = ElementTree.fromstring(f"<div>{plot.replace('xlink:href', 'href')}</div>")
     assert [child.get("class") for child in root] == ["plot wide", "plot narrow"]
     widths = [float(svg.get("viewBox").split()[2]) for svg in root.iter("svg")]
-    assert widths == [plots.WIDE_PIXELS, plots.NARROW_PIXELS]
+    assert widths == [svg.WIDE_PIXELS, svg.NARROW_PIXELS]
 
 
 def test_colours_are_the_pages_own(plot):

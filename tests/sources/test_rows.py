@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from fintune.errors import DataError
-from fintune.sources.rows import BrokenRowError, Row, find, read_rows
+from fintune.sources.files import find
+from fintune.sources.rows import BrokenRowError, Row, read_rows
 
 ROWS = [{"question": f"what is {n}, in\nwords?", "answer": f"{n}"} for n in range(3)]
 

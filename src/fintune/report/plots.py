@@ -1,37 +1,19 @@
-"""Plots as inline SVG: text stays text, and colours are the page's own, so that light and dark both work.
-
-matplotlib draws with placeholder colours, which are then replaced by CSS variables of the page (``--ink``, ``--s1``).
-Each plot is drawn twice, for a desk and for a phone; the page's style shows the one that fits.
-"""
+"""The plots of the pages: what each draws; :mod:`fintune.report.svg` makes it fit for a page."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
-from xml.sax.saxutils import escape
+from typing import TYPE_CHECKING
+
+from fintune.report import svg
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDE_PIXELS = 560
-NARROW_PIXELS = 330
 _FEWEST = 20
 """Examples of a histogram beside another."""
-_DPI = 72  # matplotlib's SVG unit is the point; at 72 a point is a pixel of the drawing
-
-_INK, _MUTED, _LINE = "#010203", "#020304", "#030405"
-_SERIES = ("#040506", "#050607", "#060708", "#070809", "#08090a", "#090a0b", "#0a0b0c", "#0b0c0d")
-_VARIABLES: Mapping[str, str] = {
-    _INK: "var(--ink)",
-    _MUTED: "var(--muted)",
-    _LINE: "var(--line)",
-    **{colour: f"var(--s{index})" for index, colour in enumerate(_SERIES)},
-}
 
 
 @dataclass(frozen=True)
@@ -77,11 +59,11 @@ def dot_plot(name: str, title: str, rows: Sequence[Dot], axis: str) -> str:
         axes = figure.add_subplot()
         places = range(len(rows))
         for place, row in zip(places, rows, strict=True):
-            colour = _SERIES[row.series]
+            colour = svg.SERIES[row.series]
             axes.plot([100 * row.low, 100 * row.high], [place, place], color=colour, linewidth=3, alpha=0.45)
             axes.plot([100 * row.value], [place], "o", color=colour, markersize=9)
             if row.second is not None:
-                axes.plot([100 * row.second], [place], "D", color=_INK, markersize=5, markerfacecolor="none")
+                axes.plot([100 * row.second], [place], "D", color=svg.INK, markersize=5, markerfacecolor="none")
             axes.annotate(
                 f"{100 * row.value:.1f} %",
                 (100 * row.value, place),
@@ -89,7 +71,7 @@ def dot_plot(name: str, title: str, rows: Sequence[Dot], axis: str) -> str:
                 xytext=(0 if row.value > 0.04 else -5, 8),
                 textcoords="offset points",
                 ha="center" if row.value > 0.04 else "left",
-                color=_INK,
+                color=svg.INK,
                 fontweight="bold",
             )
         axes.set_yticks(list(places), [row.label for row in rows])
@@ -97,9 +79,9 @@ def dot_plot(name: str, title: str, rows: Sequence[Dot], axis: str) -> str:
         axes.set_xlim(-3, 103)
         axes.set_xticks(range(0, 101, 20 if wide else 25))
         axes.set_xlabel(axis)
-        _plain(axes, grid="x")
+        svg.plain(axes, grid="x")
 
-    return _figure(name, title, draw, height=56 + 44 * len(rows))
+    return svg.figure(name, title, draw, height=56 + 44 * len(rows))
 
 
 def loss_plot(name: str, title: str, train: Curve, evaluated: Curve, rate: Curve) -> str:
@@ -114,12 +96,12 @@ def loss_plot(name: str, title: str, train: Curve, evaluated: Curve, rate: Curve
         if train.steps:
             thin = len(train.steps) > 60
             loss.plot(
-                train.steps, train.values, color=_SERIES[1], linewidth=1 if thin else 1.8, alpha=0.4 if thin else 1
+                train.steps, train.values, color=svg.SERIES[1], linewidth=1 if thin else 1.8, alpha=0.4 if thin else 1
             )
             if thin:
-                loss.plot(train.steps, smooth(train.values), color=_SERIES[1], linewidth=2)
+                loss.plot(train.steps, smooth(train.values), color=svg.SERIES[1], linewidth=2)
         if evaluated.steps:
-            loss.plot(evaluated.steps, evaluated.values, "o-", color=_SERIES[4], linewidth=1.8, markersize=5)
+            loss.plot(evaluated.steps, evaluated.values, "o-", color=svg.SERIES[4], linewidth=1.8, markersize=5)
         values = [value for value in (*train.values, *evaluated.values) if value > 0]
         logarithmic = bool(values) and max(values) > 20 * min(values)
         if logarithmic:
@@ -128,17 +110,17 @@ def loss_plot(name: str, title: str, train: Curve, evaluated: Curve, rate: Curve
             loss.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             loss.yaxis.set_minor_formatter("")
         loss.set_ylabel("loss, nats" + (" (log scale)" if logarithmic else ""))
-        _plain(loss, grid="y")
-        below.plot(rate.steps, rate.values, color=_MUTED, linewidth=1.5)
+        svg.plain(loss, grid="y")
+        below.plot(rate.steps, rate.values, color=svg.MUTED, linewidth=1.5)
         below.set_ylabel("learning\nrate")
         below.set_ylim(bottom=0)
         below.locator_params(axis="y", nbins=2)
         below.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}".replace("e-0", "e-") if value else "0")
         below.set_xlabel("optimiser step")
         below.xaxis.get_major_locator().set_params(integer=True, nbins=8 if wide else 5)
-        _plain(below, grid="y")
+        svg.plain(below, grid="y")
 
-    return _figure(name, title, draw, height=330)
+    return svg.figure(name, title, draw, height=330)
 
 
 def share_plot(name: str, title: str, ours: Mapping[str, float], other: Mapping[str, float], axis: str) -> str:
@@ -148,13 +130,13 @@ def share_plot(name: str, title: str, ours: Mapping[str, float], other: Mapping[
     def draw(figure: Figure, wide: bool) -> None:
         axes = figure.add_subplot()
         places = list(range(len(labels)))
-        axes.barh(places, [100 * ours.get(label, 0) for label in labels], height=0.58, color=_SERIES[1], alpha=0.75)
+        axes.barh(places, [100 * ours.get(label, 0) for label in labels], height=0.58, color=svg.SERIES[1], alpha=0.75)
         if other:
             axes.plot(
                 [100 * other.get(label, 0) for label in labels],
                 places,
                 "D",
-                color=_INK,
+                color=svg.INK,
                 markerfacecolor="none",
                 markersize=6,
                 clip_on=False,
@@ -164,9 +146,9 @@ def share_plot(name: str, title: str, ours: Mapping[str, float], other: Mapping[
         axes.set_xlim(0, 105 * max([0.01, *ours.values(), *other.values()]))
         axes.set_xlabel(axis)
         axes.locator_params(axis="x", nbins=7 if wide else 5)
-        _plain(axes, grid="x")
+        svg.plain(axes, grid="x")
 
-    return _figure(name, title, draw, height=48 + 24 * len(labels))
+    return svg.figure(name, title, draw, height=48 + 24 * len(labels))
 
 
 def too_few(histogram: Sequence[tuple[int, int, int]]) -> bool:
@@ -197,23 +179,23 @@ def length_plot(
 
     def draw(figure: Figure, wide: bool) -> None:
         axes = figure.add_subplot()
-        for bins, colour in zip(histograms, (_SERIES[1], _SERIES[4]), strict=False):
+        for bins, colour in zip(histograms, (svg.SERIES[1], svg.SERIES[4]), strict=False):
             total = sum(count for _, _, count in bins) or 1
             heights = [100 * count / total * unit / (end - start) for start, end, count in bins]
             edges = [bins[0][0], *(end for _, end, _ in bins)]
             axes.stairs(heights, edges, color=colour, fill=True, alpha=0.18)
             axes.stairs(heights, edges, color=colour, linewidth=1.8)
         if limit is not None:
-            axes.axvline(limit, color=_MUTED, linewidth=1.2, linestyle="--")
+            axes.axvline(limit, color=svg.MUTED, linewidth=1.2, linestyle="--")
         axes.set_ylim(bottom=0)
         axes.set_xlim(left=0)
         axes.set_xlabel(axis)
         axes.set_ylabel(f"% of examples\nper {unit:,} tokens" if unit > 1 else "% of examples\nper token")
         axes.locator_params(axis="x", nbins=8 if wide else 5)
         axes.locator_params(axis="y", nbins=5)
-        _plain(axes, grid="y")
+        svg.plain(axes, grid="y")
 
-    return _figure(name, title, draw, height=230)
+    return svg.figure(name, title, draw, height=230)
 
 
 def coverage_plot(name: str, title: str, curves: Sequence[tuple[str, int, Curve]]) -> str:
@@ -229,16 +211,16 @@ def coverage_plot(name: str, title: str, curves: Sequence[tuple[str, int, Curve]
         axes = figure.add_subplot()
         for _, series, curve in curves:
             steps, values = ([100 * each for each in side] for side in (curve.steps, curve.values))
-            axes.plot(steps, values, color=_SERIES[series], linewidth=2, drawstyle="steps-post")
-            axes.plot(steps[-1:], values[-1:], "o", color=_SERIES[series], markersize=6, clip_on=False)
+            axes.plot(steps, values, color=svg.SERIES[series], linewidth=2, drawstyle="steps-post")
+            axes.plot(steps[-1:], values[-1:], "o", color=svg.SERIES[series], markersize=6, clip_on=False)
         axes.set_xlim(0, 100)
         axes.set_ylim(0, 103)
         axes.set_xticks(range(0, 101, 20 if wide else 25))
         axes.set_xlabel("questions answered, %")
         axes.set_ylabel("execution accuracy, %")
-        _plain(axes, grid="y")
+        svg.plain(axes, grid="y")
 
-    return _figure(name, title, draw, height=270)
+    return svg.figure(name, title, draw, height=270)
 
 
 def smooth(values: Sequence[float]) -> list[float]:
@@ -247,78 +229,3 @@ def smooth(values: Sequence[float]) -> list[float]:
     reaches = [min(half, index, len(values) - 1 - index) for index in range(len(values))]
     windows = [values[index - reach : index + reach + 1] for index, reach in enumerate(reaches)]
     return [sum(window) / len(window) for window in windows]
-
-
-def _plain(axes: Axes, *, grid: Literal["x", "y"]) -> None:
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(_LINE)
-    axes.tick_params(color=_LINE, labelcolor=_INK, length=0, which="both")
-    axes.xaxis.label.set_color(_MUTED)
-    axes.yaxis.label.set_color(_MUTED)
-    axes.grid(axis=grid, color=_LINE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.set_facecolor("none")
-
-
-def _figure(name: str, title: str, draw: Callable[[Any, bool], None], *, height: float) -> str:
-    wide = _svg(f"{name}-wide", title, draw, WIDE_PIXELS, height)
-    narrow = _svg(f"{name}-narrow", title, draw, NARROW_PIXELS, height)
-    return f'<div class="plot wide">{wide}</div><div class="plot narrow">{narrow}</div>'
-
-
-def _svg(name: str, title: str, draw: Callable[[Any, bool], None], width: float, height: float) -> str:
-    import matplotlib as mpl
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    look = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": name,
-        "font.size": 12,
-        "axes.unicode_minus": False,
-        "path.simplify": True,
-    }
-    with mpl.rc_context(look):
-        figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, layout="constrained")
-        figure.patch.set_visible(False)
-        FigureCanvasSVG(figure)
-        draw(figure, width >= WIDE_PIXELS)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return clean(out.getvalue(), name, title)
-
-
-def clean(svg: str, name: str, title: str) -> str:
-    """Make matplotlib's SVG fit for a page: no prologue, unique ids, CSS colours, a title, the page's font.
-
-    Args:
-        svg: The file as matplotlib writes it.
-        name: Prefix of all ids.
-        title: Text for a screen reader.
-    """
-    svg = svg[svg.index("<svg") :]
-    # matplotlib's style sheet would hold for the whole page; the page's own has the same rule for its plots.
-    svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
-    svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", svg)
-    svg = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', svg)
-    for colour, variable in _VARIABLES.items():
-        svg = svg.replace(colour, variable)
-    # The page's font in matplotlib's size; older versions write `font: 700 12px 'DejaVu Sans', ...` in one.
-    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
-    svg = re.sub(r"font: (?:(\d{3}|bold) )?([\d.]+)px [^;\"]*", _font, svg)
-    svg = re.sub(r"\n\s*", "\n", svg)
-    head = f'<svg role="img" aria-labelledby="{name}-title"'
-    end = svg.index(">") + 1
-    size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
-    assert size is not None, "matplotlib writes a viewBox"
-    width = math.ceil(float(size[1]))
-    opening = f'{head} viewBox="{size[0][9:-1]}" style="max-width:{width}px">'
-    return f'{opening}<title id="{name}-title">{escape(title)}</title>{svg[end:].strip()}'
-
-
-def _font(found: re.Match[str]) -> str:
-    weight = f"; font-weight: {found[1]}" if found[1] else ""
-    return f"font-size: {found[2]}px{weight}"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fintune.errors import DataError
 from fintune.options import DataOptions, SourceOptions
-from fintune.sources import hub, rows
+from fintune.sources import files, hub, rows
 from fintune.sources.chance import chance
 from fintune.sources.duplicates import digest_of
 from fintune.sources.licences import Licence, licence_of
@@ -127,7 +127,7 @@ def _rows(source: SourceOptions, number: int) -> Iterator[tuple[str, Row]]:
         label = f"{before}{wanted.name}/{source.split or 'train'}"
         yield from ((label, row) for row in hub.read(wanted))
         return
-    found = rows.find(source.path)
+    found = files.find(source.path)
     root = Path(source.path).expanduser()
     for path in found:
         below = path.relative_to(root).as_posix() if root.is_dir() and path != root else path.name

@@ -7,7 +7,6 @@ comes as a ``BrokenRowError`` in its place; a file that cannot be read or is tru
 from __future__ import annotations
 
 import csv
-import glob
 import gzip
 import io
 import json
@@ -20,10 +19,8 @@ from pathlib import Path
 from typing import IO
 
 from fintune.errors import DataError
-from fintune.options import SourceOptions
+from fintune.sources.files import SUFFIXES, suffix_of
 
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
-"""Files that are read in a folder, also with ``.gz`` behind."""
 AGAIN = "copy or download it again"
 _GZIP_MAGIC = b"\x1f\x8b"
 _TURNS = {"messages", "conversations"}
@@ -61,70 +58,11 @@ class Row:
     value: object
 
 
-def find(path: str) -> list[Path]:
-    """The files or the saved dataset that a path names: itself, what a pattern matches, what a folder holds.
-
-    Raises:
-        DataError: There is none.
-    """
-    named = Path(path).expanduser()
-    if named.is_file() or is_saved_dataset(named):
-        return [named]
-    if named.is_dir():
-        below = sorted(each for each in named.rglob("*") if each.is_file())
-        visible = [each for each in below if not any(part.startswith(".") for part in each.relative_to(named).parts)]
-        found = [each for each in visible if _suffix(each) in SUFFIXES]
-        if not found:
-            raise DataError(
-                "the folder holds no data file", path=path, hint=f"known are {' '.join(SUFFIXES)}, also .gz"
-            )
-        return found
-    matched = sorted(Path(each) for each in glob.glob(str(named), recursive=True))  # noqa: PTH207 - may be absolute
-    if files := [each for each in matched if each.is_file()]:
-        return files
-    raise DataError("no such file or folder", path=path, hint=_instead(path))
-
-
-def local_files(source: SourceOptions) -> list[Path]:
-    """Every file that an entry of ``data.sources`` reads here; none for a hub dataset.
-
-    Raises:
-        DataError: There is none of that name.
-    """
-    if source.path.startswith("hub:"):
-        return []
-    found = find(source.path)
-    return [
-        below for path in found for below in (sorted(path.rglob("*")) if path.is_dir() else [path]) if below.is_file()
-    ]
-
-
-def _instead(path: str) -> str:
-    if any(letter in path for letter in "*?["):
-        return f"nothing matches the pattern{tried(path)}"
-    if path.count("/") == 1 and not path.startswith((".", "/", "~")):
-        return f"check its name{tried(path)}; a dataset of the hub is written hub:{path}"
-    return f"check its name{tried(path)}"
-
-
-def tried(path: Path | str) -> str:
-    """For a message: where a relative path was looked for; nothing for an absolute one."""
-    full = Path(path).expanduser()
-    return "" if full.is_absolute() else f", {full.absolute()} was tried"
-
-
-def is_saved_dataset(folder: Path) -> bool:
-    """Whether ``datasets.save_to_disk`` wrote it."""
-    return (folder / "dataset_dict.json").is_file() or (
-        (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
-    )
-
-
 def read_rows(path: Path, *, split: str = "") -> Iterator[Row]:
     """All rows of a file or saved dataset, one after the other.
 
     Args:
-        path: From ``find``.
+        path: From :func:`fintune.sources.files.find`.
         split: Of a saved dataset that has several.
 
     Raises:
@@ -133,7 +71,7 @@ def read_rows(path: Path, *, split: str = "") -> Iterator[Row]:
     if path.is_dir():
         yield from _saved_dataset(path, split)
         return
-    suffix = _suffix(path)
+    suffix = suffix_of(path)
     reader = _csv if suffix in {".csv", ".tsv"} else _parquet if suffix == ".parquet" else _json
     try:
         yield from reader(path)
@@ -143,10 +81,6 @@ def read_rows(path: Path, *, split: str = "") -> Iterator[Row]:
         raise DataError("no such file", path=path, hint="check its name") from None
     except OSError as error:
         raise DataError(f"cannot be read ({error.strerror or error})", path=path) from None
-
-
-def _suffix(path: Path) -> str:
-    return Path(path.name.removesuffix(".gz")).suffix.lower()
 
 
 @contextmanager
@@ -283,7 +217,7 @@ def _again(head: str, rest: Iterable[str]) -> Iterator[str]:
 
 
 def _delimiter(path: Path, head: str) -> str:
-    return "\t" if _suffix(path) == ".tsv" else max(",;\t|", key=head.count)
+    return "\t" if suffix_of(path) == ".tsv" else max(",;\t|", key=head.count)
 
 
 def _named(names: list[str], cells: list[str]) -> object:

@@ -31,7 +31,7 @@ from fintune.report.inspect_page import (
     restricted,
     sources,
 )
-from fintune.sources.rows import local_files
+from fintune.sources.files import local_files
 from fintune.spread import file_of, spread
 
 if TYPE_CHECKING:
