@@ -20,6 +20,29 @@ def test_a_part_of_a_pass_repeats_nothing():
     assert len(set(order)) == len(order) == 50
 
 
+@pytest.mark.parametrize("batch_size", [8, 16, 64, 100])
+@pytest.mark.parametrize("mixes", [False, True])
+def test_no_step_holds_an_example_twice_and_every_pass_ends_before_the_next(batch_size, mixes):
+    labels = [index % 3 == 0 for index in range(100)] if mixes else None
+    order = training_order(LENGTHS, 400, batch_size, seed=1, labels=labels)
+    steps = [order[at : at + batch_size] for at in range(0, 400, batch_size)]
+    assert all(len(set(step)) == len(step) for step in steps)
+    assert all(sorted(order[at : at + 100]) == list(range(100)) for at in range(0, 400, 100))
+
+
+def test_the_step_between_two_passes_mixes_labels_too():
+    labels = [index % 4 == 0 for index in range(100)]
+    order = training_order(LENGTHS, 400, 16, seed=1, labels=labels)
+    for at in range(0, 400, 16):
+        assert 3 <= sum(labels[index] for index in order[at : at + 16]) <= 5
+
+
+def test_fewer_examples_than_a_step_takes_are_seen_alike_often():
+    order = training_order([5, 6, 7], 24, 8, seed=1)
+    assert [order.count(index) for index in range(3)] == [8, 8, 8]
+    assert all(len(set(order[at : at + 8])) == 3 for at in (0, 8, 16))
+
+
 def test_the_order_depends_on_the_seed_alone():
     assert training_order(LENGTHS, 200, 8, seed=1) == training_order(LENGTHS, 200, 8, seed=1)
     assert training_order(LENGTHS, 200, 8, seed=1) != training_order(LENGTHS, 200, 8, seed=2)

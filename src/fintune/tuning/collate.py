@@ -24,8 +24,10 @@ def training_order(
 ) -> list[int]:
     """Which example comes when, for the whole run at once, so that a resumed run only has to count.
 
-    Every pass over the data is shuffled anew. Within a window of some batches the examples are sorted by length, then
-    the batches are shuffled. Only the last batch may be smaller.
+    Every pass over the data is shuffled anew. Within a window of some batches of a pass the examples are sorted by
+    length, then the batches are shuffled. What a pass leaves over begins the first batch of the next, which is filled
+    up with other examples: no batch holds one twice, unless there are fewer than a batch. Only the last batch of the
+    run may be smaller.
 
     Args:
         lengths: Tokens of each example.
@@ -39,25 +41,55 @@ def training_order(
         ``num_examples`` indices into ``lengths``.
     """
     draw = random.Random(seed)  # noqa: S311 - an order, not a secret
-    stream: list[int] = []
-    while len(stream) < num_examples:
+    order: list[int] = []
+    left: list[int] = []
+    while len(order) + len(left) < num_examples:
         one_pass = list(range(len(lengths)))
         draw.shuffle(one_pass)
-        stream += one_pass
-    del stream[num_examples:]
+        if left:
+            num_wanted = min(batch_size, num_examples - len(order)) - len(left)
+            left += _others(one_pass, left, num_wanted, labels)
+            if len(left) < batch_size:
+                continue  # fewer examples than a batch, or the end
+            taken = set(left[-num_wanted:])
+            order += left
+            one_pass = [index for index in one_pass if index not in taken]
+        batches, left = _batches(one_pass[: num_examples - len(order)], lengths, batch_size, draw, labels)
+        order += batches
+    return order + left
+
+
+def _batches(
+    one_pass: list[int], lengths: Sequence[int], batch_size: int, draw: random.Random, labels: Sequence[bool] | None
+) -> tuple[list[int], list[int]]:
+    """Whole batches one behind the other, and what is left over."""
     window = _WINDOW_BATCHES * batch_size
     order: list[int] = []
-    for start in range(0, num_examples, window):
-        part = sorted(stream[start : start + window], key=lambda index: lengths[index])
+    left: list[int] = []
+    for start in range(0, len(one_pass), window):
+        part = sorted(one_pass[start : start + window], key=lambda index: lengths[index])
         part = part if labels is None else _mixed(part, labels)
-        # The remainder comes off a random place, not always off the longest ones.
+        # The remainder, of the last window alone, comes off a random place, not always off the longest ones.
         num_left = len(part) % batch_size
         cut = draw.randrange(len(part) - num_left + 1)
         left, part = part[cut : cut + num_left], part[:cut] + part[cut + num_left :]
         batches = [part[at : at + batch_size] for at in range(0, len(part), batch_size)]
         draw.shuffle(batches)
-        order += [index for batch in batches for index in batch] + left
-    return order
+        order += [index for batch in batches for index in batch]
+    return order, left
+
+
+def _others(one_pass: list[int], left: list[int], number: int, labels: Sequence[bool] | None) -> list[int]:
+    """The first so many of a pass that are not left over from the one before, copies where there are no others."""
+    there = set(left)
+    others = sorted(one_pass, key=lambda index: index in there)
+    if labels is None or len(one_pass) - len(there) < number:
+        return others[:number]
+    others = others[: len(one_pass) - len(there)]
+    wanted = round(sum(labels) / len(labels) * (len(left) + number)) - sum(labels[index] for index in left)
+    sides = [[index for index in others if labels[index] == label] for label in (True, False)]
+    num_desired = min(max(wanted, number - len(sides[1]), 0), number, len(sides[0]))
+    return sides[0][:num_desired] + sides[1][: number - num_desired]
 
 
 def _mixed(part: Sequence[int], labels: Sequence[bool]) -> list[int]:
