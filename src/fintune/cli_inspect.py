@@ -13,13 +13,19 @@ from fintune.cli_common import FILE, config_arguments
 @config_arguments
 @click.option("--examples", type=click.IntRange(min=0), default=3, show_default=True, help="Examples to show in full.")
 @click.option("--html", type=FILE, help="Write all of it as one self-contained page, too.")
-def inspect(config: Path, overrides: tuple[str, ...], examples: int, html: Path | None) -> None:
-    """Counts, drops by reason, token lengths, and examples with the trained tokens in colour."""
+def inspect(config: Path | None, overrides: tuple[str, ...], examples: int, html: Path | None) -> None:
+    """Counts, drops by reason, token lengths, and examples with the trained tokens in colour.
+
+    CONFIG may be a run's folder, too, such as financial_lora/run of train_financial_model.py.
+    """
     from rich.console import Console
 
     from fintune import outputs
     from fintune.config import load
+    from fintune.run_folder import overrides_of
     from fintune.stages.inspect import inspect as stage
 
-    outputs.check([html], [config])
+    if config is not None and config.is_dir():
+        overrides, config = (*overrides_of(config), *overrides), None
+    outputs.check([html], [config] if config is not None else [])
     stage(load(config, overrides).config, Console(), num_examples=examples, html=html)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from command import fintune
 from fintune.config import load
 from fintune.conversations import Sequenced
 from fintune.errors import FintuneError
@@ -125,6 +126,31 @@ def test_a_prepared_folder_is_read_only_where_the_options_are_the_same(config: C
     assert "⟦subtract(12, 10)<|im_end|>⟧" in text
     prompt = config.prompt.model_copy(update={"system": "Another."})
     assert "not prepared yet" in printed(config.model_copy(update={"prompt": prompt}))
+
+
+def test_a_runs_folder_stands_for_its_configuration(tmp_path: Path, tiny_model: Path) -> None:
+    rows = [{"prompt": f"what is {number} ?", "completion": f"it is {number}"} for number in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "config.yaml").write_text(
+        json.dumps(
+            {
+                "data": {"source": "chat", "sources": [{"path": str(tmp_path / "rows.jsonl")}]},
+                "model": {"name": str(tiny_model)},
+                "run": {"dir": str(tmp_path / "lora"), "name": "run"},
+            }
+        ),
+        encoding="utf-8",
+    )
+    run = tmp_path / "lora" / "run"
+    assert fintune("prepare", str(tmp_path / "config.yaml")).status == 0
+    (tmp_path / "config.yaml").unlink()
+    done = fintune("inspect", str(run), "--html", str(tmp_path / "page.html"))
+    assert done.status == 0, done.err
+    assert "prepare, all examples" in done.out.replace("\n", " ")
+    assert "it is" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    done = fintune("inspect", str(tmp_path))
+    assert (done.status, done.err.count("\n")) == (2, 1)
+    assert "holds no finished stage" in done.err
 
 
 def test_characters_spread_over_several_tokens_are_shown_whole(tiny_model: Path) -> None:
