@@ -46,12 +46,14 @@ class BackgroundPush:
             save: Writes the files into a folder of that name, which it makes.
             label: What the snapshot is, for the commit and for messages.
         """
-        place = Path(tempfile.mkdtemp(prefix="fintune-push-"))
+        place: Path | None = None
         try:
+            place = Path(tempfile.mkdtemp(prefix="fintune-push-"))
             save(place / "files")
-        except OSError as error:
-            shutil.rmtree(place, ignore_errors=True)
-            say(f"{label} was not pushed: it could not be saved ({error.strerror or error}); training goes on")
+        except Exception as error:  # no room is an OSError to one library and an error of its own to another
+            if place is not None:
+                shutil.rmtree(place, ignore_errors=True)
+            say(f"{label} was not pushed: it could not be saved ({_why(error)}); training goes on")
             return
         with self._lock:
             if self._waiting is not None:
@@ -98,3 +100,11 @@ class BackgroundPush:
         # The library tries each request again by itself; a network that is away for longer has until the next one.
         done = send(self._target, uploads, message=saved.label, pauses=())
         say(f"{saved.label} pushed: {done.address}")
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    # SafetensorError tells what the disk said. Of others the kind alone, see `_work`.
+    named = isinstance(error, FintuneError) or type(error).__module__.partition(".")[0].startswith("safetensors")
+    return " ".join(str(error).split()) if named else type(error).__name__

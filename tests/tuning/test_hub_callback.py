@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from fintune import hub_background
 from fintune.hub_background import BackgroundPush
@@ -169,15 +170,41 @@ def test_an_error_nobody_foresaw_is_told_by_its_kind_and_the_next_snapshot_is_pu
     assert TOKEN not in told
 
 
-def test_a_snapshot_that_cannot_be_saved_is_told_and_passed_over(hub, capsys):
-    pushes = BackgroundPush(Target("ann/model"))
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (
+            SafetensorError("Error while serializing:\nNo space (os error 28)"),
+            "Error while serializing: No space (os er",
+        ),
+        (AssertionError(f"Bearer {TOKEN}"), "AssertionError)"),
+    ],
+)
+def test_a_snapshot_that_cannot_be_saved_is_told_in_a_line_and_passed_over(hub, capsys, error, told):
+    pushes, folders = BackgroundPush(Target("ann/model")), []
 
     def full(folder: Path) -> None:
-        raise OSError(28, "No space left on device")
+        folders.append(folder.parent)
+        raise error
 
     pushes.push(full, "epoch 1")
     pushes.finish()
-    assert "epoch 1 was not pushed: it could not be saved (No space left on device)" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert f"epoch 1 was not pushed: it could not be saved ({told}" in err
+    assert err.count("\n") == 1
+    assert not folders[0].exists()
+    assert not hub.asked
+
+
+def test_a_snapshot_for_which_there_is_no_folder_is_told_and_passed_over(hub, capsys, monkeypatch):
+    def full(**_: object) -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(hub_background.tempfile, "mkdtemp", full)
+    BackgroundPush(Target("ann/model")).push(writer("1"), "epoch 1")
+    told = capsys.readouterr().err
+    assert "epoch 1 was not pushed: it could not be saved (No usable temporary directory found)" in told
     assert not hub.asked
 
 
