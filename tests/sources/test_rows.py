@@ -161,3 +161,32 @@ def test_a_file_that_cannot_be_read_whole_names_itself_and_why(tmp_path, name, d
         list(read_rows(path))
     assert str(path) in str(caught.value)
     assert why in str(caught.value)
+
+
+LATIN_1 = "not UTF-8 text (line {}, byte {} of it): save it as UTF-8"
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "why"),
+    [
+        ("x.csv", "größe,answer\nwhat,1\n".encode("latin-1"), LATIN_1.format(1, 3)),
+        ("x.csv", "question,answer\nkäme was,1\n".encode("latin-1"), LATIN_1.format(2, 2)),
+        ("x.csv", b"question,answer\n" + b"what,1\n" * 9000 + b"\xe9,1\n", LATIN_1.format(9002, 1)),
+        ("x.tsv", gzip.compress("größe\tanswer\n".encode("latin-1")), LATIN_1.format(1, 3)),
+        ("x.json", '[\n{"question": "käme?"}]'.encode("latin-1"), LATIN_1.format(2, 16)),
+        *(
+            (name, text.encode(code), "not UTF-8 text but UTF-16: save it as UTF-8")
+            for name, text in (
+                ("x.csv", "\ufeffquestion,answer\nwhat,1\n"),
+                ("x.json", "\ufeff" + json.dumps(ROWS)),
+                ("x.jsonl", "\ufeff" + lines(ROWS)),
+            )
+            for code in ("utf-16-le", "utf-16-be")
+        ),
+    ],
+)
+def test_a_file_in_another_encoding_is_told_where_and_how_to_save_it(tmp_path, name, data, why):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError) as caught:
+        list(read_rows(tmp_path / name))
+    assert str(caught.value) == f"{tmp_path / name}: {why}"

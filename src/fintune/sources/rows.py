@@ -6,6 +6,7 @@ comes as a ``BrokenRowError`` in its place; a file that cannot be read or is tru
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
@@ -23,6 +24,7 @@ from fintune.sources.files import SUFFIXES, suffix_of
 
 AGAIN = "copy or download it again"
 _GZIP_MAGIC = b"\x1f\x8b"
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _TURNS = {"messages", "conversations"}
 _DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error)
 
@@ -95,11 +97,29 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
             yield raw
 
 
+def _not_utf8(path: Path) -> DataError:
+    """Where a text file is something else: decoders name a byte of the piece that they were given."""
+    what = "not UTF-8 text"
+    with _opened(path) as file:
+        for number, line in enumerate(file, 1):
+            if number == 1 and line.startswith(_UTF_16):
+                what = "not UTF-8 text but UTF-16"
+                break
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                what = f"not UTF-8 text (line {number}, byte {error.start + 1} of it)"
+                break
+    return DataError(what, path=path, hint="save it as UTF-8")
+
+
 def _json(path: Path) -> Iterator[Row]:
     with _opened(path) as file:
         start = next((line.lstrip(b"\xef\xbb\xbf \t\r\n") for line in file if line.strip(b"\xef\xbb\xbf \t\r\n")), b"")
     if not start:
         raise DataError("the file is empty", path=path, hint="give a file with rows, or leave it out")
+    if start.startswith(_UTF_16):
+        raise _not_utf8(path)
     if start.startswith(b"["):
         yield from _objects(path, _whole(path))
     elif start.startswith(b"{"):
@@ -121,8 +141,8 @@ def _whole(path: Path) -> object:
         data = file.read()
     try:
         return json.loads(data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8 text (byte {error.start})", path=path, hint="save it as UTF-8") from None
+    except UnicodeDecodeError:
+        raise _not_utf8(path) from None
     except json.JSONDecodeError as error:
         if error.pos >= len(data.decode("utf-8-sig").rstrip()) or error.msg.startswith("Unterminated string"):
             raise DataError(f"truncated JSON: it ends in line {error.lineno}", path=path, hint=AGAIN) from None
@@ -193,22 +213,27 @@ def _csv(path: Path) -> Iterator[Row]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with _opened(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-        head = text.readline()
-        if not head.strip():
-            raise DataError("the file is empty", path=path, hint="give a file with rows, or leave it out")
-        reader = csv.reader(_again(head, text), delimiter=_delimiter(path, head), strict=True)
         try:
-            names = [name.strip() for name in next(reader)]
-            if twice := next((name for name in names if names.count(name) > 1), None):
-                raise DataError(f"two columns are named {twice!r}", path=path, row=1, hint="rename one of them")
-            for number, cells in enumerate(reader, 2):
-                if cells:
-                    yield Row(str(path), number, _named(names, cells))
-        except UnicodeDecodeError as error:
-            raise DataError(f"not UTF-8 text (byte {error.start})", path=path, hint="save it as UTF-8") from None
-        except csv.Error as error:
-            hint = "look for a quotation mark that is not closed"
-            raise DataError(f"not CSV from line {reader.line_num} on ({error})", path=path, hint=hint) from None
+            yield from _table(path, text)
+        except UnicodeDecodeError:
+            raise _not_utf8(path) from None
+
+
+def _table(path: Path, text: io.TextIOWrapper) -> Iterator[Row]:
+    head = text.readline()
+    if not head.strip():
+        raise DataError("the file is empty", path=path, hint="give a file with rows, or leave it out")
+    reader = csv.reader(_again(head, text), delimiter=_delimiter(path, head), strict=True)
+    try:
+        names = [name.strip() for name in next(reader)]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise DataError(f"two columns are named {twice!r}", path=path, row=1, hint="rename one of them")
+        for number, cells in enumerate(reader, 2):
+            if cells:
+                yield Row(str(path), number, _named(names, cells))
+    except csv.Error as error:
+        hint = "look for a quotation mark that is not closed"
+        raise DataError(f"not CSV from line {reader.line_num} on ({error})", path=path, hint=hint) from None
 
 
 def _again(head: str, rest: Iterable[str]) -> Iterator[str]:
