@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from html.parser import HTMLParser
 
 _BLOCKS = frozenset(
@@ -10,6 +11,13 @@ _BLOCKS = frozenset(
 )
 _HIDDEN = {"script", "style", "template", "noscript", "head"}
 _MAX_SPAN = 100
+# Raised text stands between these two of Unicode's private characters until its cell or line is whole.
+_RAISED, _LOWERED = "\ue000", "\ue001"
+_SIGN = r"[*\u2020\u2021\u00a7\u00b6#,;]+|\([^\W_]{1,4}\)|\[[^\[\]]{1,20}\]"
+_MARK = rf"(?:\d{{1,3}}|[A-Za-z]|{_SIGN})"
+_FOOTNOTE = rf"{_RAISED}\s*{_MARK}(?:[\s,;]+{_MARK}|{_SIGN})*\s*{_LOWERED}"
+# What stands before a stroke is the upper part of a fraction.
+_FOOTNOTES = re.compile(rf"(\s*){_FOOTNOTE}(?:[\s,;]*{_FOOTNOTE})*(?!\s*[/\u2044])")
 _LEADING, _TRAILING = {"$", "€", "£", "¥", "(", "$(", "-"}, {")", "%", ")%", "%)"}
 
 
@@ -18,7 +26,7 @@ class HtmlPage(HTMLParser):
 
     Attributes:
         tables: Cells of every innermost table with figures, rows in order; a cell over several columns or rows stands
-            in the first one and leaves the others empty.
+            in the first one and leaves the others empty. Raised footnote marks are left out, as in the text.
         before: Lines of text before the first table.
         after: Lines of text behind it.
     """
@@ -49,6 +57,8 @@ class HtmlPage(HTMLParser):
         elif self._open and tag in ("td", "th"):
             spans = dict(attrs)
             self._open[-1].start_cell(_span(spans.get("colspan")), _span(spans.get("rowspan")))
+        elif tag == "sup":
+            self._add(_RAISED)
         elif tag in _BLOCKS:
             self._end_line()
 
@@ -69,23 +79,28 @@ class HtmlPage(HTMLParser):
                     self._end_line()
         elif tag in ("td", "th") and self._open:
             self._open[-1].end_cell()
+        elif tag == "sup":
+            self._add(_LOWERED)
         elif tag in _BLOCKS:
             self._end_line()
 
     def handle_data(self, data: str) -> None:
         """Take text."""
+        self._add(data.replace(_RAISED, " ").replace(_LOWERED, " "))
+
+    def _add(self, text: str) -> None:
         if self._hidden:
             return
         if self._open:
-            self._open[-1].add(data)
+            self._open[-1].add(text)
         else:
-            self._words.append(data)
+            self._words.append(text)
 
     def _end_line(self) -> None:
         if self._open:
             self._open[-1].add(" ")
             return
-        line = " ".join("".join(self._words).split())
+        line = _plain("".join(self._words))
         self._words = []
         if line:
             (self.after if self.tables else self.before).append(line)
@@ -123,8 +138,20 @@ class _Table:
 
     def rows(self) -> list[list[str]]:
         width = 1 + max((column for _, column in self._taken), default=-1)
-        cells = [[" ".join("".join(row.get(k, ())).split()) for k in range(width)] for row in self._rows]
+        cells = [[_plain("".join(row.get(k, ())), is_figure=k > 0) for k in range(width)] for row in self._rows]
         return [row for row in cells if any(row)]
+
+
+def _plain(text: str, *, is_figure: bool = False) -> str:
+    """Text in one line, without raised footnote marks behind a word; in the cell of a figure also before it."""
+
+    def without(found: re.Match[str]) -> str:
+        if not is_figure and not text[: found.start()].strip():
+            return found[0]
+        return " " if found[1] or text[found.end() : found.end() + 1].isalnum() else ""
+
+    whole = _FOOTNOTES.sub(without, text)
+    return " ".join(whole.replace(_RAISED, " ").replace(_LOWERED, " ").split())
 
 
 def _span(value: str | None) -> int:

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+
+from fintune.sources.html_page import HtmlPage
+
+PAGE = (
+    "<p>{text}</p><table><tr><th>in millions</th><th>{header}</th><th>2018</th></tr>"
+    "<tr><td>{name}</td><td>{cell}</td><td>900</td></tr></table>"
+)
+
+
+def read(text="Text.", header="2019", name="Revenue", cell="1,234"):
+    page = HtmlPage(PAGE.format(text=text, header=header, name=name, cell=cell))
+    ((first, second),) = page.tables
+    return page.before, first[1], *second[:2]
+
+
+@pytest.mark.parametrize(
+    "mark", ["1", "12", "a", "*", "**", "†", "(1)", "[a]", "[note 2]", "1, 2", "<a href='#f'>3</a>", " 1 "]
+)
+def test_raised_footnote_marks_are_left_out(mark):
+    raised = f"<sup>{mark}</sup>"
+    found = read(
+        text=f"Revenue{raised} was $1,250{raised} million{raised}.",
+        header=f"2019{raised}",
+        name=f"Revenue{raised}",
+        cell=f"1,234 {raised}",
+    )
+    assert found == (["Revenue was $1,250 million."], "2019", "Revenue", "1,234")
+
+
+def test_several_marks_and_marks_on_their_own_are_left_out():
+    assert read(cell="(5.2<sup>1</sup>,<sup>2</sup>)")[3] == "(5.2)"
+    assert read(cell="<sup>(1)</sup>1,234")[3] == "1,234"
+    page = HtmlPage(
+        "<table><tr><td>a<td>2019<td><td>2018</tr><tr><td>b<td>1,234</td><td><sup>(1)</sup></td><td>1,100</tr></table>"
+    )
+    assert page.tables == [[["a", "2019", "2018"], ["b", "1,234", "1,100"]]]
+
+
+@pytest.mark.parametrize(
+    ("cell", "expected"),
+    [
+        ("5<sup>1</sup>/<sub>2</sub>%", "5 1 /2%"),
+        ("2<sup>nd</sup>", "2 nd"),
+        ("10<sup>-6</sup>", "10 -6"),
+        ("7<sup>1", "7 1"),
+    ],
+)
+def test_other_raised_text_is_set_apart(cell, expected):
+    assert read(cell=cell)[3] == expected
+
+
+def test_the_number_before_a_footnote_stays():
+    page = HtmlPage("<p><sup>1</sup>Without tax.</p><p>And 5.</p>")
+    assert page.before == ["1 Without tax.", "And 5."]
