@@ -68,6 +68,37 @@ def test_what_the_user_put_in_the_place_of_a_file_is_kept(tmp_path):
     assert texts(target)["chat_template.jinja"] == "mine"
 
 
+def laid_out_and_copied(tmp_path: Path) -> Path:
+    write(tmp_path / "made", {"tokenizer.json": "ours", "vocab.json": "ours"})
+    for name in ("vocab.json", "tokenizer.json"):
+        place(tmp_path / "made" / name, tmp_path / "one" / name, kind="tokenizer", made_from="x", link=False)
+    shutil.copytree(tmp_path / "one", tmp_path / "two", copy_function=shutil.copyfile)
+    for path in (tmp_path / "two").iterdir():
+        os.utime(path, ns=(1, 1))
+    return tmp_path / "two"
+
+
+def test_a_folder_copied_without_its_times_is_still_ours_and_what_was_changed_there_is_not(tmp_path):
+    copy = laid_out_and_copied(tmp_path)
+    assert Record(copy).is_whole("tokenizer", "x", "tokenizer.json")
+    (copy / "vocab.json").write_text("mine")
+    assert Record(copy).owned("tokenizer") == [copy / "tokenizer.json"]
+    place(tmp_path / "made" / "tokenizer.json", copy / "tokenizer.json", kind="tokenizer", link=False)
+    with pytest.raises(ArtifactError, match=r"vocab.json is in the way"):
+        place(tmp_path / "made" / "vocab.json", copy / "vocab.json", kind="tokenizer", link=False)
+
+
+def test_large_files_and_those_of_an_older_record_are_told_by_their_times(tmp_path, monkeypatch):
+    monkeypatch.setattr("fintune.cli_finance_record.HASHED_BYTES", 4)
+    copy = laid_out_and_copied(tmp_path)
+    monkeypatch.undo()
+    assert '"digests":[]' in (copy / NAME).read_text()
+    for folder in (copy, tmp_path / "one"):  # as it was written before there were digests
+        (folder / NAME).write_text((folder / NAME).read_text().replace(',"digests":[]', ""))
+    assert not Record(copy).owned("tokenizer")
+    assert Record(tmp_path / "one").is_whole("tokenizer", "x", "tokenizer.json")
+
+
 @pytest.mark.parametrize("number", range(1, 8))
 def test_a_folder_that_is_being_changed_holds_no_config_and_is_completed(tmp_path, monkeypatch, number):
     target, calls = tmp_path / "merged", []

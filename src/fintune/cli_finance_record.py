@@ -1,7 +1,7 @@
 """Which files of a folder the finance commands laid out, and may therefore replace or remove.
 
 The record lies hidden in the folder. A file counts as laid out while it has the size and time that it was given then,
-so that what the user put in its place is the user's.
+or, in a folder that was copied without its times, the same content; what else the user put in its place is the user's.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fintune.artifact import write_atomically
+from fintune.artifact import sha256_file, write_atomically
 
 NAME = ".fintune-outputs"
+HASHED_BYTES = 64 * 2**20
+"""Larger files are told by size and time alone: the run's own lies there to be compared with."""
 
 
 class _Entry(BaseModel):
@@ -22,6 +24,7 @@ class _Entry(BaseModel):
         kind: What it is part of: adapter, tokenizer, merged, gguf.
         made_from: What tells whether it would be made the same again; empty where its content is compared.
         stamps: Size in bytes and time of change in nanoseconds; two where one is about to replace the other.
+        digests: SHA-256 of those that are small enough; older records have none.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -29,6 +32,7 @@ class _Entry(BaseModel):
     kind: str
     made_from: str
     stamps: tuple[tuple[int, int], ...]
+    digests: tuple[str, ...] = ()
 
 
 class _Entries(BaseModel):
@@ -48,7 +52,9 @@ class Record:
     def owns(self, path: Path) -> bool:
         """Whether the file that lies there is one that was laid out."""
         entry = self._files.get(path.name)
-        return entry is not None and not path.is_symlink() and path.is_file() and _stamp(path) in entry.stamps
+        if entry is None or path.is_symlink() or not path.is_file():
+            return False
+        return _stamp(path) in entry.stamps or (_same_size(path, entry) and _digest(path) in entry.digests)
 
     def owned(self, kind: str) -> list[Path]:
         """The files of a kind that lie there as they were laid out."""
@@ -77,10 +83,15 @@ class Record:
             kind: What it is part of.
             made_from: See :meth:`is_whole`.
         """
-        stamps = [_stamp(as_in)]
-        if self.owns(path):  # an interruption may leave either of the two there
-            stamps.append(_stamp(path))
-        entry = _Entry(kind=kind, made_from=made_from, stamps=tuple(dict.fromkeys(stamps)))
+        files = [as_in]
+        if path != as_in and self.owns(path):  # an interruption may leave either of the two there
+            files.append(path)
+        entry = _Entry(
+            kind=kind,
+            made_from=made_from,
+            stamps=tuple(dict.fromkeys(map(_stamp, files))),
+            digests=tuple(dict.fromkeys(digest for file in files if (digest := _digest(file)))),
+        )
         if self._files.get(path.name) != entry:
             self._files[path.name] = entry
             self._write()
@@ -98,3 +109,11 @@ class Record:
 def _stamp(path: Path) -> tuple[int, int]:
     stat = path.stat()
     return stat.st_size, stat.st_mtime_ns
+
+
+def _same_size(path: Path, entry: _Entry) -> bool:
+    return path.stat().st_size in {size for size, _ in entry.stamps}
+
+
+def _digest(path: Path) -> str | None:
+    return sha256_file(path) if path.stat().st_size < HASHED_BYTES else None
