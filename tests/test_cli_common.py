@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from command import fintune
 from fake_steps import Chain
 from fintune import steps
+from fintune.cli_common import without_config
 
 
 @pytest.fixture
@@ -48,3 +50,18 @@ def test_a_run_on_conversations_ends_with_its_files_and_what_to_do_with_them(cha
 
 def test_a_run_with_scores_ends_with_its_page(chain):
     assert run(chain, {}) == [f"The run's page: {chain.runs / 'chat' / 'report' / 'index.html'}"]
+
+
+@pytest.mark.parametrize(
+    ("first", "is_override"),
+    [
+        ("export.importance=/tmp/x.gguf", True),
+        ("export.types=[F16]", True),
+        ("run.yaml", False),
+        ("runs/lr=1e-4/run.yaml", False),
+        ("runs/lr=1e-4.yaml", False),
+    ],
+)
+def test_an_override_is_known_by_its_key_whatever_its_value(first, is_override):
+    found = without_config(Path(first), ("a.b=1",))
+    assert found == ((None, (first, "a.b=1")) if is_override else (Path(first), ("a.b=1",)))

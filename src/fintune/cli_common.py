@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -38,7 +39,8 @@ def optional_config_arguments(command: F) -> F:
 
 def without_config(config: Path | None, overrides: tuple[str, ...]) -> tuple[Path | None, tuple[str, ...]]:
     """The first override stands where the configuration would, if that is left out."""
-    if config is not None and "=" in config.name:
+    # A key has no folder before it, and its value may be a path.
+    if config is not None and re.match(r"[\w.-]+=", str(config)):
         return None, (str(config), *overrides)
     return config, overrides
 
