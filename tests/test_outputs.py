@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,39 @@ def test_of_many_remarks_the_first_are_shown_and_the_others_counted() -> None:
     shown = outputs.abridged(lines, "--json writes all of them")
     assert shown == [*lines[: outputs.MAX_REMARKS], "and 5 more remarks; --json writes all of them"]
     assert outputs.abridged(lines[:-4]) == lines[:-4]
+
+
+def test_a_link_to_an_empty_folder_leads_to_the_whole_one_and_an_empty_folder_outlives_a_failure(
+    tmp_path: Path,
+) -> None:
+    place, link = tmp_path / "there", tmp_path / "link"
+    place.mkdir()
+    link.symlink_to(place)
+    with pytest.raises(ZeroDivisionError), outputs.whole_folder(link):
+        assert 1 / 0
+    assert list(place.iterdir()) == []
+    with outputs.whole_folder(link) as folder:
+        (folder / "file").write_text("text")
+    assert link.is_symlink() and (place / "file").read_text() == "text"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "there"]
+
+
+def test_a_folder_that_cannot_be_replaced_is_refused_before_the_work(tmp_path: Path, monkeypatch) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+
+    def busy(path: Path) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+
+    def refused(name: Path, why: str) -> None:
+        worked = False
+        with pytest.raises(FintuneError, match=rf"{why}\).*name a folder in it"), outputs.whole_folder(name):
+            worked = True
+        assert not worked and list(tmp_path.iterdir()) == [here] and list(here.iterdir()) == []
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rmdir", busy)  # as for a mount point
+        refused(here, r"here: cannot be replaced \(Device or resource busy")
+    monkeypatch.chdir(here)
+    refused(Path(), r"\.: cannot be replaced \(the current folder")
+    refused(here, "the current folder")

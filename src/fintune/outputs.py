@@ -74,32 +74,52 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """A folder that appears under its name when the work is done; what a failed attempt wrote is removed.
 
     Args:
-        folder: Where it is to lie; nothing may be there but an empty folder.
+        folder: Where it is to lie, or a link to there; nothing may be there but an empty folder, which gives way.
 
     Yields:
         A hidden folder beside it, to write into.
 
     Raises:
-        FintuneError: Something is there, or no folder can be made.
+        FintuneError: Something is there, it cannot give way, or no folder can be made.
     """
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    place = folder.resolve()
+    gave_way = place.is_dir()
+    if place.exists() and not (gave_way and not any(place.iterdir())):
         raise FintuneError(
             f"{folder}: exists, and nothing there is overwritten", hint="name another --out, or remove it"
         )
-    make_folder(folder.parent)
-    for left in folder.parent.glob(f".{folder.name}.*.part"):  # of a process that was killed
+    make_folder(place.parent)
+    for left in place.parent.glob(f".{place.name}.*.part"):  # of a process that was killed
         if not _runs(left.name.split(".")[-2]):
             shutil.rmtree(left, ignore_errors=True)
-    beside = folder.parent / f".{folder.name}.{os.getpid()}.part"
+    if gave_way:
+        _remove_empty(place, folder)
+    beside = place.parent / f".{place.name}.{os.getpid()}.part"
     try:
         try:
             beside.mkdir()
         except OSError as error:
             raise FintuneError(f"{folder}: cannot be made ({error.strerror or error})") from None
         yield beside
-        beside.replace(folder)
+        beside.replace(place)
+    except BaseException:
+        if gave_way:
+            place.mkdir(exist_ok=True)
+        raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _remove_empty(place: Path, folder: Path) -> None:
+    """Before the work: a mount point and the like cannot be replaced when it is done."""
+    why = "the current folder" if place == Path.cwd() else ""
+    try:
+        if not why:
+            place.rmdir()
+    except OSError as error:
+        why = error.strerror or str(error)
+    if why:
+        raise FintuneError(f"{folder}: cannot be replaced ({why})", hint="name a folder in it")
 
 
 def _runs(pid: str) -> bool:
