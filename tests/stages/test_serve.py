@@ -75,8 +75,11 @@ def served(*arguments: object, key: str = ""):
 def test_a_runs_last_file_answers_as_it_does_in_this_process_until_ctrl_c(run, monkeypatch):
     with served(run, key=KEY) as (process, url, line):
         assert line.startswith("demo-Q4_K_M at") and OWN_KEY in line and KEY not in line
-        with pytest.raises(urllib.error.HTTPError, match="401"):
-            urllib.request.urlopen(urllib.request.Request(f"{url}/chat/completions", b"{}"))
+        for path, body in (("/chat/completions", b"{}"), ("/models", None)):
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                urllib.request.urlopen(urllib.request.Request(f"{url}{path}", body))
+        with urllib.request.urlopen(f"{url.removesuffix('/v1')}/health") as answer:
+            assert answer.status == 200
         monkeypatch.setenv(OWN_KEY, KEY)
         engine = OpenAIEngine(parse(f"{url}#demo-Q4_K_M"), parallel=1)
         found = [each.token_ids for each in in_order(engine.chat(ASKED, Decoding(6)))]
