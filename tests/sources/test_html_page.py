@@ -55,3 +55,9 @@ def test_other_raised_text_is_set_apart(cell, expected):
 def test_the_number_before_a_footnote_stays():
     page = HtmlPage("<p><sup>1</sup>Without tax.</p><p>And 5.</p>")
     assert page.before == ["1 Without tax.", "And 5."]
+
+
+def test_a_table_that_nothing_closes_ends_with_the_page():
+    page = HtmlPage("<p>Before.</p><table><tr><td>R<td>2019</tr><tr><td>R<td>1</tr><p>After.</p><p>And 5.")
+    assert page.tables == [[["R", "2019"], ["R", "1"]]]
+    assert (page.before, page.after) == (["Before."], ["After. And 5."])

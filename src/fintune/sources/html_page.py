@@ -22,7 +22,7 @@ _LEADING, _TRAILING = {"$", "€", "£", "¥", "(", "$(", "-"}, {")", "%", ")%",
 
 
 class HtmlPage(HTMLParser):
-    """Reads a page; see the attributes afterwards.
+    """Reads a page; see the attributes afterwards. A table that nothing closes ends with the page.
 
     Attributes:
         tables: Cells of every innermost table with figures, rows in order; a cell over several columns or rows stands
@@ -42,6 +42,11 @@ class HtmlPage(HTMLParser):
         self.feed(text)
         self.close()
         self._end_line()
+        while self._open:
+            loose = self._open[-1].loose
+            self.handle_endtag("table")
+            self._words.extend(loose)
+            self._end_line()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Open what the tag opens."""
@@ -70,14 +75,14 @@ class HtmlPage(HTMLParser):
         if tag == "table" and self._open:
             table = self._open.pop()
             rows = _joined(table.rows())
-            if _has_figures(rows) and not table.is_outer:
+            if has_figures(rows) and not table.is_outer:
                 self.tables.append(rows)
             else:
                 # Pages use tables for layout, too: what is in them is text.
                 for cell in (cell for row in rows for cell in row):
                     self._words.append(cell)
                     self._end_line()
-        elif tag in ("td", "th") and self._open:
+        elif tag in ("td", "th", "tr") and self._open:
             self._open[-1].end_cell()
         elif tag == "sup":
             self._add(_LOWERED)
@@ -111,6 +116,8 @@ class _Table:
 
     def __init__(self) -> None:
         self.is_outer = False
+        self.loose: list[str] = []
+        """Text in no cell."""
         self._rows: list[dict[int, list[str]]] = []
         self._taken: set[tuple[int, int]] = set()
         self._cell: list[str] | None = None
@@ -135,6 +142,8 @@ class _Table:
     def add(self, text: str) -> None:
         if self._cell is not None:
             self._cell.append(text)
+        else:
+            self.loose.append(text)
 
     def rows(self) -> list[list[str]]:
         width = 1 + max((column for _, column in self._taken), default=-1)
@@ -187,5 +196,6 @@ def _together(rows: list[list[str]]) -> list[list[str]]:
     return [list(row) for row in zip(*kept, strict=True)]
 
 
-def _has_figures(table: list[list[str]]) -> bool:
+def has_figures(table: list[list[str]]) -> bool:
+    """Whether digits stand in a table beside its header and the names of its rows."""
     return any(any(map(str.isdigit, cell)) for row in table[1:] for cell in row[1:])

@@ -19,17 +19,15 @@ from fintune.records import FinQAQuestion, FinQARecord
 from fintune.sources.decimal_commas import Mark, with_points
 from fintune.sources.html_page import HtmlPage
 from fintune.sources.json_files import read_text
+from fintune.sources.markdown_page import is_markdown, markdown_page
 
 KINDS = "a FinQA record (.json), a table (.csv, .tsv), or a page with one table (.html, .md)"
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9\"'(])")
 _ABBREVIATION = re.compile(r"\b(?:[A-Z]|Inc|Corp|Co|Ltd|No|vs|Mr|Ms|Dr|approx|U\.S)\.$")
 _BRACKETED = re.compile(r"([$€£¥]?)\s*\(\s*([$€£¥]?)\s*(\d[\d,]*\.?\d*|\.\d+)\s*\)?\s*\)?\s*(%?)\s*\)?")
+_MINUS = re.compile(r"([$€£¥]?)(\s*)-\s*([$€£¥]?)\s*(?=\.?\d)")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?:,\d{3})*(?!\d))")
-_RULE = re.compile(r"\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*")
-_MARKS = re.compile(
-    r"^\s*(?:#{1,6}\s+|[-*+]\s+|>\s?|\d+[.)]\s+)|[*_`]{1,3}(?=\S)|(?<=\S)[*_`]{1,3}|!?\[([^\]]*)\]\([^)]*\)"
-)
 
 
 def read_page(
@@ -68,7 +66,7 @@ def read_page(
         parsed = HtmlPage(content)
         tables, above, below = parsed.tables, parsed.before, parsed.after
     else:
-        tables, above, below = _markdown(content)
+        tables, above, below = markdown_page(content)
     if len(tables) != 1 or not tables[0]:
         what = "holds no table" if not tables or not tables[0] else f"holds {len(tables)} tables"
         hint = "keep the one that the question is about" if len(tables) > 1 else f"give {KINDS}"
@@ -134,7 +132,7 @@ def _kind(path: Path, content: str) -> str:
         return "json"
     if start.startswith("<") or "<table" in content.lower():
         return "html"
-    if any(_RULE.fullmatch(line) and "|" in line for line in content.splitlines()):
+    if is_markdown(content):
         return "markdown"
     raise DataError("no kind of page that is known", path=path, hint=f"give {KINDS}")
 
@@ -195,33 +193,6 @@ def _csv(path: Path, content: str, delimiter: str) -> list[list[str]]:
     return rows if len(rows) > 1 and max(map(len, rows)) > 1 else []
 
 
-def _markdown(content: str) -> tuple[list[list[list[str]]], list[str], list[str]]:
-    lines = content.splitlines()
-    tables: list[list[list[str]]] = []
-    above: list[str] = []
-    below: list[str] = []
-    at = 0
-    while at < len(lines):
-        is_header = "|" in lines[at] and at + 1 < len(lines) and "-" in lines[at + 1] and _RULE.fullmatch(lines[at + 1])
-        if not is_header:
-            (below if tables else above).append(_MARKS.sub(r"\1", lines[at]))
-            at += 1
-            continue
-        rows = [_pipes(lines[at])]
-        at += 2
-        while at < len(lines) and "|" in lines[at]:
-            rows.append(_pipes(lines[at]))
-            at += 1
-        tables.append(rows)
-    return tables, above, below
-
-
-def _pipes(line: str) -> list[str]:
-    inside = line.strip().removeprefix("|")
-    inside = inside[:-1] if inside.endswith("|") and not inside.endswith("\\|") else inside
-    return [_MARKS.sub(r"\1", cell.replace("\\|", "|")).strip() for cell in re.split(r"(?<!\\)\|", inside)]
-
-
 def _even(table: list[list[str]]) -> tuple[tuple[str, ...], ...]:
     width = max(map(len, table))
     rows = [[*row, *[""] * (width - len(row))] for row in table]
@@ -232,6 +203,6 @@ def _cell(text: str) -> str:
     text = _THOUSANDS.sub("", text.replace("\u2212", "-"))
     match = _BRACKETED.fullmatch(text.strip())
     if match is None:
-        return text
+        return _MINUS.sub(r"\1\2-\3", text, count=1) if _MINUS.match(text) else text
     sign, currency, number, percent = match.groups()
     return f"{sign or currency}-{number}{percent} ( {sign or currency}{number}{percent} )"
