@@ -48,6 +48,13 @@ def test_marks_inside_a_line_are_left_out(written, read):
     assert " ".join(markdown_page(f"## {written}")[1][0].split()) == read
 
 
+@pytest.mark.parametrize("mark", ["#", "-", "*", "+", ">", "1.", "2)"])
+def test_what_marks_a_line_is_left_out_at_its_start_alone(mark):
+    assert markdown_page(f"  {mark} It was **$5** in 2019. So > 4 - 3 + 1.")[1] == [
+        "It was $5 in 2019. So > 4 - 3 + 1."
+    ]
+
+
 def test_tables_without_figures_are_text():
     words = "| name | who |\n|--|--|\n| Bob | CEO |\n"
     tables, above, below = markdown_page(f"{words}\n{FIGURES.format(name='R', cell=1)}\n{words}")

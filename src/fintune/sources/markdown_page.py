@@ -8,7 +8,7 @@ from fintune.sources.html_page import HtmlPage, has_figures
 
 _RULE = re.compile(r"\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*")
 # A figure in a cell may begin with a minus or ">", so these are looked for in lines of text alone.
-_LINE_MARK = re.compile(r"\s*(?:#{1,6}\s+|[-*+]\s+|>\s?|\d{1,3}[.)]\s+)")
+_LINE_MARK = re.compile(r"^\s*(?:#{1,6}\s+|[-*+]\s+|>\s?|\d{1,3}[.)]\s+)")
 # Underscores inside a word belong to it, and a star between two digits multiplies.
 _MARKS = re.compile(
     r"\\([!-/:-@\[-`{-~])|!?\[([^\]]*)\]\([^)]*\)"
