@@ -15,6 +15,7 @@ from fintune.errors import DataError, ResourceError
 from fintune.hub_errors import chain, is_passing, status_of
 from fintune.progress import say
 from fintune.sources import hub_files
+from fintune.sources.licences import joined
 from fintune.sources.rows import Row
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def licence(wanted: HubSplit) -> str:
         found = huggingface_hub.DatasetCard.load(path).data.get("license")
     except (huggingface_hub.errors.HfHubHTTPError, OSError, ValueError):
         return ""
-    return ", ".join(map(str, found)) if isinstance(found, list) else str(found or "")
+    return joined(map(str, found)) if isinstance(found, list) else str(found or "")
 
 
 def _load(wanted: HubSplit) -> Dataset:

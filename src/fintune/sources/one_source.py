@@ -144,7 +144,7 @@ def hub_split(source: SourceOptions) -> hub.HubSplit:
 def licence(source: SourceOptions) -> Licence:
     """What a source may be used for: as the user says, else as it says itself."""
     if not source.path.startswith(hub.PREFIX):
-        return licence_of(source.licence, path=Path(source.path).expanduser())
+        return licence_of(source.licence, path=Path(source.path).expanduser(), files=files.local_files(source))
     wanted = hub_split(source)
     known = licence_of(source.licence, hub_name=wanted.name)
     return known if known.origin else licence_of("", card=hub.licence(wanted))
