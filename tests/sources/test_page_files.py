@@ -68,6 +68,33 @@ def test_a_loss_in_brackets_is_a_negative_number(tmp_path):
     assert execute(tokenize("table_sum(net loss, none)"), table).result == -6.2
 
 
+@pytest.mark.parametrize(
+    ("cell", "read_as"),
+    [
+        ("\u20135.2", "-5.2"),
+        ("\u20125.2", "-5.2"),
+        ("\ufe635.2", "-5.2"),
+        ("\u22125.2", "-5.2"),
+        ("\u2013.5", "-.5"),
+        ("\u2013$5.2", "-$5.2"),
+        ("$ \u20135.2", "$ -5.2"),
+        ("\u2013 1,250", "-1250"),
+        ("\u2013", "\u2013"),
+        ("\u2014", "\u2014"),
+        ("2018\u20132019", "2018\u20132019"),
+        ("5 \u2013 7%", "5 \u2013 7%"),
+    ],
+)
+def test_a_dash_before_a_number_is_a_minus(tmp_path, cell, read_as):
+    assert read(tmp_path, "p.csv", f'a,2019\nb,"{cell}"\nc,1\n').table[1] == ("b", read_as)
+
+
+@pytest.mark.parametrize("mark", ["*", "**", "†", "(a)", " (1)", "[2]", " (a) (b)", "¹"])
+def test_a_footnote_mark_behind_a_loss_is_left_out(tmp_path, mark):
+    page = read(tmp_path, "p.csv", f'a,2019,2018\nb,"(1,250.5){mark}",$(3.1)%{mark}\nc,(5),text{mark}\n')
+    assert page.table[1:] == (("b", "-1250.5 ( 1250.5 )", "$-3.1% ( $3.1% )"), ("c", "-5 ( 5 )", f"text{mark}"))
+
+
 def test_a_finqa_record_keeps_its_page_and_gets_the_question(tmp_path):
     record = {"id": "A/2019/page_1.pdf-1", "pre_text": ["a ."], "post_text": [], "table": [["x", "1"], ["y", "2"]]}
     full = {**record, "qa": {"question": "other?", "program": "add(1, 2)", "exe_ans": 3.0}}

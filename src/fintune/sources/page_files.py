@@ -26,6 +26,13 @@ KINDS = "a FinQA record (.json), a table (.csv, .tsv), or a page with one table 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9\"'(])")
 _ABBREVIATION = re.compile(r"\b(?:[A-Z]|Inc|Corp|Co|Ltd|No|vs|Mr|Ms|Dr|approx|U\.S)\.$")
 _BRACKETED = re.compile(r"([$€£¥]?)\s*\(\s*([$€£¥]?)\s*(\d[\d,]*\.?\d*|\.\d+)\s*\)?\s*\)?\s*(%?)\s*\)?")
+# A footnote mark behind a loss: (5.2)*, (5.2)(a), (5.2) [1].
+_FOOTNOTE = re.compile(
+    r"(?<=[)%])(?:\s*(?:[*\u2020\u2021\u00a7\u00b6#\u00b9\u00b2\u00b3\u2070\u2074-\u2079]+"
+    r"|\((?:[A-Za-z]|\d{1,2})\)|\[(?:[A-Za-z]|\d{1,2})\]))+$"
+)
+# Dashes that stand for a minus before a number, but not between two.
+_DASH = re.compile(r"(?<![\w.%)\]])(?<![\w.%)\]]\s)[\u2012\u2013\ufe63](?=\s?[$€£¥]?\s?\.?\d)")
 _MINUS = re.compile(r"([$€£¥]?)(\s*)-\s*([$€£¥]?)\s*(?=\.?\d)")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?:,\d{3})*(?!\d))")
 
@@ -200,8 +207,8 @@ def _even(table: list[list[str]]) -> tuple[tuple[str, ...], ...]:
 
 
 def _cell(text: str) -> str:
-    text = _THOUSANDS.sub("", text.replace("\u2212", "-"))
-    match = _BRACKETED.fullmatch(text.strip())
+    text = _THOUSANDS.sub("", _DASH.sub("-", text.replace("\u2212", "-")))
+    match = _BRACKETED.fullmatch(text.strip()) or _BRACKETED.fullmatch(_FOOTNOTE.sub("", text.strip()))
     if match is None:
         return _MINUS.sub(r"\1\2-\3", text, count=1) if _MINUS.match(text) else text
     sign, currency, number, percent = match.groups()
