@@ -44,12 +44,18 @@ def make(config: Config, tokenizer: PreTrainedTokenizerBase, *, limit: int | Non
     dropped.
     """
     wanted = wanted_by(config.train.objective)
-    found = mixture.load(config.data, config.run.seed, limit=limit, wanted=wanted)
     encoder = ConversationEncoder(
         tokenizer,
         system=config.data.system,
         train_on=config.data.train_on,
         max_length=config.prompt.max_length,
+    )
+    found = mixture.load(
+        config.data,
+        config.run.seed,
+        limit=limit,
+        wanted=wanted,
+        usable=lambda entry: _is_usable(encoder, entry, wanted),
     )
     splits = {
         name: _encode(encoder, entries, name, strict=config.data.strict, wanted=wanted)
@@ -124,6 +130,14 @@ def _encoded(encoder: ConversationEncoder, id_: str, conversation: Conversation,
     if wanted == "labels" and conversation.label is not None:
         return encoder.encode_labelled(id_, conversation.messages, label=conversation.label)
     return encoder.encode(id_, conversation.messages, untrained=conversation.untrained, rejected=conversation.rejected)
+
+
+def _is_usable(encoder: ConversationEncoder, entry: Entry, wanted: Wanted) -> bool:
+    try:
+        _encoded(encoder, entry.id, entry.conversation, wanted)
+    except DataError:
+        return False
+    return True
 
 
 def _check_labels(train: _Split, paths: Sequence[str]) -> None:

@@ -102,6 +102,28 @@ def test_at_least_one_conversation_is_held_out(write):
     assert (len(found.train), len(found.eval)) == (4, 1)
 
 
+def test_where_nothing_held_out_is_usable_the_next_questions_by_the_hash_are_held_out_too_but_never_all(write):
+    rows = [{"question": f"What about bonds {n}?", "answer": f"Answer {k} to {n}."} for n in range(6) for k in range(2)]
+    options = ["data.source=chat", f"data.sources=[{write('x.jsonl', rows)}]", "data.eval_share=0.000001"]
+    data = load_config(None, options).config.data
+
+    def divided(*unusable: str) -> tuple[set[str], set[str]]:
+        found = mixture.load(data, 1, usable=lambda entry: asked([entry]).isdisjoint(unusable))
+        return asked(found.train), asked(found.eval)
+
+    def asked(entries) -> set[str]:
+        return {entry.conversation.messages[0].content for entry in entries}
+
+    gone, everything = set[str](), {row["question"] for row in rows}
+    for number in range(1, 6):
+        train, held = divided(*gone)
+        assert (len(held), train | held, train & held) == (number, everything, set())
+        assert gone < held
+        gone = held
+    assert divided(*gone)[1] < everything
+    assert len(divided(*everything)[1]) == 1
+
+
 def test_what_leaves_nothing_to_be_trained_on_is_told_with_its_cure(write):
     with pytest.raises(DataError, match="of 1 conversations none is left to be trained on: add conversations: one at"):
         load([write("x.jsonl", [qa(1)])])

@@ -11,6 +11,7 @@ import pytest
 from command import fintune
 from fintune import steps
 from fintune.config import load
+from fintune.errors import DataError
 from fintune.prepared import read_report, read_tokens
 from fintune.records import Example, Pair
 from fintune.stages.prepare import prepare
@@ -107,6 +108,30 @@ def test_long_conversations_are_cut_to_the_turns_that_fit_and_counted(options, t
     prepare(load(None, [*options, f"prompt.max_length={max(longest - 5, 64)}"]).config, {}, again)
     assert read_report(again).train.num_cut_examples > 0
     assert "conversations cut to fit" in "\n".join(read_report(again).notes())
+
+
+def test_where_the_held_out_conversation_does_not_fit_the_next_one_is_held_out_and_the_drop_is_counted(
+    tiny_model, tmp_path
+):
+    rows = [{"question": f"what is {n} ?", "answer": f"it is {n}"} for n in range(6)]
+    file, folder = tmp_path / "rows.jsonl", tmp_path / "out"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options = ["data.source=chat", f"data.sources={json.dumps([{'path': str(file)}])}", f"model.name={tiny_model}"]
+    config = load(None, options).config
+    folder.mkdir()
+    prepare(config, {}, folder)
+    held = Example.model_validate_json((folder / "eval.jsonl").read_text(encoding="utf-8")).messages[-1].content
+    for row in rows:
+        row["answer"] *= 5_000 if row["question"] == held else 1
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    again = tmp_path / "again"
+    again.mkdir()
+    prepare(config, {}, again)
+    report = read_report(again)
+    assert (report.train.num_examples, report.eval.num_examples) == (4, 1)
+    assert (report.train.dropped, report.eval.dropped) == ({}, {"too long": 1})
+    with pytest.raises(DataError, match="the first answer ends behind token"):
+        prepare(load(None, [*options, "data.strict=true"]).config, {}, again)
 
 
 def test_nothing_is_predicted_or_scored_without_gold(options):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from fintune.errors import DataError
@@ -22,6 +22,8 @@ from fintune.sources.source_report import SourceReport
 from fintune.sources.wanted import Wanted, nothing_wanted, said
 
 _NEAR = "near duplicate"
+_TRIES = 100
+"""Conversations that are tried in the place of held-out ones: where so many fail, it is not for one bad row."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,14 @@ class Mixture:
     problems: list[str]
 
 
-def load(data: DataOptions, seed: int, *, limit: int | None = None, wanted: Wanted = "answers") -> Mixture:
+def load(
+    data: DataOptions,
+    seed: int,
+    *,
+    limit: int | None = None,
+    wanted: Wanted = "answers",
+    usable: Callable[[Entry], bool] | None = None,
+) -> Mixture:
     """Read all sources.
 
     Args:
@@ -50,6 +59,8 @@ def load(data: DataOptions, seed: int, *, limit: int | None = None, wanted: Want
         limit: At most so many conversations a split, on top of ``data.max_train`` and ``data.max_eval``.
         wanted: Which rows the objective learns from; others are counted as dropped. A rejected answer or a label that
             is learned from belongs to what tells duplicates.
+        usable: Whether a conversation can be encoded; where no held-out one can, the next one by its hash that can is
+            held out as well.
 
     Raises:
         DataError: A source that cannot be read or gives nothing; with ``data.strict``, a row that cannot be used; no
@@ -68,7 +79,7 @@ def load(data: DataOptions, seed: int, *, limit: int | None = None, wanted: Want
         raise nothing_wanted(paths, num_rows, dict(dropped.most_common()), wanted)
     if data.duplicates == "near":
         _drop_near(found, data.near_similarity, wanted)
-    train, evaluation = _divide(found, data)
+    train, evaluation = _divide(found, data, usable)
     reports = [
         SourceReport(
             path=source.path,
@@ -114,17 +125,15 @@ def _drop_near(found: Sequence[Found], similarity: float, wanted: Wanted) -> Non
         each.entries = [entry for owner, entry in kept if owner is each]
 
 
-def _divide(found: Sequence[Found], data: DataOptions) -> tuple[list[Entry], list[Entry]]:
+def _divide(
+    found: Sequence[Found], data: DataOptions, usable: Callable[[Entry], bool] | None
+) -> tuple[list[Entry], list[Entry]]:
     """Train and eval: held out is whose first question's hash is below the share, at the least the lowest."""
     hashed = [(chance(digest([_question(entry)]), "hold out"), entry) for each in found for entry in each.entries]
     open_ones = [value for value, entry in hashed if data.sources[entry.source].hold_out == "share"]
     held = any(data.sources[entry.source].hold_out == "all" for _, entry in hashed)
     bound = max(int(data.eval_share * NUM_CHANCES), 0 if held or not open_ones else min(open_ones) + 1)
-    train: list[Entry] = []
-    evaluation: list[Entry] = []
-    for value, entry in hashed:
-        rule = data.sources[entry.source].hold_out
-        (evaluation if rule == "all" or (rule == "share" and value < bound) else train).append(entry)
+    train, evaluation = _below(bound, hashed, data)
     if not train or not evaluation:
         which, other = ("trained on", "all") if not train else ("held out", "none")
         if not train and open_ones:
@@ -137,6 +146,22 @@ def _divide(found: Sequence[Found], data: DataOptions) -> tuple[list[Entry], lis
             f"data.sources: of {len(hashed)} conversations none is left to be {which}",
             hint=f"add conversations, or set hold_out of a source to something else than {other}",
         )
+    if usable is not None and not any(map(usable, evaluation)):
+        further = [each for each in hashed if data.sources[each[1].source].hold_out == "share" and each[0] >= bound]
+        tried = heapq.nsmallest(_TRIES, further, key=lambda each: each[0])
+        bound = next((value + 1 for value, entry in tried if usable(entry)), bound)
+        rest, more = _below(bound, hashed, data)
+        if rest:
+            return rest, more
+    return train, evaluation
+
+
+def _below(bound: int, hashed: Sequence[tuple[int, Entry]], data: DataOptions) -> tuple[list[Entry], list[Entry]]:
+    train: list[Entry] = []
+    evaluation: list[Entry] = []
+    for value, entry in hashed:
+        rule = data.sources[entry.source].hold_out
+        (evaluation if rule == "all" or (rule == "share" and value < bound) else train).append(entry)
     return train, evaluation
 
 
