@@ -6,9 +6,7 @@ brackets as ``-5.2 ( 5.2 )``, 5,829 as 5829, a sign of currency or percent in it
 
 from __future__ import annotations
 
-import csv
 import difflib
-import io
 import json
 import re
 from collections.abc import Sequence
@@ -16,6 +14,7 @@ from pathlib import Path
 
 from fintune.errors import DataError
 from fintune.records import FinQAQuestion, FinQARecord
+from fintune.sources.csv_page import csv_page
 from fintune.sources.decimal_commas import Mark, with_points
 from fintune.sources.html_page import HtmlPage
 from fintune.sources.json_files import read_text
@@ -67,8 +66,8 @@ def read_page(
         raise DataError(f"no FinQA file, so it has no record {record_id}", path=path, hint="leave out --id")
     sign = ""
     if kind == "csv":
-        sign = _separator(path, content)
-        tables, above, below = [_csv(path, content, sign)], [], []
+        rows, above, sign = csv_page(path, content)
+        tables, below = [rows], []
     elif kind == "html":
         parsed = HtmlPage(content)
         tables, above, below = parsed.tables, parsed.before, parsed.after
@@ -176,28 +175,6 @@ def _near(record_id: str, names: Sequence[str]) -> str | None:
     longer = [name for name in names if name.startswith(record_id)]
     near = longer[:1] or difflib.get_close_matches(record_id, names, n=1)
     return f"did you mean {near[0]}?" if near else None
-
-
-def _separator(path: Path, content: str) -> str:
-    if path.name.lower().removesuffix(".gz").endswith(".tsv"):
-        return "\t"
-    first = next(line for line in content.splitlines() if line.strip())
-    # "1,234" in a cell makes the comma the least sure sign.
-    return max(";\t|,", key=lambda sign: (first.count(sign), sign != ","))
-
-
-def _csv(path: Path, content: str, delimiter: str) -> list[list[str]]:
-    try:
-        rows = [list(row) for row in csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)]
-    except csv.Error as error:
-        raise DataError(f"no CSV table ({error})", path=path) from None
-    rows = [[" ".join(cell.split()) for cell in row] for row in rows if any(cell.strip() for cell in row)]
-    for number, row in enumerate(rows, start=1):
-        # A comma in a number would have shifted the cells behind it.
-        if delimiter == "," and 1 < len(rows[0]) < len(row) and any(row[len(rows[0]) :]):
-            problem = f"has {len(row)} cells where the header has {len(rows[0])}"
-            raise DataError(problem, path=path, row=number, hint='put a number with a comma in quotes: "1,250"')
-    return rows if len(rows) > 1 and max(map(len, rows)) > 1 else []
 
 
 def _even(table: list[list[str]]) -> tuple[tuple[str, ...], ...]:
