@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from fintune.errors import DataError, ResourceError
+from fintune.sources import hub
 from sources.hub_server import HubServer
 
 NAME = "FinLang/investopedia-instruction-tuning-dataset"
@@ -134,8 +139,52 @@ def test_a_refusal_is_told_at_once_and_not_asked_again(read, server, trouble, wa
     assert "\n" not in found["told"]
 
 
+def parser_trouble() -> None:
+    raise ValueError("Error tokenizing data. Expected 2 fields in line 3, saw 5, of aggregated figures")
+
+
+def full_disk() -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def too_small_disk() -> None:
+    raise OSError("Not enough disk space. Needed: 9 GB (download: 4 GB, generated: 5 GB)")
+
+
+@pytest.mark.parametrize(
+    ("trouble", "kind", "told"),
+    [
+        (parser_trouble, DataError, "cannot be read as a dataset (Error tokenizing data. Expected 2 fields in line 3"),
+        (full_disk, ResourceError, "no room to store it: make room in HF_HOME (/"),
+        (too_small_disk, ResourceError, "no room to store it: make room in HF_HOME (/"),
+    ],
+)
+def test_what_stops_the_making_of_a_dataset_is_told_and_not_that_something_did(
+    monkeypatch, caplog, trouble, kind, told
+):
+    import datasets
+
+    def prepare() -> None:
+        datasets.logging.get_logger("datasets.builder").error("Failed to read file 'train.csv'")
+        try:
+            trouble()
+        except Exception as error:
+            raise datasets.exceptions.DatasetGenerationError(
+                "An error occurred while generating the dataset"
+            ) from error
+
+    builder = SimpleNamespace(config=SimpleNamespace(data_files={}), download_and_prepare=prepare)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: builder)
+    monkeypatch.setattr(logging.getLogger("datasets"), "propagate", True)
+    verbosity = datasets.logging.get_verbosity()
+    with pytest.raises(kind) as caught:
+        list(hub.read(hub.HubSplit(NAME)))
+    assert str(caught.value).startswith(f"hub:{NAME}, split train: {told}")
+    assert not caplog.records
+    assert datasets.logging.get_verbosity() == verbosity
+
+
 def test_what_came_damaged_is_thrown_away_and_told(tmp_path):
-    from fintune.errors import ResourceError
     from fintune.sources.hub_files import _place
 
     part = tmp_path / "x.part"

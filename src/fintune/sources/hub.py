@@ -6,6 +6,8 @@ reads them from there, without a network too. Nothing is returned before all of 
 
 from __future__ import annotations
 
+import errno
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ PREFIX = "hub:"
 PAUSES = (1.0, 4.0, 15.0)
 """Seconds before each further attempt."""
 _REFUSED = (401, 403)
+_NO_REASON = "An error occurred while generating the dataset"
 
 
 @dataclass(frozen=True)
@@ -93,8 +96,9 @@ def _load(wanted: HubSplit) -> Dataset:
 def _once(wanted: HubSplit) -> Dataset:
     import datasets
 
-    shown = datasets.is_progress_bar_enabled()
+    shown, verbosity = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what fails is told in one line of ours
     try:
         builder = datasets.load_dataset_builder(wanted.name, wanted.subset or None, revision=wanted.revision)
         for addresses in (builder.config.data_files or {}).values():
@@ -102,6 +106,7 @@ def _once(wanted: HubSplit) -> Dataset:
                 hub_files.fetch(str(address))
         builder.download_and_prepare()
     finally:
+        datasets.logging.set_verbosity(verbosity)
         if shown:
             datasets.enable_progress_bars()
     splits = list(builder.info.splits or ())
@@ -112,9 +117,14 @@ def _once(wanted: HubSplit) -> Dataset:
 
 
 def _refusal(wanted: HubSplit, error: BaseException) -> DataError | ResourceError:
+    from huggingface_hub import constants
+
     kinds = {type(each).__name__ for each in chain(error)}
+    if any(map(_lacks_room, chain(error))):
+        hint = f"make room in HF_HOME ({constants.HF_HOME}), or set HF_HOME to a folder of another disk"
+        return ResourceError(f"{wanted.place}: no room to store it", hint=hint)
     text = " ".join(str(each) for each in chain(error)).lower()
-    if "GatedRepoError" in kinds or "gated" in text:
+    if "GatedRepoError" in kinds or "gated dataset" in text:
         hint = "accept its terms on its page and log in with `hf auth login`"
         return ResourceError(f"the hub gives {wanted.name} only to those who accepted its terms", hint=hint)
     if status_of(error) in _REFUSED and "RepositoryNotFoundError" not in kinds:
@@ -127,6 +137,13 @@ def _refusal(wanted: HubSplit, error: BaseException) -> DataError | ResourceErro
     return DataError(f"cannot be read as a dataset ({_reason(error)})", path=wanted.place, hint="look at its page")
 
 
+def _lacks_room(error: BaseException) -> bool:
+    # What datasets finds before it begins has no number.
+    return isinstance(error, OSError) and (
+        error.errno == errno.ENOSPC or str(error).startswith("Not enough disk space")
+    )
+
+
 def _unreachable(wanted: HubSplit, error: BaseException, attempts: int) -> ResourceError:
     return ResourceError(
         f"{wanted.place}: the download failed {attempts} times ({_reason(error)}); nothing was trained on a part of it",
@@ -136,5 +153,9 @@ def _unreachable(wanted: HubSplit, error: BaseException, attempts: int) -> Resou
 
 def _reason(error: BaseException) -> str:
     status = status_of(error)
-    first = next((line for each in chain(error) for line in str(each).strip().splitlines()), type(error).__name__)
+    causes = list(chain(error))
+    if type(error).__name__ == "DatasetGenerationError":  # it says no more than that there was one
+        causes.reverse()
+    lines = (line.strip() for each in causes for line in str(each).splitlines())
+    first = next((line for line in lines if line and not line.startswith(_NO_REASON)), type(causes[0]).__name__)
     return f"HTTP status {status}" if status is not None else first[:160]
