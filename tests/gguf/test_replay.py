@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import gguf
 import numpy as np
 import pytest
 
@@ -85,3 +86,22 @@ def test_a_file_that_is_no_model_is_one_line(tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(ModelError, match=r"m\.gguf: llama\.cpp cannot load it"):
         GgufReplay(tmp_path / "m.gguf", context_tokens=64, threads=1)
+
+
+def test_what_is_not_a_number_stays_so():
+    reference = np.array([0.7, 0.2, 0.1], np.float32)
+    found = compare([reference], [from_logits(np.full(3, np.nan, np.float32), 0)])
+    assert math.isnan(found.mean_kl) and math.isnan(found.perplexity)
+    impossible = compare([reference], [from_logits(np.array([0, 2000, 0], np.float32), 0)])
+    assert impossible.perplexity == math.inf
+
+
+def test_a_file_of_ruined_weights_answers_what_is_not_a_number(files, logits, tmp_path):
+    path = tmp_path / "ruined.gguf"
+    path.write_bytes(files["F32"].read_bytes())
+    reader = gguf.GGUFReader(path, "r+")
+    next(each for each in reader.tensors if each.name == "blk.0.ffn_down.weight").data[:] = np.nan
+    reader.data.flush()
+    with GgufReplay(path, context_tokens=64, threads=1) as file:
+        found = compare(logits[:2], file.distributions(ROW, POSITIONS[:2]))
+    assert math.isnan(found.mean_kl) and math.isnan(found.perplexity)

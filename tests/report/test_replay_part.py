@@ -16,12 +16,13 @@ REPLAYED = {
     "reference": "base + adapter",
     "num_examples": 16,
     "num_positions": 204,
-    "min_same_share": {"merged": 0.98, "F16": 0.98},
+    "min_same_share": {"merged": 0.98, "F16": 0.98, "Q8_0": 0.9, "Q4_K_M": 0.5},
     "replayed": {
         "adapter": {"mean_kl": 0.0, "same_best_token_share": 1.0, "perplexity": 1.2},
         "merged": {"mean_kl": 7e-8, "same_best_token_share": 1.0, "perplexity": 1.2001},
         "F16": {"mean_kl": 1.2e-5, "same_best_token_share": 0.995, "perplexity": 1.2002},
-        "Q8_0": {"mean_kl": 0.0123, "same_best_token_share": 0.951, "perplexity": 1.31},
+        "Q8_0": {"mean_kl": 2.1e-4, "same_best_token_share": 0.981, "perplexity": 1.21},
+        "Q4_K_M": {"mean_kl": 0.0123, "same_best_token_share": 0.951, "perplexity": 1.31},
     },
 }
 
@@ -39,7 +40,8 @@ def test_each_form_has_its_divergence_agreement_and_perplexity_beside_its_accura
         ("adapter", "reference", "", "1.2000"),
         ("merged", "< 0.000001", "100.0\u00a0%", "1.2001"),
         ("GGUF F16", "0.000012", "99.5\u00a0%", "1.2002"),
-        ("GGUF Q8_0", "0.0123", "95.1\u00a0%", "1.3100"),
+        ("GGUF Q8_0", "0.000210", "98.1\u00a0%", "1.2100"),
+        ("GGUF Q4_K_M", "0.0123", "95.1\u00a0%", "1.3100"),
     ]
     assert found["rows"][2]["exe"] == f"{100 * accuracy['F16']:.1f}\u00a0%"
     assert found["rows"][3]["exe"] == ""
@@ -48,7 +50,8 @@ def test_each_form_has_its_divergence_agreement_and_perplexity_beside_its_accura
 def test_the_page_says_what_would_have_failed_the_run(page):
     text = outline(render(dataclasses.replace(page, replay=REPLAYED))).text
     assert "The completions of 16 held-out examples, 204 tokens" in text
-    assert "Below 98.0\u00a0% of same best tokens, merged and GGUF F16 would have failed the run" in text
+    bounds = "below 98.0 % merged and GGUF F16, below 90.0 % GGUF Q8_0, below 50.0 % GGUF Q4_K_M."
+    assert f"failed the run: {bounds}" in text.replace("\u00a0", " ")
 
 
 def test_without_verdicts_there_is_no_column_of_accuracy(page):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
 from fintune import models
 from fintune.errors import ArtifactError
+from fintune.gguf.replay import Agreement
 from fintune.options import AdapterOptions, Config, ReplayOptions
 from fintune.stages import replay as module
 from fintune.stages.export import export
@@ -57,9 +59,80 @@ def test_another_model_in_the_file_fails_the_stage(run, tiny_model, tmp_path):
     config, inputs = run
     (tmp_path / "export").mkdir()
     export(config, {"merge": tiny_model}, tmp_path / "export")
-    with pytest.raises(ArtifactError, match=r"F16 gives the trained model's best token at \d+\.\d% of \d+ positions"):
+    with pytest.raises(ArtifactError, match=r"t-F16\.gguf gives the trained model's best token at \d+\.\d% of \d+ pos"):
         replay(config, inputs | {"export": tmp_path / "export"}, tmp_path)
     assert not (tmp_path / "replay.json").exists()
+
+
+def test_another_model_in_quantised_files_alone_fails_the_stage(run, tiny_model, tmp_path):
+    config, inputs = run
+    (tmp_path / "export").mkdir()
+    config = config.model_copy(
+        update={
+            "export": config.export.model_copy(update={"types": ("Q4_K_M",)}),
+            "replay": ReplayOptions(num_examples=2, max_tokens=20),
+        }
+    )
+    export(config, {"merge": tiny_model}, tmp_path / "export")
+    with pytest.raises(
+        ArtifactError, match=r"t-Q4_K_M\.gguf .* 50% are asked for \(replay\.min_same_share_quantised\)"
+    ):
+        replay(
+            config, {name: inputs[name] for name in ("prepare", "train")} | {"export": tmp_path / "export"}, tmp_path
+        )
+
+
+def judged(config, folder, **found):
+    reference = Agreement(360, 0.0, 1.0, 5.0)
+    return module._judged({}, {"adapter": reference} | found, config, folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "share", "bound"),
+    [
+        ("merged", 0.97, "min_same_share"),
+        ("BF16", 0.97, "min_same_share"),
+        ("Q8_0", 0.89, "min_same_share"),
+        ("Q6_K", 0.49, "min_same_share_quantised"),
+        ("Q2_K", 0.01, "min_same_share_quantised"),
+    ],
+)
+def test_every_form_has_a_share_below_which_it_fails(run, tmp_path, kind, share, bound):
+    config, _ = run
+    name = "the merged folder" if kind == "merged" else rf"t-{kind}\.gguf"
+    told = rf"{name} gives .* {share:.1%} of 360 positions \(KL 9, perplexity 1e\+06\), \d\d% .* \(replay\.{bound}\)"
+    with pytest.raises(ArtifactError, match=told):
+        judged(config, tmp_path, **{kind: Agreement(360, 9.0, share, 1e6)})
+    enough = {"Q8_0": 0.9, "min_same_share": 0.98, "min_same_share_quantised": 0.5}
+    least = enough.get(kind, enough[bound])
+    facts = judged(config, tmp_path, **{kind: Agreement(360, 0.1, least, 6.0)})
+    assert facts["min_same_share"] == {kind: least}
+
+
+def test_a_small_share_that_the_user_asks_for_holds_for_q8_0_too(run, tmp_path):
+    config = run[0].model_copy(update={"replay": ReplayOptions(min_same_share=0.8)})
+    assert judged(config, tmp_path, Q8_0=Agreement(360, 0.1, 0.85, 6.0))["min_same_share"] == {"Q8_0": 0.8}
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q4_K_M"])
+@pytest.mark.parametrize(
+    ("figures", "told"),
+    [
+        ((360, math.nan, 0.99, math.nan), "KL nan, perplexity nan"),
+        ((360, 0.1, 0.99, math.inf), "perplexity inf"),
+    ],
+)
+def test_figures_that_are_not_finite_fail_the_stage(run, tmp_path, kind, figures, told):
+    config, _ = run
+    with pytest.raises(ArtifactError, match=rf"t-{kind}\.gguf gives .* not finite \({told}\)"):
+        judged(config, tmp_path, **{kind: Agreement(*figures)})
+    assert not (tmp_path / "replay.json").exists()
+
+
+def test_a_reference_that_is_not_finite_is_the_trainings_fault(run, tmp_path):
+    config, _ = run
+    with pytest.raises(ArtifactError, match="what was trained gives probabilities that are not finite"):
+        judged(config, tmp_path, adapter=Agreement(360, math.nan, 0.0, math.nan))
 
 
 @pytest.mark.parametrize(

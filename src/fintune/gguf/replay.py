@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+_LARGEST_EXPONENT = 709.0
+"""Of whose exponential a float can hold the value."""
+
 NUM_LISTED = 1000
 """Tokens whose probability llama.cpp is asked for at a position; all others count as one."""
 
@@ -97,8 +100,14 @@ def compare(references: Sequence[NDArray[np.float32]], found: Sequence[Distribut
         outside = rest * math.log(rest / max(other_rest, 1e-12)) if rest > 1e-9 else 0.0
         divergences.append(inside + outside)
         num_same += int(own.argmax() == other.ids[0])
-    perplexity = math.exp(-sum(each.target_log_prob for each in found) / len(found))
-    return Agreement(len(found), max(0.0, sum(divergences) / len(found)), num_same / len(found), perplexity)
+    mean_kl = sum(divergences) / len(found)
+    surprise = -sum(each.target_log_prob for each in found) / len(found)
+    return Agreement(
+        len(found),
+        0.0 if mean_kl < 0 else mean_kl,  # max() would hide what is not a number
+        num_same / len(found),
+        math.inf if surprise > _LARGEST_EXPONENT else math.exp(surprise),
+    )
 
 
 class GgufReplay:
@@ -171,7 +180,10 @@ class GgufReplay:
             },
         )
         entries = answer["completion_probabilities"][0]["top_logprobs"]
-        return {int(entry["id"]): float(entry["logprob"]) for entry in entries}
+        # JSON has null for what is not a number, as ruined weights give it.
+        return {
+            int(entry["id"]): math.nan if entry["logprob"] is None else float(entry["logprob"]) for entry in entries
+        }
 
     def _get(self, route: str) -> bytes:
         self._connection.request("GET", route, headers={"authorization": f"Bearer {self._key}"})

@@ -111,7 +111,14 @@ class ReplayOptions(Options):
         0.98,
         ge=0,
         le=1,
-        description="Share of the positions at which merged folder, F32 and F16 file must have the likeliest token of "
-        "base + adapter; else the stage fails. One position alone fails none (of few it is a large share), unless 1 is "
-        "asked for. Smaller files are told, not judged.",
+        description="Share of the positions at which merged folder, F32, F16 and BF16 file must have the likeliest "
+        "token of base + adapter, Q8_0 at 0.9 at most; else the stage fails. One position alone fails none (of few it "
+        "is a large share), unless 1 is asked for.",
+    )
+    min_same_share_quantised: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="The same for smaller files, whose likeliest tokens may differ: a floor that only a ruined file "
+        "falls below.",
     )

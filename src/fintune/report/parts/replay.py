@@ -23,8 +23,10 @@ def context(page: RunPage) -> dict[str, Any] | None:
         "num_positions": f"{page.replay.get('num_positions', 0):,}",
         "num_examples": f"{page.replay.get('num_examples', 0):,}",
         "reference": page.replay.get("reference", "base + adapter"),
-        "least": percent(next(iter(least.values()))) if least else "",
-        "judged": " and ".join(_label(kind) for kind in least),
+        "bounds": ", ".join(
+            f"below {percent(share)} {' and '.join(_label(kind) for kind in least if least[kind] == share)}"
+            for share in sorted(set(least.values()), reverse=True)
+        ),
         "accuracies": any(kind in accuracies for kind in replayed),
         "rows": [
             {
