@@ -78,7 +78,7 @@ def ask(
     record = read_page(page, question, text=more, record_id=record_id, decimal=decimal)
     answer = stage(record, named, options.prompt, options.predict)
     if json:
-        click.echo(json_format.dumps(answer.as_json(), ensure_ascii=False, indent=2))
+        click.echo(json_format.dumps(answer.as_json(), ensure_ascii=False, indent=2, allow_nan=False))
         return
     from rich.console import Console
 

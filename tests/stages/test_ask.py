@@ -112,6 +112,21 @@ def test_json_holds_everything_a_machine_needs(page):
     assert none["reason"]
 
 
+@pytest.mark.parametrize(
+    ("program", "value"), [("multiply(#0, #0)", "inf"), ("multiply(#0, #0), subtract(#1, #1)", "nan")]
+)
+def test_a_result_that_is_not_finite_is_no_answer(tmp_path, program, value):
+    page = tmp_path / "page.csv"
+    page.write_text(f"a,2019\nb,1{'0' * 160}\n")
+    program = f"table_max(b, none), {program}"
+    done, _ = asked(page, program, "--json")
+    found = json.loads(done.out, parse_constant=pytest.fail)
+    assert (found["answer"], found["grounded"]) == (None, False)
+    assert found["reason"] == f"the result is no finite number: {value}"
+    assert found["steps"][-1]["value"] == value
+    assert asked(page, program)[0].out.startswith(f"no answer  the result is no finite number: {value}\n")
+
+
 def test_a_folder_answers_in_transformers(page, tiny_model):
     done = fintune("ask", tiny_model, "--page", page, QUESTION, "--json", "predict.max_new_tokens=3")
     assert done.status == 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fintune.answerer import Named, engine_of, open_model
@@ -78,11 +79,11 @@ class Answer:
         return self.result is not None and not self.elsewhere and not self.of_constants
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, for machines."""
+        """All of it, for machines; a number that is not finite, which JSON has no word for, as text."""
         sentences = (*self.record.pre_text, *self.record.post_text)
         cells = sorted({cell for step in self.traced.steps for each in step.operands for cell in each.cells})
         texts = sorted({place for step in self.traced.steps for each in step.operands for place in each.sentences})
-        return {
+        found = {
             "question": self.record.qa.question,
             "answer": self.result,
             "grounded": self.grounded,
@@ -109,6 +110,7 @@ class Answer:
             "num_prompt_tokens": self.num_prompt_tokens,
             "seconds": round(self.seconds, 3),
         }
+        return {name: _finite(value) for name, value in found.items()}
 
 
 def ask(record: FinQARecord, named: Named, prompt: PromptOptions, options: PredictOptions) -> Answer:
@@ -151,7 +153,7 @@ def ask(record: FinQARecord, named: Named, prompt: PromptOptions, options: Predi
         record=record,
         text=predicted.text,
         program=predicted.program,
-        traced=trace(tokenize(predicted.program), record.table, sentences),
+        traced=_finite_or_none(trace(tokenize(predicted.program), record.table, sentences)),
         finish_reason=predicted.finish_reason,
         confidence=predicted.confidence,
         candidates=predicted.candidates,
@@ -160,6 +162,14 @@ def ask(record: FinQARecord, named: Named, prompt: PromptOptions, options: Predi
         num_prompt_tokens=predicted.num_prompt_tokens,
         seconds=predicted.seconds,
     )
+
+
+def _finite_or_none(traced: Trace) -> Trace:
+    # The official script takes "inf" and "nan" for results; nobody asks a page for them.
+    result = traced.execution.result
+    if traced.reason is None and result in {"inf", "-inf", "nan"}:
+        return replace(traced, reason=f"the result is no finite number: {result}")
+    return traced
 
 
 def _operand(operand: Operand) -> dict[str, Any]:
@@ -176,3 +186,11 @@ def _operand(operand: Operand) -> dict[str, Any]:
 
 def _plain(value: object) -> float | str | None:
     return value if value is None or isinstance(value, (float, str)) else str(value)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
