@@ -58,6 +58,10 @@ def test_every_translation_is_an_option_with_an_allowed_value():
     ("text", "told"),
     [
         ("--lerning_rate 1", "unknown --lerning_rate: did you mean --learning_rate?"),
+        ("--lr 3", "unknown --lr: did you mean train.learning_rate=3?"),
+        ("--lora-rank=8", "unknown --lora_rank: did you mean adapter.r=8?"),
+        ("--dataset 'my rows.csv'", "unknown --dataset: did you mean 'data.sources=my rows.csv'?"),
+        ("--rank --bf16", "unknown --rank: did you mean adapter.r=VALUE?"),
         ("--qqq 1", "unknown --qqq: known are adam_beta1"),
         ("oops", "'oops' stands alone: write key=value"),
         ("'open", "No closing quotation"),

@@ -153,6 +153,9 @@ def _translate(name: str, value: str, named: Mapping[str, str]) -> list[str]:
         return []
     if name in ELSEWHERE:
         raise ConfigError(f"{_FLAG}: --{name} is not set here", hint=ELSEWHERE[name])
+    if called := meant(name):
+        given = "VALUE" if value == "true" else value  # none of these is a switch
+        raise ConfigError(f"{_FLAG}: unknown --{name}", hint=f"did you mean {shlex.quote(f'{called}={given}')}?")
     known = sorted([*RENAMED, *_CONVERTED, *FIXED])
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean --{near[0]}?" if near else f"known are {', '.join(known)}, and any option as key=value"
