@@ -243,7 +243,7 @@ class _Served:
         from fintune.engines.openai import OpenAIEngine
 
         self._engine: OpenAIEngine = OpenAIEngine(parse(named.name), parallel=named.batch_size)
-        self.fingerprint = hashlib.sha256(f"{self._engine.url}#{self._engine.model}".encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(self._engine.fingerprint().encode()).hexdigest()
 
     def count(self, conversation: Conversation) -> int:
         return sum(self.count_text(turn.content) + 8 for turn in conversation)

@@ -42,11 +42,15 @@ class Scripted:
 
     Attributes:
         seen: (route, body, headers) of every request.
+        script: What is still to be answered.
+        models: Entries of ``/models``.
+        props: What ``/props`` says.
     """
 
-    def __init__(self, *answers, models=None, seconds=0.0):
+    def __init__(self, *answers, models=None, props=None, seconds=0.0):
         self.seen = []
-        script = list(answers)
+        self.script = list(answers)
+        self.models, self.props = models, props
         served = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -54,13 +58,15 @@ class Scripted:
                 pass
 
             def do_GET(self):
-                self._answer(404 if models is None else 200, {"data": models} if models else {}, {})
+                told = served.props if self.path == "/props" else served.models and {"data": served.models}
+                self._answer(404 if told is None else 200, told or {}, {})
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 served.seen.append((self.path, body, dict(self.headers)))
                 time.sleep(seconds)
                 served.before_answering(body)
+                script = served.script
                 status, answer, *headers = script.pop(0) if len(script) > 1 else script[0]
                 self._answer(status, answer, headers[0] if headers else {})
 

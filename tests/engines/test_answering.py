@@ -8,6 +8,7 @@ from fintune.engines import answering
 from fintune.engines.answering import answer_all, less_memory
 from fintune.engines.journal import Journal
 from fintune.engines.protocol import Answered, Completion
+from fintune.errors import ArtifactError
 from fintune.finqa.execute import execute
 from fintune.finqa.program import tokenize
 from fintune.options import PredictOptions
@@ -100,6 +101,45 @@ def test_where_all_is_done_nothing_is_asked(bars, journal):
 
     answer_all("predict", RECORDS, QUIET, journal, ask, None)
     assert len(bars) == 1
+
+
+def resumed(journal, text, options=QUIET, **served):
+    """The places that are asked for, call by call, when an attempt with one answer goes on with another text."""
+    answer_all("predict", RECORDS[:1], QUIET, journal, backwards(lambda _: "add(1, 1)"), None)
+    asked = []
+
+    def ask(ids, decoding, done):
+        asked.append([ids[place] for place in range(len(ids)) if place not in done])
+        return backwards(lambda _: text)(ids, decoding, done)
+
+    try:
+        answer_all("predict", RECORDS, options, journal, ask, None, **served)
+    finally:
+        asked = [sorted(each) for each in asked]
+        assert len(journal.done) == (4 if len(asked[-1]) == 3 else 1)
+    return asked
+
+
+FIRST, REST = RECORDS[0].id, sorted(each.id for each in RECORDS[1:])
+
+
+def test_a_server_is_asked_its_first_answer_again_before_it_goes_on(bars, journal):
+    assert resumed(journal, "add(1, 1)", is_served=True) == [[FIRST], REST]
+
+
+def test_a_server_that_answers_otherwise_than_before_is_refused_and_nothing_is_mixed(bars, journal):
+    with pytest.raises(ArtifactError, match=r"when .* was begun: 'add\(2, 2\)', not 'add\(1, 1\)'") as caught:
+        resumed(journal, "add(2, 2)", is_served=True)
+    assert FIRST in str(caught.value)
+    assert "remove that file to begin anew" in str(caught.value)
+    assert list(journal.done) == [FIRST]
+
+
+@pytest.mark.parametrize(
+    ("options", "is_served"), [(QUIET, False), (QUIET.model_copy(update={"strategy": "sample"}), True)]
+)
+def test_a_model_in_this_process_and_drawn_answers_are_not_asked_again(bars, journal, options, is_served):
+    assert resumed(journal, "add(2, 2)", options, is_served=is_served) == [REST]
 
 
 def test_what_needs_less_memory_is_named_with_its_numbers():

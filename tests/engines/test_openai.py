@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import math
+import re
 import socket
 
 import pytest
 
 from engines.served import KEY, Scripted, Slow, llama_cpp_server, said
+from fintune.engines import told
 from fintune.engines.endpoint import COMMON_KEY, OWN_KEY, Endpoint, is_endpoint, parse
 from fintune.engines.llama_cpp import LlamaCppEngine
 from fintune.engines.openai import OpenAIEngine
@@ -63,6 +65,18 @@ def test_a_served_model_completes_as_the_same_file_in_this_process(url, gguf_fil
             same = next(each for each in left if each[0] == token)
             assert (logprob, margin) == pytest.approx(same[1:], abs=1e-3) or math.isnan(same[1])
     assert sum(len(each.token_ids) for each in found) > len(CHATS)
+
+
+def test_llama_cpp_tells_its_weights_its_file_and_its_template(url, gguf_file, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(told.json, "dumps", lambda facts, **_: hashed.append(facts) or "")
+    assert re.fullmatch(rf"{url}#\S+ [0-9a-f]{{64}}", engine(url).fingerprint())
+    (facts,) = hashed
+    assert facts["model_path"] == str(gguf_file)
+    assert facts["meta"]["n_params"] > 0
+    assert facts["build_info"]
+    assert "add_generation_prompt" in facts["chat_template"]
+    assert "n_ctx" not in facts["meta"]
 
 
 def test_completions_belong_to_their_prompts_whatever_is_in_flight(url):

@@ -335,6 +335,27 @@ def test_what_is_served_is_asked_the_conversations(tiny_model, inputs, tmp_path)
     assert official[4] == {"id": "x4", "predicted": ["add(", "1", "2", ")", "EOF"]}
 
 
+def test_a_server_that_serves_other_weights_by_now_is_not_mixed_in(tiny_model, inputs, tmp_path):
+    from engines.served import Scripted, said
+
+    same, stop = (200, said("add(1, 2)")), (400, {"error": {"message": "no more"}})
+    entry = {"id": "m", "owned_by": "vllm", "root": "/models/a"}
+    (tmp_path / "p").mkdir()
+    with Scripted(same, same, stop, models=[entry]) as served:
+        options = config(tiny_model, models=["endpoint"], endpoint=served.url, batch_size=1)
+        with pytest.raises(ModelError, match="no more"):
+            predict(options, inputs, tmp_path / "p", kind="endpoint")
+        served.script, served.models = [same], [entry | {"root": "/models/b"}]
+        with pytest.raises(ArtifactError, match="begun with another model"):
+            predict(options, inputs, tmp_path / "p", kind="endpoint")
+        served.script, served.models = [(200, said("add(2, 2)"))], [entry]
+        with pytest.raises(ArtifactError, match="the server answers x0 otherwise"):
+            predict(options, inputs, tmp_path / "p", kind="endpoint")
+        served.script, served.seen = [same], []
+        facts = predict(options, inputs, tmp_path / "p", kind="endpoint")
+    assert (facts["num_predictions"], len(served.seen)) == (5, 1 + 3)
+
+
 def test_vllm_runs_the_folder_where_it_is_asked_for(tiny_model, inputs, tmp_path, monkeypatch):
     from engines import fake_vllm
 

@@ -71,6 +71,25 @@ def test_the_running_accuracy_is_that_of_the_score(data):
     assert facts["execution_accuracy"] >= 0.25
 
 
+@pytest.mark.parametrize(
+    ("names", "stems"),
+    [
+        (("run.free", "run.tight"), ("run.free", "run.tight")),
+        (("run.1.json", "run.2.json"), ("run.1", "run.2")),
+        (("run", "run.txt"), ("run", "run.txt")),
+    ],
+)
+def test_two_outputs_have_a_manifest_each(data, names, stems):
+    with Scripted((200, said())) as served:
+        jobs = [job(data, f"{served.url}#{name}", name) for name in names]
+        assert jobs[0].partial != jobs[1].partial
+        for each in jobs:
+            predict_file(each, config())
+    for name, stem in zip(names, stems, strict=True):
+        manifest = json.loads((data.parent / f"{stem}.manifest.json").read_text())
+        assert manifest["model"]["name"].endswith(f"#{name}")
+
+
 def test_questions_without_gold_are_asked_too(data, tiny_model):
     rows = json.loads(data.read_text())
     for row in rows[:3]:
@@ -126,6 +145,31 @@ def test_an_interrupted_command_goes_on_and_another_model_does_not_mix(data, tin
     assert texts[0] == texts[1]
     assert resumed["num_tokens"] == whole["num_tokens"]
     assert not list(data.parent.glob("*.partial*"))
+
+
+def test_a_server_with_other_weights_is_not_mixed_in(data):
+    busy = (400, {"error": {"message": "no more"}})
+    same, other = (200, said("add(1, 2)")), (200, said("add(2, 2)"))
+    out = data.parent / "out.json"
+    weights = {"id": "m", "owned_by": "llamacpp", "meta": {"size": 1000, "n_ctx": 512}}
+    with Scripted(same, same, busy, models=[weights], props={"model_path": "m.gguf"}) as served:
+        words = ("predict", "--model", f"{served.url}#m", "--data", data, "--out", out, "predict.batch_size=1")
+        assert fintune(*words).status == 2
+        served.script = [other]
+        served.props = {"model_path": "n.gguf"}
+        assert "out.partial.jsonl was begun with another model" in fintune(*words).err
+        served.props, served.models = {"model_path": "m.gguf"}, [weights | {"meta": {"size": 1002}}]
+        assert "out.partial.jsonl was begun with another model" in fintune(*words).err
+        served.models, served.seen = [weights | {"created": 5}], []
+        done = fintune(*words)
+        assert (done.status, done.err.count("\n"), len(served.seen)) == (2, 1, 1)
+        assert "the server answers " in done.err
+        assert "'add(2, 2)', not 'add(1, 2)'" in done.err
+        assert len((data.parent / "out.partial.jsonl").read_text().splitlines()) == 2
+        served.script, served.seen = [same], []
+        assert fintune(*words).status == 0
+        assert len(served.seen) == 1 + 2
+    assert {row["text"] for row in json.loads(out.read_text())} == {"add(1, 2)"}
 
 
 def test_a_killed_command_has_written_what_was_answered_and_asks_only_for_the_rest(data, tiny_model, monkeypatch):

@@ -11,6 +11,7 @@ from fintune.engines.candidates import decoding, grammars, predict_one
 from fintune.engines.journal import Journal
 from fintune.engines.pages import page_order, prompts_named
 from fintune.engines.protocol import Answered, Completion, Decoding
+from fintune.errors import ArtifactError
 from fintune.finqa.execute import execute
 from fintune.finqa.program import tokenize
 from fintune.options import PredictOptions
@@ -23,8 +24,19 @@ Check = Callable[[str, Completion], None]
 """Looks at the first completion of the question with this id."""
 
 
+_QUOTED = 60
+"""Characters of a completion that a message repeats."""
+
+
 def answer_all(
-    title: str, records: Sequence[FinQARecord], options: PredictOptions, journal: Journal, ask: Ask, check: Check | None
+    title: str,
+    records: Sequence[FinQARecord],
+    options: PredictOptions,
+    journal: Journal,
+    ask: Ask,
+    check: Check | None,
+    *,
+    is_served: bool = False,
 ) -> None:
     """Answer what the journal does not hold.
 
@@ -38,8 +50,11 @@ def answer_all(
         journal: Grows by a line with each answer.
         ask: The engine.
         check: Refuses an answer.
+        is_served: Whether a server answers, whose weights may be others by now: going on with greedy decoding, the
+            first answer that is there is asked for once more.
 
     Raises:
+        ArtifactError: The server answers otherwise than before.
         ModelError: The engine cannot take a question, which it names, or another way of asking.
     """
     if all(record.id in journal.done for record in records):
@@ -50,8 +65,11 @@ def answer_all(
     running = Running()
     for at in sorted(done):
         running.add_earlier(journal.done[records[at].id], records[at])
+    ids, way = [record.id for record in records], decoding(options, allowed)
     with prompts_named(records), bar(title, len(records), done=len(done), slow=True) as shown:
-        for place, found in ask([record.id for record in records], decoding(options, allowed), done):
+        if is_served and done and way.temperature == 0:
+            _check_server(ids, way, journal, ask)
+        for place, found in ask(ids, way, done):
             record = records[place]
             if check is not None:
                 check(record.id, found[0])
@@ -60,6 +78,20 @@ def answer_all(
             running.add(prediction, record)
             shown.advance()
             shown.note(running.told())
+
+
+def _check_server(ids: Sequence[str], way: Decoding, journal: Journal, ask: Ask) -> None:
+    first = next(each for each in journal.done if each in ids)
+    others = frozenset(place for place, each in enumerate(ids) if each != first)
+    for _, found in ask(ids, way, others):
+        now, before = found[0].text, journal.done[first].text
+        if now != before:
+            raise ArtifactError(
+                f"the server answers {first} otherwise than when {journal.path} was begun: "
+                f"{now[:_QUOTED]!r}, not {before[:_QUOTED]!r}",
+                hint="serve the same model again, or remove that file to begin anew; if it is the same model, whose "
+                "near-ties fall otherwise, remove line 1 of the file alone",
+            )
 
 
 class Running:

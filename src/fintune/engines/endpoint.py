@@ -132,6 +132,17 @@ class Connection:
             raise self._refusal(status, answer)
         return answer
 
+    def get_beside(self, route: str) -> Any:
+        """The answer to a GET of what a server offers beside the interface, above its ``/v1``; None where it does not.
+
+        Raises:
+            ResourceError: No server, or it stays too busy.
+        """
+        status, answer = self._send("GET", route, None, self._retry.new(connect=0), self.url.removesuffix("/v1"))
+        if status in _TRY_AGAIN:
+            raise self._refusal(status, answer)
+        return answer if status == 200 else None
+
     def post(self, route: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to a POST.
 
@@ -148,13 +159,15 @@ class Connection:
         """Drop all connections."""
         self._pool.clear()
 
-    def _send(self, method: str, route: str, body: Mapping[str, Any] | None, retry: urllib3.Retry) -> tuple[int, Any]:
+    def _send(
+        self, method: str, route: str, body: Mapping[str, Any] | None, retry: urllib3.Retry, above: str | None = None
+    ) -> tuple[int, Any]:
         headers = {"accept": "application/json", "user-agent": "fintune"}
         if self._key:
             headers["authorization"] = f"Bearer {self._key}"
         try:
             answer = self._pool.request(
-                method, f"{self.url}{route}", json=body, headers=headers, retries=retry, redirect=False
+                method, f"{above or self.url}{route}", json=body, headers=headers, retries=retry, redirect=False
             )
         except urllib3.exceptions.HTTPError as error:
             raise self._unreachable(error) from None

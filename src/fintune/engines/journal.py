@@ -36,6 +36,11 @@ class Journal:
         self._file = path.open("a", encoding="utf-8")
         self._synced = time.monotonic()
 
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._path
+
     def append(self, prediction: Prediction) -> None:
         """Add a line; the operating system has it at once, the disk within some seconds."""
         self._file.write(prediction.model_dump_json() + "\n")

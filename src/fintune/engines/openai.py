@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from fintune.engines.endpoint import Connection, Endpoint
 from fintune.engines.protocol import Answered, Completion, Decoding
+from fintune.engines.told import told_by
 from fintune.errors import ModelError, PromptError, ResourceError
 from fintune.finqa.grammar import Grammar
 from fintune.records import Message
@@ -105,8 +106,16 @@ class OpenAIEngine:
         if served is None and endpoint.model is None:
             raise ModelError(f"{self.url} does not say which models it serves", hint="name one, as in URL#MODEL")
         self.model = endpoint.model or "" if served is None else _chosen(endpoint, served)
-        owner = next((str(each.get("owned_by")) for each in served or [] if _is_called(each, self.model)), "")
-        self._dialect = _DIALECTS.get(owner, _PLAIN)
+        self._entry: Mapping[str, Any] = next((each for each in served or [] if _is_called(each, self.model)), {})
+        self._dialect = _DIALECTS.get(str(self._entry.get("owned_by")), _PLAIN)
+
+    def fingerprint(self) -> str:
+        """Address, name, and what the server tells about the model, where it tells anything.
+
+        Raises:
+            ResourceError: The server cannot be reached any more.
+        """
+        return f"{self.url}#{self.model} {told_by(self._connection, self._entry)}".rstrip()
 
     def chat(
         self, conversations: Sequence[Sequence[Message]], decoding: Decoding, done: Collection[int] = ()
@@ -205,7 +214,7 @@ class ChatEngine:
     """
 
     def __init__(self, served: OpenAIEngine, conversations: Mapping[str, Sequence[Message]]) -> None:
-        self.name = served.name
+        self.name, self.fingerprint = served.name, served.fingerprint
         self._served, self._conversations = served, conversations
 
     def generate(self, prompts: Sequence[str], decoding: Decoding, done: Collection[int] = ()) -> Iterator[Answered]:

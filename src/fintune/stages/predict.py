@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from fintune.tuning.quiet import quiet_libraries
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from fintune.engines.openai import ChatEngine
     from fintune.engines.protocol import Answered, Completion, Decoding, Engine
 
 FOUR_BIT = "_4bit"
@@ -53,9 +55,9 @@ def predict(config: Config, inputs: Mapping[str, Path], folder: Path, *, kind: M
     Raises:
         ModelError: The model cannot be used, a prompt does not fit its context, or a GGUF file's tokenizer counts
             otherwise than the model's.
-        ArtifactError: ``predictions.jsonl`` was begun with another model, other prompts or another decoding; or
-            ``gold.json`` lacks the page of an example.
-        ResourceError: Memory ran out.
+        ArtifactError: ``predictions.jsonl`` was begun with another model, other prompts or another decoding, or the
+            server answers otherwise by now; or ``gold.json`` lacks the page of an example.
+        ResourceError: Memory ran out, or a server does not answer.
     """
     examples = _examples(inputs["prepare"] / "eval.jsonl")
     tokenizer = _tokenizer(config)
@@ -65,19 +67,18 @@ def predict(config: Config, inputs: Mapping[str, Path], folder: Path, *, kind: M
             config, inputs["prepare"], examples, lambda turns: len(chat.encode_prompt(tokenizer, turns))
         )
     prompts = {each.id: chat.render(tokenizer, each.messages) for each in examples}
-    key = {
-        "model": _fingerprint(config, inputs, kind),
-        "prompts": hashlib.sha256("\0".join(prompts.values()).encode()).hexdigest(),
-        "decoding": config.predict.model_dump_json(exclude={"models", "threads", "batch_size"}),
-    }
-    journal = Journal(folder / "predictions.jsonl", key)
-    try:
+    with ExitStack() as opened:
+        served = opened.enter_context(closing(_served(config, examples, prompts))) if kind == "endpoint" else None
+        key = {
+            "model": _fingerprint(config, inputs, kind) if served is None else served.fingerprint(),
+            "prompts": hashlib.sha256("\0".join(prompts.values()).encode()).hexdigest(),
+            "decoding": config.predict.model_dump_json(exclude={"models", "threads", "batch_size"}),
+        }
+        journal = opened.enter_context(closing(Journal(folder / "predictions.jsonl", key)))
         if any(each.id not in journal.done for each in examples):
             with advice_on_memory(lambda: _less_memory(config, kind), during=f"asking the {kind} model"):
-                _decode(config, inputs, kind, tokenizer, examples, prompts, journal)
+                _decode(config, inputs, kind, tokenizer, examples, prompts, journal, served)
             gc.collect()  # the next kind's model should not stand beside this one in memory
-    finally:
-        journal.close()
     facts = _finish(folder, [journal.done[each.id] for each in examples])
     if shots is not None:
         _write(folder / "shots.json", json.dumps(shots.used, indent=1) + "\n")
@@ -93,11 +94,11 @@ def _decode(
     examples: Sequence[Example],
     prompts: Mapping[str, str],
     journal: Journal,
+    served: ChatEngine | None,
 ) -> None:
     pages = _pages(inputs["prepare"] / "gold.json", examples)
     by_id = {each.id: each for each in examples}
-    is_served = kind == "endpoint"
-    engine = _served(config, examples, prompts) if is_served else _open_engine(config, inputs, kind, tokenizer)
+    engine = served or _open_engine(config, inputs, kind, tokenizer)
 
     def ask(ids: Sequence[str], decoding: Decoding, done: frozenset[int]) -> Iterator[Answered]:
         return engine.generate([prompts[each] for each in ids], decoding, done)
@@ -106,7 +107,8 @@ def _decode(
         _check_prompt(by_id[example_id], completion, tokenizer, kind)
 
     # A server has a tokenizer and a chat template of its own.
-    answer_all(f"predict {kind}", pages, config.predict, journal, ask, None if is_served else check)
+    check_prompts = check if served is None else None
+    answer_all(f"predict {kind}", pages, config.predict, journal, ask, check_prompts, is_served=served is not None)
     engine.close()
 
 
@@ -192,8 +194,6 @@ def _fingerprint(config: Config, inputs: Mapping[str, Path], kind: str) -> str:
         return f"{base} {models.model_fingerprint(full.result(inputs['train']) or inputs['train'] / 'adapter')}"
     if kind == "merged":
         return models.model_fingerprint(inputs["merge"])
-    if kind == "endpoint":
-        return str(config.predict.endpoint)
     stat = _gguf(config, inputs, kind).stat()
     return f"{kind} {stat.st_size} {stat.st_mtime_ns}"
 
@@ -247,7 +247,7 @@ def _open_engine(config: Config, inputs: Mapping[str, Path], kind: str, tokenize
     return TransformersEngine(model.eval(), tokenizer, config.predict.batch_size)
 
 
-def _served(config: Config, examples: Sequence[Example], prompts: Mapping[str, str]) -> Engine:
+def _served(config: Config, examples: Sequence[Example], prompts: Mapping[str, str]) -> ChatEngine:
     from fintune.engines.endpoint import parse
     from fintune.engines.openai import ChatEngine, OpenAIEngine
 

@@ -1,8 +1,9 @@
 """Programs for the questions of a plain FinQA file from any model, without a run: one JSON file and its manifest.
 
 ``OUT`` is a list of ``{id, question, predicted, program, ...}``, which ``fintune score`` and FinQA's own script read.
-``OUT`` with the ending ``.manifest.json`` says what it was made with. While it grows, the predictions lie beside it
-(``.partial.jsonl``): the same command goes on from there, another model, prompt or decoding refuses to.
+``OUT`` with ``.manifest.json`` in place of ``.json``, or behind another name, says what it was made with. While it
+grows, the predictions lie beside it (``.partial.jsonl``): the same command goes on from there, another model, prompt or
+decoding refuses to.
 """
 
 from __future__ import annotations
@@ -56,12 +57,16 @@ class FileJob:
     @property
     def manifest(self) -> Path:
         """Where it is written what ``out`` was made with."""
-        return self.out.with_suffix(".manifest.json")
+        return self._beside(".manifest.json")
 
     @property
     def partial(self) -> Path:
         """Where predictions lie while there are not all of them."""
-        return self.out.with_suffix(".partial.jsonl")
+        return self._beside(".partial.jsonl")
+
+    def _beside(self, ending: str) -> Path:
+        # with_suffix would give run.free and run.tight one and the same name.
+        return self.out.with_name(self.out.name.removesuffix(".json") + ending)
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ def predict_file(job: FileJob, config: Config) -> FilePredictions:
         DataError: A file cannot be used, or none of its questions can be asked.
         ModelError: The model cannot be used.
         ResourceError: A package, the hub or a server is missing, or memory ran out.
-        ArtifactError: An unfinished attempt was made with something else.
+        ArtifactError: An unfinished attempt was made with something else, or the server answers otherwise by now.
         FintuneError: A file cannot be written.
     """
     engine_of(job.named)
@@ -177,7 +182,9 @@ def _resumed(job: FileJob, config: Config, answerer: Answerer, prompts: _Prompts
         raise ArtifactError(error.message, hint=f"remove {job.partial} to begin anew, or name another file") from None
     try:
         with _advice_on_memory(job, config):
-            answer_all(f"predict {answerer.engine}", prompts.records, config.predict, journal, ask, None)
+            is_served = answerer.engine == "openai"
+            title = f"predict {answerer.engine}"
+            answer_all(title, prompts.records, config.predict, journal, ask, None, is_served=is_served)
     finally:
         journal.close()
     return [journal.done[each.id] for each in prompts.records]
