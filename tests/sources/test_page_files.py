@@ -110,6 +110,14 @@ def test_a_finqa_record_keeps_its_page_and_gets_the_question(tmp_path):
         read(tmp_path, "p.json", two, record_id="C")
 
 
+def test_a_record_whose_id_is_a_number_is_chosen_by_it(tmp_path):
+    rows = [{"id": each, "table": [["a", "2019"], ["R", str(each)]]} for each in (4, 5)]
+    page = read(tmp_path, "p.json", json.dumps([*rows, {"table": []}]), record_id="5")
+    assert (page.id, page.table[1]) == ("5", ("R", "5"))
+    with pytest.raises(DataError, match="id None: no record has this id"):
+        read(tmp_path, "p.json", json.dumps([*rows, {"table": []}]), record_id="None")
+
+
 def test_rows_of_unequal_length_are_filled_up(tmp_path):
     assert read(tmp_path, "p.csv", "a,2019,2018\nb,1\n").table == (("a", "2019", "2018"), ("b", "1", ""))
 
@@ -128,11 +136,26 @@ def test_a_packed_file_is_read(tmp_path):
         ("p.csv", "only one column\n1\n2\n", "p.csv: holds no table"),
         ("p.csv", 'a,b\n"1,2\n', "p.csv: no CSV table"),
         ("p.json", '{"pre_text": ["x"]}', "p.json: holds no table: a FinQA record has"),
-        ("p.json", '{"table": [["a", 1]]}', "p.json: is no FinQA record"),
+        (
+            "p.json",
+            '{"table": [["a", 2019.5]]}',
+            r"p.json: is no FinQA record: row 1, column 2 of its table is a number \(2019.5\): "
+            'write every cell as text: "2019.5"',
+        ),
+        (
+            "p.json",
+            '{"table": [["a"], ["R", null]]}',
+            r'row 2, column 2 of its table is no text \(null\): write every cell as text: ""',
+        ),
+        ("p.json", '{"table": "| a |"}', "is no FinQA record: table is no list of rows: write it as"),
+        ("p.json", '{"table": [["a"]], "pre_text": "One."}', "is no FinQA record: pre_text is no list of texts"),
         ("p.json", '{"table": ', "p.json: not JSON"),
         ("p.csv", "", "p.csv: the file is empty"),
         ("p.pdf", "%PDF-1.7", "p.pdf: no kind of page that is known"),
-        ("p.csv", b"\xff\xfe\x00", "p.csv: not UTF-8"),
+        ("p.csv", "a,2019\nb,1".encode("utf-16"), r"p.csv: not UTF-8 text \(byte 0\): save it as CSV UTF-8$"),
+        ("p.csv", "für,2019\nb,1".encode("latin-1"), "p.csv: not UTF-8 .*: save it as CSV UTF-8$"),
+        ("p.html", "<p>für".encode("latin-1"), "p.html: not UTF-8 .*: save it as UTF-8$"),
+        ("p.pdf", b"%PDF\xff", "p.pdf: not UTF-8 .*: give a FinQA record"),
     ],
 )
 def test_what_is_no_page_is_one_line(tmp_path, name, content, message):

@@ -11,12 +11,13 @@ _GZIP_MAGIC = b"\x1f\x8b"
 _PIECE = 1 << 16
 
 
-def read_text(path: Path, *, hint: str) -> tuple[str, str | None]:
+def read_text(path: Path, *, hint: str, encoding_hint: str | None = None) -> tuple[str, str | None]:
     """Read a file; of a damaged gzip file, what comes before the damage.
 
     Args:
         path: The file.
         hint: What a reader is told about the form that was expected.
+        encoding_hint: What a reader is told instead where the file is not UTF-8.
 
     Returns:
         The text, which holds more than white space, and what is damaged, or None.
@@ -36,7 +37,7 @@ def read_text(path: Path, *, hint: str) -> tuple[str, str | None]:
     try:
         text = data.decode("utf-8-sig", errors="strict" if damage is None else "ignore")
     except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8 text (byte {error.start})", path=path, hint=hint) from None
+        raise DataError(f"not UTF-8 text (byte {error.start})", path=path, hint=encoding_hint or hint) from None
     if not text.strip():
         raise DataError(damage or "the file is empty", path=path, hint="copy or download it again" if damage else hint)
     return text, damage

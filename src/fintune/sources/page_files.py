@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fintune.errors import DataError
@@ -22,6 +22,9 @@ from fintune.sources.markdown_page import is_markdown, markdown_page
 
 KINDS = "a FinQA record (.json), a table (.csv, .tsv), or a page with one table (.html, .md)"
 
+_KNOWN = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".md": "markdown", ".markdown": "markdown"}
+_KNOWN |= {".html": "html", ".htm": "html", ".xhtml": "html"}
+_SHEETS = {".csv", ".tsv", ".txt", ".xlsx", ".xls", ".ods"}
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9\"'(])")
 _ABBREVIATION = re.compile(r"\b(?:[A-Z]|Inc|Corp|Co|Ltd|No|vs|Mr|Ms|Dr|approx|U\.S)\.$")
 _BRACKETED = re.compile(r"([$€£¥]?)\s*\(\s*([$€£¥]?)\s*(\d[\d,]*\.?\d*|\.\d+)\s*\)?\s*\)?\s*(%?)\s*\)?")
@@ -54,7 +57,7 @@ def read_page(
     """
     if not question.strip():
         raise DataError("no question was asked", path=path, hint='put it last, in quotes: "What was ...?"')
-    content, damage = read_text(path, hint=f"give {KINDS}")
+    content, damage = read_text(path, hint=f"give {KINDS}", encoding_hint=_encoding_hint(path))
     if damage:
         raise DataError(damage, path=path, hint="copy or download it again")
     kind = _kind(path, content)
@@ -120,19 +123,19 @@ def _asked(question: str) -> FinQAQuestion:
     return FinQAQuestion(question=" ".join(question.split()), program="", exe_ans="")
 
 
+def _suffix(path: Path) -> str:
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def _encoding_hint(path: Path) -> str:
+    if _suffix(path) in _SHEETS:
+        return "save it as CSV UTF-8"
+    return "save it as UTF-8" if _suffix(path) in _KNOWN else f"give {KINDS}, in UTF-8"
+
+
 def _kind(path: Path, content: str) -> str:
-    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
-    known = {
-        ".json": "json",
-        ".jsonl": "json",
-        ".csv": "csv",
-        ".tsv": "csv",
-        ".md": "markdown",
-        ".markdown": "markdown",
-    }
-    known |= {".html": "html", ".htm": "html", ".xhtml": "html"}
-    if suffix in known:
-        return known[suffix]
+    if _suffix(path) in _KNOWN:
+        return _KNOWN[_suffix(path)]
     start = content.lstrip()[:200].lower()
     if start.startswith(("{", "[")):
         return "json"
@@ -154,7 +157,7 @@ def _finqa(path: Path, content: str, record_id: str | None) -> FinQARecord:
     rows = raw if isinstance(raw, list) else [raw]
     if record_id is not None:
         names = [str(row["id"]) for row in rows if isinstance(row, dict) and "id" in row]
-        rows = [row for row in rows if isinstance(row, dict) and row.get("id") == record_id]
+        rows = [row for row in rows if isinstance(row, dict) and "id" in row and str(row["id"]) == record_id]
         if not rows:
             raise DataError("no record has this id", path=path, record_id=record_id, hint=_near(record_id, names))
     if len(rows) != 1:
@@ -163,12 +166,35 @@ def _finqa(path: Path, content: str, record_id: str | None) -> FinQARecord:
     if not isinstance(row, dict) or not row.get("table"):
         raise DataError("holds no table", path=path, hint="a FinQA record has pre_text, table and post_text")
     fields = {key: row.get(key) or () for key in ("pre_text", "post_text", "table")}
+    wrong = next(_no_texts(fields), None)
+    if wrong is not None:
+        raise DataError(f"is no FinQA record: {wrong[0]}", path=path, record_id=record_id, hint=wrong[1])
     try:
         return FinQARecord.model_validate(
             {"id": str(row.get("id") or path.name), **fields, "qa": {"question": "", "program": "", "exe_ans": ""}}
         )
     except ValueError as error:
         raise DataError(f"is no FinQA record ({str(error).splitlines()[1].strip()})", path=path) from None
+
+
+def _no_texts(fields: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    """What is not text where FinQA has text, and what to write."""
+    for key in ("pre_text", "post_text"):
+        lines = fields[key]
+        if not isinstance(lines, (list, tuple)) or not all(isinstance(line, str) for line in lines):
+            yield f"{key} is no list of texts", f'write it as {{"{key}": ["One sentence.", "Another."]}}'
+    table = fields["table"]
+    if not isinstance(table, (list, tuple)) or not all(isinstance(row, list) for row in table):
+        yield "table is no list of rows", 'write it as {"table": [["", "2019"], ["revenue", "1250"]]}'
+        return
+    for row, cells in enumerate(table, start=1):
+        for column, cell in enumerate(cells, start=1):
+            if isinstance(cell, str):
+                continue
+            text = "" if cell is None else json.dumps(cell)
+            kind = "a number" if isinstance(cell, (int, float)) and not isinstance(cell, bool) else "no text"
+            place = f"row {row}, column {column} of its table is {kind} ({json.dumps(cell)[:40]})"
+            yield place, f"write every cell as text: {json.dumps(text[:40])}"
 
 
 def _near(record_id: str, names: Sequence[str]) -> str | None:
