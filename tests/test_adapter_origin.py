@@ -100,3 +100,11 @@ def test_a_note_that_cannot_be_read_is_none(trained, tiny_model, tmp_path):
     spoilt = plain(trained, tmp_path / "a", str(tiny_model))
     (spoilt / adapter_origin.FILE).write_text("[")
     adapter_origin.check_weights(tiny_model, spoilt)
+
+
+def test_a_folder_is_known_by_its_name_and_the_hubs_copy_by_its_id(tmp_path):
+    copy = tmp_path / "models--org--base" / "snapshots" / "1"
+    copy.mkdir(parents=True)
+    assert adapter_origin.is_named(copy, str(copy))
+    assert adapter_origin.is_named(copy, "org/base")
+    assert not adapter_origin.is_named(copy, "org/other")

@@ -381,6 +381,25 @@ def test_an_adapter_of_another_base_is_refused_by_name(tiny_model, adapter, tmp_
     assert f"{adapter} was trained on {tiny_model}, not on {other}" in str(raised.value)
 
 
+def test_half_of_the_embeddings_that_grew_is_refused(adapter, tmp_path):
+    base = make_tiny_model(tmp_path / "base", tie_word_embeddings=False)
+    grown = shutil.copytree(adapter, tmp_path / "grown")
+    tensors = load_file(grown / "adapter_model.safetensors")
+    tensors["base_model.model.lm_head.weight"] = torch.zeros(402, 64)
+    save_file(tensors, grown / "adapter_model.safetensors")
+    message = "a vocabulary of 402 tokens, .* has 400, and only lm_head was saved .*save_embedding_layers=True"
+    with pytest.raises(ModelError, match=message):
+        load_adapter(load_model(resolve(str(base)), dtype="float32", device="cpu"), grown)
+
+
+def test_an_adapter_of_the_models_own_name_that_does_not_fit_is_not_said_to_be_anothers(adapter, tmp_path):
+    other = make_tiny_model(tmp_path / "other", num_layers=1)
+    own = shutil.copytree(adapter, tmp_path / "own")
+    patch_json(own / "adapter_config.json", base_model_name_or_path=str(other))
+    with pytest.raises(ModelError, match=f"^{own}: it adapts .*, which this model does not have"):
+        load_adapter(load_model(resolve(str(other)), dtype="float32", device="cpu"), own)
+
+
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 def test_a_folder_without_an_adapter_is_refused(tiny_model, adapter, tmp_path, name):
     broken = shutil.copytree(adapter, tmp_path / "adapter")

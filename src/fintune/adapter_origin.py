@@ -63,6 +63,13 @@ def check_name(name: str, adapter: Path) -> None:
         raise ModelError(f"{adapter} was trained on {trained_on}, not on {name}", hint=f"use it with {trained_on}")
 
 
+def is_named(base: Path, trained_on: str) -> bool:
+    """Whether a model folder is the one that an adapter says it was trained on: that folder, or the hub's copy."""
+    if Path(trained_on).expanduser().resolve() == base.resolve():
+        return True
+    return "models--" + trained_on.replace("/", "--") in base.resolve().parts
+
+
 def check_weights(base: Path, adapter: Path, *, name: str | None = None) -> None:
     """Compare the weights with those that the adapter was trained on, where these are known.
 

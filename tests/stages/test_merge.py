@@ -4,17 +4,18 @@ import json
 import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from fintune import models
 from fintune.errors import ArtifactError
 from fintune.gguf import layerwise
 from fintune.gguf.safetensor_reader import SafetensorFolder
 from fintune.options import AdapterOptions, Config
-from fintune.stages.merge import merge
+from fintune.stages.merge import merge, merge_adapter
 from fintune.tuning import adapter
 from fintune.tuning.quiet import quiet_libraries
 from prepared_rows import prepared
-from tiny import patch_json
+from tiny import make_tiny_model, patch_json
 
 torch = pytest.importorskip("torch")
 
@@ -121,3 +122,64 @@ def test_the_proof_of_an_unknown_family_loads_the_models_and_says_so(tiny_model,
     assert by_layers["max_logit"] == pytest.approx(whole["max_logit"], abs=1e-5)
     assert by_layers["max_logit_difference"] == pytest.approx(whole["max_logit_difference"], abs=1e-5)
     assert by_layers["same_best_token_share"] == whole["same_best_token_share"]
+
+
+def grown(base, folder, *, saved=True, **options):
+    """An adapter whose training added two tokens, in PEFT's own form; without the embeddings where not `saved`."""
+    from peft import LoraConfig, get_peft_model
+
+    ref = models.resolve(str(base))
+    tokenizer = models.load_tokenizer(ref)
+    tokenizer.add_tokens(["<|fresh|>", "<|newer|>"], special_tokens=True)
+    model = models.load_model(ref, dtype="float32", device="cpu")
+    torch.manual_seed(1)
+    if saved:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with quiet_libraries(), models.quiet_peft():
+        lora = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj"]} | options
+        adapted = get_peft_model(model, LoraConfig(**lora))
+        for weight in adapted.parameters():
+            weight.data += torch.randn_like(weight) * 0.05 * weight.requires_grad
+        adapted.save_pretrained(folder, save_embedding_layers=saved)
+    tokenizer.save_pretrained(folder)
+    return folder, adapted
+
+
+@pytest.mark.parametrize(
+    ("tied", "options"),
+    [
+        (True, {}),
+        (True, {"modules_to_save": ["embed_tokens"]}),
+        (False, {}),
+        (False, {"modules_to_save": ["embed_tokens", "lm_head"]}),
+        (False, {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["embed_tokens"]}),
+    ],
+)
+def test_a_vocabulary_that_grew_in_training_is_merged_and_proved(tmp_path, tied, options):
+    base = make_tiny_model(tmp_path / "base", tie_word_embeddings=tied)
+    lora, trained = grown(base, tmp_path / "lora", **options)
+    (tmp_path / "merge").mkdir()
+    facts = merge_adapter(config(base), lora, tmp_path / "merge")
+    assert facts["proof"] == "whole models in memory"
+    assert facts["max_logit_difference"] < 1e-4 < facts["max_logit"]
+    ids = torch.tensor([[400, 5, 401, 17]])
+    with torch.no_grad():
+        found = models.load_model(models.resolve(str(tmp_path / "merge")), dtype="float32", device="cpu")(ids).logits
+        assert float((found - trained.eval()(ids).logits).abs().max()) < 1e-4
+
+
+def test_embeddings_saved_under_pefts_own_names_as_well_are_merged_layer_by_layer(tmp_path):
+    base = make_tiny_model(tmp_path / "base", tie_word_embeddings=False)
+    lora, _ = grown(base, tmp_path / "lora", saved=False, modules_to_save=["embed_tokens", "lm_head"])
+    stored = load_file(lora / "adapter_model.safetensors")
+    for name in ("model.embed_tokens", "lm_head"):
+        weight = stored.pop(f"base_model.model.{name}.weight")
+        stored[f"base_model.model.{name}.modules_to_save.weight"] = weight
+        stored[f"base_model.model.{name}.original_module.weight"] = torch.zeros_like(weight)
+    save_file(stored, lora / "adapter_model.safetensors")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (lora / name).unlink()
+    (tmp_path / "merge").mkdir()
+    facts = merge_adapter(config(base), lora, tmp_path / "merge")
+    assert (facts["proof"], facts["num_moved"]) == ("layer by layer", 4)
+    assert facts["max_logit_difference"] < 1e-4 < facts["max_logit"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,30 @@ class LowRank:
         return (self.a.shape[1], self.b.shape[0]) if self.embedding else (self.b.shape[0], self.a.shape[1])
 
 
+def read_adapter_header(path: Path) -> Iterator[StoredTensor]:
+    """The tensors of ``adapter_model.safetensors`` under the names that they have in the base, one of each.
+
+    PEFT strips its own parts of the names of replaced modules, but saves resized embeddings once more with them.
+
+    Args:
+        path: The file.
+
+    Yields:
+        Tensors with PEFT's prefix; what a replaced module was before is left out.
+
+    Raises:
+        ModelError: An unreadable file.
+    """
+    found: dict[str, StoredTensor] = {}
+    for tensor in read_header(path):
+        if ".original_module." in tensor.name:
+            continue
+        name = re.sub(r"\.modules_to_save\.(default\.)?", ".", tensor.name)
+        if name == tensor.name or name not in found:
+            found[name] = replace(tensor, name=name)
+    yield from found.values()
+
+
 class Adapter:
     """A LoRA or DoRA adapter in PEFT's format.
 
@@ -120,7 +144,7 @@ class Adapter:
     def _sort(self, path: Path) -> None:
         pieces: dict[str, dict[str, StoredTensor]] = {}
         embeddings = set()
-        for tensor in read_header(path):
+        for tensor in read_adapter_header(path):
             name = tensor.name.removeprefix(_PREFIX)
             match = re.search(r"\.lora_\w+(\.weight)?$", name)
             if match is None:

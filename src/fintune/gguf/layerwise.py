@@ -18,9 +18,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from fintune.errors import ModelError
-from fintune.gguf.adapter_reader import Adapter
+from fintune.gguf.adapter_reader import Adapter, read_adapter_header
 from fintune.gguf.families import FAMILIES
-from fintune.gguf.safetensor_reader import SafetensorFolder, StoredTensor, read_header
+from fintune.gguf.safetensor_reader import SafetensorFolder, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -241,7 +241,7 @@ def _config(folder: Path) -> Mapping[str, Any]:
 
 
 def _adapter_tensors(folder: Path) -> Iterator[StoredTensor]:
-    for tensor in read_header(folder / "adapter_model.safetensors"):
+    for tensor in read_adapter_header(folder / "adapter_model.safetensors"):
         # The magnitude's ending came with a later version of PEFT.
         name = tensor.name + ".weight" * tensor.name.endswith("lora_magnitude_vector")
         yield replace(tensor, name=name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +19,7 @@ from fintune import adapter_origin
 from fintune.errors import ModelError, ResourceError
 from fintune.gguf.adapter_reader import Adapter, LowRank
 from fintune.gguf.safetensor_reader import SafetensorFolder, StoredTensor
+from fintune.gguf.vocab import num_tokens
 
 if TYPE_CHECKING:
     import numpy as np
@@ -95,6 +96,7 @@ class MergedWeights:
         self._check_fits()
         for name, saved in self._saved.items():
             self.tensors[name] = replace(saved, name=name)
+        self._check_vocabulary()
         # The order of a folder that is read: by shard, then by name.
         self.tensors = {name: self.tensors[name] for name in sorted(self.tensors, key=lambda n: (self.shard_of(n), n))}
 
@@ -132,35 +134,50 @@ class MergedWeights:
         )
 
     def _check_fits(self) -> None:
-        adapter = self.adapter
-        where = f"{adapter.folder} was trained on {adapter.base_name}, not on {self._base.folder}"
-        hint = "name the base model that the adapter was trained on"
-        for name, change in self._changes.items():
+        adapter, base = self.adapter, self._base.folder
+        where, missing = f"{adapter.folder} was trained on {adapter.base_name}, not on {base}: it", "is not there"
+        hint: str | None = "name the base model that the adapter was trained on"
+        if adapter_origin.is_named(base, adapter.base_name):
+            where, missing, hint = str(adapter.folder), f"{base} does not have", None
+        for name, saved in self._saved.items():
             tensor = self.tensors.get(name)
             if tensor is None:
-                raise ModelError(f"{where}: it adapts {name.removesuffix('.weight')}, which is not there", hint=hint)
+                raise ModelError(f"{where} replaces {name}, which {missing}", hint=hint)
+            # Only a vocabulary may have grown; whatever else differs is another model's.
+            resized = name in (EMBEDDING, HEAD) and tensor.shape[1:] == saved.shape[1:]
+            if tensor.shape != saved.shape and not resized:
+                raise ModelError(f"{where} replaces {_unlike(name, tensor.shape, saved.shape)}", hint=hint)
+        for name, change in self._changes.items():
+            tensor = self._saved.get(name) or self.tensors.get(name)
+            if tensor is None:
+                raise ModelError(f"{where} adapts {name.removesuffix('.weight')}, which {missing}", hint=hint)
             if name in (EMBEDDING, HEAD) and tensor.shape[0] != change.shape[0] and tensor.shape[1] == change.shape[1]:
                 raise ModelError(
-                    f"{adapter.folder} was trained with a vocabulary of {change.shape[0]} tokens, {self._base.folder} "
+                    f"{adapter.folder} was trained with a vocabulary of {change.shape[0]} tokens, {base} "
                     f"has {tensor.shape[0]}, and the resized embeddings were not saved with the adapter",
                     hint="save it again from the training, with PEFT's save_embedding_layers=True",
                 )
             if tensor.shape != change.shape:
-                raise ModelError(
-                    f"{where}: {name} has the shape {list(tensor.shape)} here and {list(change.shape)} in the adapter",
-                    hint=hint,
-                )
-        for name, saved in self._saved.items():
-            tensor = self.tensors.get(name)
-            if tensor is None:
-                raise ModelError(f"{where}: it replaces {name}, which is not there", hint=hint)
-            # Only a vocabulary may have grown; whatever else differs is another model's.
-            resized = name in (EMBEDDING, HEAD) and tensor.shape[1:] == saved.shape[1:]
-            if tensor.shape != saved.shape and not resized:
-                raise ModelError(
-                    f"{where}: {name} has the shape {list(tensor.shape)} here and {list(saved.shape)} in the adapter",
-                    hint=hint,
-                )
+                raise ModelError(f"{where} adapts {_unlike(name, tensor.shape, change.shape)}", hint=hint)
+
+    def _check_vocabulary(self) -> None:
+        """Each token of the tokenizer that the merged folder gets has a row, of both embeddings."""
+        adapter, base = self.adapter.folder, self._base.folder
+        own = num_tokens(adapter)
+        asked = num_tokens(base) if own is None else own
+        if asked is None:
+            return
+        # A tensor that is not there is not this family's, or the other's twin.
+        rows = min((self.tensors[name].shape[0] for name in (EMBEDDING, HEAD) if name in self.tensors), default=asked)
+        if asked <= rows:
+            return
+        if own is None:
+            raise ModelError(f"{base}: the tokenizer has {asked} tokens, but the model only {rows}")
+        raise ModelError(
+            f"{adapter} was trained with a tokenizer of {asked} tokens, {base} has {rows}, and the embeddings of the "
+            "others were not saved with the adapter",
+            hint="save the adapter with save_embedding_layers=True",
+        )
 
     @property
     def changed(self) -> frozenset[str]:
@@ -241,6 +258,10 @@ class MergedWeights:
     ) -> None:
         self._whole.clear()
         self._base.__exit__(kind, error, trace)
+
+
+def _unlike(name: str, here: Sequence[int], there: Sequence[int]) -> str:
+    return f"{name}, which has the shape {list(here)} here and {list(there)} in the adapter"
 
 
 def _norms(rows: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -60,6 +60,7 @@ class Vocabulary:
         chat_template: Default template, or None.
         eos_id: The token at which generation ends: the end of a turn where there is a chat template.
         eos_replaced: The folder's own end token where it is not the end of a turn, else None.
+        model: llama.cpp's name of the kind of tokenizer, which is byte-level BPE.
     """
 
     folder: Path
@@ -69,12 +70,13 @@ class Vocabulary:
     chat_template: str | None
     eos_id: int | None
     eos_replaced: int | None
+    model: str = "gpt2"
 
     def write_metadata(self, writer: GGUFWriter) -> None:
         """Add the ``tokenizer.*`` keys, in the order of llama.cpp's converter."""
         import gguf
 
-        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_model(self.model)
         writer.add_tokenizer_pre(self.pre)
         writer.add_token_list(list(self.tokens))
         writer.add_token_types(list(self.kinds))
@@ -125,6 +127,28 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     return Vocabulary(folder, pre, tokens, kinds, template, eos, replaced)
 
 
+def num_tokens(folder: Path) -> int | None:
+    """Tokens of a folder's ``tokenizer.json``, added ones included; None where there is none or it counts otherwise.
+
+    Raises:
+        ModelError: It is unreadable.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: unreadable: {error}") from error
+    model, added = content.get("model"), content.get("added_tokens") or []
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(vocabulary, dict | list) or not isinstance(added, list):
+        return None
+    # A Unigram model lists pairs of text and score.
+    known = set(vocabulary) if isinstance(vocabulary, dict) else {entry[0] for entry in vocabulary}
+    return len(known | {token["content"] for token in added})
+
+
 def recognise_pre_tokenizer(tokenizer: Tokenizer, raw: Mapping[str, Any], path: Path) -> str:
     """llama.cpp's name for the way in which this tokenizer splits text.
 
@@ -140,7 +164,8 @@ def recognise_pre_tokenizer(tokenizer: Tokenizer, raw: Mapping[str, Any], path: 
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         raise ModelError(
             f"{path}: a {model.get('type')} tokenizer with byte fallback or without byte-level BPE is not served",
-            hint="convert SentencePiece models with llama.cpp's own tools",
+            hint="SentencePiece models (Llama 2, TinyLlama, Mistral 7B) go by a llama.cpp checkout, "
+            "export.llama_cpp_path=FOLDER; a run with --skip export trains them without GGUF files",
         )
     by_structure = _pre_by_structure(raw)
     ids = tokenizer.encode(_PROBE).ids
