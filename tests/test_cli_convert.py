@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from typing import NamedTuple
 
 import pytest
 
+from checkout_stand_in import make_checkout
 from command import fintune
 from stages.test_export import trained
+from stages.test_merge import grown
+from tiny import make_tiny_model
 
 torch = pytest.importorskip("torch")
 
@@ -16,6 +20,14 @@ torch = pytest.importorskip("torch")
 @pytest.fixture
 def adapter(tiny_model, tmp_path):
     return trained(tmp_path, tiny_model)["train"] / "adapter"
+
+
+class Disk(NamedTuple):
+    """What ``shutil.disk_usage`` gives."""
+
+    total: int
+    used: int
+    free: int
 
 
 def told(done):
@@ -72,3 +84,49 @@ def test_mistakes_are_one_line_and_leave_nothing(tiny_model, adapter, tmp_path):
         assert not out.exists()
         assert not out.parent.exists() or not list(out.parent.iterdir())
     assert [path.name for path in full.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("verb", ["merge", "export"])
+def test_tokens_whose_embeddings_were_not_saved_are_told_before_anything_is_written(
+    tiny_model, tmp_path, monkeypatch, verb
+):
+    lora, _ = grown(tiny_model, tmp_path / "lora", saved=False)
+    monkeypatch.setattr("fintune.gguf.merged_weights.MergedWeights.rows", None)  # no weight is read for it
+    out = tmp_path / "new" / "out"
+    done = fintune(verb, "--model", tiny_model, "--adapter", lora, "--out", out)
+    assert done.status == 2
+    assert told(done).endswith(
+        f"{lora} was trained with a tokenizer of 402 tokens, {tiny_model} has 400, and the embeddings of the others "
+        "were not saved with the adapter: save the adapter with save_embedding_layers=True"
+    )
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_an_adapter_of_the_named_base_that_does_not_fit_is_not_said_to_be_anothers(tmp_path):
+    base = make_tiny_model(tmp_path / "base")
+    lora, _ = grown(base, tmp_path / "lora", saved=False, target_modules=["q_proj"])
+    make_tiny_model(base, num_layers=1)
+    done = fintune("merge", "--model", base, "--adapter", lora, "--out", tmp_path / "out")
+    layer = "model.layers.1.self_attn.q_proj"
+    assert done.err == f"fintune: {lora} adapts {layer}, which {base} does not have\n"
+
+
+@pytest.mark.parametrize("verb", ["merge", "export"])
+def test_a_disk_that_is_too_small_is_told_of_the_named_folder(tiny_model, adapter, tmp_path, monkeypatch, verb):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Disk(100, 99, 1))
+    out = tmp_path / "out"
+    done = fintune(verb, "--model", tiny_model, "--adapter", adapter, "--out", out)
+    assert done.status == 2
+    assert f"{out}: " in told(done)
+    assert "1 are free" in told(done)
+    assert ".part" not in told(done)
+    assert not out.exists()
+
+
+def test_an_export_by_a_checkout_is_refused_where_the_disk_is_too_small(tiny_model, tmp_path, monkeypatch):
+    checkout, out = make_checkout(tmp_path / "llama.cpp"), tmp_path / "out"
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Disk(100, 99, 1))
+    done = fintune("export", "--model", tiny_model, "--out", out, f"export.llama_cpp_path={checkout}")
+    assert done.status == 2
+    assert f"fintune: {out}: about " in told(done)
+    assert not (checkout / "calls.txt").exists()

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import errno
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,3 +82,22 @@ def test_a_folder_that_cannot_be_replaced_is_refused_before_the_work(tmp_path: P
     monkeypatch.chdir(here)
     refused(Path(), r"\.: cannot be replaced \(the current folder")
     refused(here, "the current folder")
+
+
+def test_a_stopped_process_leaves_nothing_of_the_folder(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; from pathlib import Path; from fintune.outputs import whole_folder\n"
+        "with whole_folder(Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'half').write_text(''); os.kill(os.getpid(), signal.SIGTERM)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "out"], capture_output=True, text=True, check=False)
+    assert "KeyboardInterrupt" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_names_the_folder_that_was_named(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(FintuneError) as raised, outputs.whole_folder(tmp_path / "out") as folder:
+        raise FintuneError(f"{folder}: full, {folder.name}", hint=f"look at {folder}")
+    assert str(raised.value) == f"{tmp_path}/out: full, out: look at {tmp_path}/out"
+    assert signal.getsignal(signal.SIGTERM) is before

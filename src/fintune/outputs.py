@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,6 +75,8 @@ def make_folder(folder: Path) -> None:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A folder that appears under its name when the work is done; what a failed attempt wrote is removed.
 
+    Errors name that folder. While it is written, SIGTERM does as Ctrl-C does.
+
     Args:
         folder: Where it is to lie, or a link to there; nothing may be there but an empty folder, which gives way.
 
@@ -96,18 +100,44 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         _remove_empty(place, folder)
     beside = place.parent / f".{place.name}.{os.getpid()}.part"
     try:
-        try:
-            beside.mkdir()
-        except OSError as error:
-            raise FintuneError(f"{folder}: cannot be made ({error.strerror or error})") from None
-        yield beside
-        beside.replace(place)
+        with _stopped_as_by_ctrl_c(), _named(folder, beside):
+            try:
+                beside.mkdir()
+            except OSError as error:
+                raise FintuneError(f"{folder}: cannot be made ({error.strerror or error})") from None
+            yield beside
+            beside.replace(place)
     except BaseException:
         if gave_way:
             place.mkdir(exist_ok=True)
         raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def _named(folder: Path, beside: Path) -> Iterator[None]:
+    """What goes wrong names the folder that the user named, not the one that it was to come from."""
+    try:
+        yield
+    except FintuneError as error:
+        for hidden, name in ((str(beside), str(folder)), (beside.name, folder.name)):
+            error.message = error.message.replace(hidden, name)
+            error.hint = error.hint and error.hint.replace(hidden, name)
+        raise
+
+
+@contextmanager
+def _stopped_as_by_ctrl_c() -> Iterator[None]:
+    """What stops a job or a container would leave the hidden folder as it is."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _remove_empty(place: Path, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -10,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fintune import adapter_origin, llama_cpp_checkout, models
+from fintune import adapter_origin, disk, llama_cpp_checkout, models
 from fintune.artifact import Facts
-from fintune.errors import ArtifactError, ConfigError, ModelError
+from fintune.errors import ArtifactError, ConfigError, ModelError, ResourceError
 from fintune.gguf.dequantised import NormalFloat, merged_into
 from fintune.gguf.export import ExportReport
 from fintune.gguf.export import export as write_gguf
@@ -26,6 +27,7 @@ from fintune.gguf.merged_folder import (
     settle_special_tokens,
     write_json,
 )
+from fintune.gguf.merged_model import fill_layers
 from fintune.gguf.merged_weights import MergedWeights
 from fintune.gguf.modelfile import differences, modelfile
 from fintune.gguf.rounded_weights import RoundedWeights
@@ -33,7 +35,6 @@ from fintune.machine import peak_memory_bytes, release_memory, reset_peak_memory
 from fintune.options import Config
 from fintune.progress import Bar, bar, say, track
 from fintune.tuning import full
-from fintune.tuning.quiet import quiet_libraries
 
 IMPORTANCE_TOKENS = 32_768
 """Tokens of training text that an importance matrix is computed on."""
@@ -103,6 +104,9 @@ def export_model(config: Config, folder: Path, *, adapter: Path | None = None) -
             raise ConfigError(
                 "export.llama_cpp_path reads a merged folder", hint="make one with fintune merge --model --adapter"
             )
+        needed, free = disk.export_bytes(config), shutil.disk_usage(folder).free
+        if free < needed:
+            raise ResourceError(f"{folder}: about {size(needed)} is needed, {size(free)} is free", hint="free some")
         return _by_checkout(config, config.export.llama_cpp_path, ref.path, folder)
     if adapter is not None:
         adapter_origin.check_name(config.model.name, adapter)
@@ -149,7 +153,7 @@ def _stream(
 
 
 def _compute_importance(config: Config, inputs: Mapping[str, Path], path: Path) -> int:
-    """Over the merged model, or base and adapter where there is none."""
+    """Over the merged model; where there is no folder of it, over the base, filled with the same rounded weights."""
     from datasets import load_from_disk
 
     merged = inputs.get("merge")
@@ -158,8 +162,12 @@ def _compute_importance(config: Config, inputs: Mapping[str, Path], path: Path) 
     ref = base if merged is None else models.resolve(str(merged))
     model: Any = models.load_model(ref, dtype=config.predict.precision, trust_remote_code=trust)
     if merged is None:
-        with quiet_libraries():
-            model = models.load_adapter(model, inputs["train"] / "adapter")
+        seen = NormalFloat() if config.merge.into == "dequantised" else None
+        folder = models.fetch(base).path
+        assert folder is not None, "fetch fills the path"
+        with MergedWeights(folder, inputs["train"] / "adapter", transform=seen) as weights:
+            rounded = RoundedWeights(weights, config.merge.dtype)
+            fill_layers(model, rounded, track(rounded.tensors.values(), "merge", len(rounded.tensors)))
     rows = load_from_disk(str(inputs["prepare"] / "tokens" / "train"))
     texts = track((row["input_ids"] for row in rows), "importance", len(rows))
     return collect_importance(model, texts, path, dataset="train", max_tokens=IMPORTANCE_TOKENS)
