@@ -18,7 +18,12 @@ def chain(tmp_path, monkeypatch):
     """A run of files in place of models, which merges and exports."""
     chain = Chain(tmp_path / "my runs")
     chain.acts["merge"] = lambda _, __, folder: (folder / "config.json").write_text("{}")
-    chain.acts["export"] = lambda _, __, folder: (folder / "chat-Q4_K_M.gguf").write_bytes(b"GGUF")
+
+    def export(_, __, folder):
+        for name in ("chat-Q4_K_M.gguf", "chat-imatrix.gguf"):
+            (folder / name).write_bytes(b"GGUF")
+
+    chain.acts["export"] = export
     made = [chain.step(name, (), ()) for name in ("merge", "export", "report")]
     monkeypatch.setattr(steps, "build", lambda _: made)
     return chain

@@ -95,7 +95,8 @@ def _made(run: Path, looked_at: Collection[str]) -> Iterator[str]:
     """The models of a run, and what to do with them."""
     if "merge" in looked_at and (run / "merge" / "config.json").is_file():
         yield f"Merged model {run / 'merge'}"
-    files = sorted((run / "export").glob("*.gguf")) if "export" in looked_at else []
+    found = sorted((run / "export").glob("*.gguf")) if "export" in looked_at else []
+    files = [file for file in found if not file.name.endswith("-imatrix.gguf")]  # a matrix is no model
     for file in files:
         yield f"GGUF {file}"
     if files:
