@@ -44,6 +44,7 @@ def test_several_marks_and_marks_on_their_own_are_left_out():
     [
         ("5<sup>1</sup>/<sub>2</sub>%", "5 1 /2%"),
         ("2<sup>nd</sup>", "2 nd"),
+        ("5 &times; 10<sup>6</sup>", "5 \u00d7 10 6"),
         ("10<sup>-6</sup>", "10 -6"),
         ("7<sup>1", "7 1"),
     ],

@@ -18,6 +18,7 @@ _MARK = rf"(?:\d{{1,3}}|[A-Za-z]|{_SIGN})"
 _FOOTNOTE = rf"{_RAISED}\s*{_MARK}(?:[\s,;]+{_MARK}|{_SIGN})*\s*{_LOWERED}"
 # What stands before a stroke is the upper part of a fraction.
 _FOOTNOTES = re.compile(rf"(\s*){_FOOTNOTE}(?:[\s,;]*{_FOOTNOTE})*(?!\s*[/\u2044])")
+_TIMES_TEN = re.compile(r"[\u00d7\u00b7*xX]\s*10$")
 _LEADING, _TRAILING = {"$", "€", "£", "¥", "(", "$(", "-"}, {")", "%", ")%", "%)"}
 
 
@@ -155,7 +156,8 @@ def _plain(text: str, *, is_figure: bool = False) -> str:
     """Text in one line, without raised footnote marks behind a word; in the cell of a figure also before it."""
 
     def without(found: re.Match[str]) -> str:
-        if not is_figure and not text[: found.start()].strip():
+        before = text[: found.start()].strip()
+        if _TIMES_TEN.search(before) or not (is_figure or before):
             return found[0]
         return " " if found[1] or text[found.end() : found.end() + 1].isalnum() else ""
 
