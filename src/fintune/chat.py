@@ -28,6 +28,18 @@ _PROBE = "fintuneprobe"
 _end_of_turn: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[str, tuple[int, ...]]] = WeakKeyDictionary()
 
 
+class EndOfTurnError(DataError):
+    """A text that holds the token that ends a turn.
+
+    Args:
+        token: It, as text.
+    """
+
+    def __init__(self, token: str) -> None:
+        super().__init__(f"the text holds {token}, the token that ends a turn", hint="remove it from the data")
+        self.token = token
+
+
 @dataclass(frozen=True)
 class EncodedExample:
     """A conversation as token ids.
@@ -235,7 +247,7 @@ def _refuse_end_of_turn(tokenizer: PreTrainedTokenizerBase, *texts: str) -> tupl
     end_id = end_of_turn_ids(tokenizer)[0]
     end_text = str(tokenizer.convert_ids_to_tokens(end_id))
     if any(end_text in text for text in texts):
-        raise DataError(f"the text holds {end_text}, the token that ends a turn", hint="remove it from the data")
+        raise EndOfTurnError(end_text)
     return end_id, end_text
 
 

@@ -12,13 +12,14 @@ from fintune import chat
 from fintune.conversations import ConversationEncoder, EncodedConversation
 from fintune.errors import DataError
 from fintune.finqa.prompt import TooLongError
-from fintune.options import Config
+from fintune.options import Config, DataOptions
 from fintune.prepared import NUM_PROBLEMS, Evidence, Prepared, PrepareReport, SplitReport, lengths, options_of
 from fintune.progress import track
 from fintune.records import LabelledAnswer, Message, Pair
 from fintune.sources import mixture
-from fintune.sources.one_source import Entry
+from fintune.sources.one_source import Entry, fields_that_hold, with_way_out
 from fintune.sources.shapes import Conversation
+from fintune.sources.source_report import UnusedRow
 from fintune.sources.wanted import Wanted, wanted_by
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class _Split:
     examples: list[EncodedConversation]
     num_sampled: int
     dropped: Counter[str] = field(default_factory=Counter)
-    problems: list[str] = field(default_factory=list)
+    unused: list[UnusedRow] = field(default_factory=list)
 
 
 def make(config: Config, tokenizer: PreTrainedTokenizerBase, *, limit: int | None = None) -> Prepared:
@@ -58,11 +59,12 @@ def make(config: Config, tokenizer: PreTrainedTokenizerBase, *, limit: int | Non
         usable=lambda entry: _is_usable(encoder, entry, wanted),
     )
     splits = {
-        name: _encode(encoder, entries, name, strict=config.data.strict, wanted=wanted)
+        name: _encode(encoder, entries, name, config.data, wanted)
         for name, entries in (("train", found.train), ("eval", found.eval))
     }
     if wanted == "labels" and limit is None:  # a sample may lack what the data has
         _check_labels(splits["train"], [source.path for source in config.data.sources])
+    unused = [*found.unused, *(row for split in splits.values() for row in split.unused)]
     report = PrepareReport(
         template_hash=chat.template_hash(tokenizer),
         max_length=config.prompt.max_length,
@@ -75,20 +77,23 @@ def make(config: Config, tokenizer: PreTrainedTokenizerBase, *, limit: int | Non
         kind="chat",
         sources=tuple(found.reports),
         unused_rows=tuple(found.problems[:NUM_PROBLEMS]),
+        num_unused=len(unused),
     )
     return Prepared(
         report=report,
         examples={name: [each.example for each in split.examples] for name, split in splits.items()},
         rows={name: [row for each in split.examples for row in each.rows] for name, split in splits.items()},
         pairs={name: [pair for each in split.examples if (pair := _pair(each))] for name, split in splits.items()},
+        unused=unused,
         labelled={name: [one for each in split.examples if (one := _labelled(each))] for name, split in splits.items()},
     )
 
 
 def _encode(
-    encoder: ConversationEncoder, entries: Sequence[Entry], name: str, *, strict: bool, wanted: Wanted
+    encoder: ConversationEncoder, entries: Sequence[Entry], name: str, data: DataOptions, wanted: Wanted
 ) -> _Split:
     done = _Split([], len(entries))
+    failed: dict[tuple[str, int], tuple[Entry, DataError]] = {}  # a weight repeats an entry
     learned = 0
     for place, entry in enumerate(track(entries, f"encode {name}", len(entries))):
         if place == learned:
@@ -98,18 +103,38 @@ def _encode(
         try:
             encoded = _encoded(encoder, entry.id, entry.conversation, wanted)
         except DataError as error:
-            told = DataError(error.message, record_id=entry.id, hint=error.hint)
-            if strict:
-                raise told from None
+            if data.strict:
+                [row] = _unused(data, [(entry, error)])
+                raise row.model_copy(update={"hint": with_way_out(row.hint)}).error() from None
             done.dropped["too long" if isinstance(error, TooLongError) else "not encodable"] += 1
-            done.problems.append(str(told))
+            failed.setdefault((entry.place, entry.row), (entry, error))
         else:
             done.examples.append(encoded)
+    done.unused.extend(_unused(data, list(failed.values())))
     if not done.examples:
         hint = "raise prompt.max_length" if done.dropped["too long"] else None
         what = {"answers": "conversations", "pairs": "pairs", "labels": "answers"}[wanted]
-        raise DataError(f"none of {len(entries)} {name} {what} can be encoded; {done.problems[0]}", hint=hint)
+        raise DataError(f"none of {len(entries)} {name} {what} can be encoded; {done.unused[0].told()}", hint=hint)
     return done
+
+
+def _unused(data: DataOptions, failed: Sequence[tuple[Entry, DataError]]) -> list[UnusedRow]:
+    """What could not be encoded, with the place of its row and the field that holds what must not be in a text."""
+    texts: dict[int, dict[tuple[str, int], str]] = {}
+    for entry, error in failed:
+        if isinstance(error, chat.EndOfTurnError):
+            texts.setdefault(entry.source, {})[entry.place, entry.row] = error.token
+    fields = {number: fields_that_hold(data.sources[number], held) for number, held in texts.items()}
+    return [
+        UnusedRow(
+            file=entry.place,
+            row=entry.row,
+            field=fields.get(entry.source, {}).get((entry.place, entry.row), ""),
+            reason=error.message,
+            hint=error.hint or ("raise prompt.max_length" if isinstance(error, TooLongError) else ""),
+        )
+        for entry, error in failed
+    ]
 
 
 def _together(entries: Iterable[Entry]) -> list[tuple[Message, ...]]:
@@ -188,7 +213,7 @@ def _report(split: _Split, wanted: Wanted) -> SplitReport:
         num_sampled=split.num_sampled,
         num_examples=len(split.examples),
         dropped=dict(split.dropped.most_common()),
-        problems=tuple(split.problems[:NUM_PROBLEMS]),
+        problems=tuple(row.told() for row in split.unused[:NUM_PROBLEMS]),
         num_cut_examples=sum(number > 0 for number in cut),
         num_cut_units=sum(cut),
         num_units=sum(len(each.example.messages) + 1 + each.example.num_cut for each in split.examples),

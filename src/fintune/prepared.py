@@ -9,6 +9,7 @@
     tokens/train, tokens/eval  datasets folders: id, input_ids, completion_mask; with a preference train.objective also
                                rejected_ids, the answer that stands behind the same prompt in the other's place; where
                                there are answers without another one (rejected_ids is then empty) also label
+    not_used.jsonl             source_report.UnusedRow a line: every row that could not be used, where there is one
     report.json                PrepareReport
 """
 
@@ -28,11 +29,12 @@ from fintune.conversations import Sequenced
 from fintune.errors import ArtifactError
 from fintune.options import Config
 from fintune.records import Example, FinQARecord, LabelledAnswer, Pair, Record
-from fintune.sources.source_report import SourceReport
+from fintune.sources.source_report import SourceReport, UnusedRow
 from fintune.spread import file_of, spread
 
 OPTIONS = ("run.seed", "model.name", "model.revision", "data", "prompt", "train.objective")
 """Prefixes of the options that decide the result."""
+NOT_USED = "not_used.jsonl"
 NUM_PROBLEMS = 20
 """Problems that a report quotes; all are counted."""
 NUM_SHOWN = 5
@@ -139,6 +141,7 @@ class PrepareReport(Record):
             and has no program.
         sources: What became of each entry of ``data.sources``.
         unused_rows: The first rows of them that could not be used: where, which field, why, what to do.
+        num_unused: Rows that could not be used, in reading or in encoding; not_used.jsonl lists all.
     """
 
     template_hash: str
@@ -152,6 +155,7 @@ class PrepareReport(Record):
     kind: Literal["program", "chat"] = "program"
     sources: tuple[SourceReport, ...] = ()
     unused_rows: tuple[str, ...] = ()
+    num_unused: int = 0
 
     @property
     def non_commercial(self) -> str:
@@ -165,8 +169,9 @@ class PrepareReport(Record):
         if self.non_commercial:
             lines.append(f"not for commercial use, and so what is trained on it: {self.non_commercial}")
         lines += [f"not used: {problem}" for problem in self.unused_rows[:NUM_SHOWN]]
-        if len(self.unused_rows) > NUM_SHOWN:
-            lines.append(f"not used: more rows, of which report.json holds {NUM_PROBLEMS}")
+        if self.num_unused:
+            rows = "1 row" if self.num_unused == 1 else f"{self.num_unused:,} rows"
+            lines.append(f"not used: {rows} in all; prepare/{NOT_USED} lists each with its place and what to do")
         whole, units = ("conversations", "turns") if self.kind == "chat" else ("pages", "sentences and rows")
         for name, split in (("train", self.train), ("eval", self.eval)):
             if split.dropped:
@@ -198,6 +203,7 @@ class Prepared:
         examples: By split.
         rows: Token rows by split.
         gold: Records of the evaluation split; none for conversations.
+        unused: Rows that could not be used.
         pairs: Preference pairs by split.
         labelled: Answers with a label, without a partner, by split.
     """
@@ -206,6 +212,7 @@ class Prepared:
     examples: Mapping[str, Sequence[Example]]
     rows: Mapping[str, Sequence[Sequenced]]
     gold: Sequence[FinQARecord] = ()
+    unused: Sequence[UnusedRow] = ()
     pairs: Mapping[str, Sequence[Pair]] = field(default_factory=dict)
     labelled: Mapping[str, Sequence[LabelledAnswer]] = field(default_factory=dict)
 
@@ -243,6 +250,8 @@ def write(folder: Path, prepared: Prepared) -> None:
     for name, labelled in prepared.labelled.items():
         if labelled:
             _write_lines(folder / f"{name}.labelled.jsonl", labelled)
+    if prepared.unused:
+        _write_lines(folder / NOT_USED, prepared.unused)
     gold = [record.model_dump(mode="json") for record in prepared.gold]
     (folder / "gold.json").write_text(json.dumps(gold, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     (folder / "report.json").write_text(prepared.report.model_dump_json(indent=2) + "\n", encoding="utf-8")

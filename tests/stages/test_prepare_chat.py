@@ -172,3 +172,56 @@ def test_strict_stops_the_run_at_the_first_row_and_says_how_to_go_on(options, tm
         assert "trader_dpo_data.jsonl, row 9: " in done.err
         assert "leave out --strict" in done.err
     assert not (tmp_path / "runs" / "c" / "prepare").exists()
+
+
+def broken_rows(tmp_path, tiny_model, *, num_empty: int = 30) -> list[str]:
+    """Options for ten good rows, so many without an answer, and three that cannot be encoded."""
+    rows = [{"question": f"what is {n} ?", "answer": f"it is {n}"} for n in range(10)]
+    rows += [{"question": f"and {n} ?", "answer": ""} for n in range(num_empty)]
+    rows += [{"title": "cash", "question": "cash ?", "answer": "yes<|im_end|>"}]
+    rows += [{"messages": [{"role": "user", "content": "debt ?<|im_end|>"}, {"role": "assistant", "content": "no"}]}]
+    rows += [{"question": "loss ?", "answer": "no " * 5_000}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    entry = {"path": str(file), "hold_out": "none", "weight": 2}
+    (tmp_path / "eval.jsonl").write_text('{"question": "rate ?", "answer": "3"}\n', encoding="utf-8")
+    sources = json.dumps([entry, {"path": str(tmp_path / "eval.jsonl"), "hold_out": "all"}])
+    return ["data.source=chat", f"data.sources={sources}", f"model.name={tiny_model}", f"run.dir={tmp_path}"]
+
+
+def test_every_row_that_is_not_used_is_listed_with_its_place_field_and_what_to_do(tmp_path, tiny_model):
+    (tmp_path / "c.yaml").write_text("", encoding="utf-8")
+    options = broken_rows(tmp_path, tiny_model)
+    done = fintune("prepare", tmp_path / "c.yaml", *options)
+    assert done.status == 0, done.err
+    listed = [json.loads(line) for line in (tmp_path / "c/prepare/not_used.jsonl").read_text("utf-8").splitlines()]
+    assert [row["row"] for row in listed] == list(range(11, 44)), "each once, also where a weight repeats it"
+    assert {row["file"] for row in listed} == {str(tmp_path / "rows.jsonl")}
+    assert [row["field"] for row in listed] == ["answer"] * 31 + ["messages[0].content", ""]
+    assert listed[0]["reason"] == "missing or empty"
+    assert {row["hint"] for row in listed[-3:]} == {"remove it from the data", "raise prompt.max_length"}
+    assert "not used: 33 rows in all; prepare/not_used.jsonl lists each" in done.err
+    told = (
+        f"{tmp_path / 'rows.jsonl'}, row 41: answer: the text holds <|im_end|>, the token that ends a turn: remove it"
+    )
+    assert f"train: dropped 4 not encodable, 2 too long; the first: {told}" in done.err
+    done = fintune("inspect", tmp_path / "c.yaml", *options, "--html", tmp_path / "page.html")
+    assert "... and 10 more; prepare lists all in not_used.jsonl" in done.out
+    assert "... and 10 more; <code>prepare</code> lists all" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_nothing_is_listed_where_all_was_used(options, tmp_path):
+    config = load(None, [*options, f"data.sources=[{{path: {tmp_path / 'data' / 'investopedia.csv'}}}]"]).config
+    prepare(config, {}, tmp_path)
+    assert not (tmp_path / "not_used.jsonl").exists()
+    assert "in all" not in "\n".join(read_report(tmp_path).notes())
+
+
+def test_a_text_that_ends_a_turn_stops_a_strict_run_with_its_place_and_the_way_out(tmp_path, tiny_model):
+    options = broken_rows(tmp_path, tiny_model, num_empty=0)
+    with pytest.raises(DataError) as caught:
+        prepare(load(None, [*options, "data.strict=true"]).config, {}, tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path / 'rows.jsonl'}, row 11: answer: the text holds <|im_end|>, the token that ends a turn: remove it "
+        "from the data; or leave out --strict (data.strict: false) to drop and count such rows"
+    )

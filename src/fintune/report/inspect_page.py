@@ -108,6 +108,7 @@ def render_inspect(page: InspectPage) -> str:
         restricted=restricted(report),
         dropped=gone,
         problems=problems(report),
+        num_more=f"{num_more(report):,}" if num_more(report) else "",
         prompts=_lengths("prompt", splits, report["max_length"]),
         completions=_lengths("completion", splits, None),
         too_few=too_few(splits[1]["prompt_tokens"]["histogram"]),
@@ -179,6 +180,11 @@ def restricted(report: Report) -> list[str]:
 def problems(report: Report) -> list[str]:
     """The first rows that could not be used, in words."""
     return [*report["unused_rows"], *(f"{words}: {each}" for key, words in _SPLITS for each in report[key]["problems"])]
+
+
+def num_more(report: Report) -> int:
+    """Rows beyond those that could not be used either."""
+    return max(int(report["num_unused"]) - len(problems(report)), 0)
 
 
 def _lengths(what: str, splits: Sequence[Report], limit: int | None) -> str:

@@ -18,7 +18,7 @@ from fintune.sources import one_source
 from fintune.sources.chance import NUM_CHANCES, chance
 from fintune.sources.duplicates import NearDuplicates, digest
 from fintune.sources.one_source import Entry, Found
-from fintune.sources.source_report import SourceReport
+from fintune.sources.source_report import SourceReport, UnusedRow
 from fintune.sources.wanted import Wanted, nothing_wanted, said
 
 _NEAR = "near duplicate"
@@ -34,12 +34,14 @@ class Mixture:
         train: To train on, weights applied; ids are unique.
         eval: Held out; at least one.
         reports: One for each source.
-        problems: A line for each row that could not be used, the first of every reason before all others.
+        unused: The rows that could not be used, in their order.
+        problems: A line for each of them, the first of every reason before all others.
     """
 
     train: list[Entry]
     eval: list[Entry]
     reports: list[SourceReport]
+    unused: list[UnusedRow]
     problems: list[str]
 
 
@@ -67,7 +69,7 @@ def load(
             wanted row in any source.
         ResourceError: A hub dataset that cannot be fetched.
     """
-    problems: list[tuple[str, str]] = []
+    problems: list[tuple[str, UnusedRow]] = []
     seen: set[bytes] = set()
     found = [
         one_source.read(source, number, data, seed, seen, problems, wanted)
@@ -100,7 +102,8 @@ def load(
         train=_draw(weighted, _least(data.max_train, limit), seed),
         eval=_draw(evaluation, _least(data.max_eval, limit), seed),
         reports=reports,
-        problems=_firsts_first(problems),
+        unused=[row for _, row in problems],
+        problems=_firsts_first([(reason, row.told()) for reason, row in problems]),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from fintune.sources.duplicates import digest_of
 from fintune.sources.licences import Licence, licence_of
 from fintune.sources.rows import BrokenRowError, Row
 from fintune.sources.shapes import Conversation, convert
+from fintune.sources.source_report import UnusedRow
 from fintune.sources.wanted import Wanted, left_out, said
 
 _EXACT, _LIMIT = "exact duplicate", "beyond max_rows"
@@ -28,11 +29,15 @@ class Entry:
 
     Attributes:
         id: Label of its file, and its row.
+        place: Its file, or the split of a dataset.
+        row: Its number there, as messages tell it.
         source: Place in ``data.sources``.
         digest: Of all that is said.
     """
 
     id: str
+    place: str
+    row: int
     source: int
     conversation: Conversation
     digest: bytes
@@ -65,7 +70,7 @@ def read(
     data: DataOptions,
     seed: int,
     seen: set[bytes],
-    problems: list[tuple[str, str]],
+    problems: list[tuple[str, UnusedRow]],
     wanted: Wanted,
 ) -> Found:
     """Read, convert and sample.
@@ -76,7 +81,7 @@ def read(
         data: What holds for all sources.
         seed: Of the sample.
         seen: Digests of what earlier sources gave; those of this one are added.
-        problems: Gets the reason and a line for each row that cannot be used.
+        problems: Gets each row that cannot be used, with the reason to count it by.
         wanted: Which rows the objective learns from.
 
     Raises:
@@ -93,7 +98,7 @@ def read(
             kind, conversation = convert(row.value, shape, source.columns, labelled=wanted == "labels")
         except BrokenRowError as broken:
             found.dropped[broken.reason] += 1
-            problems.append((broken.reason, _problem(row, broken, strict=data.strict)))
+            problems.append((broken.reason, _unused(row, broken, strict=data.strict)))
             continue
         found.shapes[kind] += 1
         shapes[kind] += 1
@@ -101,7 +106,8 @@ def read(
             found.dropped[reason] += 1
             continue
         found.num_trailing += conversation.num_trailing
-        entry = Entry(f"{label}:{row.number}", number, conversation, digest_of(said(conversation, wanted)))
+        digest = digest_of(said(conversation, wanted))
+        entry = Entry(f"{label}:{row.number}", row.place, row.number, number, conversation, digest)
         if data.duplicates != "keep":
             if entry.digest in seen:
                 found.dropped[_EXACT] += 1
@@ -113,7 +119,7 @@ def read(
             found.dropped[_LIMIT] += 1
     if not found.shapes:
         counts = ", ".join(f"{reason}: {times}" for reason, times in found.dropped.most_common())
-        first = f"; the first: {problems[-sum(found.dropped.values())][1]}" if found.dropped else ""
+        first = f"; the first: {problems[-sum(found.dropped.values())][1].told()}" if found.dropped else ""
         raise DataError(f"no row can be used ({counts or 'it holds none'}){first}", path=source.path)
     found.entries = [entry for _, _, entry in sorted(sample, key=lambda item: -item[1])]
     return found
@@ -150,16 +156,47 @@ def licence(source: SourceOptions) -> Licence:
     return known if known.origin else licence_of("", card=hub.licence(wanted))
 
 
-def _problem(row: Row, broken: BrokenRowError, *, strict: bool) -> str:
-    what = f"{broken.field}: {broken.why}" if broken.field else broken.why
-    error = DataError(what, path=row.place, row=row.number, hint=broken.hint)
+def _unused(row: Row, broken: BrokenRowError, *, strict: bool) -> UnusedRow:
+    unused = UnusedRow(file=row.place, row=row.number, field=broken.field, reason=broken.why, hint=broken.hint or "")
     if strict:
-        error.hint = _with_way_out(broken.hint)
-        raise error from None
-    return str(error)
+        raise unused.model_copy(update={"hint": with_way_out(broken.hint)}).error() from None
+    return unused
 
 
-def _with_way_out(hint: str | None) -> str:
+def fields_that_hold(source: SourceOptions, texts: Mapping[tuple[str, int], str]) -> dict[tuple[str, int], str]:
+    """Which field of a row holds a text, as ``messages[1].content``; the rows are read again for it.
+
+    Args:
+        source: An entry of ``data.sources``.
+        texts: What is looked for, by place and number of the row.
+
+    Raises:
+        DataError: It cannot be read any more.
+        ResourceError: Likewise, of the hub.
+    """
+    found: dict[tuple[str, int], str] = {}
+    for _, row in _rows(source, 0):
+        text = texts.get((row.place, row.number))
+        if text is not None:
+            found[row.place, row.number] = next((name for name, each in _texts(row.value) if text in each), "")
+            if len(found) == len(texts):
+                break
+    return found
+
+
+def _texts(value: object, name: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from _texts(each, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list):
+        for place, each in enumerate(value):
+            yield from _texts(each, f"{name}[{place}]")
+
+
+def with_way_out(hint: str | None) -> str:
+    """What to do about a row that stops a strict run."""
     if not hint:
         return f"mend or remove it, {_NOT_STRICT}"
     return f"{hint} Mend it, {_NOT_STRICT}" if hint.endswith("?") else f"{hint}; {_NOT_STRICT}"

@@ -4,8 +4,38 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from fintune.errors import DataError
 from fintune.records import Record
 from fintune.sources.licences import Licence
+
+
+class UnusedRow(Record):
+    """A row that could not be used, as ``not_used.jsonl`` of a prepared folder lists it.
+
+    Attributes:
+        file: Where it is; of a dataset with the split.
+        row: From 1, as `fintune.sources.rows.Row` numbers it; None where only the id is known.
+        field: Which field, as ``messages[1].role``; empty where the whole row is meant.
+        reason: What is wrong with it.
+        hint: What to do.
+        id: The record's, where it has one.
+    """
+
+    file: str
+    row: int | None = None
+    field: str = ""
+    reason: str
+    hint: str = ""
+    id: str = ""
+
+    def error(self) -> DataError:
+        """It as an error."""
+        what = f"{self.field}: {self.reason}" if self.field else self.reason
+        return DataError(what, path=self.file or None, row=self.row, record_id=self.id or None, hint=self.hint or None)
+
+    def told(self) -> str:
+        """It in a line."""
+        return str(self.error())
 
 
 class SourceReport(Record):

@@ -26,6 +26,7 @@ from fintune.report.inspect_page import (
     Shown,
     counts,
     dropped,
+    num_more,
     problems,
     render_inspect,
     restricted,
@@ -94,6 +95,8 @@ def _print(page: InspectPage, report: PrepareReport, console: Console) -> None:
         console.print("", _table(("dropped", "where", "rows"), gone, numbers=(2,)), sep="\n")
     for problem in problems(page.report):
         console.print(Text.assemble(("  not used ", "red"), problem))
+    if more := num_more(page.report):
+        console.print(Text(f"  ... and {more:,} more; prepare lists all in {prepared.NOT_USED}"), soft_wrap=True)
     if report.num_shared_pages:
         console.print(Text(f"  {report.num_shared_pages} eval examples ask about a page that is also trained on"))
     limit = f"at most {report.max_length} with the completion"
