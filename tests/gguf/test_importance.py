@@ -144,28 +144,6 @@ def test_what_is_summed_is_what_each_matrix_is_multiplied_with(loaded, tiny_mode
     assert read.columns["blk.1.ffn_down.weight"].shape == (128,)
 
 
-def test_an_adapted_model_gives_the_matrix_of_the_merged_one(loaded, tmp_path):
-    from peft import LoraConfig, get_peft_model
-
-    from fintune.gguf.importance_collect import collect_importance
-    from fintune.models import quiet_peft
-    from fintune.tuning.quiet import quiet_libraries
-
-    torch = pytest.importorskip("torch")
-    with quiet_libraries(), quiet_peft():
-        adapted = get_peft_model(loaded, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    for name, weight in adapted.named_parameters():
-        if "lora_B" in name:
-            weight.data = torch.randn_like(weight) / 10
-    texts = [list(range(3, 40))]
-    collect_importance(adapted.eval(), texts, tmp_path / "adapted.gguf", dataset="texts", max_tokens=100)
-    merged = adapted.merge_and_unload()
-    collect_importance(merged, texts, tmp_path / "merged.gguf", dataset="texts", max_tokens=100)
-    one, other = read_importance(tmp_path / "adapted.gguf").columns, read_importance(tmp_path / "merged.gguf").columns
-    assert one.keys() == other.keys()
-    assert all(one[name] == pytest.approx(other[name], rel=1e-3) for name in one)
-
-
 def test_no_text_is_begun_after_enough_tokens(loaded, tmp_path):
     from fintune.gguf.importance_collect import collect_importance
 

@@ -133,19 +133,29 @@ def test_speed_and_memory_are_recorded_and_an_excess_is_told(tiny_model, tmp_pat
     assert not facts["memory_within_limit"] and any("of memory" in note for note in facts["notes"])
 
 
-@pytest.mark.parametrize("through", ["merge", "train"])
-def test_an_importance_matrix_is_computed_from_the_training_texts(tiny_model, tmp_path, through):
+def test_a_computed_matrix_gives_the_same_bytes_with_and_without_a_merged_folder(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "IMPORTANCE_TOKENS", 100)
+    inputs = trained(tmp_path, tiny_model)
+    options = config(types=("Q4_K_M",), importance="compute").model_dump(exclude={"model", "merge"})
+    run = Config.model_validate(options | {"model": {"name": str(tiny_model)}, "merge": {"dtype": "bfloat16"}})
+    for name in ("merge", "through", "direct"):
+        (tmp_path / name).mkdir()
+    merge(run, inputs, tmp_path / "merge")
+    export(run, inputs | {"merge": tmp_path / "merge"}, tmp_path / "through")
+    export(run, inputs, tmp_path / "direct")
+    for name in ("t-imatrix.gguf", "t-Q4_K_M.gguf"):
+        assert (tmp_path / "through" / name).read_bytes() == (tmp_path / "direct" / name).read_bytes()
+
+
+def test_an_importance_matrix_is_computed_from_the_training_texts(tiny_model, tmp_path):
     inputs = trained(tmp_path, tiny_model)
 
     def run(importance):
         options = config(types=("Q4_K_M",), importance=importance).model_dump(exclude={"model"})
         return Config.model_validate(options | {"model": {"name": str(tiny_model)}})
 
-    for name in ("merge", "weighed", "plain"):
+    for name in ("weighed", "plain"):
         (tmp_path / name).mkdir()
-    merge(run(None), inputs, tmp_path / "merge")
-    if through == "merge":
-        inputs["merge"] = tmp_path / "merge"
     facts = export(run("compute"), inputs, tmp_path / "weighed")
     assert facts["importance"] == "t-imatrix.gguf"
     assert facts["importance_tokens"] > 100

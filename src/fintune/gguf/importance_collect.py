@@ -25,8 +25,7 @@ def collect_importance(
     """Write the importance matrix of a model over texts.
 
     Args:
-        model: A causal model of a family that can be exported, with or without an adapter: what an adapted matrix is
-            multiplied with is what the merged one will be.
+        model: A causal model of a family that can be exported, whose weights are those that will be.
         texts: Token ids of each text, run from its beginning.
         path: The file, in llama.cpp's GGUF format.
         dataset: What the file says that it was computed on.
@@ -44,10 +43,9 @@ def collect_importance(
     hooks = []
     num_layers = _num_layers(model)
     for module_name, module in model.named_modules():
-        if not isinstance(module, torch.nn.Linear) or ".lora_" in module_name:
+        if not isinstance(module, torch.nn.Linear):
             continue
-        plain = module_name.removeprefix("base_model.model.").removesuffix(".base_layer")
-        name = gguf_name(f"{plain}.weight", num_layers)
+        name = gguf_name(f"{module_name}.weight", num_layers)
         # As llama.cpp does, which leaves the output embedding alone.
         if name is not None and name.startswith("blk."):
             hooks.append(module.register_forward_pre_hook(_summing(sums, name)))
