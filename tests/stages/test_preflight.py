@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import string
+from pathlib import Path
 
+import gguf
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
+from fintune import llama_cpp_checkout
 from fintune.errors import ModelError
 from fintune.options import Config
 from fintune.stages import preflight as module
@@ -69,6 +74,95 @@ def test_an_end_of_turn_that_is_no_special_token_is_refused(tiny_model, tmp_path
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
     patch_json(model / "tokenizer_config.json", eos_token="<|endoftext|>", pad_token="<|im_start|>")
     with pytest.raises(ModelError):
+        preflight(config(model), {}, tmp_path)
+
+
+def sentencepiece_like(tiny_model, folder: Path, scheme: str) -> Path:
+    """Letters and bytes, spaces as transformers' LlamaTokenizer has them: always before a text, or first alone."""
+    shutil.copytree(tiny_model, folder)
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *string.ascii_lowercase]
+    vocab = {piece: place for place, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    tokenizer.add_special_tokens(pieces[:3])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "bos_token": "<s>"}
+    settings |= {"eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ '<s>' + m.role + '\n' + m.content + '</s>' }}{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+    )
+    return folder
+
+
+@pytest.fixture
+def converted_by_checkout(monkeypatch):
+    """The keys that llama.cpp's converter writes for such a tokenizer."""
+
+    def convert(_checkout, model, target, **_):
+        tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+        size = tokenizer.get_vocab_size()
+        writer = gguf.GGUFWriter(target, "llama")
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_list([tokenizer.id_to_token(place) for place in range(size)])
+        writer.add_token_scores([-float(place) for place in range(size)])
+        writer.add_token_types([2, 3, 3, *[6] * 256, *[1] * (size - 259)])
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+        writer.add_chat_template((model / "chat_template.jinja").read_text())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+
+    monkeypatch.setattr(llama_cpp_checkout, "check", lambda _: None)
+    monkeypatch.setattr(llama_cpp_checkout, "convert", convert)
+
+
+@pytest.fixture
+def few_strings(monkeypatch):
+    """For speed, and so that a mismatch which is met is one of the others."""
+    monkeypatch.setattr(module, "probe_strings", lambda: (" 12 x", "Revenue in\u202f2019,\n\t$ 5"))
+
+
+def by_checkout(model: Path) -> Config:
+    return Config.model_validate({"model": {"name": str(model)}, "export": {"llama_cpp_path": "llama.cpp"}})
+
+
+def test_a_sentencepiece_tokenizer_passes_by_a_checkout(
+    tiny_model, tmp_path, converted_by_checkout, few_strings, capsys
+):
+    model = sentencepiece_like(tiny_model, tmp_path / "model", "always")
+    with pytest.raises(ModelError, match=r"export\.llama_cpp_path=FOLDER; a run with --skip export"):
+        preflight(config(model), {}, tmp_path)
+    facts = preflight(by_checkout(model), {}, tmp_path)
+    assert facts["num_strings"] > 6 and facts["drops_leading_space"]
+    assert "drops a space that begins a text" in capsys.readouterr().err
+
+
+def test_a_sentencepiece_tokenizer_without_spaces_after_special_tokens_is_told_of_legacy(
+    tiny_model, tmp_path, converted_by_checkout, few_strings
+):
+    model = sentencepiece_like(tiny_model, tmp_path / "model", "first")
+    with pytest.raises(ModelError, match=r"strings tokenise differently .*\"legacy\": true .*--skip export"):
+        preflight(by_checkout(model), {}, tmp_path)
+
+
+def test_an_added_token_that_swallows_spaces_or_is_none_within_a_word_is_refused(tiny_model, tmp_path, few_strings):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    place = max(tokenizer["model"]["vocab"].values())
+    for text, flag in {"<call>": "rstrip", "<then>": "lstrip", "cat": "single_word", "<plain>": "special"}.items():
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+        place += 1
+        tokenizer["added_tokens"].append({"id": place, "content": text} | flags | {flag: True})
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    patch_json(model / "config.json", vocab_size=place + 1)
+    with pytest.raises(
+        ModelError, match=r"3 of \d\d strings .*'revenue <call> x' .*'revenue <then> x' .*'acatb' gives"
+    ):
         preflight(config(model), {}, tmp_path)
 
 

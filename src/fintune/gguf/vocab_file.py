@@ -19,6 +19,10 @@ class TokenizerKeys(Protocol):
     """What ``tokenizer.*`` of a GGUF file says: :class:`fintune.gguf.vocab.Vocabulary` or :class:`Converted`."""
 
     @property
+    def model(self) -> str:
+        """llama.cpp's name of the kind of tokenizer: gpt2 is byte-level BPE, llama SentencePiece."""
+
+    @property
     def pre(self) -> str:
         """llama.cpp's name of the pre-tokenizer."""
 
@@ -44,6 +48,7 @@ class Converted:
 
     Attributes:
         path: The file.
+        model: See :class:`TokenizerKeys`.
         pre: See :class:`TokenizerKeys`.
         tokens: See :class:`TokenizerKeys`.
         chat_template: See :class:`TokenizerKeys`.
@@ -51,6 +56,7 @@ class Converted:
     """
 
     path: Path
+    model: str
     pre: str
     tokens: tuple[str, ...]
     chat_template: str | None
@@ -85,6 +91,7 @@ def read_converted(path: Path) -> Converted:
         raise ModelError(f"{path}: no tokenizer in it", hint="the converter does not know this tokenizer")
     return Converted(
         path,
+        str(value("ggml.model")),
         str(value("ggml.pre") or value("ggml.model")),
         tuple(str(token) for token in tokens),
         template if isinstance(template, str) else None,

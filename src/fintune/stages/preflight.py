@@ -24,6 +24,14 @@ from fintune.tokenizer_check import check_tokenizer_against_llama_cpp
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_MAX_ADDED = 500
+"""Of so many added tokens the surroundings are compared."""
+_SENTENCEPIECE = "llama"
+"""``tokenizer.ggml.model`` of such a vocabulary."""
+_LEGACY = (
+    'llama.cpp puts a space after every special token; with "legacy": true in tokenizer_config.json the tokenizer '
+    "does, too, or train without GGUF files: --skip export"
+)
 _DECOMPOSED = "Ne\u0301stle\u0301 Zu\u0308rich"
 
 
@@ -36,8 +44,9 @@ def preflight(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts
         folder: Gets ``preflight.json``.
 
     Returns:
-        Name of the pre-tokenizer, end token, hash of the chat template, number of strings, and whether the tokenizer
-        composes accents, which llama.cpp does not.
+        Name of the pre-tokenizer, end token, hash of the chat template, number of strings, whether the tokenizer
+        composes accents, which llama.cpp does not, and whether it takes a space that begins a text for the one that
+        SentencePiece puts there, where llama.cpp has both.
 
     Raises:
         ModelError: A family, pre-tokenizer, template or special token that would not survive, or strings that llama.cpp
@@ -81,14 +90,26 @@ def _check(model: Path, tokenizer: PreTrainedTokenizerBase, vocabulary: Tokenize
         for messages in _conversations()
         for generate in (False, True)
     ]
-    strings = [*turns, *probe_strings()]
+    takes_space = vocabulary.model == _SENTENCEPIECE and encode(" x") == encode("x")
+    probes = [*probe_strings(), *_beside_added_tokens(tokenizer, space="" if takes_space else " ")]
+    strings = [*turns, *(text.lstrip(" ") if takes_space else text for text in probes)]
     with tempfile.TemporaryDirectory(prefix=".vocabulary-", dir=folder) as place:
         path = write_vocabulary_file(vocabulary, Path(place) / "vocabulary.gguf")
-        num_strings = check_tokenizer_against_llama_cpp(encode, path, strings)
+        try:
+            num_strings = check_tokenizer_against_llama_cpp(encode, path, strings)
+        except ModelError as error:
+            if vocabulary.model != _SENTENCEPIECE or error.hint is None:
+                raise
+            raise ModelError(error.message, hint=_LEGACY) from None
     composes = encode(_DECOMPOSED) == encode(unicodedata.normalize("NFC", _DECOMPOSED))
     if composes:
         say(
             "the tokenizer composes accents and llama.cpp does not: give the GGUF text in Unicode's composed form (NFC)"
+        )
+    if takes_space:
+        say(
+            "the tokenizer drops a space that begins a text or follows a special token, and llama.cpp does not: give "
+            "the GGUF no such text"
         )
     facts: Facts = {
         "pre_tokenizer": vocabulary.pre,
@@ -97,10 +118,18 @@ def _check(model: Path, tokenizer: PreTrainedTokenizerBase, vocabulary: Tokenize
         "template_hash": chat.template_hash(tokenizer),
         "num_strings": num_strings,
         "composes_accents": composes,
+        "drops_leading_space": takes_space,
         "summary": f"{num_strings} strings give the same tokens in llama.cpp, pre-tokenizer {vocabulary.pre}",
     }
     write_atomically(folder / "preflight.json", json.dumps(facts, indent=1) + "\n")
     return facts
+
+
+def _beside_added_tokens(tokenizer: PreTrainedTokenizerBase, *, space: str) -> Iterator[str]:
+    """A token may swallow the spaces beside it, or be none within a word; llama.cpp knows neither."""
+    for added in list(tokenizer.added_tokens_decoder.values())[:_MAX_ADDED]:
+        yield f"revenue {added.content}{space}x"
+        yield f"a{added.content}b"
 
 
 def _conversations() -> Iterator[list[Message]]:
