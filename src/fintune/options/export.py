@@ -50,7 +50,8 @@ class ExportOptions(Options):
     llama_cpp_path: Path | None = Field(
         None,
         description="A built llama.cpp checkout: its converter and quantiser write the files from the merged folder. "
-        "Needed for families other than llama, mistral, qwen2 and qwen3.",
+        "Needed for families other than llama, mistral, qwen2 and qwen3, and for SentencePiece tokenizers (Llama 2, "
+        "TinyLlama, Mistral 7B).",
     )
     threads: int | None = neutral(None, "CPU threads; all cores where empty.", ge=1)
 
