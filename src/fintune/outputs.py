@@ -137,7 +137,7 @@ def _stopped_as_by_ctrl_c() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def _remove_empty(place: Path, folder: Path) -> None:
