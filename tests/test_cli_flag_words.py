@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from fintune import cli_train
+from fintune import cli_train, cli_train_words
 from fintune.cli_flag_words import FLAGS, in_flags, told_in, told_in_flags
 from fintune.config import fields
 from fintune.errors import ArtifactError, ConfigError, ResourceError
@@ -84,6 +84,6 @@ def test_a_script_is_told_in_its_own_flags(text, told):
 
 
 def test_the_flags_of_the_older_training_commands_stand_for_options():
-    assert {re.split("[=:]", option)[0] for option in cli_train._FLAGS} <= {key for key, _ in fields()}
+    assert {re.split("[=:]", option)[0] for option in cli_train_words.FLAGS} <= {key for key, _ in fields()}
     known = {f"--{name}" for name, *_ in cli_train._OPTIONS}
-    assert {flag.split()[0] for flag in cli_train._FLAGS.values()} <= known
+    assert {flag.split()[0] for flag in cli_train_words.FLAGS.values()} <= known

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import click
 import pytest
 
-from fintune import cli_train, dataset_folder, hub_push
-from fintune.errors import ConfigError, DataError, ResourceError
+from fintune import cli_train, dataset_folder, hub_push, steps
+from fintune.cli_train_words import told_in_script
+from fintune.errors import ArtifactError, ConfigError, DataError, FintuneError, ResourceError
 from fintune.sources.statements import generate
 from fintune.stages.preprocess import preprocess
-from fintune.tuning import metrics
+from fintune.tuning import evaluate, metrics
 from model_hub import LIBRARY_WARNS, connected
 
 pytest.importorskip("torch")
@@ -184,6 +187,116 @@ def test_mistakes_name_the_flag_or_the_folder(tiny_model, processed, tmp_path):
         call(flags(tiny_model, tmp_path / "empty", tmp_path / "out"))
     with pytest.raises(ConfigError, match=r"^--lora_r: got 0: input should be greater than or equal to 1$"):
         call(flags(tiny_model, processed / "train", tmp_path / "out", lora_r=0))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def ran(monkeypatch) -> list[str]:
+    """Names of the stages that ran; what they make is a stand-in."""
+    names: list[str] = []
+
+    def stand_in(name):
+        def run(_, inputs, folder):
+            names.append(name)
+            (folder / "adapter").mkdir(exist_ok=True)
+            (folder / "adapter" / "adapter_config.json").write_text(str(len(names)))
+            return {"num_train_rows": 8}
+
+        return run
+
+    real = steps.build
+    monkeypatch.setattr(
+        steps, "build", lambda config: [replace(step, run=stand_in(step.name)) for step in real(config)]
+    )
+    return names
+
+
+def test_a_run_with_other_settings_is_overwritten_where_the_flag_says_so(tiny_model, processed, tmp_path, ran):
+    def arguments(**others):
+        return flags(tiny_model, processed / "train", tmp_path / "out", **others)
+
+    call(arguments())
+    with pytest.raises(ArtifactError) as raised:
+        call(arguments(lr=5e-5))
+    assert str(raised.value).endswith(
+        "made with other settings: --lr was 0.0001 and is now 5e-05: "
+        "give --overwrite_output_dir true to begin anew, or another --output_dir"
+    )
+    with pytest.raises(ArtifactError, match=r"--max_length was 900 and is now 800: give --overwrite_output_dir true"):
+        call(arguments(max_length=800))
+    with pytest.raises(ArtifactError, match=r"settings: --dataset_dir was .*: give --overwrite_output_dir true"):
+        call(flags(tiny_model, processed / "dev", tmp_path / "out"))
+    assert ran == ["prepare", "train"]
+    call(arguments(lr=5e-5, max_length=800, overwrite_output_dir="true"))
+    assert ran == ["prepare", "train"] * 2
+    assert (tmp_path / "out" / "adapter_config.json").read_text() == "4"
+    call(arguments(lr=5e-5, max_length=800))
+    assert len(ran) == 4
+
+
+def test_results_that_cannot_be_read_are_overwritten_where_the_flag_says_so(tiny_model, processed, tmp_path, ran):
+    arguments = flags(tiny_model, processed / "train", tmp_path / "out")
+    call(arguments)
+    for name in ("prepare", "train"):
+        (tmp_path / "out" / "run" / name / "manifest.json").write_text("{")
+    with pytest.raises(ArtifactError, match=r"not a manifest .*: give --overwrite_output_dir true to begin anew$"):
+        call(arguments)
+    call([*arguments, "--overwrite_output_dir"])
+    assert ran == ["prepare", "train"] * 2
+
+
+def test_no_message_speaks_of_redo_or_of_a_name_of_the_run():
+    """Of every module whose errors the script can show, each text that does is told in its flags."""
+    source = Path(cli_train.__file__).parent
+    files = [source / f"{name}.py" for name in ("artifact", "machine", "models", "pipeline", "prepared")]
+    files += [source / "stages" / "prepare.py", source / "stages" / "train.py", *sorted(source.glob("tuning/*.py"))]
+    told = []
+    for file in files:
+        tree = ast.parse(file.read_text())
+        parts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr):
+                text = "".join(part.value if isinstance(part, ast.Constant) else "train" for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in parts:
+                text = node.value
+            else:
+                continue
+            if "--redo" in text or "run.name" in text or "run.dir" in text or "prepare again" in text:
+                with pytest.raises(FintuneError) as raised, told_in_script({}):
+                    raise FintuneError("x", hint=text)
+                told.append(str(raised.value))
+    assert len(told) >= 8
+    assert [text for text in told if any(word in text for word in ("redo", "run.", "prepare again"))] == []
+
+
+@pytest.mark.parametrize(
+    ("gpu", "use_bf16", "told"),
+    [
+        (False, None, "lower --lr, or give --use_bf16 false"),
+        (False, True, "lower --lr, or give --use_bf16 false"),
+        (False, False, "lower --lr"),
+        (True, None, "lower --lr"),
+        (True, False, "lower --lr, or give --use_bf16 true"),
+    ],
+)
+def test_a_loss_that_is_not_finite_names_flags_that_help(monkeypatch, gpu, use_bf16, told):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    with pytest.raises(FintuneError) as raised, told_in_script({"use_bf16": use_bf16}):
+        raise evaluate.not_finite("the loss is not finite at step 1", ["a"])
+    assert raised.value.hint == told
+
+
+def test_a_reporter_that_is_not_installed_is_refused_before_anything_is_made(
+    tiny_model, processed, tmp_path, monkeypatch
+):
+    import importlib.util
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "wandb" else real(name))
+    with pytest.raises(ResourceError, match=r"^--report_to: wandb is not installed: pip install wandb, or"):
+        call(flags(tiny_model, processed / "train", tmp_path / "out", report_to="all"))
     assert not (tmp_path / "out").exists()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from fintune.errors import FintuneError
@@ -85,11 +85,14 @@ def _setting(found: re.Match[str]) -> str:
 
 
 @contextmanager
-def told_in(flags: Mapping[str, str]) -> Iterator[None]:
+def told_in(
+    flags: Mapping[str, str], phrases: Sequence[tuple[str, str | Callable[[re.Match[str]], str]]] = ()
+) -> Iterator[None]:
     """Errors of the package in the flags of one script.
 
     Args:
         flags: Flag by option, or flag and value by ``option=value``; options that are not among them keep their name.
+        phrases: Regular expressions and what stands in their place, the first before the others and before the flags.
 
     Raises:
         FintuneError: The same, in other words.
@@ -98,6 +101,8 @@ def told_in(flags: Mapping[str, str]) -> Iterator[None]:
 
     def told(text: str) -> str:
         text = text.removeprefix("command line: ")
+        for phrase, instead in phrases:
+            text = re.sub(phrase, instead, text)
         return named.sub(lambda found: flags[found[1]] + (" " if found[2] else ""), text)
 
     try:

@@ -16,8 +16,8 @@ import click
 from pydantic import ValidationError
 
 from fintune import adapter_origin, dataset_folder, hub_push
-from fintune.cli_flag_words import told_in
 from fintune.cli_pasted import PastedCommand
+from fintune.cli_train_words import OVERWRITE, told_in_script
 from fintune.errors import ConfigError
 from fintune.options import Config
 
@@ -37,6 +37,7 @@ _OPTIONS: tuple[tuple[str, Any, Any, str], ...] = (
         "What scripts/preprocess.py or datasets.save_to_disk wrote; may hold train and validation.",
     ),
     ("output_dir", _DIR, None, "Gets the adapter; the same command goes on where it was interrupted."),
+    (OVERWRITE, bool, False, "Begin anew where --output_dir holds a run, also one with other settings."),
     ("epochs", float, 3.0, "Passes over the data."),
     ("per_device_train_batch_size", int, 4, "Examples a forward pass."),
     ("lr", float, 1e-4, "Peak learning rate."),
@@ -67,27 +68,6 @@ _OPTIONS: tuple[tuple[str, Any, Any, str], ...] = (
     ("max_length", int, 2048, "Tokens of prompt and completion; the page is cut to fit."),
     ("seed", int, 17, "Of order, sampling and initialisation."),
 )
-_FLAGS = {
-    "adapter.alpha": "--lora_alpha",
-    "adapter.dropout": "--lora_dropout",
-    "adapter.r": "--lora_r",
-    "model.load=4bit": "--use_4bit true",
-    "model.load: 16bit": "--use_4bit false",
-    "model.name": "--base_model",
-    "prompt.max_length": "--max_length",
-    "run.seed": "--seed",
-    "train.accumulation": "--gradient_accumulation_steps",
-    "train.batch_size": "--per_device_train_batch_size",
-    "train.checkpoint_steps": "--save_steps",
-    "train.epochs": "--epochs",
-    "train.eval_steps": "--eval_steps",
-    "train.gradient_checkpointing": "--gradient_checkpointing",
-    "train.learning_rate": "--lr",
-    "train.log_steps": "--logging_steps",
-    "train.report_to": "--report_to",
-    "train.weight_decay": "--weight_decay",
-}
-"""What messages call the options by."""
 _REQUIRED = ("base_model", "dataset_dir", "output_dir")
 
 
@@ -99,7 +79,7 @@ def command(*, use_dora: bool) -> click.Command:
     """
 
     def run(**flags: Any) -> None:
-        with told_in(_FLAGS):
+        with told_in_script(flags):
             train({**flags, "use_dora": use_dora if flags["use_dora"] is None else flags["use_dora"]})
 
     alone: dict[str, Any] = {"is_flag": False, "flag_value": "true"}
@@ -132,8 +112,10 @@ def train(flags: Mapping[str, Any]) -> None:
     from fintune.pipeline import Pipeline
     from fintune.selection import Selection
     from fintune.steps import build
+    from fintune.tuning import reporters
 
     output: Path = flags["output_dir"]
+    reporters.check(_report_to(flags))
     repo = hub_push.check(flags["hub_model_id"], output) if flags["push_to_hub"] else None
     data, has_eval = _data(flags)
     if flags["eval_strategy"] != "no" and not has_eval:
@@ -142,7 +124,10 @@ def train(flags: Mapping[str, Any]) -> None:
             hint="give --eval_dataset_dir, or a folder with train and validation",
         )
     first = _config(flags, data, repo, checkpoint_steps=1, eval_steps=None)
-    prepare = Pipeline(first, build(first), Selection(only=("prepare",)))
+    anew = bool(flags[OVERWRITE])
+    # Alone, so that a train folder that cannot be read does not stop what is to replace it.
+    steps = [step for step in build(first) if step.name == "prepare"]
+    prepare = Pipeline(first, steps, Selection(redo=("prepare",) if anew else ()))
     list(prepare.run())
     manifest = prepare.manifest("prepare")
     assert manifest is not None, "prepare is done"
@@ -155,7 +140,7 @@ def train(flags: Mapping[str, Any]) -> None:
         checkpoint_steps={"no": _NEVER, "steps": flags["save_steps"], "epoch": epoch}[flags["save_strategy"]],
         eval_steps={"no": None, "steps": flags["eval_steps"], "epoch": epoch}[flags["eval_strategy"]],
     )
-    list(Pipeline(config, build(config), Selection(only=("train",))).run())
+    list(Pipeline(config, build(config), Selection(only=("train",), redo=("train",) if anew else ())).run())
     _lay_out(config.folder / "train" / "adapter", output)
     click.echo(f"{output}: the adapter; its losses are in {config.folder / 'train' / 'metrics.jsonl'}")
     if repo is not None:
@@ -181,7 +166,6 @@ def _data(flags: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
 
 
 def _config(flags: Mapping[str, Any], data: Mapping[str, Any], repo: str | None, **steps: int | None) -> Config:
-    report_to = {"none": (), "all": ("tensorboard", "wandb")}.get(flags["report_to"], (flags["report_to"],))
     sections = {
         "run": {"name": _RUN, "dir": flags["output_dir"], "seed": flags["seed"]},
         "model": {"name": flags["base_model"], "load": "4bit" if flags["use_4bit"] else "16bit"},
@@ -202,7 +186,7 @@ def _config(flags: Mapping[str, Any], data: Mapping[str, Any], repo: str | None,
             "gradient_checkpointing": flags["gradient_checkpointing"],
             "log_steps": flags["logging_steps"],
             "precision": _precision(flags["use_bf16"]),
-            "report_to": report_to,
+            "report_to": _report_to(flags),
             **steps,
         },
     }
@@ -217,6 +201,10 @@ def _config(flags: Mapping[str, Any], data: Mapping[str, Any], repo: str | None,
         if not where:
             raise ConfigError(reason) from None
         raise ConfigError(f"{where}: got {first['input']}", hint=reason[0].lower() + reason[1:]) from None
+
+
+def _report_to(flags: Mapping[str, Any]) -> tuple[str, ...]:
+    return {"none": (), "all": ("tensorboard", "wandb")}.get(flags["report_to"], (flags["report_to"],))
 
 
 def _precision(use_bf16: bool | None) -> str:
