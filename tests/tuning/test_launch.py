@@ -37,9 +37,13 @@ def config(**changes):
     ],
 )
 def test_what_is_not_proven_is_refused_by_name(changes, named):
-    with pytest.raises(ConfigError, match=r"is not proven on several GPUs: set train\.gpus") as raised:
+    divided = "train__sharding" in changes
+    hint = r"train\.sharding to none$" if divided else r"train\.gpus and train\.machines to 1$"
+    with pytest.raises(ConfigError, match=f"is not proven on several GPUs: set {hint}") as raised:
         launch.check(config(**changes))
     assert named in str(raised.value)
+    if divided:
+        launch.check(config(**{**changes, "train__sharding": "none"}))
     # On one GPU each goes, but for the division itself.
     launch.check(config(**{**changes, "train__gpus": 1, "train__sharding": "auto"}))
 

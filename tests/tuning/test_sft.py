@@ -194,9 +194,12 @@ def test_a_loss_that_is_not_finite_names_step_and_examples(tiny_model, rows, tmp
     def spoil(model):
         next(weight for name, weight in model.named_parameters() if "lora_A" in name).data.fill_(float("nan"))
 
-    with pytest.raises(FintuneError, match=r"the loss is not finite at step 1; examples x\d+, x\d+, x\d+, x\d+: lower"):
+    with pytest.raises(
+        FintuneError, match=r"the loss is not finite at step 1; examples x\d+, x\d+, x\d+, x\d+: lower"
+    ) as raised:
         run(tiny_model, rows, tmp_path / "run", spoil=spoil, dropout=0.0, fused_layers=fused_layers)
     assert not list((tmp_path / "run").glob("checkpoints/*/complete"))
+    assert raised.value.hint == "lower train.learning_rate, or set train.precision to float32"  # no word of checkpoints
 
 
 def test_two_checkpoints_are_kept_while_training(tiny_model, rows, tmp_path):

@@ -161,7 +161,7 @@ def not_finite(what: str, examples: Sequence[str]) -> FintuneError:
     more = f" and {len(examples) - _NUM_NAMED} more" if len(examples) > _NUM_NAMED else ""
     return FintuneError(
         f"{what}; examples {told}{more}",
-        hint="lower train.learning_rate, or set train.precision to float32; the last checkpoint is kept",
+        hint="lower train.learning_rate, or set train.precision to float32",
     )
 
 

@@ -53,7 +53,8 @@ def check(config: Config) -> None:
     }
     for what, here in refused.items():
         if here:
-            raise ConfigError(f"{what} is not proven on several GPUs", hint="set train.gpus and train.machines to 1")
+            hint = "train.sharding to none" if "train.sharding" in what else "train.gpus and train.machines to 1"
+            raise ConfigError(f"{what} is not proven on several GPUs", hint=f"set {hint}")
 
 
 def run(config: Config, prepare: Path, folder: Path) -> None:
