@@ -84,8 +84,29 @@ def test_thoughts_that_stay_in_earlier_answers_are_noted_and_the_modelfile_is_wr
     assert go(text, thinking) == expected
 
 
-@pytest.mark.parametrize("template", [CHATML, DEFAULT_SYSTEM, LLAMA3])
-def test_a_template_that_leaves_thoughts_alone_gets_no_note(folder, template):
+@pytest.mark.parametrize("cut", ["| trim", ".strip('\\n')", ".rstrip()", ".lstrip()"])
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+def test_white_space_that_a_template_takes_off_any_role_is_noted(folder, cut, role):
+    content = "(message['content']" + cut + " if message['role'] == '" + role + "' else message['content'])"
+    template = CHATML.replace("message['content']", content)
+    (folder / "chat_template.jinja").write_text(template)
+    (note,) = differences(folder)
+    assert "takes white space off the ends of messages" in note
+    text = modelfile(folder, "m.gguf", context_tokens=512)
+    assert text.splitlines()[:2] == [f"# {note}", "FROM ./m.gguf"]
+    messages = [{"role": role, "content": "\nhi \n"}]
+    special = {"bos_token": "<|im_start|>"}
+    expected = render_chat(template, messages, special_tokens=special, add_generation_prompt=True)
+    assert go(text, messages) != expected
+
+
+def test_llama_3_takes_white_space_off(folder):
+    (folder / "chat_template.jinja").write_text(LLAMA3)
+    assert ["white space" in note for note in differences(folder)] == [True]
+
+
+@pytest.mark.parametrize("template", [CHATML, DEFAULT_SYSTEM])
+def test_a_template_that_leaves_words_alone_gets_no_note(folder, template):
     (folder / "chat_template.jinja").write_text(template)
     assert differences(folder) == []
 

@@ -87,7 +87,8 @@ def modelfile(folder: Path, gguf_name: str, *, context_tokens: int) -> str:
 def differences(folder: Path) -> list[str]:
     """What the Modelfile's template renders otherwise than the chat template does, a line each.
 
-    Ollama's language cannot cut a text, so thoughts that a chat template takes out of earlier answers stay in.
+    Ollama's language cannot cut a text, so thoughts that a chat template takes out of earlier answers stay in, and so
+    does white space around a message's words.
 
     Args:
         folder: The Hugging Face folder that was exported.
@@ -96,15 +97,24 @@ def differences(folder: Path) -> list[str]:
         ModelError: As for :func:`modelfile`.
     """
     template, special = _template(folder)
-    roles = "uau"
-    words = [_THOUGHT * (role == "a") + word for role, word in zip(roles, _words(roles), strict=True)]
-    rendered = _render(template, special, roles, words, generate=True)
-    if _read_pieces(folder, template, special).render(roles, words) == rendered:
-        return []
-    return [
-        "the chat template takes <think>...</think> out of earlier answers or writes it otherwise, Ollama's template "
-        "leaves it: send earlier answers without their thoughts"
-    ]
+    pieces = _read_pieces(folder, template, special)
+
+    def differs(roles: str, words: Sequence[str]) -> bool:
+        return pieces.render(roles, words) != _render(template, special, roles, words, generate=True)
+
+    found = []
+    if differs("uau", [_THOUGHT * (role == "a") + word for role, word in zip("uau", _words("uau"), strict=True)]):
+        found.append(
+            "the chat template takes <think>...</think> out of earlier answers or writes it otherwise, Ollama's "
+            "template leaves it: send earlier answers without their thoughts"
+        )
+    # Some templates take off line ends alone, some everything.
+    if any(differs("suau", [f"{white}{word}{white[::-1]}" for word in _words("suau")]) for white in (" \n", "\n ")):
+        found.append(
+            "the chat template takes white space off the ends of messages, Ollama's template leaves it: send messages "
+            "without white space around their words"
+        )
+    return found
 
 
 def _template(folder: Path) -> tuple[str, dict[str, str]]:
