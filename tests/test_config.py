@@ -38,6 +38,21 @@ def test_overrides_win_over_the_file_which_wins_over_defaults(write) -> None:
     assert "adapter.r" not in loaded.origin
 
 
+@pytest.mark.parametrize(
+    ("override", "place"),
+    [
+        ("export.types=[Q5_K]", f"{OVERRIDE}: export.types: unknown GGUF type 'Q5_K'"),
+        ("export.types=[F16]", ":5: export.importance weighs quantised types"),
+        ("export.source=adapter", f"{OVERRIDE}: export.source: adapter writes no merged folder"),
+        ("merge.into=dequantised", f"{OVERRIDE}: merge.into: dequantised is about 4-bit training"),
+        ("data.sources=rows.jsonl", f"{OVERRIDE}: data.sources is not read"),
+    ],
+)
+def test_a_check_of_several_options_blames_the_place_of_the_one_that_it_names_first(write, override, place) -> None:
+    path = write("model:\n  name: m\nexport:\n  threads: 1\n  importance: m.gguf\n")
+    assert refusal(path, override).startswith(f"{path}{place}" if place.startswith(":") else place)
+
+
 def test_the_last_of_two_overrides_wins() -> None:
     assert load(None, ["train.epochs=2", "train.epochs=5"]).config.train.epochs == 5
 
@@ -69,6 +84,18 @@ def test_one_name_or_several_with_commas_stand_for_a_list(write) -> None:
     assert config.train.report_to == ("tensorboard",)
     assert config.predict.models == ("base",)
     assert config.adapter.targets == ("q_proj",)
+
+
+@pytest.mark.parametrize(
+    ("targets", "told"),
+    [
+        ("[]", "name at least one layer, or all-linear"),
+        ("[all-linear, q_proj]", "all-linear is every layer and stands alone; leave it or the others out"),
+    ],
+)
+def test_targets_are_some_layers_or_all(write, targets, told) -> None:
+    with pytest.raises(ConfigError, match=rf"adapter\.targets: {told}$"):
+        load(write("train:\n  epochs: 2\n"), [f"adapter.targets={targets}"])
 
 
 def test_the_gguf_types_are_those_that_are_written() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from fintune.options import Config, Options, is_neutral
 
 DEFAULT = "default"
 OVERRIDE = "command line"
+_OPTION = re.compile(r"[a-z_]+(?:\.[a-z0-9_]+)+")
 _KINDS = {
     "adapter.kind=qlora": "; QLoRA is adapter.kind=lora model.load=4bit",
     "adapter.kind=qdora": "; QDoRA is adapter.kind=dora model.load=4bit",
@@ -227,7 +229,12 @@ def _explain(error: ValidationError, origin: Mapping[str, str]) -> ConfigError:
         key = key.rsplit(".", 1)[0]
     place = f"{origin[key]}: " if key in origin else ""
     if first["type"] == "value_error":
-        return ConfigError(f"{place}{first['ctx']['error']}")
+        text = str(first["ctx"]["error"])
+        # A check of several options belongs to a section; which of them it is about, it says itself.
+        named = next((each for each in _OPTION.findall(text) if each in known and each in origin), None)
+        if key not in known and named is not None:
+            place = f"{origin[named]}: "
+        return ConfigError(f"{place}{text}")
     got = json.dumps(first["input"], default=str)
     entry = _entry(first["loc"])
     if first["type"] == "extra_forbidden":
