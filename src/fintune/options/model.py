@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from fintune.options.base import Options
 
@@ -47,7 +47,16 @@ class AdapterOptions(Options):
         "2310.08659). Both are saved as a plain adapter of twice the rank for the unchanged base.",
     )
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout before the adapter, as a probability.")
-    targets: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+    targets: tuple[str, ...] = Field(
         ("all-linear",),
         description="Names of the layers that get an adapter; `all-linear` is every linear layer but the output head.",
     )
+
+    @field_validator("targets")
+    @classmethod
+    def _some_or_all(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
+        if not targets:
+            raise ValueError("adapter.targets: name at least one layer, or all-linear")
+        if "all-linear" in targets and len(targets) > 1:
+            raise ValueError("adapter.targets: all-linear is every layer and stands alone; leave it or the others out")
+        return targets

@@ -8,7 +8,7 @@ from fintune.model_folder import read_json
 from fintune.options import Config
 from fintune.tuning import launch, planned
 from fintune.tuning.memory import FAMILIES, PARTS
-from fintune.tuning.plan import GIB, RESERVE_BYTES, TrainingPlan
+from fintune.tuning.plan import GIB, RESERVE_BYTES, TrainingPlan, told_of
 
 
 def plan(config: Config, *, gib: float | None = None, longest: int | None = None) -> list[str]:
@@ -58,7 +58,7 @@ def plan(config: Config, *, gib: float | None = None, longest: int | None = None
     on_each = f" on each of {gpus} GPUs, which hold the whole model" if gpus > 1 else ""
     return [
         head,
-        f"fits: {made.predicted_bytes / GIB:.1f} GiB predicted of {limit / GIB:.1f} ({_limit_told(limit, total)})",
+        f"fits: {told_of(made.predicted_bytes, limit, ' predicted')} ({_limit_told(limit, total)})",
         f"a step: {_passes(made)}{on_each}",
         *(f"- {reason}" for reason in made.reasons),
         f"- {advice}",

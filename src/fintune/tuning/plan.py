@@ -23,6 +23,25 @@ _OPERATIONS_A_SECOND = 7e14
 _UNPACKED_BYTES_A_SECOND = 1.5e12
 
 
+def told(num_bytes: int, decimals: int = 1) -> str:
+    """``9.4 GiB``; below one ``614 MiB``, with a decimal less."""
+    if num_bytes >= GIB:
+        return f"{num_bytes / GIB:.{decimals}f} GiB"
+    return f"{num_bytes / 2**20:.{decimals - 1}f} MiB"
+
+
+def told_apart(needed: int, limit: int) -> tuple[str, str]:
+    """Two sizes of which the one is more than the other, with as many decimals as show it."""
+    pairs = ((told(needed, decimals), told(limit, decimals)) for decimals in (1, 2, 3))
+    return next((pair for pair in pairs if pair[0] != pair[1]), (f"{needed:,} bytes", f"{limit:,} bytes"))
+
+
+def told_of(used: int, limit: int, what: str = "") -> str:
+    """``39.1 GiB predicted of 78.8``: the unit stands once where it is that of both."""
+    room = told(limit)
+    return f"{told(used)}{what} of {room.removesuffix(' ' + told(used).split()[1])}"
+
+
 @dataclass(frozen=True)
 class TrainingPlan:
     """A way to train.
@@ -117,13 +136,13 @@ def _pass_reasons(plan: TrainingPlan, batch_size: int, recompute: bool | None) -
         layers = "without recomputed layers" if recompute is False else "even with every layer checkpointed"
         yield (
             f"{plan.batch_size} of {batch_size} examples a pass, {plan.accumulation} passes a step: "
-            f"{batch_size} do not fit {plan.limit_bytes / GIB:.1f} GiB {layers}"
+            f"{batch_size} do not fit {told(plan.limit_bytes)} {layers}"
         )
 
 
 def _layer_reasons(shape: Shape, method: Method, plan: TrainingPlan, recompute: bool | None) -> Iterator[str]:
     setting = plan.setting
-    room = f"{plan.limit_bytes / GIB:.1f} GiB"
+    room = told(plan.limit_bytes)
     if recompute is not None:
         yield f"{'every' if recompute else 'no'} layer recomputed, as train.gradient_checkpointing says"
     elif setting.num_checkpointed == 0:

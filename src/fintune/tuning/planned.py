@@ -14,7 +14,7 @@ from fintune.progress import say
 from fintune.tuning import ranks
 from fintune.tuning.memory import FAMILIES, PARTS, Method, Setting, Shape, modules_peak_bytes
 from fintune.tuning.optimizers import MOMENT_BYTES
-from fintune.tuning.plan import GIB, RESERVE_BYTES, TrainingPlan, make_plan
+from fintune.tuning.plan import GIB, RESERVE_BYTES, TrainingPlan, make_plan, told_apart, told_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -42,7 +42,7 @@ def plan_model(model: PeftModel, options: TrainOptions, lengths: Sequence[int]) 
     made = choose(shape, method, options, longest=max(lengths), limit=limit)
     for reason in (*made.reasons, on_four_bits(shape, method, options, longest=max(lengths), limit=limit)):
         say(f"plan: {reason}")
-    say(f"plan: {made.predicted_bytes / GIB:.1f} GiB predicted of {made.limit_bytes / GIB:.1f}")
+    say(f"plan: {told_of(made.predicted_bytes, made.limit_bytes, ' predicted')}")
     return made
 
 
@@ -107,9 +107,9 @@ def choose(shape: Shape, method: Method, options: TrainOptions, *, longest: int,
         layers = "no layer recomputed"
     if not method.four_bit:
         advice.insert(0, "model.load=4bit")
+    needed, room = told_apart(made.predicted_bytes, limit)
     raise ResourceError(
-        f"training needs {made.predicted_bytes / GIB:.1f} GiB for one example of {longest} tokens with {layers}, "
-        f"and {limit / GIB:.1f} GiB may be used",
+        f"training needs {needed} for one example of {longest} tokens with {layers}, and {room} may be used",
         hint=f"use {', or '.join(advice)}",
     )
 
@@ -203,11 +203,12 @@ def by_modules(
     if peak > limit:
         hint = "a smaller train.batch_size with more train.accumulation" if train.batch_size > 1 else "model.load=4bit"
         hint += "" if recomputed else ", train.gradient_checkpointing=true"
+        needed, room = told_apart(peak, limit)
         raise ResourceError(
-            f"training needs about {peak / GIB:.1f} GiB {where}, and {limit / GIB:.1f} GiB may be used",
+            f"training needs about {needed} {where}, and {room} may be used",
             hint=f"use {hint}{', or more GPUs' if divided else ''}",
         )
-    return f"fits: about {peak / GIB:.1f} GiB of {limit / GIB:.1f} {where}"
+    return f"fits: about {told_of(peak, limit)} {where}"
 
 
 def method_of(options: AdapterOptions, *, four_bit: bool) -> Method:

@@ -12,7 +12,7 @@ from fintune.options import TrainOptions
 from fintune.progress import say
 from fintune.tuning import planned, ranks, shard
 from fintune.tuning.memory import FAMILIES, PARTS, Method, Shape
-from fintune.tuning.plan import GIB
+from fintune.tuning.plan import told
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -43,7 +43,7 @@ def _choose(model: PeftModel | PreTrainedModel, options: TrainOptions, longest: 
         return True
     parts = ranks.count() if shard.is_divided(options) else 1
     needed = planned.must_recompute(*known, options, longest=longest, limit=limit, parts=parts)
-    room = f"{limit / GIB:.1f} GiB"
+    room = told(limit)
     say(f"layers: {f'all recomputed, no more than {room} demand' if needed else f'none recomputed: all fit {room}'}")
     return needed
 
