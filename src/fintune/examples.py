@@ -55,11 +55,13 @@ class EncodedSplit:
         examples: In the order of the records.
         dropped: Records that became no example, by reason.
         problems: One line for each of them.
+        failed: Each with its id.
     """
 
     examples: list[EncodedRecord]
     dropped: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
+    failed: list[tuple[str, DataError]] = field(default_factory=list)
 
 
 class Encoder:
@@ -91,6 +93,7 @@ class Encoder:
         examples: list[EncodedRecord] = []
         dropped: Counter[str] = Counter()
         problems: list[str] = []
+        failed: list[tuple[str, DataError]] = []
         for record in track(records, f"encode {name}", len(records)):
             try:
                 examples.append(self.encode(record))
@@ -101,13 +104,14 @@ class Encoder:
                     raise told from None
                 dropped["too long" if isinstance(error, TooLongError) else "not encodable"] += 1
                 problems.append(f"{name}: {told}")
+                failed.append((record.id, error))
         if not examples:
             first = problems[0] if problems else "there is none"
             raise DataError(
                 f"none of {len(records)} {name} records fits {self.max_length} tokens or can be encoded; {first}",
                 hint="raise prompt.max_length" if dropped["too long"] else None,
             )
-        return EncodedSplit(examples, dropped, problems)
+        return EncodedSplit(examples, dropped, problems, failed)
 
     def encode(self, record: FinQARecord) -> EncodedRecord:
         """Encode one record, its page cut to fit.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fintune import preparation_chat
@@ -13,10 +13,12 @@ from fintune.examples import EncodedRecord, EncodedSplit, Encoder
 from fintune.finqa.distribution import FINQA_TEST, distribution
 from fintune.finqa.identity import group_of
 from fintune.finqa.page import clean_record
+from fintune.finqa.prompt import TooLongError
 from fintune.options import Config
 from fintune.prepared import NUM_PROBLEMS, Evidence, Prepared, PrepareReport, SplitReport, lengths, options_of
 from fintune.records import FinQARecord
 from fintune.sources import splits
+from fintune.sources.source_report import UnusedRow
 from fintune.sources.splits import Split
 
 if TYPE_CHECKING:
@@ -42,12 +44,24 @@ def make(config: Config, tokenizer: PreTrainedTokenizerBase, *, limit: int | Non
     encoder = Encoder(tokenizer, system=config.prompt.system, max_length=config.prompt.max_length)
     encoded = {name: encoder.split(split.records, name, strict=config.data.strict) for name, split in sources.items()}
     rows = _lay_out(config, tokenizer, encoded)
+    unused = [row for name, split in encoded.items() for row in _unused(config, name, sources[name], split)]
+    report = _report(config, tokenizer, sources, encoded, rows)
     return Prepared(
-        report=_report(config, tokenizer, sources, encoded, rows),
+        report=report.model_copy(update={"num_unused": len(unused)}),
+        unused=unused,
         examples={name: [each.example for each in split.examples] for name, split in encoded.items()},
         rows=rows,
         gold=[each.record for each in encoded["eval"].examples],
     )
+
+
+def _unused(config: Config, name: str, source: Split, split: EncodedSplit) -> Iterator[UnusedRow]:
+    """Records of a split that were left out, in reading and then in encoding."""
+    yield from source.unused
+    path = config.data.train if name == "train" else config.data.eval
+    for id_, error in split.failed:
+        hint = error.hint or ("raise prompt.max_length" if isinstance(error, TooLongError) else "")
+        yield UnusedRow(file=str(path or ""), id=id_, reason=error.message, hint=hint)
 
 
 def _lay_out(
@@ -100,7 +114,7 @@ def _split_report(source: Split, split: EncodedSplit, rows: Sequence[Sequenced])
         num_sampled=len(source.records),
         num_examples=len(examples),
         dropped=dict((source.dropped + split.dropped).most_common()),
-        problems=tuple([*source.problems, *split.problems][:NUM_PROBLEMS]),
+        problems=tuple([*(row.told() for row in source.unused), *split.problems][:NUM_PROBLEMS]),
         num_cut_examples=sum(each.example.num_cut > 0 for each in examples),
         num_cut_units=sum(each.example.num_cut for each in examples),
         num_units=sum(each.num_units for each in examples),

@@ -85,6 +85,14 @@ def test_the_report_counts_drops_cuts_evidence_and_shared_pages(config: Config, 
     assert report.train.num_examples == 4
     assert report.train.dropped == {"no program": 1, "too long": 1}
     assert any("row 5, id A/2009/page_9.pdf-1" in problem for problem in report.train.problems)
+    read, encoded = map(json.loads, (tmp_path / "not_used.jsonl").read_text(encoding="utf-8").splitlines())
+    assert (read["file"], read["row"], read["id"]) == (str(config.data.train), 5, "A/2009/page_9.pdf-1")
+    assert (encoded["file"], encoded["row"], encoded["hint"]) == (
+        str(config.data.train),
+        None,
+        "raise prompt.max_length",
+    )
+    assert "not used: 2 rows in all; prepare/not_used.jsonl lists each" in "\n".join(report.notes())
     assert report.train.num_cut_examples == 4
     assert report.train.num_units == 4 * 33
     assert report.train.cleaned == {"currency": 4}

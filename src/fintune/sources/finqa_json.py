@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from fintune.errors import DataError
 from fintune.records import FinQARecord
 from fintune.sources.json_files import read_text
+from fintune.sources.source_report import UnusedRow
 
 _HINT = "FinQA records look like those of github.com/czyssrs/FinQA, dataset/dev.json"
 _NOT_STRICT = "set data.strict: false"
@@ -32,12 +33,17 @@ class ReadResult:
     Attributes:
         records: Usable records in file order; ids are unique.
         dropped: Number of records left out, by reason.
-        problems: One line for each of them: file, row, id, field, why.
+        unused: They, with row, id and why.
     """
 
     records: list[FinQARecord]
     dropped: Counter[str] = field(default_factory=Counter)
-    problems: list[str] = field(default_factory=list)
+    unused: list[UnusedRow] = field(default_factory=list)
+
+    @property
+    def problems(self) -> list[str]:
+        """One line for each record left out: file, row, id, field, why."""
+        return [row.told() for row in self.unused]
 
 
 class _BrokenError(Exception):
@@ -63,7 +69,7 @@ def read_finqa(path: Path, *, strict: bool = False, instead: str = _NOT_STRICT, 
     """
     records: list[FinQARecord] = []
     dropped: Counter[str] = Counter()
-    problems: list[str] = []
+    unused: list[UnusedRow] = []
     rows: dict[str, int] = {}
     text, damage = read_text(path, hint=_HINT)
     if damage:
@@ -75,19 +81,20 @@ def read_finqa(path: Path, *, strict: bool = False, instead: str = _NOT_STRICT, 
             if record.id in rows:
                 raise _BrokenError("duplicate id", f"the same id as row {rows[record.id]}")
         except _BrokenError as broken:
-            error = DataError(broken.why, path=path, row=row, record_id=record_id)
+            one = UnusedRow(file=str(path), row=row, id=record_id or "", reason=broken.why)
             if strict:
+                error = one.error()
                 error.hint = f"mend or remove the record, or {instead} to drop and count such records"
                 raise error from None
             dropped[broken.reason] += 1
-            problems.append(str(error))
+            unused.append(one)
             continue
         rows[record.id] = row
         records.append(record)
     if not records:
         counts = ", ".join(f"{reason}: {number}" for reason, number in dropped.most_common())
-        raise DataError(f"no record can be used ({counts}); the first: {problems[0]}", path=path, hint=_HINT)
-    return ReadResult(records, dropped, problems)
+        raise DataError(f"no record can be used ({counts}); the first: {unused[0].told()}", path=path, hint=_HINT)
+    return ReadResult(records, dropped, unused)
 
 
 def read_objects(path: Path) -> dict[str, dict[str, object]]:

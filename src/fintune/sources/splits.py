@@ -10,6 +10,7 @@ from fintune.errors import DataError
 from fintune.options import Config, DataOptions
 from fintune.records import FinQARecord
 from fintune.sources.finqa_json import ReadResult, read_finqa
+from fintune.sources.source_report import UnusedRow
 
 
 @dataclass(frozen=True)
@@ -20,13 +21,13 @@ class Split:
         records: What was drawn, in the source's order.
         num_read: Usable records of the source.
         dropped: Records that were not usable, by reason.
-        problems: One line for each of them.
+        unused: They, with what is wrong with them.
     """
 
     records: list[FinQARecord]
     num_read: int
     dropped: Counter[str] = field(default_factory=Counter)
-    problems: list[str] = field(default_factory=list)
+    unused: list[UnusedRow] = field(default_factory=list)
 
 
 def load(config: Config, *, limit: int | None = None) -> dict[str, Split]:
@@ -83,4 +84,4 @@ def draw(records: list[FinQARecord], number: int | None, seed: int) -> list[FinQ
 
 def _draw(result: ReadResult, number: int | None, seed: int) -> Split:
     records = draw(result.records, number, seed)
-    return Split(records, len(result.records), result.dropped, result.problems)
+    return Split(records, len(result.records), result.dropped, result.unused)
