@@ -49,6 +49,7 @@ ROOTS_OVER_ROOMS = {
     "fintune.cli_models": {"stages"},  # the file of a run that is served is also the one that is asked
     "fintune.cli_plan": {"stages"},
     "fintune.cli_predict": {"stages"},
+    "fintune.cli_train": {"tuning"},  # whether a reporter is installed, before any work
     "fintune.conversations": {"finqa"},  # examples of one page as one training row
     "fintune.disk": {"gguf", "sources"},  # the size of a GGUF before it is written, and of the data
     "fintune.examples": {"finqa"},
