@@ -135,6 +135,20 @@ def test_a_server_that_answers_otherwise_than_before_is_refused_and_nothing_is_m
     assert list(journal.done) == [FIRST]
 
 
+@pytest.mark.parametrize(("num_other", "refused"), [(1, False), (2, True)])
+def test_a_single_answer_that_falls_otherwise_may_be_a_near_tie(bars, journal, num_other, refused):
+    answer_all("predict", RECORDS[:3], QUIET, journal, backwards(lambda _: "add(1, 1)"), None)
+    other = {each.id for each in RECORDS[:num_other]}
+
+    ask = backwards(lambda id_: "add(2, 2)" if id_ in other else "add(1, 1)")
+    if refused:
+        with pytest.raises(ArtifactError, match="2 of 3 questions asked again"):
+            answer_all("predict", RECORDS, QUIET, journal, ask, None, is_served=True)
+    else:
+        answer_all("predict", RECORDS, QUIET, journal, ask, None, is_served=True)
+    assert len(journal.done) == (3 if refused else 4)
+
+
 @pytest.mark.parametrize(
     ("options", "is_served"), [(QUIET, False), (QUIET.model_copy(update={"strategy": "sample"}), True)]
 )

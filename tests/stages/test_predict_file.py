@@ -162,13 +162,14 @@ def test_a_server_with_other_weights_is_not_mixed_in(data):
         assert "out.partial.jsonl was begun with another model" in fintune(*words).err
         served.models, served.seen = [weights | {"created": 5}], []
         done = fintune(*words)
-        assert (done.status, done.err.count("\n"), len(served.seen)) == (2, 1, 1)
+        assert (done.status, done.err.count("\n"), len(served.seen)) == (2, 1, 2)
         assert "the server answers " in done.err
         assert "'add(2, 2)', not 'add(1, 2)'" in done.err
+        assert "2 of 2 questions asked again" in done.err
         assert len((data.parent / "out.partial.jsonl").read_text().splitlines()) == 2
         served.script, served.seen = [same], []
         assert fintune(*words).status == 0
-        assert len(served.seen) == 1 + 2
+        assert len(served.seen) == 2 + 2
     assert {row["text"] for row in json.loads(out.read_text())} == {"add(1, 2)"}
 
 
