@@ -70,9 +70,7 @@ def test_what_is_known_is_not_found_out(tmp_path):
 
 
 def test_a_comma_that_shifts_the_cells_is_refused(tmp_path):
-    with pytest.raises(
-        DataError, match=r"p\.csv, row 2: has 3 cells where the header has 2: put a cell with a comma"
-    ):
+    with pytest.raises(DataError, match=r"p\.csv, row 2: has 3 cells where the header has 2: put a cell with a comma"):
         read(tmp_path, "p.csv", "name,2023\nrevenue,1.250,5\n")
 
 

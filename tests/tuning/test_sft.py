@@ -202,6 +202,11 @@ def test_a_loss_that_is_not_finite_names_step_and_examples(tiny_model, rows, tmp
     assert raised.value.hint == "lower train.learning_rate, or set train.precision to float32"  # no word of checkpoints
 
 
+def test_the_last_step_has_a_line_though_it_is_no_multiple_of_those_that_are_logged(tiny_model, rows, tmp_path):
+    run(tiny_model, rows, tmp_path / "run", log_steps=4, max_steps=6, checkpoint_steps=99)
+    assert [line["step"] for line in history(tmp_path / "run")] == [1, 4, 6]
+
+
 def test_two_checkpoints_are_kept_while_training(tiny_model, rows, tmp_path):
     run(tiny_model, rows, tmp_path / "run", checkpoint_steps=2)
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["checkpoint-6", "checkpoint-8"]

@@ -67,6 +67,8 @@ def make_callback(
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             bar.advance()
             last = state.global_step == len(plan_tokens) - 1
+            if last:  # also where it is no multiple of train.log_steps: the run's figures are read from its line
+                control.should_log = True
             if options.eval_steps is not None and (last or state.global_step % options.eval_steps == 0):
                 control.should_evaluate = True
 
