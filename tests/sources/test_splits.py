@@ -34,7 +34,8 @@ def test_files_give_their_records_and_what_was_dropped(files: list[str]) -> None
     found = load(files)
     assert [len(found[name].records) for name in ("train", "eval")] == [20, 10]
     assert found["train"].dropped == {"no question": 1}
-    assert "row 21" in found["train"].problems[0]
+    (unused,) = found["train"].unused
+    assert (Path(unused.file), unused.row) == (Path(files[1].partition("=")[2]), 21)
 
 
 def test_a_sample_keeps_the_order_and_depends_on_the_seed_alone(files: list[str]) -> None:

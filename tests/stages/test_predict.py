@@ -353,7 +353,7 @@ def test_a_server_that_serves_other_weights_by_now_is_not_mixed_in(tiny_model, i
             predict(options, inputs, tmp_path / "p", kind="endpoint")
         served.script, served.seen = [same], []
         facts = predict(options, inputs, tmp_path / "p", kind="endpoint")
-    assert (facts["num_predictions"], len(served.seen)) == (5, 1 + 3)
+    assert (facts["num_predictions"], len(served.seen)) == (5, 2 + 3)
 
 
 def test_vllm_runs_the_folder_where_it_is_asked_for(tiny_model, inputs, tmp_path, monkeypatch):
