@@ -6,6 +6,7 @@ Answers come as they end, not in the order of the questions; the journal goes by
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
 from fintune.engines.candidates import decoding, grammars, predict_one
 from fintune.engines.journal import Journal
@@ -83,7 +84,8 @@ def answer_all(
 
 def _check_server(ids: Sequence[str], way: Decoding, journal: Journal, ask: Ask) -> None:
     """Some of the answers that are there once more; one of them may be a near-tie that falls otherwise today."""
-    chosen = [each for each in journal.done if each in ids][:_NUM_ASKED_AGAIN]
+    known = set(ids)
+    chosen = list(islice((each for each in journal.done if each in known), _NUM_ASKED_AGAIN))
     others = frozenset(place for place, each in enumerate(ids) if each not in chosen)
     now = {ids[place]: found[0].text for place, found in ask(ids, way, others)}
     differing = [each for each in chosen if now[each] != journal.done[each].text]
