@@ -47,6 +47,8 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--rounds", type=int, default=3, help="times that every way is measured")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of transformers; cuda in bfloat16")
+    parser.add_argument("--batch-size", type=int, default=16, help="of transformers")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     given = parser.parse_args()
     old = json.loads(given.out.read_text(encoding="utf-8")) if given.out and given.out.exists() else {}
@@ -67,12 +69,12 @@ def main() -> None:
 
 def model(given: argparse.Namespace, kind: str) -> dict[str, Any]:
     """All ways with one model."""
-    measure(given.run, kind, 2, FREE, given.threads)  # loads libraries and files
+    measure(given, kind, FREE, num=2)  # loads libraries and files
     names = [FREE, *(w for w in given.ways if w != FREE and (kind == SEVERAL or "num_candidates" not in WAYS[w]))]
     rounds = []
     for number in range(given.rounds):
         order = reversed(names) if number % 2 else names
-        rounds.append({name: measure(given.run, kind, given.num, name, given.threads) for name in order})
+        rounds.append({name: measure(given, kind, name, num=given.num) for name in order})
         print(kind, {name: way["processor_seconds"] for name, way in rounds[-1].items()}, file=sys.stderr)
     found = {name: dict(rounds[0][name]) for name in names}
     for name, way in found.items():
@@ -81,10 +83,11 @@ def model(given: argparse.Namespace, kind: str) -> dict[str, Any]:
             way[unit] = min(each[name][unit] for each in rounds)
             way[f"{unit}_ratio"] = round(statistics.median(ratios), 3)
             way[f"{unit}_ratio_of_rounds"] = [round(each, 3) for each in ratios]
-    return found | {"threads": given.threads}
+    where = {} if given.device == "cpu" or kind == "Q4_K_M" else {"device": given.device}
+    return found | where | {"threads": given.threads}
 
 
-def measure(run: Path, kind: str, num: int, name: str, threads: int) -> dict[str, Any]:
+def measure(given: argparse.Namespace, kind: str, name: str, *, num: int) -> dict[str, Any]:
     """One way with one model."""
     from fintune import chat
     from fintune.engines.candidates import decoding, grammars, predict_one
@@ -95,12 +98,13 @@ def measure(run: Path, kind: str, num: int, name: str, threads: int) -> dict[str
     from fintune.records import Example, FinQARecord
     from fintune.report.metrics import score
 
+    run = given.run
     lines = (run / "prepare/eval.jsonl").read_text(encoding="utf-8").splitlines()[:num]
     examples = [Example.model_validate_json(line) for line in lines]
     gold = {row["id"]: row for row in json.loads((run / "prepare/gold.json").read_text(encoding="utf-8"))}
     records = [FinQARecord.model_validate(gold[each.id]) for each in examples]
     options = PredictOptions(max_new_tokens=64, **WAYS[name])
-    engine, tokenizer = opened(run, kind, threads)
+    engine, tokenizer = opened(given, kind)
     prompts = [chat.render(tokenizer, each.messages) for each in examples]
     start, started = time.perf_counter(), time.process_time()
     allowed = grammars(options, records)
@@ -133,7 +137,7 @@ def measure(run: Path, kind: str, num: int, name: str, threads: int) -> dict[str
     }
 
 
-def opened(run: Path, kind: str, threads: int) -> tuple[Any, Any]:
+def opened(given: argparse.Namespace, kind: str) -> tuple[Any, Any]:
     """The engine of one kind of model, and the tokenizer."""
     import torch
 
@@ -141,25 +145,29 @@ def opened(run: Path, kind: str, threads: int) -> tuple[Any, Any]:
     from fintune.engines.llama_cpp import LlamaCppEngine
     from fintune.engines.transformers_engine import TransformersEngine
 
+    run, threads = given.run, given.threads
     torch.set_num_threads(threads)
     ref = models.fetch(models.resolve("builtin:smollm2-135m" if kind == "base" else str(run / "merge")))
     tokenizer = models.load_tokenizer(ref)
     if kind == "Q4_K_M":
         file = next((run / "export").glob("*-Q4_K_M.gguf"))
         return LlamaCppEngine(file, context_tokens=2048 + 64, threads=threads), tokenizer
-    return TransformersEngine(models.load_model(ref, dtype="float32", device="cpu").eval(), tokenizer, 16), tokenizer
+    dtype = "float32" if given.device == "cpu" else "bfloat16"
+    model = models.load_model(ref, dtype=dtype, device=given.device).eval()
+    return TransformersEngine(model, tokenizer, given.batch_size), tokenizer
 
 
 def surroundings() -> dict[str, Any]:
     """What the figures hold for."""
     from importlib.metadata import version
+    from importlib.util import find_spec
 
     from fintune.machine import commit, machine
 
     return {
         "machine": machine(),
         "python": sys.version.split()[0],
-        "versions": {name: version(name) for name in ("torch", "transformers", "llguidance", "xllamacpp")},
+        "versions": {name: version(name) for name in ("torch", "transformers", "llguidance", "xllamacpp") if find_spec(name)},
         "commit": commit(),
     }
 

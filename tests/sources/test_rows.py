@@ -143,7 +143,7 @@ def test_a_table_row_with_other_cells_than_the_header_is_broken(tmp_path):
     [
         ("x.jsonl", lines(ROWS).encode()[:-9], "truncated in row 3"),
         ("x.json", json.dumps(ROWS).encode()[:-9], "truncated JSON"),
-        ("x.jsonl", gzip.compress(lines(ROWS).encode())[:-12], "truncated or damaged gzip"),
+        ("x.jsonl", gzip.compress(lines(ROWS).encode(), mtime=0)[:-12], "truncated or damaged gzip"),
         ("x.parquet", b"PAR1 and then nothing", "not a whole Parquet file"),
         ("x.csv", b'question,answer\n"never closed,1\n', "not CSV from line 2"),
         ("x.csv", b"question,question\n1,2\n", "two columns are named 'question'"),
@@ -172,7 +172,7 @@ LATIN_1 = "not UTF-8 text (line {}, byte {} of it): save it as UTF-8"
         ("x.csv", "größe,answer\nwhat,1\n".encode("latin-1"), LATIN_1.format(1, 3)),
         ("x.csv", "question,answer\nkäme was,1\n".encode("latin-1"), LATIN_1.format(2, 2)),
         ("x.csv", b"question,answer\n" + b"what,1\n" * 9000 + b"\xe9,1\n", LATIN_1.format(9002, 1)),
-        ("x.tsv", gzip.compress("größe\tanswer\n".encode("latin-1")), LATIN_1.format(1, 3)),
+        ("x.tsv", gzip.compress("größe\tanswer\n".encode("latin-1"), mtime=0), LATIN_1.format(1, 3)),
         ("x.json", '[\n{"question": "käme?"}]'.encode("latin-1"), LATIN_1.format(2, 16)),
         *(
             (name, text.encode(code), "not UTF-8 text but UTF-16: save it as UTF-8")
