@@ -167,7 +167,9 @@ def surroundings() -> dict[str, Any]:
     return {
         "machine": machine(),
         "python": sys.version.split()[0],
-        "versions": {name: version(name) for name in ("torch", "transformers", "llguidance", "xllamacpp") if find_spec(name)},
+        "versions": {
+            name: version(name) for name in ("torch", "transformers", "llguidance", "xllamacpp") if find_spec(name)
+        },
         "commit": commit(),
     }
 
