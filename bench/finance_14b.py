@@ -7,8 +7,9 @@
 
 The weights are random and of true shape, written in pieces; the conversations are generated and fill
 ``--max_seq_length`` tokens. The command is the guide's in 4 bits, with merge and export left out;
-``train.max_memory_gib`` holds it to the memory of a 24 GiB card. Recorded: what the allocator held at most, what the
-whole process held on the GPU (nvidia-smi, every half second), seconds a step, losses, the machine.
+torch's allocator is held to what such a card leaves it, in every stage, and the planner is told as much. Recorded: what
+tensors took at most, what the allocator held for them, what the whole process held on the GPU (nvidia-smi, every half
+second), seconds a step, losses, the machine.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import itertools
 import json
 import platform
 import random
+import runpy
 import statistics
 import subprocess
 import sys
@@ -30,8 +32,8 @@ from shapes import SIZES
 
 ROOT = Path(__file__).resolve().parents[1]
 CARD_GIB = 24
-CONTEXT_GIB = 1.25
-"""Of a card, what the CUDA context and the allocator's gaps take beside the tensors."""
+CONTEXT_GIB = 0.7
+"""Of a card, what the CUDA context and the libraries' kernels take beside the allocator."""
 
 
 def main() -> None:
@@ -42,10 +44,25 @@ def main() -> None:
     parser.add_argument("--max-seq-length", type=int, help="the guide's 4096; 256 for tiny")
     parser.add_argument("--folder", type=Path, help="for model, data and run; a temporary one where empty")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
+    parser.add_argument("--make-model", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--within", nargs=argparse.REMAINDER, metavar="GIB SCRIPT", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.within:
+        _run_within(float(options.within[0]), options.within[1:])
+    elif options.make_model:
+        _make_model(options.make_model, SIZES[options.shape])
+    else:
+        _measure(options)
+
+
+def _measure(options: argparse.Namespace) -> None:
     folder = (options.folder or Path(tempfile.mkdtemp(prefix="fintune-14b-"))).resolve()
     length = options.max_seq_length or (4096 if options.shape == "14b" else 256)
-    model = _model(folder / "model", SIZES[options.shape])
+    model = folder / "model"
+    if not (model / "model.safetensors.index.json").is_file():
+        # In a process of its own: what a process once had of the GPU counts until it ends.
+        words = (sys.executable, __file__, "--shape", options.shape, "--make-model", model)
+        subprocess.run([str(word) for word in words], check=True)
     _conversations(folder / "datasets", 8 * min(options.steps, 20) + 16, length)
     command = _command(model, length, options.steps)
     print(" ".join(map(str, command)), flush=True)
@@ -59,22 +76,38 @@ def main() -> None:
 
 
 def _command(model: Path, length: int, steps: int) -> list[object]:
+    from fintune.tuning.plan import GIB, RESERVE_BYTES
+
     limit = CARD_GIB - CONTEXT_GIB
+    planned = round(limit - RESERVE_BYTES / GIB, 2)  # what is left for tensors on such a card
     return [
-        *(sys.executable, ROOT / "train_financial_model.py", "--model_name", model, "--investopedia", "none"),
+        *(sys.executable, Path(__file__).resolve(), "--within", limit),
+        *(ROOT / "train_financial_model.py", "--model_name", model, "--investopedia", "none"),
         *("--training_quantization", "4bit", "--max_seq_length", length, "--skip_merge", "--skip_quantization"),
-        *("--extra_train_args", f"--max_steps {steps} --logging_steps 1 train.max_memory_gib={limit}"),
+        *("--extra_train_args", f"--max_steps {steps} --logging_steps 1 train.max_memory_gib={planned}"),
     ]
 
 
-def _model(folder: Path, shape: dict[str, int]) -> Path:
+def _run_within(limit_gib: float, words: list[str]) -> None:
+    """Run a program as if the GPU had no more memory for tensors."""
+    from fintune.machine import settle_environment
+
+    settle_environment()
+    import torch
+
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(limit_gib * 2**30 / total)
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+
+
+def _make_model(folder: Path, shape: dict[str, int]) -> None:
     """A Qwen2 folder: configuration, tokenizer, random bfloat16 weights, a file a layer."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, Qwen2Config
 
-    if (folder / "model.safetensors.index.json").is_file():
-        return folder
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer()
     tokenizer.save_pretrained(folder)
@@ -111,7 +144,6 @@ def _model(folder: Path, shape: dict[str, int]) -> Path:
         places |= dict.fromkeys(made, file)
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    return folder
 
 
 def _tokenizer():
@@ -211,8 +243,9 @@ def _result(folder: Path, command: list[object], watched: float | None, seconds:
     steps = [line for line in map(json.loads, lines) if "loss" in line]
     each = [later["seconds"] - earlier["seconds"] for earlier, later in itertools.pairwise(steps)]
     facts = manifest["facts"]
+    told = command[command.index(ROOT / "train_financial_model.py") :]
     return {
-        "command": " ".join(str(word).replace(str(folder), ".").replace(str(ROOT) + "/", "") for word in command[1:]),
+        "command": " ".join(str(word).replace(str(folder), ".").replace(str(ROOT) + "/", "") for word in told),
         "machine": manifest["machine"],
         "processor": platform.processor(),
         "versions": manifest["versions"],
@@ -220,6 +253,7 @@ def _result(folder: Path, command: list[object], watched: float | None, seconds:
         "steps": facts["num_steps"],
         "tokens": facts["num_tokens"],
         "allocated_peak_gib": facts.get("peak_gib"),
+        "held_peak_gib": facts.get("held_peak_gib"),
         "predicted_peak_gib": facts.get("predicted_peak_gib"),
         "recomputed_layers": facts.get("recomputed_layers"),
         "gpu_peak_gib": watched,

@@ -9,7 +9,7 @@ from tiny import make_tiny_model
 
 # Beside other workers one thread each: two that wait for each other on two cores are slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the command line does, see machine.share_cores
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the command line does, see machine.settle_environment
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # The GPU's kernels are tested on the CPU; Triton asks for this when it is first imported.
 os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -44,6 +44,9 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return module
 
 
+ALLOC_CONF = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_the_commit_is_marked_where_files_differ_from_it(checkout: Path) -> None:
     clean = machine.commit()
@@ -130,15 +133,39 @@ def test_waiting_threads_sleep_soon_unless_the_user_says_how_they_wait(monkeypat
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         monkeypatch.setenv(name, "")  # so that both are put back afterwards
         monkeypatch.delenv(name)
-    machine.share_cores()
+    machine.settle_environment()
     assert os.environ["GOMP_SPINCOUNT"] == "1000"
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
-    machine.share_cores()
+    machine.settle_environment()
     assert os.environ["GOMP_SPINCOUNT"] == "7"
     monkeypatch.delenv("GOMP_SPINCOUNT")
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    machine.share_cores()
+    machine.settle_environment()
     assert "GOMP_SPINCOUNT" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("system", "kernel", "own", "set_to"),
+    [
+        ("linux", "6.12.1-generic", {}, dict.fromkeys(ALLOC_CONF, "expandable_segments:True")),
+        ("linux", "6.12.1-generic", {ALLOC_CONF[0]: "max_split_size_mb:64"}, {ALLOC_CONF[0]: "max_split_size_mb:64"}),
+        ("linux", "6.12.1-generic", {ALLOC_CONF[1]: "backend:native"}, {ALLOC_CONF[1]: "backend:native"}),
+        ("linux", "6.6.87.2-microsoft-standard-WSL2", {}, {}),
+        ("win32", "11", {}, {}),
+    ],
+)
+def test_the_gpus_allocator_grows_by_pages_where_that_works_and_nothing_else_is_asked(
+    monkeypatch: pytest.MonkeyPatch, system: str, kernel: str, own: dict[str, str], set_to: dict[str, str]
+) -> None:
+    for name in (*ALLOC_CONF, "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(machine.sys, "platform", system)
+    monkeypatch.setattr(machine.platform, "release", lambda: kernel)
+    machine.settle_environment()
+    assert {name: os.environ[name] for name in ALLOC_CONF if name in os.environ} == set_to
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps freed blocks")

@@ -63,7 +63,7 @@ F = TypeVar("F", bound=Callable[..., object])
 
 def main(command: click.Command | None = None, name: str = "fintune") -> None:
     """Run a command, fintune's own unless told; a user's mistake becomes one line on standard error, exit status 2."""
-    machine.share_cores()
+    machine.settle_environment()
     try:
         (command or app)(prog_name=name, standalone_mode=False)
     except FintuneError as error:

@@ -12,7 +12,7 @@ from fintune.progress import console
 
 def main() -> None:
     """Join the others, train, leave what stopped it for the process that started it."""
-    machine.share_cores()
+    machine.settle_environment()
     from fintune.stages.train import train_as_rank
     from fintune.tuning import launch, ranks
 

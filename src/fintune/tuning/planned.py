@@ -250,14 +250,18 @@ def write(plan: TrainingPlan, folder: Path) -> None:
 
 
 def write_peak(folder: Path) -> None:
-    """Write the largest allocation on this process's GPU beside the prediction, where there was one, and say both."""
+    """Write the largest allocation on this process's GPU beside the prediction, where there was one, and say both.
+
+    Beside it what torch's allocator held for that, since blocks that are free do not always fit what is asked for.
+    """
     import torch
 
-    measured = torch.cuda.max_memory_allocated() / GIB
+    measured, held = torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB
     facts = read(folder)
     predicted = f", {facts['predicted_peak_gib']:.1f} predicted" if "predicted_peak_gib" in facts else ""
-    say(f"memory: {measured:.1f} GiB at most{predicted}")
-    (folder / FILE).write_text(json.dumps(facts | {"peak_gib": round(measured, 2)}) + "\n", encoding="utf-8")
+    say(f"memory: {measured:.1f} GiB at most{predicted}; {held:.1f} held")
+    found = {"peak_gib": round(measured, 2), "held_peak_gib": round(held, 2)}
+    (folder / FILE).write_text(json.dumps(facts | found) + "\n", encoding="utf-8")
 
 
 def read(folder: Path) -> dict[str, Any]:
