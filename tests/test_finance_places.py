@@ -287,7 +287,9 @@ def test_another_disk_without_room_is_told_before_any_work(tmp_path, monkeypatch
 
     check()  # on one disk it is a link
     monkeypatch.setattr(cli_finance_places, "device", lambda path: int("other" in path.parts))
-    with pytest.raises(ResourceError, match=r"--gguf_q4_path .*a.gguf: no space .* needs about 400 B, 399 B is free"):
+    with pytest.raises(
+        ResourceError, match=r"copy as --gguf_q4_path .*a.gguf: it needs about 400 B in .*other, 399 B is free"
+    ):
         check()
     free = 400
     check()

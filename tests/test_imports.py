@@ -32,6 +32,7 @@ ROOTS_FOR_ROOMS = {
     "fintune.options",
     "fintune.progress",
     "fintune.records",
+    "fintune.space",
 }
 
 ROOTS_OVER_ROOMS = {

@@ -7,12 +7,10 @@ import shutil
 import socket
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from fintune import machine
-from fintune.errors import ResourceError
 
 
 def test_versions_name_python_and_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,27 +77,6 @@ def test_peak_memory_covers_what_was_held_and_can_start_anew() -> None:
     del held
     machine.reset_peak_memory()
     assert machine.peak_memory_bytes() <= peak
-
-
-def test_too_little_space_is_refused_with_both_sizes_and_the_way_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[Path] = []
-
-    def usage(place: Path) -> SimpleNamespace:
-        asked.append(place)
-        return SimpleNamespace(free=1_000_000)
-
-    monkeypatch.setattr(shutil, "disk_usage", usage)
-    folder = tmp_path / "runs" / "not" / "there" / "yet"
-    machine.require_space(folder, 1_000_000, "train")
-    with pytest.raises(ResourceError) as caught:
-        machine.require_space(folder, 2_500_000, "train")
-    assert asked == [tmp_path, tmp_path]
-    assert str(caught.value) == (
-        f"no space for train: it needs about 2.5 MB in {folder}, 1.0 MB is free: "
-        "free some, or set run.dir to a folder on another disk"
-    )
 
 
 @pytest.mark.parametrize(

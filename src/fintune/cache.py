@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 CACHE_VARIABLE = "FINTUNE_CACHE"
+ANOTHER_CACHE = f"set {CACHE_VARIABLE} to a folder on another disk"
+"""What to do where it has no room."""
 
 
 def cache_folder() -> Path:

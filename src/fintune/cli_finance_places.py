@@ -6,16 +6,15 @@ Nothing that is read is written to, nothing of the user's is replaced, and each 
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fintune import cli_finance_files as files
-from fintune import machine
+from fintune import space
 from fintune.cli_finance_record import Record
-from fintune.errors import ConfigError, ResourceError
+from fintune.errors import ConfigError
 from fintune.model_folder import MODEL_FILES, TOKENIZER_FILES
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model*.safetensors")
@@ -107,7 +106,7 @@ def _refuse_both(one: Place, other: Place) -> None:
 def _refuse_unwritable(place: Place) -> None:
     if not place.is_folder and place.path.is_dir():
         raise ConfigError(f"{place.words}: is a folder, not a file", hint=f"name a file in it: {place.path}/NAME.gguf")
-    folder = _existing(place.path if place.is_folder else place.path.parent)
+    folder = space.existing(place.path if place.is_folder else place.path.parent)
     if not folder.is_dir():
         raise ConfigError(f"{place.words}: {folder} is a file, not a folder", hint=_another(place))
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -159,7 +158,7 @@ def try_out(places: Sequence[Place]) -> None:
         ConfigError: One that refuses.
     """
     for place in places:
-        folder = _existing(place.path if place.is_folder else place.path.parent)
+        folder = space.existing(place.path if place.is_folder else place.path.parent)
         try:
             with tempfile.TemporaryFile(dir=folder):
                 pass
@@ -196,15 +195,13 @@ def check_space(places: Sequence[Place], words: Callable[[], Mapping[str, str]],
     for there in elsewhere.values():
         done = words()
         needed = sum(_needed_bytes(place, done.get(place.step, "run")) for place in there)
-        folder = _existing(there[0].path)
-        free = shutil.disk_usage(folder).free
-        if free < needed:
-            flags = " and ".join(place.words for place in there)
-            raise ResourceError(
-                f"{flags}: no space for a copy on that disk: it needs about {machine.size(needed)}, "
-                f"{machine.size(free)} is free",
-                hint="free some, or name a place on the run's disk, where links take no room",
-            )
+        flags = " and ".join(place.words for place in there)
+        space.require_space(
+            there[0].path if there[0].is_folder else there[0].path.parent,
+            needed,
+            f"a copy as {flags}",
+            way_out="name a place on the run's disk, where links take no room",
+        )
 
 
 def _needed_bytes(place: Place, word: str) -> int:
@@ -216,14 +213,7 @@ def _needed_bytes(place: Place, word: str) -> int:
 
 def device(path: Path) -> int:
     """Number of the file system that a path is or will be on."""
-    return _existing(path).stat().st_dev
-
-
-def _existing(path: Path) -> Path:
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
+    return space.existing(path).stat().st_dev
 
 
 def _another(place: Place) -> str:

@@ -1,4 +1,4 @@
-"""What a manifest records about the machine, and the checks of what it has left."""
+"""What a manifest records about the machine, and what its figures are called."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-
-from fintune.errors import ResourceError
 
 PACKAGES = (
     "fintune",
@@ -156,23 +154,6 @@ def _told_by_kernel(name: str) -> int | None:
     except OSError:
         pass
     return None
-
-
-def require_space(folder: Path, needed_bytes: int, what: str) -> None:
-    """Refuse to start what would fill the disk.
-
-    Raises:
-        ResourceError: Less than ``needed_bytes`` is free where ``folder`` is or will be.
-    """
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed_bytes:
-        raise ResourceError(
-            f"no space for {what}: it needs about {size(needed_bytes)} in {folder}, {size(free)} is free",
-            hint="free some, or set run.dir to a folder on another disk",
-        )
 
 
 def duration(seconds: float) -> str:

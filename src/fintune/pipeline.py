@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from rich.text import Text
 
-from fintune import machine
+from fintune import machine, space
 from fintune.artifact import Facts, Key, Manifest, Outcome, Slot, describe, digests
 from fintune.config import effective
 from fintune.errors import ArtifactError
@@ -25,6 +25,7 @@ from fintune.progress import console, say, stage
 from fintune.selection import Selection, Step, check_names, left_out_with, matches, selected
 
 _NOTHING_TO_DO = ("skipped", "up to date")
+_ANOTHER_DISK = "set run.dir to a folder on another disk"
 _DONE = {"prepare": "prepared", "train": "trained", "merge": "merged", "export": "exported"}
 
 
@@ -139,7 +140,7 @@ class Pipeline:
         """Hours into a run is a bad time to learn that its last stage does not fit, or cannot be done at all."""
         work = [step for step, word in plan if not word.startswith(_NOTHING_TO_DO)]
         needed = sum(step.needed_bytes(self.config) for step in work)
-        machine.require_space(self.config.folder, needed, f"the run's {len(work)} stages")
+        space.require_space(self.config.folder, needed, f"the run's {len(work)} stages", way_out=_ANOTHER_DISK)
 
     def _do(self, step: Step) -> Outcome:
         slot = self.slot(step.name)
@@ -155,7 +156,7 @@ class Pipeline:
             self._tell(step, finished.facts, word, style="dim")
             return Outcome(step.name, word, finished.seconds, finished.facts)
         needed = step.needed_bytes(self.config)
-        machine.require_space(self.config.folder, needed, step.name)
+        space.require_space(self.config.folder, needed, step.name, way_out=_ANOTHER_DISK)
         if word != "run":
             say(f"{step.name}: {word}")
         # Beside a finished result, unfinished work is that of an interrupted --redo, which the same command takes up.

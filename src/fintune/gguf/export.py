@@ -10,10 +10,8 @@ values that a type cannot hold) and :class:`~fintune.errors.ResourceError` for a
 
 from __future__ import annotations
 
-import errno
 import itertools
 import os
-import shutil
 import threading
 import time
 from collections import deque
@@ -30,6 +28,7 @@ from fintune.gguf.importance import Importance
 from fintune.gguf.merged_weights import Weights
 from fintune.gguf.plan import FilePlan, ModelPlan, Source
 from fintune.gguf.safetensor_reader import SafetensorFolder
+from fintune.space import require_space, told_when_full
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
 # What all threads have in hand together, and what one has at least.
 _SLAB_ELEMENTS = 4 << 20
 _MIN_SLAB_ELEMENTS = 1 << 19
+_WHAT = "the GGUF files"
 
 
 @dataclass(frozen=True)
@@ -122,22 +122,15 @@ def export(
         temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in files}
         for part in temporary.values():
             stack.callback(part.unlink, missing_ok=True)
-        try:
-            with ExitStack() as opened:
-                targets = [
-                    _Target(file, opened.enter_context(temporary[path].open("wb"))) for path, file in files.items()
-                ]
-                # Every thread multiplies small matrices of its own: a pool of BLAS's behind each would only get in the
-                # others' way.
-                with threadpool_limits(1, user_api="blas"):
-                    done = _stream(plan, _Worker(ggml, weights, targets, importance), threads, progress)
-                weights.check()
-                for target in targets:
-                    target.finish()
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise ResourceError(f"{next(iter(files)).parent}: the disk is full") from error
-            raise
+        with told_when_full(next(iter(files)).parent, _WHAT), ExitStack() as opened:
+            targets = [_Target(file, opened.enter_context(temporary[path].open("wb"))) for path, file in files.items()]
+            # Every thread multiplies small matrices of its own: a pool of BLAS's behind each would only get in the
+            # others' way.
+            with threadpool_limits(1, user_api="blas"):
+                done = _stream(plan, _Worker(ggml, weights, targets, importance), threads, progress)
+            weights.check()
+            for target in targets:
+                target.finish()
         for path, part in temporary.items():
             part.replace(path)
     vocabulary = plan.vocabulary
@@ -275,9 +268,7 @@ def _check_disk(files: Mapping[Path, FilePlan]) -> None:
             raise ResourceError(f"{path.parent}: no such folder to write {path.name} to")
         needed[path.parent] = needed.get(path.parent, 0) + plan.num_bytes
     for folder, num_bytes in needed.items():
-        free = shutil.disk_usage(folder).free
-        if free < num_bytes:
-            raise ResourceError(f"{folder}: {num_bytes:,} bytes are needed, {free:,} are free", hint="free some space")
+        require_space(folder, num_bytes, _WHAT)
 
 
 def _describe(path: Path, plan: FilePlan) -> ExportedFile:

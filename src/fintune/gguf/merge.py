@@ -6,20 +6,18 @@ a folder is no model: what a killed merge leaves behind cannot be taken for a fi
 
 from __future__ import annotations
 
-import errno
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fintune.errors import ResourceError
 from fintune.gguf.merged_folder import carry_over, merged_config, read_json, write_json
 from fintune.gguf.merged_weights import MergedWeights
 from fintune.gguf.rounded_weights import RoundedWeights
 from fintune.gguf.safetensor_reader import StoredTensor
 from fintune.gguf.safetensor_writer import SafetensorFile
+from fintune.space import require_space, told_when_full
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,6 +25,7 @@ if TYPE_CHECKING:
 
 _SLAB_ELEMENTS = 4 << 20
 _INDEX = "model.safetensors.index.json"
+_WHAT = "the merged model"
 
 
 @dataclass(frozen=True)
@@ -83,15 +82,9 @@ def merge_folders(
     with MergedWeights(base, adapter, transform=transform) as merged:
         weights = RoundedWeights(merged, dtype, counts_all=True)
         total = sum(prod(t.shape) for t in weights.tensors.values()) * (4 if weights.dtype == "float32" else 2)
-        free = shutil.disk_usage(folder).free
-        if free < total:
-            raise ResourceError(f"{folder}: {total:,} bytes are needed, {free:,} are free", hint="free some space")
-        try:
+        require_space(folder, total, _WHAT)
+        with told_when_full(folder, _WHAT):
             _write_shards(merged, weights, folder, total, progress)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise ResourceError(f"{folder}: the disk is full") from error
-            raise
         weights.check()
         carry_over(base, adapter, folder)
         write_json(folder / "config.json", merged_config(base, merged, weights.dtype))

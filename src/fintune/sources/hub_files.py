@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 from filelock import FileLock
 
 from fintune.artifact import sha256_file
-from fintune.cache import cache_folder
+from fintune.cache import ANOTHER_CACHE, cache_folder
 from fintune.errors import ResourceError
 from fintune.progress import bar
+from fintune.space import require_space
 
 if TYPE_CHECKING:
     from http.client import HTTPResponse
@@ -73,12 +74,7 @@ def _download(about: HfFileMetadata, size: int, part: Path, name: str) -> None:
     if done > size:
         part.unlink()
         done = 0
-    free = shutil.disk_usage(part.parent).free
-    if free < size - done:
-        raise ResourceError(
-            f"{name} needs {(size - done) / 1e9:.1f} GB in {part.parent}, where {free / 1e9:.1f} GB are free",
-            hint="make room, or set FINTUNE_CACHE to another disk",
-        )
+    require_space(part.parent, size - done, name, way_out=ANOTHER_CACHE)
     if done == size:
         return
     with bar(f"download {name}", size, done=done) as shown, _open(about.location, done) as answer:

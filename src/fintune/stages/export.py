@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +12,7 @@ from typing import Any
 
 from fintune import adapter_origin, disk, llama_cpp_checkout, models
 from fintune.artifact import Facts
-from fintune.errors import ArtifactError, ConfigError, ModelError, ResourceError
+from fintune.errors import ArtifactError, ConfigError, ModelError
 from fintune.gguf.dequantised import NormalFloat, merged_into
 from fintune.gguf.export import ExportReport
 from fintune.gguf.export import export as write_gguf
@@ -34,6 +33,7 @@ from fintune.gguf.rounded_weights import RoundedWeights
 from fintune.machine import peak_memory_bytes, release_memory, reset_peak_memory, resident_memory_bytes, size
 from fintune.options import Config
 from fintune.progress import Bar, bar, say, track
+from fintune.space import require_space
 from fintune.tuning import full
 
 IMPORTANCE_TOKENS = 32_768
@@ -104,9 +104,7 @@ def export_model(config: Config, folder: Path, *, adapter: Path | None = None) -
             raise ConfigError(
                 "export.llama_cpp_path reads a merged folder", hint="make one with fintune merge --model --adapter"
             )
-        needed, free = disk.export_bytes(config), shutil.disk_usage(folder).free
-        if free < needed:
-            raise ResourceError(f"{folder}: about {size(needed)} is needed, {size(free)} is free", hint="free some")
+        require_space(folder, disk.export_bytes(config), "the GGUF files")
         return _by_checkout(config, config.export.llama_cpp_path, ref.path, folder)
     if adapter is not None:
         adapter_origin.check_name(config.model.name, adapter)
