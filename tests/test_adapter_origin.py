@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fintune import adapter_origin, models
+from fintune import adapter_origin, adapters, models
 from fintune.answerer import Named, open_model
 from fintune.errors import ModelError
 from fintune.gguf.merged_weights import MergedWeights
@@ -79,7 +79,7 @@ def test_whatever_loads_or_merges_an_adapter_compares_the_weights(trained, other
         MergedWeights(other, trained)
     loaded = models.load_model(models.resolve(str(other)), dtype="float32", device="cpu")
     with pytest.raises(ModelError, match="not on the weights of"):
-        models.load_adapter(loaded, trained)
+        adapters.load_adapter(loaded, trained)
 
 
 @pytest.mark.parametrize("noted", [True, False])

@@ -75,10 +75,10 @@ def test_the_script_writes_an_adapter_where_it_is_looked_for(tiny_model, process
     assert done.returncode == 0, done.stderr
     assert f"{tmp_path / 'out'}: the adapter" in done.stdout
     assert (adapter_config(tmp_path / "out")["use_dora"], adapter_config(tmp_path / "out")["lora_alpha"]) == (True, 8)
-    from fintune import models
+    from fintune import adapters, models
 
     base = models.load_model(models.resolve(str(tiny_model)), dtype="float32", device="cpu")
-    models.load_adapter(base, tmp_path / "out")
+    adapters.load_adapter(base, tmp_path / "out")
     assert len(metrics.read(tmp_path / "out" / "run" / "train" / "metrics.jsonl")) == 4
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from fintune import adapter_origin, chat, models
+from fintune import adapter_origin, adapters, chat, models
 from fintune.engines.endpoint import is_endpoint, parse
 from fintune.engines.protocol import Answered, Decoding, Engine
 from fintune.errors import ModelError
@@ -275,7 +275,7 @@ def _in_transformers(named: Named, ref: models.ModelRef, tokenizer: PreTrainedTo
     )
     if named.adapter is not None:
         with quiet_libraries():
-            model = models.load_adapter(model, named.adapter)
+            model = adapters.load_adapter(model, named.adapter)
     return TransformersEngine(model.eval(), tokenizer, named.batch_size)
 
 

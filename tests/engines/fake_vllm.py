@@ -168,7 +168,7 @@ class LLM:
     def _adapt(self, request):
         from peft import PeftModel
 
-        from fintune.models import quiet_peft
+        from fintune.adapters import quiet_peft
 
         if not self.enable_lora:
             raise ValueError("Got lora_request but LoRA is not enabled!")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from engines import fake_vllm
-from fintune import models
+from fintune import adapters, models
 from fintune.engines.protocol import Decoding, in_order
 from fintune.engines.transformers_engine import TransformersEngine
 from fintune.engines.vllm_engine import VllmEngine
@@ -38,7 +38,7 @@ def make_adapter(tiny_model, folder, **options):
     from peft import LoraConfig, get_peft_model
 
     base = models.load_model(models.resolve(str(tiny_model)), dtype="float32")
-    with models.quiet_peft():
+    with adapters.quiet_peft():
         model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **options))
     with torch.no_grad():
         for name, parameter in model.named_parameters():

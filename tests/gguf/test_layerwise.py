@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from fintune.adapters import load_adapter, quiet_peft
 from fintune.errors import ModelError
 from fintune.gguf import layerwise as module
 from fintune.gguf.layerwise import can_compare, compare
 from fintune.gguf.merge import merge_folders
-from fintune.models import load_adapter, load_model, quiet_peft, resolve
+from fintune.models import load_model, resolve
 from fintune.tuning.quiet import quiet_libraries
 from synthetic import write_folder
 from tiny import patch_json

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from fintune.adapters import load_adapter, quiet_peft
 from fintune.errors import ArtifactError, ModelError, ResourceError
 from fintune.gguf import merge as module
 from fintune.gguf.merge import merge_folders
-from fintune.models import load_adapter, load_model, model_fingerprint, quiet_peft, resolve
+from fintune.models import load_model, model_fingerprint, resolve
 from fintune.tuning.quiet import quiet_libraries
 from synthetic import lora_of, write_folder
 from tiny import make_tiny_model, patch_json

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from fintune import models
+from fintune import adapters, models
 from fintune.errors import ArtifactError
 from fintune.gguf import layerwise
 from fintune.gguf.safetensor_reader import SafetensorFolder
@@ -135,7 +135,7 @@ def grown(base, folder, *, saved=True, **options):
     torch.manual_seed(1)
     if saved:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    with quiet_libraries(), models.quiet_peft():
+    with quiet_libraries(), adapters.quiet_peft():
         lora = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj"]} | options
         adapted = get_peft_model(model, LoraConfig(**lora))
         for weight in adapted.parameters():

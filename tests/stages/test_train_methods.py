@@ -7,7 +7,7 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from fintune import models
+from fintune import adapters, models
 from fintune.options import Config
 from fintune.stages.train import train
 from fintune.tuning import metrics
@@ -81,7 +81,7 @@ def test_each_method_trains_and_its_result_loads_and_differs_from_the_base(tiny_
         written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
         assert written["use_dora"] is ("dora" in method)
         with quiet_libraries():
-            trained = models.load_adapter(base(tiny_model), tmp_path / "adapter")
+            trained = adapters.load_adapter(base(tiny_model), tmp_path / "adapter")
     assert float((logits(trained) - before).abs().max()) > 1e-3
 
 
@@ -137,7 +137,7 @@ def test_an_adapter_that_begins_at_something_is_saved_for_the_unchanged_base(
     written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (written["r"], written["init_lora_weights"], written["use_rslora"]) == (8, True, rslora)
     with quiet_libraries():
-        loaded = logits(models.load_adapter(base(tiny_model), tmp_path / "adapter"))
+        loaded = logits(adapters.load_adapter(base(tiny_model), tmp_path / "adapter"))
     moved = float((loaded - logits(base(tiny_model))).abs().max())
     assert moved > 0.05
     # PiSSA only divides the weights; what LoftQ begins with leaves a rest of the 4-bit error.

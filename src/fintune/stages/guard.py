@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fintune import chat, guard_set, models
+from fintune import adapters, chat, guard_set, models
 from fintune.accuracy import Question
 from fintune.artifact import Facts, write_atomically
 from fintune.conversations import ConversationEncoder, Sequenced
@@ -132,7 +132,7 @@ def guard(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
         whole = full.result(inputs["train"])
         if whole is None:
             with quiet_libraries():
-                model = models.load_adapter(model, inputs["train"] / "adapter")
+                model = adapters.load_adapter(model, inputs["train"] / "adapter")
         else:
             del model
             gc.collect()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fintune import adapter_origin, chat, guard_set, models
+from fintune import adapter_origin, adapters, chat, guard_set, models
 from fintune.errors import ArtifactError
 from fintune.gguf import layerwise
 from fintune.gguf.dequantised import NormalFloat, merged_into
@@ -168,7 +168,7 @@ def _compare_whole(
         ref = models.resolve(str(path))
         model: Any = models.load_model(ref, dtype="float32", device="cpu", trust_remote_code=trust_remote_code)
         if adapter is not None:
-            model = models.load_adapter(model, adapter)
+            model = adapters.load_adapter(model, adapter)
         logits.append(_logits(model, golden, path.name))
         del model
         gc.collect()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from fintune import chat, models
+from fintune import adapters, chat, models
 from fintune.engines.answering import answer_all, less_memory, num_tokens
 from fintune.engines.journal import Journal
 from fintune.errors import ArtifactError, ModelError
@@ -243,7 +243,7 @@ def _open_engine(config: Config, inputs: Mapping[str, Path], kind: str, tokenize
     )
     if adapter is not None:
         with quiet_libraries():
-            model = models.load_adapter(model, adapter)
+            model = adapters.load_adapter(model, adapter)
     return TransformersEngine(model.eval(), tokenizer, config.predict.batch_size)
 
 

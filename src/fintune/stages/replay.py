@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fintune import chat, models
+from fintune import adapters, chat, models
 from fintune.artifact import Facts, write_atomically
 from fintune.engines.prefixes import common
 from fintune.errors import ArtifactError
@@ -194,7 +194,7 @@ def _logits(
     )
     if adapter is not None:
         with quiet_libraries():
-            model = models.load_adapter(model, adapter)
+            model = adapters.load_adapter(model, adapter)
     found = []
     cache, held = DynamicCache(), list[int]()
     with torch.inference_mode():
