@@ -10,7 +10,8 @@ import pytest
 
 from fintune import chat, chat_writer
 from fintune.chat_writer import TurnWriter
-from fintune.conversations import ConversationEncoder, EncodedConversation, Sequenced
+from fintune.conversation_encoder import ConversationEncoder, EncodedConversation
+from fintune.conversations import Sequenced
 from fintune.errors import DataError, FintuneError
 from fintune.finqa.prompt import TooLongError
 from fintune.records import Example, Message

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fintune import chat
-from fintune.conversations import ConversationEncoder
+from fintune.conversation_encoder import ConversationEncoder
 from fintune.errors import DataError
 from fintune.finqa.prompt import TooLongError
 from fintune.records import Message

@@ -51,6 +51,7 @@ ROOTS_OVER_ROOMS = {
     "fintune.cli_plan": {"stages"},
     "fintune.cli_predict": {"stages"},
     "fintune.cli_train": {"tuning"},  # whether a reporter is installed, before any work
+    "fintune.conversation_encoder": {"finqa"},  # which conversations are too long
     "fintune.conversations": {"finqa"},  # examples of one page as one training row
     "fintune.disk": {"gguf", "sources"},  # the size of a GGUF before it is written, and of the data
     "fintune.examples": {"finqa"},
@@ -59,6 +60,7 @@ ROOTS_OVER_ROOMS = {
     "fintune.publication": {"report", "sources"},  # what is pushed, and where it comes from
     "fintune.preparation": {"finqa", "sources"},
     "fintune.preparation_chat": {"finqa", "sources"},
+    "fintune.prepare_report": {"sources"},
     "fintune.prepared": {"sources"},
     "fintune.step_inputs": {"sources"},  # the files that a run reads
     "fintune.steps": {"tuning"},  # the step from which training goes on

@@ -15,7 +15,8 @@ from fintune.finqa.identity import group_of
 from fintune.finqa.page import clean_record
 from fintune.finqa.prompt import TooLongError
 from fintune.options import Config
-from fintune.prepared import NUM_PROBLEMS, Evidence, Prepared, PrepareReport, SplitReport, lengths, options_of
+from fintune.prepare_report import NUM_PROBLEMS, Evidence, PrepareReport, SplitReport, lengths
+from fintune.prepared import Prepared, options_of
 from fintune.records import FinQARecord
 from fintune.sources import splits
 from fintune.sources.source_report import UnusedRow

@@ -9,11 +9,12 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from fintune import chat
-from fintune.conversations import ConversationEncoder, EncodedConversation
+from fintune.conversation_encoder import ConversationEncoder, EncodedConversation
 from fintune.errors import DataError
 from fintune.finqa.prompt import TooLongError
 from fintune.options import Config, DataOptions
-from fintune.prepared import NUM_PROBLEMS, Evidence, Prepared, PrepareReport, SplitReport, lengths, options_of
+from fintune.prepare_report import NUM_PROBLEMS, Evidence, PrepareReport, SplitReport, lengths
+from fintune.prepared import Prepared, options_of
 from fintune.progress import track
 from fintune.records import LabelledAnswer, Message, Pair
 from fintune.sources import mixture

@@ -13,7 +13,7 @@ from fintune.artifact import Key, Manifest
 from fintune.finqa.distribution import FINQA_TEST
 from fintune.finqa.program import tokenize
 from fintune.options import Config
-from fintune.prepared import Evidence, PrepareReport, SplitReport, lengths
+from fintune.prepare_report import Evidence, PrepareReport, SplitReport, lengths
 from fintune.records import FinQARecord, Prediction
 from fintune.report.metrics import score
 from fintune.stages.score import ScoreRun, csv_text, json_text

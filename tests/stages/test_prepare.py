@@ -16,7 +16,8 @@ from fintune.model_folder import context_tokens
 from fintune.models import load_tokenizer, resolve
 from fintune.options import Config
 from fintune.preparation import page_of
-from fintune.prepared import lengths, read_report, read_tokens
+from fintune.prepare_report import lengths
+from fintune.prepared import read_report, read_tokens
 from fintune.records import Example, FinQARecord
 from fintune.sources.finqa_json import read_finqa
 from fintune.stages.prepare import prepare

@@ -11,7 +11,7 @@ import pytest
 from command import fintune
 from fintune import chat, models
 from fintune.config import load
-from fintune.conversations import ConversationEncoder
+from fintune.conversation_encoder import ConversationEncoder
 from fintune.errors import DataError
 from fintune.finqa.prompt import TooLongError
 from fintune.prepared import read_report, read_tokens

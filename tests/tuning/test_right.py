@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fintune import chat, models
-from fintune.conversations import ConversationEncoder
+from fintune.conversation_encoder import ConversationEncoder
 from fintune.options import AdapterOptions, TrainOptions
 from fintune.records import Message
 from fintune.tuning import adapter, metrics, sft

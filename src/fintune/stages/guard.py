@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from fintune import adapters, chat, guard_set, models
 from fintune.accuracy import Question
 from fintune.artifact import Facts, write_atomically
-from fintune.conversations import ConversationEncoder, Sequenced
+from fintune.conversation_encoder import ConversationEncoder
+from fintune.conversations import Sequenced
 from fintune.engines.likelihood import Loss, answer_losses
 from fintune.engines.protocol import Decoding, in_order
 from fintune.engines.transformers_engine import TransformersEngine

@@ -19,7 +19,7 @@ from fintune import models, outputs, preparation, prepared
 from fintune.artifact import MANIFEST
 from fintune.conversations import Sequenced
 from fintune.options import Config
-from fintune.prepared import Lengths, PrepareReport
+from fintune.prepare_report import NOT_USED, Lengths, PrepareReport
 from fintune.report.inspect_page import (
     InspectPage,
     Piece,
@@ -96,7 +96,7 @@ def _print(page: InspectPage, report: PrepareReport, console: Console) -> None:
     for problem in problems(page.report):
         console.print(Text.assemble(("  not used ", "red"), problem))
     if more := num_more(page.report):
-        console.print(Text(f"  ... and {more:,} more; prepare lists all in {prepared.NOT_USED}"), soft_wrap=True)
+        console.print(Text(f"  ... and {more:,} more; prepare lists all in {NOT_USED}"), soft_wrap=True)
     if report.num_shared_pages:
         console.print(Text(f"  {report.num_shared_pages} eval examples ask about a page that is also trained on"))
     limit = f"at most {report.max_length} with the completion"
