@@ -49,7 +49,12 @@ def told_when_full(folder: Path, what: str, *, way_out: str = "") -> Iterator[No
     except OSError as error:
         if not is_full(error):
             raise
-        raise ResourceError(f"no space for {what} in {folder}: the disk is full", hint=_advice(way_out)) from error
+        raise full(folder, what, way_out=way_out) from error
+
+
+def full(folder: Path, what: str, *, way_out: str = "") -> ResourceError:
+    """What :func:`told_when_full` raises."""
+    return ResourceError(f"no space for {what} in {folder}: the disk is full", hint=_advice(way_out))
 
 
 def is_full(error: BaseException) -> bool:

@@ -151,12 +151,19 @@ def too_small_disk() -> None:
     raise OSError("Not enough disk space. Needed: 9 GB (download: 4 GB, generated: 5 GB)")
 
 
+NO_ROOM = f"no space for hub:{NAME}, split train in /tables: the disk is full: free some, or set HF_HOME to a folder"
+
+
 @pytest.mark.parametrize(
     ("trouble", "kind", "told"),
     [
-        (parser_trouble, DataError, "cannot be read as a dataset (Error tokenizing data. Expected 2 fields in line 3"),
-        (full_disk, ResourceError, "no room to store it: make room in HF_HOME (/"),
-        (too_small_disk, ResourceError, "no room to store it: make room in HF_HOME (/"),
+        (
+            parser_trouble,
+            DataError,
+            f"hub:{NAME}, split train: cannot be read as a dataset (Error tokenizing data. Expected 2 fields in line 3",
+        ),
+        (full_disk, ResourceError, NO_ROOM),
+        (too_small_disk, ResourceError, NO_ROOM),
     ],
 )
 def test_what_stops_the_making_of_a_dataset_is_told_and_not_that_something_did(
@@ -175,11 +182,13 @@ def test_what_stops_the_making_of_a_dataset_is_told_and_not_that_something_did(
 
     builder = SimpleNamespace(config=SimpleNamespace(data_files={}), download_and_prepare=prepare)
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: builder)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/tables")
+    monkeypatch.delenv("HF_DATASETS_CACHE", raising=False)
     monkeypatch.setattr(logging.getLogger("datasets"), "propagate", True)
     verbosity = datasets.logging.get_verbosity()
     with pytest.raises(kind) as caught:
         list(hub.read(hub.HubSplit(NAME)))
-    assert str(caught.value).startswith(f"hub:{NAME}, split train: {told}")
+    assert str(caught.value).startswith(told)
     assert not caplog.records
     assert datasets.logging.get_verbosity() == verbosity
 

@@ -6,11 +6,11 @@ reads them from there, without a network too. Nothing is returned before all of 
 
 from __future__ import annotations
 
-import errno
 import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fintune.errors import DataError, ResourceError
@@ -19,6 +19,7 @@ from fintune.progress import say
 from fintune.sources import hub_files
 from fintune.sources.licences import joined
 from fintune.sources.rows import Row
+from fintune.space import full, is_full
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -100,7 +101,8 @@ def _once(wanted: HubSplit) -> Dataset:
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # what fails is told in one line of ours
     try:
-        builder = datasets.load_dataset_builder(wanted.name, wanted.subset or None, revision=wanted.revision)
+        with hub_files.full_hub_cache(wanted.place):
+            builder = datasets.load_dataset_builder(wanted.name, wanted.subset or None, revision=wanted.revision)
         for addresses in (builder.config.data_files or {}).values():
             for address in addresses:
                 hub_files.fetch(str(address))
@@ -117,12 +119,13 @@ def _once(wanted: HubSplit) -> Dataset:
 
 
 def _refusal(wanted: HubSplit, error: BaseException) -> DataError | ResourceError:
-    from huggingface_hub import constants
+    import datasets
 
     kinds = {type(each).__name__ for each in chain(error)}
     if any(map(_lacks_room, chain(error))):
-        hint = f"make room in HF_HOME ({constants.HF_HOME}), or set HF_HOME to a folder of another disk"
-        return ResourceError(f"{wanted.place}: no room to store it", hint=hint)
+        # Its files have come by then, into other folders: this is the table that is made of them.
+        folder = Path(datasets.config.HF_DATASETS_CACHE)
+        return full(folder, wanted.place, way_out=hub_files.another_disk("HF_DATASETS_CACHE"))
     text = " ".join(str(each) for each in chain(error)).lower()
     if "GatedRepoError" in kinds or "gated dataset" in text:
         hint = "accept its terms on its page and log in with `hf auth login`"
@@ -139,9 +142,7 @@ def _refusal(wanted: HubSplit, error: BaseException) -> DataError | ResourceErro
 
 def _lacks_room(error: BaseException) -> bool:
     # What datasets finds before it begins has no number.
-    return isinstance(error, OSError) and (
-        error.errno == errno.ENOSPC or str(error).startswith("Not enough disk space")
-    )
+    return is_full(error) or (isinstance(error, OSError) and str(error).startswith("Not enough disk space"))
 
 
 def _unreachable(wanted: HubSplit, error: BaseException, attempts: int) -> ResourceError:

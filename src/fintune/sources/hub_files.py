@@ -7,9 +7,11 @@ that ``huggingface_hub`` would have made; from then on it is the hub's.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import urllib.request
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +21,7 @@ from fintune.artifact import sha256_file
 from fintune.cache import ANOTHER_CACHE, cache_folder
 from fintune.errors import ResourceError
 from fintune.progress import bar
-from fintune.space import require_space
+from fintune.space import require_space, told_when_full
 
 if TYPE_CHECKING:
     from http.client import HTTPResponse
@@ -40,7 +42,7 @@ def fetch(address: str) -> None:
         address: ``hf://datasets/OWNER/NAME@COMMIT/path``, as ``datasets`` lists them; any other is left to it.
 
     Raises:
-        ResourceError: What came is not the file that the hub announced, or the disk is too small.
+        ResourceError: What came is not the file that the hub announced, or a disk is too small.
         OSError: The line broke off or the server refused; what came is kept for the next call.
     """
     import huggingface_hub as hub
@@ -56,17 +58,29 @@ def fetch(address: str) -> None:
         return
     blob = _hub_cache() / f"datasets--{owner_name.replace('/', '--')}" / "blobs" / about.etag
     part = cache_folder() / "downloads" / f"{about.etag}.part"
-    part.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(part.with_suffix(".lock")):
-        if not blob.exists():
-            _download(about, about.size, part, name)
-            _place(part, blob, about.etag, name)
+    with told_when_full(part.parent, f"{name} of {owner_name}", way_out=ANOTHER_CACHE):
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(part.with_suffix(".lock")):
+            if not blob.exists():
+                _download(about, about.size, part, name)
+                with full_hub_cache(f"{name} of {owner_name}"):
+                    _place(part, blob, about.etag, name)
 
 
 def _hub_cache() -> Path:
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)
+
+
+def full_hub_cache(what: str) -> AbstractContextManager[None]:
+    """Tells that the disk of the hub's cache is full, where it is."""
+    return told_when_full(_hub_cache(), what, way_out=another_disk("HF_HUB_CACHE"))
+
+
+def another_disk(variable: str) -> str:
+    """What to do where one of the hub's folders is full: set the variable that named it, or the folder over it."""
+    return f"set {variable if variable in os.environ else 'HF_HOME'} to a folder on another disk"
 
 
 def _download(about: HfFileMetadata, size: int, part: Path, name: str) -> None:
@@ -116,5 +130,9 @@ def _place(part: Path, blob: Path, etag: str, name: str) -> None:
         raise ResourceError(f"{name} came damaged and was removed", hint="run the same command again")
     blob.parent.mkdir(parents=True, exist_ok=True)
     beside = blob.with_name(f"{blob.name}.fintune.incomplete")
-    shutil.move(part, beside)
+    try:
+        shutil.move(part, beside)
+    except BaseException:
+        beside.unlink(missing_ok=True)  # half of a copy to another disk
+        raise
     beside.replace(blob)
