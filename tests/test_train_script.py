@@ -11,6 +11,7 @@ import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import pytest
@@ -284,7 +285,7 @@ def test_a_loss_that_is_not_finite_names_flags_that_help(monkeypatch, gpu, use_b
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     with pytest.raises(FintuneError) as raised, told_in_script({"use_bf16": use_bf16}):
-        raise evaluate.not_finite("the loss is not finite at step 1", ["a"])
+        raise evaluate.not_finite("the loss is not finite at step 1", ["a"], SimpleNamespace(bf16=True, fp16=False))
     assert raised.value.hint == told
 
 

@@ -179,9 +179,11 @@ def test_rows_that_are_no_pairs_are_refused_by_training(tiny_model, data, tmp_pa
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_pairs(tiny_model, data, pairs, tmp_path):
+    config = options(tiny_model, data, "dpo", "train.learning_rate=1e30", "train.precision=float32")
     with pytest.raises(FintuneError, match=r"not finite at step \d+") as raised:
-        train(options(tiny_model, data, "dpo", "train.learning_rate=1e30"), {"prepare": pairs}, tmp_path)
+        train(config, {"prepare": pairs}, tmp_path)
     assert "trader_dpo_data.jsonl:" in str(raised.value)
+    assert raised.value.hint == "lower train.learning_rate"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from fintune import models
@@ -190,16 +192,17 @@ def test_the_magnitude_of_dora_moves(tiny_model, rows, tmp_path):
 
 
 @pytest.mark.parametrize("fused_layers", ["never", "always"])
-def test_a_loss_that_is_not_finite_names_step_and_examples(tiny_model, rows, tmp_path, fused_layers):
+@pytest.mark.parametrize(("compute", "wider"), [("float32", ""), ("bfloat16", ", or set train.precision to float32")])
+def test_a_loss_that_is_not_finite_names_step_and_examples(tiny_model, rows, tmp_path, fused_layers, compute, wider):
     def spoil(model):
         next(weight for name, weight in model.named_parameters() if "lora_A" in name).data.fill_(float("nan"))
 
     with pytest.raises(
         FintuneError, match=r"the loss is not finite at step 1; examples x\d+, x\d+, x\d+, x\d+: lower"
     ) as raised:
-        run(tiny_model, rows, tmp_path / "run", spoil=spoil, dropout=0.0, fused_layers=fused_layers)
+        run(tiny_model, rows, tmp_path / "run", spoil=spoil, dropout=0.0, compute=compute, fused_layers=fused_layers)
     assert not list((tmp_path / "run").glob("checkpoints/*/complete"))
-    assert raised.value.hint == "lower train.learning_rate, or set train.precision to float32"  # no word of checkpoints
+    assert raised.value.hint == f"lower train.learning_rate{wider}"  # no word of checkpoints
 
 
 def test_the_last_step_has_a_line_though_it_is_no_multiple_of_those_that_are_logged(tiny_model, rows, tmp_path):
@@ -240,6 +243,6 @@ def test_a_gradient_that_is_not_finite_names_step_and_examples(tiny_model, rows,
 
 
 def test_many_examples_are_counted_and_not_all_named():
-    told = str(trainers.bad_loss(3, [f"x{i}" for i in range(40)]))
+    told = str(trainers.bad_loss(3, [f"x{i}" for i in range(40)], SimpleNamespace(bf16=True, fp16=False)))
     assert "x31 and 8 more: lower" in told
     assert "x32" not in told

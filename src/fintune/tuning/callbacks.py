@@ -62,7 +62,7 @@ def make_callback(
             grads = [weight.grad for weight in self.trained if weight.grad is not None]
             if not bool(torch.stack(torch._foreach_norm(grads)).isfinite().all()):
                 step = state.global_step + 1
-                raise not_finite(f"the gradient is not finite at step {step}", examples_of(step))
+                raise not_finite(f"the gradient is not finite at step {step}", examples_of(step), args)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             bar.advance()

@@ -23,7 +23,7 @@ from fintune.tuning.collate import IGNORED
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import nn
-    from transformers import Trainer
+    from transformers import Trainer, TrainingArguments
 
 BEST = "best"
 """Folder of the best weights so far, below that of ``train``, while it works."""
@@ -140,7 +140,7 @@ class Evaluator:
             num_labels = int((batch["labels"][:, 1:] != IGNORED).sum())
             with torch.no_grad():
                 loss = self._trainer.prediction_step(model, batch, prediction_loss_only=True)[0]
-            check_loss(float(loss), self._trainer.state.global_step, members)
+            check_loss(float(loss), self._trainer.state.global_step, members, self._trainer.args)
             total += float(loss) * num_labels * counts
             num_tokens += num_labels * counts
         total, num_all = ranks.total([total, num_tokens])
@@ -155,29 +155,35 @@ class Evaluator:
             return accuracy(model)
 
 
-def not_finite(what: str, examples: Sequence[str]) -> FintuneError:
-    """What stops a run whose figures are not finite, with the ids of the examples that they are from."""
+def not_finite(what: str, examples: Sequence[str], args: TrainingArguments) -> FintuneError:
+    """What stops a run whose figures are not finite.
+
+    Args:
+        what: That they are not, and when.
+        examples: Ids of those that the figures are from.
+        args: The trainer's, which name a type of 16 bits where it computes in one.
+    """
     told = ", ".join(examples[:_NUM_NAMED])
     more = f" and {len(examples) - _NUM_NAMED} more" if len(examples) > _NUM_NAMED else ""
-    return FintuneError(
-        f"{what}; examples {told}{more}",
-        hint="lower train.learning_rate, or set train.precision to float32",
-    )
+    wider = ", or set train.precision to float32" if args.bf16 or args.fp16 else ""
+    return FintuneError(f"{what}; examples {told}{more}", hint=f"lower train.learning_rate{wider}")
 
 
-def check_loss(loss: float, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+def check_loss(loss: float, step: int, rows: Sequence[Mapping[str, Any]], args: TrainingArguments) -> None:
     """Stop at an evaluation loss that is not finite.
 
     Args:
         loss: Of one batch.
         step: Behind which it is taken.
         rows: Of the batch, with their ``id``.
+        args: The trainer's.
 
     Raises:
         FintuneError: With the step and the ids.
     """
     if not isfinite(loss):
-        raise not_finite(f"the evaluation loss is not finite behind step {step}", [str(row["id"]) for row in rows])
+        ids = [str(row["id"]) for row in rows]
+        raise not_finite(f"the evaluation loss is not finite behind step {step}", ids, args)
 
 
 def save_best(model: nn.Module, folder: Path, step: int) -> None:

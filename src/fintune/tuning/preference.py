@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
     Batch = dict[str, Any]
+    BadLoss = Callable[[int, Sequence[str], TrainingArguments], FintuneError]
 
 FIGURES = (
     "rewards/chosen",
@@ -81,7 +82,7 @@ def make_trainer(
     callbacks: Sequence[object],
     *,
     multiple: int,
-    bad_loss: Callable[[int, Sequence[str]], FintuneError],
+    bad_loss: BadLoss,
 ) -> Trainer:
     """The trainer of a preference objective; its ``measure`` is for held-out pairs.
 
@@ -94,7 +95,7 @@ def make_trainer(
         options: How to train.
         callbacks: Of transformers' Trainer.
         multiple: The width of a batch is rounded up to a multiple of this.
-        bad_loss: Makes the error for a loss that is not finite, of the step and the pairs' ids.
+        bad_loss: Makes the error for a loss that is not finite, of the step, the pairs' ids and ``args``.
     """
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     trainer = _trainer_class(options, bad_loss)(
@@ -114,7 +115,7 @@ def make_trainer(
     return trainer
 
 
-def _trainer_class(options: TrainOptions, bad_loss: Callable[[int, Sequence[str]], FintuneError]) -> type[Trainer]:
+def _trainer_class(options: TrainOptions, bad_loss: BadLoss) -> type[Trainer]:
     import torch
     from trl import DPOTrainer, KTOTrainer
 
@@ -138,7 +139,7 @@ def _trainer_class(options: TrainOptions, bad_loss: Callable[[int, Sequence[str]
             else:
                 loss = super().compute_loss(model, batch)
             if self.model.training and not bool(loss.isfinite()):
-                raise bad_loss(self.state.global_step + 1, inputs["ids"])
+                raise bad_loss(self.state.global_step + 1, inputs["ids"], self.args)
             return loss
 
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -163,7 +164,7 @@ def _trainer_class(options: TrainOptions, bad_loss: Callable[[int, Sequence[str]
             totals: dict[str, float] = {}
             for batch_rows in batches(rows, order, size):
                 found = self._evaluated(model, self.data_collator(batch_rows))
-                check_loss(found["loss"], self.state.global_step, batch_rows)
+                check_loss(found["loss"], self.state.global_step, batch_rows, self.args)
                 for name, value in found.items():
                     if name == "loss" or name in FIGURES:
                         totals[name] = totals.get(name, 0.0) + value * len(batch_rows)
@@ -174,7 +175,7 @@ def _trainer_class(options: TrainOptions, bad_loss: Callable[[int, Sequence[str]
             for batch_rows in batches(rows, order, max(size, 2)):
                 batch = self.data_collator(batch_rows)
                 found = self._evaluated(model, batch)
-                check_loss(found["loss"], self.state.global_step, batch_rows)
+                check_loss(found["loss"], self.state.global_step, batch_rows, self.args)
                 logps, gained = self._gained(model, batch)
                 rewards = (options.beta * gained).tolist()
                 answers.add(batch["label"].tolist(), rewards, logps.tolist(), loss=found["loss"], kl=found["kl"])

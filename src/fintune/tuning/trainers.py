@@ -80,7 +80,7 @@ def make_fused_trainer(
     def check(step: int) -> None:
         bad = trainer.examples_of_bad_losses()
         if bad:
-            raise bad_loss(step, bad)
+            raise bad_loss(step, bad, args)
 
     callbacks[0].check_losses = check
     return trainer
@@ -195,9 +195,9 @@ def _base(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def bad_loss(step: int, examples: Sequence[str]) -> FintuneError:
-    """What stops a run whose loss is not finite."""
-    return not_finite(f"the loss is not finite at step {step}", examples)
+def bad_loss(step: int, examples: Sequence[str], args: TrainingArguments) -> FintuneError:
+    """What stops a run whose loss is not finite; arguments as for :func:`~fintune.tuning.evaluate.not_finite`."""
+    return not_finite(f"the loss is not finite at step {step}", examples, args)
 
 
 def stop_at_bad_losses(trainer: SFTTrainer, rows: Dataset) -> None:
@@ -220,7 +220,7 @@ class _LossGuard:
         log_probs = getattr(output, "log_probs", None) if model.training else None  # evaluations name their own rows
         if log_probs is None or bool(log_probs.isfinite().all()):
             return
-        raise bad_loss(self._trainer.state.global_step + 1, self._ids(kwargs))
+        raise bad_loss(self._trainer.state.global_step + 1, self._ids(kwargs), self._trainer.args)
 
     def _ids(self, inputs: dict[str, torch.Tensor]) -> list[str]:
         batch = [
