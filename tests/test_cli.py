@@ -165,6 +165,13 @@ def test_a_dry_run_needs_no_deep_learning_library(finqa) -> None:
 # Mistakes on the command line
 
 
+@pytest.mark.parametrize("verb", ["run", "train", "plan", "inspect"])
+def test_an_override_in_place_of_the_configuration_is_told_as_it_was_written(mistake, verb: str) -> None:
+    word = "predict.endpoint=http://127.0.0.1:8080/v1#m"
+    told = mistake(verb, word)
+    assert told.startswith(f"fintune: {word}: no such configuration file: the first argument is the configuration file")
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -430,6 +437,7 @@ def test_a_reader_that_goes_away_is_no_error_message() -> None:
         [],
         ["--predictions", "p.jsonl"],
         ["--gold", "gold.json"],
+        ["data.max_eval=3", "--predictions", "p.jsonl", "--gold", "gold.json"],
         ["mine.yaml", "--predictions", "p.jsonl"],
         ["mine.yaml", "--predictions", "p.jsonl", "--gold", "gold.json"],
     ],

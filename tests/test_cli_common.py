@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import click
 import pytest
 
 from command import fintune
 from fake_steps import Chain
 from fintune import steps
-from fintune.cli_common import without_config
+from fintune.cli_common import optional_config_arguments
 
 
 @pytest.fixture
@@ -62,11 +63,20 @@ def test_a_run_with_scores_ends_with_its_page(chain):
     [
         ("export.importance=/tmp/x.gguf", True),
         ("export.types=[F16]", True),
+        ("predict.endpoint=http://127.0.0.1:8080//v1#m", True),
         ("run.yaml", False),
         ("runs/lr=1e-4/run.yaml", False),
         ("runs/lr=1e-4.yaml", False),
     ],
 )
-def test_an_override_is_known_by_its_key_whatever_its_value(first, is_override):
-    found = without_config(Path(first), ("a.b=1",))
-    assert found == ((None, (first, "a.b=1")) if is_override else (Path(first), ("a.b=1",)))
+def test_an_override_is_known_by_its_key_and_kept_whatever_its_value(first, is_override):
+    @click.command()
+    @optional_config_arguments
+    def command(config, overrides):
+        found.append((config, overrides))
+
+    found = []
+    command.main([first, "a.b=1"], standalone_mode=False)
+    command.main([], standalone_mode=False)
+    whole = (None, (first, "a.b=1")) if is_override else (Path(first), ("a.b=1",))
+    assert found == [whole, (None, ())]

@@ -154,10 +154,6 @@ def test_a_missing_file_names_those_that_are_there(write, tmp_path: Path) -> Non
     assert str(tmp_path / "demo.yaml") in told
 
 
-def test_an_override_in_place_of_the_file_is_recognised() -> None:
-    assert "the first argument is the configuration file" in refusal(Path("train.epochs=1"))
-
-
 def test_a_folder_and_a_binary_file_are_no_configuration(tmp_path: Path) -> None:
     assert "is a folder, not a configuration file" in refusal(tmp_path)
     (tmp_path / "model.yaml").write_bytes(b"\x80\x81\x00")

@@ -26,7 +26,6 @@ from fintune.cli_common import (
     run_stage,
     run_stages,
     strict_option,
-    without_config,
 )
 from fintune.cli_config import config_group
 from fintune.cli_convert import export, merge
@@ -222,7 +221,6 @@ def predict(
         return
     if model is None or data is None or out is None:
         raise click.UsageError("give a CONFIG, or --model, --data and --out together")
-    config, overrides = without_config(config, overrides)
     predict_plain(
         model,
         data,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import re
 import shlex
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -9,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import click
+
+from fintune.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,24 +29,40 @@ _PIPE_COLUMNS = 400
 F = TypeVar("F", bound=Callable[..., object])
 
 
+class _ConfigFile(click.Path):
+    """CONFIG; an override in its place is told as it was written, which a path would not keep."""
+
+    def convert(self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        word = os.fspath(value)
+        if is_override(word) and not Path(word).exists():
+            raise ConfigError(
+                f"{word}: no such configuration file",
+                hint="the first argument is the configuration file, overrides come after it",
+            )
+        return Path(word)
+
+
 def config_arguments(command: F) -> F:
     """CONFIG and its overrides."""
     command = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")(command)
-    return click.argument("config", type=FILE, metavar="CONFIG")(command)
+    return click.argument("config", type=_ConfigFile(), metavar="CONFIG")(command)
 
 
-def optional_config_arguments(command: F) -> F:
-    """CONFIG, which may be left out, and overrides; see :func:`without_config`."""
-    command = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")(command)
-    return click.argument("config", type=FILE, required=False, metavar="[CONFIG]")(command)
+def optional_config_arguments(command: Callable[..., None]) -> Callable[..., None]:
+    """CONFIG, None where it is left out, and overrides."""
+
+    @functools.wraps(command)
+    def split(*, words: tuple[str, ...], **options: object) -> None:
+        is_left_out = not words or is_override(words[0])
+        config = None if is_left_out else Path(words[0])
+        command(config=config, overrides=words if is_left_out else words[1:], **options)
+
+    return click.argument("words", nargs=-1, metavar="[CONFIG] [KEY=VALUE]...")(split)
 
 
-def without_config(config: Path | None, overrides: tuple[str, ...]) -> tuple[Path | None, tuple[str, ...]]:
-    """The first override stands where the configuration would, if that is left out."""
-    # A key has no folder before it, and its value may be a path.
-    if config is not None and re.match(r"[\w.-]+=", str(config)):
-        return None, (str(config), *overrides)
-    return config, overrides
+def is_override(word: str) -> bool:
+    """Whether a word is ``key=value``: a key has no folder before it, and its value may be a path or an address."""
+    return re.match(r"[\w.-]+=", word) is not None
 
 
 redo_flag = click.option("--redo", is_flag=True, help="Even if it is up to date.")

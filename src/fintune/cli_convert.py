@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fintune.cli_common import FILE, dry_run_option, optional_config_arguments, redo_flag, run_stage, without_config
+from fintune.cli_common import FILE, dry_run_option, optional_config_arguments, redo_flag, run_stage
 
 if TYPE_CHECKING:
     from fintune.options import Config
@@ -103,7 +103,6 @@ def _without_a_run(
     from fintune import machine, outputs
     from fintune.config import load
 
-    config, overrides = without_config(config, overrides)
     named = () if any(each.startswith("run.name=") for each in overrides) else (f"run.name={json.dumps(out.name)}",)
     options = load(config, [f"model.name={json.dumps(model)}", "predict.models=[base]", *named, *overrides]).config
     with outputs.whole_folder(out) as folder:

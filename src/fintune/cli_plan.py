@@ -6,10 +6,11 @@ from pathlib import Path
 
 import click
 
+from fintune.cli_common import config_arguments
+
 
 @click.command()
-@click.argument("config", type=click.Path(path_type=Path))
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@config_arguments
 @click.option("--gib", type=click.FloatRange(min=0, min_open=True), help="Memory of the GPU; that of this machine's.")
 @click.option("--tokens", type=click.IntRange(min=1), help="Tokens of the longest example; prompt.max_length.")
 def plan(config: Path, overrides: tuple[str, ...], gib: float | None, tokens: int | None) -> None:

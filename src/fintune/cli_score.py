@@ -8,12 +8,11 @@ from pathlib import Path
 
 import click
 
-from fintune.cli_common import FILE, print_tables, run_stages, stdout
+from fintune.cli_common import FILE, optional_config_arguments, print_tables, run_stages, stdout
 
 
 @click.command()
-@click.argument("config", type=FILE, required=False, metavar="[CONFIG]")
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@optional_config_arguments
 @click.option(
     "--predictions",
     "files",
@@ -43,7 +42,7 @@ def score(
 
         run_stages(config, overrides, Selection(only=("score",)))
         return
-    if config is not None or not files or gold is None:
+    if config is not None or overrides or not files or gold is None:
         raise click.UsageError("give a CONFIG, or both --predictions and --gold")
     named = [_named(each) for each in files]
     if len(named) == 1:

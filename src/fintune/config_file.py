@@ -86,7 +86,5 @@ def _yaml_problem(problem: str) -> tuple[str, str]:
 
 
 def _where_to_look(path: Path) -> str:
-    if "=" in str(path):
-        return "the first argument is the configuration file, overrides come after it"
     near = sorted(str(p) for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
     return f"{path.parent} holds {', '.join(near)}" if near else "check the path"
