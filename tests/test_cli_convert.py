@@ -130,3 +130,16 @@ def test_an_export_by_a_checkout_is_refused_where_the_disk_is_too_small(tiny_mod
     assert told(done).startswith("fintune: no space for the GGUF files: it needs about ")
     assert told(done).endswith(f" in {out}, 1 B is free: free some")
     assert not (checkout / "calls.txt").exists()
+
+
+@pytest.mark.parametrize("verb", ["merge", "export"])
+def test_an_interruption_leaves_nothing_and_says_that_it_begins_anew(tiny_model, adapter, tmp_path, monkeypatch, verb):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fintune.gguf.merged_weights.MergedWeights.rows", interrupt)
+    out = tmp_path / "new" / "out"
+    done = fintune(verb, "--model", tiny_model, "--adapter", adapter, "--out", out)
+    assert done.status == 130
+    assert told(done) == f"fintune: interrupted; nothing is left in {out}, and the same command begins anew"
+    assert not list(out.parent.iterdir())

@@ -105,14 +105,17 @@ def _without_a_run(
 
     named = () if any(each.startswith("run.name=") for each in overrides) else (f"run.name={json.dumps(out.name)}",)
     options = load(config, [f"model.name={json.dumps(model)}", "predict.models=[base]", *named, *overrides]).config
-    with outputs.whole_folder(out) as folder:
-        facts = make(options, folder)
-        made = {
-            "model": model,
-            "adapter": None if adapter is None else str(adapter),
-            "facts": facts,
-            "versions": machine.versions(),
-            "commit": machine.commit(),
-        }
-        (folder / "manifest.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    try:
+        with outputs.whole_folder(out) as folder:
+            facts = make(options, folder)
+            made = {
+                "model": model,
+                "adapter": None if adapter is None else str(adapter),
+                "facts": facts,
+                "versions": machine.versions(),
+                "commit": machine.commit(),
+            }
+            (folder / "manifest.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; nothing is left in {out}, and the same command begins anew") from None
     click.echo(f"{out}: {facts['summary']}")
