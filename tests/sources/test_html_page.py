@@ -62,3 +62,28 @@ def test_a_table_that_nothing_closes_ends_with_the_page():
     page = HtmlPage("<p>Before.</p><table><tr><td>R<td>2019</tr><tr><td>R<td>1</tr><p>After.</p><p>And 5.")
     assert page.tables == [[["R", "2019"], ["R", "1"]]]
     assert (page.before, page.after) == (["Before."], ["After. And 5."])
+
+
+ROWS = "<tr><td>R<td>2019</tr><tr><td>R<td>1</tr>"
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "<caption>Sales by region<sup>1</sup><br>(in <b>millions</b>)</caption>",
+        "<caption>Sales by region (in millions)<colgroup><col></colgroup><tbody>",
+    ],
+)
+def test_a_caption_is_the_last_line_before_its_table(caption):
+    page = HtmlPage(f"<p>Before.</p><table>{caption}{ROWS}</table><p>After.</p>")
+    assert page.tables == [[["R", "2019"], ["R", "1"]]]
+    assert (page.before, page.after) == (["Before.", "Sales by region (in millions)"], ["After."])
+
+
+def test_captions_of_other_tables_are_text_in_their_places():
+    layout = "<table><caption>Contents</caption><tr><td>Page one</td></tr></table>"
+    second = f"<table><caption>Costs</caption>{ROWS}</table>"
+    nested = f"<table><tr><td><table><caption>Sales</caption>{ROWS}</table></td></tr></table>"
+    page = HtmlPage(f"{layout}{nested}<p>Between.</p>{second}")
+    assert len(page.tables) == 2
+    assert (page.before, page.after) == (["Contents", "Page one", "Sales"], ["Between.", "Costs"])

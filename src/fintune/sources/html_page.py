@@ -28,7 +28,7 @@ class HtmlPage(HTMLParser):
     Attributes:
         tables: Cells of every innermost table with figures, rows in order; a cell over several columns or rows stands
             in the first one and leaves the others empty. Raised footnote marks are left out, as in the text.
-        before: Lines of text before the first table.
+        before: Lines of text before the first table, its caption the last of them.
         after: Lines of text behind it.
     """
 
@@ -58,6 +58,8 @@ class HtmlPage(HTMLParser):
             if self._open:
                 self._open[-1].is_outer = True
             self._open.append(_Table())
+        elif self._open and tag == "caption":
+            self._open[-1].start_caption()
         elif self._open and tag == "tr":
             self._open[-1].start_row()
         elif self._open and tag in ("td", "th"):
@@ -76,6 +78,8 @@ class HtmlPage(HTMLParser):
         if tag == "table" and self._open:
             table = self._open.pop()
             rows = _joined(table.rows())
+            if caption := _plain("".join(table.caption)):
+                self._lines().append(caption)
             if has_figures(rows) and not table.is_outer:
                 self.tables.append(rows)
             else:
@@ -83,7 +87,7 @@ class HtmlPage(HTMLParser):
                 for cell in (cell for row in rows for cell in row):
                     self._words.append(cell)
                     self._end_line()
-        elif tag in ("td", "th", "tr") and self._open:
+        elif tag in ("td", "th", "tr", "caption") and self._open:
             self._open[-1].end_cell()
         elif tag == "sup":
             self._add(_LOWERED)
@@ -109,7 +113,10 @@ class HtmlPage(HTMLParser):
         line = _plain("".join(self._words))
         self._words = []
         if line:
-            (self.after if self.tables else self.before).append(line)
+            self._lines().append(line)
+
+    def _lines(self) -> list[str]:
+        return self.after if self.tables else self.before
 
 
 class _Table:
@@ -119,9 +126,13 @@ class _Table:
         self.is_outer = False
         self.loose: list[str] = []
         """Text in no cell."""
+        self.caption: list[str] = []
         self._rows: list[dict[int, list[str]]] = []
         self._taken: set[tuple[int, int]] = set()
         self._cell: list[str] | None = None
+
+    def start_caption(self) -> None:
+        self._cell = self.caption
 
     def start_row(self) -> None:
         self._cell = None
