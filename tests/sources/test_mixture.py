@@ -9,8 +9,11 @@ import pytest
 
 from fintune.config import load as load_config
 from fintune.errors import ConfigError, DataError
-from fintune.sources import mixture
+from fintune.options import DataOptions, SourceOptions
+from fintune.sources import mixture, one_source
 from fintune.sources.mixture import Mixture
+
+TURNS = [{"role": "user", "content": "Beta?"}, {"role": "assistant", "content": "A slope."}]
 
 
 def qa(number: int, topic: str = "bonds") -> dict[str, str]:
@@ -47,6 +50,26 @@ def test_a_folder_may_mix_shapes_by_file_and_by_row(write, tmp_path):
     assert report.shapes == {"question_answer": 1, "sharegpt": 1, "alpaca": 1, "preference": 1}
     assert report.files["b.jsonl"] == {"preference": 1}
     assert "4 rows: 1 question_answer, 1 sharegpt, 1 alpaca, 1 preference" in report.told()[0]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        (qa(1) | {"sources": [{"url": "x"}]}, {}),
+        ({"Frage": "Beta?", "answer": "A slope.", "sources": [{"url": "x"}]}, {"question": "Frage"}),
+        ({"id": 1, "dialog": {"turns": TURNS}, "sources": [{"url": "x"}]}, {"messages": "dialog.turns"}),
+        ({"id": 1, "dialog": TURNS}, {"messages": "dialog"}),
+        ({"id": 1, "conversation": TURNS}, {}),
+    ],
+)
+def test_one_row_alone_in_a_file_is_a_row_though_it_holds_a_list_of_objects(tmp_path, indent, row, columns):
+    (tmp_path / "one.json").write_text(json.dumps(row, indent=indent))
+    (tmp_path / "wrapped.json").write_text(json.dumps({"title": "A set", "data": [row]}, indent=indent))
+    for name in ("one.json", "wrapped.json"):
+        source = SourceOptions(path=str(tmp_path / name), columns=columns)
+        found = one_source.read(source, 0, DataOptions(), 1, set(), [], "answers")
+        assert len(found.entries) == 1
 
 
 def test_broken_rows_are_counted_and_told_with_file_row_field_and_what_to_do(write):

@@ -47,8 +47,16 @@ def test_a_json_file_is_read_whatever_form_it_has(tmp_path, name, text):
 
 def test_one_conversation_alone_in_a_file_is_a_row(tmp_path):
     row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
-    assert values(write(tmp_path / "pretty.json", json.dumps(row, indent=2))) == [row]
-    assert values(write(tmp_path / "line.json", json.dumps(row))) == [row]
+    for name, text in (("pretty.json", json.dumps(row, indent=2)), ("line.json", json.dumps(row))):
+        path = write(tmp_path / name, text)
+        assert [each.value for each in read_rows(path, is_row=lambda value: "messages" in value)] == [row]
+
+
+def test_lines_that_hold_one_list_of_objects_each_are_lines(tmp_path):
+    rows = [{"id": number, "dialog": [{"role": "user", "content": "hi"}]} for number in range(2)]
+    assert values(write(tmp_path / "x.jsonl", lines(rows))) == rows
+    with pytest.raises(DataError, match="truncated in row 2"):
+        values(write(tmp_path / "cut.jsonl", lines(rows)[:-9]))
 
 
 def test_gzip_is_known_by_its_content(tmp_path):

@@ -13,7 +13,8 @@ Fields = Mapping[str, object]
 """A row's values by name in lower case."""
 
 _TURNS = ("messages", "conversations")
-_ALIASES: Final = {"response": "completion", "conversation": "messages", "system_prompt": "system"}
+ALIASES: Final = {"response": "completion", "conversation": "messages", "system_prompt": "system"}
+"""Other names of fields."""
 
 
 def fields_of(row: Mapping[str, object], columns: Mapping[str, str]) -> dict[str, object]:
@@ -29,7 +30,7 @@ def fields_of(row: Mapping[str, object], columns: Mapping[str, str]) -> dict[str
     fields = {str(name).strip().lower(): value for name, value in row.items()}
     mapped = {field.lower(): _column(row, column) for field, column in columns.items()}
     fields |= mapped
-    for name, known in _ALIASES.items():
+    for name, known in ALIASES.items():
         if name in fields and known not in fields:
             fields[known] = fields[name]
     turns = fields.get("messages") if fields.get("messages") is not None else fields.get("conversations")

@@ -6,6 +6,7 @@ import heapq
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from fintune.errors import DataError
@@ -15,7 +16,7 @@ from fintune.sources.chance import chance
 from fintune.sources.duplicates import digest_of
 from fintune.sources.licences import Licence, licence_of
 from fintune.sources.rows import BrokenRowError, Row
-from fintune.sources.shapes import Conversation, convert
+from fintune.sources.shapes import Conversation, convert, is_row
 from fintune.sources.source_report import UnusedRow
 from fintune.sources.wanted import Wanted, left_out, said
 
@@ -135,10 +136,11 @@ def _rows(source: SourceOptions, number: int) -> Iterator[tuple[str, Row]]:
         return
     found = files.find(source.path)
     root = Path(source.path).expanduser()
+    stands_alone = partial(is_row, columns=source.columns)
     for path in found:
         below = path.relative_to(root).as_posix() if root.is_dir() and path != root else path.name
         below = path.as_posix() if len(found) > 1 and not root.is_dir() else below  # names alone may be the same
-        yield from ((f"{before}{below}", row) for row in rows.read_rows(path, split=source.split))
+        yield from ((f"{before}{below}", row) for row in rows.read_rows(path, split=source.split, is_row=stands_alone))
 
 
 def hub_split(source: SourceOptions) -> hub.HubSplit:

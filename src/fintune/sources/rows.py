@@ -13,7 +13,7 @@ import io
 import json
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,6 @@ from fintune.sources.files import SUFFIXES, suffix_of
 AGAIN = "copy or download it again"
 _GZIP_MAGIC = b"\x1f\x8b"
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-_TURNS = {"messages", "conversations"}
 _DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error)
 
 
@@ -60,12 +59,17 @@ class Row:
     value: object
 
 
-def read_rows(path: Path, *, split: str = "") -> Iterator[Row]:
+def _never(_: Mapping[str, object]) -> bool:
+    return False
+
+
+def read_rows(path: Path, *, split: str = "", is_row: Callable[[Mapping[str, object]], bool] = _never) -> Iterator[Row]:
     """All rows of a file or saved dataset, one after the other.
 
     Args:
         path: From :func:`fintune.sources.files.find`.
         split: Of a saved dataset that has several.
+        is_row: Whether an object that a JSON file holds alone is a row, and none around a list of rows.
 
     Raises:
         DataError: It cannot be read, is truncated, empty or not what its name says.
@@ -74,9 +78,13 @@ def read_rows(path: Path, *, split: str = "") -> Iterator[Row]:
         yield from _saved_dataset(path, split)
         return
     suffix = suffix_of(path)
-    reader = _csv if suffix in {".csv", ".tsv"} else _parquet if suffix == ".parquet" else _json
     try:
-        yield from reader(path)
+        if suffix in {".csv", ".tsv"}:
+            yield from _csv(path)
+        elif suffix == ".parquet":
+            yield from _parquet(path)
+        else:
+            yield from _json(path, is_row)
     except _DAMAGED:
         raise DataError("truncated or damaged gzip file", path=path, hint=AGAIN) from None
     except FileNotFoundError:
@@ -113,7 +121,7 @@ def _not_utf8(path: Path) -> DataError:
     return DataError(what, path=path, hint="save it as UTF-8")
 
 
-def _json(path: Path) -> Iterator[Row]:
+def _json(path: Path, is_row: Callable[[Mapping[str, object]], bool]) -> Iterator[Row]:
     with _opened(path) as file:
         start = next((line.lstrip(b"\xef\xbb\xbf \t\r\n") for line in file if line.strip(b"\xef\xbb\xbf \t\r\n")), b"")
     if not start:
@@ -121,15 +129,13 @@ def _json(path: Path) -> Iterator[Row]:
     if start.startswith(_UTF_16):
         raise _not_utf8(path)
     if start.startswith(b"["):
-        yield from _objects(path, _whole(path))
+        yield from _objects(path, _whole(path), is_row)
     elif start.startswith(b"{"):
-        try:
-            first = json.loads(start)
-        except (ValueError, RecursionError):
-            first = None
-        wraps = isinstance(first, dict) and not _TURNS & first.keys() and _only_list(first) is not None
-        if wraps or (first is None and not _second_is_object(path)):
-            yield from _objects(path, _whole(path))
+        first, second = _object(start), _second_line(path)
+        # An object that ends in the first line is the whole file only where nothing follows.
+        wraps = first is not None and not second and not is_row(first) and _only_list(first) is not None
+        if wraps or (first is None and _object(second) is None):
+            yield from _objects(path, _whole(path), is_row)
         else:
             yield from _lines(path)
     else:
@@ -151,10 +157,10 @@ def _whole(path: Path) -> object:
         raise DataError(f"not JSON ({error})", path=path) from None
 
 
-def _objects(path: Path, value: object) -> Iterator[Row]:
+def _objects(path: Path, value: object, is_row: Callable[[Mapping[str, object]], bool]) -> Iterator[Row]:
     rows = value if isinstance(value, list) else None
     if isinstance(value, dict):
-        rows = [value] if _TURNS & value.keys() else _only_list(value)
+        rows = [value] if is_row(value) else _only_list(value)
     if rows is None:
         raise DataError("holds one JSON object, not rows", path=path, hint="write a list, or one object a line")
     if not rows:
@@ -168,14 +174,19 @@ def _only_list(value: dict[str, object]) -> list[object] | None:
     return lists[0] if len(lists) == 1 else None
 
 
-def _second_is_object(path: Path) -> bool:
+def _second_line(path: Path) -> bytes:
     with _opened(path) as file:
         lines = (line for line in file if line.strip())
         next(lines, b"")
-        try:
-            return isinstance(json.loads(next(lines, b"")), dict)
-        except (ValueError, RecursionError):
-            return False
+        return next(lines, b"")
+
+
+def _object(line: bytes) -> dict[str, object] | None:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _problem(error: ValueError | RecursionError) -> str:

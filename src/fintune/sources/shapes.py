@@ -8,7 +8,7 @@ from typing import Final
 
 from fintune.options import Shape
 from fintune.records import Message
-from fintune.sources.fields import Fields, fields_of
+from fintune.sources.fields import ALIASES, Fields, fields_of
 from fintune.sources.labels import label_of
 from fintune.sources.rows import BrokenRowError
 from fintune.sources.turns import list_of_turns, messages_of, text_of
@@ -80,6 +80,18 @@ def detect(fields: Fields, *, labelled: bool = False) -> Shape | None:
             if needed <= present:
                 return shape
     return None
+
+
+def is_row(value: Mapping[str, object], columns: Mapping[str, str]) -> bool:
+    """Whether an object is a row, and none around rows: it has a field that tells a shape, or all mapped columns.
+
+    Args:
+        value: As it was parsed.
+        columns: Names of a shape's fields in a row.
+    """
+    names = {str(name).strip().lower() for name in value}
+    mapped = bool(columns) and all(each in value or each.split(".")[0] in value for each in columns.values())
+    return mapped or bool(names & _TELLING)
 
 
 def _unknown(fields: Fields) -> BrokenRowError:
@@ -238,6 +250,8 @@ _NEEDS: Final[tuple[tuple[Shape, set[str]], ...]] = (
     ("question_answer", {"question", "answer"}),
 )
 """The fields that tell a shape, in the order in which they are looked for."""
+_FIELDS: Final = {name for _, needed in _NEEDS for name in needed}
+_TELLING: Final = _FIELDS | {name for name, known in ALIASES.items() if known in _FIELDS}
 _CONVERT: Final[dict[Shape, Callable[[Fields], Conversation]]] = {
     "preference": _from_preference,
     "unpaired_preference": _from_unpaired_preference,
