@@ -200,6 +200,15 @@ def test_a_limit_draws_by_the_seed_and_keeps_what_it_drew_when_rows_are_moved(wr
     assert (len(few.train), len(few.eval)) == (7, 1)
 
 
+def test_a_copy_of_what_a_limit_left_out_comes_from_a_later_source(write):
+    rows = [qa(n) for n in range(10)]
+    first = {"path": str(write("a.jsonl", [*rows, *rows])), "max_rows": 2}
+    found = load([first, write("b.jsonl", rows)])
+    assert found.reports[0].dropped == {"exact duplicate": 10, "beyond max_rows": 8}
+    assert found.reports[1].dropped == {"exact duplicate": 2}
+    assert len(_all(found)) == 10
+
+
 def _all(found: Mixture):
     return found.train + found.eval
 

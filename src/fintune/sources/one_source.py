@@ -81,7 +81,7 @@ def read(
         number: Its place there.
         data: What holds for all sources.
         seed: Of the sample.
-        seen: Digests of what earlier sources gave; those of this one are added.
+        seen: Digests of what earlier sources gave; those of what this one gives are added.
         problems: Gets each row that cannot be used, with the reason to count it by.
         wanted: Which rows the objective learns from.
 
@@ -91,6 +91,7 @@ def read(
     """
     found = Found()
     sample: list[tuple[int, int, Entry]] = []  # a heap of what was drawn so far, the last to be drawn first
+    own: set[bytes] = set()
     shape = None if source.shape == "auto" else source.shape
     for label, row in _rows(source, number):
         found.num_rows += 1
@@ -110,10 +111,10 @@ def read(
         digest = digest_of(said(conversation, wanted))
         entry = Entry(f"{label}:{row.number}", row.place, row.number, number, conversation, digest)
         if data.duplicates != "keep":
-            if entry.digest in seen:
+            if digest in seen or digest in own:
                 found.dropped[_EXACT] += 1
                 continue
-            seen.add(entry.digest)
+            own.add(digest)
         heapq.heappush(sample, (-chance(entry.digest, f"draw {seed}"), -found.num_rows, entry))
         if source.max_rows is not None and len(sample) > source.max_rows:
             heapq.heappop(sample)
@@ -123,6 +124,8 @@ def read(
         first = f"; the first: {problems[-sum(found.dropped.values())][1].told()}" if found.dropped else ""
         raise DataError(f"no row can be used ({counts or 'it holds none'}){first}", path=source.path)
     found.entries = [entry for _, _, entry in sorted(sample, key=lambda item: -item[1])]
+    if data.duplicates != "keep":
+        seen.update(entry.digest for entry in found.entries)  # a copy of what was not drawn may still come
     return found
 
 
