@@ -6,9 +6,10 @@ import pytest
 
 from fintune import models
 from fintune.errors import FintuneError
-from fintune.options import AdapterOptions, TrainOptions
+from fintune.options import AdapterOptions, Config, TrainOptions
 from fintune.tuning import adapter, checkpoints, full, metrics, sft
 from fintune.tuning.evaluate import Evaluation, best_step, out_of_patience
+from fintune.tuning.facts import trained_facts
 from prepared_rows import prepared
 
 torch = pytest.importorskip("torch")
@@ -196,6 +197,20 @@ def test_patience_without_keeping_ends_with_the_last_weights(tiny_model, splits,
     assert kept == max(found) < 40
     assert found[kept] >= found[kept - 1]
     assert loss_by_hand(model, splits[1]) == pytest.approx(found[kept], rel=1e-5)
+
+
+@pytest.mark.parametrize("keep", ["last", "best_loss"])
+def test_the_step_at_which_patience_is_over_has_a_loss_of_its_own(tiny_model, splits, tmp_path, monkeypatch, keep):
+    common = {"keep": keep, "patience": 1, "eval_steps": 3, "log_steps": 10, "max_steps": 40}
+    run(tiny_model, splits, tmp_path / "run", callbacks=[spoil_behind(4)], **common)
+    evaluated = losses(tmp_path / "run", "eval_loss")
+    assert sorted(evaluated) == [3, 6]
+    assert sorted(losses(tmp_path / "run", "loss"))[-1] == 6
+    monkeypatch.setattr(adapter, "num_saved", lambda _: 1)
+    facts = trained_facts(Config(train=common), tmp_path / "run", tmp_path / "run")
+    kept = {"last": 6, "best_loss": 3}[keep]
+    assert (facts["num_steps"], facts["kept_step"], facts["eval_loss"]) == (6, kept, evaluated[kept])
+    assert facts["stopped_early"]
 
 
 def test_only_the_best_weights_are_kept_on_the_disk(tiny_model, splits, tmp_path):

@@ -210,6 +210,16 @@ def test_the_last_step_has_a_line_though_it_is_no_multiple_of_those_that_are_log
     assert [line["step"] for line in history(tmp_path / "run")] == [1, 4, 6]
 
 
+def test_a_resumed_run_logs_the_losses_of_the_whole_one_though_not_every_step_has_a_line(tiny_model, rows, tmp_path):
+    options = {"log_steps": 4, "max_steps": 5, "batch_size": 2}
+    run(tiny_model, rows, tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_model, rows, tmp_path / "cut", callbacks=[stop_at(3)], **options)
+    run(tiny_model, rows, tmp_path / "cut", **options)
+    assert [line["step"] for line in history(tmp_path / "whole")] == [1, 3, 4, 5]
+    assert history(tmp_path / "whole") == history(tmp_path / "cut")
+
+
 def test_two_checkpoints_are_kept_while_training(tiny_model, rows, tmp_path):
     run(tiny_model, rows, tmp_path / "run", checkpoint_steps=2)
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["checkpoint-6", "checkpoint-8"]

@@ -148,7 +148,12 @@ class TrainOptions(Options):
         "Where losses go besides metrics.jsonl: `tensorboard` writes train/tensorboard, `wandb` sends them to Weights "
         "& Biases (WANDB_MODE=offline keeps them in train/wandb).",
     )
-    log_steps: int = neutral(1, "Steps between lines of metrics.jsonl.", ge=1)
+    log_steps: int = neutral(
+        1,
+        "Steps between lines of metrics.jsonl; a line more behind each checkpoint, the last step and, with "
+        "`train.patience`, each evaluation.",
+        ge=1,
+    )
     threads: int | None = neutral(None, "CPU threads; all cores where empty.", ge=1)
 
     @model_validator(mode="after")

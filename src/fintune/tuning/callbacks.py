@@ -66,11 +66,15 @@ def make_callback(
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             bar.advance()
-            last = state.global_step == len(plan_tokens) - 1
-            if last:  # also where it is no multiple of train.log_steps: the run's figures are read from its line
-                control.should_log = True
-            if options.eval_steps is not None and (last or state.global_step % options.eval_steps == 0):
+            step = state.global_step
+            last = step == len(plan_tokens) - 1
+            if options.eval_steps is not None and (last or step % options.eval_steps == 0):
                 control.should_evaluate = True
+            may_end = last or (control.should_evaluate and options.patience is not None)
+            # Beside the multiples of train.log_steps: the run's figures are read from the line of its last step, and
+            # the losses since the last line are no part of a checkpoint.
+            if may_end or step % options.checkpoint_steps == 0:
+                control.should_log = True
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
             if "eval_loss" in logs:
