@@ -25,17 +25,18 @@ def test_the_built_in_model_goes_through_every_stage(builtin_model, tmp_path):
     done = fintune_process(
         *("run", REPO / "configs" / "finqa.yaml", f"run.dir={tmp_path}"),
         *(f"data.train={FINQA / 'train.json.gz'}", f"data.eval={FINQA / 'dev.json.gz'}"),
-        *("data.max_train=12", "data.max_eval=3", "prompt.max_length=512", "train.max_steps=3", "train.batch_size=4"),
+        *("data.max_train=12", "data.max_eval=2", "prompt.max_length=384", "train.max_steps=3", "train.batch_size=4"),
+        *("predict.max_new_tokens=40", "replay.num_examples=2"),
     )
     assert done.status == 0, done.err
     run = tmp_path / "finqa"
     rows = [line.split()[:2] for line in done.out.splitlines() if line]
-    assert rows[1:-1] == [[kind, "3"] for kind in KINDS]
+    assert rows[1:-1] == [[kind, "2"] for kind in KINDS]
     assert (run / "report" / "index.html").is_file()
 
     report = json.loads((run / "prepare" / "report.json").read_text())
     assert report["train"]["num_examples"] == 12
-    assert report["train"]["prompt_tokens"]["max"] <= 512
+    assert report["train"]["prompt_tokens"]["max"] <= 384
     losses = [json.loads(line)["loss"] for line in (run / "train" / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 3
     assert losses[-1] < losses[0]
