@@ -166,6 +166,17 @@ def test_turns_behind_the_last_answer_are_left_out_and_counted():
     assert found.num_trailing == 1
 
 
+def test_a_part_without_text_adds_nothing():
+    parts = [{"type": "text", "text": None}, {"type": "text"}, {"type": "text", "text": ASK}]
+    _, found = convert({"messages": [turn("user", parts), turn("assistant", ANSWER)]})
+    assert found.messages[0].content == ASK
+
+
+def test_an_integer_beyond_every_float_is_its_digits():
+    _, found = convert({"question": 10**400, "answer": "x"})
+    assert found.messages[0].content == "1" + "0" * 400
+
+
 def test_a_turn_of_weight_zero_is_not_trained():
     turns = [turn("user", ASK), turn("assistant", "no") | {"weight": 0}, turn("user", "?"), turn("assistant", ANSWER)]
     assert convert({"messages": turns})[1].untrained == {1}
@@ -210,6 +221,18 @@ def test_a_shape_that_is_named_wins_over_the_fields():
         ({"messages": "hello"}, "bad turns", "messages", 'write [{"role"'),
         ({"messages": [turn("user", {"a": 1}), turn("assistant", "x")]}, "not text", "messages[0].content", "as text"),
         (
+            {"messages": [turn("user", [{"type": "text", "text": [1]}]), turn("assistant", "x")]},
+            "not text",
+            "messages[0].content[0].text",
+            "write it as text",
+        ),
+        (
+            {"messages": [turn("user", [{"type": "text", "text": None}]), turn("assistant", "x")]},
+            "no content",
+            "messages[0].content",
+            "fill it",
+        ),
+        (
             {"conversations": [{"from": "human"}, {"from": "gpt", "value": "x"}]},
             "no value",
             "conversations[0].value",
@@ -228,6 +251,7 @@ def test_a_shape_that_is_named_wins_over_the_fields():
         ({"prompt": ASK, "completion": ANSWER, "label": "👍"}, "bad label", "label", "write true for a desired"),
         ({"prompt": ASK, "completion": ANSWER, "label": -1}, "bad label", "label", "write true for a desired"),
         ({"prompt": ASK, "completion": ANSWER, "label": 4.5}, "bad label", "label", "of a rating by a threshold"),
+        ({"prompt": ASK, "completion": ANSWER, "label": 10**400}, "bad label", "label", "of a rating by a threshold"),
         ({"prompt": ASK, "completion": ANSWER, "label": float("nan")}, "no label", "label", "write true"),
         ({"prompt": ASK, "completion": ANSWER, "label": [True]}, "bad label", "label", "write true"),
         ({"prompt": ASK, "completion": " ", "label": False}, "no answer", "completion", "fill it"),

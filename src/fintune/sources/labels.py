@@ -29,9 +29,10 @@ def label_of(value: object) -> bool:
     if isinstance(value, (int, float)):
         if value in (0, 1):
             return value == 1
-        if math.isnan(value):
+        if isinstance(value, float) and math.isnan(value):
             raise BrokenRowError("no label", "missing or empty", field="label", hint=_MEANT)
-        told = f"{value:g} is no label"
+        # Of an integer that no float can hold, the first digits.
+        told = f"{value:g} is no label" if isinstance(value, float) else f"{value!s:.40} is no label"
         hint = f"{_MEANT}, of a rating by a threshold; {_ELSE}"
         raise BrokenRowError("bad label", told, field="label", hint=hint)
     if not isinstance(value, str):

@@ -8,6 +8,7 @@ one object a line, plain or gzip, told by the content. A text is cut into tokens
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -148,7 +149,7 @@ def _take(found: PredictionFile, row: int, value: object) -> None:
         found.report("no program", "no program: neither 'predicted' nor 'program' is there", row, record_id)
         return
     program, told = value[key], value.get("seconds")
-    seconds = float(told) if isinstance(told, int | float) and told >= 0 else None
+    seconds = float(told) if isinstance(told, int | float) and 0 <= told <= sys.float_info.max else None
     if isinstance(program, str):
         found.predictions.append(PredictedProgram(row, record_id, tuple(tokenize(program)), seconds))
     elif isinstance(program, list) and all(isinstance(piece, str) for piece in program):

@@ -72,8 +72,8 @@ def text_of(value: object, field: str, missing: str) -> str:
             raise BrokenRowError(
                 "not text", f"holds a part of type {other!r}", field=field, hint="only text is trained on"
             )
-        value = "".join(str(part.get("text", "")) for part in value)
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        value = "".join(_part(part.get("text"), f"{field}[{place}].text") for place, part in enumerate(value))
+    if (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and math.isfinite(value)):
         value = str(value)
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         raise BrokenRowError(missing, "missing or empty", field=field, hint="fill it or remove the row")
@@ -87,6 +87,12 @@ def text_of(value: object, field: str, missing: str) -> str:
         why = f"half a surrogate pair at letter {error.start}"
         raise BrokenRowError("not text", why, field=field, hint="the text was cut inside an emoji; mend it") from None
     return value
+
+
+def _part(text: object, field: str) -> str:
+    if text is not None and not isinstance(text, str):
+        raise BrokenRowError("not text", f"{_kind(text)}, not text", field=field, hint="write it as text")
+    return text or ""
 
 
 def _message(turn: object, field: str, place: int) -> Message:
