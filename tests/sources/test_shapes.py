@@ -199,6 +199,17 @@ def test_a_mapped_column_that_is_not_there_is_answered_with_the_one_that_was_mea
     assert (caught.value.field, caught.value.hint) == ("Antwrt", "did you mean Antwort?")
 
 
+@pytest.mark.parametrize("empty", [None, "", []])
+def test_an_empty_field_gives_way_to_its_other_name_unless_a_column_is_mapped_to_it(empty):
+    _, found = convert({"prompt": ASK, "completion": empty, "response": ANSWER})
+    assert found.messages[1].content == ANSWER
+    _, found = convert({"prompt": ASK, "completion": ANSWER, "response": empty})
+    assert found.messages[1].content == ANSWER
+    with pytest.raises(BrokenRowError) as caught:
+        convert({"prompt": ASK, "text": empty, "response": ANSWER}, columns={"completion": "text"})
+    assert caught.value.field == "completion"
+
+
 def test_a_shape_that_is_named_wins_over_the_fields():
     row = {"prompt": ASK, "completion": ANSWER, "question": "other", "answer": "other"}
     assert said(row, shape="question_answer") == [("user", "other"), ("assistant", "other")]

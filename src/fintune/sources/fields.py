@@ -31,7 +31,7 @@ def fields_of(row: Mapping[str, object], columns: Mapping[str, str]) -> dict[str
     mapped = {field.lower(): _column(row, column) for field, column in columns.items()}
     fields |= mapped
     for name, known in ALIASES.items():
-        if name in fields and known not in fields:
+        if name in fields and known not in mapped and fields.get(known) in (None, "", []):
             fields[known] = fields[name]
     turns = fields.get("messages") if fields.get("messages") is not None else fields.get("conversations")
     first = _first(turns)
