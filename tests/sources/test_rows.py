@@ -76,6 +76,12 @@ def test_a_table_may_use_any_usual_separator_and_cells_may_hold_line_breaks(tmp_
     assert [row.number for row in found] == [2, 3], "as a spreadsheet counts"
 
 
+def test_blank_lines_before_a_header_are_passed_over_and_counted(tmp_path):
+    found = list(read_rows(write(tmp_path / "t.csv", "\n \nquestion,answer\n\na,1\nb\n")))
+    assert found[0] == Row(str(tmp_path / "t.csv"), 5, {"question": "a", "answer": "1"})
+    assert found[1].number == 6
+
+
 def test_parquet_and_saved_datasets_give_the_same_rows(tmp_path):
     import datasets
 
@@ -154,6 +160,9 @@ def test_a_table_row_with_other_cells_than_the_header_is_broken(tmp_path):
         ("x.jsonl", gzip.compress(lines(ROWS).encode(), mtime=0)[:-12], "truncated or damaged gzip"),
         ("x.parquet", b"PAR1 and then nothing", "not a whole Parquet file"),
         ("x.csv", b'question,answer\n"never closed,1\n', "not CSV from line 2"),
+        ("x.csv", b'\n\nquestion,answer\n"never closed,1\n', "not CSV from line 4"),
+        ("x.csv", b"\nquestion,question\n1,2\n", "row 2: two columns are named 'question'"),
+        ("x.csv", b"\n \n", "the file is empty"),
         ("x.csv", b"question,question\n1,2\n", "two columns are named 'question'"),
         ("x.jsonl", b"", "the file is empty"),
         ("x.csv", b"", "the file is empty"),

@@ -50,7 +50,7 @@ class Row:
     Attributes:
         place: The file, or the split of a dataset.
         number: 1-based: line of a JSONL file, element of a list, row of a table as a spreadsheet numbers it (its header
-            is row 1), row of a Parquet file or dataset.
+            is row 1 where no blank line is above), row of a Parquet file or dataset.
         value: The parsed row, or what is wrong with it.
     """
 
@@ -231,20 +231,22 @@ def _csv(path: Path) -> Iterator[Row]:
 
 
 def _table(path: Path, text: io.TextIOWrapper) -> Iterator[Row]:
-    head = text.readline()
-    if not head.strip():
+    skipped, head = 0, text.readline()
+    while head and not head.strip():
+        skipped, head = skipped + 1, text.readline()
+    if not head:
         raise DataError("the file is empty", path=path, hint="give a file with rows, or leave it out")
     reader = csv.reader(_again(head, text), delimiter=_delimiter(path, head), strict=True)
     try:
         names = [name.strip() for name in next(reader)]
         if twice := next((name for name in names if names.count(name) > 1), None):
-            raise DataError(f"two columns are named {twice!r}", path=path, row=1, hint="rename one of them")
-        for number, cells in enumerate(reader, 2):
+            raise DataError(f"two columns are named {twice!r}", path=path, row=1 + skipped, hint="rename one of them")
+        for number, cells in enumerate(reader, 2 + skipped):
             if cells:
                 yield Row(str(path), number, _named(names, cells))
     except csv.Error as error:
         hint = "look for a quotation mark that is not closed"
-        raise DataError(f"not CSV from line {reader.line_num} on ({error})", path=path, hint=hint) from None
+        raise DataError(f"not CSV from line {reader.line_num + skipped} on ({error})", path=path, hint=hint) from None
 
 
 def _again(head: str, rest: Iterable[str]) -> Iterator[str]:
