@@ -41,6 +41,13 @@ def test_a_file_becomes_the_blob_of_the_hubs_own_cache(fetch, tmp_path):
     assert (tmp_path / "hf" / "hub" / "datasets--FinLang--small" / "blobs" / SHA256).read_bytes() == CONTENT
 
 
+def test_a_file_of_no_bytes_is_fetched_too(fetch, tmp_path, monkeypatch):
+    about = SimpleNamespace(etag=hashlib.sha1(b"").hexdigest(), size=0, location="https://hub/train.csv")  # noqa: S324
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda _: about)
+    fetch()
+    assert (tmp_path / "hf" / "hub" / "datasets--FinLang--small" / "blobs" / about.etag).read_bytes() == b""
+
+
 def test_a_file_for_which_there_is_no_room_is_refused_before_it_comes(fetch, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000))
     with pytest.raises(ResourceError, match="no space for train") as caught:

@@ -90,6 +90,7 @@ def _download(about: HfFileMetadata, size: int, part: Path, name: str) -> None:
         done = 0
     require_space(part.parent, size - done, name, way_out=ANOTHER_CACHE)
     if done == size:
+        part.touch()  # nothing made the part of a file of no bytes
         return
     with bar(f"download {name}", size, done=done) as shown, _open(about.location, done) as answer:
         goes_on = answer.status == 206
