@@ -62,3 +62,8 @@ def test_lines_above_a_table_are_text_of_the_page(tmp_path):
 def test_a_row_that_is_too_long_is_counted_with_the_lines_above():
     with pytest.raises(DataError, match=r"p\.csv, row 3: has 5 cells where the header has 3: put a cell with a comma"):
         read("Apple Inc.\nItem,2019,2018\nRevenue,1,234,1,100\nCosts,1,2\n")
+
+
+def test_a_row_that_is_too_long_is_counted_with_the_blank_ones_as_in_a_spreadsheet():
+    with pytest.raises(DataError, match=r"p\.csv, row 6: has 5 cells"):
+        read('Apple Inc.\n\nItem,2019,2018\n,,\n"Net\nsum",5,6\nRevenue,1,234,1,100\nCosts,1,2\n')

@@ -42,7 +42,7 @@ def test_a_file_becomes_the_blob_of_the_hubs_own_cache(fetch, tmp_path):
 
 
 def test_a_file_of_no_bytes_is_fetched_too(fetch, tmp_path, monkeypatch):
-    about = SimpleNamespace(etag=hashlib.sha1(b"").hexdigest(), size=0, location="https://hub/train.csv")  # noqa: S324
+    about = SimpleNamespace(etag=hashlib.sha1(b"").hexdigest(), size=0, location="https://hub/train.csv")
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda _: about)
     fetch()
     assert (tmp_path / "hf" / "hub" / "datasets--FinLang--small" / "blobs" / about.etag).read_bytes() == b""

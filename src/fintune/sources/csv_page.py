@@ -47,13 +47,13 @@ def csv_page(path: Path, content: str) -> CsvPage:
     sign = told[1] if told else "\t" if is_tsv else _separator(content)
     lines = csv.reader(io.StringIO(content, newline=""), delimiter=sign, strict=True, skipinitialspace=sign != "\t")
     try:
-        rows = [list(row) for row in lines]
+        numbered = [(number, row) for number, row in enumerate(lines, 1) if any(cell.strip() for cell in row)]
     except csv.Error as error:
         raise DataError(f"no CSV table ({error})", path=path) from None
-    rows = [[" ".join(cell.split()) for cell in row] for row in rows if any(cell.strip() for cell in row)]
+    rows = [[" ".join(cell.split()) for cell in row] for _, row in numbered]
     start = _num_above(rows)
     above, table = [row[0] for row in rows[:start]], rows[start:]
-    for number, row in enumerate(table, start=start + 1):
+    for (number, _), row in zip(numbered[start:], table, strict=True):
         # A comma in a number would have shifted the cells behind it.
         if sign == "," and 1 < len(table[0]) < len(row) and any(row[len(table[0]) :]):
             problem = f"has {len(row)} cells where the header has {len(table[0])}"
