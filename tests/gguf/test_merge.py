@@ -17,6 +17,7 @@ from fintune.adapters import load_adapter, quiet_peft
 from fintune.errors import ArtifactError, ModelError, ResourceError
 from fintune.gguf import merge as module
 from fintune.gguf.merge import merge_folders
+from fintune.gguf.safetensor_writer import from_stored, to_stored
 from fintune.models import load_model, model_fingerprint, resolve
 from fintune.tuning.quiet import quiet_libraries
 from synthetic import lora_of, write_folder
@@ -96,6 +97,25 @@ def test_rounding_is_torchs(untied, tmp_path, dtype):
     rounded = load_torch(merged(untied, adapter, tmp_path / "rounded", dtype=dtype) / "model.safetensors")
     for name, values in exact.items():
         assert torch.equal(rounded[name], torch.from_numpy(values).to(getattr(torch, dtype)))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7F800000])
+def test_a_number_that_is_none_stays_none_whatever_its_bits(dtype, bits):
+    spoilt = np.array([bits, 0x3F800000], np.uint32).view(np.float32)
+    with np.errstate(invalid="ignore"):
+        found = from_stored(to_stored(spoilt, dtype))
+    assert np.array_equal(found, spoilt, equal_nan=True)
+
+
+def test_an_adapter_with_a_number_that_is_none_is_refused(untied, tmp_path):
+    adapter = saved(untied, tmp_path / "adapter")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    name = next(name for name in tensors if "lora_B" in name)
+    tensors[name].view(np.uint32)[0, 0] = 0x7FFFFFFF
+    save_file(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="holds values that are not finite in bfloat16: the training diverged"):
+        merged(untied, adapter, tmp_path / "merged", dtype="bfloat16")
 
 
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])

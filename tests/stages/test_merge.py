@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from fintune import adapters, models
 from fintune.errors import ArtifactError
 from fintune.gguf import layerwise
+from fintune.gguf.merge import merge_folders
 from fintune.gguf.safetensor_reader import SafetensorFolder
 from fintune.options import AdapterOptions, Config
 from fintune.stages.merge import merge, merge_adapter
@@ -122,6 +123,26 @@ def test_the_proof_of_an_unknown_family_loads_the_models_and_says_so(tiny_model,
     assert by_layers["max_logit"] == pytest.approx(whole["max_logit"], abs=1e-5)
     assert by_layers["max_logit_difference"] == pytest.approx(whole["max_logit_difference"], abs=1e-5)
     assert by_layers["same_best_token_share"] == whole["same_best_token_share"]
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(("spoilt", "blamed"), [("merged", "merge"), ("trained", "adapter")])
+def test_logits_that_are_not_finite_prove_nothing(tiny_model, tmp_path, monkeypatch, known, spoilt, blamed):
+    given = inputs(tmp_path, tiny_model)
+
+    def merged_and_spoilt(base, lora, folder, **options):
+        report = merge_folders(base, lora, folder, **options)
+        path = {"merged": folder / "model.safetensors", "trained": lora / "adapter_model.safetensors"}[spoilt]
+        tensors = load_file(path)
+        next(weight for name, weight in tensors.items() if "q_proj" in name)[0, 0] = float("nan")
+        save_file(tensors, path, {"format": "pt"})
+        return report
+
+    monkeypatch.setattr("fintune.stages.merge.merge_folders", merged_and_spoilt)
+    if not known:
+        monkeypatch.delitem(layerwise.FAMILIES, "llama")
+    with pytest.raises(ArtifactError, match=rf"/{blamed}: the logits of the model are not finite: the training div"):
+        merge(config(tiny_model), given, tmp_path / "merge")
 
 
 def grown(base, folder, *, saved=True, **options):

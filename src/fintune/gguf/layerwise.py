@@ -39,7 +39,7 @@ class Agreement:
     """How far two models agree.
 
     Attributes:
-        max_difference: Largest difference of a logit.
+        max_difference: Largest difference of a logit; not finite where one of the logits is not.
         num_same: Positions at which the best token is the same.
         num_positions: All of them.
         max_logit: Largest absolute logit of the first model.
@@ -104,20 +104,21 @@ def _over_vocabulary(ones: Iterator[torch.Tensor], others: Iterator[torch.Tensor
     """Compare slabs of logits, [positions, rows of the slab]."""
     import torch
 
-    difference = largest = 0.0
+    difference, largest = torch.zeros(()), torch.zeros(())
     best = [torch.full((num_positions,), float("-inf")) for _ in range(2)]
     token = [torch.zeros(num_positions, dtype=torch.long) for _ in range(2)]
     start = 0
     for one, other in zip(ones, others, strict=True):
-        difference = max(difference, float((one - other).abs().max()))
-        largest = max(largest, float(one.abs().max()))
+        # Python's max would lose what is no number.
+        difference = torch.maximum(difference, (one - other).abs().max())
+        largest = torch.maximum(largest, one.abs().max())
         for which, logits in enumerate((one, other)):
             values, ids = logits.max(-1)
             better = values > best[which]
             best[which] = torch.where(better, values, best[which])
             token[which] = torch.where(better, ids + start, token[which])
         start += one.shape[1]
-    return Agreement(difference, int((token[0] == token[1]).sum()), num_positions, largest)
+    return Agreement(float(difference), int((token[0] == token[1]).sum()), num_positions, float(largest))
 
 
 class _Layers:

@@ -33,7 +33,9 @@ def to_stored(values: NDArray[np.float32], dtype: str) -> NDArray[np.generic]:
         with np.errstate(over="ignore"):
             return values.astype(np.float16)
     bits = np.ascontiguousarray(values).view(np.uint32)
-    return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+    rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+    # The rounding carries what is no number into infinity, or past the sign to zero.
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
 
 def from_stored(stored: NDArray[np.generic]) -> NDArray[np.float32]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,7 @@ def merge(config: Config, inputs: Mapping[str, Path], folder: Path) -> dict[str,
         both were compared layer by layer or had to be loaded.
 
     Raises:
-        ArtifactError: A weight that the adapter should change and does not.
+        ArtifactError: A weight that the adapter should change and does not, or logits that are not finite.
         ModelError: The base model cannot be used, or is not the adapter's.
         ResourceError: The disk is too small, or bitsandbytes is missing for ``merge.into: dequantised``.
     """
@@ -147,6 +148,12 @@ def _prove(
                 agreement = layerwise.compare(expected, found, golden, progress=shown.advance)
         else:
             agreement = _compare_whole(expected, found, golden, trust_remote_code=trust_remote_code)
+    if not isfinite(agreement.max_difference):
+        whose = found[0] if isfinite(agreement.max_logit) else expected[1] or expected[0]
+        raise ArtifactError(
+            f"{whose}: the logits of the model are not finite",
+            hint="the training diverged, look at train/metrics.jsonl; or merge.dtype=float32",
+        )
     return {
         "num_golden": len(golden),
         "max_logit_difference": agreement.max_difference,
@@ -163,6 +170,8 @@ def _compare_whole(
     *,
     trust_remote_code: bool,
 ) -> layerwise.Agreement:
+    import torch
+
     logits: list[list[torch.Tensor]] = []
     for path, adapter in (expected, found):
         ref = models.resolve(str(path))
@@ -174,10 +183,11 @@ def _compare_whole(
         gc.collect()
     pairs = list(zip(*logits, strict=True))
     return layerwise.Agreement(
-        max_difference=max(float((a - b).abs().max()) for a, b in pairs),
+        # Python's max would lose what is no number.
+        max_difference=float(torch.stack([(a - b).abs().max() for a, b in pairs]).max()),
         num_same=sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in pairs),
         num_positions=sum(len(ids) for ids in golden),
-        max_logit=max(float(a.abs().max()) for a, _ in pairs),
+        max_logit=float(torch.stack([a.abs().max() for a, _ in pairs]).max()),
     )
 
 
