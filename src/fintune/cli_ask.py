@@ -61,7 +61,7 @@ def ask(
     from fintune.cli_models import model_of
     from fintune.config import load
     from fintune.report.answer_text import answer_lines, confidence_line
-    from fintune.sources.json_files import read_text
+    from fintune.sources.json_files import read_whole_text
     from fintune.sources.page_files import read_page
     from fintune.stages.ask import ask as stage
 
@@ -74,7 +74,7 @@ def ask(
     options = load(config, (*(of_run if config is None else ()), *overrides, *given)).config
     named = Named.with_options(model, options, adapter=adapter, engine=engine, load_in_4bit=load_in_4bit)
     engine_of(named)
-    more = read_text(text, hint="give plain text")[0] if text is not None else ""
+    more = read_whole_text(text, hint="give plain text") if text is not None else ""
     record = read_page(page, question, text=more, record_id=record_id, decimal=decimal)
     answer = stage(record, named, options.prompt, options.predict)
     if json:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 
 import pytest
@@ -53,6 +54,16 @@ def test_text_beside_a_table_is_read_and_named(page, tmp_path):
     done, _ = asked(page, "multiply(77, 12)", "--text", tmp_path / "note.txt")
     assert "77  It had 77 employees." in done.out
     assert done.out.startswith("924")
+
+
+def test_text_that_breaks_off_is_refused(page, tmp_path):
+    packed = gzip.compress(b"".join(b"In %d it had %d employees.\n" % (k, k * k) for k in range(9000)))
+    for data, why in ((packed[:-99], "truncated gzip file"), (packed[:-8] + bytes(8), "damaged gzip file")):
+        (tmp_path / "note.txt.gz").write_bytes(data)
+        done, request = asked(page, "multiply(77, 12)", "--text", tmp_path / "note.txt.gz")
+        assert (done.status, done.out, request) == (2, "", {})
+        assert f"note.txt.gz: {why}" in done.err
+        assert "copy or download it again" in done.err
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from fintune.errors import DataError
 from fintune.records import FinQARecord
-from fintune.sources.json_files import read_text
+from fintune.sources.json_files import read_whole_text
 from fintune.sources.source_report import UnusedRow
 
 _HINT = "FinQA records look like those of github.com/czyssrs/FinQA, dataset/dev.json"
@@ -71,10 +71,7 @@ def read_finqa(path: Path, *, strict: bool = False, instead: str = _NOT_STRICT, 
     dropped: Counter[str] = Counter()
     unused: list[UnusedRow] = []
     rows: dict[str, int] = {}
-    text, damage = read_text(path, hint=_HINT)
-    if damage:
-        raise DataError(damage, path=path, hint="copy or download it again")
-    for row, raw in _rows(path, text):
+    for row, raw in _rows(path, read_whole_text(path, hint=_HINT)):
         record_id = _id(raw)
         try:
             record = _record(raw, needs_gold=needs_gold)
@@ -103,7 +100,7 @@ def read_objects(path: Path) -> dict[str, dict[str, object]]:
     They hold what a record leaves out: keys that this package has no use for.
     """
     objects: dict[str, dict[str, object]] = {}
-    for _, raw in _rows(path, read_text(path, hint=_HINT)[0]):
+    for _, raw in _rows(path, read_whole_text(path, hint=_HINT)):
         try:
             record = _record(raw)
         except _BrokenError:

@@ -9,6 +9,7 @@ from fintune.errors import DataError
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _PIECE = 1 << 16
+_AGAIN = "copy or download it again"
 
 
 def read_text(path: Path, *, hint: str, encoding_hint: str | None = None) -> tuple[str, str | None]:
@@ -39,8 +40,20 @@ def read_text(path: Path, *, hint: str, encoding_hint: str | None = None) -> tup
     except UnicodeDecodeError as error:
         raise DataError(f"not UTF-8 text (byte {error.start})", path=path, hint=encoding_hint or hint) from None
     if not text.strip():
-        raise DataError(damage or "the file is empty", path=path, hint="copy or download it again" if damage else hint)
+        raise DataError(damage or "the file is empty", path=path, hint=_AGAIN if damage else hint)
     return text, damage
+
+
+def read_whole_text(path: Path, *, hint: str, encoding_hint: str | None = None) -> str:
+    """Read a file; :func:`read_text` for one that must not be damaged.
+
+    Raises:
+        DataError: As there, and where it is damaged.
+    """
+    text, damage = read_text(path, hint=hint, encoding_hint=encoding_hint)
+    if damage:
+        raise DataError(damage, path=path, hint=_AGAIN)
+    return text
 
 
 def _unzip(data: bytes) -> tuple[bytes, str | None]:

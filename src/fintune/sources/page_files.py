@@ -17,7 +17,7 @@ from fintune.records import FinQAQuestion, FinQARecord
 from fintune.sources.csv_page import csv_page
 from fintune.sources.decimal_commas import Mark, with_points
 from fintune.sources.html_page import HtmlPage
-from fintune.sources.json_files import read_text
+from fintune.sources.json_files import read_whole_text
 from fintune.sources.markdown_page import is_markdown, markdown_page
 
 KINDS = "a FinQA record (.json), a table (.csv, .tsv), or a page with one table (.html, .md)"
@@ -57,9 +57,7 @@ def read_page(
     """
     if not question.strip():
         raise DataError("no question was asked", path=path, hint='put it last, in quotes: "What was ...?"')
-    content, damage = read_text(path, hint=f"give {KINDS}", encoding_hint=_encoding_hint(path))
-    if damage:
-        raise DataError(damage, path=path, hint="copy or download it again")
+    content = read_whole_text(path, hint=f"give {KINDS}", encoding_hint=_encoding_hint(path))
     kind = _kind(path, content)
     if kind == "json":
         page = _finqa(path, content, record_id)
