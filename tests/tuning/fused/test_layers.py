@@ -186,6 +186,7 @@ def test_evaluation_takes_no_gradient():
         (lambda model: setattr(model.get_base_model().config, "model_type", "gemma3"), "gemma3 are not written out"),
         (lambda model: setattr(model.get_base_model().config, "hidden_act", "gelu"), "activation is gelu"),
         (lambda model: setattr(model.get_base_model().config, "mlp_bias", True), "feed-forward layers have a bias"),
+        (lambda model: setattr(model.get_base_model().config, "attention_dropout", 0.1), "its attention has dropout"),
     ],
 )
 def test_what_cannot_be_run_is_named(spoil, reason):

@@ -51,6 +51,8 @@ def _obstacles(model: PeftModel) -> Iterator[str]:
         yield "its feed-forward layers have a bias"
     if config.model_type in ("llama", "mistral", "qwen3") and getattr(config, "attention_bias", False):
         yield "its attention has a bias at its output"
+    if getattr(config, "attention_dropout", 0):
+        yield "its attention has dropout"
     yield from _obstacles_of_adapters(model, config.num_hidden_layers)
 
 
