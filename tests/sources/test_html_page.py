@@ -53,6 +53,24 @@ def test_other_raised_text_is_set_apart(cell, expected):
     assert read(cell=cell)[3] == expected
 
 
+@pytest.mark.parametrize(
+    "section",
+    [
+        "<![ endif]-->",
+        "<![foo[ x ]]>",
+        "<![endif]-->",
+        "<![if !mso]>",
+        "<![",
+        "<!-- <![ x -->",
+        "<![CDATA[ x ]]>",
+        "<![]>",
+    ],
+)
+def test_marked_sections_as_word_processors_write_them_are_passed_over(section):
+    assert read(text=f"Before. {section}</p><p>Text.</p>") == (["Before.", "Text."], "2019", "Revenue", "1,234")
+    assert HtmlPage(f"<p>Text.</p><![ {section}").tables == []
+
+
 def test_the_number_before_a_footnote_stays():
     page = HtmlPage("<p><sup>1</sup>Without tax.</p><p>And 5.</p>")
     assert page.before == ["1 Without tax.", "And 5."]

@@ -98,6 +98,12 @@ class HtmlPage(HTMLParser):
         """Take text."""
         self._add(data.replace(_RAISED, " ").replace(_LOWERED, " "))
 
+    def parse_marked_section(self, i: int, report: bool = True) -> int:
+        """Pass over ``<![endif]-->`` and the like as browsers do, up to the next ``>``."""
+        if self.rawdata.startswith("<![CDATA[", i):
+            return super().parse_marked_section(i, report)
+        return self.rawdata.find(">", i) + 1 or -1
+
     def _add(self, text: str) -> None:
         if self._hidden:
             return
