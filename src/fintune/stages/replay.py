@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fintune import adapters, chat, models
 from fintune.artifact import Facts, write_atomically
-from fintune.engines.prefixes import common
+from fintune.engines.likelihood import Reader
 from fintune.errors import ArtifactError
 from fintune.gguf.replay import Agreement, GgufReplay, compare, from_logits
 from fintune.options import Config
@@ -183,9 +183,6 @@ def _logits(
 
     What a row has in common with the one before it, as questions on one page have, is computed once.
     """
-    import torch
-    from transformers import DynamicCache
-
     model: Any = models.load_model(
         ref,
         dtype=config.predict.precision,
@@ -195,20 +192,11 @@ def _logits(
     if adapter is not None:
         with quiet_libraries():
             model = adapters.load_adapter(model, adapter)
-    found = []
-    cache, held = DynamicCache(), list[int]()
-    with torch.inference_mode():
-        for row in track(rows, f"replay of {what}", len(rows)):
-            first = row.positions[0]
-            num_shared = min(common(held, row.ids), first - 1)
-            if num_shared:
-                cache.crop(num_shared - len(held))  # so many from its end
-            else:
-                cache = DynamicCache()
-            ids = torch.tensor([row.ids[num_shared:]], device=model.device)
-            held, num_kept = row.ids, len(row.ids) - first + 1
-            logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=num_kept).logits[0]
-            found += [logits[position - first].float().cpu().numpy() for position in row.positions]
-    del model
+    found, read = [], Reader(model)
+    for row in track(rows, f"replay of {what}", len(rows)):
+        first = row.positions[0]
+        logits = read(row.ids, first)
+        found += [logits[position - first].float().cpu().numpy() for position in row.positions]
+    del model, read
     gc.collect()
     return found
