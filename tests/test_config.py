@@ -225,6 +225,7 @@ def test_an_unknown_key_of_the_file_comes_with_its_line(write) -> None:
         ("predict.models=[base, f16]", 'predict.models: got "f16": input should be'),
         ("predict.models=[]", "predict.models: got []: "),
         ("run.seed=-1", "run.seed: got -1: input should be greater than or equal to 0"),
+        ("run.seed=4294967296", "run.seed: got 4294967296: input should be less than 4294967296"),
         ("train=5", "train is a section, not a value: set for example train.objective"),
         ("train.epochs.more=1", 'train.epochs: got {"more": 1}: input should be a valid number'),
         ("data.source=finqa", "data.source: finqa needs data.train and data.eval"),

@@ -22,7 +22,9 @@ class RunOptions(Options):
 
     name: str = neutral("", "Name of the run's folder; the configuration file's name where empty.")
     dir: Path = neutral(Path("runs"), "Folder that holds all runs.")
-    seed: int = Field(17, ge=0, description="Seed of data generation, sampling, adapter initialisation and shuffling.")
+    seed: int = Field(
+        17, ge=0, lt=2**32, description="Seed of data generation, sampling, adapter initialisation and shuffling."
+    )
 
 
 class Config(Options):
