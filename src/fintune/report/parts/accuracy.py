@@ -136,7 +136,7 @@ def breakdowns(measured: Sequence[tuple[Measured, str]]) -> list[dict[str, Any]]
     tables = []
     for name, attribute in GROUPS:
         groups = [getattr(m.score, attribute) for m, _ in measured]
-        keys = sorted({key for group in groups for key in group}, key=str)
+        keys = sorted({key for group in groups for key in group})
         rows = [
             {
                 "name": group_name(key),
