@@ -60,7 +60,11 @@ def write_run(config: Config, base: Path) -> None:
     _write(folder / "prepare" / "report.json", report.model_dump_json())
     lines = [json.dumps({"id": item.id, "messages": [], "completion": "x"}) for item in items]
     _write(folder / "prepare" / "train.jsonl", "\n".join(lines) + "\n")
-    options = {"data.train": str(config.data.train), "data.eval": str(config.data.eval)}
+    options = {
+        "data.source": config.data.source,
+        "data.train": str(config.data.train),
+        "data.eval": str(config.data.eval),
+    }
     prepared = finish(folder / "prepare", "prepare", options=options)
     save_adapter(base, str(config.model.name), folder / "train" / "adapter")
     trained = finish(

@@ -25,7 +25,7 @@ def publish(config: Path | None, overrides: tuple[str, ...], dry_run: bool) -> N
     from fintune.selection import Selection
 
     if config is not None and config.is_dir():
-        overrides, config = (*overrides_of(config), *overrides), None
+        overrides, config = (*overrides_of(config, with_data=True), *overrides), None
     loaded = load(config, overrides).config
     if not loaded.publish.repo_id:
         raise ConfigError("publish.repo_id is empty", hint="say where to push, as publish.repo_id=OWNER/NAME")

@@ -49,7 +49,8 @@ def gather(config: Config, inputs: Mapping[str, Path], folder: Path) -> Publicat
             as the hub knows it.
 
     Raises:
-        ArtifactError: A result that is asked for and not there, was made from an older one, or was changed since.
+        ArtifactError: A result that is asked for, or that of ``prepare``, is not there; one was made from an older one,
+            or was changed since.
         ModelError: The base model's folder is damaged.
     """
     manifests = {step: _manifest(path) for step, path in inputs.items()}
@@ -59,6 +60,11 @@ def gather(config: Config, inputs: Mapping[str, Path], folder: Path) -> Publicat
                 f"publish.what asks for {what}, and {_STEPS[what]} has no result in {config.folder}",
                 hint="make it first: fintune run CONFIG",
             )
+    if "prepare" not in manifests:
+        raise ArtifactError(
+            f"{config.folder} has no result of prepare, without which the card cannot name the data and their licences",
+            hint="put it back, or make it anew first: fintune prepare CONFIG",
+        )
     _refuse_stale(manifests)
     base, base_folder = base_of(config)
     found = dict(_files(config, inputs, manifests))

@@ -13,14 +13,15 @@ from fintune.errors import ArtifactError
 from fintune.options import WAY_MARK
 
 
-def overrides_of(folder: Path) -> list[str]:
+def overrides_of(folder: Path, *, with_data: bool = False) -> list[str]:
     """The options that a run was made with, as overrides; those that can change no result have their defaults.
 
     Args:
         folder: ``runs/NAME``, or ``run`` of what an older command made.
+        with_data: Whether the options of the data are needed, which ``prepare`` alone keeps.
 
     Raises:
-        ArtifactError: It holds no finished stage, or a manifest that cannot be read.
+        ArtifactError: It holds no finished stage, none that tells the data, or a manifest that cannot be read.
     """
     found: dict[str, object] = {}
     predicted = [path for path in folder.glob(f"predict/*/{MANIFEST}") if WAY_MARK not in path.parent.name]
@@ -31,6 +32,11 @@ def overrides_of(folder: Path) -> list[str]:
             raise ArtifactError(f"{path}: not a manifest ({str(error).splitlines()[0]})") from None
     if not found:
         raise ArtifactError(f"{folder} holds no finished stage", hint="name a run's folder or its configuration file")
+    if with_data and "data.source" not in found:
+        raise ArtifactError(
+            f"{folder} has no result of prepare, so what its data are is not known",
+            hint="put it back, or name the run's configuration file",
+        )
     known = {key for key, _ in fields()}
     options = [f"{key}={json.dumps(value)}" for key, value in found.items() if key in known and value is not None]
     place = folder.resolve()

@@ -256,6 +256,20 @@ def test_a_licence_that_allows_what_the_data_forbid_is_refused(run, hub):
     assert "license_name: unknown-and-cc-by-nc-4.0" in card
 
 
+def test_without_the_result_of_prepare_nothing_is_published_as_no_licence_of_the_data_would_be_named(run, hub):
+    shutil.rmtree(run.demo / "prepare")
+    for flag in ((), ("--dry-run",)):
+        done = run.publish("publish.licence=apache-2.0", *flag)
+        assert done.status == 2
+        assert "has no result of prepare, without which the card cannot name the data and their licences" in done.err
+        assert "make it anew first: fintune prepare" in done.err
+    done = fintune("publish", run.demo, f"model.name={run.model}", "publish.repo_id=ann/demo")
+    assert done.status == 2
+    assert "has no result of prepare, so what its data are is not known: put it back, or name the run's" in done.err
+    assert not hub.repositories
+    assert not (run.demo / "publish-preview" / "README.md").exists()
+
+
 def test_mistakes_are_one_line_each(run, hub):
     for wrong, told in (
         ("publish.repo_id=", "publish.repo_id is empty"),
@@ -284,7 +298,7 @@ def test_in_a_run_it_is_a_stage_like_the_others_up_to_date_or_refused_when_its_o
 
 
 def test_a_runs_folder_stands_for_its_configuration(run, hub):
-    done = fintune("publish", run.demo, f"model.name={run.model}", "data.source=finqa", "publish.repo_id=ann/demo", ALL)
+    done = fintune("publish", run.demo, f"model.name={run.model}", "publish.repo_id=ann/demo", ALL)
     assert done.status == 0, done.err
     assert {"demo-F16.gguf", "config.json", "adapter/adapter_config.json"} <= hub.files("ann/demo").keys()
     for wrong in (run.folder / "data", run.folder / "runs"):
