@@ -26,6 +26,6 @@ def inspect(config: Path | None, overrides: tuple[str, ...], examples: int, html
     from fintune.stages.inspect import inspect as stage
 
     if config is not None and config.is_dir():
-        overrides, config = (*overrides_of(config), *overrides), None
+        overrides, config = (*overrides_of(config, with_data=True), *overrides), None
     outputs.check([html], [config] if config is not None else [])
     stage(load(config, overrides).config, Console(), num_examples=examples, html=html)

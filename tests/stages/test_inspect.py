@@ -17,6 +17,7 @@ from fintune.models import load_tokenizer, resolve
 from fintune.options import Config
 from fintune.stages.inspect import TRAINED_SPECIAL_STYLE, inspect, render, shown
 from fintune.stages.prepare import prepare
+from published_run import finish
 from report.outline import outline
 
 
@@ -151,6 +152,15 @@ def test_a_runs_folder_stands_for_its_configuration(tmp_path: Path, tiny_model: 
     done = fintune("inspect", str(tmp_path))
     assert (done.status, done.err.count("\n")) == (2, 1)
     assert "holds no finished stage" in done.err
+
+
+def test_a_runs_folder_without_the_result_of_prepare_shows_no_other_data_in_its_place(tmp_path: Path) -> None:
+    run = tmp_path / "lora" / "run"
+    (run / "train").mkdir(parents=True)
+    finish(run / "train", "train", options={"model.name": "builtin:smollm2-135m-instruct"})
+    done = fintune("inspect", str(run))
+    assert (done.status, done.out, done.err.count("\n")) == (2, "", 1)
+    assert "has no result of prepare, so what its data are is not known: put it back, or name the run's" in done.err
 
 
 def test_characters_spread_over_several_tokens_are_shown_whole(tiny_model: Path) -> None:
