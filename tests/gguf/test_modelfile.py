@@ -6,7 +6,7 @@ import pytest
 
 from fintune.errors import ModelError
 from fintune.gguf.chat import render_chat
-from fintune.gguf.modelfile import differences, modelfile
+from fintune.gguf.modelfile import modelfile
 from synthetic import write_tokenizer
 from tiny import CHATML, patch_json
 
@@ -31,6 +31,10 @@ def folder(tmp_path):
     return tmp_path
 
 
+def written(folder, name="m.gguf", context_tokens=512):
+    return modelfile(folder, name, context_tokens=context_tokens)[0]
+
+
 def go(text: str, messages: list[dict[str, str]]) -> str:
     """Run the part of Go's template language that a Modelfile of ours uses."""
     body = re.search(r'TEMPLATE """(.*?)"""', text, re.DOTALL)[1]
@@ -51,26 +55,25 @@ def test_ollama_renders_what_the_chat_template_renders(folder, template, roles):
     (folder / "chat_template.jinja").write_text(template)
     messages = [{"role": role, "content": f"{role} says {index} %"} for index, role in enumerate(roles)]
     expected = render_chat(template, messages, special_tokens={"bos_token": "<|im_start|>"}, add_generation_prompt=True)
-    assert go(modelfile(folder, "m.gguf", context_tokens=2048), messages) == expected
+    assert go(written(folder), messages) == expected
 
 
 def test_bos_is_left_to_ollama_where_the_vocabulary_adds_it(folder):
     (folder / "chat_template.jinja").write_text(LLAMA3)
     patch_json(folder / "tokenizer_config.json", add_bos_token=True)
-    assert 'TEMPLATE """{{ range' in modelfile(folder, "m.gguf", context_tokens=2048)
+    assert 'TEMPLATE """{{ range' in written(folder)
 
 
 def test_it_names_the_file_the_stop_token_and_the_context(folder):
-    lines = modelfile(folder, "m-Q4_K_M.gguf", context_tokens=512).splitlines()
+    lines = written(folder, "m-Q4_K_M.gguf", context_tokens=512).splitlines()
     assert lines[0] == "FROM ./m-Q4_K_M.gguf"
     assert {'PARAMETER stop "<|im_end|>"', "PARAMETER num_ctx 512", "PARAMETER temperature 0"} <= set(lines)
 
 
 def test_thoughts_that_stay_in_earlier_answers_are_noted_and_the_modelfile_is_written_all_the_same(folder):
     (folder / "chat_template.jinja").write_text(FORGETS_THOUGHTS)
-    (note,) = differences(folder)
+    text, (note,) = modelfile(folder, "m.gguf", context_tokens=512)
     assert "send earlier answers without their thoughts" in note
-    text = modelfile(folder, "m.gguf", context_tokens=512)
     assert text.splitlines()[:2] == [f"# {note}", "FROM ./m.gguf"]
     thinking = [
         {"role": "user", "content": "one"},
@@ -90,9 +93,8 @@ def test_white_space_that_a_template_takes_off_any_role_is_noted(folder, cut, ro
     content = "(message['content']" + cut + " if message['role'] == '" + role + "' else message['content'])"
     template = CHATML.replace("message['content']", content)
     (folder / "chat_template.jinja").write_text(template)
-    (note,) = differences(folder)
+    text, (note,) = modelfile(folder, "m.gguf", context_tokens=512)
     assert "takes white space off the ends of messages" in note
-    text = modelfile(folder, "m.gguf", context_tokens=512)
     assert text.splitlines()[:2] == [f"# {note}", "FROM ./m.gguf"]
     messages = [{"role": role, "content": "\nhi \n"}]
     special = {"bos_token": "<|im_start|>"}
@@ -102,22 +104,25 @@ def test_white_space_that_a_template_takes_off_any_role_is_noted(folder, cut, ro
 
 def test_llama_3_takes_white_space_off(folder):
     (folder / "chat_template.jinja").write_text(LLAMA3)
-    assert ["white space" in note for note in differences(folder)] == [True]
+    _, (note,) = modelfile(folder, "m.gguf", context_tokens=512)
+    assert "white space" in note
 
 
 @pytest.mark.parametrize("template", [CHATML, DEFAULT_SYSTEM])
 def test_a_template_that_leaves_words_alone_gets_no_note(folder, template):
     (folder / "chat_template.jinja").write_text(template)
-    assert differences(folder) == []
+    text, notes = modelfile(folder, "m.gguf", context_tokens=512)
+    assert notes == []
+    assert text.startswith("FROM ")
 
 
 def test_a_template_that_is_not_made_of_turns_is_refused(folder):
     (folder / "chat_template.jinja").write_text(CHATML + "{{ messages | length }}")
     with pytest.raises(ModelError, match="cannot be written as an Ollama template"):
-        modelfile(folder, "m.gguf", context_tokens=512)
+        written(folder)
 
 
 def test_a_folder_without_a_template_is_refused(folder):
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(ModelError, match="no chat template"):
-        modelfile(folder, "m.gguf", context_tokens=512)
+        written(folder)

@@ -47,8 +47,11 @@ class TurnPieces:
         return self.opening + ("" if "s" in roles else self.default_system) + "".join(turns) + self.generation
 
 
-def modelfile(folder: Path, gguf_name: str, *, context_tokens: int) -> str:
-    """The text of a Modelfile.
+def modelfile(folder: Path, gguf_name: str, *, context_tokens: int) -> tuple[str, list[str]]:
+    """The text of a Modelfile, and what its template renders otherwise than the chat template does, a line each.
+
+    Ollama's language cannot cut a text, so thoughts that a chat template takes out of earlier answers stay in, and so
+    does white space around a message's words. The text begins with the same lines, as comments.
 
     Args:
         folder: The Hugging Face folder that was exported.
@@ -72,8 +75,9 @@ def modelfile(folder: Path, gguf_name: str, *, context_tokens: int) -> str:
     default = f"{{{{ if not .System }}}}{pieces.default_system}{{{{ end }}}}" if pieces.default_system else ""
     body = f"{opening}{default}{{{{ range .Messages }}}}{branches}{{{{ end }}}}{{{{ end }}}}{pieces.generation}"
     stop = turn_ending(template, special).strip() or special["eos_token"]
+    notes = _differences(pieces, template, special)
     lines = [
-        *(f"# {note}" for note in differences(folder)),
+        *(f"# {note}" for note in notes),
         f"FROM ./{gguf_name}",
         f'TEMPLATE """{body}"""',
         f'PARAMETER stop "{stop}"',
@@ -81,24 +85,10 @@ def modelfile(folder: Path, gguf_name: str, *, context_tokens: int) -> str:
         "PARAMETER temperature 0",
         "PARAMETER repeat_penalty 1.0",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n", notes
 
 
-def differences(folder: Path) -> list[str]:
-    """What the Modelfile's template renders otherwise than the chat template does, a line each.
-
-    Ollama's language cannot cut a text, so thoughts that a chat template takes out of earlier answers stay in, and so
-    does white space around a message's words.
-
-    Args:
-        folder: The Hugging Face folder that was exported.
-
-    Raises:
-        ModelError: As for :func:`modelfile`.
-    """
-    template, special = _template(folder)
-    pieces = _read_pieces(folder, template, special)
-
+def _differences(pieces: TurnPieces, template: str, special: dict[str, str]) -> list[str]:
     def differs(roles: str, words: Sequence[str]) -> bool:
         return pieces.render(roles, words) != _render(template, special, roles, words, generate=True)
 

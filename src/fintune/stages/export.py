@@ -28,7 +28,7 @@ from fintune.gguf.merged_folder import (
 )
 from fintune.gguf.merged_model import fill_layers
 from fintune.gguf.merged_weights import MergedWeights
-from fintune.gguf.modelfile import differences, modelfile
+from fintune.gguf.modelfile import modelfile
 from fintune.gguf.rounded_weights import RoundedWeights
 from fintune.machine import peak_memory_bytes, release_memory, reset_peak_memory, resident_memory_bytes, size
 from fintune.options import Config
@@ -191,13 +191,12 @@ def _write(
 def _write_modelfile(config: Config, model: Path, file: Path) -> list[str]:
     """Beside a GGUF file; a note where there can be none, or where it renders otherwise."""
     try:
-        text = modelfile(model, file.name, context_tokens=config.prompt.max_length)
-        unlike = [f"Modelfile: {line}" for line in differences(model)]
+        text, unlike = modelfile(model, file.name, context_tokens=config.prompt.max_length)
     except ModelError as error:
         # The GGUF files hold the template itself; only Ollama, which has a language of its own, goes without.
         return [f"no Modelfile: {error}"]
     file.with_name("Modelfile").write_text(text, encoding="utf-8")
-    return unlike
+    return [f"Modelfile: {line}" for line in unlike]
 
 
 def _by_checkout(config: Config, path: Path, model: Path, folder: Path) -> Facts:

@@ -212,7 +212,7 @@ def _input_bytes(shape: Shape, tokens: int) -> int:
 
 
 def _kept_bytes(shape: Shape, method: Method, tokens: int) -> int:
-    """What a layer without checkpointing leaves for its backward pass; see ``layer._Kept``."""
+    """What a layer without checkpointing leaves for its backward pass; see ``passes.Kept``."""
     attention = shape.heads * shape.width
     columns = shape.hidden + (shape.hidden + method.border(*_GROUPS[0]))  # input, normed
     columns += shape.qkv * (2 if method.dora or shape.head_norms else 1)  # rotated, and raw where it is needed
