@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 
+from fintune.finqa.cleaning import clean_question
 from fintune.finqa.prompt import (
     TooLongError,
+    ask,
     build_messages,
+    excerpt,
     page_lines,
     prompt_budget,
     table_lines,
@@ -103,6 +106,16 @@ def test_the_prompt_is_clean_and_has_no_line_for_a_lone_stop() -> None:
     assert built.num_cut == 0
     assert [unit.key for unit in built.kept] == ["text_0", "text_1", "text_2", "text_3"]
     assert built.kept[0].text == "the firm 2019s cash rose ."
+
+
+def test_the_question_is_cleaned_once_wherever_it_is_asked() -> None:
+    qa = {"question": "what is 201d201d ?", "program": "add(1, 2)", "exe_ans": 3}  # clean, it would be changed again
+    record = make(qa=qa)
+    line = f"Question: {clean_question(record.qa.question)}"
+    assert clean_question(line) != line
+    built = build_messages(record, system="", budget=1000, count_tokens=count)
+    asked = [built.messages[-1].content, excerpt(record, ["text_0"]), ask(record.qa.question)]
+    assert [text.splitlines()[-1] for text in asked] == [line] * 3
 
 
 def test_a_lone_stop_takes_no_room_and_is_never_cut() -> None:

@@ -218,9 +218,13 @@ def _content(lines: Sequence[tuple[PageUnit, str]], question: str) -> str:
         if line:
             blocks[-1].append(line)
     parts = ["\n".join(block) for block in blocks if block]
-    return "\n\n".join([*parts, ask(question)])
+    return "\n\n".join([*parts, _asking(question)])
 
 
 def ask(question: str) -> str:
     """The line that asks; alone, it is a further question about a page that was shown before."""
-    return f"Question: {clean_question(question)}"
+    return _asking(clean_question(question))
+
+
+def _asking(question: str) -> str:
+    return f"Question: {question}"
