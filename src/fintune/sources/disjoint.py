@@ -19,14 +19,13 @@ class Disjoint:
         num_before: Records that each had.
         num_came: Records of each that stood in another file before.
         num_repeated: Records left out because an earlier one has their id.
-        num_moved_groups: Reports or companies that stood in several files.
+        groups: Reports or companies of each, sorted.
     """
 
     splits: dict[str, list[FinQARecord]]
     num_before: dict[str, int]
     num_came: dict[str, int]
     num_repeated: int = 0
-    num_moved_groups: int = 0
     groups: dict[str, list[str]] = field(default_factory=dict)
 
 
@@ -70,6 +69,5 @@ def divide(splits: Mapping[str, Sequence[FinQARecord]], by: Level) -> Disjoint:
         num_before={name: len(records) for name, records in splits.items()},
         num_came={n: sum(origin[record.id] != n for record in records) for n, records in divided.items()},
         num_repeated=num_repeated,
-        num_moved_groups=len(torn),
         groups={name: sorted(group for group in place if place[group] == name) for name in splits},
     )
