@@ -230,12 +230,35 @@ def test_strict_names_the_way_out_that_the_command_has(tmp_path: Path, gold: Pat
     assert "leave out --strict" in str(caught.value)
 
 
-def test_an_event_of_the_official_script_is_told(tmp_path: Path, gold: Path) -> None:
-    path = _predictions(tmp_path, [{"id": "a", "program": "subtract(1, 1), divide(2, #0), add(1, 2)"}])
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (1, "1 prediction equals the gold program but executes to another result, at which the official script stops"),
+        (2, "2 predictions equal the gold program but execute to another result, at which the official script stops"),
+    ],
+)
+def test_an_event_of_the_official_script_is_told(tmp_path: Path, gold: Path, number: int, told: str) -> None:
+    path = _predictions(tmp_path, [{"id": "a", "program": "subtract(1, 1), divide(2, #0), add(1, 2)"}] * number)
     done = score_files(path, gold)
     assert done.score.program_accuracy == 1.0
     assert done.score.execution_accuracy == 0.0
-    assert "the official script stops" in done.problems[0]
+    expected = f"{gold}: {told}; counted as program-correct and execution-incorrect, first id a"
+    assert expected in done.problems
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (1, "of 1 prediction is not a valid program, so it cannot be program-correct"),
+        (2, "of 2 predictions is not a valid program, so none of them can be program-correct"),
+    ],
+)
+def test_a_gold_program_that_is_none_is_told(tmp_path: Path, gold: Path, number: int, told: str) -> None:
+    rows = json.loads(gold.read_text())
+    next(row for row in rows if row["id"] == "a")["qa"]["program"] = "add(1)"
+    gold.write_text(json.dumps(rows))
+    done = score_files(_predictions(tmp_path, [_text("a")] * number), gold)
+    assert f"{gold}: the gold program {told}" in done.problems
 
 
 def test_as_a_step_it_reads_the_run_and_writes_both_files(tmp_path: Path, gold: Path) -> None:

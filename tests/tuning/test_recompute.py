@@ -49,10 +49,14 @@ def on_gpu(tiny_model, monkeypatch):
     return settled
 
 
-def test_on_a_gpu_the_memory_decides_and_unknown_ways_recompute(on_gpu):
+def test_on_a_gpu_the_memory_decides_and_unknown_ways_recompute(on_gpu, capsys):
     assert on_gpu(GIB) is False
     assert on_gpu(1000) is True
+    capsys.readouterr()
     assert on_gpu(GIB, objective="dpo") is True
+    assert "all recomputed, since it is not known how much memory they would" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 def test_a_cpu_recomputes_nothing(tiny_model):

@@ -189,14 +189,17 @@ def _known(
 
 def _remarks(gold: Path, figures: Score, verdicts: Sequence[Verdict]) -> list[str]:
     lines: list[str] = []
-    if figures.num_gold_not_comparable:
-        number = figures.num_gold_not_comparable
-        lines.append(f"{gold}: the gold program is none for {_predictions(number)}; none of them is program-correct")
-    if figures.num_equality_raised:
+    if number := figures.num_gold_not_comparable:
+        none = "it cannot" if number == 1 else "none of them can"
+        lines.append(
+            f"{gold}: the gold program of {_predictions(number)} is not a valid program, so {none} be program-correct"
+        )
+    if number := figures.num_equality_raised:
+        equal = "equals the gold program but executes" if number == 1 else "equal the gold program but execute"
         first = next(verdict.id for verdict in verdicts if verdict.equality_raised)
         lines.append(
-            f"{gold}: the gold program, but with another result, in {_predictions(figures.num_equality_raised)}, "
-            f"where the official script stops; counted as program-correct and execution-incorrect, first id {first}"
+            f"{gold}: {_predictions(number)} {equal} to another result, at which the official script stops; "
+            f"counted as program-correct and execution-incorrect, first id {first}"
         )
     return lines
 

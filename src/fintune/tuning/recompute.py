@@ -39,7 +39,10 @@ def _choose(model: PeftModel | PreTrainedModel, options: TrainOptions, longest: 
     limit = ranks.least(planned.limit_bytes(options.max_memory_gib, planned.free_bytes()))
     known = _known(model, options)
     if known is None:
-        say("layers: all recomputed, since what else they take cannot be told (train.gradient_checkpointing)")
+        say(
+            "layers: all recomputed, since it is not known how much memory they would take otherwise "
+            "(train.gradient_checkpointing)"
+        )
         return True
     parts = ranks.count() if shard.is_divided(options) else 1
     needed = planned.must_recompute(*known, options, longest=longest, limit=limit, parts=parts)
