@@ -8,11 +8,13 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import SafetensorError
 
 from fintune import hub_background
+from fintune.errors import ConfigError
 from fintune.hub_background import BackgroundPush
 from fintune.hub_push import Target
 from fintune.options import Config
@@ -40,8 +42,8 @@ def push_class(monkeypatch) -> type:
     return importlib.import_module("save_to_HF").PushToHubEachEpoch
 
 
-def train(tiny_model: Path, folder: Path, callback: object, epochs: int = 2) -> int:
-    """Two steps an epoch by transformers' own Trainer; gives the steps that were done."""
+def train(tiny_model: Path, folder: Path, callback: object, epochs: int = 2, **more: Any) -> Any:
+    """Two steps an epoch by transformers' own Trainer, which is given back."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -54,37 +56,65 @@ def train(tiny_model: Path, folder: Path, callback: object, epochs: int = 2) -> 
         output_dir=str(folder),
         num_train_epochs=epochs,
         per_device_train_batch_size=2,
-        save_strategy="no",
         report_to="none",
         use_cpu=True,
         disable_tqdm=True,
         dataloader_pin_memory=False,
+        **{"save_strategy": "no", **more},
     )
-    trainer = Trainer(model, arguments, train_dataset=[{"input_ids": ids, "labels": ids}] * 4)
+    rows = [{"input_ids": ids, "labels": ids}] * 4
+    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:1])
     trainer.add_callback(callback)
     trainer.train()
-    return int(trainer.state.global_step)
+    return trainer
 
 
 def test_the_guides_callback_pushes_each_epoch_and_what_it_pushed_last_is_the_end(
     tiny_model, hub, push_class, tmp_path, capsys, caplog
 ):
     caplog.set_level(logging.DEBUG)
-    assert train(tiny_model, tmp_path, push_class(repo_id="ann/llama-finqa-dora")) == 4
+    assert train(tiny_model, tmp_path, push_class(repo_id="ann/llama-finqa-dora")).state.global_step == 4
     repo = hub.repositories["ann/llama-finqa-dora"]
     assert repo.private
     assert repo.commits["main"] == ["initial commit", "epoch 1, step 2", "epoch 2, step 4"]
     assert set(repo.branches["main"]) == ADAPTER
     told = capsys.readouterr()
-    assert told.err.count(" pushed: http") == 2
+    assert told.err.count("step 4 pushed: http") == 2  # behind the epoch, and at the end, where nothing was new
     assert TOKEN not in told.err + told.out + caplog.text
+
+
+def test_at_the_end_the_hub_has_the_best_weights_that_the_trainer_loaded_again(tiny_model, hub, push_class, tmp_path):
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load
+
+    best = {
+        "save_strategy": "epoch",
+        "eval_strategy": "epoch",
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": True,  # so that the first epoch is the best
+        "learning_rate": 0.1,
+    }
+    trainer = train(tiny_model, tmp_path, push_class(repo_id="ann/model"), **best)
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    pushed = load(hub.files("ann/model")["adapter_model.safetensors"])
+    kept = get_peft_model_state_dict(trainer.model)
+    assert pushed.keys() == kept.keys()
+    assert all(torch.equal(pushed[name], kept[name]) for name in kept)
+    assert hub.repositories["ann/model"].commits["main"][-1] == "end of training, step 4"
+
+
+@pytest.mark.parametrize("name", ["ann/bad name", "a/b/c", ""])
+def test_a_name_that_no_repository_can_have_is_refused_before_training(push_class, name):
+    with pytest.raises(ConfigError, match="is no name on the hub: write OWNER/NAME"):
+        push_class(repo_id=name)
 
 
 def test_a_failure_is_told_once_training_goes_on_and_the_next_epoch_is_tried(
     tiny_model, hub, push_class, tmp_path, capsys
 ):
     hub.fail = {"repos/create": [500]}
-    assert train(tiny_model, tmp_path, push_class(repo_id="ann/model")) == 4
+    assert train(tiny_model, tmp_path, push_class(repo_id="ann/model")).state.global_step == 4
     told = capsys.readouterr().err
     assert told.count("was not pushed, and training goes on: ") == 1
     assert "epoch 1, step 2 was not pushed, and training goes on: ann/model was not pushed: " in told
@@ -111,7 +141,7 @@ def test_training_ends_whatever_the_hub_says(tiny_model, hub, push_class, tmp_pa
     else:
         hub.drop = {"": 99}
         told = "the hub cannot be reached"
-    assert train(tiny_model, tmp_path, push_class(repo_id="ann/model"), epochs=1) == 2
+    assert train(tiny_model, tmp_path, push_class(repo_id="ann/model"), epochs=1).state.global_step == 2
     err = capsys.readouterr().err
     assert told in err
     assert "hf_wrong" not in err

@@ -14,6 +14,13 @@ _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,94}[A-Za-z0-9]|[A-Za-z0-9]", re.ASCII)
 Published = Literal["adapter", "merged", "gguf"]
 
 
+def is_hub_name(name: str) -> bool:
+    """Whether a repository of the hub may be called so: ``OWNER/NAME`` or ``NAME``."""
+    parts = name.split("/")
+    fits = len(parts) <= 2 and len(name) <= 96 and not any(pair in name for pair in ("--", ".."))
+    return fits and all(_REPO.fullmatch(part) is not None for part in parts)
+
+
 class PublishOptions(Options):
     """Pushing results to the Hugging Face hub; nothing is pushed where `repo_id` is empty."""
 
@@ -54,9 +61,7 @@ class PublishOptions(Options):
     def _is_a_name(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is None:
             return None
-        parts = value.split("/")
-        fits = len(parts) <= 2 and len(value) <= 96 and not any(pair in value for pair in ("--", ".."))
-        if not (fits and all(_REPO.fullmatch(part) for part in parts)):
+        if not is_hub_name(value):
             raise ValueError(f"publish.{info.field_name}: {value!r} is no name on the hub; write OWNER/NAME")
         return value
 

@@ -7,9 +7,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fintune.errors import ConfigError
 from fintune.hub_background import BackgroundPush
 from fintune.hub_push import MAIN, Target
 from fintune.options import PublishOptions
+from fintune.options.publish import is_hub_name
 from fintune.tuning.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -31,24 +33,27 @@ def callback_class() -> type[TrainerCallback]:
             repo_id: ``OWNER/NAME``, or ``NAME`` for one of yours; made where there is none.
             private: Only you can read it; one that everybody can read already is then refused.
             branch: Made where there is none.
+
+        Raises:
+            ConfigError: ``repo_id`` is no name of a repository.
         """
 
         def __init__(self, repo_id: str, *, private: bool = True, branch: str = MAIN) -> None:
+            if not is_hub_name(repo_id):
+                raise ConfigError(f"repo_id: {repo_id!r} is no name on the hub", hint="write OWNER/NAME")
             self._pushes = BackgroundPush(Target(repo_id, private, branch, must_be_private=private))
-            self._last = -1
 
         def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             self._push(state, model, f"epoch {state.epoch:.0f}, step {state.global_step}")
 
         def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             self._pushes.finish()
-            if state.global_step != self._last or self._pushes.failed:
-                self._push(state, model, f"end of training, step {state.global_step}")
-                self._pushes.finish()
+            # The weights need not be those of the last epoch (load_best_model_at_end); if they are, no commit is made.
+            self._push(state, model, f"end of training, step {state.global_step}")
+            self._pushes.finish()
 
         def _push(self, state: Any, model: Any, label: str) -> None:
             if state.is_world_process_zero:
-                self._last = state.global_step
                 self._pushes.push(lambda folder: _save(model, folder), label)
 
     return PushToHubEachEpoch
