@@ -80,6 +80,18 @@ def test_broken_rows_are_counted_and_told_with_file_row_field_and_what_to_do(wri
     assert [problem.split(":")[0].rpartition(" ")[2] for problem in found.problems] == ["2", "4", "5"]
 
 
+def test_tool_calls_are_dropped_and_thoughts_left_out_with_a_count(write):
+    def row(number: int, **more: object) -> dict[str, object]:
+        question, answer = ({"role": role, "content": f"{role} {number}"} for role in ("user", "assistant"))
+        return {"messages": [question, answer | more]}
+
+    path = write("x.jsonl", [row(1), row(2, reasoning_content="Hm."), row(3, tool_calls=[{"id": "1"}])])
+    found = load([path], "data.eval_share=0.5")
+    assert found.reports[0].dropped == {"tool calls": 1}
+    assert "; dropped 1 tool calls; 1 thoughts in a field of their own left out; " in found.reports[0].told()[0]
+    assert found.unused[0].field == "messages[1].tool_calls"
+
+
 def test_strict_stops_at_the_first_broken_row(write):
     path = write("x.jsonl", [qa(1), qa(2) | {"answer": ""}, {"text": "x"}])
     with pytest.raises(DataError, match=r"row 2: answer: missing or empty.*leave out --strict"):

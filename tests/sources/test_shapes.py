@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -160,6 +161,49 @@ def test_a_label_that_means_something_else_is_passed_over_where_the_shape_is_nam
     assert convert(row, "prompt_completion")[1].label is None
 
 
+CALL = {"type": "function", "function": {"name": "balance", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        ({"messages": [TURNS[0], turn("assistant", "I look.") | {"tool_calls": [CALL]}, *TURNS]}, "[1].tool_calls"),
+        ({"messages": [TURNS[0], turn("assistant", None) | {"function_call": CALL}, *TURNS]}, "[1].function_call"),
+        ({"messages": [TURNS[0], turn("tool", "0 USD"), TURNS[1]], "tools": [CALL]}, "[1].role"),
+        ({"conversations": [{"from": "human", "value": ASK}, {"from": "observation", "value": "0"}]}, "[1].from"),
+        ({"prompt": [TURNS[0]], "completion": [turn("assistant", "x") | {"tool_calls": "[1]"}]}, "[0].tool_calls"),
+        ({"messages": TURNS, "tools": [CALL]}, "tools"),
+        ({"messages": TURNS, "Functions": '[{"name": "balance"}]'}, "functions"),
+        ({"prompt": [TURNS[0]], "chosen": [TURNS[1]], "rejected": [turn("assistant", "x")], "tools": [CALL]}, "tools"),
+    ],
+)
+def test_a_row_with_tools_is_broken_and_says_so(row, field):
+    with pytest.raises(BrokenRowError, match="tool calls are not trained") as caught:
+        convert(row)
+    assert (caught.value.reason, caught.value.field.endswith(field)) == ("tool calls", True)
+    assert caught.value.hint == "write the call into content, or remove the row"
+
+
+@pytest.mark.parametrize("empty", [None, [], "", "[]", " ", "null", {"name": None, "arguments": None}])
+def test_a_column_of_tools_that_is_empty_in_a_row_breaks_nothing(empty):
+    turns = [TURNS[0], TURNS[1] | {"tool_calls": empty, "function_call": empty}]
+    assert said({"messages": turns, "tools": empty}) == QA
+
+
+def test_a_column_called_tools_beside_plain_texts_is_passed_over():
+    assert said({"question": ASK, "answer": ANSWER, "tools": "Hammer, saw"}) == QA
+    assert said({"prompt": ASK, "completion": ANSWER, "tools": ["hammer"]}) == QA
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_thoughts_in_a_field_of_their_own_are_left_out_and_counted(name):
+    turns = [TURNS[0] | {name: None}, TURNS[1] | {name: "Hm."}, *TURNS, TURNS[0], TURNS[1] | {name: "Well."}]
+    _, found = convert({"messages": turns})
+    assert ([each.content for each in found.messages], found.num_thoughts) == ([ASK, ANSWER] * 3, 2)
+    assert convert({"messages": json.dumps(turns)})[1].num_thoughts == 2
+    assert convert({"messages": TURNS})[1].num_thoughts == 0
+
+
 def test_turns_behind_the_last_answer_are_left_out_and_counted():
     _, found = convert({"messages": [turn("user", ASK), turn("assistant", ANSWER), turn("user", "Thanks")]})
     assert [each.role for each in found.messages] == ["user", "assistant"]
@@ -224,7 +268,7 @@ def test_a_shape_that_is_named_wins_over_the_fields():
         ({"messages": [turn("user", ASK)]}, "no answer", "", "the last turn must be the answer"),
         ({"messages": [turn("assistant", ANSWER)]}, "no question", "", "add the question"),
         ({"messages": [turn("usr", ASK), turn("assistant", "x")]}, "bad role", "messages[0].role", "mean 'user'"),
-        ({"messages": [turn("tool", ASK), turn("assistant", "x")]}, "bad role", "messages[0].role", "known are"),
+        ({"messages": [turn("moderator", ASK), turn("assistant", "x")]}, "bad role", "messages[0].role", "known are"),
         ({"messages": [turn("user", " "), turn("assistant", "x")]}, "no content", "messages[0].content", "fill it"),
         ({"messages": [turn("user", ASK), turn("system", "x")]}, "bad role", "messages[1]", "to the front"),
         ({"messages": [{"role": "user"}, turn("assistant", "x")]}, "no content", "messages[0].content", "fill it"),

@@ -12,7 +12,8 @@ from fintune.sources.rows import BrokenRowError
 Fields = Mapping[str, object]
 """A row's values by name in lower case."""
 
-_TURNS = ("messages", "conversations")
+TURNS: Final = ("messages", "conversations")
+"""Fields that hold turns, also as JSON text."""
 ALIASES: Final = {"response": "completion", "conversation": "messages", "system_prompt": "system"}
 """Other names of fields."""
 
@@ -39,7 +40,7 @@ def fields_of(row: Mapping[str, object], columns: Mapping[str, str]) -> dict[str
         fields["conversations"], fields["messages"] = turns, None
     elif turns is not None:
         fields["messages"], fields["conversations"] = turns, None
-    return {name: value for name, value in fields.items() if name not in _TURNS or value is not None}
+    return {name: value for name, value in fields.items() if name not in TURNS or value is not None}
 
 
 def _first(turns: object) -> object:

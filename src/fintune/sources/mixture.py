@@ -91,6 +91,7 @@ def load(
             files={file: dict(shapes) for file, shapes in each.files.items()} if len(each.files) > 1 else {},
             dropped=dict(each.dropped.most_common()),
             num_trailing=each.num_trailing,
+            num_thoughts=each.num_thoughts,
             num_train=sum(entry.source == number for entry in train),
             num_eval=sum(entry.source == number for entry in evaluation),
             weight=source.weight,

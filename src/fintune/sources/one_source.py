@@ -55,6 +55,7 @@ class Found:
         files: The same by file.
         dropped: Rows that were left out, by reason.
         num_trailing: Turns behind the last answer of their conversation, which were left out.
+        num_thoughts: Thoughts in a field of their own, which were left out.
     """
 
     entries: list[Entry] = field(default_factory=list)
@@ -63,6 +64,7 @@ class Found:
     files: dict[str, Counter[str]] = field(default_factory=dict)
     dropped: Counter[str] = field(default_factory=Counter)
     num_trailing: int = 0
+    num_thoughts: int = 0
 
 
 def read(
@@ -108,6 +110,7 @@ def read(
             found.dropped[reason] += 1
             continue
         found.num_trailing += conversation.num_trailing
+        found.num_thoughts += conversation.num_thoughts
         digest = digest_of(said(conversation, wanted))
         entry = Entry(f"{label}:{row.number}", row.place, row.number, number, conversation, digest)
         if data.duplicates != "keep":

@@ -8,10 +8,10 @@ from typing import Final
 
 from fintune.options import Shape
 from fintune.records import Message
-from fintune.sources.fields import ALIASES, Fields, fields_of
+from fintune.sources.fields import ALIASES, TURNS, Fields, fields_of
 from fintune.sources.labels import label_of
 from fintune.sources.rows import BrokenRowError
-from fintune.sources.turns import list_of_turns, messages_of, text_of
+from fintune.sources.turns import list_of_turns, messages_of, num_thoughts, refuse_tools, text_of
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Conversation:
         rejected: The worse answer in the last turn's place, of a preference pair.
         num_trailing: Turns behind the last answer, which were left out.
         label: Whether the last answer is desired, where the row says so.
+        num_thoughts: Turns with a thought in a field of its own, which was left out.
     """
 
     messages: tuple[Message, ...]
@@ -31,6 +32,7 @@ class Conversation:
     rejected: str | None = None
     num_trailing: int = 0
     label: bool | None = None
+    num_thoughts: int = 0
 
 
 def convert(
@@ -63,7 +65,12 @@ def convert(
     found = shape or detect(fields, labelled=labelled)
     if found is None:
         raise _unknown(fields)
-    return found, _CONVERT[found](fields)
+    conversation = _CONVERT[found](fields)
+    turns = [(name, fields.get(name)) for name in _TURNS[found]]
+    lists = [value for name, value in turns if isinstance(value, list) or (name in TURNS and value is not None)]
+    if lists:
+        refuse_tools(fields)
+    return found, replace(conversation, num_thoughts=sum(map(num_thoughts, lists)))
 
 
 def detect(fields: Fields, *, labelled: bool = False) -> Shape | None:
@@ -261,3 +268,13 @@ _CONVERT: Final[dict[Shape, Callable[[Fields], Conversation]]] = {
     "prompt_completion": _from_prompt_completion,
     "question_answer": _from_question_answer,
 }
+_TURNS: Final[dict[Shape, tuple[str, ...]]] = {
+    "preference": ("prompt", "chosen", "rejected"),
+    "unpaired_preference": ("messages", "conversations", "prompt", "completion"),
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": (),
+    "prompt_completion": ("prompt", "completion"),
+    "question_answer": (),
+}
+"""Fields that may hold turns."""

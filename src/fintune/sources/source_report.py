@@ -49,6 +49,7 @@ class SourceReport(Record):
         files: The same by file, where there are several.
         dropped: Rows that were left out, by reason.
         num_trailing: Turns behind the last answer of their conversation, which were left out.
+        num_thoughts: Thoughts in a field of their own, which were left out.
         num_train: Conversations to train on, before the weight.
         num_eval: Conversations held out.
         weight: How often one pass holds each.
@@ -61,6 +62,7 @@ class SourceReport(Record):
     files: dict[str, dict[str, int]] = Field(default_factory=dict)
     dropped: dict[str, int]
     num_trailing: int = 0
+    num_thoughts: int = 0
     num_train: int
     num_eval: int
     weight: float
@@ -74,6 +76,7 @@ class SourceReport(Record):
             f"{self.path}: {self.num_rows} rows: {shapes}"
             + (f"; dropped {dropped}" if dropped else "")
             + (f"; {self.num_trailing} turns without an answer left out" if self.num_trailing else "")
+            + (f"; {self.num_thoughts} thoughts in a field of their own left out" if self.num_thoughts else "")
             + f"; {self.num_train} to train on{times}, {self.num_eval} held out; licence {self.licence.name}"
         ]
         for file, found in self.files.items():

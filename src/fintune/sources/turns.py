@@ -26,6 +26,12 @@ _ROLES: Final[dict[str, Role]] = {
     "bot": "assistant",
     "chatgpt": "assistant",
 }
+_TOOL_ROLES: Final = {"tool", "function", "function_call", "tool_call", "observation", "ipython"}
+_CALLS: Final = ("tool_calls", "function_call")
+_TOOLS: Final = ("tools", "functions")
+_THOUGHTS: Final = ("reasoning_content", "reasoning", "thinking")
+_WITHOUT_TOOLS: Final = "tool calls are not trained"
+_INSTEAD: Final = "write the call into content, or remove the row"
 
 
 def list_of_turns(value: object, field: str) -> tuple[list[Message], frozenset[int]]:
@@ -35,17 +41,37 @@ def list_of_turns(value: object, field: str) -> tuple[list[Message], frozenset[i
         The messages, and the places of those with ``"weight": 0``.
 
     Raises:
-        BrokenRowError: No such list, an unknown role, an empty content.
+        BrokenRowError: No such list, an unknown role, an empty content, a call of a tool.
     """
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            value = json.loads(value)
+    value = _parsed(value)
     if not isinstance(value, list) or not value:
         what = "empty or missing" if value in (None, "", []) else f"{_kind(value)}, not a list of turns"
         raise BrokenRowError("bad turns", what, field=field, hint='write [{"role": "user", "content": "..."}, ...]')
     messages = [_message(turn, f"{field}[{place}]", place) for place, turn in enumerate(value)]
     untrained = {place for place, turn in enumerate(value) if isinstance(turn, Mapping) and turn.get("weight") == 0}
     return messages, frozenset(untrained)
+
+
+def refuse_tools(row: Mapping[str, object]) -> None:
+    """Turns of which the row says that tools can be called in them: no prompt would offer the tools.
+
+    Args:
+        row: Names in lower case.
+
+    Raises:
+        BrokenRowError: It names tools, or functions as tools once were called.
+    """
+    for name in _TOOLS:
+        if _is_filled(row.get(name)):
+            raise BrokenRowError("tool calls", _WITHOUT_TOOLS, field=name, hint=_INSTEAD)
+
+
+def num_thoughts(value: object) -> int:
+    """How many turns of a list hold a thought beside their content, which is not trained."""
+    turns = _parsed(value)
+    if not isinstance(turns, list):
+        return 0
+    return sum(isinstance(turn, Mapping) and any(_is_text(turn.get(name)) for name in _THOUGHTS) for turn in turns)
 
 
 def messages_of(value: object, field: str, missing: str) -> list[Message]:
@@ -89,6 +115,23 @@ def text_of(value: object, field: str, missing: str) -> str:
     return value
 
 
+def _parsed(value: object) -> object:
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
+
+
+def _is_filled(value: object) -> bool:
+    """Whether it is more than what a table writes for nothing: ``[]`` as text, an object of which all is null."""
+    found = _parsed(value.strip() if isinstance(value, str) else value)
+    return any(map(_is_filled, found.values())) if isinstance(found, Mapping) else bool(found)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
 def _part(text: object, field: str) -> str:
     if text is not None and not isinstance(text, str):
         raise BrokenRowError("not text", f"{_kind(text)}, not text", field=field, hint="write it as text")
@@ -104,6 +147,10 @@ def _message(turn: object, field: str, place: int) -> Message:
         found = ", ".join(map(str, turn)) or "nothing"
         raise BrokenRowError("bad role", f"has no role but {found}", field=field, hint="write role and content")
     role = _ROLES.get(str(raw).strip().lower())
+    if call := next((each for each in _CALLS if _is_filled(turn.get(each))), None):
+        raise BrokenRowError("tool calls", _WITHOUT_TOOLS, field=f"{field}.{call}", hint=_INSTEAD)
+    if str(raw).strip().lower() in _TOOL_ROLES:
+        raise BrokenRowError("tool calls", f"{raw!r}: {_WITHOUT_TOOLS}", field=f"{field}.{name}", hint=_INSTEAD)
     if role is None:
         near = difflib.get_close_matches(str(raw).lower(), _ROLES, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "known are system, user (human), assistant (gpt)"
