@@ -65,7 +65,9 @@ def test_a_folder_may_mix_shapes_by_file_and_by_row(write, tmp_path):
 )
 def test_one_row_alone_in_a_file_is_a_row_though_it_holds_a_list_of_objects(tmp_path, indent, row, columns):
     (tmp_path / "one.json").write_text(json.dumps(row, indent=indent))
-    (tmp_path / "wrapped.json").write_text(json.dumps({"title": "A set", "data": [row]}, indent=indent))
+    (tmp_path / "wrapped.json").write_text(
+        json.dumps({"title": "A set", "label": "train", "data": [row]}, indent=indent)
+    )
     for name in ("one.json", "wrapped.json"):
         source = SourceOptions(path=str(tmp_path / name), columns=columns)
         found = one_source.read(source, 0, DataOptions(), 1, set(), [], "answers")

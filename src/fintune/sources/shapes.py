@@ -257,7 +257,8 @@ _NEEDS: Final[tuple[tuple[Shape, set[str]], ...]] = (
     ("question_answer", {"question", "answer"}),
 )
 """The fields that tell a shape, in the order in which they are looked for."""
-_FIELDS: Final = {name for _, needed in _NEEDS for name in needed}
+# A label may also be that of a whole list of rows; in a row it stands beside another field.
+_FIELDS: Final = {name for _, needed in _NEEDS for name in needed} - {"label"}
 _TELLING: Final = _FIELDS | {name for name, known in ALIASES.items() if known in _FIELDS}
 _CONVERT: Final[dict[Shape, Callable[[Fields], Conversation]]] = {
     "preference": _from_preference,
