@@ -171,9 +171,7 @@ def test_names_without_an_owner_are_the_users(hub, tmp_path):
     assert hub_push.check("bob/model", tmp_path) == "bob/model"
 
 
-def test_a_folder_is_pushed_without_what_is_left_out(hub, tmp_path):
-    make(tmp_path, {"a.json": b"a"})
-    (tmp_path / "run").mkdir()
-    make(tmp_path / "run", {"b.json": b"b"})
-    assert hub_push.push("ann/model", tmp_path, leave_out=("run/*",)).startswith(f"{hub.url}/ann/model/commit/")
+def test_named_files_are_pushed_and_nothing_else_of_their_folder(hub, tmp_path):
+    make(tmp_path, {"a.json": b"a", ".env": b"secret", "b.json": b"b"})
+    assert hub_push.push("ann/model", [tmp_path / "a.json"]).startswith(f"{hub.url}/ann/model/commit/")
     assert set(hub.files("ann/model")) == {"a.json"}

@@ -354,6 +354,10 @@ def test_a_missing_token_says_how_to_get_one(tmp_path, monkeypatch):
 
 @LIBRARY_WARNS
 def test_what_is_pushed_is_the_adapter_under_the_users_name(tiny_model, processed, tmp_path, monkeypatch):
+    for name in (".env", "private/customers.jsonl", ".adapter_model.safetensors.tmp"):
+        beside = tmp_path / "out" / name
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text("nobody else's business")
     with connected(monkeypatch) as hub:
         call(flags(tiny_model, processed / "train", tmp_path / "out", push_to_hub="true"))
         assert hub.repositories["ann/out"].private
@@ -382,6 +386,6 @@ def test_a_push_that_fails_says_where_everything_is_and_not_what_was_sent(tmp_pa
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     with pytest.raises(ResourceError) as raised:
-        hub_push.push("ann/out", tmp_path)
+        hub_push.push("ann/out", [tmp_path / "adapter_config.json"])
     assert "ann/out was not pushed; everything is in" in str(raised.value)
     assert SECRET not in str(raised.value)

@@ -141,10 +141,10 @@ def train(flags: Mapping[str, Any]) -> None:
         eval_steps={"no": None, "steps": flags["eval_steps"], "epoch": epoch}[flags["eval_strategy"]],
     )
     list(Pipeline(config, build(config), Selection(only=("train",), redo=("train",) if anew else ())).run())
-    _lay_out(config.folder / "train" / "adapter", output)
+    files = _lay_out(config.folder / "train" / "adapter", output)
     click.echo(f"{output}: the adapter; its losses are in {config.folder / 'train' / 'metrics.jsonl'}")
     if repo is not None:
-        click.echo(hub_push.push(repo, output, leave_out=(f"{_RUN}/*", "data/*", adapter_origin.FILE)))
+        click.echo(hub_push.push(repo, [path for path in files if path.name != adapter_origin.FILE]))
 
 
 def _data(flags: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
@@ -217,9 +217,11 @@ def _precision(use_bf16: bool | None) -> str:
     return "float16" if torch.cuda.is_available() else "float32"
 
 
-def _lay_out(adapter: Path, output: Path) -> None:
-    """Copy the adapter's files to where older commands look for them; each appears whole."""
+def _lay_out(adapter: Path, output: Path) -> list[Path]:
+    """Copy the adapter's files to where older commands look for them, each of which appears whole; gives the copies."""
+    copies = []
     for path in sorted(adapter.iterdir()):
         part = output / f".{path.name}.tmp"
         shutil.copyfile(path, part)
-        part.replace(output / path.name)
+        copies.append(part.replace(output / path.name))
+    return copies

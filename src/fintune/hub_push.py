@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,13 +142,12 @@ def require_token() -> None:
         )
 
 
-def push(repo: str, folder: Path, *, leave_out: tuple[str, ...] = ()) -> str:
-    """Upload a folder's files; the repository is private where it is made now.
+def push(repo: str, files: Sequence[Path]) -> str:
+    """Upload files under their names, and nothing else that lies beside them; a repository made now is private.
 
     Args:
         repo: From :func:`check`.
-        folder: What is pushed.
-        leave_out: Patterns of paths that stay.
+        files: What is pushed, all in one folder.
 
     Returns:
         The commit's address.
@@ -157,9 +155,10 @@ def push(repo: str, folder: Path, *, leave_out: tuple[str, ...] = ()) -> str:
     Raises:
         ResourceError: The hub refuses it, or cannot be reached; the folder is as it was.
     """
-    uploads = [each for each in files_of(folder) if not any(fnmatch(each.name, pattern) for pattern in leave_out)]
-    what = f"{repo} was not pushed; everything is in {folder}"
-    return send(Target(repo), uploads, message="Upload with fintune", what=what).address
+    what = f"{repo} was not pushed; everything is in {files[0].parent}"
+    return send(
+        Target(repo), [Upload(path.name, path) for path in files], message="Upload with fintune", what=what
+    ).address
 
 
 def files_of(folder: Path) -> list[Upload]:
