@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 
 from fintune import __version__, cli
+from fintune.pipeline import Pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = str(ROOT / "configs" / "demo.yaml")
@@ -373,14 +374,18 @@ def test_a_bug_of_ours_keeps_its_traceback(run, monkeypatch: pytest.MonkeyPatch)
             run("run", DEMO)
 
 
-def test_an_interruption_says_how_to_go_on(run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interruption_says_how_to_go_on_where_something_does(run, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "run_stages", interrupted)
-    done = run("run", DEMO)
+    with monkeypatch.context() as patched:
+        patched.setattr(Pipeline, "run", interrupted)
+        done = run("run", DEMO)
     assert done.status == 130
     assert done.err.strip() == "fintune: interrupted; the same command goes on from here"
+    monkeypatch.setattr("fintune.stages.inspect.inspect", interrupted)
+    done = run("inspect", DEMO)
+    assert (done.status, done.err.strip()) == (130, "fintune: interrupted"), "nothing goes on there"
 
 
 def test_an_interruption_that_knows_what_is_kept_says_so(run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,10 +29,12 @@ ROOTS_FOR_ROOMS = {
     "fintune.hub_background",  # what training pushes behind an epoch
     "fintune.hub_errors",
     "fintune.hub_push",
+    "fintune.loss_ends",  # what a training and its page say of the loss
     "fintune.options",
     "fintune.progress",
     "fintune.records",
     "fintune.space",
+    "fintune.stopping",  # SIGTERM while training
 }
 
 ROOTS_OVER_ROOMS = {

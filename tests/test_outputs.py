@@ -91,7 +91,7 @@ def test_a_stopped_process_leaves_nothing_of_the_folder(tmp_path: Path) -> None:
         "    (folder / 'half').write_text(''); os.kill(os.getpid(), signal.SIGTERM)"
     )
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "out"], capture_output=True, text=True, check=False)
-    assert "KeyboardInterrupt" in done.stderr
+    assert "fintune.stopping.Terminated" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

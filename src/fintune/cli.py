@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import click
 
-from fintune import __version__, machine
+from fintune import __version__, machine, stopping
 from fintune.cli_ask import CONSTRAIN, ENGINES, STRATEGY, ask
 from fintune.cli_audit import audit
 from fintune.cli_common import (
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from fintune.answerer import AskedEngine
 
 USER_ERROR = 2
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 
 _OUTSIDE = {
     errno.ENOSPC,
@@ -64,7 +64,8 @@ def main(command: click.Command | None = None, name: str = "fintune") -> None:
     """Run a command, fintune's own unless told; a user's mistake becomes one line on standard error, exit status 2."""
     machine.settle_environment()
     try:
-        (command or app)(prog_name=name, standalone_mode=False)
+        with stopping.as_by_ctrl_c():
+            (command or app)(prog_name=name, standalone_mode=False)
     except FintuneError as error:
         _stop(str(error), USER_ERROR)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -79,7 +80,8 @@ def main(command: click.Command | None = None, name: str = "fintune") -> None:
         _stop(error.format_message(), USER_ERROR)
     except (KeyboardInterrupt, click.Abort) as error:
         told = error.__cause__ if isinstance(error, click.Abort) else error  # click's own stands before the first
-        _stop(str(told or "") or "interrupted; the same command goes on from here", INTERRUPTED)
+        status = TERMINATED if isinstance(told, stopping.Terminated) else INTERRUPTED
+        _stop(str(told or "") or "interrupted", status)
     except ModuleNotFoundError as error:
         missing = not_installed(error)
         if missing is None:

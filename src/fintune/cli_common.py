@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 
 from fintune.errors import ConfigError
+from fintune.stopping import GOES_ON, told
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -96,7 +97,8 @@ def run_stages(path: Path | None, overrides: tuple[str, ...], selection: Selecti
         out.print(plan_table([(step.name, what, step.inputs) for step, what in pipeline.preview()]))
         return
     folder = loaded.config.folder
-    looked_at = [outcome.step for outcome in pipeline.run() if outcome.what != "skipped"]
+    with told(GOES_ON):
+        looked_at = [outcome.step for outcome in pipeline.run() if outcome.what != "skipped"]
     scored = [step for step in looked_at if step.startswith("score/")]
     if scored:
         scores = read_scored(folder, [step.removeprefix("score/") for step in scored])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fintune.cli_common import FILE, dry_run_option, optional_config_arguments, redo_flag, run_stage
+from fintune.stopping import told
 
 if TYPE_CHECKING:
     from fintune.options import Config
@@ -105,17 +106,15 @@ def _without_a_run(
 
     named = () if any(each.startswith("run.name=") for each in overrides) else (f"run.name={json.dumps(out.name)}",)
     options = load(config, [f"model.name={json.dumps(model)}", "predict.models=[base]", *named, *overrides]).config
-    try:
-        with outputs.whole_folder(out) as folder:
-            facts = make(options, folder)
-            made = {
-                "model": model,
-                "adapter": None if adapter is None else str(adapter),
-                "facts": facts,
-                "versions": machine.versions(),
-                "commit": machine.commit(),
-            }
-            (folder / "manifest.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; nothing is left in {out}, and the same command begins anew") from None
+    anew = f"interrupted; nothing is left in {out}, and the same command begins anew"
+    with told(anew), outputs.whole_folder(out) as folder:
+        facts = make(options, folder)
+        made = {
+            "model": model,
+            "adapter": None if adapter is None else str(adapter),
+            "facts": facts,
+            "versions": machine.versions(),
+            "commit": machine.commit(),
+        }
+        (folder / "manifest.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     click.echo(f"{out}: {facts['summary']}")

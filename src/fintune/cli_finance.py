@@ -26,6 +26,7 @@ from fintune.cli_pasted import PastedCommand
 from fintune.errors import ConfigError
 from fintune.options import Config
 from fintune.progress import say
+from fintune.stopping import GOES_ON, told
 
 GUIDE_MODEL = "DSR1/DSR1-Distill-Qwen-14B"
 _RUN = "run"
@@ -59,7 +60,7 @@ def run_pipeline(**flags: Any) -> None:
     Raises:
         FintuneError: A mistake of the user's, or a tool that is missing; before any training where that can be known.
     """
-    with told_in_flags("--lora_output_dir"):
+    with told(GOES_ON), told_in_flags("--lora_output_dir"):
         _pipeline(flags)
 
 
@@ -137,7 +138,7 @@ def run_training(**flags: Any) -> None:
     Raises:
         FintuneError: A mistake of the user's.
     """
-    with told_in_flags("--output_dir"):
+    with told(GOES_ON), told_in_flags("--output_dir"):
         _train(flags)
 
 

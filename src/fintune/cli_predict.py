@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fintune.errors import ConfigError, DataError
+from fintune.stopping import GOES_ON, told
 
 if TYPE_CHECKING:
     from fintune.answerer import AskedEngine
@@ -68,21 +69,22 @@ def predict_plain(
     number = options.predict.num_shots
     train = train or (training_file(data) if number else None)
     job = FileJob(named, data, out, train=train, num_shots=number, max_questions=max_questions)
-    done = predict_file(job, options)
+    with told(GOES_ON):
+        done = predict_file(job, options)
     for problem in outputs.abridged(done.problems):
         click.echo(f"fintune: {problem}", err=True)
     facts = done.facts
-    told = [f"{facts['num_predictions']} predictions"]
+    words = [f"{facts['num_predictions']} predictions"]
     if facts["num_gold"]:
-        told.append(f"execution accuracy {facts['execution_accuracy']:.2%} of {facts['num_gold']}")
-    told += [f"{number} not asked ({reason})" for reason, number in facts["num_dropped"].items()]
+        words.append(f"execution accuracy {facts['execution_accuracy']:.2%} of {facts['num_gold']}")
+    words += [f"{number} not asked ({reason})" for reason, number in facts["num_dropped"].items()]
     for key, what in (
         ("num_cut_off", "cut off at predict.max_new_tokens"),
         ("num_cut_pages", "pages cut to fit"),
         ("num_shots_left_out", "shots left out to fit"),
     ):
-        told += [f"{facts[key]} {what}"] if facts.get(key) else []
-    click.echo(f"{out}: {', '.join(told)}")
+        words += [f"{facts[key]} {what}"] if facts.get(key) else []
+    click.echo(f"{out}: {', '.join(words)}")
 
 
 def _refuse_unread(loaded: Loaded) -> None:

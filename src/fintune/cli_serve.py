@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -47,8 +46,6 @@ def serve(
     from fintune.stages.serve import OWN_KEY, key_from
     from fintune.stages.serve import serve as stage
 
-    # What stops a service does as Ctrl-C does; the first process of a container would ignore it.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         server = stage(
             model,

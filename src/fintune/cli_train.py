@@ -20,6 +20,7 @@ from fintune.cli_pasted import PastedCommand
 from fintune.cli_train_words import OVERWRITE, told_in_script
 from fintune.errors import ConfigError
 from fintune.options import Config
+from fintune.stopping import GOES_ON, told
 
 _RUN = "run"
 _NEVER = 10**9
@@ -79,7 +80,7 @@ def command(*, use_dora: bool) -> click.Command:
     """
 
     def run(**flags: Any) -> None:
-        with told_in_script(flags):
+        with told(GOES_ON), told_in_script(flags):
             train({**flags, "use_dora": use_dora if flags["use_dora"] is None else flags["use_dora"]})
 
     alone: dict[str, Any] = {"is_flag": False, "flag_value": "true"}

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from fintune import stopping
 from fintune.artifact import write_atomically
 from fintune.errors import FintuneError
 
@@ -100,7 +99,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         _remove_empty(place, folder)
     beside = place.parent / f".{place.name}.{os.getpid()}.part"
     try:
-        with _stopped_as_by_ctrl_c(), _named(folder, beside):
+        with stopping.as_by_ctrl_c(), _named(folder, beside):
             try:
                 beside.mkdir()
             except OSError as error:
@@ -125,19 +124,6 @@ def _named(folder: Path, beside: Path) -> Iterator[None]:
             error.message = error.message.replace(hidden, name)
             error.hint = error.hint and error.hint.replace(hidden, name)
         raise
-
-
-@contextmanager
-def _stopped_as_by_ctrl_c() -> Iterator[None]:
-    """What stops a job or a container would leave the hidden folder as it is."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def _remove_empty(place: Path, folder: Path) -> None:

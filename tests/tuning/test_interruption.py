@@ -10,6 +10,7 @@ import pytest
 from fintune import models
 from fintune.options import AdapterOptions, Config, TrainOptions
 from fintune.steps import build
+from fintune.stopping import Terminated
 from fintune.tuning import adapter, checkpoints, metrics, sft
 from fintune.tuning.interruption import Stop, behind_the_step
 from prepared_rows import prepared
@@ -74,8 +75,9 @@ def test_a_signal_keeps_the_step_and_the_resumed_run_equals_the_whole_one_bit_fo
     options = {"checkpoint_steps": 100, **options}
     whole = run(tiny_model, rows, tmp_path / "whole", **options)
     before = signal.getsignal(number)
-    with pytest.raises(KeyboardInterrupt, match=r"^interrupted; the same command goes on from step 5$"):
+    with pytest.raises(KeyboardInterrupt, match=r"^interrupted; the same command goes on from step 5$") as ended:
         run(tiny_model, rows, tmp_path / "cut", callbacks=[signalled(4, number)], **options)
+    assert isinstance(ended.value, Terminated) == (number == signal.SIGTERM), "the process ends with its status"
     assert signal.getsignal(number) is before
     assert [line["step"] for line in history(tmp_path / "cut")] == [1, 2, 3, 4, 5]
     resumed = run(tiny_model, rows, tmp_path / "cut", **options)

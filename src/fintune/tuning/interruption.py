@@ -1,6 +1,6 @@
 """Ctrl-C while training: a checkpoint behind the current step first, then the end.
 
-Until the first step is done, and on several GPUs, a signal ends the training as it ends any program.
+Until the first step is done, and on several GPUs, a signal ends the training as it ends any stage.
 """
 
 from __future__ import annotations
@@ -14,18 +14,20 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from fintune.progress import say
+from fintune.stopping import Terminated
 from fintune.tuning import checkpoints, ranks
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
 
 
 class Stop:
     """Whether the user asked for the end."""
 
     asked = False
+    kind: type[KeyboardInterrupt] = KeyboardInterrupt
 
     def callback(self) -> TrainerCallback:
         """Lets transformers' Trainer write a checkpoint behind the step, and end, where it was asked for."""
@@ -58,8 +60,9 @@ def behind_the_step(stop: Stop, folder: Path) -> Iterator[None]:
     told: list[threading.Thread] = []
 
     def ask(number: int, _frame: FrameType | None) -> None:
+        stop.kind = _SIGNALS[signal.Signals(number)]
         if stop.asked:
-            raise KeyboardInterrupt
+            raise stop.kind
         stop.asked = True
         # From a thread, since the signal may have come amid a write to the same stream.
         what = f"{signal.Signals(number).name}: stops behind this step, with a checkpoint; once more stops at once"
@@ -71,9 +74,9 @@ def behind_the_step(stop: Stop, folder: Path) -> Iterator[None]:
     try:
         yield
         if stop.asked:
-            raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(_told(folder)) from None
+            raise stop.kind
+    except KeyboardInterrupt as error:
+        raise type(error)(_told(folder)) from None
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)

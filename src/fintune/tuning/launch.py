@@ -21,6 +21,7 @@ from fintune import errors
 from fintune.errors import ConfigError, FintuneError, ResourceError
 from fintune.options import Config
 from fintune.progress import say
+from fintune.stopping import Terminated
 
 FOLDER = "ranks"
 """Below that of ``train`` while it works: what the processes are told, and what stopped one."""
@@ -131,7 +132,7 @@ def _launch(config: Config, order: Path) -> None:
     except ChildFailedError as error:
         raise _told_by_ranks(order.parent, error, train.gpus * train.machines) from None
     except SignalException as error:
-        raise KeyboardInterrupt from error
+        raise (Terminated if error.sigval == signal.SIGTERM else KeyboardInterrupt) from error
 
 
 @contextmanager
