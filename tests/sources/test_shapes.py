@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fintune.sources.rows import BrokenRowError
-from fintune.sources.shapes import convert
+from fintune.sources.shapes import convert, is_row
 
 PERSONA = "You are Dana, a rates trader."
 ASK, ANSWER = "What moves the curve?", "Supply and the next meeting."
@@ -173,7 +173,7 @@ CALL = {"type": "function", "function": {"name": "balance", "arguments": "{}"}}
         ({"conversations": [{"from": "human", "value": ASK}, {"from": "observation", "value": "0"}]}, "[1].from"),
         ({"prompt": [TURNS[0]], "completion": [turn("assistant", "x") | {"tool_calls": "[1]"}]}, "[0].tool_calls"),
         ({"messages": TURNS, "tools": [CALL]}, "tools"),
-        ({"messages": TURNS, "Functions": '[{"name": "balance"}]'}, "functions"),
+        ({"messages": TURNS, "Functions": '[{"name": "balance"}]'}, "Functions"),
         ({"prompt": [TURNS[0]], "chosen": [TURNS[1]], "rejected": [turn("assistant", "x")], "tools": [CALL]}, "tools"),
     ],
 )
@@ -243,6 +243,31 @@ def test_a_mapped_column_that_is_not_there_is_answered_with_the_one_that_was_mea
     assert (caught.value.field, caught.value.hint) == ("Antwrt", "did you mean Antwort?")
 
 
+def test_a_mapped_column_is_found_in_any_case_where_only_one_fits():
+    columns = {"question": "frage", "answer": "qa.antwort"}
+    assert said({"Frage": ASK, "QA": {"Antwort": ANSWER}}, columns=columns) == QA
+    assert is_row({"Frage": ASK, "QA": {}}, columns)
+    assert said({"frage": ASK, "Frage": "other", "antwort": ANSWER}, columns=columns | {"answer": "antwort"}) == QA
+    with pytest.raises(BrokenRowError) as caught:
+        convert({"Frage": ASK, "FRAGE": ASK, "antwort": ANSWER}, columns=columns)
+    assert (caught.value.field, caught.value.hint) == ("frage", "did you mean Frage or FRAGE?")
+
+
+@pytest.mark.parametrize("row", [{"Frage": "a", "Antwort": "b"}, {"question": "a", "response": "b"}])
+def test_fields_of_no_known_shape_are_named_as_the_row_writes_them(row):
+    with pytest.raises(BrokenRowError, match=f"^fields {', '.join(row)} are no known shape$"):
+        convert(row)
+
+
+def test_an_empty_field_is_named_as_the_row_writes_it():
+    with pytest.raises(BrokenRowError) as caught:
+        convert({"Frage": ASK, "QA": {"antwort": ""}}, columns={"question": "frage", "answer": "QA.antwort"})
+    assert caught.value.field == "QA.antwort"
+    with pytest.raises(BrokenRowError) as caught:
+        convert({"Frage": "", "Antwort": ANSWER}, columns={"question": "frage", "answer": "antwort"})
+    assert caught.value.field == "Frage"
+
+
 @pytest.mark.parametrize("empty", [None, "", []])
 def test_an_empty_field_gives_way_to_its_other_name_unless_a_column_is_mapped_to_it(empty):
     _, found = convert({"prompt": ASK, "completion": empty, "response": ANSWER})
@@ -251,7 +276,7 @@ def test_an_empty_field_gives_way_to_its_other_name_unless_a_column_is_mapped_to
     assert found.messages[1].content == ANSWER
     with pytest.raises(BrokenRowError) as caught:
         convert({"prompt": ASK, "text": empty, "response": ANSWER}, columns={"completion": "text"})
-    assert caught.value.field == "completion"
+    assert caught.value.field == "text"
 
 
 def test_a_shape_that_is_named_wins_over_the_fields():
@@ -296,8 +321,8 @@ def test_a_shape_that_is_named_wins_over_the_fields():
         ({"prompt": ASK, "chosen": ANSWER, "rejected": ANSWER}, "no preference", "rejected", "remove the row"),
         ({"prompt": ASK, "chosen": ANSWER}, "unknown shape", "", "rejected is missing"),
         ({"prompt": "", "chosen": ANSWER, "rejected": "x"}, "no question", "prompt", "fill it"),
-        ({"Question": ASK, "Answer": "", "Context": "c"}, "no answer", "answer", "fill it or remove the row"),
-        ({"Question": None, "Answer": ANSWER, "Context": "c"}, "no question", "question", "fill it"),
+        ({"Question": ASK, "Answer": "", "Context": "c"}, "no answer", "Answer", "fill it or remove the row"),
+        ({"Question": None, "Answer": ANSWER, "Context": "c"}, "no question", "Question", "fill it"),
         ({"instruction": ASK, "output": float("nan")}, "no answer", "output", "fill it"),
         ({"prompt": ASK, "completion": "cut \ud83d"}, "not text", "completion", "cut inside an emoji"),
         ({"prompt": ASK, "completion": True}, "not text", "completion", "write it as text"),
@@ -314,6 +339,10 @@ def test_a_shape_that_is_named_wins_over_the_fields():
         ({"text": "once upon a time"}, "unknown shape", "", "write prompt and completion"),
         ({"pre_text": [], "qa": {}}, "unknown shape", "", "data.source: finqa"),
         ({"frage": ASK}, "unknown shape", "", "columns: {question"),
+        ({"Conversation": [turn("usr", ASK)]}, "bad role", "Conversation[0].role", "mean 'user'"),
+        ({"messages": [{"from": "usr", "value": ASK}]}, "bad role", "messages[0].from", "mean 'user'"),
+        ({"conversations": [turn("usr", ASK)]}, "bad role", "conversations[0].role", "mean 'user'"),
+        ({"prompt": ASK, "Response": ""}, "no answer", "Response", "fill it"),
         (["a"], "not an object", "", None),
         (None, "not an object", "", None),
     ],

@@ -8,7 +8,7 @@ from typing import Final
 
 from fintune.options import Shape
 from fintune.records import Message
-from fintune.sources.fields import ALIASES, TURNS, Fields, fields_of
+from fintune.sources.fields import ALIASES, TURNS, Fields, fields_of, key_of
 from fintune.sources.labels import label_of
 from fintune.sources.rows import BrokenRowError
 from fintune.sources.turns import list_of_turns, messages_of, num_thoughts, refuse_tools, text_of
@@ -61,16 +61,24 @@ def convert(
     if not isinstance(row, dict):
         kind = "a list" if isinstance(row, list) else "null" if row is None else f"{row!r:.40}"
         raise BrokenRowError("not an object", f"{kind} is no object with named fields")
-    fields = fields_of(row, columns or {})
-    found = shape or detect(fields, labelled=labelled)
+    named = fields_of(row, columns or {})
+    found = shape or detect(named.fields, labelled=labelled)
     if found is None:
-        raise _unknown(fields)
+        raise _unknown(named.fields, row)
+    try:
+        return found, _converted(found, named.fields)
+    except BrokenRowError as broken:
+        broken.field = named.as_written(broken.field)
+        raise
+
+
+def _converted(found: Shape, fields: Fields) -> Conversation:
     conversation = _CONVERT[found](fields)
     turns = [(name, fields.get(name)) for name in _TURNS[found]]
     lists = [value for name, value in turns if isinstance(value, list) or (name in TURNS and value is not None)]
     if lists:
         refuse_tools(fields)
-    return found, replace(conversation, num_thoughts=sum(map(num_thoughts, lists)))
+    return replace(conversation, num_thoughts=sum(map(num_thoughts, lists)))
 
 
 def detect(fields: Fields, *, labelled: bool = False) -> Shape | None:
@@ -97,12 +105,14 @@ def is_row(value: Mapping[str, object], columns: Mapping[str, str]) -> bool:
         columns: Names of a shape's fields in a row.
     """
     names = {str(name).strip().lower() for name in value}
-    mapped = bool(columns) and all(each in value or each.split(".")[0] in value for each in columns.values())
+    mapped = bool(columns) and all(
+        (key_of(value, each) or key_of(value, each.split(".")[0])) is not None for each in columns.values()
+    )
     return mapped or bool(names & _TELLING)
 
 
-def _unknown(fields: Fields) -> BrokenRowError:
-    names = ", ".join(list(fields)[:8]) or "none"
+def _unknown(fields: Fields, row: Mapping[str, object]) -> BrokenRowError:
+    names = ", ".join(list(map(str, row))[:8]) or "none"
     if {"pre_text", "qa"} <= fields.keys():
         hint = "these are FinQA records; read them with data.source: finqa"
     elif ("chosen" in fields) != ("rejected" in fields):
