@@ -205,9 +205,11 @@ def _training(manifests: Mapping[str, Manifest]) -> Iterator[tuple[str, str]]:
     yield "steps", f"{facts['num_steps']:,}"
     yield "tokens", f"{facts['num_tokens']:,}"
     yield "trained parameters", f"{facts['num_trainable']:,}"
-    yield "loss, first and last", f"{facts['first_loss']:.3f}, {facts['last_loss']:.3f}"
     if "eval_loss" in facts:
         yield "loss on held-out examples", f"{facts['eval_loss']:.3f} at step {facts['kept_step']:,}"
+    if "mean_first_loss" in facts:  # runs of older versions have the losses of single steps only
+        ends = f"{facts['mean_first_loss']:.3f} to {facts['mean_last_loss']:.3f}"
+        yield "training loss, first to last steps", f"{ends}, means of {facts['num_mean_losses']:,}"
     if "guard" in manifests:
         yield from _guarded(manifests["guard"].facts)
     told = f"{duration(facts['train_seconds'])}, {facts['tokens_per_second']:,.0f} tokens a second"

@@ -31,6 +31,14 @@ def test_the_curve_is_told_as_it_went(values: tuple[float, float], told: str) ->
     assert told in str(shown["plot"])
 
 
+def test_a_hard_last_example_does_not_make_the_loss_rise() -> None:
+    losses = [1.4, 3.6, 3.4, 3.0, 2.6, 2.0, 1.8, 1.0, 1.2, 4.19]
+    shown = context([{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)])
+    assert "Loss fell from 2.800 to 2.130 in 10 steps, means of 3 logged losses" in str(shown["plot"])
+    rows = dict(shown["rows"])
+    assert (rows["mean loss, first 3 logged"], rows["mean loss, last 3 logged"]) == ("2.800", "2.130")
+
+
 def test_without_evaluations_none_is_spoken_of() -> None:
     shown = context([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}])
     assert not [name for name, _ in shown["rows"] if "evaluation" in name or "accuracy" in name]

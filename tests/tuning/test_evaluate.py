@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from fintune import models
@@ -211,6 +213,8 @@ def test_the_step_at_which_patience_is_over_has_a_loss_of_its_own(tiny_model, sp
     kept = {"last": 6, "best_loss": 3}[keep]
     assert (facts["num_steps"], facts["kept_step"], facts["eval_loss"]) == (6, kept, evaluated[kept])
     assert facts["stopped_early"]
+    assert facts["summary"].startswith(f"6 steps, step {kept} kept with eval loss {evaluated[kept]:.3f}, loss ")
+    assert re.search(r"loss \d+\.\d\d \(first steps\) to \d+\.\d\d \(last\), \d+ tok/s$", facts["summary"])
 
 
 def test_only_the_best_weights_are_kept_on_the_disk(tiny_model, splits, tmp_path):

@@ -52,7 +52,8 @@ def train(config: Config, inputs: Mapping[str, Path], folder: Path) -> dict[str,
             while it works, ``checkpoints/``.
 
     Returns:
-        Steps, tokens, first and last loss, seconds, tokens a second, trained parameters, precision, kept step.
+        Steps, tokens, mean loss of the first and of the last steps, seconds, tokens a second, trained parameters,
+        precision, kept step.
 
     Raises:
         FintuneError: Loss or gradient is not finite.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fintune.loss_ends import loss_ends
 from fintune.options import Config
 from fintune.tuning import adapter, full, metrics, planned, unsloth
 from fintune.tuning.answer_figures import right_sides, told_right_sides
@@ -21,19 +22,21 @@ def trained_facts(config: Config, folder: Path, result: Path) -> dict[str, Any]:
     """
     lines = metrics.read(folder / "metrics.jsonl")
     trained = [line for line in lines if "loss" in line]
-    first, last = trained[0], trained[-1]
+    last, ends = trained[-1], loss_ends([line["loss"] for line in trained])
     rate = last["tokens"] / max(last["seconds"], 1e-9)
     saved = full.num_saved(result) if config.adapter.kind == "full" else adapter.num_saved(result)
     facts = {
         "num_steps": last["step"],
         "num_tokens": last["tokens"],
         "num_trainable": saved,
-        "first_loss": first["loss"],
-        "last_loss": last["loss"],
+        "mean_first_loss": ends.first,
+        "mean_last_loss": ends.last,
+        "num_mean_losses": ends.num,
         "train_seconds": last["seconds"],
         "tokens_per_second": round(rate, 1),
     }
-    told = f"{last['step']} steps, loss {first['loss']:.2f} to {last['loss']:.2f}, {rate:.0f} tok/s"
+    steps = f"{last['step']} steps"
+    told = f"loss {ends.first:.2f} (first steps) to {ends.last:.2f} (last), {rate:.0f} tok/s"
     if config.train.objective != "sft":
         facts["objective"] = config.train.objective
         # A step of kto may hold answers of one label alone, and then has none.
@@ -46,18 +49,19 @@ def trained_facts(config: Config, folder: Path, result: Path) -> dict[str, Any]:
         kept = best if config.train.keep != "last" else last["step"]
         at_kept = next(line for line in lines if "eval_loss" in line and line["step"] == kept)
         facts |= {"kept_step": kept, "eval_loss": at_kept["eval_loss"]}
-        told += f", step {kept} kept with eval loss {at_kept['eval_loss']:.3f}"
+        held_out = f"step {kept} kept with eval loss {at_kept['eval_loss']:.3f}"
         if "eval_accuracy" in at_kept:
             facts["eval_accuracy"] = at_kept["eval_accuracy"]
-            told += f" and {at_kept['eval_accuracy']:.1%} right"
+            held_out += f" and {at_kept['eval_accuracy']:.1%} right"
         if "eval_rewards/accuracies" in at_kept:
             ranked = at_kept["eval_rewards/accuracies"]
             facts |= {"eval_reward_accuracy": ranked, "eval_reward_margin": at_kept["eval_rewards/margins"]}
-            told += f" and {ranked:.1%} of held-out pairs ranked right"
+            held_out += f" and {ranked:.1%} of held-out pairs ranked right"
         elif rights := right_sides(at_kept):
             facts |= {f"eval_{name}_right": share for name, share in rights.items()}
             if "eval_rewards/margins" in at_kept:
                 facts["eval_reward_margin"] = at_kept["eval_rewards/margins"]
-            told += f" and {told_right_sides(rights)}"
+            held_out += f" and {told_right_sides(rights)}"
+        told = f"{held_out}, {told}"
     facts |= planned.read(folder) | unsloth.read(folder)
-    return facts | {"stopped_early": out_of_patience(lines, config.train), "summary": told}
+    return facts | {"stopped_early": out_of_patience(lines, config.train), "summary": f"{steps}, {told}"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fintune.loss_ends import loss_ends
 from fintune.report.plots import Curve, loss_plot
 
 _COMPLETED = "Mean negative log-likelihood of the completion's tokens; the prompt is not trained on."
@@ -38,7 +39,6 @@ def context(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             ("seconds", f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.1f}"),
             ("tokens a second", f"{tokens / seconds:,.0f}"),
         ]
-    rows += [("first loss", f"{train.values[0]:.3f}"), ("last loss", f"{train.values[-1]:.4f}")]
     legend = [("s1", "training loss" + (", with its moving average" if len(train.steps) > 60 else ""))]
     if evaluated.steps:
         rows.append(("last evaluation loss", f"{evaluated.values[-1]:.4f}"))
@@ -49,6 +49,9 @@ def context(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             highest = max(zip(right.values, (-step for step in right.steps), strict=True))
             rows.append(("highest execution accuracy", f"{highest[0]:.1%} at step {-highest[1]:,}"))
         legend.append(("s4", "evaluation loss"))
+    ends = loss_ends(train.values)
+    of = f"{ends.num} logged" if ends.num > 1 else "logged one"
+    rows += [(f"mean loss, first {of}", f"{ends.first:.3f}"), (f"mean loss, last {of}", f"{ends.last:.3f}")]
     rows += _preference_rows(lines)
     if rate.steps:
         rows.append(("peak learning rate", f"{max(rate.values):.2g}"))
@@ -66,11 +69,13 @@ def context(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _told(train: Curve) -> str:
     """The curve in words; figures that round to the same are neither a rise nor a fall."""
-    first, last = (f"{train.values[at]:.3f}" for at in (0, -1))
+    ends = loss_ends(train.values)
+    first, last = f"{ends.first:.3f}", f"{ends.last:.3f}"
+    means = f", means of {ends.num} logged losses" if ends.num > 1 else ""
     if first == last:
-        return f"Loss {first} at first and at last, {train.steps[-1]:,} steps"
+        return f"Loss {first} at first and at last, {train.steps[-1]:,} steps{means}"
     went = "fell" if float(last) < float(first) else "rose"
-    return f"Loss {went} from {first} to {last} in {train.steps[-1]:,} steps"
+    return f"Loss {went} from {first} to {last} in {train.steps[-1]:,} steps{means}"
 
 
 def _preference_rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
