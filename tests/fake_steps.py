@@ -12,6 +12,7 @@ from fintune.options import Config
 from fintune.pipeline import Pipeline
 from fintune.selection import Selection, Step
 
+DECODING = ("predict.max_new_tokens", "predict.batch_size")
 Act = Callable[[Config, Mapping[str, Path], Path], None]
 
 
@@ -43,8 +44,8 @@ class Chain:
         return [
             replace(prepare, sources=lambda _: {"data.train": self.source}),
             self.step("train", ("prepare",), ("train",), resumes=True),
-            self.step("predict/base", ("prepare",), ("predict.max_new_tokens",)),
-            self.step("predict/merged", ("prepare", "train"), ("predict.max_new_tokens",)),
+            replace(self.step("predict/base", ("prepare",), DECODING, resumes=True), may_change=DECODING[1:]),
+            replace(self.step("predict/merged", ("prepare", "train"), DECODING, resumes=True), may_change=DECODING[1:]),
             self.step("report", ("prepare", "train", "predict/base", "predict/merged"), ()),
         ]
 

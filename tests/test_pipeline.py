@@ -271,6 +271,37 @@ def test_unfinished_work_for_other_settings_stops_the_run(chain: Chain) -> None:
     assert chain.run("train.epochs=5", redo=("train",))[0] == "train"
 
 
+def test_a_smaller_batch_goes_on_with_what_memory_ran_out_for_and_leaves_what_is_finished(chain: Chain) -> None:
+    found: list[bool] = []
+
+    def note_then_stop(config: object, inputs: object, folder: Path) -> None:
+        found.append((folder / "journal").exists())
+        (folder / "journal").write_text("x")
+        raise KeyboardInterrupt
+
+    chain.acts["predict/merged"] = note_then_stop
+    for overrides in ((), ("predict.batch_size=8",)):
+        with pytest.raises(KeyboardInterrupt):
+            chain.run(*overrides)
+    assert chain.ran == ["predict/merged"]
+    smaller = chain.preview("predict.batch_size=4")
+    assert (smaller["predict/base"], smaller["predict/merged"]) == ("up to date", "resume")
+    told = refusal(chain, "predict.batch_size=4", "predict.max_new_tokens=9", only=("predict/merged",))
+    assert "other settings: predict.max_new_tokens was 96 and is now 9: --redo" in told
+    del chain.acts["predict/merged"]
+    assert chain.run("predict.batch_size=4") == ["predict/merged", "report"]
+    assert found == [False, True]
+    made = [chain.pipeline().manifest(f"predict/{kind}").key.options for kind in ("base", "merged")]
+    assert [options["predict.batch_size"] for options in made] == [16, 4]
+
+
+def test_inputs_that_changed_are_followed_with_a_smaller_batch_too(chain: Chain) -> None:
+    chain.run()
+    chain.source = "other data"
+    chain.run(only=("prepare",), redo=("prepare",))
+    assert chain.preview("predict.batch_size=4")["predict/base"] == "run anew, its inputs changed"
+
+
 def test_unfinished_work_whose_inputs_changed_starts_over(chain: Chain) -> None:
     chain.acts["train"] = interrupt
     with pytest.raises(KeyboardInterrupt):

@@ -153,6 +153,12 @@ def test_only_stages_that_can_go_on_are_resumed() -> None:
     assert {step.verb for step in build(Config()) if step.resumes} == {"train", "predict"}
 
 
+def test_memory_that_ran_out_may_be_answered_with_a_smaller_batch_of_predictions() -> None:
+    for step in build(load(None, [f"predict.models={json.dumps(get_args(ModelKind))}", ENDPOINT, ALL_TYPES]).config):
+        assert step.may_change == (("predict.batch_size",) if step.verb == "predict" else ())
+        assert effective(Config(), step.options).keys() >= set(step.may_change)  # the manifest says which it was
+
+
 def test_building_the_steps_loads_no_stage_and_no_library() -> None:
     code = (
         "import sys; from fintune.options import Config; from fintune.steps import build; build(Config())\n"

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -52,6 +52,11 @@ class Key(BaseModel):
     def fingerprint(self) -> str:
         """Hash over all of it."""
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
+
+    def taking(self, old: Key | None, names: Collection[str]) -> Key:
+        """This key with what ``old`` has for the named options, which then do not tell the two apart."""
+        kept = {name: old.options[name] for name in names if name in old.options} if old is not None else {}
+        return self.model_copy(update={"options": self.options | kept})
 
     def differences(self, old: Key) -> list[str]:
         """What the user changed since ``old``, one phrase each; changed inputs are not named here."""
@@ -157,8 +162,12 @@ class Slot:
         except (OSError, ValidationError):
             return None
 
-    def state(self, key: Key) -> tuple[State, list[str]]:
+    def state(self, key: Key, may_change: Collection[str] = ()) -> tuple[State, list[str]]:
         """Compare what lies there with what is wanted.
+
+        Args:
+            key: What is wanted.
+            may_change: Options that are not compared.
 
         Returns:
             The state and, for "changed", what the user changed.
@@ -166,14 +175,16 @@ class Slot:
         manifest = self.manifest()
         if manifest is None:
             return ("unfinished" if self.unfinished() else "missing"), []
+        key = key.taking(manifest.key, may_change)
         if manifest.key == key:
             return "up to date", []
         changes = key.differences(manifest.key)
         return ("changed", changes) if changes else ("inputs changed", [])
 
-    def begin(self, key: Key, *, resume: bool) -> Path:
+    def begin(self, key: Key, *, resume: bool, may_change: Collection[str] = ()) -> Path:
         """Make the work folder, keeping unfinished work for the same key where ``resume`` allows."""
-        if self.work.exists() and not (resume and self.unfinished() == key):
+        unfinished = self.unfinished()
+        if self.work.exists() and not (resume and unfinished == key.taking(unfinished, may_change)):
             shutil.rmtree(self.work)
         self.work.mkdir(parents=True, exist_ok=True)
         write_atomically(self.work / KEY, key.model_dump_json(indent=1))

@@ -161,7 +161,7 @@ class Pipeline:
             say(f"{step.name}: {word}")
         # Beside a finished result, unfinished work is that of an interrupted --redo, which the same command takes up.
         anew = step.name in self.redone and finished is None
-        folder = slot.begin(key, resume=step.resumes and not anew)
+        folder = slot.begin(key, resume=step.resumes and not anew, may_change=step.may_change)
         machine.reset_peak_memory()
         started = time.monotonic()
         inputs = {name: self.slot(name).folder for name in self._present_inputs(step)}
@@ -201,10 +201,11 @@ class Pipeline:
         if step.name in self.redone:
             return "run anew, as asked"
         slot = self.slot(step.name)
-        state, changes = slot.state(key)
+        state, changes = slot.state(key, step.may_change)
         unfinished = slot.unfinished() if step.resumes and state == "unfinished" else None
+        wanted = key.taking(unfinished, step.may_change)
         if unfinished is not None:
-            changes = key.differences(unfinished)
+            changes = wanted.differences(unfinished)
         if changes and step.ahead_of in self.redone:
             return f"run anew, as {step.ahead_of} is"
         if changes:
@@ -217,7 +218,7 @@ class Pipeline:
             return "run anew, its inputs changed"
         if state == "up to date":
             return state
-        return step.resume_word(slot.work) if unfinished == key else "run"
+        return step.resume_word(slot.work) if unfinished == wanted else "run"
 
     def _refuse_foreign(self, step: Step) -> None:
         """What someone else laid under a step's name is not ours to delete."""

@@ -30,6 +30,8 @@ class Step:
         check: Refuses at once what is sure to fail later, such as a data file that is not there; loads nothing.
         about: A step whose results this one is about: where the user skips that one, this one is left out with it.
         view: The options as this step has them, where it is one of several that differ in an option.
+        may_change: Options that say how the work is done and at most tip near-ties of the result: with another value an
+            unfinished attempt goes on, and what is finished stays.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Step:
     check: Callable[[Config], None] = lambda _: None
     about: str | None = None
     view: Callable[[Config], Config] = lambda config: config
+    may_change: tuple[str, ...] = ()
 
     @property
     def verb(self) -> str:

@@ -194,6 +194,7 @@ def _predict_and_score(kind: ModelKind, name: str, way: Way) -> tuple[Step, Step
         resumes=True,
         check=step_inputs.check_four_bit_model if kind.endswith("_4bit") else step_inputs.check_model,
         view=lambda config: config.in_way(way),
+        may_change=("predict.batch_size",),  # what the advice on memory lowers, amid a run whose other kinds are done
     )
     score = Step(
         f"score/{name}",
