@@ -44,6 +44,8 @@ from fintune.errors import ArtifactError, ConfigError, ResourceError
             "--dataset_folder and --investopedia had 1 entry and now has 2",
         ),
         ("or leave out --strict (data.strict: false) to drop such rows", "or leave out --strict to drop such rows"),
+        ("make one first: fintune run CONFIG", "make one first: the same command without its --skip flags"),
+        ("put it back, or make it anew first: fintune prepare CONFIG", "put it back, or leave out --skip_dataset_prep"),
         ("free some, or set run.dir to a folder on another disk", "free some, or give a --out on another disk"),
     ],
 )
@@ -60,6 +62,29 @@ def test_an_error_keeps_its_kind():
         raise ArtifactError("adapter.r was 8", hint="fintune merge CONFIG first, or fintune run CONFIG for everything")
     with pytest.raises(ResourceError, match=r"^no GPU$"), told_in_flags("--out"):
         raise ResourceError("no GPU")
+
+
+@pytest.mark.parametrize(
+    ("output_flag", "steps", "told"),
+    [
+        ("--out", "merge", r"merge, which --skip_merge leaves out: drop one of the two"),
+        ("--out", "export, replay", r"export, replay, which --skip_quantization leaves out: drop one of the two"),
+        ("--out", "guard, merge", r"guard, merge, which --skip_training and --skip_merge leave out: drop one"),
+        ("--output_dir", "prepare", r"prepare, which --resume_from_checkpoint leaves out: drop one of the two"),
+        ("--output_dir", "merge, prepare", r"merge, which this command does not make: it makes prepare, train and"),
+    ],
+)
+def test_what_redo_and_a_flag_disagree_about_is_told_with_that_flag(output_flag, steps, told):
+    with pytest.raises(ArtifactError, match=rf"^--redo asks for {told}"), told_in_flags(output_flag):
+        raise ArtifactError(
+            f"--redo asks for {steps}, which --skip, --from or --only leaves out", hint="drop one of the two"
+        )
+
+
+def test_the_command_that_only_trains_sends_to_the_one_that_does_the_rest():
+    assert in_flags("make it first: fintune run CONFIG", "--output_dir") == (
+        "make it first: train_financial_model.py on the same folder"
+    )
 
 
 @pytest.mark.parametrize(

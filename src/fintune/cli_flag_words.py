@@ -38,6 +38,10 @@ _SKIPS = {
     "merge": "--skip_merge",
     "export": "--skip_quantization",
 }
+_SKIPPED_WITH = {"preflight": "export", "replay": "export", "guard": "train"}
+_LEFT_OUT = re.compile(r"--redo asks for (.+), which --skip, --from or --only leaves out")
+_TRAINS_ALONE = "--output_dir"
+"""Output flag of the command that has no --skip flag and makes no more than an adapter."""
 _SECTIONS = "run|model|data|prompt|adapter|train|merge|export|predict"
 
 
@@ -54,6 +58,8 @@ def told_in_flags(output_flag: str) -> Iterator[None]:
     try:
         yield
     except FintuneError as error:
+        if left_out := _LEFT_OUT.fullmatch(error.message):
+            error.message, error.hint = _not_redone(left_out[1].split(", "), output_flag)
         error.message = in_flags(error.message, output_flag)
         error.hint = in_flags(error.hint, output_flag) if error.hint is not None else None
         raise
@@ -63,6 +69,10 @@ def in_flags(text: str, output_flag: str) -> str:
     """``train.batch_size=4`` as ``--per_device_train_batch_size 4``; an option without a flag as --extra_train_args."""
     text = text.removeprefix("command line: ")  # where a YAML file would be named
     text = re.sub(r"\bfintune (\w+) CONFIG first, or fintune run CONFIG for everything", _without_skip, text)
+    text = re.sub(r"\bmake it anew first: fintune prepare CONFIG$", f"leave out {_SKIPS['prepare']}", text)
+    alone = output_flag == _TRAINS_ALONE
+    whole = "train_financial_model.py on the same folder" if alone else "the same command without its --skip flags"
+    text = re.sub(r"\bfintune run CONFIG$", whole, text)
     text = text.replace("leave the option out", "leave the flag out")
     text = text.replace("run.name=OTHER keeps it", f"another {output_flag} keeps it")
     text = text.replace("set run.dir to another folder, or run.name to another name", f"give another {output_flag}")
@@ -77,6 +87,19 @@ def in_flags(text: str, output_flag: str) -> str:
 
 def _without_skip(found: re.Match[str]) -> str:
     return f"leave out {_SKIPS[found[1]]}" if found[1] in _SKIPS else found[0]
+
+
+def _not_redone(steps: Sequence[str], output_flag: str) -> tuple[str, str]:
+    """What to say where --redo names steps that are left out, and what to do."""
+    if output_flag == _TRAINS_ALONE:
+        if other := [step for step in steps if step != "prepare"]:
+            made = "it makes prepare, train and guard"
+            return f"--redo asks for {', '.join(other)}, which this command does not make", made
+        flags = ["--resume_from_checkpoint"]
+    else:
+        flags = list(dict.fromkeys(_SKIPS[_SKIPPED_WITH.get(step, step)] for step in steps))
+    leave = "leaves" if len(flags) == 1 else "leave"
+    return f"--redo asks for {', '.join(steps)}, which {' and '.join(flags)} {leave} out", "drop one of the two"
 
 
 def _setting(found: re.Match[str]) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
 
 from fintune.cli_common import config_arguments, run_stages
-from fintune.errors import ConfigError
+from fintune.errors import ConfigError, FintuneError
 
 
 @click.command()
@@ -24,16 +28,42 @@ def publish(config: Path | None, overrides: tuple[str, ...], dry_run: bool) -> N
     from fintune.run_folder import overrides_of
     from fintune.selection import Selection
 
+    given, given_overrides = config, overrides
     if config is not None and config.is_dir():
         overrides, config = (*overrides_of(config, with_data=True), *overrides), None
     loaded = load(config, overrides).config
     if not loaded.publish.repo_id:
         raise ConfigError("publish.repo_id is empty", hint="say where to push, as publish.repo_id=OWNER/NAME")
-    if dry_run:
-        _preview(config, overrides)
-    else:
-        earlier = (loaded.folder / "publish" / MANIFEST).is_file()
-        run_stages(config, overrides, Selection(only=("publish",), redo=("publish",) if earlier else ()))
+    with _told_of(given, given_overrides):
+        if dry_run:
+            _preview(config, overrides)
+        else:
+            earlier = (loaded.folder / "publish" / MANIFEST).is_file()
+            run_stages(config, overrides, Selection(only=("publish",), redo=("publish",) if earlier else ()))
+
+
+@contextmanager
+def _told_of(given: Path | None, overrides: tuple[str, ...]) -> Iterator[None]:
+    """Hints with what was given in the place of CONFIG; a folder is none, and another program may have made it.
+
+    Raises:
+        FintuneError: The same, with another hint.
+    """
+    try:
+        yield
+    except FintuneError as error:
+        if error.hint is None or given is None:
+            raise
+        if given.is_dir():
+            made = f"the command that made {given}"
+            error.hint = re.sub(r"\bfintune (run|prepare) CONFIG$", lambda _: f"{made} does", error.hint)
+            again = f"{made}, with"
+        else:
+            called = shlex.join([str(given), *overrides])
+            again = f"fintune run {called}"
+            error.hint = re.sub(r"\bCONFIG$", lambda _: called, error.hint)
+        error.hint = re.sub(r"^--redo (?=\w+ makes it anew$)", lambda _: f"{again} --redo ", error.hint)
+        raise
 
 
 def _preview(path: Path | None, overrides: tuple[str, ...]) -> None:

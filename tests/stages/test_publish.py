@@ -256,6 +256,18 @@ def test_a_licence_that_allows_what_the_data_forbid_is_refused(run, hub):
     assert "license_name: unknown-and-cc-by-nc-4.0" in card
 
 
+def test_what_is_to_be_made_anew_is_told_with_what_was_given_a_folder_has_no_configuration(run, hub):
+    folder = ("publish", run.demo, f"model.name={run.model}", "publish.repo_id=ann/demo", "publish.what=[merged]")
+    (run.demo / "merge" / "config.json").write_text("{}", encoding="utf-8")
+    assert f": the command that made {run.demo}, with --redo merge makes it anew\n" in fintune(*folder).err
+    assert f": fintune run {run.yaml} run.name=demo " in run.publish(ALL).err
+    finish(run.demo / "merge", "merge", inputs={"train": "0" * 64})
+    assert f": make it anew first: the command that made {run.demo} does\n" in fintune(*folder).err
+    told = run.publish(ALL).err
+    assert f": make it anew first: fintune run {run.yaml} run.name=demo " in told
+    assert "CONFIG" not in told
+
+
 def test_without_the_result_of_prepare_nothing_is_published_as_no_licence_of_the_data_would_be_named(run, hub):
     shutil.rmtree(run.demo / "prepare")
     for flag in ((), ("--dry-run",)):
