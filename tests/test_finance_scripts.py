@@ -172,6 +172,16 @@ def test_a_checkout_of_llama_cpp_converts_and_quantises_once(here, model):
     assert not list(here.rglob("*.part*"))
 
 
+def test_a_file_named_after_another_type_than_it_will_hold_is_told(here, model, capsys):
+    line = "financial_model_q4_k_m.gguf will hold Q5_K_M: --gguf_q4_path gives it another name"
+    finance(model, "--quantization_target", "q5_k_m", "--dry_run")
+    assert line in capsys.readouterr().err
+    fitting = (), ("--quantization_target", "q5_k_m", "--gguf_q4_path", "small.gguf")
+    for words in (*fitting, ("--quantization_target", "q5_k_m", "--skip_quantization")):
+        finance(model, *words, "--dry_run")
+        assert "will hold" not in capsys.readouterr().err
+
+
 def test_a_checkout_is_not_looked_at_where_quantising_is_skipped(here, model, capsys):
     finance(model, "--llama_cpp_path", "nowhere", "--skip_quantization", "--dry_run")
     assert "export: skipped" in capsys.readouterr().out

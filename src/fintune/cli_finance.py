@@ -76,6 +76,8 @@ def _pipeline(flags: Mapping[str, Any]) -> None:
         )
     if not flags["skip_merge"]:
         _check_device(flags["merge_device_map"])
+    if not flags["skip_quantization"]:
+        _tell_type(flags["gguf_q4_path"], kind)
     outputs = _outputs(config, kind, flags)
     skip = [stage for flag, stage in SKIPS.items() if flags[flag]]
     if not _run(config, flags, skip=skip, outputs=outputs):
@@ -93,6 +95,12 @@ def _pipeline(flags: Mapping[str, Any]) -> None:
             f"{config.run.name}-{config.export.types[-1]}.gguf",
             flags["gguf_q4_path"],
         )
+
+
+def _tell_type(file: Path, kind: str) -> None:
+    """The name that the guide gives the quantised file stays as it is, whatever type is asked for."""
+    if "q4_k_m" in file.name.lower() and kind != "Q4_K_M":
+        say(f"{file} will hold {kind}: --gguf_q4_path gives it another name")
 
 
 def _outputs(config: Config, kind: str, flags: Mapping[str, Any]) -> list[Place]:
