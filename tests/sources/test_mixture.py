@@ -94,6 +94,13 @@ def test_tool_calls_are_dropped_and_thoughts_left_out_with_a_count(write):
     assert found.unused[0].field == "messages[1].tool_calls"
 
 
+def test_what_a_folder_holds_beside_its_data_has_a_line(write, tmp_path):
+    write("data/a.jsonl", [qa(1), qa(2)])
+    (tmp_path / "data/faq.xlsx").write_bytes(b"x")
+    told = load([tmp_path / "data"], "data.eval_share=0.5").reports[0].told()
+    assert told[-1].startswith(f"{tmp_path / 'data'}: 1 file not read: faq.xlsx (known are ")
+
+
 def test_strict_stops_at_the_first_broken_row(write):
     path = write("x.jsonl", [qa(1), qa(2) | {"answer": ""}, {"text": "x"}])
     with pytest.raises(DataError, match=r"row 2: answer: missing or empty.*leave out --strict"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fintune.errors import DataError
-from fintune.sources.files import find
+from fintune.sources.files import find, unread
 from fintune.sources.rows import BrokenRowError, Row, read_rows
 
 ROWS = [{"question": f"what is {n}, in\nwords?", "answer": f"{n}"} for n in range(3)]
@@ -104,6 +104,35 @@ def test_a_folder_gives_its_data_files_in_order_and_no_others(tmp_path):
         (tmp_path / name).write_bytes(b"x")
     assert [str(path.relative_to(tmp_path)) for path in find(str(tmp_path))] == ["a.csv", "b.jsonl", "deep/c.json.gz"]
     assert [path.name for path in find(f"{tmp_path}/*.jsonl")] == ["b.jsonl"]
+
+
+def test_what_a_folder_holds_beside_its_data_is_told(tmp_path):
+    for name in ("a.csv", "LICENSE", "README.md", ".git/config"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert unread(str(tmp_path)) == "", "nothing that could be meant as rows"
+    known = "(known are .json .jsonl .ndjson .csv .tsv .parquet, also .gz)"
+    (tmp_path / "faq.xlsx").write_bytes(b"x")
+    assert unread(str(tmp_path)) == f"1 file not read: faq.xlsx {known}"
+    for name in ("readme.txt", "b.docx", "c.pdf", "d.pdf", "e.pdf", "f.pdf"):
+        (tmp_path / name).write_bytes(b"x")
+    assert unread(str(tmp_path)) == f"7 files not read: b.docx, c.pdf, d.pdf, e.pdf, f.pdf and 2 more {known}"
+    assert unread(f"{tmp_path}/*.csv") == unread(f"{tmp_path}/a.csv") == unread("hub:a/b") == ""
+
+
+def test_a_folder_without_data_names_what_it_holds(tmp_path):
+    (tmp_path / "faq.xlsx").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"the folder holds no data file, only faq\.xlsx: known are \.json "):
+        find(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("a.xlsx", "an Excel workbook"), ("a.XLS", "an Excel"), ("a.ods", "a work")]
+)
+def test_a_workbook_says_how_to_save_it(tmp_path, name, kind):
+    (tmp_path / name).write_bytes(b"PK\x03\x04")
+    with pytest.raises(DataError, match=rf"{name}: {kind}.* is not read: save the sheet as CSV UTF-8$"):
+        values(tmp_path / name)
 
 
 @pytest.mark.parametrize("path", ["no-such-file.jsonl", "nothing/*.csv"])

@@ -10,6 +10,12 @@ from fintune.options import SourceOptions
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 """Files that are read in a folder, also with ``.gz`` behind."""
+WORKBOOKS = (".xlsx", ".xlsm", ".xlsb", ".xls", ".ods", ".numbers")
+"""Files of spreadsheet programs, which are not read."""
+_KNOWN = f"known are {' '.join(SUFFIXES)}, also .gz"
+_NO_DATA = ("readme", "license", "licence", "copying", "makefile", "dockerfile")
+"""Files beside the data, of which nobody thinks that they are rows."""
+_NUM_NAMED = 5
 
 
 def find(path: str) -> list[Path]:
@@ -22,18 +28,49 @@ def find(path: str) -> list[Path]:
     if named.is_file() or is_saved_dataset(named):
         return [named]
     if named.is_dir():
-        below = sorted(each for each in named.rglob("*") if each.is_file())
-        visible = [each for each in below if not any(part.startswith(".") for part in each.relative_to(named).parts)]
-        found = [each for each in visible if suffix_of(each) in SUFFIXES]
+        found = [each for each in _visible(named) if suffix_of(each) in SUFFIXES]
         if not found:
-            raise DataError(
-                "the folder holds no data file", path=path, hint=f"known are {' '.join(SUFFIXES)}, also .gz"
-            )
+            raise DataError(f"the folder holds no data file{_but(named)}", path=path, hint=_KNOWN)
         return found
     matched = sorted(Path(each) for each in glob.glob(str(named), recursive=True))  # noqa: PTH207 - may be absolute
     if files := [each for each in matched if each.is_file()]:
         return files
     raise DataError("no such file or folder", path=path, hint=_instead(path))
+
+
+def unread(path: str) -> str:
+    """What a folder holds beside its data, for the user; empty where nothing is worth a word, and for all but folders.
+
+    Args:
+        path: As in an entry of ``data.sources``.
+    """
+    named = Path(path).expanduser()
+    others = _others(named) if named.is_dir() and not is_saved_dataset(named) else []
+    if not others:
+        return ""
+    files = "1 file" if len(others) == 1 else f"{len(others):,} files"
+    return f"{files} not read: {_named(named, others)} ({_KNOWN})"
+
+
+def _visible(folder: Path) -> list[Path]:
+    below = sorted(each for each in folder.rglob("*") if each.is_file())
+    return [each for each in below if not any(part.startswith(".") for part in each.relative_to(folder).parts)]
+
+
+def _others(folder: Path) -> list[Path]:
+    found = (each for each in _visible(folder) if suffix_of(each) not in SUFFIXES)
+    # A text that is called readme.txt may well be meant as data.
+    return [each for each in found if suffix_of(each) == ".txt" or not each.name.lower().startswith(_NO_DATA)]
+
+
+def _but(folder: Path) -> str:
+    others = _others(folder)
+    return f", only {_named(folder, others)}" if others else ""
+
+
+def _named(folder: Path, files: list[Path]) -> str:
+    more = f" and {len(files) - _NUM_NAMED:,} more" if len(files) > _NUM_NAMED else ""
+    return ", ".join(each.relative_to(folder).as_posix() for each in files[:_NUM_NAMED]) + more
 
 
 def local_files(source: SourceOptions) -> list[Path]:

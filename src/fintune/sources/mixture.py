@@ -17,6 +17,7 @@ from fintune.progress import track
 from fintune.sources import one_source
 from fintune.sources.chance import NUM_CHANCES, chance
 from fintune.sources.duplicates import NearDuplicates, digest
+from fintune.sources.files import unread
 from fintune.sources.one_source import Entry, Found
 from fintune.sources.source_report import SourceReport, UnusedRow
 from fintune.sources.wanted import Wanted, nothing_wanted, said
@@ -92,6 +93,7 @@ def load(
             dropped=dict(each.dropped.most_common()),
             num_trailing=each.num_trailing,
             num_thoughts=each.num_thoughts,
+            unread=unread(source.path),
             num_train=sum(entry.source == number for entry in train),
             num_eval=sum(entry.source == number for entry in evaluation),
             weight=source.weight,

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO
 
 from fintune.errors import DataError
-from fintune.sources.files import SUFFIXES, suffix_of
+from fintune.sources.files import SUFFIXES, WORKBOOKS, suffix_of
 
 AGAIN = "copy or download it again"
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -78,6 +78,9 @@ def read_rows(path: Path, *, split: str = "", is_row: Callable[[Mapping[str, obj
         yield from _saved_dataset(path, split)
         return
     suffix = suffix_of(path)
+    if suffix in WORKBOOKS and path.is_file():
+        what = "an Excel workbook" if suffix.startswith(".xls") else "a workbook"
+        raise DataError(f"{what} is not read", path=path, hint="save the sheet as CSV UTF-8")
     try:
         if suffix in {".csv", ".tsv"}:
             yield from _csv(path)

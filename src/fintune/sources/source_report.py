@@ -50,6 +50,7 @@ class SourceReport(Record):
         dropped: Rows that were left out, by reason.
         num_trailing: Turns behind the last answer of their conversation, which were left out.
         num_thoughts: Thoughts in a field of their own, which were left out.
+        unread: Files of a folder that are no data, in words; empty where there are none.
         num_train: Conversations to train on, before the weight.
         num_eval: Conversations held out.
         weight: How often one pass holds each.
@@ -63,12 +64,13 @@ class SourceReport(Record):
     dropped: dict[str, int]
     num_trailing: int = 0
     num_thoughts: int = 0
+    unread: str = ""
     num_train: int
     num_eval: int
     weight: float
 
     def told(self) -> list[str]:
-        """What was found, for the user: a line, and one for each file where there are several."""
+        """What was found, for the user: a line, one for each file where there are several, one for what is no data."""
         shapes = ", ".join(f"{number} {shape}" for shape, number in self.shapes.items())
         dropped = ", ".join(f"{number} {reason}" for reason, number in self.dropped.items())
         times = f", each {self.weight:g} times" if self.weight != 1 else ""
@@ -81,4 +83,6 @@ class SourceReport(Record):
         ]
         for file, found in self.files.items():
             lines.append(f"  {file}: " + (", ".join(f"{n} {shape}" for shape, n in found.items()) or "no usable row"))
+        if self.unread:
+            lines.append(f"{self.path}: {self.unread}")
         return lines
