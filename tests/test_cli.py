@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 
 from fintune import __version__, cli
+from fintune.errors import DataError
 from fintune.pipeline import Pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -361,6 +362,14 @@ def test_what_the_file_system_refuses_is_one_line(mistake, monkeypatch: pytest.M
 
     monkeypatch.setattr(cli, "run_stages", refuse)
     assert mistake("run", DEMO) == f"fintune: runs/x/train.jsonl: {os.strerror(number).lower()}\n"
+
+
+def test_a_mistake_in_the_data_does_not_steer_the_terminal(mistake, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise DataError("field \x1b[2J\x9b is none")
+
+    monkeypatch.setattr(cli, "run_stages", refuse)
+    assert mistake("run", DEMO) == "fintune: field \\x1b[2J\\x9b is none\n"
 
 
 def test_a_bug_of_ours_keeps_its_traceback(run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,11 @@ def test_of_many_remarks_the_first_are_shown_and_the_others_counted() -> None:
     assert outputs.abridged(lines[:-4]) == lines[:-4]
 
 
+def test_a_remark_about_the_data_does_not_steer_the_terminal() -> None:
+    assert outputs.abridged(["id a\x1b[2J\tb"]) == ["id a\\x1b[2J\tb"]
+    assert outputs.abridged(["\x7f"] * 30)[0] == "\\x7f"
+
+
 def test_a_link_to_an_empty_folder_leads_to_the_whole_one_and_an_empty_folder_outlives_a_failure(
     tmp_path: Path,
 ) -> None:

@@ -107,3 +107,8 @@ def test_a_failure_below_a_bar_clears_the_area(terminal: io.StringIO) -> None:
         raise KeyError
     assert progress._live is None
     assert terminal.getvalue().count("\x1b[?25l") == terminal.getvalue().count("\x1b[?25h"), "the cursor is shown again"
+
+
+def test_a_remark_about_the_data_does_not_steer_the_terminal(written: io.StringIO) -> None:
+    progress.say("field \x1b[2J\x9b: [b]unknown[/b]")
+    assert written.getvalue() == "  field \\x1b[2J\\x9b: [b]unknown[/b]\n"

@@ -38,6 +38,7 @@ from fintune.cli_score import score
 from fintune.cli_serve import serve
 from fintune.errors import FintuneError
 from fintune.extras import not_installed
+from fintune.visible import visible
 
 if TYPE_CHECKING:
     from fintune.answerer import AskedEngine
@@ -99,7 +100,7 @@ def main(command: click.Command | None = None, name: str = "fintune") -> None:
 
 
 def _stop(message: str, status: int) -> NoReturn:
-    sys.stderr.write(f"fintune: {' '.join(message.split())}\n")
+    sys.stderr.write(f"fintune: {visible(' '.join(message.split()))}\n")
     sys.exit(status)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from fintune import stopping
 from fintune.artifact import write_atomically
 from fintune.errors import FintuneError
+from fintune.visible import visible
 
 MAX_REMARKS = 20
 """So many remarks are shown; the others are counted."""
@@ -151,7 +152,7 @@ def _runs(pid: str) -> bool:
 
 
 def abridged(remarks: Sequence[str], where: str = "") -> list[str]:
-    """The first remarks, and how many more there are.
+    """The first remarks for the terminal, and how many more there are.
 
     Args:
         remarks: A line each.
@@ -159,5 +160,5 @@ def abridged(remarks: Sequence[str], where: str = "") -> list[str]:
     """
     num_more = len(remarks) - MAX_REMARKS
     if num_more <= 1:
-        return list(remarks)
-    return [*remarks[:MAX_REMARKS], f"and {num_more} more remarks{where and f'; {where}'}"]
+        return [visible(each) for each in remarks]
+    return [*map(visible, remarks[:MAX_REMARKS]), f"and {num_more} more remarks{where and f'; {where}'}"]

@@ -21,6 +21,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from fintune.visible import visible
+
 T = TypeVar("T")
 
 console = Console(stderr=True, highlight=False)
@@ -165,7 +167,7 @@ def _told_now_and_then(line: _LineBar) -> Iterator[None]:
 
 def say(text: str) -> None:
     """A remark of a stage: one line, however long, in which brackets are no markup."""
-    console.print(f"  {text}", markup=False, soft_wrap=True)
+    console.print(visible(f"  {text}"), markup=False, soft_wrap=True)
 
 
 def track(items: Iterable[T], description: str, total: float) -> Iterator[T]:

@@ -208,6 +208,17 @@ def test_the_terminal_tells_the_sources_of_conversations_and_each_broken_row_onc
     assert "evidence" not in text
 
 
+def test_what_would_steer_the_terminal_is_shown_instead(tmp_path: Path, tiny_model: Path) -> None:
+    rows = [{"prompt": f"\ta{n}\x1b]0;x\x07?\n", "completion": f"b{n}\x9b2J\r"} for n in range(3)] + [{"c\x1b[2J": "d"}]
+    (tmp_path / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options = ["data.source=chat", f"data.sources=[{tmp_path / 'sft.jsonl'}]", f"model.name={tiny_model}"]
+    config = load(None, [*options, f"run.dir={tmp_path}", "run.name=c"]).config
+    text = printed(config, num_examples=3)
+    assert {letter for letter in text if not letter.isprintable()} == {"\n"}
+    assert r"fields c\x1b[2J are no known shape" in " ".join(text.split())
+    assert r"\x1b]0;x\x07?" in text and r"\x9b2J\x0d" in text
+
+
 def test_without_examples_the_page_has_no_place_for_them(config: Config, tmp_path: Path) -> None:
     assert "trained special token" not in page(config, tmp_path, num_examples=0)
 

@@ -26,6 +26,7 @@ from fintune.report.inspect_page import (
     Shown,
     counts,
     dropped,
+    left_out,
     num_more,
     problems,
     render_inspect,
@@ -34,6 +35,7 @@ from fintune.report.inspect_page import (
 )
 from fintune.sources.files import local_files
 from fintune.spread import file_of, spread
+from fintune.visible import visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,10 +93,12 @@ def _print(page: InspectPage, report: PrepareReport, console: Console) -> None:
         console.print("", _table(head, found, numbers=(1, 3, 4)), sep="\n")
     if each := restricted(page.report):
         console.print(Text.assemble(("  not for commercial use ", "yellow"), ", ".join(each)))
+    for line in left_out(page.report):
+        console.print(Text(f"  {line}"), soft_wrap=True)
     if gone := dropped(page.report):
         console.print("", _table(("dropped", "where", "rows"), gone, numbers=(2,)), sep="\n")
     for problem in problems(page.report):
-        console.print(Text.assemble(("  not used ", "red"), problem))
+        console.print(Text.assemble(("  not used ", "red"), visible(problem)))
     if more := num_more(page.report):
         console.print(Text(f"  ... and {more:,} more; prepare lists all in {NOT_USED}"), soft_wrap=True)
     if report.num_shared_pages:
@@ -106,7 +110,7 @@ def _print(page: InspectPage, report: PrepareReport, console: Console) -> None:
     if report.kind == "program":
         console.print(_shares(report))
     for example in page.examples:
-        title = Text(f"{example.id}: {example.counts}")
+        title = Text(visible(f"{example.id}: {example.counts}"))
         console.print(Panel(render(example, brackets=not coloured), title=title, title_align="left"))
     if page.examples:
         console.print(_legend() if coloured else Text(f"{OPEN}trained{CLOSE}"))
@@ -192,7 +196,7 @@ def _marked(pieces: Sequence[Piece], trained: tuple[str, str], brackets: bool) -
             text.append(OPEN if piece.trained else CLOSE)
         was_trained = piece.trained
         plain, marked = trained if piece.trained else (PROMPT_STYLE, SPECIAL_STYLE)
-        text.append(piece.text, marked if piece.special else plain)
+        text.append(visible(piece.text), marked if piece.special else plain)
     if brackets and was_trained:
         text.append(CLOSE)
     return text
@@ -215,7 +219,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence
     for place, name in enumerate(head):
         table.add_column(Text(name), justify="right" if place in numbers else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(visible(cell)) for cell in row))
     return table
 
 
