@@ -219,6 +219,19 @@ def test_what_would_steer_the_terminal_is_shown_instead(tmp_path: Path, tiny_mod
     assert r"\x1b]0;x\x07?" in text and r"\x9b2J\x0d" in text
 
 
+def test_files_and_thoughts_that_are_left_out_are_told(tmp_path: Path, tiny_model: Path) -> None:
+    turns = [{"role": "user", "content": "cash?"}, {"role": "assistant", "content": "1", "reasoning_content": "Hm."}]
+    rows = [{"messages": turns}, {"messages": [{"role": "user", "content": "debt?"}, turns[1]]}]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "data" / "faq.xlsx").write_bytes(b"PK")
+    options = ["data.source=chat", f"data.sources=[{tmp_path / 'data'}]", f"model.name={tiny_model}"]
+    config = load(None, [*options, f"run.dir={tmp_path}", "run.name=c"]).config
+    for text in (printed(config, num_examples=0), outline(page(config, tmp_path)).text):
+        assert f"{tmp_path / 'data'}: 2 thoughts in a field of their own left out" in text
+        assert f"{tmp_path / 'data'}: 1 file not read: faq.xlsx (known are " in text
+
+
 def test_without_examples_the_page_has_no_place_for_them(config: Config, tmp_path: Path) -> None:
     assert "trained special token" not in page(config, tmp_path, num_examples=0)
 

@@ -106,6 +106,7 @@ def render_inspect(page: InspectPage) -> str:
         counts=list(counts(report)),
         sources=sources(report),
         restricted=restricted(report),
+        left_out=left_out(report),
         dropped=gone,
         problems=problems(report),
         num_more=f"{num_more(report):,}" if num_more(report) else "",
@@ -168,6 +169,19 @@ def sources(report: Report) -> list[tuple[str, str, str, str, str, str]]:
         )
         for each in report["sources"]
     ]
+
+
+def left_out(report: Report) -> list[str]:
+    """What was left out beside whole rows, a line each."""
+    lines = []
+    for each in report["sources"]:
+        if number := each.get("num_trailing"):
+            lines.append(f"{each['path']}: {number:,} turns without an answer left out")
+        if number := each.get("num_thoughts"):
+            lines.append(f"{each['path']}: {number:,} thoughts in a field of their own left out")
+        if each.get("unread"):
+            lines.append(f"{each['path']}: {each['unread']}")
+    return lines
 
 
 def restricted(report: Report) -> list[str]:
