@@ -309,8 +309,8 @@ def test_an_unknown_hub_id_while_offline_is_one_line(process, finqa, tmp_path: P
     done = process(*words, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hub"))
     assert done.status == 2
     assert done.err.count("\n") == 1, done.err
-    assert done.err.startswith("fintune: cannot fetch nobody/nothing-7b: the hub cannot be reached")
-    assert done.err.endswith(": connect once, or give a local model folder or builtin:smollm2-135m\n")
+    assert done.err.startswith("fintune: there is no folder nobody/nothing-7b here; taken for a hub id, nobody/")
+    assert done.err.endswith(": check the path, or connect once, or name builtin:smollm2-135m\n")
     assert not (tmp_path / "runs").exists()
 
 

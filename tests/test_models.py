@@ -130,11 +130,29 @@ def test_a_file_that_is_no_safetensors_is_seen(folder, content):
         resolve(str(folder))
 
 
-def test_an_adapter_given_as_a_model_names_its_base(folder):
+def test_an_adapter_given_as_a_model_says_how_it_becomes_one(folder):
     (folder / "config.json").unlink()
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
-    with pytest.raises(ModelError, match=r"holds an adapter, not a model: name its base model instead \(owner/base\)"):
+    with pytest.raises(ModelError) as raised:
         resolve(str(folder))
+    assert str(raised.value) == (
+        f"{folder} holds an adapter, not a model: its base model is owner/base; to train on from it: "
+        f"fintune merge --model owner/base --adapter {folder} --out DIR, then model.name=DIR"
+    )
+
+
+def test_a_runs_folder_given_as_a_model_names_the_one_in_it(folder, tmp_path):
+    run = tmp_path / "runs" / "mine"
+    adapter = run / "train" / "adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+    with pytest.raises(
+        ModelError, match=r"mine is a run's folder without a merged model: .*--adapter .*/train/adapter"
+    ):
+        resolve(str(run))
+    folder.rename(run / "merge")
+    with pytest.raises(ModelError, match=r"mine is a run's folder, not a model: its merged model is .*/mine/merge$"):
+        resolve(str(run))
 
 
 # --- the hub
@@ -195,7 +213,8 @@ def test_the_hubs_refusals_are_told_apart(hub, status, code, message):
 def test_an_unreachable_hub_is_not_an_unknown_model(hub, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", "http://127.0.0.1:9")
-    with pytest.raises(ResourceError, match="cannot fetch owner/model: the hub cannot be reached") as raised:
+    told = "there is no folder owner/model here; taken for a hub id, owner/model cannot be fetched: the hub cannot be"
+    with pytest.raises(ResourceError, match=told) as raised:
         fetch(resolve("owner/model"))
     assert "builtin:smollm2-135m" in raised.value.hint
     assert "\n" not in str(raised.value)

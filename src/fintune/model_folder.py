@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,6 +36,7 @@ MODEL_FILES = (
 """What makes a model's answers; nothing that runs code when it is read (no pickled weights)."""
 
 _INDEX = "model.safetensors.index.json"
+_NOT_NAMED = "not named"
 _CHUNK_BYTES = 1 << 22
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 
@@ -46,18 +48,32 @@ def check_model_folder(folder: Path) -> None:
         ModelError: Something is missing or cut off; the message names the file.
     """
     if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise ModelError(
-                f"{folder} holds an adapter, not a model",
-                hint=f"name its base model instead ({adapter_base(folder)}) and give the adapter separately",
-            )
-        raise ModelError(f"{folder} holds no config.json", hint="give a Hugging Face model folder")
+        raise _no_model(folder)
     _check_weights(folder)
     fast = (folder / "tokenizer.json").is_file() or any(folder.glob("*.model"))
     if not fast and not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
         raise ModelError(
             f"{folder} holds no tokenizer (tokenizer.json)", hint="copy the tokenizer files of its base model into it"
         )
+
+
+def _no_model(folder: Path) -> ModelError:
+    """What a folder without a configuration is, and how a model comes of it."""
+    if (folder / "adapter_config.json").is_file():
+        return ModelError(f"{folder} holds an adapter, not a model", hint=_merging(folder))
+    if (folder / "merge" / "config.json").is_file():
+        return ModelError(f"{folder} is a run's folder, not a model", hint=f"its merged model is {folder / 'merge'}")
+    adapter = folder / "train" / "adapter"
+    if (adapter / "adapter_config.json").is_file():
+        return ModelError(f"{folder} is a run's folder without a merged model", hint=_merging(adapter))
+    return ModelError(f"{folder} holds no config.json", hint="give a Hugging Face model folder")
+
+
+def _merging(adapter: Path) -> str:
+    base = adapter_base(adapter)
+    known = "BASE" if base == _NOT_NAMED else shlex.quote(base)
+    given = f"--model {known} --adapter {shlex.quote(str(adapter))}"
+    return f"its base model is {base}; to train on from it: fintune merge {given} --out DIR, then model.name=DIR"
 
 
 def check_unquantised(folder: Path) -> None:
@@ -167,7 +183,7 @@ def context_tokens(config: Mapping[str, object]) -> int | None:
 
 def adapter_base(folder: Path) -> str:
     """Name of the model that a PEFT adapter says it was trained on."""
-    return str(read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "not named")
+    return str(read_json(folder / "adapter_config.json").get("base_model_name_or_path") or _NOT_NAMED)
 
 
 def licence_of(folder: Path) -> str | None:

@@ -137,6 +137,7 @@ def _told_plainly(ref: ModelRef) -> Iterator[None]:
         # The first sentence; what follows is advice for users of the library.
         reason = str(error).strip().splitlines()[0].split(". ")[0][:200] if str(error).strip() else type(error).__name__
         raise ResourceError(
-            f"cannot fetch {what}: the hub cannot be reached and the model is not in the local hub cache ({reason})",
-            hint="connect once, or give a local model folder or builtin:smollm2-135m",
+            f"there is no folder {ref.name} here; taken for a hub id, {what} cannot be fetched: the hub cannot be "
+            f"reached and the model is not in the local hub cache ({reason})",
+            hint="check the path, or connect once, or name builtin:smollm2-135m",
         ) from error
