@@ -36,8 +36,6 @@ class BackgroundPush:
         self._lock = threading.Lock()
         self._waiting: _Saved | None = None
         self._thread: threading.Thread | None = None
-        self.failed = False
-        """Whether the newest push that came to its end did so without success."""
 
     def push(self, save: Callable[[Path], None], label: str) -> None:
         """Save a snapshot and let it be sent.
@@ -82,12 +80,9 @@ class BackgroundPush:
                     return
             try:
                 self._send(saved)
-                self.failed = False
             except FintuneError as error:
-                self.failed = True
                 say(f"{saved.label} was not pushed, and training goes on: {error}")
             except Exception as error:  # a thread that ended would push no later one either, without a word
-                self.failed = True
                 # Its kind alone: the text of a client's error may hold the request's headers, and so the token.
                 say(f"{saved.label} was not pushed, and training goes on: {type(error).__name__}")
             finally:

@@ -193,7 +193,6 @@ def test_an_error_nobody_foresaw_is_told_by_its_kind_and_the_next_snapshot_is_pu
     for epoch in (1, 2):
         pushes.push(writer(f"{epoch}"), f"epoch {epoch}")
         pushes.finish()
-        assert pushes.failed is (epoch == 1)
     assert hub.repositories["ann/model"].commits["main"] == ["initial commit", "epoch 2"]
     told = capsys.readouterr().err
     assert "epoch 1 was not pushed, and training goes on: RuntimeError\n" in told
