@@ -240,6 +240,18 @@ def test_labels_of_files_that_are_called_the_same_differ(write, tmp_path):
         assert len(set(ids(_all(load(sources))))) == 4
 
 
+def test_paths_with_commas_between_are_several_unless_one_file_is_called_so(write, tmp_path, monkeypatch):
+    def paths(text: str) -> list[str]:
+        options = ["data.source=chat", f"data.sources={text}"]
+        return [source.path for source in load_config(None, options).config.data.sources]
+
+    monkeypatch.chdir(tmp_path)
+    assert paths("faq.csv,chats.jsonl") == paths("faq.csv, chats.jsonl") == ["faq.csv", "chats.jsonl"]
+    write("faq.csv,chats.jsonl", [qa(1)])
+    assert paths("faq.csv,chats.jsonl") == ["faq.csv,chats.jsonl"]
+    assert paths("[faq.csv,chats.jsonl]") == ["faq.csv", "chats.jsonl"]
+
+
 def test_columns_and_shape_can_be_given(write):
     path = write("x.jsonl", [{"Frage": f"Was ist {n}?", "Antwort": f"Eine {n}."} for n in range(4)])
     found = load([{"path": str(path), "columns": {"question": "Frage", "answer": "Antwort"}}])

@@ -154,6 +154,14 @@ def test_the_name_of_a_hub_dataset_without_its_mark_is_answered_with_it():
         find("FinLang/some-set")
 
 
+def test_a_folder_that_is_not_there_is_no_hub_dataset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError) as caught:
+        find("datasets/")
+    assert "no such file or folder: put files there, or set data.sources=YOUR_FILE, " in str(caught.value)
+    assert "hub:" not in str(caught.value)
+
+
 def test_a_broken_line_is_one_broken_row_with_its_number(tmp_path):
     text = lines(ROWS[:1]) + "{oops}\n" + lines(ROWS[1:])
     found = list(read_rows(write(tmp_path / "x.jsonl", text)))

@@ -62,10 +62,16 @@ class SourceOptions(Options):
 
 def _paths_alone(value: Any) -> Any:
     # A tuple, because that is what strict checking takes from Python.
-    entries = [value] if isinstance(value, (str, dict)) else value
+    entries = _several(value) if isinstance(value, str) else [value] if isinstance(value, dict) else value
     if not isinstance(entries, (list, tuple)):
         return () if entries is None else entries
     return tuple({"path": each} if isinstance(each, str) else each for each in entries)
+
+
+def _several(text: str) -> list[str]:
+    """``a.csv,b.jsonl`` as two paths, where no file is called so."""
+    parts = [each.strip() for each in text.split(",") if each.strip()]
+    return parts if len(parts) > 1 and not Path(text).expanduser().exists() else [text]
 
 
 class DataOptions(Options):

@@ -90,6 +90,8 @@ def local_files(source: SourceOptions) -> list[Path]:
 def _instead(path: str) -> str:
     if any(letter in path for letter in "*?["):
         return f"nothing matches the pattern{tried(path)}"
+    if path.endswith("/"):
+        return f"put files there, or set data.sources=YOUR_FILE{tried(path)}"
     if path.count("/") == 1 and not path.startswith((".", "/", "~")):
         return f"check its name{tried(path)}; a dataset of the hub is written hub:{path}"
     return f"check its name{tried(path)}"
