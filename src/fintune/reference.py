@@ -85,7 +85,7 @@ def _shown_type(field: FieldInfo) -> str:
 
 
 def _type(annotation: str) -> str:
-    plain = re.sub(r"typing\.|pathlib\.|<class '|'>", "", annotation)
+    plain = re.sub(r"typing\.|pathlib\.(?:_local\.)?|<class '|'>", "", annotation)
     plain = re.sub(r"Optional\[(.*)\]", r"\1 | None", plain).replace("Path", "path")
     plain = re.sub(r"Literal\[([^\]]*)\]", lambda found: found[1].replace("', '", " or ").replace("'", ""), plain)
     plain = re.sub(r"tuple\[(.*), \.\.\.\]", r"list of \1", plain)
