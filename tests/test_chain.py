@@ -453,7 +453,7 @@ def test_rows_of_ones_own_become_a_model_file(able_model, tmp_path):
     assert done.status == 0, done.err
     file = tmp_path / "chat" / "export" / "chat-Q4_K_M.gguf"
     assert file.is_file()
-    assert f"GGUF {file}\nTo talk to it: fintune serve {tmp_path / 'chat'}\n" in done.out
+    assert f"GGUF {file}\nTo serve it: fintune serve {tmp_path / 'chat'}\n" in done.out
 
 
 @pytest.mark.skipif(not (FINQA / "train.json.gz").is_file(), reason="../shared/finqa holds the official files")

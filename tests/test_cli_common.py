@@ -46,7 +46,7 @@ def test_a_run_on_conversations_ends_with_its_files_and_what_to_do_with_them(cha
     lines = [
         f"Merged model {folder / 'merge'}",
         f"GGUF {folder / 'export' / 'chat-Q4_K_M.gguf'}",
-        f"To talk to it: fintune serve '{folder}'",
+        f"To serve it: fintune serve '{folder}'",
     ]
     page = f"The run's page: {folder / 'report' / 'index.html'}"
     assert run(chain, source) == [*lines, page]

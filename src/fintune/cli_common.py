@@ -122,7 +122,7 @@ def _made(run: Path, looked_at: Collection[str]) -> Iterator[str]:
     for file in files:
         yield f"GGUF {file}"
     if files:
-        yield f"To talk to it: fintune serve {shlex.quote(str(run))}"
+        yield f"To serve it: fintune serve {shlex.quote(str(run))}"
 
 
 def print_tables(tables: Sequence[Table]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+_QUESTION = '{"messages": [{"role": "user", "content": "Hello"}], "temperature": 0, "max_tokens": 200}'
 _TOKENS = click.IntRange(min=16)
 _SOME = click.IntRange(min=1)
 
@@ -58,8 +59,10 @@ def serve(
             parallel=parallel,
             key_variable=variable,
         )
-        key = f"the key of {variable or OWN_KEY}" if key_from(variable) else "no key"
+        name = (variable or OWN_KEY) if key_from(variable) else None
+        key = f"the key of {name}" if name else "no key"
         click.echo(f"{server.model} at {server.url}, {server.context_tokens} tokens a request, {key}; Ctrl-C stops it")
+        click.echo(f"To ask it: {_curl(server.url, name)}")
         while True:
             time.sleep(3600)
     except KeyboardInterrupt:
@@ -68,3 +71,9 @@ def serve(
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def _curl(url: str, key_name: str | None) -> str:
+    """A request that can be pasted into a shell; the key stays in its variable."""
+    key = f' -H "Authorization: Bearer ${key_name}"' if key_name else ""
+    return f"curl {url}/chat/completions -H 'Content-Type: application/json'{key} -d '{_QUESTION}'"

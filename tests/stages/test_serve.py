@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
+import shlex
 import signal
 import socket
 import subprocess
@@ -86,10 +88,26 @@ def test_a_runs_last_file_answers_as_it_does_in_this_process_until_ctrl_c(run, m
         engine.close()
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
+        assert process.stdout.readline().startswith("To ask it: curl ")
         assert process.stdout.read() == "stopped\n" and process.stderr.read() == ""
     with LlamaCppEngine(run / "export" / "demo-Q4_K_M.gguf", context_tokens=256, parallel=1) as local:
         wanted = in_order(local.generate([local.render(each) for each in ASKED], Decoding(6)))
     assert found == [each.token_ids for each in wanted]
+
+
+@pytest.mark.parametrize("key", ["", KEY])
+def test_the_request_that_it_prints_gets_an_answer(run, monkeypatch, key):
+    with served(run, key=key) as (process, url, _):
+        line = process.stdout.readline()
+        assert KEY not in line
+        monkeypatch.setenv(OWN_KEY, key)
+        curl, address, *options = shlex.split(os.path.expandvars(line.removeprefix("To ask it: ")))
+        assert (curl, address) == ("curl", f"{url}/chat/completions")
+        given = list(zip(options[::2], options[1::2], strict=True))
+        assert [option for option, _ in given] == ["-H", *(["-H"] if key else []), "-d"]
+        headers = dict(value.split(": ") for option, value in given if option == "-H")
+        with urllib.request.urlopen(urllib.request.Request(address, given[-1][1].encode(), headers)) as answer:
+            assert json.load(answer)["choices"][0]["message"]["role"] == "assistant"
 
 
 def test_it_stops_at_once_while_a_request_is_in_flight(run):
