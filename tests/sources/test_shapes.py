@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from typing import Any
 
@@ -285,6 +286,59 @@ def test_a_shape_that_is_named_wins_over_the_fields():
     with pytest.raises(BrokenRowError, match="missing or empty") as caught:
         convert(row, shape="alpaca")
     assert caught.value.field == "instruction"
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "field", "others"),
+    [
+        ({"A": ASK, "B": ANSWER}, {"shape": "question_answer"}, "question", "A, B"),
+        ({"A": ASK, "B": ANSWER}, {"shape": "question_answer", "columns": {"question": "A"}}, "answer", "B"),
+        ({"Query": ASK, "chosen": ANSWER, "rejected": "no", "label": 1}, {"shape": "preference"}, "prompt", "Query"),
+    ],
+)
+def test_a_field_of_the_named_shape_that_no_column_is_tells_of_the_columns_there_are(row, options, field, others):
+    with pytest.raises(BrokenRowError) as caught:
+        convert(row, **options)
+    assert (caught.value.field, caught.value.why) == (field, f"not in the row, which has {others}")
+    assert caught.value.hint.endswith(f"or name its column, as columns: {{{field}: {others.split(', ')[0]}}}")
+
+
+@pytest.mark.parametrize(
+    ("row", "shape", "field"),
+    [
+        ({"question": ASK}, "question_answer", "answer"),
+        ({"Question": "", "answer": ANSWER, "id": 1}, "question_answer", "Question"),
+        ({"conversations": [{"from": "human", "value": ASK}], "id": 1}, "messages", "messages"),
+    ],
+)
+def test_a_field_that_is_empty_or_told_in_another_way_is_no_other_column(row, shape, field):
+    with pytest.raises(BrokenRowError, match="missing") as caught:
+        convert(row, shape=shape)
+    assert caught.value.field == field
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": DEEP}, "bad turns"),
+        ({"conversations": DEEP}, "bad turns"),
+        ({"prompt": ASK, "chosen": [turn("user", ASK)], "rejected": DEEP}, "bad turns"),
+        (
+            {
+                "messages": [turn("user", ASK), turn("assistant", ANSWER)],
+                "tools": functools.reduce(lambda value, _: {"a": value}, range(900), 1),
+            },
+            "too deep",
+        ),
+    ],
+)
+def test_what_is_nested_without_end_is_a_broken_row(row, reason):
+    with pytest.raises(BrokenRowError) as caught:
+        convert(row)
+    assert caught.value.reason == reason
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def _first(turns: object) -> object:
     if isinstance(turns, str):  # a list as text in a cell
         try:
             turns = json.loads(turns)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
     return turns[0] if isinstance(turns, list) and turns else None
 

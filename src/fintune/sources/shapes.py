@@ -61,15 +61,39 @@ def convert(
     if not isinstance(row, dict):
         kind = "a list" if isinstance(row, list) else "null" if row is None else f"{row!r:.40}"
         raise BrokenRowError("not an object", f"{kind} is no object with named fields")
-    named = fields_of(row, columns or {})
+    try:
+        return _told_by_column(row, shape, columns or {}, labelled)
+    except RecursionError:
+        why = "lists or objects stand hundreds deep in each other"
+        raise BrokenRowError("too deep", why, hint="mend or remove the row") from None
+
+
+def _told_by_column(
+    row: Mapping[str, object], shape: Shape | None, columns: Mapping[str, str], labelled: bool
+) -> tuple[Shape, Conversation]:
+    named = fields_of(row, columns)
     found = shape or detect(named.fields, labelled=labelled)
     if found is None:
         raise _unknown(named.fields, row)
     try:
         return found, _converted(found, named.fields)
     except BrokenRowError as broken:
+        elsewhere = broken.field in TURNS and not named.written.keys().isdisjoint(TURNS)
+        if shape is not None and broken.field in _FIELDS - named.written.keys() and not elsewhere:
+            _refuse_other_names(broken.field, row, columns)
         broken.field = named.as_written(broken.field)
         raise
+
+
+def _refuse_other_names(field: str, row: Mapping[str, object], columns: Mapping[str, str]) -> None:
+    """Of a field that is not in the row: a column that nothing is read from may be it."""
+    read = _TELLING | _MORE
+    names = map(str, row)
+    others = [each for each in names if each not in columns.values() and each.strip().lower() not in read]
+    if others:
+        why = f"not in the row, which has {', '.join(others[:8])}"
+        hint = f"fill it or remove the row; or name its column, as columns: {{{field}: {others[0]}}}"
+        raise BrokenRowError("no such column", why, field=field, hint=hint) from None
 
 
 def _converted(found: Shape, fields: Fields) -> Conversation:
@@ -269,6 +293,8 @@ _NEEDS: Final[tuple[tuple[Shape, set[str]], ...]] = (
 """The fields that tell a shape, in the order in which they are looked for."""
 # A label may also be that of a whole list of rows; in a row it stands beside another field.
 _FIELDS: Final = {name for _, needed in _NEEDS for name in needed} - {"label"}
+_MORE: Final = {"label", "system", "system_prompt", "input", "context"}
+"""What is read besides."""
 _TELLING: Final = _FIELDS | {name for name, known in ALIASES.items() if known in _FIELDS}
 _CONVERT: Final[dict[Shape, Callable[[Fields], Conversation]]] = {
     "preference": _from_preference,
