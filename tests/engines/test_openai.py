@@ -3,6 +3,8 @@ from __future__ import annotations
 import math
 import re
 import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -95,6 +97,34 @@ def test_a_quick_answer_does_not_wait_for_a_slow_one_and_what_is_done_is_not_ask
         assert [each.place for each in answers] == [1]
     asked = [body["messages"][0]["content"] for _, body, _ in served.seen]
     assert sorted(asked) == sorted(QUESTIONS[place] for place in (1, 2, 4, 5, 6))
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, ModelError])
+def test_who_stops_does_not_wait_for_what_is_in_flight(stop):
+    """In a process of its own, whose end waits for no request either."""
+    code = (
+        "import sys, threading\n"
+        "from fintune.engines.endpoint import parse\n"
+        "from fintune.engines.openai import OpenAIEngine\n"
+        "from fintune.engines.protocol import Decoding\n"
+        "from fintune.errors import ModelError\n"
+        "from fintune.records import Message\n"
+        "engine = OpenAIEngine(parse(sys.argv[1]), parallel=2)\n"
+        "chats = [[Message(role='user', content=name)] for name in ('slow', 'quick', 'third', 'last')]\n"
+        "answers = engine.chat(chats, Decoding(1))\n"
+        "print(next(answers).place, flush=True)\n"
+        "try:\n"
+        f"    answers.throw({stop.__name__}('stop'))\n"
+        f"except {stop.__name__}:\n"
+        "    engine.close()\n"
+        "    print('stopped', flush=True)\n"
+    )
+    with Slow("slow") as served:
+        command = [sys.executable, "-c", code, f"{served.url}#m"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+        assert not served.go_on.is_set()
+        served.go_on.set()
+    assert (done.stdout.split(), done.returncode) == (["1", "stopped"], 0), done.stderr
 
 
 def test_a_grammar_leaves_only_programs(url):
@@ -263,6 +293,13 @@ def test_a_vllm_server_gives_ids_and_takes_the_grammar_in_its_words():
     assert (found.token_ids, found.finish_reason, found.num_prompt_tokens) == ((4, 5), "length", 3)
     assert found.margins == pytest.approx((1.5, 0.5))
     assert math.fsum(found.logprobs) == pytest.approx(-1.5)
+
+
+def test_a_probability_of_0_is_no_reason_to_stop():
+    steps = [{"id": 4, "logprob": None, "top_logprobs": [{"logprob": -0.5}, {"logprob": None}]}]
+    with Scripted((200, said(logprobs={"content": steps}))) as served:
+        (found,) = in_order(engine(f"{served.url}#m").chat(ONE, Decoding(1)))
+    assert (found.logprobs, found.margins) == ((-104.0,), (103.5,))
 
 
 def test_addresses_are_told_from_folders_and_hub_ids():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fintune.engines.gguf_header import numbers
-from fintune.engines.protocol import Completion, Decoding
+from fintune.engines.protocol import Completion, Decoding, log_probability
 from fintune.finqa.grammar import Grammar
 
 # Nothing that `general.sampling.*` of the file says holds.
@@ -29,8 +29,6 @@ _SEED_STEP = 1_000_003
 """Seeds of candidates lie next to each other, those of runs so far apart."""
 _CONTROL = 3
 """GGUF's type of tokens that mark turns and texts."""
-_UNDERFLOW_NATS = -104.0
-"""For a probability that is 0 in 32 bits, which JSON cannot write the logarithm of."""
 
 
 def question(
@@ -98,15 +96,11 @@ def _numbers(tokens: Sequence[int], steps: Sequence[Mapping[str, Any]]) -> tuple
     for token in tokens:
         if waiting and waiting[-1]["id"] == token:
             step = waiting.pop()
-            first, second = (_nats(best["logprob"]) for best in step["top_logprobs"])
-            logprobs.append(_nats(step["logprob"]))
+            first, second = (log_probability(best["logprob"]) for best in step["top_logprobs"])
+            logprobs.append(log_probability(step["logprob"]))
             margins.append(first - second)
         else:
             logprobs.append(math.nan)
             margins.append(0.0)
     assert not waiting, "llama.cpp reported tokens that it did not generate"
     return tuple(logprobs), tuple(margins)
-
-
-def _nats(value: float | None) -> float:
-    return _UNDERFLOW_NATS if value is None else float(value)

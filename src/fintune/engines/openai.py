@@ -17,13 +17,14 @@ import hashlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
 
 from fintune.engines.endpoint import Connection, Endpoint
-from fintune.engines.protocol import Answered, Completion, Decoding
+from fintune.engines.in_flight import InFlight
+from fintune.engines.protocol import Answered, Completion, Decoding, log_probability
 from fintune.engines.told import told_by
 from fintune.errors import ModelError, PromptError, ResourceError
 from fintune.finqa.grammar import Grammar
@@ -173,12 +174,12 @@ class OpenAIEngine:
         waiting: dict[Future[dict[str, Any]], tuple[int, int]] = {}
         found: dict[int, dict[int, Completion]] = defaultdict(dict)
         left, told = iter(asked.items()), time.monotonic()
-        pool = ThreadPoolExecutor(self._parallel, thread_name_prefix="fintune-request")
+        requests = InFlight(lambda body: self._connection.post("/chat/completions", body), self._parallel)
         try:
             while True:
                 room = self._parallel * (1 + _QUEUED_PER_REQUEST) - len(waiting)
                 for key, request in islice(left, room):
-                    waiting[pool.submit(self._connection.post, "/chat/completions", request)] = key
+                    waiting[requests.submit(request)] = key
                 if not waiting:
                     return
                 # Of those that ended together the first asked comes first, so that the same mistake is named each time.
@@ -191,7 +192,7 @@ class OpenAIEngine:
                         yield Answered(place, tuple(one for _, one in sorted(found.pop(place).items())))
                         told = time.monotonic()
         finally:
-            pool.shutdown(cancel_futures=True)
+            requests.close()
 
     @staticmethod
     def _answer(request: Future[dict[str, Any]], place: int) -> dict[str, Any]:
@@ -266,7 +267,7 @@ def _completion(url: str, answer: Mapping[str, Any], seconds: float) -> Completi
             margins=tuple(map(_margin, aligned)) or (0.0,) * len(ids),
             num_prompt_tokens=int(usage.get("prompt_tokens") or 0),
             seconds=seconds,
-            logprobs=tuple(float(step["logprob"]) for step in aligned),
+            logprobs=tuple(log_probability(step["logprob"]) for step in aligned),
         )
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ResourceError(
@@ -279,5 +280,5 @@ def _ending(reason: object) -> Literal["stop", "length"]:
 
 
 def _margin(step: Mapping[str, Any]) -> float:
-    best = [float(each["logprob"]) for each in step.get("top_logprobs") or ()][:2]
+    best = [log_probability(each["logprob"]) for each in step.get("top_logprobs") or ()][:2]
     return best[0] - best[1] if len(best) == 2 else 0.0

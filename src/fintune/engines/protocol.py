@@ -8,6 +8,9 @@ from typing import Literal, NamedTuple, Protocol
 
 from fintune.finqa.grammar import Grammar
 
+_UNDERFLOW_NATS = -104.0
+"""The logarithm of what is 0 in 32 bits, about."""
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -68,6 +71,11 @@ class Answered(NamedTuple):
 
     place: int
     completions: tuple[Completion, ...]
+
+
+def log_probability(told: float | None) -> float:
+    """One as a server tells it; None stands for that of 0, whose logarithm JSON cannot write."""
+    return _UNDERFLOW_NATS if told is None else float(told)
 
 
 def in_order(answers: Iterable[Answered]) -> list[Completion]:
