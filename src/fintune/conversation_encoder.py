@@ -44,7 +44,7 @@ class ConversationEncoder:
 
     Args:
         tokenizer: With a chat template.
-        system: System message of conversations that have none; left out where empty.
+        system: System message of conversations that have none; where empty, the chat template's own, if it has one.
         train_on: All of the assistant's turns, or the last.
         max_length: Tokens of a row; turns that do not fit are left out.
     """

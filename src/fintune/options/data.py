@@ -85,7 +85,11 @@ class DataOptions(Options):
     sources: Annotated[tuple[SourceOptions, ...], BeforeValidator(_paths_alone)] = Field(
         (), description="Where conversations come from; see the last table of this page."
     )
-    system: str = Field("", description="System message of conversations that have none; left out where empty.")
+    system: str = Field(
+        "",
+        description="System message of conversations that have none; where empty, what the model's chat template puts "
+        "there itself, if anything.",
+    )
     train_on: Literal["all", "last"] = Field(
         "all", description="Which of the assistant's turns of a conversation are trained."
     )
