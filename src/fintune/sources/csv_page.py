@@ -14,6 +14,8 @@ from fintune.errors import DataError
 _SIGNS = ";\t|,"
 _TOLD = re.compile(r'"?sep=([;,|\t:])"?[;,|\t]*\r?\n', re.IGNORECASE)
 _QUOTED = re.compile(r'"[^"]*"')
+_HEAD_SHOWN = 80
+"""Letters of a header in a message."""
 _NAME = re.compile(r"[^\W\d_]|\b(?:19|20)\d\d\b")
 
 
@@ -57,7 +59,8 @@ def csv_page(path: Path, content: str) -> CsvPage:
         # A comma in a number would have shifted the cells behind it.
         if sign == "," and 1 < len(table[0]) < len(row) and any(row[len(table[0]) :]):
             problem = f"has {len(row)} cells where the header has {len(table[0])}"
-            raise DataError(problem, path=path, row=number, hint='put a cell with a comma in quotes: "1,250"')
+            head = f"row {numbered[start][0]} was taken for the header: {' | '.join(table[0])[:_HEAD_SHOWN]}"
+            raise DataError(problem, path=path, row=number, hint=f'put a cell with a comma in quotes: "1,250" ({head})')
     return CsvPage(table if len(table) > 1 else [], above, sign)
 
 
