@@ -8,9 +8,10 @@ import pytest
 from engines import fake_vllm
 from engines.served import Scripted, llama_cpp_server, said
 from fintune.answerer import Named, engine_of, open_model
+from fintune.config import load
 from fintune.engines.endpoint import OWN_KEY
 from fintune.engines.protocol import Decoding, in_order
-from fintune.errors import ModelError
+from fintune.errors import ModelError, ResourceError
 from fintune.records import Message
 
 TURNS = [Message(role="system", content="Answer."), Message(role="user", content="the net revenue in 2019 ?")]
@@ -89,6 +90,14 @@ def test_every_engine_counts_and_answers_the_same_conversation(tiny_model, tmp_p
         (found,) = in_order(opened.complete([TURNS], Decoding(3)))
         assert found.num_prompt_tokens == counts[names[3]]
         opened.close()
+
+
+def test_a_server_is_waited_for_as_long_as_the_options_say():
+    with Scripted((200, said()), seconds=1) as served:
+        config = load(None, ["predict.timeout_seconds=0.3"]).config
+        opened = open_model(Named.with_options(f"{served.url}#m", config))
+        with pytest.raises(ResourceError, match=r"gave no answer in 0\.3 seconds"):
+            in_order(opened.complete([TURNS], Decoding(3)))
 
 
 def test_models_and_adapters_have_fingerprints_of_their_own(tiny_model):

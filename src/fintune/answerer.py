@@ -53,6 +53,7 @@ class Named:
         load_in_4bit: Quantise the weights while they load (bitsandbytes).
         precision: Arithmetic of transformers and vLLM.
         batch_size: Prompts decoded together; requests in flight.
+        timeout_seconds: Longest wait for one answer of a server.
         threads: CPU threads; all cores where None.
         revision: Of a hub model.
         trust_remote_code: Whether the model's own Python code may run.
@@ -65,6 +66,7 @@ class Named:
     load_in_4bit: bool = False
     precision: Precision = "float32"
     batch_size: int = 16
+    timeout_seconds: float = 600.0
     threads: int | None = None
     revision: str | None = None
     trust_remote_code: bool = False
@@ -88,6 +90,7 @@ class Named:
             load_in_4bit=load_in_4bit,
             precision=config.predict.precision,
             batch_size=config.predict.batch_size,
+            timeout_seconds=config.predict.timeout_seconds,
             threads=config.predict.threads,
             revision=config.model.revision if name == config.model.name else None,
             trust_remote_code=config.model.trust_remote_code,
@@ -242,7 +245,9 @@ class _Served:
     def __init__(self, named: Named) -> None:
         from fintune.engines.openai import OpenAIEngine
 
-        self._engine: OpenAIEngine = OpenAIEngine(parse(named.name), parallel=named.batch_size)
+        self._engine: OpenAIEngine = OpenAIEngine(
+            parse(named.name), parallel=named.batch_size, timeout_seconds=named.timeout_seconds
+        )
         self.fingerprint = hashlib.sha256(self._engine.fingerprint().encode()).hexdigest()
 
     def count(self, conversation: Conversation) -> int:

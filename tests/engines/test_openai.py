@@ -205,7 +205,7 @@ def test_an_unknown_host_is_one_line():
 def test_an_answer_that_does_not_come_is_one_line():
     with (
         Scripted((200, said()), seconds=1) as served,
-        pytest.raises(ResourceError, match=r"gave no answer in 0\.2 seconds"),
+        pytest.raises(ResourceError, match=r"no answer in 0\.2 seconds: raise predict\.timeout_seconds, or lower"),
     ):
         in_order(engine(f"{served.url}#m", timeout_seconds=0.2).chat(ONE, Decoding(1)))
 

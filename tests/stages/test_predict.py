@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 from pydantic import ValidationError
@@ -333,6 +334,19 @@ def test_what_is_served_is_asked_the_conversations(tiny_model, inputs, tmp_path)
     assert served.seen[0][1]["messages"][-1]["role"] == "user"
     official = json.loads((tmp_path / "p/official.json").read_text())
     assert official[4] == {"id": "x4", "predicted": ["add(", "1", "2", ")", "EOF"]}
+
+
+def test_a_slow_server_may_be_given_longer_and_what_it_answered_stays(tiny_model, inputs, tmp_path):
+    from engines.served import Scripted, said
+
+    with Scripted((200, said("add(1, 2)"))) as served:
+        options = {"models": ["endpoint"], "endpoint": f"{served.url}#m", "batch_size": 1}
+        served.before_answering = lambda _: time.sleep(0.8 if len(served.seen) in (3, 4) else 0)
+        (tmp_path / "p").mkdir()
+        with pytest.raises(ResourceError, match=r"gave no answer in 0\.4 seconds"):
+            predict(config(tiny_model, **options, timeout_seconds=0.4), inputs, tmp_path / "p", kind="endpoint")
+        assert len((tmp_path / "p/predictions.jsonl").read_text().splitlines()) == 2
+        assert predict(config(tiny_model, **options), inputs, tmp_path / "p", kind="endpoint")["num_predictions"] == 5
 
 
 def test_a_server_that_serves_other_weights_by_now_is_not_mixed_in(tiny_model, inputs, tmp_path):

@@ -168,7 +168,7 @@ def test_a_server_with_other_weights_is_not_mixed_in(data):
         assert "2 of 2 questions asked again" in done.err
         assert len((data.parent / "out.partial.jsonl").read_text().splitlines()) == 2
         served.script, served.seen = [same], []
-        assert fintune(*words).status == 0
+        assert fintune(*words, "predict.timeout_seconds=1200").status == 0
         assert len(served.seen) == 2 + 2
     assert {row["text"] for row in json.loads(out.read_text())} == {"add(1, 2)"}
 

@@ -24,6 +24,7 @@ OWN_KEY, COMMON_KEY = "FINTUNE_API_KEY", "OPENAI_API_KEY"
 
 _TRY_AGAIN = (429, 500, 502, 503, 504)
 """Too many requests, a server that starts, or a gateway that lost it for a moment."""
+_SLOW = "raise predict.timeout_seconds, or lower predict.batch_size (requests at a time) or predict.max_new_tokens"
 _QUOTED = 300
 """Characters of a server's own message that are repeated."""
 
@@ -185,7 +186,7 @@ class Connection:
             (exceptions.NameResolutionError, "has a host that is not known", "check the address"),
             (exceptions.NewConnectionError, "refuses the connection", "start the server there, or check the address"),
             (exceptions.ConnectTimeoutError, "does not answer", "check the address and the firewall"),
-            (exceptions.ReadTimeoutError, f"gave no answer in {self._seconds:g} seconds", "give it longer or less"),
+            (exceptions.ReadTimeoutError, f"gave no answer in {self._seconds:g} seconds", _SLOW),
             (exceptions.SSLError, "cannot prove who it is (TLS)", "check the address and its certificate"),
         )
         for kind, what, hint in told:

@@ -89,6 +89,12 @@ class PredictOptions(Options):
     )
     seed: int = Field(17, ge=0, description="Where tokens are drawn: the same seed draws the same.")
     batch_size: int = Field(16, ge=1, description="Completions decoded together.")
+    timeout_seconds: float = neutral(
+        600.0,
+        "Seconds in which a server has to answer a request, those in which it waits there among them.",
+        gt=0,
+        le=604_800,
+    )
     precision: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "float32", description="Arithmetic of the transformers engine."
     )

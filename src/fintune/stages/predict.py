@@ -72,7 +72,7 @@ def predict(config: Config, inputs: Mapping[str, Path], folder: Path, *, kind: M
         key = {
             "model": _fingerprint(config, inputs, kind) if served is None else served.fingerprint(),
             "prompts": hashlib.sha256("\0".join(prompts.values()).encode()).hexdigest(),
-            "decoding": config.predict.model_dump_json(exclude={"models", "threads", "batch_size"}),
+            "decoding": config.predict.model_dump_json(exclude={"models", "threads", "batch_size", "timeout_seconds"}),
         }
         journal = opened.enter_context(closing(Journal(folder / "predictions.jsonl", key)))
         if any(each.id not in journal.done for each in examples):
@@ -252,7 +252,9 @@ def _served(config: Config, examples: Sequence[Example], prompts: Mapping[str, s
     from fintune.engines.openai import ChatEngine, OpenAIEngine
 
     assert config.predict.endpoint is not None, "the options ask for it"
-    served = OpenAIEngine(parse(config.predict.endpoint), parallel=config.predict.batch_size)
+    options = config.predict
+    endpoint = parse(config.predict.endpoint)
+    served = OpenAIEngine(endpoint, parallel=options.batch_size, timeout_seconds=options.timeout_seconds)
     return ChatEngine(served, {prompts[each.id]: each.messages for each in examples})
 
 

@@ -170,7 +170,7 @@ def _resumed(job: FileJob, config: Config, answerer: Answerer, prompts: _Prompts
     key = {
         "model": f"{answerer.engine} {answerer.fingerprint}",
         "prompts": hashlib.sha256(text.encode("utf-8", errors="backslashreplace")).hexdigest(),
-        "decoding": config.predict.model_dump_json(exclude={"models", "threads", "batch_size"}),
+        "decoding": config.predict.model_dump_json(exclude={"models", "threads", "batch_size", "timeout_seconds"}),
     }
 
     def ask(ids: Sequence[str], decoding: Decoding, done: frozenset[int]) -> Iterator[Answered]:
