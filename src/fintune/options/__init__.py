@@ -13,7 +13,7 @@ from fintune.options.export import ExportOptions, MergeOptions, ReplayOptions
 from fintune.options.guard import GuardOptions
 from fintune.options.model import AdapterOptions, ModelOptions
 from fintune.options.predict import GGUF_KINDS, WAY_MARK, ModelKind, PredictOptions, Way, kind_and_way
-from fintune.options.publish import PublishOptions
+from fintune.options.publish import PublishOptions, is_hub_name
 from fintune.options.run import Config, RunOptions
 from fintune.options.train import TrainOptions
 
@@ -39,6 +39,7 @@ __all__ = [
     "StatementsOptions",
     "TrainOptions",
     "Way",
+    "is_hub_name",
     "is_neutral",
     "kind_and_way",
     "neutral",

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fintune.errors import ConfigError
-from fintune.hub_background import BackgroundPush
+from fintune.hub_background import GOES_ON, BackgroundPush
 from fintune.hub_push import MAIN, Target
-from fintune.options import PublishOptions
-from fintune.options.publish import is_hub_name
+from fintune.options import PublishOptions, is_hub_name
 from fintune.tuning.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
+
+_ENDED = "what training ended with was not pushed: {error}"
+_ENDED_IN_RUN = "the adapter was not pushed: {error}; it is in the run's folder, push it with `fintune publish`"
 
 
 @cache
@@ -49,12 +51,12 @@ def callback_class() -> type[TrainerCallback]:
         def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             self._pushes.finish()
             # The weights need not be those of the last epoch (load_best_model_at_end); if they are, no commit is made.
-            self._push(state, model, f"end of training, step {state.global_step}")
+            self._push(state, model, f"end of training, step {state.global_step}", _ENDED)
             self._pushes.finish()
 
-        def _push(self, state: Any, model: Any, label: str) -> None:
+        def _push(self, state: Any, model: Any, label: str, failure: str = GOES_ON) -> None:
             if state.is_world_process_zero:
-                self._pushes.push(lambda folder: _save(model, folder), label)
+                self._pushes.push(lambda folder: _save(model, folder), label, failure)
 
     return PushToHubEachEpoch
 
@@ -91,7 +93,7 @@ class EpochPushes:
 
     def finish(self) -> None:
         """Push what training kept, and wait for it."""
-        self._pushes.push(self._save, "end of training")
+        self._pushes.push(self._save, "end of training", _ENDED_IN_RUN)
         self._pushes.finish()
 
 
