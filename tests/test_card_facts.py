@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from fintune import card_facts
 from fintune.card_facts import card_of
 from fintune.config import load
 from fintune.publication import Publication
@@ -51,3 +53,14 @@ def test_the_guards_share_of_right_programs_has_its_interval():
     told = rows["statements right, before and after, 95 % intervals"]
     assert told == "0 of 12 (0.0\u201324.2 %), 3 of 12 (8.9\u201353.2 %)"
     assert not any(name.startswith("finance right") for name in rows)
+
+
+def test_what_could_not_be_encoded_is_told_beside_the_sources_that_still_count_it(monkeypatch, tmp_path):
+    train = SimpleNamespace(num_examples=97, dropped={"not encodable": 1})
+    held = SimpleNamespace(num_examples=5, dropped={})
+    report = SimpleNamespace(train=train, eval=held, sources=[SimpleNamespace(dropped={"exact duplicate": 2})])
+    monkeypatch.setattr(card_facts.prepared, "read_report", lambda _: report)
+    assert card_facts._used(tmp_path) == (
+        "97 examples were trained on, 5 held out; left out: 1 not encodable, 2 exact duplicate. "
+        "Of the examples above, 1 could not be encoded."
+    )

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fintune.config import OVERRIDE, effective, fields, flat, load
+from fintune.config import OVERRIDE, effective, fields, flat, load, told
 from fintune.errors import ConfigError
 from fintune.options import Config, is_neutral
 from fintune.options.export import GGUF_TYPES
@@ -277,6 +277,13 @@ def test_flat_holds_every_option_as_json() -> None:
     assert list(values) == [key for key, _ in fields()]
     assert values["predict.models"] == ["base", "adapter", "merged", "F16", "Q4_K_M"]
     assert values["run.dir"] == "runs"
+
+
+def test_of_a_source_is_told_what_is_set() -> None:
+    loaded = load(None, ["data.source=chat", "data.sources=[a.csv, {path: b.csv, columns: {question: Frage}}]"])
+    shown = told(loaded.config)
+    assert shown["data.sources"] == ["a.csv", {"path": "b.csv", "columns": {"question": "Frage"}}]
+    assert shown | {"data.sources": 0} == flat(loaded.config) | {"data.sources": 0}
 
 
 def test_what_cannot_change_a_result_stays_out_of_the_fingerprint() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fintune.spread import file_of, spread
+from fintune.spread import file_of, place_of, spread
 
 
 def test_every_kind_is_shown_and_the_rows_of_a_kind_lie_far_apart():
@@ -22,3 +22,13 @@ def test_a_conversations_id_names_its_file_and_a_page_none():
     assert file_of("rows of: 2024.jsonl:12") == "rows of: 2024.jsonl"
     assert file_of("rows.jsonl:7#2") == "rows.jsonl"
     assert {file_of("A/2009/page_1.pdf-1"), file_of("A/2009/page_1.pdf-1 A/2009/page_1.pdf-2")} == {""}
+
+
+def test_a_conversation_is_named_as_messages_name_its_row(tmp_path):
+    paths = ["data/faq.csv", f"{tmp_path}/", "hub:acme/talks", "b/*.jsonl"]
+    assert place_of("faq.csv:3", paths) == "data/faq.csv, row 3"
+    assert place_of("2/sub/x.jsonl:7#2", paths) == f"{tmp_path}/sub/x.jsonl, row 7"
+    assert place_of("3/acme/talks/train:1", paths) == "hub:acme/talks, split train, row 1"
+    assert place_of("4/b/x.jsonl:9", paths) == "b/x.jsonl, row 9"
+    assert place_of("9/x.jsonl:9", ["9"]) == "9/x.jsonl, row 9"
+    assert place_of("A/2009/page_1.pdf-1", []) == "A/2009/page_1.pdf-1"

@@ -114,7 +114,9 @@ def _used(folder: Path) -> str:
     for source in report.sources:
         kinds.update(source.dropped)
     left_out = f"; left out: {', '.join(f'{number:,} {reason}' for reason, number in kinds.items())}" if kinds else ""
-    return f"{report.train.num_examples:,} examples were trained on, {report.eval.num_examples:,} held out{left_out}."
+    lost = sum(sum(split.dropped.values()) for split in (report.train, report.eval)) if report.sources else 0
+    told = f"{report.train.num_examples:,} examples were trained on, {report.eval.num_examples:,} held out{left_out}."
+    return f"{told} Of the examples above, {lost:,} could not be encoded." if lost else told
 
 
 def _is_finqa(folder: Path) -> bool:

@@ -104,6 +104,12 @@ def flat(config: Config) -> dict[str, Any]:
     return {key: _get(tree, key) for key, _ in fields()}
 
 
+def told(config: Config) -> dict[str, Any]:
+    """The values of :func:`flat` to look at: of an entry of ``data.sources`` only what is set."""
+    entries = [each.model_dump(mode="json", exclude_defaults=True) for each in config.data.sources]
+    return flat(config) | {"data.sources": [each["path"] if len(each) == 1 else each for each in entries]}
+
+
 def effective(config: Config, prefixes: Sequence[str]) -> dict[str, Any]:
     """The values below any of the prefixes (``"train"``, ``"data.max_eval"``) that can change a result."""
     values = flat(config)

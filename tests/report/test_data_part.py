@@ -89,10 +89,19 @@ def test_counts_are_of_conversations_and_turns(report):
 
 def test_the_page_names_the_sources_and_no_programs(report):
     html = render(RunPage(name="finance", config=Config(data=DataOptions(source="chat", sources=("a",))), data=report))
-    for words in ("Not for commercial use", "hub:FinLang/x", "12 messages", "row 9", "28 conversations are trained on"):
+    for words in (
+        "Not for commercial use",
+        "hub:FinLang/x",
+        "12 messages",
+        "row 9",
+        "14 examples are trained on, 1 are held out",
+    ):
         assert words in html
     assert "Steps of a program" not in html
     assert "No page of the evaluation" not in html
+    assert "The table of sources also counts what is left out here: 1 too long." in html
+    report["train"]["dropped"] = {}
+    assert "also counts" not in context(report)["words"]
 
 
 def test_nothing_is_said_of_commerce_where_every_source_is_free(report):

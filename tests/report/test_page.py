@@ -178,5 +178,14 @@ def test_any_set_of_kinds_makes_a_page(page, kinds):
 
 def test_a_run_with_nothing_done_still_says_how_it_is_set_up(config):
     text = outline(render(RunPage(name="empty", config=config))).text
-    assert "No predictions were scored" in text
+    assert "Nothing was measured in this run yet." in text
     assert "train.epochs" in text
+
+
+def test_options_are_shown_as_they_were_set_and_their_names_do_not_break():
+    rows, hub = {"path": "rows.jsonl"}, {"path": "hub:a/b", "weight": 2.0}
+    config = Config.model_validate({"run": {"name": "mine"}, "data": {"source": "chat", "sources": [rows, hub]}})
+    html = render(RunPage(name="mine", config=config))
+    assert '["rows.jsonl", {"path": "hub:a/b", "weight": 2.0}]' in outline(html).text
+    assert "<code>data.sources</code></th>" in html
+    assert "tbody th > code { white-space: nowrap; }" in html

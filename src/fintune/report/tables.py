@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from fintune.config import DEFAULT, Loaded, flat
+from fintune.config import DEFAULT, Loaded, told
 
 if TYPE_CHECKING:
     from fintune.report.metrics import Rates
@@ -28,7 +28,7 @@ def config_table(loaded: Loaded) -> Table:
     table = Table("option", "value", "from", box=None, pad_edge=False)
     for column in table.columns:
         column.overflow = "fold"  # a cut value or place would be no answer
-    for key, value in flat(loaded.config).items():
+    for key, value in told(loaded.config).items():
         origin = _origin(key, loaded.origin)
         table.add_row(key, json.dumps(value), origin, style="dim" if origin == DEFAULT else "")
     return table

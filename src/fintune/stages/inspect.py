@@ -7,6 +7,7 @@ sees them: trained tokens in colour, or between brackets where there is no colou
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,7 @@ from fintune.report.inspect_page import (
     sources,
 )
 from fintune.sources.files import local_files
-from fintune.spread import file_of, spread
+from fintune.spread import file_of, place_of, spread
 from fintune.visible import visible
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ def inspect(config: Config, console: Console, *, num_examples: int = 3, html: Pa
     tokenizer = models.load_tokenizer(reference, trust_remote_code=config.model.trust_remote_code)
     folder = config.folder / "prepare"
     report, rows, origin = _stored(config, folder, num_examples) or _fresh(config, tokenizer, num_examples)
-    examples = [shown(tokenizer, row) for row in rows]
+    paths = [source.path for source in config.data.sources]
+    examples = [replace(each, id=place_of(each.id, paths)) for each in (shown(tokenizer, row) for row in rows)]
     page = InspectPage(
         config.run.name, origin, config.model.name, config.data.source, report.model_dump(mode="json"), examples
     )
@@ -101,8 +103,8 @@ def _print(page: InspectPage, report: PrepareReport, console: Console) -> None:
         console.print(Text.assemble(("  not used ", "red"), visible(problem)))
     if more := num_more(page.report):
         console.print(Text(f"  ... and {more:,} more; prepare lists all in {NOT_USED}"), soft_wrap=True)
-    if report.num_shared_pages:
-        console.print(Text(f"  {report.num_shared_pages} eval examples ask about a page that is also trained on"))
+    if report.shared_pages:
+        console.print(Text(f"  {report.shared_pages}"))
     limit = f"at most {report.max_length} with the completion"
     _histogram(console, "train: tokens of a prompt", report.train.prompt_tokens, limit)
     _histogram(console, "eval: tokens of a prompt", report.eval.prompt_tokens, limit)

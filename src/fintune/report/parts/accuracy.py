@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fintune.options import GGUF_KINDS
+from fintune.report.parts import unscored
 from fintune.report.plots import Dot, dot_plot
 from fintune.report.run_page import KINDS, Measured, RunPage, colour, percent, span
 
@@ -25,7 +26,7 @@ def hero(page: RunPage) -> dict[str, str]:
     after = by_kind.get("adapter") or next((m for m in page.measured if m.kind != "base"), None)
     before = by_kind.get("base")
     if after is None and before is None:
-        return {"before": page.name, "after": "", "words": "No predictions were scored in this run yet."}
+        return unscored.hero(page)
     words = f"execution accuracy on {same_n(page.measured) or 'the'} evaluation questions"
     if after is None or before is None:
         only = after or before

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fintune import __version__
-from fintune.config import fields, flat
+from fintune.config import fields, flat, told
 from fintune.options import Config
 from fintune.report.run_page import Made, RunPage
 
@@ -36,7 +36,8 @@ def options(config: Config) -> tuple[list[tuple[str, str, str]], list[tuple[str,
     for key, option in fields():
         default = option.get_default(call_default_factory=True)
         defaults[key] = json.loads(json.dumps(default, default=str))
-    changed = [(key, _text(v), _text(defaults[key])) for key, v in values.items() if v != defaults[key]]
+    shown = told(config)
+    changed = [(key, _text(shown[key]), _text(defaults[key])) for key, v in values.items() if v != defaults[key]]
     return changed, [(key, _text(value)) for key, value in values.items() if value == defaults[key]]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,11 +11,12 @@ _DUPLICATES = ("exact duplicate", "near duplicate")
 
 def words(report: Mapping[str, Any]) -> str:
     """A sentence on how the conversations were divided."""
-    held = sum(source["num_eval"] for source in report["sources"])
-    trained = sum(source["num_train"] for source in report["sources"])
+    train, held = report["train"], report["eval"]
+    dropped = Counter(train["dropped"]) + Counter(held["dropped"])
+    lost = f" The table of sources also counts what is left out here: {_counted(dropped)}." if dropped else ""
     return (
-        f"{trained:,} conversations are trained on, {held:,} are held out by a hash of their first question. A "
-        "conversation has no official verdict, so none is scored."
+        f"{train['num_examples']:,} examples are trained on, {held['num_examples']:,} are held out by a hash of their "
+        f"first question.{lost} A conversation has no official verdict, so none is scored."
     )
 
 
