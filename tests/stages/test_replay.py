@@ -47,12 +47,42 @@ def run(tiny_model, tmp_path_factory):
 def test_every_form_is_compared_with_what_was_trained(run, tmp_path):
     config, inputs = run
     facts = replay(config, inputs, tmp_path)
-    assert list(facts["replayed"]) == ["adapter", "merged", "F16", "Q4_K_M"]
+    assert list(facts["replayed"]) == ["base", "adapter", "merged", "F16", "Q4_K_M"]
     assert facts["num_positions"] > 60
-    adapter_kl, merged_kl, f16_kl, q4_kl = (each["mean_kl"] for each in facts["replayed"].values())
+    _, adapter_kl, merged_kl, f16_kl, q4_kl = (each["mean_kl"] for each in facts["replayed"].values())
     assert adapter_kl == pytest.approx(0, abs=1e-9) and merged_kl < 1e-8 and f16_kl < 1e-6 < q4_kl
     assert facts["replayed"]["merged"]["same_best_token_share"] == 1
     assert json.loads((tmp_path / "replay.json").read_text()) == facts
+
+
+def test_the_base_stands_beside_what_was_trained_and_fails_no_stage(run, tiny_model, tmp_path):
+    config, inputs = run
+    facts = replay(config, inputs, tmp_path)
+    base, trained = (facts["replayed"][kind] for kind in ("base", "adapter"))
+    rows = module._rows(
+        config, models.load_tokenizer(models.resolve(str(tiny_model))), inputs["prepare"] / "eval.jsonl"
+    )
+    plain = models.load_model(models.resolve(str(tiny_model)), dtype=config.predict.precision, device="cpu")
+    with torch.inference_mode():
+        losses = [
+            -plain(torch.tensor([row.ids])).logits[0, position - 1].log_softmax(-1)[row.ids[position]].item()
+            for row in rows
+            for position in row.positions
+        ]
+    assert base["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
+    assert base["same_best_token_share"] < 0.9  # which no file could have
+    assert list(facts["min_same_share"]) == ["merged", "F16", "Q4_K_M"]
+    assert facts["summary"].startswith(
+        f"held-out perplexity {base['perplexity']:.4g} before training, {trained['perplexity']:.4g} after; "
+        "same best token: merged 100.0% (KL "
+    )
+
+
+def test_a_base_without_finite_figures_is_left_out(run, tmp_path):
+    config, _ = run
+    facts = judged(config, tmp_path, base=Agreement(360, math.nan, 0.0, math.nan), merged=Agreement(360, 0.0, 1.0, 5.0))
+    assert list(facts["replayed"]) == ["adapter", "merged"]
+    assert facts["summary"] == "same best token: merged 100.0% (KL 0)"
 
 
 def test_another_model_in_the_file_fails_the_stage(run, tiny_model, tmp_path):
@@ -145,7 +175,7 @@ def test_one_near_tie_of_few_positions_fails_no_stage(least, num_positions, allo
 def test_a_run_without_a_merged_folder_is_replayed_too(run, tmp_path):
     config, inputs = run
     facts = replay(config, {name: path for name, path in inputs.items() if name != "merge"}, tmp_path)
-    assert list(facts["replayed"]) == ["adapter", "F16", "Q4_K_M"]
+    assert list(facts["replayed"]) == ["base", "adapter", "F16", "Q4_K_M"]
 
 
 def test_an_adapter_in_dequantised_weights_is_compared_with_what_was_trained(run, tmp_path):

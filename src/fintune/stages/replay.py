@@ -52,9 +52,9 @@ def replay(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
         folder: Gets ``replay.json``.
 
     Returns:
-        By kind: mean KL divergence from base + adapter in ``predict.precision`` (nats), share of positions with the
-        same likeliest token, perplexity of the completions. Where the adapter was merged into dequantised weights, the
-        reference is the adapter on the base in 4 bits, as training had it.
+        By kind, the base without its adapter first: mean KL divergence from base + adapter in ``predict.precision``
+        (nats), share of positions with the same likeliest token, perplexity of the completions. Where the adapter was
+        merged into dequantised weights, the reference is the adapter on the base in 4 bits, as training had it.
 
     Raises:
         ArtifactError: A form that should be the same model and is not, a quantised file that is ruined, figures that
@@ -68,15 +68,25 @@ def replay(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
     whole = full.result(inputs["train"])
     trained = ref if whole is None else models.resolve(str(whole))
     adapter = inputs["train"] / "adapter" if whole is None else None
-    references = _logits(config, trained, adapter, rows, "what was trained")
+    model = _load(config, trained, adapter)
+    references = _logits(model, rows, "what was trained")
     targets = [row.ids[position] for row in rows for position in row.positions]
 
     def own(logits: Sequence[NDArray[np.float32]]) -> Agreement:
         return compare(references, [from_logits(each, target) for each, target in zip(logits, targets, strict=True)])
 
-    found = {"adapter" if whole is None else "trained": own(references)}
+    found = {}
+    if adapter is not None:
+        with model.disable_adapter():
+            found["base"] = own(_logits(model, rows, "the base"))
+    found["adapter" if whole is None else "trained"] = own(references)
+    del model
+    gc.collect()
     if "merge" in inputs:
-        found["merged"] = own(_logits(config, models.resolve(str(inputs["merge"])), None, rows, "merged"))
+        merged = _load(config, models.resolve(str(inputs["merge"])), None)
+        found["merged"] = own(_logits(merged, rows, "merged"))
+        del merged
+        gc.collect()
     threads = config.export.threads or os.cpu_count() or 1
     for kind in config.export.types:
         path = inputs["export"] / f"{config.run.name}-{kind}.gguf"
@@ -97,7 +107,11 @@ def replay(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
 
 
 def _judged(facts: Facts, found: Mapping[str, Agreement], config: Config, folder: Path) -> Facts:
-    files = {kind: each for kind, each in found.items() if kind not in _REFERENCES}
+    # Another model by intent, which is nothing to fail for.
+    found = {
+        kind: each for kind, each in found.items() if kind != "base" or math.isfinite(each.mean_kl * each.perplexity)
+    }
+    files = {kind: each for kind, each in found.items() if kind not in ("base", *_REFERENCES)}
     facts |= {
         "num_positions": next(iter(found.values())).num_positions,
         "replayed": {kind: asdict(each) for kind, each in found.items()},
@@ -116,11 +130,17 @@ def _judged(facts: Facts, found: Mapping[str, Agreement], config: Config, folder
                 if kind in JUDGED
                 else "the file is ruined, or the type is too small for this model: --redo export, or a larger type",
             )
-    facts["summary"] = ", ".join(
-        f"{kind} {each.same_best_token_share:.1%} KL {each.mean_kl:.2g}" for kind, each in files.items()
-    )
+    facts["summary"] = _summary(found, files)
     write_atomically(folder / "replay.json", json.dumps(facts, indent=1) + "\n")
     return facts
+
+
+def _summary(found: Mapping[str, Agreement], files: Mapping[str, Agreement]) -> str:
+    same = ", ".join(f"{kind} {each.same_best_token_share:.1%} (KL {each.mean_kl:.2g})" for kind, each in files.items())
+    if "base" not in found:
+        return f"same best token: {same}"
+    before, after = found["base"].perplexity, found["adapter"].perplexity
+    return f"held-out perplexity {before:.4g} before training, {after:.4g} after; same best token: {same}"
 
 
 def _bound(kind: str) -> str:
@@ -176,14 +196,8 @@ def _rows(config: Config, tokenizer: Any, path: Path) -> list[_Row]:
     return rows
 
 
-def _logits(
-    config: Config, ref: models.ModelRef, adapter: Path | None, rows: Sequence[_Row], what: str
-) -> list[NDArray[np.float32]]:
-    """Logits from which each position's token is predicted, (vocabulary,) each, float32.
-
-    What a row has in common with the one before it, as questions on one page have, is computed once.
-    """
-    model: Any = models.load_model(
+def _load(config: Config, ref: models.ModelRef, adapter: Path | None) -> Any:
+    model = models.load_model(
         ref,
         dtype=config.predict.precision,
         load="4bit" if adapter is not None and config.merge.into == "dequantised" else "16bit",
@@ -191,12 +205,18 @@ def _logits(
     )
     if adapter is not None:
         with quiet_libraries():
-            model = adapters.load_adapter(model, adapter)
+            return adapters.load_adapter(model, adapter)
+    return model
+
+
+def _logits(model: Any, rows: Sequence[_Row], what: str) -> list[NDArray[np.float32]]:
+    """Logits from which each position's token is predicted, (vocabulary,) each, float32.
+
+    What a row has in common with the one before it, as questions on one page have, is computed once.
+    """
     found, read = [], Reader(model)
     for row in track(rows, f"replay of {what}", len(rows)):
         first = row.positions[0]
         logits = read(row.ids, first)
         found += [logits[position - first].float().cpu().numpy() for position in row.positions]
-    del model, read
-    gc.collect()
     return found

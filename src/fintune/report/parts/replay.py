@@ -27,6 +27,7 @@ def context(page: RunPage) -> dict[str, Any] | None:
             f"below {percent(share)} {' and '.join(_label(kind) for kind in least if least[kind] == share)}"
             for share in sorted(set(least.values()), reverse=True)
         ),
+        "base": "base" in replayed,
         "accuracies": any(kind in accuracies for kind in replayed),
         "rows": [
             {
