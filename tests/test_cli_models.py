@@ -40,6 +40,20 @@ def test_a_run_stands_for_its_gguf_or_else_for_what_was_merged(run, capsys):
         model_of(str(run), with_adapter=True)
 
 
+def test_a_run_on_conversations_is_told_to_answer_no_questions_about_pages(run, capsys):
+    (run / "merge").mkdir()
+    (run / "merge" / "config.json").write_text("{}")
+    model_of(str(run))
+    assert "trained on" not in capsys.readouterr().err
+    finished_step.finish(run / "prepare", options={"data.source": "chat"})
+    assert model_of(str(run))[0] == str(run / "merge")
+    told = [line for line in capsys.readouterr().err.splitlines() if "trained on" in line]
+    assert told == [
+        f"  {run} was trained on conversations, not on programs: its answers here mean little; "
+        f"for free chat: fintune serve {run}"
+    ]
+
+
 def test_a_run_without_a_model_and_an_adapter_alone_say_how_they_are_named(run):
     adapter = run / "train" / "adapter"
     with pytest.raises(ArtifactError, match=f"no merged or exported model: .* acme/base --adapter {adapter}"):

@@ -96,4 +96,5 @@ def ask(
     if answer.num_cut:
         click.echo(f"fintune: {answer.num_cut} sentences and rows did not fit prompt.max_length", err=True)
     if answer.finish_reason == "length":
-        click.echo("fintune: the completion was cut off at predict.max_new_tokens", err=True)
+        limit = options.predict.max_new_tokens
+        click.echo(f"fintune: the completion was cut off at predict.max_new_tokens={limit}", err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from fintune.artifact import Slot
@@ -51,4 +52,10 @@ def _of_run(name: str, run: Path, *, with_adapter: bool) -> tuple[str, list[str]
             hint = f"name the adapter and its base: {adapter_base(adapter)} --adapter {adapter}"
         raise ArtifactError(f"{name} holds no merged or exported model", hint=hint)
     say(f"{name} is a run's folder; its model is {found}")
-    return str(found), [each for each in overrides_of(run) if each.startswith("prompt.")]
+    options = overrides_of(run)
+    if 'data.source="chat"' in options:
+        say(
+            f"{name} was trained on conversations, not on programs: its answers here mean little; "
+            f"for free chat: fintune serve {shlex.quote(name)}"
+        )
+    return str(found), [each for each in options if each.startswith("prompt.")]

@@ -105,10 +105,27 @@ def test_a_small_confidence_is_not_called_none(confidence, told):
     assert confidence_words(confidence, [], None)[0] == told
 
 
-def test_a_completion_without_a_program_is_no_answer(page):
-    done, _ = asked(page, "It grew a lot.")
-    assert done.out.startswith("no answer  ")
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("It grew a lot.", "the model wrote text, not a program: It grew a lot."),
+        ("The net revenue (in millions) " + 9 * "rose, ", "the model wrote text, not a program: The net revenue"),
+        ("42", "the model wrote text, not a program: 42"),
+        ("foo(1, 2)", "token 1, 'foo(', is no operation"),
+        ("subtract(5829, x)", "step 1: 'x' is no number"),
+        ("subtract, 5829, 5735)", "step 1: no '(' after the operation"),
+    ],
+)
+def test_a_completion_without_a_program_is_no_answer_and_says_why(page, text, reason):
+    done, _ = asked(page, text)
+    assert done.out.startswith(f"no answer  {reason}")
+    assert max(map(len, done.out.splitlines()[:1])) < 140
     assert done.status == 0
+
+
+def test_a_completion_that_was_cut_off_names_the_limit(page, tiny_model):
+    done = fintune("ask", tiny_model, "--page", page, QUESTION, "predict.max_new_tokens=3")
+    assert done.err.endswith("fintune: the completion was cut off at predict.max_new_tokens=3\n")
 
 
 def test_json_holds_everything_a_machine_needs(page):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from fintune.engines.answering import less_memory
 from fintune.engines.candidates import decoding, grammars, predict_one
 from fintune.engines.protocol import in_order
 from fintune.errors import ModelError, PromptError
+from fintune.finqa.constants import OPERATIONS
 from fintune.finqa.page import page_units
 from fintune.finqa.program import tokenize
 from fintune.finqa.prompt import build_messages, prompt_budget
@@ -18,6 +20,9 @@ from fintune.finqa.trace import Operand, Trace, trace
 from fintune.options import PredictOptions, PromptOptions
 from fintune.out_of_memory import advice_on_memory
 from fintune.records import Candidate, FinQARecord
+
+_CALL = re.compile(r"\w+\(")
+_LONGEST_TEXT = 80
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,7 @@ def ask(record: FinQARecord, named: Named, prompt: PromptOptions, options: Predi
         record=record,
         text=predicted.text,
         program=predicted.program,
-        traced=_finite_or_none(trace(tokenize(predicted.program), record.table, sentences)),
+        traced=_in_words(trace(tokenize(predicted.program), record.table, sentences), predicted.program),
         finish_reason=predicted.finish_reason,
         confidence=predicted.confidence,
         candidates=predicted.candidates,
@@ -164,7 +169,12 @@ def ask(record: FinQARecord, named: Named, prompt: PromptOptions, options: Predi
     )
 
 
-def _finite_or_none(traced: Trace) -> Trace:
+def _in_words(traced: Trace, program: str) -> Trace:
+    """An execution with reasons for people."""
+    is_text = not _CALL.match(program) and tokenize(program)[0] not in OPERATIONS
+    if traced.execution.invalid and program and is_text:
+        short = program if len(program) <= _LONGEST_TEXT else f"{program[:_LONGEST_TEXT].rstrip()} ..."
+        return replace(traced, reason=f"the model wrote text, not a program: {short}")
     # The official script takes "inf" and "nan" for results; nobody asks a page for them.
     result = traced.execution.result
     if traced.reason is None and result in {"inf", "-inf", "nan"}:
