@@ -14,6 +14,7 @@ import pytest
 from checkout_stand_in import CONVERTER, calls, make_checkout
 from fintune import cli_finance
 from fintune.errors import ConfigError, FintuneError, ResourceError
+from fintune.tuning.checkpoints import mark_complete
 from tiny import make_tiny_model
 
 GUIDE = """
@@ -214,6 +215,31 @@ def test_a_checkpoint_of_another_program_is_refused(here, model):
     (here / "elsewhere" / "checkpoint-5").mkdir(parents=True)
     with pytest.raises(ConfigError, match="this checkpoint is none of the run in financial_lora/run"):
         finance(model, "--resume_from_checkpoint", "elsewhere/checkpoint-5")
+
+
+@pytest.mark.parametrize(
+    ("given", "steps", "told"),
+    [
+        ("./nowhere", (10, 16), "./nowhere: training goes on from the newest, step 16"),
+        ("checkpoint-10", (10, 16), "checkpoint-10: training goes on from the newest, step 16"),
+        ("{checkpoints}/checkpoint-10", (10, 16), "checkpoint-10: training goes on from the newest, step 16"),
+        ("{checkpoints}/checkpoint-16/", (10, 16), ""),
+        ("./financial_lora/checkpoint-latest", (10, 16), ""),
+        ("True", (16,), ""),
+        ("", (16,), ""),
+        ("last", (), "last: there is no whole checkpoint yet, so training starts at the beginning"),
+    ],
+)
+def test_what_becomes_of_a_checkpoint_that_is_named_is_told(here, capsys, given, steps, told):
+    checkpoints = here / "financial_lora" / "run" / ".work" / "train" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    for step in steps:
+        (checkpoints / f"checkpoint-{step}").mkdir()
+        mark_complete(checkpoints / f"checkpoint-{step}")
+    words = ("--resume_from_checkpoint", given.format(checkpoints=checkpoints), "--dry_run")
+    finance("builtin:smollm2-135m", *words)
+    lines = [line.strip() for line in capsys.readouterr().err.splitlines() if "--resume_from_checkpoint" in line]
+    assert [line.removesuffix(" (financial_lora/run)").endswith(told) for line in lines] == [True] * bool(told)
 
 
 def test_types_that_leave_out_a_file_of_the_guides_are_refused(here, model):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from fintune.stopping import GOES_ON, told
 GUIDE_MODEL = "DSR1/DSR1-Distill-Qwen-14B"
 _RUN = "run"
 _TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_NEWEST = ("checkpoint-latest", "latest", "last", "true")
+"""Words for the newest checkpoint."""
 _DEVICES = re.compile(r"cpu|auto|cuda(:\d+)?|balanced|sequential")
 
 
@@ -153,7 +155,7 @@ def run_training(**flags: Any) -> None:
 def _train(flags: Mapping[str, Any]) -> None:
     config = _config(flags, flags["output_dir"], [], [])
     # What is unfinished goes on with the data that it began with.
-    began = (config.folder / "prepare").is_dir() and flags["resume_from_checkpoint"] is not None
+    began = (config.folder / "prepare").is_dir() and bool(flags["resume_from_checkpoint"])
     skip = ["merge", "export", "report", *(["prepare"] if began else [])]
     if _run(config, flags, skip=skip, outputs=[_adapter(config, "--output_dir", flags["output_dir"])]):
         files.lay_out_adapter(config, flags["output_dir"])
@@ -166,9 +168,11 @@ def _run(config: Config, flags: Mapping[str, Any], *, skip: Sequence[str], outpu
     from fintune.steps import build
 
     places.check(outputs, _read(flags), config.folder)
-    if flags["resume_from_checkpoint"] is not None:
-        _tell_resuming(config.folder, flags["resume_from_checkpoint"])
-    pipeline = Pipeline(config, build(config), Selection(skip=skip, redo=flags["redo"]))
+    steps = build(config)
+    if flags["resume_from_checkpoint"]:
+        train = next(step for step in steps if step.name == "train")
+        _tell_resuming(config.folder, flags["resume_from_checkpoint"], train.resume_word)
+    pipeline = Pipeline(config, steps, Selection(skip=skip, redo=flags["redo"]))
     if flags["dry_run"]:
         for step, what in pipeline.preview():
             click.echo(f"{step.name}: {what}")
@@ -187,8 +191,13 @@ def _read(flags: Mapping[str, Any]) -> dict[str, Path]:
     return {flag: path for flag, path in found.items() if path.exists()}
 
 
-def _tell_resuming(run: Path, checkpoint: str) -> None:
+def _tell_resuming(run: Path, checkpoint: str, resume_word: Callable[[Path], str]) -> None:
     """What becomes of the flag, where it is not what happens anyway.
+
+    Args:
+        run: The run's folder.
+        checkpoint: As it was given.
+        resume_word: What becomes of unfinished training in a folder.
 
     Raises:
         ConfigError: A checkpoint that another program wrote.
@@ -199,12 +208,20 @@ def _tell_resuming(run: Path, checkpoint: str) -> None:
             f"--resume_from_checkpoint {checkpoint}: this checkpoint is none of the run in {run}",
             hint="training goes on from the run's own; leave the flag out to begin anew, or merge that adapter first",
         )
-    if not (run / ".work" / "train").is_dir():
+    unfinished = run / ".work" / "train"
+    newest = resume_word(unfinished).removeprefix("resume from step ")
+    if not unfinished.is_dir():
         done = (run / "train").is_dir()
         state = (
             "training is finished there" if done else "there is no unfinished training, so it starts at the beginning"
         )
-        say(f"--resume_from_checkpoint {checkpoint}: {state} ({run})")
+    elif newest == "run":
+        state = "there is no whole checkpoint yet, so training starts at the beginning"
+    elif newest.isdecimal() and given.name.lower() not in (*_NEWEST, f"checkpoint-{newest}"):
+        state = f"training goes on from the newest, step {newest}"
+    else:
+        return
+    say(f"--resume_from_checkpoint {checkpoint}: {state} ({run})")
 
 
 def _investopedia(flags: Mapping[str, Any]) -> list[dict[str, Any]]:
