@@ -141,6 +141,20 @@ class PrepareReport(Record):
         found = (f"{each.path} ({each.licence.name})" for each in self.sources if each.licence.non_commercial)
         return ", ".join(dict.fromkeys(found))
 
+    @property
+    def shared_pages(self) -> str:
+        """That evaluation asks about pages that are also trained on; empty where it does not, or nothing is evaluated.
+
+        A training without an evaluation set has a single record of what it trains on in its place.
+        """
+        is_same = "data.eval" in self.options and self.options["data.eval"] == self.options.get("data.train")
+        stands_in = is_same and self.options.get("data.max_eval") == "1"
+        if not self.num_shared_pages or stands_in:
+            return ""
+        number = self.num_shared_pages
+        asks = "1 eval example asks" if number == 1 else f"{number:,} eval examples ask"
+        return f"{asks} about a page that is also trained on"
+
     def notes(self) -> list[str]:
         """What a user should know, a line each; none where all went in whole."""
         lines = [line for source in self.sources for line in source.told()]
@@ -167,8 +181,8 @@ class PrepareReport(Record):
             lines.append(
                 f"all held-out answers are {self.eval.one_sided}, so that no margin is measured; raise data.eval_share"
             )
-        if self.num_shared_pages:
-            lines.append(f"{self.num_shared_pages} eval examples ask about a page that is also trained on")
+        if self.shared_pages:
+            lines.append(self.shared_pages)
         return lines
 
 

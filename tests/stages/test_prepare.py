@@ -104,7 +104,14 @@ def test_the_report_counts_drops_cuts_evidence_and_shared_pages(config: Config, 
     assert report.eval.steps == {"1": 1.0, "2": 0.0, "3": 0.0, "4+": 0.0}
     notes = "\n".join(report.notes())
     assert "1 no program" in notes
-    assert "1 eval examples ask about a page that is also trained on" in notes
+    assert "1 eval example asks about a page that is also trained on" in notes
+    more = report.model_copy(update={"num_shared_pages": 1200})
+    assert "1,200 eval examples ask about a page that is also trained on" in more.notes()
+    same = {"data.train": '"a.json"', "data.eval": '"a.json"'}
+    trained = report.model_copy(update={"options": {**same, "data.max_eval": "null"}})
+    assert "1 eval example asks about a page that is also trained on" in trained.notes()
+    stand_in = report.model_copy(update={"options": {**same, "data.max_eval": "1"}})
+    assert "also trained on" not in "".join(stand_in.notes()), "nothing is evaluated"
 
 
 def test_the_same_configuration_gives_the_same_bytes(config: Config, tmp_path: Path) -> None:

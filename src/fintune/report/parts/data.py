@@ -43,7 +43,7 @@ def context(report: Mapping[str, Any]) -> dict[str, Any]:
         }
     shared = report["num_shared_pages"]
     words = (
-        f"{shared:,} evaluation questions ask about a page that is also trained on."
+        f"{shared:,} evaluation question{' asks' if shared == 1 else 's ask'} about a page that is also trained on."
         if shared
         else "No page of the evaluation is trained on."
     )
