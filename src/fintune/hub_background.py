@@ -15,12 +15,15 @@ from fintune.progress import say
 
 END_SECONDS = 600.0
 """How long :meth:`BackgroundPush.finish` waits."""
+GOES_ON = "{label} was not pushed, and training goes on: {error}"
+"""How a failure is told while training is at work."""
 
 
 @dataclass(frozen=True)
 class _Saved:
     folder: Path
     label: str
+    failure: str
 
 
 class BackgroundPush:
@@ -37,12 +40,13 @@ class BackgroundPush:
         self._waiting: _Saved | None = None
         self._thread: threading.Thread | None = None
 
-    def push(self, save: Callable[[Path], None], label: str) -> None:
+    def push(self, save: Callable[[Path], None], label: str, failure: str = GOES_ON) -> None:
         """Save a snapshot and let it be sent.
 
         Args:
             save: Writes the files into a folder of that name, which it makes.
             label: What the snapshot is, for the commit and for messages.
+            failure: The line on a failure, with places for ``{label}`` and ``{error}``.
         """
         place: Path | None = None
         try:
@@ -51,13 +55,13 @@ class BackgroundPush:
         except Exception as error:  # no room is an OSError to one library and an error of its own to another
             if place is not None:
                 shutil.rmtree(place, ignore_errors=True)
-            say(f"{label} was not pushed: it could not be saved ({_why(error)}); training goes on")
+            say(failure.format(label=label, error=f"it could not be saved ({_why(error)})"))
             return
         with self._lock:
             if self._waiting is not None:
                 shutil.rmtree(self._waiting.folder, ignore_errors=True)
                 say(f"{self._waiting.label} was not pushed: an earlier one is still on its way, and {label} is newer")
-            self._waiting = _Saved(place, label)
+            self._waiting = _Saved(place, label, failure)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="fintune-push", daemon=True)
                 self._thread.start()
@@ -81,10 +85,10 @@ class BackgroundPush:
             try:
                 self._send(saved)
             except FintuneError as error:
-                say(f"{saved.label} was not pushed, and training goes on: {error}")
+                say(saved.failure.format(label=saved.label, error=error))
             except Exception as error:  # a thread that ended would push no later one either, without a word
                 # Its kind alone: the text of a client's error may hold the request's headers, and so the token.
-                say(f"{saved.label} was not pushed, and training goes on: {type(error).__name__}")
+                say(saved.failure.format(label=saved.label, error=type(error).__name__))
             finally:
                 shutil.rmtree(saved.folder, ignore_errors=True)
 

@@ -18,6 +18,7 @@ from fintune.errors import ConfigError
 from fintune.hub_background import BackgroundPush
 from fintune.hub_push import Target
 from fintune.options import Config
+from fintune.tuning.hub_callback import EpochPushes
 from model_hub import LIBRARY_WARNS, TOKEN, ModelHub, Repository, connected
 from prepared_rows import prepared
 
@@ -144,6 +145,8 @@ def test_training_ends_whatever_the_hub_says(tiny_model, hub, push_class, tmp_pa
     assert train(tiny_model, tmp_path, push_class(repo_id="ann/model"), epochs=1).state.global_step == 2
     err = capsys.readouterr().err
     assert told in err
+    assert "epoch 1, step 2 was not pushed, and training goes on: " in err
+    assert "what training ended with was not pushed: " in err
     assert "hf_wrong" not in err
     assert not any(repo.branches["main"] for repo in hub.repositories.values())
 
@@ -220,7 +223,7 @@ def test_a_snapshot_that_cannot_be_saved_is_told_in_a_line_and_passed_over(hub, 
     pushes.push(full, "epoch 1")
     pushes.finish()
     err = capsys.readouterr().err
-    assert f"epoch 1 was not pushed: it could not be saved ({told}" in err
+    assert f"epoch 1 was not pushed, and training goes on: it could not be saved ({told}" in err
     assert err.count("\n") == 1
     assert not folders[0].exists()
     assert not hub.asked
@@ -233,8 +236,28 @@ def test_a_snapshot_for_which_there_is_no_folder_is_told_and_passed_over(hub, ca
     monkeypatch.setattr(hub_background.tempfile, "mkdtemp", full)
     BackgroundPush(Target("ann/model")).push(writer("1"), "epoch 1")
     told = capsys.readouterr().err
-    assert "epoch 1 was not pushed: it could not be saved (No usable temporary directory found)" in told
+    assert (
+        "epoch 1 was not pushed, and training goes on: it could not be saved (No usable temporary directory found)"
+        in told
+    )
     assert not hub.asked
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_at_the_end_of_our_own_training_a_failure_says_where_the_adapter_is(hub, capsys, monkeypatch, is_full):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+
+    def save(folder: Path) -> None:
+        if is_full:
+            raise OSError(28, "No space left on device")
+        writer("1")(folder)
+
+    EpochPushes(Config.model_validate({"publish": {"repo_id": "ann/model"}}).publish, save, 2).finish()
+    told = capsys.readouterr().err
+    why = "it could not be saved (No space left on device)" if is_full else "pushing to the hub needs a token, and"
+    assert f"the adapter was not pushed: {why}" in told
+    assert "; it is in the run's folder, push it with `fintune publish`" in told
+    assert "training goes on" not in told
 
 
 def test_our_own_training_pushes_each_epoch_and_what_it_kept_under_the_bases_name(tiny_model, hub, tmp_path, capsys):
