@@ -147,10 +147,10 @@ def _kind(path: Path, content: str) -> str:
 def _finqa(path: Path, content: str, record_id: str | None) -> FinQARecord:
     try:
         raw = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         try:
             raw = [json.loads(line) for line in content.split("\n") if line.strip()]
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"not JSON ({error})", path=path) from None
     rows = raw if isinstance(raw, list) else [raw]
     if record_id is not None:
