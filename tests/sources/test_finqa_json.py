@@ -181,6 +181,16 @@ def test_what_is_no_finqa_file_is_an_error_in_one_line(tmp_path: Path, content: 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["faq.csv", "FAQ.TSV"])
+def test_a_table_is_called_so_and_what_takes_it_is_named(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text("question,answer\nwhy?,so\n")
+    with pytest.raises(DataError, match="a table, where FinQA records") as caught:
+        read_finqa(path)
+    assert "data.source=chat" in caught.value.hint
+    assert "fintune ask MODEL QUESTION --page" in caught.value.hint
+
+
 def test_a_missing_file_and_a_folder_are_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         read_finqa(tmp_path / "none.json")

@@ -21,6 +21,11 @@ from fintune.sources.json_files import read_whole_text
 from fintune.sources.source_report import UnusedRow
 
 _HINT = "FinQA records look like those of github.com/czyssrs/FinQA, dataset/dev.json"
+_TABLES = {".csv", ".tsv"}
+_TABLE_HINT = (
+    "a page is asked about by fintune ask MODEL QUESTION --page FILE, rows are trained on by data.source=chat "
+    "data.sources=FILE"
+)
 _NOT_STRICT = "set data.strict: false"
 WITHOUT_STRICT = "leave out --strict"
 """How a command's user has records dropped that cannot be used."""
@@ -123,6 +128,8 @@ def _rows(path: Path, text: str) -> Iterator[tuple[int, object]]:
         yield from enumerate(rows, 1)
     elif start == "{":
         yield from _lines(path, text)
+    elif Path(path.name.removesuffix(".gz")).suffix.lower() in _TABLES:
+        raise DataError("a table, where FinQA records (JSON) are read", path=path, hint=_TABLE_HINT)
     else:
         raise DataError("neither a JSON list nor JSON lines", path=path, hint=_HINT)
 
