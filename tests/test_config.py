@@ -160,6 +160,17 @@ def test_a_folder_and_a_binary_file_are_no_configuration(tmp_path: Path) -> None
     assert "not UTF-8 text (byte 0)" in refusal(tmp_path / "model.yaml")
 
 
+@pytest.mark.parametrize("made", ["train/manifest.json", ".work/train/key.json"])
+def test_a_runs_folder_is_called_so(tmp_path: Path, made: str) -> None:
+    file = tmp_path / "chat" / made
+    file.parent.mkdir(parents=True)
+    file.write_text("{}")
+    told = refusal(tmp_path / "chat")
+    assert "chat is a run's folder, not a configuration file: a run is made from its configuration file and" in told
+    assert told.endswith("that file is called chat.yaml")
+    assert "is a folder, not a configuration file" in refusal(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [

@@ -10,6 +10,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+from fintune.artifact import MANIFEST, WORK
 from fintune.errors import ConfigError
 
 _DATA = {".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"}
@@ -28,7 +29,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"{path}: no such configuration file", hint=_where_to_look(path)) from None
     except IsADirectoryError:
-        raise ConfigError(f"{path} is a folder, not a configuration file", hint=_where_to_look(path / "_")) from None
+        raise _is_folder(path) from None
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{path}: not UTF-8 text (byte {error.start})", hint="a configuration is a YAML file, see docs/options.md"
@@ -74,6 +75,16 @@ def _is_data(path: Path) -> ConfigError:
         f"{path}: this is data, not a configuration",
         hint=f"behind a configuration it is named so: data.source=chat data.sources={path}",
     )
+
+
+def _is_folder(path: Path) -> ConfigError:
+    if (path / WORK).is_dir() or any((path / step / MANIFEST).is_file() for step in ("prepare", "train")):
+        return ConfigError(
+            f"{path} is a run's folder, not a configuration file",
+            hint="a run is made from its configuration file and the same overrides; where run.name was not set, that "
+            f"file is called {path.resolve().name}.yaml",
+        )
+    return ConfigError(f"{path} is a folder, not a configuration file", hint=_where_to_look(path / "_"))
 
 
 def _yaml_problem(problem: str) -> tuple[str, str]:
