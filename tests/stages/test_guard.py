@@ -118,7 +118,7 @@ def test_what_got_worse_is_named_the_most_first(tiny_model, trained, tmp_path, r
     assert (finance["before"], finance["after"]) == (pytest.approx(2.0), pytest.approx(2.0 + 1.25 / 20))
     assert (finance["right_before"], statements["right_before"]) == (None, 0)
     assert facts["summary"] == (
-        "finance 2.00 to 2.06 nats a token; statements 2.00 to 2.01 nats a token and 0 to 0 of 12 right; "
+        "finance 2.00 to 2.06 nats a token; statements 2.00 to 2.01 nats a token, 0 of 12 right before, 0 after; "
         f"3 of 32 prompts worse by more than 0.1 ({ids[4]}, {ids[0]}, {ids[25]})"
     )
     assert guard(config(tiny_model, "guard.threshold=0.5"), {"train": trained}, tmp_path)["worse"] == [ids[4]]
@@ -155,7 +155,7 @@ def test_an_answer_that_is_no_longer_right_is_named(tiny_model, trained, tmp_pat
     assert facts["groups"][1]["right_before"] == 12
     assert facts["groups"][1]["right_after"] == 0
     assert len(facts["lost"]) == 12
-    assert "12 to 0 of 12 right" in facts["summary"]
+    assert "12 of 12 right before, 0 after" in facts["summary"]
     assert "no longer right: " in facts["summary"]
 
 

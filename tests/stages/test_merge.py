@@ -46,6 +46,8 @@ def test_the_merged_folder_gives_the_logits_of_base_and_adapter(tiny_model, tmp_
     assert facts["num_moved"] == 14
     assert facts["max_logit_difference"] < 1e-4 < facts["max_logit"]
     assert facts["same_best_token_share"] == 1
+    told = f"largest logit difference to base + adapter {facts['max_logit_difference']:.2g}"
+    assert facts["summary"] == f"float32, 14 weights moved, {told}"
 
 
 def test_tokenizer_template_and_licence_come_along(tiny_model, tmp_path):

@@ -83,7 +83,7 @@ class Group(Record):
         line = f"{self.name} {self.before:.2f} to {self.after:.2f} nats a token"
         if self.right_before is None:
             return line
-        return f"{line} and {self.right_before} to {self.right_after} of {self.num_prompts} right"
+        return f"{line}, {self.right_before} of {self.num_prompts} right before, {self.right_after} after"
 
 
 class GuardReport(Record):

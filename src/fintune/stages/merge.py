@@ -105,7 +105,7 @@ def _fold(config: Config, base: Path, adapter: Path, folder: Path, golden: Seque
         **proof,
         "summary": (
             f"{report.dtype}, {report.num_moved} weights moved, "
-            f"logits within {proof['max_logit_difference']:.2g} of base + adapter"
+            f"largest logit difference to base + adapter {proof['max_logit_difference']:.2g}"
         ),
     }
 
@@ -128,7 +128,8 @@ def _convert(config: Config, inputs: Mapping[str, Path], base: Path, trained: Pa
         "num_moved": num_moved,
         **proof,
         "summary": (
-            f"{dtype}, {num_moved} weights moved, logits within {proof['max_logit_difference']:.2g} of the trained ones"
+            f"{dtype}, {num_moved} weights moved, "
+            f"largest logit difference to the trained ones {proof['max_logit_difference']:.2g}"
         ),
     }
 
