@@ -313,7 +313,8 @@ def test_files_named_as_the_ways_of_a_kind_stand_in_column_groups(tmp_path: Path
     rows = [line for line in lines if line[:1] in (["LoRA"], ["DoRA"])]
     assert rows[0][:3] == ["LoRA", "3", "33.33%"]
     assert rows[0][-6:] == ["43.9", "to", "100.0%", "100.00%", "0.00%", "4.5"]
-    assert rows[1] == ["DoRA", "3", *rows[0][2:8]], "no column of a way that was not measured"
+    assert rows[0][7:12] == ["0.00%", "+", "66.67%", "no", "program"]
+    assert rows[1] == ["DoRA", "3", *rows[0][2:12]], "no column of a way that was not measured"
     assert ["example", "against", "plain", "answers", "times", "the"] in lines
     assert rows[2][:3] == ["LoRA", "3", "+66.7"]
     assert rows[2][-2:] == ["2", "0"], "gained and lost; the times are not known in both ways"

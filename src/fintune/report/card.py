@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from fintune.records import Message
 from fintune.report.metrics import Score
-from fintune.report.run_page import KINDS, percent, span
+from fintune.report.run_page import KINDS, percent, span, told_invalid
 from fintune.report.templating import fill
 
 
@@ -189,7 +189,7 @@ def _score(kind: str, score: Score) -> list[str]:
         span(score.execution_accuracy_interval),
         percent(score.program_accuracy),
         span(score.program_accuracy_interval),
-        percent(score.invalid_rate),
+        told_invalid(score),
     ]
 
 

@@ -38,6 +38,11 @@ class Rates(Record):
     program_accuracy_interval: Interval
     invalid_rate_interval: Interval
 
+    @property
+    def no_program_rate(self) -> float:
+        """Share of completions without one complete step, which officially is not invalid; known of `Score` alone."""
+        return 0.0
+
 
 class WholeFile(Record):
     """Figures over every question of the gold file: a missing id is wrong, of several predictions the first counts."""
@@ -86,6 +91,11 @@ class Score(Rates):
     by_operation: dict[str, Rates]
     by_evidence: dict[Evidence, Rates]
     by_question_type: dict[QuestionType, Rates]
+
+    @property
+    def no_program_rate(self) -> float:
+        """Share of completions without one complete step, which officially is not invalid."""
+        return self.outcomes.get("no_result", 0) / self.num_predictions
 
 
 class ScoreFile(Score):

@@ -10,7 +10,7 @@ from typing import Any
 from fintune.options import GGUF_KINDS, Config, Way
 from fintune.records import FinQARecord, Prediction
 from fintune.report.agreement import Agreement, compare
-from fintune.report.metrics import Score
+from fintune.report.metrics import Rates, Score
 from fintune.report.verdict import Judged
 
 KINDS: Mapping[str, str] = {
@@ -143,6 +143,12 @@ def colour(kind: str) -> int:
 def span(interval: tuple[float, float]) -> str:
     """``58.1–66.7``, the ends of an interval of fractions in percent."""
     return f"{100 * interval[0]:.1f}\u2013{100 * interval[1]:.1f}"
+
+
+def told_invalid(score: Rates) -> str:
+    """The invalid rate, and beside it what officially is not invalid: ``0.0 % + 100.0 % no program``."""
+    none = f" + {percent(score.no_program_rate)} no program" if score.no_program_rate else ""
+    return f"{percent(score.invalid_rate)}{none}"
 
 
 def percent(value: float) -> str:

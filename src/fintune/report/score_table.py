@@ -20,6 +20,8 @@ def headline_table(score: Score, name: str) -> Table:
         sides = [score, whole] if over_whole else [score]
         cells = [cell for side in sides for cell in (f"{getattr(side, field):.2%}", _span(side, field))]
         table.add_row(words, *cells)
+    if score.no_program_rate:
+        table.add_row("no program, not invalid", f"{score.no_program_rate:.2%}", "", "", "")
     missing = f"{whole.num_missing} without a prediction" if whole.num_missing else ""
     table.add_row("n", str(score.num_predictions), "", str(whole.num_gold), missing)
     return table

@@ -39,9 +39,10 @@ def _origin(key: str, origins: Mapping[str, str]) -> str:
 
 
 def score_table(scores: Mapping[str, Rates], what: str = "predictions") -> Table:
-    """Official figures, a row a set of predictions."""
+    """Official figures, a row a set of predictions; and completions without a program where there are any."""
     columns = (what, "n", "execution accuracy", "95 % interval", "program accuracy", "invalid")
-    table = Table(*columns, box=None, pad_edge=False)
+    without = any(score.no_program_rate for score in scores.values())
+    table = Table(*columns, *(["no program"] if without else []), box=None, pad_edge=False)
     for name, score in scores.items():
         low, high = score.execution_accuracy_interval
         table.add_row(
@@ -51,6 +52,7 @@ def score_table(scores: Mapping[str, Rates], what: str = "predictions") -> Table
             f"{100 * low:.1f} to {high:.1%}",
             f"{score.program_accuracy:.2%}",
             f"{score.invalid_rate:.2%}",
+            *([f"{score.no_program_rate:.2%}"] if without else []),
         )
     for column in table.columns[1:]:
         column.justify = "right"

@@ -102,7 +102,7 @@ def _figures(scored: Scored | None) -> list[str]:
         f"{score.execution_accuracy:.2%}",
         f"{100 * low:.1f} to {high:.1%}",
         f"{score.program_accuracy:.2%}",
-        f"{score.invalid_rate:.2%}",
+        f"{score.invalid_rate:.2%}" + (f" + {score.no_program_rate:.2%} no program" if score.no_program_rate else ""),
         "" if scored.seconds is None else f"{scored.seconds:.1f}",
     ]
 

@@ -60,9 +60,10 @@ def score(config: Config, inputs: Mapping[str, Path], folder: Path, *, kind: str
         strict=True,
     )
     figures = done.score
+    none = f", no program {figures.no_program_rate:.2%}" if figures.no_program_rate else ""
     return {
         "summary": f"execution {figures.execution_accuracy:.2%}, program {figures.program_accuracy:.2%}, "
-        f"invalid {figures.invalid_rate:.2%} of {figures.num_predictions}",
+        f"invalid {figures.invalid_rate:.2%}{none} of {figures.num_predictions}",
         "num_predictions": figures.num_predictions,
         "execution_accuracy": figures.execution_accuracy,
         "program_accuracy": figures.program_accuracy,

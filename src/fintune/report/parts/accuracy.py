@@ -8,7 +8,7 @@ from typing import Any
 from fintune.options import GGUF_KINDS
 from fintune.report.parts import unscored
 from fintune.report.plots import Dot, dot_plot
-from fintune.report.run_page import KINDS, Measured, RunPage, colour, percent, span
+from fintune.report.run_page import KINDS, Measured, RunPage, colour, percent, span, told_invalid
 
 GROUPS = (
     ("steps of the gold program", "by_num_steps"),
@@ -82,7 +82,7 @@ def row(measured: Measured, way: str = "") -> dict[str, Any]:
         "exe": percent(measured.score.execution_accuracy),
         "interval": span(measured.score.execution_accuracy_interval),
         "program": percent(measured.score.program_accuracy),
-        "invalid": percent(measured.score.invalid_rate),
+        "invalid": told_invalid(measured.score),
         "num": f"{measured.score.num_predictions:,}",
         "seconds": f"{measured.predict_seconds:,.0f}"
         if measured.predict_seconds >= 10

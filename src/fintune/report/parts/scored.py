@@ -8,7 +8,7 @@ from typing import Any
 from fintune.report.metrics import Rates, Score
 from fintune.report.parts.accuracy import GROUPS, group_name
 from fintune.report.plots import Dot, dot_plot
-from fintune.report.run_page import percent, span
+from fintune.report.run_page import percent, span, told_invalid
 
 
 def headline(score: Score) -> list[dict[str, str]]:
@@ -31,7 +31,7 @@ def headline(score: Score) -> list[dict[str, str]]:
         },
         {
             "name": "invalid",
-            "value": percent(score.invalid_rate),
+            "value": told_invalid(score),
             "interval": span(score.invalid_rate_interval),
             "whole": "",
             "whole_interval": "",
