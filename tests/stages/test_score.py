@@ -1,6 +1,7 @@
 import csv
 import gzip
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -336,3 +337,14 @@ def test_several_files_that_cannot_stand_in_one_table_are_one_line(
     done = fintune("score", *(word.replace("P", str(path)) for word in words), "--gold", gold)
     assert (done.status, done.err.count("\n")) == (2, 1)
     assert message in done.err
+
+
+def test_the_line_of_the_stage_tells_completions_without_a_program(tmp_path: Path, gold: Path) -> None:
+    for name in ("predict", "prepare", "score"):
+        (tmp_path / name).mkdir()
+    shutil.copy(gold, tmp_path / "prepare" / "gold.json")
+    rows = [_text("a"), {"id": "b", "program": ""}, {"id": "c", "program": ""}]
+    (tmp_path / "predict" / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    inputs = {"predict/base": tmp_path / "predict", "prepare": tmp_path / "prepare"}
+    facts = score(Config(), inputs, tmp_path / "score", kind="base")
+    assert facts["summary"].endswith(", invalid 0.00%, no program 66.67% of 3")
