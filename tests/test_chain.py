@@ -364,12 +364,12 @@ def test_base_and_adapter_give_the_files_of_the_merged_folder_without_writing_on
     for name in ("small-F16.gguf", "small-Q4_K_M.gguf", "Modelfile"):
         assert (folder / "export" / name).read_bytes() == (finished.folder / "export" / name).read_bytes()
     replayed = json.loads((folder / "replay" / "replay.json").read_text())["replayed"]
-    assert list(replayed) == ["adapter", "F16", "Q4_K_M"]
+    assert list(replayed) == ["base", "adapter", "F16", "Q4_K_M"]
 
 
 def test_every_form_of_the_model_answers_as_the_adapter_does_token_by_token(finished):
     facts = finished.manifests()["replay"].facts
-    assert list(facts["replayed"]) == ["adapter", "merged", "F16", "Q4_K_M"]
+    assert list(facts["replayed"]) == ["base", "adapter", "merged", "F16", "Q4_K_M"]
     assert all(facts["replayed"][kind]["same_best_token_share"] >= 0.98 for kind in ("adapter", "merged", "F16"))
     html = (finished.folder / "report" / "index.html").read_text(encoding="utf-8")
     assert "Is the file the model that was trained?" in html

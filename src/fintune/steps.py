@@ -212,7 +212,7 @@ def _predict_options(kind: ModelKind) -> tuple[str, ...]:
     assert kind in get_args(ModelKind)
     others = {"precision" if kind == "endpoint" else "endpoint"}
     others |= {"engine"} if kind == "endpoint" or kind in GGUF_KINDS else set()
-    names = set(PredictOptions.model_fields) - {"models", "threads"} - others
+    names = set(PredictOptions.model_fields) - {"models", "threads", "timeout_seconds"} - others
     return tuple(f"predict.{name}" for name in sorted(names))
 
 

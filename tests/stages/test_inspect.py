@@ -279,3 +279,13 @@ def test_a_page_that_cannot_be_written_is_refused_before_any_work(chat: Config, 
     ):
         with pytest.raises(FintuneError, match=told):
             inspect(chat, Console(file=io.StringIO()), html=wrong)
+
+
+def test_of_a_long_path_the_end_and_what_is_counted_are_shown(tmp_path: Path, tiny_model: Path) -> None:
+    folder = tmp_path / ("a long name " * 9)
+    folder.mkdir()
+    rows = [{"prompt": f"what is cash {n}?", "completion": f"it is {n}"} for n in range(4)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options = ["data.source=chat", f"data.sources=[{json.dumps(str(folder / 'rows.jsonl'))}]", f"run.dir={tmp_path}"]
+    text = printed(load(None, [*options, f"model.name={tiny_model}", "data.eval_share=0.2"]).config, num_examples=1)
+    assert re.search(r"…[a-z /]+/rows\.jsonl, row \d: \d+ tokens, \d+ trained ─", text), text

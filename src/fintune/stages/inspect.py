@@ -48,6 +48,8 @@ BAR_WIDTH = 40
 PROMPT_STYLE, SPECIAL_STYLE = "dim", "dim reverse"
 TRAINED_STYLE, TRAINED_SPECIAL_STYLE = "green", "bold green reverse"
 REJECTED_STYLE, REJECTED_SPECIAL_STYLE = "red", "bold red reverse"
+_BESIDE_TITLE = 6
+"""Columns that a panel takes of the line of its title."""
 OPEN, CLOSE = "⟦", "⟧"
 
 
@@ -112,7 +114,7 @@ def _print(page: InspectPage, report: PrepareReport, console: Console) -> None:
     if report.kind == "program":
         console.print(_shares(report))
     for example in page.examples:
-        title = Text(visible(f"{example.id}: {example.counts}"))
+        title = Text(_kept_end(visible(f"{example.id}: {example.counts}"), console.width - _BESIDE_TITLE))
         console.print(Panel(render(example, brackets=not coloured), title=title, title_align="left"))
     if page.examples:
         console.print(_legend() if coloured else Text(f"{OPEN}trained{CLOSE}"))
@@ -223,6 +225,11 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence
     for row in rows:
         table.add_row(*(Text(visible(cell)) for cell in row))
     return table
+
+
+def _kept_end(title: str, width: int) -> str:
+    # A path's end tells it from others, and the counts stand behind it.
+    return title if len(title) <= width else "…" + title[1 - width :]
 
 
 def _histogram(console: Console, title: str, found: Lengths, limit: str = "") -> None:
