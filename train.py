@@ -5,8 +5,8 @@ python train.py --model_name builtin:smollm2-135m --dataset_folder datasets/ --o
 
 from __future__ import annotations
 
-from fintune.cli import main
-from fintune.cli_finance import train_command
+from fintune.cli.legacy.finance import train_command
+from fintune.cli.main import main
 
 if __name__ == "__main__":
     main(train_command(), "train.py")

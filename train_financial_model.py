@@ -5,8 +5,8 @@ python train_financial_model.py --model_name builtin:smollm2-135m --dataset_fold
 
 from __future__ import annotations
 
-from fintune.cli import main
-from fintune.cli_finance import pipeline_command
+from fintune.cli.legacy.finance import pipeline_command
+from fintune.cli.main import main
 
 if __name__ == "__main__":
     main(pipeline_command(), "train_financial_model.py")

@@ -89,14 +89,14 @@ def model(given: argparse.Namespace, kind: str) -> dict[str, Any]:
 
 def measure(given: argparse.Namespace, kind: str, name: str, *, num: int) -> dict[str, Any]:
     """One way with one model."""
-    from fintune import chat
-    from fintune.engines.candidates import decoding, grammars, predict_one
-    from fintune.engines.protocol import in_order
+    from fintune.config import PredictOptions
+    from fintune.evaluation.metrics import score
     from fintune.finqa.parse import ParseError, parse
     from fintune.finqa.program import tokenize
-    from fintune.options import PredictOptions
+    from fintune.inference.candidates import decoding, grammars, predict_one
+    from fintune.inference.protocol import in_order
+    from fintune.models import chat_template as chat
     from fintune.records import Example, FinQARecord
-    from fintune.report.metrics import score
 
     run = given.run
     lines = (run / "prepare/eval.jsonl").read_text(encoding="utf-8").splitlines()[:num]
@@ -141,9 +141,9 @@ def opened(given: argparse.Namespace, kind: str) -> tuple[Any, Any]:
     """The engine of one kind of model, and the tokenizer."""
     import torch
 
-    from fintune import models
-    from fintune.engines.llama_cpp import LlamaCppEngine
-    from fintune.engines.transformers_engine import TransformersEngine
+    from fintune.inference.llama_cpp import LlamaCppEngine
+    from fintune.inference.transformers_engine import TransformersEngine
+    from fintune.models import load as models
 
     run, threads = given.run, given.threads
     torch.set_num_threads(threads)
@@ -162,7 +162,7 @@ def surroundings() -> dict[str, Any]:
     from importlib.metadata import version
     from importlib.util import find_spec
 
-    from fintune.machine import commit, machine
+    from fintune.util.system import commit, machine
 
     return {
         "machine": machine(),

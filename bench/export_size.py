@@ -62,8 +62,8 @@ PARTS = ("ours", "peers", "depth")
 OURS = """
 import sys
 from pathlib import Path
-from fintune.options import Config
-from fintune.stages.export import export
+from fintune.config import Config
+from fintune.pipeline.stages.export import export
 base, train, out, threads = sys.argv[1:]
 Path(out).mkdir()
 export(Config.model_validate({
@@ -251,7 +251,7 @@ def make(folder: Path, shape: str, layers: int | None) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from fintune.builtin import ensure
+    from fintune.models.builtin import ensure
 
     size = SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers})
     rank, width, num_layers = RANKS.get(shape, 16), size["hidden_size"], size["num_hidden_layers"]
@@ -330,8 +330,8 @@ def summary(runs: dict[str, dict[str, object]], shape: str) -> dict[str, object]
 
 def machine() -> dict[str, object]:
     """Processor, cores and versions."""
-    from fintune.machine import machine as described
-    from fintune.machine import versions
+    from fintune.util.system import machine as described
+    from fintune.util.system import versions
 
     return {**described(), "load": os.getloadavg()[0], "python": platform.python_version(), "versions": versions()}
 

@@ -29,8 +29,8 @@ import time
 from pathlib import Path
 
 from shapes import SIZES
+from support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 CARD_GIB = 24
 CONTEXT_GIB = 0.7
 """Of a card, what the CUDA context and the libraries' kernels take beside the allocator."""
@@ -76,7 +76,7 @@ def _measure(options: argparse.Namespace) -> None:
 
 
 def _command(model: Path, length: int, steps: int) -> list[object]:
-    from fintune.tuning.plan import GIB, RESERVE_BYTES
+    from fintune.training.plan import GIB, RESERVE_BYTES
 
     limit = CARD_GIB - CONTEXT_GIB
     planned = round(limit - RESERVE_BYTES / GIB, 2)  # what is left for tensors on such a card
@@ -90,7 +90,7 @@ def _command(model: Path, length: int, steps: int) -> list[object]:
 
 def _run_within(limit_gib: float, words: list[str]) -> None:
     """Run a program as if the GPU had no more memory for tensors."""
-    from fintune.machine import settle_environment
+    from fintune.util.system import settle_environment
 
     settle_environment()
     import torch

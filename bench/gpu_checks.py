@@ -21,7 +21,9 @@ import time
 import traceback
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("tests", "src")]
+from support.paths import ROOT
+
+sys.path[:0] = [str(ROOT / folder) for folder in ("tests", "src")]
 
 METHODS = {
     "lora": ("lora", "16bit"),
@@ -75,8 +77,8 @@ def _ways() -> list[dict]:
 
 
 def _run(way: dict, place: Path) -> dict:
-    from fintune.options import Config
-    from fintune.stages.train import check, train
+    from fintune.config import Config
+    from fintune.pipeline.stages.train import check, train
 
     folder = place / way["name"].replace(" ", "-").replace(",", "")
     folder.mkdir()
@@ -121,9 +123,9 @@ def main() -> None:
     options = parser.parse_args()
     import torch
 
-    from fintune.progress import console
-    from prepared_rows import prepared
-    from tiny import make_tiny_model
+    from fintune.util.console import console
+    from support.prepared_rows import prepared
+    from support.tiny import make_tiny_model
 
     console.quiet = True
     earlier: dict[str, dict] = {}

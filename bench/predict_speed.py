@@ -93,7 +93,7 @@ def arguments() -> argparse.Namespace:
 
 def questions(finqa: Path, num: int) -> list[Any]:
     """Records of whole pages, in an order that is always the same."""
-    from fintune.engines.pages import page_order
+    from fintune.inference.pages import page_order
     from fintune.records import FinQARecord
 
     rows = json.loads(gzip.decompress((finqa / "dev.json.gz").read_bytes()))
@@ -104,9 +104,9 @@ def questions(finqa: Path, num: int) -> list[Any]:
 
 def rendered(tokenizer: Any, records: list[Any]) -> list[str]:
     """The prompts of a run."""
-    from fintune import chat
-    from fintune.examples import Encoder
-    from fintune.options import PromptOptions
+    from fintune.config import PromptOptions
+    from fintune.data.tokenize_finqa import Encoder
+    from fintune.models import chat_template as chat
 
     encoder = Encoder(tokenizer, system=PromptOptions().system, max_length=MAX_LENGTH)
     return [chat.render(tokenizer, encoder.encode(record).example.messages) for record in records]
@@ -116,7 +116,7 @@ def opened(given: argparse.Namespace, records: list[Any]) -> tuple[Any, Any]:
     """Model and tokenizer."""
     import torch
 
-    from fintune import models
+    from fintune.models import load as models
 
     torch.set_num_threads(given.threads)
     if given.random is not None:
@@ -169,7 +169,7 @@ def made(given: argparse.Namespace, records: list[Any]) -> tuple[Any, Any]:
 
 def one_by_one(model: Any, tokenizer: Any, prompts: list[str], given: argparse.Namespace) -> list[tuple[int, ...]]:
     """Transformers' generate, a prompt at a time."""
-    from fintune import chat
+    from fintune.models import chat_template as chat
 
     found = []
     stop = list(chat.end_of_turn_ids(tokenizer))
@@ -201,8 +201,8 @@ def generated(
 
 def batched(model: Any, tokenizer: Any, prompts: list[str], given: argparse.Namespace) -> list[tuple[int, ...]]:
     """This package's engine."""
-    from fintune.engines.protocol import Decoding, in_order
-    from fintune.engines.transformers_engine import TransformersEngine
+    from fintune.inference.protocol import Decoding, in_order
+    from fintune.inference.transformers_engine import TransformersEngine
 
     engine = TransformersEngine(model, tokenizer, given.batch_size)
     return [each.token_ids for each in in_order(engine.generate(prompts, Decoding(given.new_tokens)))]
@@ -212,7 +212,7 @@ def continuous(model: Any, tokenizer: Any, prompts: list[str], given: argparse.N
     """Transformers' continuous batching: rows enter as others end, keys and values lie in pages."""
     from transformers import GenerationConfig
 
-    from fintune import chat
+    from fintune.models import chat_template as chat
 
     config = GenerationConfig(
         max_new_tokens=given.new_tokens,
@@ -232,7 +232,7 @@ def continuous(model: Any, tokenizer: Any, prompts: list[str], given: argparse.N
 
 def static(model: Any, tokenizer: Any, prompts: list[str], given: argparse.Namespace) -> list[tuple[int, ...]]:
     """Transformers' generate over batches of like length with a static cache, whose steps it compiles on a GPU."""
-    from fintune import chat
+    from fintune.models import chat_template as chat
 
     stop, found = list(chat.end_of_turn_ids(tokenizer)), {}
     order = sorted(range(len(prompts)), key=lambda at: len(prompts[at]))
@@ -303,7 +303,7 @@ def totals(pieces: list[dict[str, Any]]) -> dict[str, Any]:
 
 def surroundings() -> dict[str, Any]:
     """What the figures hold for."""
-    from fintune import machine
+    from fintune.util import system as machine
 
     return {"machine": machine.machine(), "versions": machine.versions(), "commit": machine.commit()}
 

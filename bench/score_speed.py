@@ -56,7 +56,7 @@ def compare(finqa: Path, repeats: int, script: Path | None) -> dict[str, Any]:
     """All ways on both sets; the official ones run once, between the runs of fintune."""
     from importlib.metadata import version
 
-    from fintune.machine import commit, machine
+    from fintune.util.system import commit, machine
 
     load_before = os.getloadavg()[0]
     sets = {}
@@ -124,7 +124,7 @@ def measure(finqa: Path, name: str, way: str, script: Path | None = None) -> dic
         rows = [row for line in file if (row := json.loads(line))["kind"] == SETS[name]]
     predictions = [(row["id"], row["tokens"]) for row in rows]
     if way == "fintune":
-        from fintune.report.metrics import score
+        from fintune.evaluation.metrics import score
 
         start, started = time.perf_counter(), time.process_time()
         verdicts = score(records, predictions)[1]

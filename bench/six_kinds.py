@@ -19,7 +19,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from support.paths import ROOT
+
 OPTIONS = (
     "data.max_train=300",
     "data.max_eval=100",
@@ -109,7 +110,7 @@ def places(given: argparse.Namespace) -> list[str]:
 
 def fintune(*arguments: str) -> str:
     """Run a command; its table, with progress and remarks left to standard error."""
-    command = [sys.executable, "-m", "fintune.cli", *arguments]
+    command = [sys.executable, "-m", "fintune.cli.main", *arguments]
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT).stdout
 
 
@@ -130,8 +131,8 @@ def figures(run: Path, step: str) -> dict[str, Any]:
 
 def difference(free: Path, constrained: Path) -> dict[str, Any]:
     """What the constraint changes in execution accuracy, on the same questions."""
-    from fintune.report.paired import paired
-    from fintune.report.verdict import read_verdicts
+    from fintune.evaluation.paired import paired
+    from fintune.evaluation.verdict import read_verdicts
 
     sides = ({id_: each.exe_correct for id_, each in read_verdicts(path).items()} for path in (free, constrained))
     found = paired(*sides)
@@ -146,7 +147,7 @@ def difference(free: Path, constrained: Path) -> dict[str, Any]:
 
 def surroundings() -> dict[str, Any]:
     """What the figures hold for."""
-    from fintune import machine
+    from fintune.util import system as machine
 
     return {"machine": machine.machine(), "versions": machine.versions(), "commit": machine.commit()}
 

@@ -27,6 +27,7 @@ import traceback
 from pathlib import Path
 
 from shapes import SIZES, settings
+from support.paths import ROOT
 
 WARM_UP, TIMED = 4, 10
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -359,12 +360,12 @@ def _own_trainer(variant: dict, shape: dict, model, tokenizer, rows, clock):
     import torch
     from datasets import Dataset
 
-    from fintune.options import AdapterOptions
-    from fintune.tuning import adapter
-    from fintune.tuning.fused.batch import PackedCollator
-    from fintune.tuning.fused.trainer import FusedTrainer
-    from fintune.tuning.memory import Method, Shape
-    from fintune.tuning.plan import GIB, RESERVE_BYTES, make_plan
+    from fintune.config import AdapterOptions
+    from fintune.training import adapter
+    from fintune.training.fused.batch import PackedCollator
+    from fintune.training.fused.trainer import FusedTrainer
+    from fintune.training.memory import Method, Shape
+    from fintune.training.plan import GIB, RESERVE_BYTES, make_plan
 
     kind = "dora" if variant.get("dora") else "lora"
     model = adapter.attach(model, AdapterOptions(kind=kind, r=shape["rank"], alpha=2 * shape["rank"]))
@@ -422,7 +423,7 @@ def _own_trainer(variant: dict, shape: dict, model, tokenizer, rows, clock):
 
 def _start(variant: dict, paths: dict[str, str]) -> subprocess.Popen:
     path = paths.get(variant["who"], os.environ.get("PYTHONPATH", ""))
-    source = str(Path(__file__).resolve().parents[1] / "src")
+    source = str(ROOT / "src")
     env = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([source, path]),

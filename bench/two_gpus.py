@@ -26,6 +26,8 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+from support.paths import ROOT
+
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from shapes import SIZES
@@ -82,9 +84,9 @@ def _make_rows(vocabulary: int, number: int, length: int, folder: Path) -> None:
 
 
 def _worker(order: dict) -> None:
+    from fintune.config import Config
     from fintune.errors import FintuneError
-    from fintune.options import Config
-    from fintune.stages.train import check, train
+    from fintune.pipeline.stages.train import check, train
 
     config = Config.model_validate(order["config"])
     try:
@@ -131,7 +133,7 @@ def _run(way: dict, options: argparse.Namespace, place: Path) -> dict:
         "folder": str(folder),
     }
     began = time.monotonic()
-    source = str(Path(__file__).resolve().parents[1] / "src")
+    source = str(ROOT / "src")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(order)]
     log = place / f"{folder.name}.log"

@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def _data(folder: Path, *, num_train: int) -> list[str]:
-    from fintune.sources.statements import generate
+    from fintune.data.synthetic import generate
 
     overrides = ["data.source=finqa"]
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,11 +74,11 @@ def _data(folder: Path, *, num_train: int) -> list[str]:
 
 
 def _run(name: str, data: list[str], folder: Path, options: argparse.Namespace) -> dict:
-    from fintune.config import load
-    from fintune.pipeline import Pipeline
-    from fintune.selection import Selection
-    from fintune.steps import build
-    from fintune.tuning import metrics
+    from fintune.config.load import load
+    from fintune.pipeline.plan import build
+    from fintune.pipeline.runner import Pipeline
+    from fintune.pipeline.step import Selection
+    from fintune.training import metrics
 
     overrides = [
         *data,
@@ -138,7 +138,7 @@ def _compared(results: dict[str, dict]) -> dict:
 def _report(results: dict[str, dict], options: argparse.Namespace) -> dict:
     import torch
 
-    from fintune import machine
+    from fintune.util import system as machine
 
     here = torch.cuda.get_device_name(0) if torch.cuda.is_available() else platform.processor()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()

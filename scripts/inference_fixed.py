@@ -11,12 +11,12 @@ from pathlib import Path
 
 import click
 
-from fintune.cli import main
-from fintune.cli_flag_words import told_in
-from fintune.cli_pasted import PastedCommand
-from fintune.cli_predict import predict_plain
-from fintune.model_folder import adapter_base
-from fintune.progress import say
+from fintune.cli.legacy.messages import told_in
+from fintune.cli.legacy.pasted import PastedCommand
+from fintune.cli.main import main
+from fintune.cli.predict import predict_plain
+from fintune.models.folder import adapter_base
+from fintune.util.console import say
 
 FILE = click.Path(path_type=Path)
 

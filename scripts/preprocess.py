@@ -9,8 +9,8 @@ from pathlib import Path
 
 import click
 
-from fintune.cli import main
-from fintune.cli_pasted import PastedCommand
+from fintune.cli.legacy.pasted import PastedCommand
+from fintune.cli.main import main
 
 FILE = click.Path(path_type=Path)
 
@@ -21,8 +21,8 @@ FILE = click.Path(path_type=Path)
 @click.option("--strict", is_flag=True, help="Refuse a file with a record that cannot be used.")
 def preprocess(input_json: Path, output_dataset: Path, strict: bool) -> None:
     """Check FinQA records and write them as a dataset; needs no model."""
-    from fintune.outputs import abridged
-    from fintune.stages.preprocess import preprocess as stage
+    from fintune.cli.legacy.preprocess import preprocess as stage
+    from fintune.util.files import abridged
 
     done = stage(input_json, output_dataset, strict=strict)
     for problem in abridged(done.problems):

@@ -6,6 +6,6 @@ trainer.add_callback(PushToHubEachEpoch(repo_id="your-username/llama-finqa-dora"
 
 from __future__ import annotations
 
-from fintune.tuning.hub_callback import callback_class
+from fintune.training.hub_callback import callback_class
 
 PushToHubEachEpoch = callback_class()

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import click
 
-from fintune.cli import main
-from fintune.cli_pasted import PastedCommand
-from fintune.cli_score import print_score
+from fintune.cli.legacy.pasted import PastedCommand
+from fintune.cli.main import main
+from fintune.cli.score import print_score
 
 FILE = click.Path(path_type=Path)
 

@@ -6,8 +6,8 @@ python scripts/train_peft.py --base_model meta-llama/Llama-3.2-3B-Instruct --dat
 
 from __future__ import annotations
 
-from fintune.cli import main
-from fintune.cli_train import command
+from fintune.cli.legacy.finqa import command
+from fintune.cli.main import main
 
 if __name__ == "__main__":
     main(command(use_dora=False), "train_peft.py")

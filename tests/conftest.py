@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tiny import make_tiny_model
+from support.tiny import make_tiny_model
 
 # Beside other workers one thread each: two that wait for each other on two cores are slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
@@ -24,7 +24,7 @@ def tiny_model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def builtin_model() -> Path:
     """Folder of the built-in model in the user's own cache folder; for tests marked slow."""
-    from fintune.builtin import ensure
+    from fintune.models.builtin import ensure
 
     return ensure("builtin:smollm2-135m")
 

@@ -6,15 +6,15 @@ import gzip
 import json
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
 
-from report.example_run import records
+from support.example_run import records
+from support.paths import ROOT
 
 torch = pytest.importorskip("torch")
 
-BENCH = Path(__file__).resolve().parents[1] / "bench"
+BENCH = ROOT / "bench"
 
 
 @pytest.fixture

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import runpy
-from pathlib import Path
 
 import pytest
 
-from fintune.config import load
-from fintune.steps import build
+from fintune.config.load import load
+from fintune.pipeline.plan import build
+from support.paths import ROOT
 
-REPO = Path(__file__).resolve().parents[1]
+REPO = ROOT
 
 
 @pytest.mark.parametrize("run", ["lora", "dora"])

@@ -1,7 +1,6 @@
-"""The import directions of the package, read from its source, with imports inside functions and for types alone.
+"""The order of the rooms: an import goes down, never up and never to a room beside.
 
-``cli`` and ``steps`` know the stages; a stage knows the rooms; a room knows the root modules listed here and ``finqa``;
-``finqa`` knows the standard library, sympy, errors and, where it reads a page, the records.
+The imports are read from the source, those inside functions and those for types alone included.
 """
 
 from __future__ import annotations
@@ -9,72 +8,34 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-SOURCE = Path(__file__).resolve().parents[1] / "src"
+from support.paths import ROOT
 
-ROOMS = {"sources", "finqa", "tuning", "engines", "gguf", "report"}
+SOURCE = ROOT / "src"
 
-ROOTS_FOR_ROOMS = {
-    "fintune",  # __version__
-    "fintune.adapter_origin",  # which base an adapter belongs to
-    "fintune.artifact",  # manifests and outcomes, which tables show
-    "fintune.cache",
-    "fintune.chat",
-    "fintune.config",
-    "fintune.errors",
-    "fintune.hub_background",  # what training pushes behind an epoch
-    "fintune.hub_errors",
-    "fintune.hub_push",
-    "fintune.loss_ends",  # what a training and its page say of the loss
-    "fintune.options",
-    "fintune.progress",
-    "fintune.records",
-    "fintune.space",
-    "fintune.stopping",  # SIGTERM while training
-}
-
-ROOTS_OVER_ROOMS = {
-    "fintune.accuracy": {"finqa"},
-    "fintune.card_facts": {"finqa", "report", "sources"},  # manifests to what the model card says
-    "fintune.answerer": {"engines", "tuning"},  # a model by its name, in the engine that goes with it
-    "fintune.cli_audit": {"stages"},
-    "fintune.cli_common": {"report"},
-    "fintune.cli_config": {"report"},
-    "fintune.cli_convert": {"stages"},
-    "fintune.cli_inspect": {"stages"},
-    "fintune.cli_score": {"report", "stages"},
-    "fintune.cli_serve": {"stages"},
-    "fintune.cli_ask": {"report", "sources", "stages"},
-    "fintune.cli_models": {"stages"},  # the file of a run that is served is also the one that is asked
-    "fintune.cli_plan": {"stages"},
-    "fintune.cli_predict": {"stages"},
-    "fintune.cli_train": {"tuning"},  # whether a reporter is installed, before any work
-    "fintune.conversation_encoder": {"finqa"},  # which conversations are too long
-    "fintune.conversations": {"finqa"},  # examples of one page as one training row
-    "fintune.disk": {"gguf", "sources"},  # the size of a GGUF before it is written, and of the data
-    "fintune.examples": {"finqa"},
-    "fintune.guard_set": {"finqa"},  # fixed pages as prompts
-    "fintune.cli_publish": {"stages"},
-    "fintune.publication": {"report", "sources"},  # what is pushed, and where it comes from
-    "fintune.preparation": {"finqa", "sources"},
-    "fintune.preparation_chat": {"finqa", "sources"},
-    "fintune.prepare_report": {"sources"},
-    "fintune.prepared": {"sources"},
-    "fintune.step_inputs": {"sources"},  # the files that a run reads
-    "fintune.steps": {"tuning"},  # the step from which training goes on
-    "fintune.train_rank": {"stages", "tuning"},  # one process of a training on several GPUs
-    "fintune.train_unsloth": {"tuning"},  # the process in which Unsloth trains
-    "fintune.shots": {"finqa", "sources"},  # solved questions before the question
-}
-"""Root modules that may import rooms or stages, and which. All others are below the rooms; ``steps`` loads
-stages by name when they run."""
-
-FINQA_WITH_RECORDS = {"fintune.finqa.page", "fintune.finqa.prompt"}
-"""The modules of finqa that read a page of records; those that judge a program stay without pydantic."""
+ROOMS = (
+    "cli",
+    "pipeline",
+    "training",
+    "publish",
+    "report",
+    "export",
+    "evaluation",
+    "inference",
+    "data",
+    "models",
+    "finqa",
+    "config",
+    "manifest",
+    "util",
+    "records",
+    "errors",
+)
+"""From top to bottom. A module imports from its own room and from the rooms below it."""
 
 HEAVY = {
     "accelerate",
@@ -96,14 +57,14 @@ HEAVY = {
     "vllm",
     "xllamacpp",
 }
+"""Libraries that a module may import inside functions only, so that `--help` and `score` start at once."""
 
-
-NEEDS_TORCH = "fintune.tuning.fused."
-"""Modules that define torch functions and GPU kernels. They load torch, and are imported inside functions only."""
+NEEDS_TORCH = "fintune.training.fused."
+"""Modules that define torch functions and GPU kernels. They load torch, so they are imported inside functions."""
 
 
 class Import(NamedTuple):
-    """A name that a module imports; `at_load` where that happens while the module itself is imported."""
+    """A name that a module imports; `at_load` if that happens while the module itself is imported."""
 
     module: str
     line: int
@@ -112,11 +73,11 @@ class Import(NamedTuple):
 
 @cache
 def modules() -> dict[str, Path]:
-    found = {}
+    paths = {}
     for path in sorted((SOURCE / "fintune").rglob("*.py")):
         parts = path.relative_to(SOURCE).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+        paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return paths
 
 
 @cache
@@ -139,29 +100,17 @@ def _imports(node: ast.AST, *, at_load: bool) -> Iterator[Import]:
             yield from _imports(child, at_load=at_load and not later)
 
 
-def room(module: str) -> str:
-    """The first folder below the package; "" for a root module, of which the options are one in several files."""
+def floor(module: str) -> int:
+    """Position of a module's room in ROOMS; the package itself (`__version__`) is below all of them."""
     parts = module.split(".")
-    is_folder = len(parts) > 1 and parts[1] != "options" and (SOURCE / "fintune" / parts[1]).is_dir()
-    return parts[1] if is_folder else ""
+    return ROOMS.index(parts[1]) if len(parts) > 1 else len(ROOMS)
 
 
-def offenders(*rooms: str, rule: Callable[[str, Import], bool]) -> list[str]:
-    """Imports of modules in these rooms that break a rule, as "module:line imports other"."""
-    return [
-        f"{name}:{found.line} imports {found.module}"
-        for name in modules()
-        if room(name) in rooms
-        for found in imports(name)
-        if not rule(name, found)
-    ]
+def ours(name: str) -> list[Import]:
+    return [found for found in imports(name) if found.module.split(".")[0] == "fintune"]
 
 
-def is_ours(found: Import) -> bool:
-    return found.module.split(".")[0] == "fintune"
-
-
-def test_the_reader_sees_imports_wherever_they_stand() -> None:
+def test_imports_are_read_inside_functions_and_branches() -> None:
     code = "import a\nif TYPE_CHECKING:\n import b\ndef f():\n from c import d\nclass E:\n import g\ntry: import h\n"
     code += "finally: 0"
     found = list(_imports(ast.parse(code), at_load=True))
@@ -169,74 +118,24 @@ def test_the_reader_sees_imports_wherever_they_stand() -> None:
     assert [one.module for one in found if not one.at_load] == ["b", "c"]
 
 
-def test_every_folder_is_a_room_with_rules() -> None:
-    assert {room(name) for name in modules()} - {""} == ROOMS | {"stages"}
+def test_every_import_names_a_module_of_the_package() -> None:
+    missing = [f"{name}:{found.line} {found.module}" for name in modules() for found in ours(name)]
+    assert [line for line in missing if line.split()[1] not in modules()] == []
 
 
-def test_every_import_of_the_package_names_a_module_that_is_there() -> None:
-    def rule(_: str, found: Import) -> bool:
-        return not is_ours(found) or found.module in modules()
-
-    assert offenders("", "stages", *ROOMS, rule=rule) == []
-
-
-def test_a_stage_imports_no_other_stage() -> None:
-    assert offenders("stages", rule=lambda _, found: room(found.module) != "stages") == []
-
-
-def test_a_room_imports_itself_finqa_and_listed_root_modules() -> None:
-    def rule(name: str, found: Import) -> bool:
-        below = room(found.module) in {room(name), "finqa"} or found.module in ROOTS_FOR_ROOMS
-        return below or not is_ours(found)
-
-    assert offenders(*ROOMS, rule=rule) == []
-
-
-def test_a_root_module_imports_only_the_rooms_that_are_its_business() -> None:
-    roots = [name for name in modules() if room(name) == ""]
-    used = {name: {room(found.module) for found in imports(name) if is_ours(found)} - {""} for name in roots}
-    assert {name: rooms for name, rooms in used.items() if rooms} == ROOTS_OVER_ROOMS
-
-
-def test_only_the_steps_load_modules_by_name() -> None:
-    sources = {name: path.read_text(encoding="utf-8") for name, path in modules().items()}
-    found = {name for name, text in sources.items() if "import_module" in text or "__import__" in text}
-    assert found == {"fintune.steps", "fintune.step_inputs"}
-
-
-def test_what_rooms_may_import_is_itself_below_all_rooms() -> None:
-    seen, queue = set[str](), list(ROOTS_FOR_ROOMS)
-    while queue:
-        name = queue.pop()
-        if name not in seen:
-            seen.add(name)
-            queue += [found.module for found in imports(name) if is_ours(found)]
-    assert not seen & {*ROOTS_OVER_ROOMS, "fintune.steps"}
-    assert {room(name) for name in seen} == {""}
-
-
-def test_finqa_imports_the_standard_library_and_little_else() -> None:
-    def rule(name: str, found: Import) -> bool:
-        top = found.module.split(".")[0]
-        with_records = found.module == "fintune.records" and name in FINQA_WITH_RECORDS
-        within = room(found.module) == "finqa" or found.module == "fintune.errors" or with_records
-        return within or top == "sympy" or top in sys.stdlib_module_names
-
-    assert offenders("finqa", rule=rule) == []
-
-
-def test_heavy_libraries_are_imported_inside_the_function_that_needs_them() -> None:
-    def rule(name: str, found: Import) -> bool:
-        if name.startswith(NEEDS_TORCH):
-            return found.module.split(".")[0] not in HEAVY - {"torch", "trl"} or not found.at_load
-        heavy = found.module.split(".")[0] in HEAVY or found.module.startswith(NEEDS_TORCH)
-        return not (heavy and found.at_load)
-
-    assert offenders("", "stages", *ROOMS, rule=rule) == []
+def test_imports_only_go_down() -> None:
+    upward = [
+        f"{name}:{found.line} imports {found.module}"
+        for name in modules()
+        if name not in {"fintune", "fintune.__main__"}  # the front door opens on every room
+        for found in ours(name)
+        if floor(found.module) < floor(name)
+    ]
+    assert upward == []
 
 
 def test_no_modules_import_each_other_while_they_load() -> None:
-    graph = {name: {found.module for found in imports(name) if found.at_load and is_ours(found)} for name in modules()}
+    graph = {name: {found.module for found in ours(name) if found.at_load} for name in modules()}
     done: set[str] = set()
 
     def visit(name: str, path: tuple[str, ...]) -> None:
@@ -250,13 +149,36 @@ def test_no_modules_import_each_other_while_they_load() -> None:
         visit(name, ())
 
 
+def test_finqa_needs_the_standard_library_and_sympy() -> None:
+    foreign = [
+        f"{name}:{found.line} imports {found.module}"
+        for name in modules()
+        if name.startswith("fintune.finqa")
+        for found in imports(name)
+        if found.module.split(".")[0] not in {"fintune", "sympy", *sys.stdlib_module_names}
+    ]
+    assert foreign == []
+
+
+def test_heavy_libraries_are_imported_inside_functions() -> None:
+    heavy = []
+    for name in modules():
+        allowed = {"torch", "trl"} if name.startswith(NEEDS_TORCH) else set()
+        for found in imports(name):
+            is_heavy = found.module.split(".")[0] in HEAVY - allowed
+            is_layer = found.module.startswith(NEEDS_TORCH) and not name.startswith(NEEDS_TORCH)
+            if found.at_load and (is_heavy or is_layer):
+                heavy.append(f"{name}:{found.line} imports {found.module}")
+    assert heavy == []
+
+
 def test_judging_a_program_loads_no_pydantic_and_no_sympy() -> None:
     names = "fintune.finqa.program, fintune.finqa.execute, fintune.finqa.parse, fintune.finqa.equal"
     assert loaded(f"import {names}", {"pydantic", "sympy", "numpy", "torch"}) == ""
 
 
 def test_all_of_the_package_loads_without_a_deep_learning_library() -> None:
-    light = [name for name in modules() if not name.startswith(NEEDS_TORCH)]
+    light = [name for name in modules() if not name.startswith(NEEDS_TORCH) and not name.endswith("__main__")]
     every = f"from importlib import import_module\nfor name in {light!r}: import_module(name)"
     assert loaded(every, HEAVY) == ""
 

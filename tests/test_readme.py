@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tiny import make_tiny_model
+from support.paths import ROOT
+from support.tiny import make_tiny_model
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FINQA = ROOT.parent / "shared" / "finqa"
 
@@ -50,7 +50,7 @@ def test_a_documented_command_is_understood(line, tmp_path):
             pytest.skip("the real FinQA files are not here")
         overrides += [f"data.train={FINQA / 'train.json.gz'}", f"data.eval={FINQA / 'dev.json.gz'}"]
     overrides += [f"model.name={model}", f"run.dir={tmp_path}"]
-    done = run(sys.executable, "-m", "fintune.cli", verb, config, *overrides, "--dry-run")
+    done = run(sys.executable, "-m", "fintune.cli.main", verb, config, *overrides, "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "prepare" in done.stdout
 
@@ -65,7 +65,18 @@ def test_links_lead_somewhere(page):
 def test_the_layout_names_what_is_there():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     layout = text.split("## Layout")[1].split("```")[1]
-    named = set(re.findall(r"\b([a-z_]+)/", layout)) - {"src", "fintune", "configs", "docs", "tests"}
+    named = set(re.findall(r"\b([a-z_]+)/", layout)) - {
+        "src",
+        "fintune",
+        "configs",
+        "docs",
+        "tests",
+        "stages",
+        "legacy",
+        "merge",
+        "gguf",
+        "fused",
+    }
     rooms = {path.parent.name for path in (ROOT / "src" / "fintune").glob("*/__init__.py")}
     assert named == rooms
     for name in re.findall(r"\b(\w+\.py)\b", layout):

@@ -2,29 +2,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fintune.data.finqa_json import read_finqa
 from fintune.errors import DataError
-from fintune.finqa.cleaning import (
-    Edit,
-    clean,
-    clean_cell,
-    clean_question,
-    clean_sentence,
-    restore,
-)
+from fintune.finqa.cleaning import Edit, clean, clean_cell, clean_question, clean_sentence, restore
 from fintune.finqa.cleaning_rules import RULES, Kind, Rule
 from fintune.finqa.grammar import vocabulary
 from fintune.finqa.page import clean_record, restore_record
 from fintune.finqa.prompt import table_lines
 from fintune.records import FinQARecord
-from fintune.sources.finqa_json import read_finqa
+from support.paths import ROOT
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "finqa"
+SHARED = ROOT.parent / "shared" / "finqa"
 real = pytest.mark.skipif(not SHARED.is_dir(), reason="no FinQA files beside the repository")
 KINDS: tuple[Kind, ...] = ("sentence", "cell", "question")
 PIECES = (

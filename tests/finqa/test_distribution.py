@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import gzip
 import json
-from pathlib import Path
 
 import pytest
 
 from fintune.finqa.distribution import FINQA_TEST, distribution, operations
+from support.paths import ROOT
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "finqa"
+SHARED = ROOT.parent / "shared" / "finqa"
 
 
 def test_operations_are_read_in_order_and_not_from_row_names() -> None:

@@ -7,9 +7,8 @@ from fintune.finqa import equal as module
 from fintune.finqa.equal import build_sympy, equal_program
 from fintune.finqa.expression import Graph, differ
 from fintune.finqa.program import tokenize
-
-from . import official
-from .official import Steps, needs_shared, split, vectors
+from support import official
+from support.official import Steps, needs_shared, split, vectors
 
 ARITHMETIC = ("add", "subtract", "multiply", "divide", "exp")
 

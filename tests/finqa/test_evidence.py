@@ -4,9 +4,9 @@ from collections import Counter
 
 import pytest
 
-from finqa.official import needs_shared, split
 from fintune.finqa.evidence import agreement, derive
 from fintune.finqa.program import tokenize
+from support.official import needs_shared, split
 
 TABLE = [
     ["( in millions )", "2019", "880"],

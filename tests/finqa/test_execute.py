@@ -4,13 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finqa.test_program import programs
 from fintune.finqa.execute import Execution, execute, run
 from fintune.finqa.official import cell_number, str_to_num
 from fintune.finqa.program import Program, tokenize
 from fintune.finqa.trace import trace
-
-from .official import needs_shared, split, vectors
-from .test_program import programs
+from support.official import needs_shared, split, vectors
 
 TABLE = (
     ("", "2019", "2018"),

@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
-from finqa.official import needs_shared, split
 from finqa.test_program import programs
 from fintune.errors import ModelError
 from fintune.finqa.grammar import Grammar, can_be_named, general, outside, restricted, vocabulary
 from fintune.finqa.parse import ParseError, parse
 from fintune.finqa.program import Program
+from support.official import needs_shared, split
+from support.paths import ROOT
 
 BYTES = llguidance.LLTokenizer("byte")
 TABLE = [
@@ -203,7 +204,7 @@ def test_a_page_without_numbers_and_rows_still_has_constants() -> None:
 
 
 def test_the_code_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "finqa.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "finqa.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "docs/finqa.md", "exec"), {})
@@ -218,9 +219,9 @@ def test_a_grammar_of_no_step_is_refused() -> None:
 
 @pytest.fixture(scope="module")
 def llama_cpp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    from fintune.engines.llama_cpp import LlamaCppEngine
-    from fintune.gguf.export import export
-    from synthetic import write_folder
+    from fintune.export.gguf.export import export
+    from fintune.inference.llama_cpp import LlamaCppEngine
+    from support.synthetic import write_folder
 
     folder = tmp_path_factory.mktemp("grammar")
     write_folder(folder / "model", num_layers=1)

@@ -1,14 +1,13 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
+from fintune.data.finqa_json import read_finqa
 from fintune.finqa.page import page_units, table_row_to_text
 from fintune.records import FinQARecord
-from fintune.sources.finqa_json import read_finqa
+from support.paths import ROOT
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "finqa"
+SHARED = ROOT.parent / "shared" / "finqa"
 
 
 def test_units_are_numbered_as_evidence_is_and_stand_in_page_order() -> None:

@@ -18,8 +18,7 @@ from fintune.finqa.program import (
     tokenize,
     untokenize,
 )
-
-from .official import needs_shared, split
+from support.official import needs_shared, split
 
 NUMBERS = st.builds(
     "{}{}{}{}".format, *map(st.sampled_from, (["", "-"], ["0", "57", "5735"], ["", ".", ".04"], ["", "%"]))

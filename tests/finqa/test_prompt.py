@@ -1,25 +1,17 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fintune.data.finqa_json import read_finqa
 from fintune.finqa.cleaning import clean_question
-from fintune.finqa.prompt import (
-    TooLongError,
-    ask,
-    build_messages,
-    excerpt,
-    page_lines,
-    prompt_budget,
-    table_lines,
-)
+from fintune.finqa.prompt import TooLongError, ask, build_messages, excerpt, page_lines, prompt_budget, table_lines
 from fintune.records import FinQARecord, Message
-from fintune.sources.finqa_json import read_finqa
+from support.paths import ROOT
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "finqa"
+SHARED = ROOT.parent / "shared" / "finqa"
 
 
 def count(text: str) -> int:

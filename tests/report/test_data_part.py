@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fintune.options import Config, DataOptions
+from fintune.config import Config, DataOptions
 from fintune.report.page import render
 from fintune.report.parts.data import context
 from fintune.report.run_page import RunPage

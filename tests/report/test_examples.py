@@ -2,17 +2,17 @@ from __future__ import annotations
 
 import gzip
 import json
-from pathlib import Path
 
 import pytest
 
+from fintune.evaluation.verdict import OUTCOMES, Judged, judge
 from fintune.finqa.program import tokenize
 from fintune.records import Candidate, FinQARecord
 from fintune.report.examples import Answer, browser_blocks, script_json, used_parts
-from fintune.report.verdict import OUTCOMES, Judged, judge
-from report.example_run import NASTY, predictions, records
+from support.example_run import NASTY, predictions, records
+from support.paths import ROOT
 
-DEV = Path(__file__).parents[3] / "shared" / "finqa" / "dev.json.gz"
+DEV = ROOT.parent / "shared" / "finqa" / "dev.json.gz"
 
 
 def record(**qa) -> FinQARecord:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fintune.options import GGUF_KINDS
+from fintune.config import GGUF_KINDS
 from fintune.report.run_page import KINDS, colour
 
 

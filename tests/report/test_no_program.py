@@ -6,15 +6,15 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
+from fintune.evaluation.metrics import Score, score
 from fintune.finqa.program import tokenize
 from fintune.report.card import _score as card_row
-from fintune.report.metrics import Score, score
 from fintune.report.parts import accuracy, scored
 from fintune.report.run_page import Measured, told_invalid
 from fintune.report.score_table import headline_table
 from fintune.report.tables import score_table
 from fintune.report.ways import Scored, score_tables
-from report.example_run import records
+from support.example_run import records
 
 
 def scores(*programs: str) -> Score:

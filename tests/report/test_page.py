@@ -6,12 +6,12 @@ import re
 
 import pytest
 
-from fintune.options import Config
+from fintune.config import Config
+from fintune.pipeline.stages.report import collect
 from fintune.report.page import render
 from fintune.report.run_page import RunPage
-from fintune.stages.report import collect
-from report.example_run import KINDS, NASTY, predictions, records, write_run
-from report.outline import Outline, outline
+from support.example_run import KINDS, NASTY, predictions, records, write_run
+from support.outline import Outline, outline
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 
-from fintune.options import Config
+from fintune.config import Config
+from fintune.pipeline.stages.report import collect
 from fintune.report.page import render
 from fintune.report.parts import replay
 from fintune.report.run_page import RunPage
-from fintune.stages.report import collect
-from report.example_run import records, write_run
-from report.outline import outline
+from support.example_run import records, write_run
+from support.outline import outline
 
 REPLAYED = {
     "reference": "base + adapter",

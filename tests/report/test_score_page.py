@@ -3,22 +3,22 @@ from __future__ import annotations
 import gzip
 import json
 from collections import Counter
-from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
 
+from fintune.evaluation.metrics import score
+from fintune.evaluation.verdict import judge
 from fintune.finqa.program import tokenize
 from fintune.records import FinQARecord
-from fintune.report.metrics import score
 from fintune.report.parts import errors
 from fintune.report.score_page import ScorePage, render_score
-from fintune.report.verdict import judge
-from report.browser import needs_chromium, opened
-from report.example_run import NASTY, records
-from report.outline import Outline, outline
+from support.browser import needs_chromium, opened
+from support.example_run import NASTY, records
+from support.outline import Outline, outline
+from support.paths import ROOT
 
-SHARED = Path(__file__).parents[3] / "shared" / "finqa"
+SHARED = ROOT.parent / "shared" / "finqa"
 
 RECORDS = records(8)
 RIGHT = RECORDS[0].qa.program

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from fintune.options import Config
+from fintune.config import Config
 from fintune.report.page import render
 from fintune.report.parts.unscored import hero
 from fintune.report.run_page import RunPage
-from report.outline import outline
+from support.outline import outline
 
 REPLAY: dict[str, Any] = {
     "num_examples": 5,

@@ -7,12 +7,12 @@ import re
 import pytest
 from rich.console import Console
 
-from fintune.options import Config
+from fintune.config import Config
+from fintune.pipeline.stages.report import collect
 from fintune.report.page import render
 from fintune.report.ways import read_scored, score_tables
-from fintune.stages.report import collect
-from report.example_run import records, write_run
-from report.outline import outline
+from support.example_run import records, write_run
+from support.outline import outline
 
 NAMES = ("base", "base+example", "adapter", "adapter+example", "merged")
 CONFIG = Config.model_validate({"run": {"name": "demo"}, "predict": {"constrain": ["none", "example"]}})

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
+from fintune.evaluation.audit import KINDS, SplitAudit
+from fintune.evaluation.overlap import NEAR, Overlap
 from fintune.finqa.evidence import Agreement
-from fintune.report.audit import KINDS, SplitAudit
-from fintune.report.overlap import NEAR, Overlap
 
 _SHARED = {
     "id": "ids",

@@ -11,8 +11,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from fintune.evaluation.metrics import Score
 from fintune.records import Message
-from fintune.report.metrics import Score
 from fintune.report.run_page import KINDS, percent, span, told_invalid
 from fintune.report.templating import fill
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fintune.evaluation.verdict import OUTCOMES, Judged
 from fintune.finqa.execute import Value
 from fintune.finqa.parse import ParseError, parse
 from fintune.finqa.program import Number, RowName, tokenize
@@ -19,7 +20,6 @@ from fintune.finqa.trace import Trace, trace
 from fintune.records import FinQARecord, Prediction
 from fintune.report.answer_text import confidence_words
 from fintune.report.operands import Used, shown_operands, words_of
-from fintune.report.verdict import OUTCOMES, Judged
 
 MAX_TEXT_CHARACTERS = 600
 """So much of a completion is shown where it is not just its program."""

@@ -10,7 +10,7 @@ from fintune.report.plots import length_plot, share_plot, too_few
 from fintune.report.templating import fill
 
 Report = Mapping[str, Any]
-"""``fintune.prepare_report.PrepareReport`` as JSON."""
+"""``fintune.data.report.PrepareReport`` as JSON."""
 _SPLITS = (("train", "train"), ("eval", "evaluation"))
 
 

@@ -6,7 +6,7 @@ whose data are missing, since its stage was skipped, is left out.
 
 from __future__ import annotations
 
-from fintune.report.agreement import NEAR_TIE_NATS
+from fintune.evaluation.agreement import NEAR_TIE_NATS
 from fintune.report.examples import Answer, browser_blocks
 from fintune.report.parts import accuracy, confidence, data, guard, made, pairs, replay, training, ways
 from fintune.report.run_page import RunPage

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-from fintune.options import GGUF_KINDS, Config, Way
+from fintune.config import GGUF_KINDS, Config, Way
+from fintune.evaluation.agreement import Agreement, compare
+from fintune.evaluation.metrics import Rates, Score
+from fintune.evaluation.verdict import Judged
 from fintune.records import FinQARecord, Prediction
-from fintune.report.agreement import Agreement, compare
-from fintune.report.metrics import Rates, Score
-from fintune.report.verdict import Judged
 
 KINDS: Mapping[str, str] = {
     "base": "base",

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from fintune.evaluation.metrics import Score
+from fintune.evaluation.verdict import Verdict
 from fintune.records import FinQARecord
 from fintune.report.examples import Answer, browser_blocks
-from fintune.report.metrics import Score
 from fintune.report.parts import errors, scored
 from fintune.report.run_page import percent, span
 from fintune.report.templating import fill
-from fintune.report.verdict import Verdict
 
 MAX_PROBLEMS = 100
 """So many problems of the files are listed; all are counted."""

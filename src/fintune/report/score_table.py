@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from fintune.report.metrics import Interval, Score
+from fintune.evaluation.metrics import Interval, Score
 
 
 def headline_table(score: Score, name: str) -> Table:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from fintune.config import DEFAULT, Loaded, told
+from fintune.config.load import DEFAULT, Loaded, told
 
 if TYPE_CHECKING:
-    from fintune.report.metrics import Rates
+    from fintune.evaluation.metrics import Rates
 
 
 def plan_table(lines: Sequence[tuple[str, str, Sequence[str]]]) -> Table:

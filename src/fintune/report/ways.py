@@ -11,12 +11,12 @@ from pathlib import Path
 
 from rich.table import Table
 
-from fintune.artifact import Slot
-from fintune.options import kind_and_way
-from fintune.report.metrics import Rates, read_score
-from fintune.report.paired import Paired, paired
+from fintune.config import kind_and_way
+from fintune.evaluation.metrics import Rates, read_score
+from fintune.evaluation.paired import Paired, paired
+from fintune.evaluation.verdict import read_verdicts
+from fintune.manifest import Slot
 from fintune.report.tables import score_table
-from fintune.report.verdict import read_verdicts
 
 _FIGURES = ("execution", "95 % interval", "program", "invalid", "seconds")
 

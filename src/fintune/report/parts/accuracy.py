@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fintune.options import GGUF_KINDS
+from fintune.config import GGUF_KINDS
 from fintune.report.parts import unscored
 from fintune.report.plots import Dot, dot_plot
 from fintune.report.run_page import KINDS, Measured, RunPage, colour, percent, span, told_invalid

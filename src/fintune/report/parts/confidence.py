@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fintune.evaluation.risk_coverage import answered_accuracy, at_coverage
 from fintune.report.plots import Curve, coverage_plot
-from fintune.report.risk import answered_accuracy, at_coverage
 from fintune.report.run_page import KINDS, RunPage, colour, percent
 
 COVERAGES = (1.0, 0.8, 0.5, 0.2)

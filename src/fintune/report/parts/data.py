@@ -17,7 +17,7 @@ def context(report: Mapping[str, Any]) -> dict[str, Any]:
     """What the template prints, or nothing where ``prepare`` was skipped.
 
     Args:
-        report: ``fintune.prepare_report.PrepareReport`` as JSON.
+        report: ``fintune.data.report.PrepareReport`` as JSON.
     """
     if not report:
         return {}

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from fintune.evaluation.verdict import Verdict
 from fintune.finqa.constants import TABLE_OPERATIONS
 from fintune.finqa.official import split_step, split_steps, str_to_num
 from fintune.finqa.program import tokenize
 from fintune.report.plots import share_plot
 from fintune.report.run_page import percent
-from fintune.report.verdict import Verdict
 
 SAME_NUMBERS = "right numbers, other steps"
 SOME_NUMBERS = "some other numbers"

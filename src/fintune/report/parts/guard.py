@@ -13,7 +13,7 @@ def context(report: Mapping[str, Any]) -> dict[str, Any]:
     """What the template prints, or nothing where there was no guard.
 
     Args:
-        report: ``fintune.stages.guard.GuardReport`` as JSON.
+        report: ``fintune.pipeline.stages.guard.GuardReport`` as JSON.
     """
     if not report:
         return {}

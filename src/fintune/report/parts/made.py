@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from fintune import __version__
-from fintune.config import fields, flat, told
-from fintune.options import Config
+from fintune.config import Config
+from fintune.config.load import fields, flat, told
 from fintune.report.run_page import Made, RunPage
 
 

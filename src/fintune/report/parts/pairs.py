@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fintune.report.agreement import Agreement, Difference
+from fintune.evaluation.agreement import Agreement, Difference
 from fintune.report.run_page import KINDS, RunPage
 
 MAX_LISTED = 300

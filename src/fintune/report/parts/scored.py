@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fintune.report.metrics import Rates, Score
+from fintune.evaluation.metrics import Rates, Score
 from fintune.report.parts.accuracy import GROUPS, group_name
 from fintune.report.plots import Dot, dot_plot
 from fintune.report.run_page import percent, span, told_invalid

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fintune.loss_ends import loss_ends
+from fintune.evaluation.loss_summary import loss_ends
 from fintune.report.plots import Curve, loss_plot
 
 _COMPLETED = "Mean negative log-likelihood of the completion's tokens; the prompt is not trained on."

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fintune.options import Way
-from fintune.report.paired import paired
+from fintune.config import Way
+from fintune.evaluation.paired import paired
 from fintune.report.parts.accuracy import row
 from fintune.report.run_page import KINDS, WAYS, Measured, OtherWay, RunPage, colour
 

@@ -1,0 +1,266 @@
+"""``fintune inspect``: what the examples are, before or after anything was made from them.
+
+Counts, drops by reason, cuts, token lengths, the distribution of programs beside FinQA's, and examples as the model
+sees them: trained tokens in colour, or between brackets where there is no colour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from fintune.config import Config
+from fintune.data import prepare_finqa as preparation
+from fintune.data import prepared
+from fintune.data.files import local_files
+from fintune.data.report import NOT_USED, Lengths, PrepareReport
+from fintune.data.rows_of_tokens import Sequenced
+from fintune.manifest import MANIFEST
+from fintune.models import load as models
+from fintune.report.inspect_page import (
+    InspectPage,
+    Piece,
+    Shown,
+    counts,
+    dropped,
+    left_out,
+    num_more,
+    problems,
+    render_inspect,
+    restricted,
+    sources,
+)
+from fintune.util import files as outputs
+from fintune.util.escape import visible
+from fintune.util.stratified import file_of, place_of, spread
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SAMPLE = 200
+"""Records a split that are encoded where no prepared folder is at hand."""
+BAR_WIDTH = 40
+
+PROMPT_STYLE, SPECIAL_STYLE = "dim", "dim reverse"
+TRAINED_STYLE, TRAINED_SPECIAL_STYLE = "green", "bold green reverse"
+REJECTED_STYLE, REJECTED_SPECIAL_STYLE = "red", "bold red reverse"
+_BESIDE_TITLE = 6
+"""Columns that a panel takes of the line of its title."""
+OPEN, CLOSE = "⟦", "⟧"
+
+
+def inspect(config: Config, console: Console, *, num_examples: int = 3, html: Path | None = None) -> None:
+    """Print it, and write it as a page where one is asked for.
+
+    A run's ``prepare`` folder is read where it was made with these options; else the data is prepared in memory, at
+    most :data:`SAMPLE` records a split, and nothing of it is written.
+
+    Args:
+        config: The run.
+        console: Where to print.
+        num_examples: Training examples to render, spread over files and shapes.
+        html: Gets the page.
+
+    Raises:
+        FintuneError: The page cannot be written there.
+        DataError: The data cannot be used.
+        ModelError: The model has no usable tokenizer.
+    """
+    files = [path for path in (config.data.train, config.data.eval) if path is not None]
+    outputs.check([html], [*files, *(path for source in config.data.sources for path in local_files(source))])
+    reference = models.resolve(config.model.name, revision=config.model.revision)
+    tokenizer = models.load_tokenizer(reference, trust_remote_code=config.model.trust_remote_code)
+    folder = config.folder / "prepare"
+    report, rows, origin = _stored(config, folder, num_examples) or _fresh(config, tokenizer, num_examples)
+    paths = [source.path for source in config.data.sources]
+    examples = [replace(each, id=place_of(each.id, paths)) for each in (shown(tokenizer, row) for row in rows)]
+    page = InspectPage(
+        config.run.name, origin, config.model.name, config.data.source, report.model_dump(mode="json"), examples
+    )
+    if html is not None:
+        outputs.write(html, render_inspect(page))
+    _print(page, report, console)
+    if html is not None:
+        console.print(Text(f"The page: {html}"), soft_wrap=True)
+
+
+def _print(page: InspectPage, report: PrepareReport, console: Console) -> None:
+    coloured = console.color_system is not None
+    console.print(Text(page.origin, style="bold"))
+    console.print(_table(("", "train", "eval"), counts(page.report), numbers=(1, 2)))
+    if found := sources(page.report):
+        head = ("source", "rows", "usable rows by shape", "to train on", "held out", "licence")
+        console.print("", _table(head, found, numbers=(1, 3, 4)), sep="\n")
+    if each := restricted(page.report):
+        console.print(Text.assemble(("  not for commercial use ", "yellow"), ", ".join(each)))
+    for line in left_out(page.report):
+        console.print(Text(f"  {line}"), soft_wrap=True)
+    if gone := dropped(page.report):
+        console.print("", _table(("dropped", "where", "rows"), gone, numbers=(2,)), sep="\n")
+    for problem in problems(page.report):
+        console.print(Text.assemble(("  not used ", "red"), visible(problem)))
+    if more := num_more(page.report):
+        console.print(Text(f"  ... and {more:,} more; prepare lists all in {NOT_USED}"), soft_wrap=True)
+    if report.shared_pages:
+        console.print(Text(f"  {report.shared_pages}"))
+    limit = f"at most {report.max_length} with the completion"
+    _histogram(console, "train: tokens of a prompt", report.train.prompt_tokens, limit)
+    _histogram(console, "eval: tokens of a prompt", report.eval.prompt_tokens, limit)
+    _histogram(console, "train: tokens of a completion, end of turn included", report.train.completion_tokens)
+    if report.kind == "program":
+        console.print(_shares(report))
+    for example in page.examples:
+        title = Text(_kept_end(visible(f"{example.id}: {example.counts}"), console.width - _BESIDE_TITLE))
+        console.print(Panel(render(example, brackets=not coloured), title=title, title_align="left"))
+    if page.examples:
+        console.print(_legend() if coloured else Text(f"{OPEN}trained{CLOSE}"))
+
+
+def _stored(config: Config, folder: Path, number: int) -> tuple[PrepareReport, list[Sequenced], str] | None:
+    if not (folder / MANIFEST).is_file():
+        return None
+    report = prepared.read_report(folder)
+    if report.options != prepared.options_of(config):
+        return None
+    return report, prepared.read_tokens(folder, "train", number), f"{folder}, all examples"
+
+
+def _fresh(
+    config: Config, tokenizer: PreTrainedTokenizerBase, number: int
+) -> tuple[PrepareReport, list[Sequenced], str]:
+    made = preparation.make(config, tokenizer, limit=SAMPLE)
+    rows = made.rows["train"]
+    return (
+        made.report,
+        [rows[place] for place in spread([(file_of(row.id), row.label) for row in rows], number)],
+        f"not prepared yet with these options: read anew, at most {SAMPLE} examples a split",
+    )
+
+
+def shown(tokenizer: PreTrainedTokenizerBase, row: Sequenced) -> Shown:
+    """A row of the tokens in pieces of equal fate; a special token is one by itself."""
+    pieces = _pieces(tokenizer, row.input_ids, row.completion_mask)
+    rejected = row.rejected_ids or []
+    return Shown(
+        row.id,
+        len(row.input_ids),
+        sum(row.completion_mask),
+        pieces,
+        _pieces(tokenizer, rejected, [1] * len(rejected)),
+        row.label,
+    )
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], trained_mask: Sequence[int]) -> list[Piece]:
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    pieces: list[Piece] = []
+    run: list[int] = []
+    before = (False, False)
+
+    def flush() -> None:
+        # Whole runs, since a character may be spread over several tokens.
+        if run:
+            text = str(tokenizer.decode(run, clean_up_tokenization_spaces=False))
+            pieces.append(Piece(text, trained=before[0], special=before[1]))
+        run.clear()
+
+    for number, trained in zip(ids, trained_mask, strict=True):
+        fate = (bool(trained), number in special)
+        if fate != before or fate[1]:
+            flush()
+            before = fate
+        run.append(number)
+    flush()
+    return pieces
+
+
+def render(example: Shown, *, brackets: bool = False) -> Text:
+    """An example as text: the prompt dim, trained tokens green, rejected or undesired ones red, special ones reversed.
+
+    Args:
+        example: The example.
+        brackets: Put what is trained between brackets, for where styles do not show.
+    """
+    good, bad = (TRAINED_STYLE, TRAINED_SPECIAL_STYLE), (REJECTED_STYLE, REJECTED_SPECIAL_STYLE)
+    text = _marked(example.pieces, bad if example.label is False else good, brackets)
+    if example.rejected:
+        text.append("\n\nrejected: ", "bold")
+        text.append_text(_marked(example.rejected, bad, False))
+    return text
+
+
+def _marked(pieces: Sequence[Piece], trained: tuple[str, str], brackets: bool) -> Text:
+    text, was_trained = Text(), False
+    for piece in pieces:
+        if brackets and piece.trained != was_trained:
+            text.append(OPEN if piece.trained else CLOSE)
+        was_trained = piece.trained
+        plain, marked = trained if piece.trained else (PROMPT_STYLE, SPECIAL_STYLE)
+        text.append(visible(piece.text), marked if piece.special else plain)
+    if brackets and was_trained:
+        text.append(CLOSE)
+    return text
+
+
+def _legend() -> Text:
+    return Text.assemble(
+        ("prompt", PROMPT_STYLE),
+        "  ",
+        ("special token", SPECIAL_STYLE),
+        "  ",
+        ("trained", TRAINED_STYLE),
+        "  ",
+        ("trained special token", TRAINED_SPECIAL_STYLE),
+    )
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for place, name in enumerate(head):
+        table.add_column(Text(name), justify="right" if place in numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(visible(cell)) for cell in row))
+    return table
+
+
+def _kept_end(title: str, width: int) -> str:
+    # A path's end tells it from others, and the counts stand behind it.
+    return title if len(title) <= width else "…" + title[1 - width :]
+
+
+def _histogram(console: Console, title: str, found: Lengths, limit: str = "") -> None:
+    figures = f"mean {found.mean:g}, median {found.p50}, 95th percentile {found.p95}, longest {found.max}"
+    figures += f", {limit}" if limit else ""
+    console.print(Text.assemble("\n", (title, "bold"), f" ({figures})"))
+    table = Table("from", "to", "", "", box=None, pad_edge=False)
+    most = max(number for _, _, number in found.histogram)
+    for low, high, number in found.histogram:
+        width = -(-number * BAR_WIDTH // most)
+        table.add_row(str(low), str(high - 1), "█" * width, str(number) if number else "")
+    for column in (*table.columns[:2], table.columns[3]):
+        column.justify = "right"
+    console.print(table, "")
+
+
+def _shares(report: PrepareReport) -> Table:
+    table = Table("programs", "train", "eval", "FinQA test", box=None, pad_edge=False)
+
+    def rows(
+        known: Mapping[str, float], train: Mapping[str, float], evaluation: Mapping[str, float], what: str
+    ) -> None:
+        for key in dict.fromkeys([*known, *train, *evaluation]):
+            shares = (shares.get(key, 0.0) for shares in (train, evaluation, known))
+            table.add_row(what.format(key), *(f"{share:.1%}" for share in shares))
+
+    rows(report.finqa_test_steps, report.train.steps, report.eval.steps, "steps: {}")
+    rows(report.finqa_test_operations, report.train.operations, report.eval.operations, "{}")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table

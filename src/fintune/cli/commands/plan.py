@@ -1,0 +1,99 @@
+"""``fintune plan``: the planner's choice for a configuration, before anything is loaded."""
+
+from __future__ import annotations
+
+from fintune.config import Config
+from fintune.errors import ConfigError, ResourceError
+from fintune.models import load as models
+from fintune.models.folder import read_json
+from fintune.training import launch, planned
+from fintune.training.memory import FAMILIES, PARTS
+from fintune.training.plan import GIB, RESERVE_BYTES, TrainingPlan, told_of
+
+
+def plan(config: Config, *, gib: float | None = None, longest: int | None = None) -> list[str]:
+    """The choice and its reasons, as lines.
+
+    Args:
+        config: The run.
+        gib: Memory of the GPU; that of this machine's where empty.
+        longest: Tokens of the longest example; ``prompt.max_length`` where empty.
+
+    Raises:
+        ConfigError: A model or a way of training that the planner does not know.
+        ResourceError: No GPU and no ``gib``, or not even one example a pass fits.
+    """
+    if config.adapter.kind == "full":
+        raise ConfigError("the planner knows adapters, not adapter.kind: full", hint="set adapter.kind to lora or dora")
+    if config.train.objective != "sft":
+        raise ConfigError(
+            f"the planner knows train.objective: sft, not {config.train.objective}",
+            hint="lower train.batch_size and raise train.accumulation where memory does not suffice",
+        )
+    ref = models.fetch_config(config.model.name, revision=config.model.revision)
+    assert ref.path is not None, "it brings the folder"
+    model_config = read_json(ref.path / "config.json")
+    if model_config.get("model_type") not in FAMILIES:
+        raise ConfigError(
+            f"the planner knows {', '.join(FAMILIES)}, not {model_config.get('model_type')}",
+            hint="train with transformers' layers, and lower train.batch_size where memory does not suffice",
+        )
+    _check_way(config)
+    total = _total_bytes() if gib is None else int(gib * GIB)
+    limit = planned.limit_bytes(config.train.max_memory_gib, total)
+    longest = longest or config.prompt.max_length
+    gpus = config.train.gpus * config.train.machines
+    examples = config.train.batch_size * config.train.accumulation * gpus
+    head = (
+        f"{config.model.name}, {config.adapter.kind} r={config.adapter.r} on {config.model.load} weights, "
+        f"{examples} example{'s' if examples > 1 else ''} a step of at most {longest} tokens"
+    )
+    launch.check(config)
+    may_divide = gpus > 1 and config.train.sharding == "auto" and config.model.load == "16bit"
+    if config.train.sharding == "full" or (may_divide and not planned.fits_whole(config, model_config, longest, limit)):
+        return [head, planned.by_modules(config, model_config, longest=longest, limit=limit, divided=True)]
+    if config.train.fused_layers == "never":
+        return [head, planned.by_modules(config, model_config, longest=longest, limit=limit)]
+    made, advice = planned.plan_config(config, model_config, longest=longest, limit=limit)
+    on_each = f" on each of {gpus} GPUs, which hold the whole model" if gpus > 1 else ""
+    return [
+        head,
+        f"fits: {told_of(made.predicted_bytes, limit, ' predicted')} ({_limit_told(limit, total)})",
+        f"a step: {_passes(made)}{on_each}",
+        *(f"- {reason}" for reason in made.reasons),
+        f"- {advice}",
+    ]
+
+
+def _check_way(config: Config) -> None:
+    if config.train.backend != "own":
+        raise ConfigError(
+            f"the planner knows train.backend: own, not {config.train.backend}",
+            hint="lower train.batch_size and raise train.accumulation where memory does not suffice",
+        )
+    unknown = sorted(set(config.adapter.targets) - {"all-linear", *PARTS})
+    if unknown:
+        raise ConfigError(
+            f"the planner knows adapters of {', '.join(PARTS)}, not of {', '.join(unknown)}",
+            hint="name some of these, or all-linear, in adapter.targets",
+        )
+
+
+def _passes(made: TrainingPlan) -> str:
+    if made.accumulation == 1:
+        return f"one pass over a batch of {made.batch_size}"
+    return f"{made.accumulation} accumulated passes over batches of {made.batch_size}"
+
+
+def _limit_told(limit: int, total: int) -> str:
+    if limit < total - RESERVE_BYTES:
+        return "train.max_memory_gib"
+    return f"{total / GIB:.1f} less {RESERVE_BYTES / GIB:.2f} for the context and the allocator"
+
+
+def _total_bytes() -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ResourceError("there is no CUDA GPU to plan for", hint="say how much memory yours has: --gib 24")
+    return int(torch.cuda.mem_get_info()[0])

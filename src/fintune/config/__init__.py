@@ -1,0 +1,46 @@
+"""Every option of a run, written once: its name, type, default, unit and meaning.
+
+The YAML file, ``key=value`` overrides, ``fintune config show``, the manifest of each stage and ``docs/options.md`` all
+come from these fields. An option marked with :func:`neutral` cannot change a result (threads, how often to log); it is
+left out of the fingerprint that decides whether a stage is up to date.
+"""
+
+from __future__ import annotations
+
+from fintune.config.base import Options, is_neutral, neutral
+from fintune.config.data import DataOptions, PromptOptions, Shape, SourceOptions, StatementsOptions
+from fintune.config.export import ExportOptions, MergeOptions, ReplayOptions
+from fintune.config.guard import GuardOptions
+from fintune.config.model import AdapterOptions, ModelOptions
+from fintune.config.predict import GGUF_KINDS, WAY_MARK, ModelKind, PredictOptions, Way, kind_and_way
+from fintune.config.publish import PublishOptions, is_hub_name
+from fintune.config.run import Config, RunOptions
+from fintune.config.train import TrainOptions
+
+__all__ = [
+    "GGUF_KINDS",
+    "WAY_MARK",
+    "AdapterOptions",
+    "Config",
+    "DataOptions",
+    "ExportOptions",
+    "GuardOptions",
+    "MergeOptions",
+    "ModelKind",
+    "ModelOptions",
+    "Options",
+    "PredictOptions",
+    "PromptOptions",
+    "PublishOptions",
+    "ReplayOptions",
+    "RunOptions",
+    "Shape",
+    "SourceOptions",
+    "StatementsOptions",
+    "TrainOptions",
+    "Way",
+    "is_hub_name",
+    "is_neutral",
+    "kind_and_way",
+    "neutral",
+]

@@ -1,0 +1,216 @@
+"""One page from a file of a user: a FinQA record, a CSV table, or an HTML or Markdown page with one table.
+
+The page comes out in FinQA's form, in which models of this package were trained: one sentence an entry, a loss in
+brackets as ``-5.2 ( 5.2 )``, 5,829 as 5829, a sign of currency or percent in its number's cell, 1.250,5 as 1250.5.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from fintune.data.csv_page import csv_page
+from fintune.data.decimal_commas import Mark, with_points
+from fintune.data.html_page import HtmlPage
+from fintune.data.json_files import read_whole_text
+from fintune.data.markdown_page import is_markdown, markdown_page
+from fintune.errors import DataError
+from fintune.records import FinQAQuestion, FinQARecord
+
+KINDS = "a FinQA record (.json), a table (.csv, .tsv), or a page with one table (.html, .md)"
+
+_KNOWN = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".md": "markdown", ".markdown": "markdown"}
+_KNOWN |= {".html": "html", ".htm": "html", ".xhtml": "html"}
+_SHEETS = {".csv", ".tsv", ".txt", ".xlsx", ".xls", ".ods"}
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9\"'(])")
+_ABBREVIATION = re.compile(r"\b(?:[A-Z]|Inc|Corp|Co|Ltd|No|vs|Mr|Ms|Dr|approx|U\.S)\.$")
+_BRACKETED = re.compile(r"([$€£¥]?)\s*\(\s*([$€£¥]?)\s*(\d[\d,]*\.?\d*|\.\d+)\s*\)?\s*\)?\s*(%?)\s*\)?")
+# A footnote mark behind a loss: (5.2)*, (5.2)(a), (5.2) [1].
+_FOOTNOTE = re.compile(
+    r"(?<=[)%])(?:\s*(?:[*\u2020\u2021\u00a7\u00b6#\u00b9\u00b2\u00b3\u2070\u2074-\u2079]+"
+    r"|\((?:[A-Za-z]|\d{1,2})\)|\[(?:[A-Za-z]|\d{1,2})\]))+$"
+)
+# Dashes that stand for a minus before a number, but not between two.
+_DASH = re.compile(r"(?<![\w.%)\]])(?<![\w.%)\]]\s)[\u2012\u2013\ufe63](?=\s?[$€£¥]?\s?\.?\d)")
+_MINUS = re.compile(r"([$€£¥]?)(\s*)-\s*([$€£¥]?)\s*(?=\.?\d)")
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?:,\d{3})*(?!\d))")
+
+
+def read_page(
+    path: Path, question: str, *, text: str = "", record_id: str | None = None, decimal: Mark | None = None
+) -> FinQARecord:
+    """Read a page and put a question to it.
+
+    Args:
+        path: The file; what it is, is told by its name, or by its content where the name says nothing.
+        question: What is asked; the question of a FinQA record is not read.
+        text: Sentences that stand before the table.
+        record_id: Which record of a list of several.
+        decimal: What stands before the decimals of a table's numbers; found out where None. A FinQA record has points.
+
+    Raises:
+        DataError: The file cannot be read, holds no table or several, no number, one that can be read in two ways, or
+            no records where one is asked for.
+    """
+    if not question.strip():
+        raise DataError("no question was asked", path=path, hint='put it last, in quotes: "What was ...?"')
+    content = read_whole_text(path, hint=f"give {KINDS}", encoding_hint=_encoding_hint(path))
+    kind = _kind(path, content)
+    if kind == "json":
+        page = _finqa(path, content, record_id)
+        before = [*sentences([text]), *page.pre_text]
+        return _with_numbers(page.model_copy(update={"pre_text": tuple(before), "qa": _asked(question)}), path)
+    if record_id is not None:
+        raise DataError(f"no FinQA file, so it has no record {record_id}", path=path, hint="leave out --id")
+    sign = ""
+    if kind == "csv":
+        rows, above, sign = csv_page(path, content)
+        tables, below = [rows], []
+    elif kind == "html":
+        parsed = HtmlPage(content)
+        tables, above, below = parsed.tables, parsed.before, parsed.after
+    else:
+        tables, above, below = markdown_page(content)
+    if len(tables) != 1 or not tables[0]:
+        what = "holds no table" if not tables or not tables[0] else f"holds {len(tables)} tables"
+        hint = "keep the one that the question is about" if len(tables) > 1 else f"give {KINDS}"
+        raise DataError(what, path=path, hint=hint)
+    table, texts = with_points(
+        tables[0],
+        [question, text, *above, *below],
+        path=path,
+        semicolons=sign == ";",
+        comma_separated=sign == ",",
+        mark=decimal,
+    )
+    end = 2 + len(above)
+    page = FinQARecord(
+        id=path.name,
+        pre_text=tuple(sentences(texts[1:end])),
+        post_text=tuple(sentences(texts[end:])),
+        table=_even(table),
+        qa=_asked(texts[0]),
+    )
+    return _with_numbers(page, path)
+
+
+def _with_numbers(page: FinQARecord, path: Path) -> FinQARecord:
+    cells = (cell for row in page.table[1:] for cell in row[1:])
+    if not any(map(str.isdigit, "".join((*cells, *page.pre_text, *page.post_text)))):
+        raise DataError("no cell holds a number", path=path, hint="answers are computed from the numbers of a page")
+    return page
+
+
+def sentences(blocks: Sequence[str]) -> list[str]:
+    """Blocks of text cut into sentences."""
+    found: list[str] = []
+    for line in (line for block in blocks for line in block.splitlines()):
+        start = 0
+        for end in _SENTENCE_END.finditer(line):
+            if not _ABBREVIATION.search(line[start : end.start()]):
+                found.append(line[start : end.start()])
+                start = end.end()
+        found.append(line[start:])
+    return [_THOUSANDS.sub("", " ".join(each.split())) for each in found if each.strip()]
+
+
+def _asked(question: str) -> FinQAQuestion:
+    return FinQAQuestion(question=" ".join(question.split()), program="", exe_ans="")
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def _encoding_hint(path: Path) -> str:
+    if _suffix(path) in _SHEETS:
+        return "save it as CSV UTF-8"
+    return "save it as UTF-8" if _suffix(path) in _KNOWN else f"give {KINDS}, in UTF-8"
+
+
+def _kind(path: Path, content: str) -> str:
+    if _suffix(path) in _KNOWN:
+        return _KNOWN[_suffix(path)]
+    start = content.lstrip()[:200].lower()
+    if start.startswith(("{", "[")):
+        return "json"
+    if start.startswith("<") or "<table" in content.lower():
+        return "html"
+    if is_markdown(content):
+        return "markdown"
+    raise DataError("no kind of page that is known", path=path, hint=f"give {KINDS}")
+
+
+def _finqa(path: Path, content: str, record_id: str | None) -> FinQARecord:
+    try:
+        raw = json.loads(content)
+    except (ValueError, RecursionError):
+        try:
+            raw = [json.loads(line) for line in content.split("\n") if line.strip()]
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"not JSON ({error})", path=path) from None
+    rows = raw if isinstance(raw, list) else [raw]
+    if record_id is not None:
+        names = [str(row["id"]) for row in rows if isinstance(row, dict) and "id" in row]
+        rows = [row for row in rows if isinstance(row, dict) and "id" in row and str(row["id"]) == record_id]
+        if not rows:
+            raise DataError("no record has this id", path=path, record_id=record_id, hint=_near(record_id, names))
+    if len(rows) != 1:
+        raise DataError(f"holds {len(rows)} records", path=path, hint="say which one with --id")
+    row = rows[0]
+    if not isinstance(row, dict) or not row.get("table"):
+        raise DataError("holds no table", path=path, hint="a FinQA record has pre_text, table and post_text")
+    fields = {key: row.get(key) or () for key in ("pre_text", "post_text", "table")}
+    wrong = next(_no_texts(fields), None)
+    if wrong is not None:
+        raise DataError(f"is no FinQA record: {wrong[0]}", path=path, record_id=record_id, hint=wrong[1])
+    try:
+        return FinQARecord.model_validate(
+            {"id": str(row.get("id") or path.name), **fields, "qa": {"question": "", "program": "", "exe_ans": ""}}
+        )
+    except ValueError as error:
+        raise DataError(f"is no FinQA record ({str(error).splitlines()[1].strip()})", path=path) from None
+
+
+def _no_texts(fields: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    """What is not text where FinQA has text, and what to write."""
+    for key in ("pre_text", "post_text"):
+        lines = fields[key]
+        if not isinstance(lines, (list, tuple)) or not all(isinstance(line, str) for line in lines):
+            yield f"{key} is no list of texts", f'write it as {{"{key}": ["One sentence.", "Another."]}}'
+    table = fields["table"]
+    if not isinstance(table, (list, tuple)) or not all(isinstance(row, list) for row in table):
+        yield "table is no list of rows", 'write it as {"table": [["", "2019"], ["revenue", "1250"]]}'
+        return
+    for row, cells in enumerate(table, start=1):
+        for column, cell in enumerate(cells, start=1):
+            if isinstance(cell, str):
+                continue
+            text = "" if cell is None else json.dumps(cell)
+            kind = "a number" if isinstance(cell, (int, float)) and not isinstance(cell, bool) else "no text"
+            place = f"row {row}, column {column} of its table is {kind} ({json.dumps(cell)[:40]})"
+            yield place, f"write every cell as text: {json.dumps(text[:40])}"
+
+
+def _near(record_id: str, names: Sequence[str]) -> str | None:
+    longer = [name for name in names if name.startswith(record_id)]
+    near = longer[:1] or difflib.get_close_matches(record_id, names, n=1)
+    return f"did you mean {near[0]}?" if near else None
+
+
+def _even(table: list[list[str]]) -> tuple[tuple[str, ...], ...]:
+    width = max(map(len, table))
+    rows = [[*row, *[""] * (width - len(row))] for row in table]
+    return tuple((row[0], *map(_cell, row[1:])) for row in rows)
+
+
+def _cell(text: str) -> str:
+    text = _THOUSANDS.sub("", _DASH.sub("-", text.replace("\u2212", "-")))
+    match = _BRACKETED.fullmatch(text.strip()) or _BRACKETED.fullmatch(_FOOTNOTE.sub("", text.strip()))
+    if match is None:
+        return _MINUS.sub(r"\1\2-\3", text, count=1) if _MINUS.match(text) else text
+    sign, currency, number, percent = match.groups()
+    return f"{sign or currency}-{number}{percent} ( {sign or currency}{number}{percent} )"

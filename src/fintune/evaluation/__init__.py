@@ -1,0 +1,1 @@
+"""Verdicts, metrics and comparisons of predictions and models."""

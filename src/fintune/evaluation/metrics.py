@@ -1,0 +1,238 @@
+"""FinQA scores: the official verdicts as the headline, other views beside it under names of their own.
+
+The headline is what github.com/czyssrs/FinQA, code/evaluate/evaluate.py prints: exact equality of the executed result
+with ``exe_ans`` (rounded to 5 decimals) and symbolic equality of the programs, both over the number of predictions.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TypeAlias, TypeVar
+
+from pydantic import ValidationError
+
+from fintune.errors import ArtifactError, DataError
+from fintune.evaluation.verdict import Evidence, Outcome, QuestionType, Verdict, judge
+from fintune.records import FinQARecord, Record
+
+__all__ = ["Rates", "Score", "ScoreFile", "Tolerant", "Verdict", "WholeFile", "read_score", "score", "wilson"]
+
+Interval: TypeAlias = tuple[float, float]
+_Key = TypeVar("_Key", int, str, Evidence, QuestionType)
+
+_Z_95 = 1.959963984540054
+
+
+class Rates(Record):
+    """Official figures of a set of predictions, as fractions, each with its Wilson 95 % interval."""
+
+    num_predictions: int
+    execution_accuracy: float
+    program_accuracy: float
+    invalid_rate: float
+    execution_accuracy_interval: Interval
+    program_accuracy_interval: Interval
+    invalid_rate_interval: Interval
+
+    @property
+    def no_program_rate(self) -> float:
+        """Share of completions without one complete step, which officially is not invalid; known of `Score` alone."""
+        return 0.0
+
+
+class WholeFile(Record):
+    """Figures over every question of the gold file: a missing id is wrong, of several predictions the first counts."""
+
+    num_gold: int
+    num_missing: int
+    execution_accuracy: float
+    program_accuracy: float
+    execution_accuracy_interval: Interval
+    program_accuracy_interval: Interval
+
+
+class Tolerant(Record):
+    """Views that are no official figure, as fractions of the predictions; see `Verdict` for each.
+
+    ``answer_agreement`` is a fraction of the ``num_with_answer`` predictions whose question has a usable answer, None
+    where there are none.
+    """
+
+    sign_insensitive: float
+    scale_100: float
+    within_1_percent: float
+    answer_agreement: float | None
+    num_with_answer: int
+
+
+class Score(Rates):
+    """All figures of a set of predictions; the `Rates` are over the predictions, as in the official script.
+
+    Attributes:
+        num_duplicates: Predictions for an id that has an earlier one; they count, as they do officially.
+        num_equality_raised: See `Verdict.equality_raised`.
+        num_gold_not_comparable: Predictions at which the official comparison stops, since the gold program is none.
+        outcomes: Predictions by `Verdict.outcome`.
+        by_num_steps: By steps of the gold program.
+        by_operation: By operation of the gold program; one with two operations counts under both.
+    """
+
+    num_duplicates: int
+    num_equality_raised: int
+    num_gold_not_comparable: int
+    whole_file: WholeFile
+    tolerant: Tolerant
+    outcomes: dict[Outcome, int]
+    by_num_steps: dict[int, Rates]
+    by_operation: dict[str, Rates]
+    by_evidence: dict[Evidence, Rates]
+    by_question_type: dict[QuestionType, Rates]
+
+    @property
+    def no_program_rate(self) -> float:
+        """Share of completions without one complete step, which officially is not invalid."""
+        return self.outcomes.get("no_result", 0) / self.num_predictions
+
+
+class ScoreFile(Score):
+    """What ``score.json`` holds: the figures, and what was not scored or scored with a doubt.
+
+    Attributes:
+        num_unscored: Rows that are in no figure, by reason.
+        problems: One line for each such row, and for each scored with a doubt.
+    """
+
+    num_unscored: dict[str, int]
+    problems: tuple[str, ...]
+
+
+def read_score(path: Path) -> ScoreFile:
+    """Read a ``score.json``.
+
+    Raises:
+        ArtifactError: It is missing, or no such file.
+    """
+    try:
+        return ScoreFile.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise ArtifactError(
+            f"{path}: cannot be read ({str(error).splitlines()[0]})",
+            hint=f"--redo score/{path.parent.name} makes it anew",
+        ) from None
+
+
+def score(gold: Sequence[FinQARecord], predictions: Sequence[tuple[str, Sequence[str]]]) -> tuple[Score, list[Verdict]]:
+    """Score predictions.
+
+    Args:
+        gold: Records with unique ids.
+        predictions: Id and official tokens ("EOF" included) of each.
+
+    Returns:
+        The figures, and one verdict a prediction, in order.
+
+    Raises:
+        DataError: There is no prediction, or one has an id that is not in ``gold``.
+    """
+    if not predictions:
+        raise DataError("there are no predictions to score")
+    records = {record.id: record for record in gold}
+    verdicts: list[Verdict] = []
+    num_gold_not_comparable = 0
+    # Python looks for garbage among all pages once in a while, which took a sixth of the time; they are none.
+    gc.freeze()
+    try:
+        for record_id, tokens in predictions:
+            if record_id not in records:
+                raise DataError("a prediction for an id that is not in the gold file", record_id=record_id)
+            verdict, comparable = judge(records[record_id], tokens)
+            verdicts.append(verdict)
+            num_gold_not_comparable += not comparable
+    finally:
+        gc.unfreeze()
+    return _score(len(records), verdicts, num_gold_not_comparable), verdicts
+
+
+def wilson(num_hits: int, num_trials: int) -> Interval:
+    """Wilson score interval of a fraction, 95 %, without continuity correction (Wilson 1927); (0, 1) of nothing."""
+    if not num_trials:
+        return 0.0, 1.0
+    rate, z2 = num_hits / num_trials, _Z_95**2
+    centre = rate + z2 / (2 * num_trials)
+    spread = _Z_95 * math.sqrt(rate * (1 - rate) / num_trials + z2 / (4 * num_trials**2))
+    scale = 1 + z2 / num_trials
+    # The ends of none and of all are exact; computed, they are off by a rounding error.
+    low = (centre - spread) / scale if num_hits else 0.0
+    high = (centre + spread) / scale if num_hits < num_trials else 1.0
+    return low, high
+
+
+def _score(num_gold: int, verdicts: Sequence[Verdict], num_gold_not_comparable: int) -> Score:
+    first: dict[str, Verdict] = {}
+    for verdict in verdicts:
+        first.setdefault(verdict.id, verdict)
+    return Score(
+        **dict(_rates(verdicts)),
+        num_duplicates=len(verdicts) - len(first),
+        num_equality_raised=sum(verdict.equality_raised for verdict in verdicts),
+        num_gold_not_comparable=num_gold_not_comparable,
+        whole_file=_whole_file(num_gold, list(first.values())),
+        tolerant=_tolerant(verdicts),
+        outcomes=dict(Counter(verdict.outcome for verdict in verdicts)),
+        by_num_steps=_grouped((verdict.num_steps, verdict) for verdict in verdicts),
+        by_operation=_grouped((name, verdict) for verdict in verdicts for name in verdict.operations),
+        by_evidence=_grouped((verdict.evidence, verdict) for verdict in verdicts),
+        by_question_type=_grouped((verdict.question_type, verdict) for verdict in verdicts),
+    )
+
+
+def _rates(verdicts: Sequence[Verdict]) -> Rates:
+    number = len(verdicts)
+    exe = sum(verdict.exe_correct for verdict in verdicts)
+    program = sum(verdict.program_correct for verdict in verdicts)
+    invalid = sum(verdict.invalid for verdict in verdicts)
+    return Rates(
+        num_predictions=number,
+        execution_accuracy=exe / number,
+        program_accuracy=program / number,
+        invalid_rate=invalid / number,
+        execution_accuracy_interval=wilson(exe, number),
+        program_accuracy_interval=wilson(program, number),
+        invalid_rate_interval=wilson(invalid, number),
+    )
+
+
+def _whole_file(num_gold: int, verdicts: Sequence[Verdict]) -> WholeFile:
+    exe = sum(verdict.exe_correct for verdict in verdicts)
+    program = sum(verdict.program_correct for verdict in verdicts)
+    return WholeFile(
+        num_gold=num_gold,
+        num_missing=num_gold - len(verdicts),
+        execution_accuracy=exe / num_gold,
+        program_accuracy=program / num_gold,
+        execution_accuracy_interval=wilson(exe, num_gold),
+        program_accuracy_interval=wilson(program, num_gold),
+    )
+
+
+def _tolerant(verdicts: Sequence[Verdict]) -> Tolerant:
+    number = len(verdicts)
+    answered = [verdict.answer_agreement for verdict in verdicts if verdict.answer_agreement is not None]
+    return Tolerant(
+        sign_insensitive=sum(verdict.sign_insensitive for verdict in verdicts) / number,
+        scale_100=sum(verdict.scale_100 for verdict in verdicts) / number,
+        within_1_percent=sum(verdict.within_1_percent for verdict in verdicts) / number,
+        answer_agreement=sum(answered) / len(answered) if answered else None,
+        num_with_answer=len(answered),
+    )
+
+
+def _grouped(pairs: Iterable[tuple[_Key, Verdict]]) -> dict[_Key, Rates]:
+    groups: dict[_Key, list[Verdict]] = {}
+    for key, verdict in pairs:
+        groups.setdefault(key, []).append(verdict)
+    return {key: _rates(groups[key]) for key in sorted(groups)}

@@ -1,0 +1,1 @@
+"""A trained model as merged safetensors and as GGUF files."""

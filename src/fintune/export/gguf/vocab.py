@@ -1,0 +1,244 @@
+"""A Hugging Face tokenizer as GGUF metadata, or a clear refusal.
+
+llama.cpp splits text into words with code of its own, chosen by ``tokenizer.ggml.pre``. The name is found in two ways
+that must agree: by what ``tokenizer.json`` says that it does, and by the hash of the tokens of a probe text, as
+llama.cpp's converter finds it. A tokenizer that lost its Digits step keeps its hash, so the hash alone proves nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fintune.errors import ModelError
+from fintune.models.template_file import read_chat_template, special_token_texts, turn_ending
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+    from tokenizers import Tokenizer
+
+# The probe of llama.cpp's converter: the hashes below are of its tokens.
+_PROBE = (
+    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis concatenated) ✅ 🦙🦙 "
+    "3 33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天～ "
+    "------======= нещо на Български ''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you "
+    "sure? 'M not sure I'll make it, 'D you like some tea? We'Ve a'lL"
+)
+_PRE_BY_HASH = {
+    "855059429035d75a914d1eda9f10a876752e281a054a7a3d421ef0533e5b6249": "smollm",
+    "0ef9807a4087ebef797fc749390439009c3b9eda9ad1a097abbe738f486c01e5": "llama-bpe",
+    "c136ed14d01c2745d4f60a9596ae66800e2b61fa45643e72436041855ad4089d": "smaug-bpe",
+    "e636dc30a262dcc0d8c323492e32ae2b70728f4df7dfe9737d9f920a282b8aea": "qwen2",
+    "d4540891389ea895b53b399da6ac824becc30f2fba0e9ddbb98f92e55ca0e97c": "qwen2",
+    "b3f499bb4255f8ca19fccd664443283318f2fd2414d5e0b040fbdd0cc195d6c5": "deepseek-r1-qwen",
+    "3ce83efda5659b07b1ad37ca97ca5797ea4285d9b9ab0dc679e4a720c9da7454": "gpt-2",
+    "0fe1cf6eda062318a1af7270f3331a85c539a01778ff948e24388e949c5282f4": "gpt-2",
+    "63b97e4253352e6f357cc59ea5b583e3a680eaeaf2632188c2b952de2588485e": "tekken",
+}
+# Names that stand for the same splitting.
+_SAME_SPLIT = {"smaug-bpe": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_PRE_BY_SPLIT = {_LLAMA3_SPLIT: "llama-bpe", _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2"}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What ``tokenizer.*`` of a GGUF file says.
+
+    Attributes:
+        folder: Where it was read.
+        pre: llama.cpp's name of the pre-tokenizer.
+        tokens: Text of each id, padded to the rows of the embedding.
+        kinds: llama.cpp's token type of each id (1 normal, 3 control, 4 user-defined, 5 unused).
+        chat_template: Default template, or None.
+        eos_id: The token at which generation ends: the end of a turn where there is a chat template.
+        eos_replaced: The folder's own end token where it is not the end of a turn, else None.
+        model: llama.cpp's name of the kind of tokenizer, which is byte-level BPE.
+    """
+
+    folder: Path
+    pre: str
+    tokens: tuple[str, ...]
+    kinds: tuple[int, ...]
+    chat_template: str | None
+    eos_id: int | None
+    eos_replaced: int | None
+    model: str = "gpt2"
+
+    def write_metadata(self, writer: GGUFWriter) -> None:
+        """Add the ``tokenizer.*`` keys, in the order of llama.cpp's converter."""
+        import gguf
+
+        writer.add_tokenizer_model(self.model)
+        writer.add_tokenizer_pre(self.pre)
+        writer.add_token_list(list(self.tokens))
+        writer.add_token_types(list(self.kinds))
+        special = gguf.SpecialVocab(self.folder, load_merges=True, n_vocab=len(self.tokens))
+        if special.chat_template is None or isinstance(special.chat_template, str):
+            special.chat_template = self.chat_template
+        if self.eos_id is not None:
+            special.special_token_ids["eos"] = self.eos_id
+        special.add_to_gguf(writer, quiet=True)
+
+
+def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
+    """Read ``tokenizer.json`` and ``tokenizer_config.json``.
+
+    Args:
+        folder: A Hugging Face folder.
+        vocab_size: Rows of the embedding; ids without a token are filled with unused ones.
+
+    Raises:
+        ModelError: No tokenizer, a kind of tokenizer that is not served, a pre-tokenizer that llama.cpp does not
+            have, more tokens than rows, or a chat template that cannot be rendered.
+    """
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ModelError(
+            f"{folder}: no tokenizer.json",
+            hint="save the tokenizer with transformers' AutoTokenizer(...).save_pretrained",
+        )
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_file(str(path))
+    # The Rust library raises a bare Exception for a file that it cannot parse.
+    except Exception as error:
+        raise ModelError(f"{path}: unreadable: {error}") from error
+    pre = recognise_pre_tokenizer(tokenizer, raw, path)
+    tokens, kinds = _token_list(tokenizer, vocab_size, path)
+    template = read_chat_template(folder)
+    config_eos = _special_ids(folder).get("eos")
+    eos = config_eos
+    if template is not None:
+        ending = turn_ending(template, special_token_texts(folder))
+        specials = {t for t, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        ids = tokenizer.encode(ending.strip(), add_special_tokens=False).ids
+        eos = ids[0] if ids and ids[0] in specials else config_eos
+    replaced = config_eos if config_eos is not None and config_eos != eos else None
+    return Vocabulary(folder, pre, tokens, kinds, template, eos, replaced)
+
+
+def num_tokens(folder: Path) -> int | None:
+    """Tokens of a folder's ``tokenizer.json``, added ones included; None where there is none or it counts otherwise.
+
+    Raises:
+        ModelError: It is unreadable.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: unreadable: {error}") from error
+    model, added = content.get("model"), content.get("added_tokens") or []
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(vocabulary, dict | list) or not isinstance(added, list):
+        return None
+    # A Unigram model lists pairs of text and score.
+    known = set(vocabulary) if isinstance(vocabulary, dict) else {entry[0] for entry in vocabulary}
+    return len(known | {token["content"] for token in added})
+
+
+def recognise_pre_tokenizer(tokenizer: Tokenizer, raw: Mapping[str, Any], path: Path) -> str:
+    """llama.cpp's name for the way in which this tokenizer splits text.
+
+    Args:
+        tokenizer: The loaded tokenizer.
+        raw: The content of ``tokenizer.json``.
+        path: For messages.
+
+    Raises:
+        ModelError: The name cannot be told, or structure and hash disagree.
+    """
+    model = raw.get("model") or {}
+    if model.get("type") != "BPE" or model.get("byte_fallback"):
+        raise ModelError(
+            f"{path}: a {model.get('type')} tokenizer with byte fallback or without byte-level BPE is not served",
+            hint="SentencePiece models (Llama 2, TinyLlama, Mistral 7B) go by a llama.cpp checkout, "
+            "export.llama_cpp_path=FOLDER; a run with --skip export trains them without GGUF files",
+        )
+    by_structure = _pre_by_structure(raw)
+    ids = tokenizer.encode(_PROBE).ids
+    digest = hashlib.sha256(str(ids).encode()).hexdigest()
+    by_hash = _PRE_BY_HASH.get(digest)
+    if by_hash and by_structure and _SAME_SPLIT.get(by_hash, by_hash) != by_structure:
+        raise ModelError(
+            f"{path}: splits text as {by_structure}, but its tokens are those of {by_hash}",
+            hint="its pre_tokenizer was lost or changed: take tokenizer.json from the original model",
+        )
+    name = by_hash or by_structure
+    if name is None:
+        kind = json.dumps(raw.get("pre_tokenizer"), ensure_ascii=True)[:200]
+        raise ModelError(
+            f"{path}: pre-tokenizer not recognised (probe hash {digest[:12]}): {kind}",
+            hint=f"known: {', '.join(sorted(set(_PRE_BY_HASH.values())))}",
+        )
+    return name
+
+
+def _pre_by_structure(raw: Mapping[str, Any]) -> str | None:
+    top = raw.get("pre_tokenizer") or {}
+    steps = top.get("pretokenizers", []) if top.get("type") == "Sequence" else [top]
+    kinds = [step.get("type") for step in steps]
+    if not kinds or kinds[-1] != "ByteLevel" or steps[-1].get("add_prefix_space"):
+        return None
+    ignores_merges = bool((raw.get("model") or {}).get("ignore_merges"))
+    splits_words = steps[-1].get("use_regex", True)
+    name = None
+    if kinds == ["ByteLevel"] and splits_words:
+        name = "gpt-2"
+    elif kinds == ["Digits", "ByteLevel"] and splits_words and steps[0].get("individual_digits"):
+        name = "smollm"
+    elif kinds == ["Split", "ByteLevel"] and not splits_words and steps[0].get("behavior") == "Isolated":
+        name = _PRE_BY_SPLIT.get(str((steps[0].get("pattern") or {}).get("Regex")))
+    # llama.cpp takes whole words of the vocabulary before it merges, but only under the name llama-bpe.
+    return name if ignores_merges == (name == "llama-bpe") else None
+
+
+def _token_list(tokenizer: Tokenizer, vocab_size: int, path: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    from gguf import TokenType
+
+    text_of = {token_id: text for text, token_id in tokenizer.get_vocab(with_added_tokens=True).items()}
+    if text_of and max(text_of) >= vocab_size:
+        raise ModelError(
+            f"{path}: token id {max(text_of)} has no row in an embedding of {vocab_size}",
+            hint="the tokenizer was extended without resizing the model, or belongs to another one",
+        )
+    added = tokenizer.get_added_tokens_decoder()
+    tokens, kinds = [], []
+    for token_id in range(vocab_size):
+        text = text_of.get(token_id)
+        kind = TokenType.NORMAL
+        if text is None:
+            text, kind = f"[PAD{token_id}]", TokenType.UNUSED
+        elif token_id in added:
+            # llama.cpp matches such tokens literally, so it needs them as they look after normalising.
+            if not added[token_id].normalized:
+                ids = tokenizer.encode(text, add_special_tokens=False).ids
+                text = tokenizer.decode(ids, skip_special_tokens=False)
+            special = added[token_id].special or _looks_special(text)
+            kind = TokenType.CONTROL if special else TokenType.USER_DEFINED
+            text = text if special else text.replace("\u2581", " ")
+        tokens.append(text)
+        kinds.append(int(kind))
+    return tuple(tokens), tuple(kinds)
+
+
+def _looks_special(text: str) -> bool:
+    return text in ("<pad>", "<mask>") or (text.startswith(("<|", "<｜")) and text.endswith(("|>", "｜>")))
+
+
+def _special_ids(folder: Path) -> dict[str, int]:
+    import gguf
+
+    return dict(gguf.SpecialVocab(folder).special_token_ids)

@@ -1,0 +1,1 @@
+"""Names, folders, tokenizers, chat templates, adapters, and the built-in model."""

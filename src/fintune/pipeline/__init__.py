@@ -1,0 +1,1 @@
+"""What a run is: its steps, its folders, and the runner."""

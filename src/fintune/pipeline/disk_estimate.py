@@ -1,0 +1,160 @@
+"""How much disk each stage will take, predicted from the sizes of the base model before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from fintune.config import Config, SourceOptions
+from fintune.data.files import local_files
+from fintune.models.folder import read_json
+
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_STORED_BYTES = {"F64": 8, "F32": 4, "F8_E4M3": 1, "F8_E5M2": 1}
+_GGUF_BYTES = {"F32": 4.0, "F16": 2.0, "BF16": 2.0}
+"""Bytes a weight; a quantised one has at most those of Q8_0, 34 for 32 weights."""
+_MARGIN = 1.05
+_HEADER_BYTES = 100 << 20
+"""Largest header of a safetensors file that its authors' reader takes."""
+
+_EXAMPLE_BYTES = 24_000
+"""A prepared FinQA example: prompt text, gold record and tokens; the largest page of dev makes 21 kB."""
+_ROW_BYTES = 20_000
+"""A prepared conversation of a thousand words."""
+_HUB_ROWS = 100_000
+"""Rows of a hub dataset whose size is not known before it is fetched."""
+
+
+class Tensor(NamedTuple):
+    """A stored weight."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def num_weights(self) -> int:
+        """Numbers in it."""
+        return math.prod(self.shape)
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """Every weight of a model folder, from the headers of its safetensors files alone.
+
+    Raises:
+        ModelError: An index that cannot be read.
+    """
+    found: dict[str, Tensor] = {}
+    for path in _weight_files(folder):
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > _HEADER_BYTES:
+                continue  # damaged; the stage that reads it says so
+            header = json.loads(file.read(length))
+        found |= {
+            name: Tensor(tuple(entry["shape"]), entry["dtype"])
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+    return found
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    # Some folders hold the same weights once more in another layout, which nothing reads.
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+        return [folder / name for name in sorted(names)]
+    return sorted(folder.glob("model*.safetensors"))
+
+
+def prepare_bytes(config: Config) -> int:
+    """Examples, gold records and tokens."""
+    if config.data.source == "finqa":
+        files = [path for path in (config.data.train, config.data.eval) if path is not None and path.is_file()]
+        # JSON shrinks fivefold under gzip. Text and gold record are each about as large as the JSON, and the tokens, at
+        # five bytes each, as two or three of it where a tokenizer cuts short.
+        return int(sum(path.stat().st_size * (25 if path.suffix == ".gz" else 5) for path in files) * _MARGIN)
+    if config.data.source == "chat":
+        return sum(_source_bytes(source) for source in config.data.sources)
+    pages = config.data.statements
+    companies = pages.train_companies + pages.eval_companies
+    return companies * pages.pages_per_company * pages.questions_per_page * _EXAMPLE_BYTES
+
+
+def _source_bytes(source: SourceOptions) -> int:
+    if source.path.startswith("hub:"):
+        return (source.max_rows or _HUB_ROWS) * _ROW_BYTES
+    # Text, tokens at five bytes each; Parquet shrinks as gzip does.
+    packed = (".gz", ".parquet")
+    stored = sum(path.stat().st_size * (25 if path.suffix in packed else 5) for path in local_files(source))
+    rows = source.max_rows * _ROW_BYTES if source.max_rows is not None else stored
+    return int(min(stored, rows) * max(source.weight, 1.0) * _MARGIN)
+
+
+def train_bytes(config: Config) -> int:
+    """What is trained, its checkpoints and a new one with Adam's two moments, in float32; and the best of it."""
+    written = 3 * (config.train.num_checkpoints + 1)
+    best = 2 if config.train.keep != "last" else 0
+    if config.adapter.kind == "full":
+        all_weights = sum(tensor.num_weights for tensor in _base(config).values())
+        return int(4 * all_weights * (1 + written + best) * _MARGIN) + 20_000_000
+    layers = [t.shape for name, t in _base(config).items() if len(t.shape) == 2 and "embed" not in name]
+    weights = sum(config.adapter.r * sum(shape) for shape in layers)
+    return int(4 * weights * (1 + written + best) * _MARGIN) + 20_000_000
+
+
+def merge_bytes(config: Config) -> int:
+    """The merged folder."""
+    stored = sum(
+        tensor.num_weights * _BYTES.get(config.merge.dtype, _STORED_BYTES.get(tensor.dtype, 2))
+        for tensor in _base(config).values()
+    )
+    return int(stored * _MARGIN) + 20_000_000
+
+
+def export_bytes(config: Config) -> int:
+    """All GGUF files together, and a computed importance matrix; the merged model has the base's shapes.
+
+    Raises:
+        ModelError: A base that cannot become a GGUF or a matrix that is not its, found out before hours of training.
+    """
+    from fintune.export.gguf.export import predict_bytes as gguf_bytes
+    from fintune.export.gguf.importance import read_importance
+
+    if config.export.llama_cpp_path is not None:
+        return _checkout_bytes(config)
+    file = config.export.importance_file
+    importance = None if file is None else read_importance(file)
+    matrix = 0
+    if config.export.computes_importance:
+        # A float32 number for each column of each matrix, beside their names.
+        shapes = [tensor.shape for tensor in _base(config).values() if len(tensor.shape) == 2]
+        matrix = sum(4 * columns + 500 for _, columns in shapes)
+    return gguf_bytes(_base_folder(config), config.export.types, importance) + matrix
+
+
+def _checkout_bytes(config: Config) -> int:
+    """What a llama.cpp checkout writes, of families that may be unknown here: the files, and one in 16 or 32 bits."""
+    weights = sum(tensor.num_weights for tensor in _base(config).values())
+    kinds = [*config.export.types, "F32" if config.merge.dtype == "float32" else "F16"]
+    return int(sum(weights * _GGUF_BYTES.get(kind.upper(), 1.1) for kind in kinds) * _MARGIN) + 20_000_000
+
+
+def predict_bytes(config: Config) -> int:
+    """Predictions, or their scores."""
+    return 20_000_000
+
+
+def _base(config: Config) -> dict[str, Tensor]:
+    return tensors(_base_folder(config))
+
+
+def _base_folder(config: Config) -> Path:
+    from fintune.models import load as models
+
+    path = models.fetch(models.resolve(config.model.name, revision=config.model.revision)).path
+    assert path is not None, "fetch fills the path"
+    return path

@@ -1,0 +1,143 @@
+"""``fintune preflight``: whether the model's tokenizer becomes llama.cpp's, known before hours of training."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import unicodedata
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fintune.config import Config
+from fintune.errors import ModelError
+from fintune.export.gguf import llama_cpp_checkout
+from fintune.export.gguf.families import ModelConfig
+from fintune.export.gguf.probe_strings import probe_strings
+from fintune.export.gguf.vocab import read_vocabulary
+from fintune.export.gguf.vocab_file import TokenizerKeys, read_converted, write_vocabulary_file
+from fintune.manifest import Facts
+from fintune.models import chat_template as chat
+from fintune.models import load as models
+from fintune.models.tokenizer_check import check_tokenizer_against_llama_cpp
+from fintune.records import Message
+from fintune.util.console import say
+from fintune.util.files import write_atomically
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_MAX_ADDED = 500
+"""Of so many added tokens the surroundings are compared."""
+_SENTENCEPIECE = "llama"
+"""``tokenizer.ggml.model`` of such a vocabulary."""
+_LEGACY = (
+    'llama.cpp puts a space after every special token; with "legacy": true in tokenizer_config.json the tokenizer '
+    "does, too, or train without GGUF files: --skip export"
+)
+_DECOMPOSED = "Ne\u0301stle\u0301 Zu\u0308rich"
+
+
+def preflight(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
+    """Check the base model's tokenizer against llama.cpp, on a file of its vocabulary alone.
+
+    Args:
+        config: The run.
+        inputs: None are needed.
+        folder: Gets ``preflight.json``.
+
+    Returns:
+        Name of the pre-tokenizer, end token, hash of the chat template, number of strings, whether the tokenizer
+        composes accents, which llama.cpp does not, and whether it takes a space that begins a text for the one that
+        SentencePiece puts there, where llama.cpp has both.
+
+    Raises:
+        ModelError: A family, pre-tokenizer, template or special token that would not survive, or strings that llama.cpp
+            splits into other tokens, the first of which are named.
+        ResourceError: xllamacpp is not installed.
+    """
+    ref = models.fetch(models.resolve(config.model.name, revision=config.model.revision))
+    assert ref.path is not None, "fetch fills the path"
+    tokenizer = models.load_tokenizer(ref, trust_remote_code=config.model.trust_remote_code)
+    with tempfile.TemporaryDirectory(prefix=".converted-", dir=folder) as place:
+        return _check(ref.path, tokenizer, _vocabulary(config, ref.path, Path(place)), folder)
+
+
+def _vocabulary(config: Config, model: Path, place: Path) -> TokenizerKeys:
+    """As the export will write it: by this package, or by the user's llama.cpp checkout."""
+    if config.export.llama_cpp_path is None:
+        return read_vocabulary(model, ModelConfig(model).vocab_size)
+    checkout = llama_cpp_checkout.check(config.export.llama_cpp_path)
+    llama_cpp_checkout.convert(checkout, model, place / "converted.gguf", vocabulary_only=True)
+    return read_converted(place / "converted.gguf")
+
+
+def _check(model: Path, tokenizer: PreTrainedTokenizerBase, vocabulary: TokenizerKeys, folder: Path) -> Facts:
+    if vocabulary.chat_template is None or vocabulary.chat_template != tokenizer.chat_template:
+        raise ModelError(
+            f"{model}: the chat template of the GGUF would not be the one that is trained with",
+            hint="give the folder one default template, in chat_template.jinja",
+        )
+    ends = chat.end_of_turn_ids(tokenizer)
+    if vocabulary.eos_id not in ends:
+        raise ModelError(
+            f"{model}: a GGUF would end at token {vocabulary.eos_id}, but a turn ends with {list(ends)}",
+            hint="mark the end of a turn as a special token in tokenizer.json",
+        )
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=False))
+
+    turns = [
+        chat.render(tokenizer, messages, add_generation_prompt=generate)
+        for messages in _conversations()
+        for generate in (False, True)
+    ]
+    takes_space = vocabulary.model == _SENTENCEPIECE and encode(" x") == encode("x")
+    probes = [*probe_strings(), *_beside_added_tokens(tokenizer, space="" if takes_space else " ")]
+    strings = [*turns, *(text.lstrip(" ") if takes_space else text for text in probes)]
+    with tempfile.TemporaryDirectory(prefix=".vocabulary-", dir=folder) as place:
+        path = write_vocabulary_file(vocabulary, Path(place) / "vocabulary.gguf")
+        try:
+            num_strings = check_tokenizer_against_llama_cpp(encode, path, strings)
+        except ModelError as error:
+            if vocabulary.model != _SENTENCEPIECE or error.hint is None:
+                raise
+            raise ModelError(error.message, hint=_LEGACY) from None
+    composes = encode(_DECOMPOSED) == encode(unicodedata.normalize("NFC", _DECOMPOSED))
+    if composes:
+        say(
+            "the tokenizer composes accents and llama.cpp does not: give the GGUF text in Unicode's composed form (NFC)"
+        )
+    if takes_space:
+        say(
+            "the tokenizer drops a space that begins a text or follows a special token, and llama.cpp does not: give "
+            "the GGUF no such text"
+        )
+    facts: Facts = {
+        "pre_tokenizer": vocabulary.pre,
+        "num_tokens": len(vocabulary.tokens),
+        "eos_token": vocabulary.tokens[ends[0]],
+        "template_hash": chat.template_hash(tokenizer),
+        "num_strings": num_strings,
+        "composes_accents": composes,
+        "drops_leading_space": takes_space,
+        "summary": f"{num_strings} strings give the same tokens in llama.cpp, pre-tokenizer {vocabulary.pre}",
+    }
+    write_atomically(folder / "preflight.json", json.dumps(facts, indent=1) + "\n")
+    return facts
+
+
+def _beside_added_tokens(tokenizer: PreTrainedTokenizerBase, *, space: str) -> Iterator[str]:
+    """A token may swallow the spaces beside it, or be none within a word; llama.cpp knows neither."""
+    for added in list(tokenizer.added_tokens_decoder.values())[:_MAX_ADDED]:
+        yield f"revenue {added.content}{space}x"
+        yield f"a{added.content}b"
+
+
+def _conversations() -> Iterator[list[Message]]:
+    question, answer = "What was revenue in 2019,\n$ 1,234.5  million?", "subtract(5829, 5735)"
+    user, assistant = Message(role="user", content=question), Message(role="assistant", content=answer)
+    yield [user]
+    yield [user, assistant, user]
+    yield [Message(role="system", content=" Be brief. "), user]

@@ -1,0 +1,97 @@
+"""TRL's trainer with the loss taken through this package's layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl import SFTTrainer
+
+from fintune.training.fused.attend import Sequences
+from fintune.training.fused.head import Loss
+from fintune.training.fused.model import FusedModel
+
+
+class FusedTrainer(SFTTrainer):  # type: ignore[misc]
+    """SFTTrainer on batches of :class:`fintune.training.fused.batch.PackedCollator`.
+
+    Args:
+        options: Keywords of :class:`FusedModel`.
+        arguments: Of SFTTrainer.
+    """
+
+    def __init__(self, *, options: dict[str, Any], **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._options = options
+        self._fused: FusedModel | None = None
+        self._losses: list[tuple[tuple[str, ...], Tensor]] = []
+        self._num_parameters = 0
+        # Walking the modules of an adapted model for its few parameters takes as long as several layers do.
+        self._trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+        self.model.zero_grad = self._zero_grad
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Loss of a batch; what SFTTrainer measures besides is left out, since each figure makes the GPU wait."""
+        assert not return_outputs, "the layers give a loss, no logits"
+        if self._fused is None:
+            # Now, and not before: resuming puts the checkpoint's adapter into the model when training begins.
+            self._fused = FusedModel(self.accelerator.unwrap_model(model), **self._options)
+        num_labels = num_items_in_batch if num_items_in_batch is not None else len(inputs["targets"])
+        with torch.autocast(inputs["input_ids"].device.type, enabled=False):
+            loss = self._fused.loss(
+                inputs["input_ids"][0],
+                inputs["position_ids"][0],
+                Sequences(inputs["lengths"], inputs["offsets"]),
+                inputs["rows"],
+                inputs["targets"],
+                num_labels,
+                training=model.training,
+            )
+        if self.args.world_size > 1 and model.training:
+            # The mean of the processes' gradients shall be the gradient of the sum of their losses.
+            return self._noted(inputs, loss, model) * self.args.world_size
+        return self._noted(inputs, loss, model)
+
+    def _noted(self, inputs: dict[str, Any], loss: Loss, model: Any) -> Tensor:
+        if model.training:
+            self._losses.append((inputs["ids"], loss.mean.detach()))
+        return loss.mean
+
+    def examples_of_bad_losses(self) -> list[str]:
+        """Examples of the batches since the last call whose loss is not finite; waits for the GPU once."""
+        seen, self._losses = self._losses, []
+        if not seen or bool(torch.stack([loss for _, loss in seen]).isfinite().all()):
+            return []
+        return [example for ids, loss in seen if not bool(loss.isfinite()) for example in ids]
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward pass; without a walk over all modules to tell them that this is training."""
+        if not model.training:
+            model.train()
+        inputs = self._prepare_inputs(inputs)
+        loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        if num_items_in_batch is None:
+            loss = loss / self.current_gradient_accumulation_steps
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As transformers estimates them, with the parameters counted once a run."""
+        if not self._num_parameters:
+            self._num_parameters = sum(weight.numel() for weight in self.model.parameters())
+        return int(6 * inputs["input_ids"].numel() * self._num_parameters)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        self.accelerator.unscale_gradients()
+        return torch.nn.utils.clip_grad_norm_(self._trained, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        # As a number it would make the optimiser wait for the GPU; whoever logs it asks for the number.
+        return super()._get_grad_norm(model, grad_norm) if grad_norm is None else grad_norm
+
+    def _zero_grad(self, set_to_none: bool = True) -> None:
+        for weight in self._trained:
+            weight.grad = None

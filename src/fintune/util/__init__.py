@@ -1,0 +1,1 @@
+"""Files, terminal, signals, hub and machine: no machine learning, no finance."""

@@ -1,0 +1,217 @@
+"""``fintune serve``, asked over loopback by our own client, and the lines of docs/serving.md as they stand there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import runpy
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from fintune.cli.commands.serve import OWN_KEY, gguf_of, serve
+from fintune.errors import ArtifactError, ConfigError, ModelError, ResourceError
+from fintune.export.gguf.export import export
+from fintune.inference.endpoint import parse
+from fintune.inference.llama_cpp import LlamaCppEngine
+from fintune.inference.openai import OpenAIEngine
+from fintune.inference.protocol import Decoding, in_order
+from fintune.records import Message
+from fintune.util.quiet import quiet_libraries
+from support.command import fintune, fintune_process
+from support.finished_step import finish
+from support.paths import ROOT
+from support.synthetic import lora_of
+from support.tiny import patch_json
+
+pytest.importorskip("xllamacpp")
+
+PAGE = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+KEY = "sk-of-the-test"
+ASKED = [[Message(role="user", content=f"net revenue in {year}")] for year in (2018, 2019)]
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model, tmp_path_factory) -> Path:
+    """What a run named demo leaves, as far as it is served."""
+    folder = tmp_path_factory.mktemp("cwd") / "runs" / "demo"
+    (folder / "export").mkdir(parents=True)
+    kinds = ("F16", "Q4_K_M")
+    report = export(tiny_model, {kind: folder / "export" / f"demo-{kind}.gguf" for kind in kinds})
+    finish(folder / "export", file_bytes={file.kind: file.num_bytes for file in report.files})
+    (folder / "merge").symlink_to(tiny_model)
+    (folder / "train").mkdir()
+    adapter = lora_of(tiny_model, folder / "train" / "adapter")
+    patch_json(adapter / "adapter_config.json", target_modules=["q_proj"], task_type="CAUSAL_LM")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch):
+    monkeypatch.delenv(OWN_KEY, raising=False)
+
+
+@contextmanager
+def served(*arguments: object, key: str = ""):
+    """The command as a user starts it; yields its process and the address that it prints."""
+    command = [sys.executable, "-m", "fintune.cli.main", "serve", *map(str, arguments), "--port", "0", "--threads", "1"]
+    environment = {**os.environ, OWN_KEY: key}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        line = process.stdout.readline()
+        yield process, re.search(r"at (http://\S+),", line)[1], line
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_runs_last_file_answers_as_it_does_in_this_process_until_ctrl_c(run, monkeypatch):
+    with served(run, key=KEY) as (process, url, line):
+        assert line.startswith("demo-Q4_K_M at") and OWN_KEY in line and KEY not in line
+        for path, body in (("/chat/completions", b"{}"), ("/models", None)):
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                urllib.request.urlopen(urllib.request.Request(f"{url}{path}", body))
+        with urllib.request.urlopen(f"{url.removesuffix('/v1')}/health") as answer:
+            assert answer.status == 200
+        monkeypatch.setenv(OWN_KEY, KEY)
+        engine = OpenAIEngine(parse(f"{url}#demo-Q4_K_M"), parallel=1)
+        found = [each.token_ids for each in in_order(engine.chat(ASKED, Decoding(6)))]
+        engine.close()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+        assert process.stdout.readline().startswith("To ask it: curl ")
+        assert process.stdout.read() == "stopped\n" and process.stderr.read() == ""
+    with LlamaCppEngine(run / "export" / "demo-Q4_K_M.gguf", context_tokens=256, parallel=1) as local:
+        wanted = in_order(local.generate([local.render(each) for each in ASKED], Decoding(6)))
+    assert found == [each.token_ids for each in wanted]
+
+
+@pytest.mark.parametrize("key", ["", KEY])
+def test_the_request_that_it_prints_gets_an_answer(run, monkeypatch, key):
+    with served(run, key=key) as (process, url, _):
+        line = process.stdout.readline()
+        assert KEY not in line
+        monkeypatch.setenv(OWN_KEY, key)
+        curl, address, *options = shlex.split(os.path.expandvars(line.removeprefix("To ask it: ")))
+        assert (curl, address) == ("curl", f"{url}/chat/completions")
+        given = list(zip(options[::2], options[1::2], strict=True))
+        assert [option for option, _ in given] == ["-H", *(["-H"] if key else []), "-d"]
+        headers = dict(value.split(": ") for option, value in given if option == "-H")
+        with urllib.request.urlopen(urllib.request.Request(address, given[-1][1].encode(), headers)) as answer:
+            assert json.load(answer)["choices"][0]["message"]["role"] == "assistant"
+
+
+def test_it_stops_at_once_while_a_request_is_in_flight(run):
+    with served(run / "export" / "demo-F16.gguf") as (process, url, _):
+        body = b'{"prompt": "a", "max_tokens": 100000, "ignore_eos": true, "stream": true}'
+        with urllib.request.urlopen(urllib.request.Request(f"{url}/completions", body)) as answer:
+            assert answer.readline().startswith(b"data:")
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+
+
+def test_the_room_of_a_request_is_what_was_asked_for_or_the_models_own(run):
+    server = serve(run, port=0, threads=1, context_tokens=256, parallel=3)
+    assert (server.model, server.context_tokens) == ("demo-Q4_K_M", 256)
+    server.close()
+    server = serve(run, kind="f16", port=0, threads=1, context_tokens=999_999, parallel=1)
+    assert (server.model, server.context_tokens) == ("demo-F16", 4096)
+    server.close()
+
+
+def test_a_web_page_of_another_origin_is_not_let_in(run):
+    server = serve(run, port=0, threads=1)
+    request = urllib.request.Request(f"{server.url}/models", headers={"origin": "http://elsewhere.example"})
+    with urllib.request.urlopen(request) as answer:
+        assert not answer.headers["access-control-allow-origin"]
+    server.close()
+
+
+def test_a_configuration_means_its_own_run(run, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("run:\n  name: demo\n")
+    assert gguf_of(config, [f"run.dir={run.parent}"]) == run / "export" / "demo-Q4_K_M.gguf"
+    with pytest.raises(ArtifactError, match=r"no finished export: .*--only export"):
+        gguf_of(config, [f"run.dir={tmp_path}"])
+
+
+def test_what_cannot_be_served_is_told_in_one_line(run, tmp_path):
+    (tmp_path / "m.gguf").write_bytes(b"no model")
+    (tmp_path / "cut.gguf").write_bytes((run / "export" / "demo-F16.gguf").read_bytes()[:4000])
+    with pytest.raises(ModelError, match="no such file or folder"):
+        serve(tmp_path / "none.gguf")
+    with pytest.raises(ModelError, match=r"m\.gguf: no GGUF file"):
+        serve(tmp_path / "m.gguf")
+    with pytest.raises(ModelError, match=r"cut\.gguf: llama\.cpp cannot load it"):
+        serve(tmp_path / "cut.gguf", port=0)
+    with pytest.raises(ArtifactError, match="holds no Q5_K_M: it has F16, Q4_K_M"):
+        serve(run, kind="Q5_K_M")
+    with pytest.raises(ConfigError, match="belongs to a run's YAML file"):
+        serve(run, ["run.name=x"])
+    with pytest.raises(ConfigError, match="leave it out for a file"):
+        serve(run / "export" / "demo-F16.gguf", kind="F16")
+    with pytest.raises(ResourceError, match="the environment variable NOT_SET is not set"):
+        serve(run, key_variable="NOT_SET")
+    with pytest.raises(ResourceError, match="no key is asked for"):
+        serve(run, host="0.0.0.0")
+
+
+def test_a_port_in_use_and_a_host_that_is_elsewhere_are_one_line(run, monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = fintune("serve", run, "--port", port)
+    assert done.status == 2 and len(done.err.splitlines()) == 1
+    assert f"127.0.0.1 port {port}: address already in use" in done.err
+    monkeypatch.setenv(OWN_KEY, KEY)
+    with pytest.raises(ResourceError, match=r"192\.0\.2\.1 port 8080: cannot assign"):
+        serve(run, host="192.0.2.1")
+
+
+def test_the_help_names_the_defaults():
+    help_text = fintune("serve", "--help").out
+    assert all(word in help_text for word in ("127.0.0.1", "8080", "4096", "FINTUNE_API_KEY"))
+
+
+def test_the_documented_command_and_its_client_understand_each_other(run):
+    words = re.search(r"```\nfintune serve (\S+) --port 8080\n", PAGE)[1]
+    client = next(text for text in SNIPPETS if "8080" in text)
+    with served(run.parents[1] / words) as (_, url, _line):
+        assert python(client.replace("http://127.0.0.1:8080/v1", url), run).endswith("\n")
+
+
+@pytest.mark.parametrize("text", [s for s in SNIPPETS if "8080" not in s], ids=lambda s: re.findall(r"\w+", s)[1])
+def test_a_documented_program_answers(run, tiny_model, tmp_path, monkeypatch, capsys, text):
+    (tmp_path / "program.py").write_text(text.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tiny_model)))
+    monkeypatch.chdir(run.parents[1])
+    with quiet_libraries():
+        runpy.run_path(str(tmp_path / "program.py"))
+    # A random model may write nothing but white space.
+    assert len(capsys.readouterr().out) > len("\n")
+
+
+def python(code: str, run: Path) -> str:
+    environment = {**os.environ, "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=run.parents[1], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_kind_of_use_has_a_line():
+    assert len(SNIPPETS) == 4
+    for tool in ("fintune serve", "llama-server", "ollama create", "lms import", "vllm serve"):
+        assert re.search(rf"```\n[^`]*{tool}", PAGE), tool
+    assert fintune_process("serve").status == 2

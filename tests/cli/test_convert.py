@@ -1,0 +1,145 @@
+"""``fintune merge`` and ``fintune export`` of models and adapters that belong to no run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import NamedTuple
+
+import pytest
+
+from pipeline.stages.test_export import trained
+from pipeline.stages.test_merge import grown
+from support.checkout_stand_in import make_checkout
+from support.command import fintune
+from support.tiny import make_tiny_model
+
+torch = pytest.importorskip("torch")
+
+
+@pytest.fixture
+def adapter(tiny_model, tmp_path):
+    return trained(tmp_path, tiny_model)["train"] / "adapter"
+
+
+class Disk(NamedTuple):
+    """What ``shutil.disk_usage`` gives."""
+
+    total: int
+    used: int
+    free: int
+
+
+def told(done):
+    return " ".join(done.err.split())
+
+
+def test_merging_then_exporting_gives_the_bytes_of_exporting_base_and_adapter(tiny_model, adapter, tmp_path):
+    merged, both, direct = (tmp_path / "out" / name for name in ("merged", "both", "direct"))
+    done = fintune("merge", "--model", tiny_model, "--adapter", adapter, "--out", merged, "merge.dtype=float16")
+    assert done.status == 0, done.err
+    assert "weights moved" in done.out
+    types = "export.types=[F16,Q8_0]"
+    for model, out, more in ((merged, both, ()), (tiny_model, direct, ("--adapter", adapter))):
+        done = fintune("export", "--model", model, *more, "--out", out, types, "run.name=same", "merge.dtype=float16")
+        assert done.status == 0, done.err
+    for name in ("same-F16.gguf", "same-Q8_0.gguf"):
+        assert (both / name).read_bytes() == (direct / name).read_bytes()
+    made = json.loads((direct / "manifest.json").read_text())
+    assert (made["model"], made["adapter"]) == (str(tiny_model), str(adapter))
+    assert made["facts"]["source"] == "base + adapter"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["both", "direct", "merged"]
+
+
+def test_the_files_are_named_after_the_folder(tiny_model, tmp_path):
+    assert fintune("export", "--model", tiny_model, "--out", tmp_path / "small", "export.types=[F16]").status == 0
+    assert (tmp_path / "small" / "small-F16.gguf").is_file()
+
+
+def test_mistakes_are_one_line_and_leave_nothing(tiny_model, adapter, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    (other / "model.safetensors").unlink()
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "mine.txt").write_text("mine")
+    out = tmp_path / "x" / "new"
+    cases = {
+        "give a CONFIG, or --model and --out together": ("export", "--model", tiny_model),
+        "give a CONFIG, or --model, --adapter and --out together": ("merge", "--model", tiny_model, "--out", out),
+        f"{full}: exists, and nothing there is overwritten": ("export", "--model", tiny_model, "--out", full),
+        "holds no adapter: adapter_config.json is missing": (
+            *("merge", "--model", tiny_model, "--adapter", full, "--out", out),
+        ),
+        "unknown GGUF type 'Q9'": ("export", "--model", tiny_model, "--out", out, "export.types=[Q9]"),
+        "export.importance: compute reads the training texts": (
+            *("export", "--model", tiny_model, "--out", out, "export.importance=compute"),
+        ),
+        str(other): ("export", "--model", other, "--out", out),
+    }
+    for expected, words in cases.items():
+        done = fintune(*words)
+        assert done.status == 2, (words, done)
+        assert expected in told(done)
+        assert not out.exists()
+        assert not out.parent.exists() or not list(out.parent.iterdir())
+    assert [path.name for path in full.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("verb", ["merge", "export"])
+def test_tokens_whose_embeddings_were_not_saved_are_told_before_anything_is_written(
+    tiny_model, tmp_path, monkeypatch, verb
+):
+    lora, _ = grown(tiny_model, tmp_path / "lora", saved=False)
+    monkeypatch.setattr("fintune.export.merge.merged_weights.MergedWeights.rows", None)  # no weight is read for it
+    out = tmp_path / "new" / "out"
+    done = fintune(verb, "--model", tiny_model, "--adapter", lora, "--out", out)
+    assert done.status == 2
+    assert told(done).endswith(
+        f"{lora} was trained with a tokenizer of 402 tokens, {tiny_model} has 400, and the embeddings of the others "
+        "were not saved with the adapter: save the adapter with save_embedding_layers=True"
+    )
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_an_adapter_of_the_named_base_that_does_not_fit_is_not_said_to_be_anothers(tmp_path):
+    base = make_tiny_model(tmp_path / "base")
+    lora, _ = grown(base, tmp_path / "lora", saved=False, target_modules=["q_proj"])
+    make_tiny_model(base, num_layers=1)
+    done = fintune("merge", "--model", base, "--adapter", lora, "--out", tmp_path / "out")
+    layer = "model.layers.1.self_attn.q_proj"
+    assert done.err == f"fintune: {lora} adapts {layer}, which {base} does not have\n"
+
+
+@pytest.mark.parametrize("verb", ["merge", "export"])
+def test_a_disk_that_is_too_small_is_told_of_the_named_folder(tiny_model, adapter, tmp_path, monkeypatch, verb):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Disk(100, 99, 1))
+    out = tmp_path / "out"
+    done = fintune(verb, "--model", tiny_model, "--adapter", adapter, "--out", out)
+    assert done.status == 2
+    assert f" in {out}, 1 B is free: free some" in told(done)
+    assert ".part" not in told(done)
+    assert not out.exists()
+
+
+def test_an_export_by_a_checkout_is_refused_where_the_disk_is_too_small(tiny_model, tmp_path, monkeypatch):
+    checkout, out = make_checkout(tmp_path / "llama.cpp"), tmp_path / "out"
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Disk(100, 99, 1))
+    done = fintune("export", "--model", tiny_model, "--out", out, f"export.llama_cpp_path={checkout}")
+    assert done.status == 2
+    assert told(done).startswith("fintune: no space for the GGUF files: it needs about ")
+    assert told(done).endswith(f" in {out}, 1 B is free: free some")
+    assert not (checkout / "calls.txt").exists()
+
+
+@pytest.mark.parametrize("verb", ["merge", "export"])
+def test_an_interruption_leaves_nothing_and_says_that_it_begins_anew(tiny_model, adapter, tmp_path, monkeypatch, verb):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fintune.export.merge.merged_weights.MergedWeights.rows", interrupt)
+    out = tmp_path / "new" / "out"
+    done = fintune(verb, "--model", tiny_model, "--adapter", adapter, "--out", out)
+    assert done.status == 130
+    assert told(done) == f"fintune: interrupted; nothing is left in {out}, and the same command begins anew"
+    assert not list(out.parent.iterdir())

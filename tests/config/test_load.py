@@ -1,0 +1,312 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fintune.config import Config, is_neutral
+from fintune.config.export import GGUF_TYPES
+from fintune.config.load import OVERRIDE, effective, fields, flat, load, told
+from fintune.errors import ConfigError
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def write_file(text: str, name: str = "trial.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write_file
+
+
+def refusal(path: Path | None, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(path, overrides)
+    return str(caught.value)
+
+
+def test_overrides_win_over_the_file_which_wins_over_defaults(write) -> None:
+    path = write("train:\n  epochs: 2\n  learning_rate: 1e-5\n")
+    loaded = load(path, ["train.learning_rate=3e-4", "adapter.kind=dora"])
+    assert loaded.config.train.epochs == 2
+    assert loaded.config.train.learning_rate == 3e-4
+    assert loaded.config.adapter.kind == "dora"
+    assert loaded.config.adapter.r == Config().adapter.r
+    assert loaded.origin["train.epochs"] == f"{path}:2"
+    assert loaded.origin["train.learning_rate"] == OVERRIDE
+    assert "adapter.r" not in loaded.origin
+
+
+@pytest.mark.parametrize(
+    ("override", "place"),
+    [
+        ("export.types=[Q5_K]", f"{OVERRIDE}: export.types: unknown GGUF type 'Q5_K'"),
+        ("export.types=[F16]", ":5: export.importance weighs quantised types"),
+        ("export.source=adapter", f"{OVERRIDE}: export.source: adapter writes no merged folder"),
+        ("merge.into=dequantised", f"{OVERRIDE}: merge.into: dequantised is about 4-bit training"),
+        ("data.sources=rows.jsonl", f"{OVERRIDE}: data.sources is not read"),
+    ],
+)
+def test_a_check_of_several_options_blames_the_place_of_the_one_that_it_names_first(write, override, place) -> None:
+    path = write("model:\n  name: m\nexport:\n  threads: 1\n  importance: m.gguf\n")
+    assert refusal(path, override).startswith(f"{path}{place}" if place.startswith(":") else place)
+
+
+def test_the_last_of_two_overrides_wins() -> None:
+    assert load(None, ["train.epochs=2", "train.epochs=5"]).config.train.epochs == 5
+
+
+def test_numbers_without_a_point_are_numbers_and_no_is_a_word(write) -> None:
+    path = write("train:\n  learning_rate: 1e-5\nprompt:\n  system: no\n")
+    config = load(path).config
+    assert config.train.learning_rate == 1e-5
+    assert config.prompt.system == "no"
+
+
+def test_an_override_of_a_section_sets_what_it_names_and_leaves_the_rest(write) -> None:
+    loaded = load(write("train:\n  epochs: 2\n  batch_size: 3\n"), ["train={epochs: 7}"])
+    assert (loaded.config.train.epochs, loaded.config.train.batch_size) == (7, 3)
+    assert loaded.origin["train.epochs"] == OVERRIDE
+    assert loaded.origin["train.batch_size"].endswith(":3")
+
+
+def test_a_section_with_everything_commented_out_has_its_defaults(write) -> None:
+    path = write("train:\n  # epochs: 2\ndata:\n  statements:\n")
+    assert load(path).config.train == Config().train
+    assert load(path, ["train.epochs=9", "data.statements.size=small"]).config.data.statements.size == "small"
+
+
+def test_one_name_or_several_with_commas_stand_for_a_list(write) -> None:
+    path = write("export:\n  types: q4_k_m, f16\ntrain:\n  report_to: tensorboard\n")
+    config = load(path, ["predict.models=base", "adapter.targets=[q_proj]"]).config
+    assert config.export.types == ("Q4_K_M", "F16")
+    assert config.train.report_to == ("tensorboard",)
+    assert config.predict.models == ("base",)
+    assert config.adapter.targets == ("q_proj",)
+
+
+@pytest.mark.parametrize(
+    ("targets", "told"),
+    [
+        ("[]", "name at least one layer, or all-linear"),
+        ("[all-linear, q_proj]", "all-linear is every layer and stands alone; leave it or the others out"),
+    ],
+)
+def test_targets_are_some_layers_or_all(write, targets, told) -> None:
+    with pytest.raises(ConfigError, match=rf"adapter\.targets: {told}$"):
+        load(write("train:\n  epochs: 2\n"), [f"adapter.targets={targets}"])
+
+
+def test_the_gguf_types_are_those_that_are_written() -> None:
+    from fintune.export.gguf.mixtures import MIXTURES
+
+    assert set(GGUF_TYPES) == set(MIXTURES)
+
+
+def test_a_configuration_named_after_data_is_a_configuration(write) -> None:
+    assert load(write("train: {epochs: 2}\n", "my.csv.yaml")).config.train.epochs == 2
+
+
+def test_data_in_place_of_the_configuration_is_recognised(tmp_path: Path) -> None:
+    for name, text in (("chat.jsonl", "{}\n"), ("chat.csv", "a,b\n"), ("chat.json", '[{"messages": []}]')):
+        path = tmp_path / name
+        path.write_text(text)
+        assert f"{name}: this is data, not a configuration: " in refusal(path)
+        assert refusal(path).endswith(f"data.sources={path}")
+
+
+@pytest.mark.parametrize("text", ["", " \n", "# nothing\n", "---\n"])
+def test_an_empty_file_runs_no_demo(write, text: str) -> None:
+    assert "trial.yaml is empty: write at least model and data" in refusal(write(text))
+    assert load(write(text), ["train.epochs=1"]).config.train.batch_size == Config().train.batch_size
+
+
+def test_anchors_and_merges_keep_a_place(write) -> None:
+    path = write("train: &a\n  batch_size: 4\npredict:\n  <<: *a\n  max_new_tokens: 5\n")
+    loaded = load(path)
+    assert (loaded.config.predict.batch_size, loaded.config.predict.max_new_tokens) == (4, 5)
+    assert loaded.origin["predict.batch_size"].startswith(f"{path}:")
+
+
+def test_the_run_is_named_after_its_file_unless_it_says_otherwise(write) -> None:
+    path = write("run:\n  dir: out\n", "first-try.yaml")
+    assert load(path).config.folder == Path("out/first-try")
+    assert load(path, ["run.name=second"]).config.folder == Path("out/second")
+    assert load(None).config.run.name == "run"
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", ".", ".work", "/abs"])
+def test_a_run_name_that_leaves_its_folder_is_refused(name: str) -> None:
+    assert "is not a folder name" in refusal(None, f"run.name={name}")
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load(None, ["run.dir=~/runs"]).config.run.dir == tmp_path / "runs"
+    assert "no such home folder" in refusal(None, "run.dir=~nobody-of-that-name/runs")
+
+
+def test_a_missing_file_names_those_that_are_there(write, tmp_path: Path) -> None:
+    write("", "demo.yaml")
+    told = refusal(tmp_path / "dmeo.yaml")
+    assert "dmeo.yaml: no such configuration file" in told
+    assert str(tmp_path / "demo.yaml") in told
+
+
+def test_a_folder_and_a_binary_file_are_no_configuration(tmp_path: Path) -> None:
+    assert "is a folder, not a configuration file" in refusal(tmp_path)
+    (tmp_path / "model.yaml").write_bytes(b"\x80\x81\x00")
+    assert "not UTF-8 text (byte 0)" in refusal(tmp_path / "model.yaml")
+
+
+@pytest.mark.parametrize("made", ["train/manifest.json", ".work/train/key.json"])
+def test_a_runs_folder_is_called_so(tmp_path: Path, made: str) -> None:
+    file = tmp_path / "chat" / made
+    file.parent.mkdir(parents=True)
+    file.write_text("{}")
+    told = refusal(tmp_path / "chat")
+    assert "chat is a run's folder, not a configuration file: a run is made from its configuration file and" in told
+    assert told.endswith("that file is called chat.yaml")
+    assert "is a folder, not a configuration file" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("train:\n  epochs: [1\nmodel: x\n", ":3: not valid YAML"),
+        ("train:\n  epochs: 1\n  epochs: 2\n", ":3: not valid YAML"),
+        (
+            "train:\n  epochs: 1\n    batch_size: 2\n",
+            ":3: not valid YAML (the indentation does not match a line above)",
+        ),
+        ("train:\n  epochs: 1\n batch_size: 2\n", ":3: not valid YAML (the indentation does not match a line above)"),
+        ("train:\n\tepochs: 1\n", ":2: not valid YAML (a tab stands before it): use spaces, not a tab"),
+        ("- a\n- b\n", "holds no sections"),
+        ("just words\n", "holds no sections"),
+    ],
+)
+def test_what_is_no_tree_of_sections_is_refused_with_its_line(write, text: str, told: str) -> None:
+    assert told in refusal(write(text))
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("train.learning_rat", "train.learning_rate"),
+        ("trian.epochs", "train"),
+        ("learning_rate", "train.learning_rate"),
+        ("train.lr", "train.learning_rate"),
+        ("train.zzz", None),
+        ("data.statements.train_company", "data.statements.train_companies"),
+        ("lr", "train.learning_rate"),
+        ("lora_r", "adapter.r"),
+        ("adapter.lora_alpha", "adapter.alpha"),
+        ("per_device_train_batch_size", "train.batch_size"),
+        ("num_train_epochs", "train.epochs"),
+        ("load_in_4bit", "model.load=4bit"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_one_that_was_meant(key: str, meant: str | None) -> None:
+    told = refusal(None, f"{key}=1")
+    assert "unknown option" in told
+    assert (f"did you mean {meant}?" if meant else "known here: objective,") in told
+
+
+def test_an_unknown_key_of_the_file_comes_with_its_line(write) -> None:
+    path = write("train:\n  epochs: 1\n  leaning_rate: 1\n")
+    assert refusal(path).startswith(f"{path}:3: unknown option train.leaning_rate: did you mean train.learning_rate?")
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("train.epochs=three", 'train.epochs: got "three": input should be a valid number'),
+        ("train.batch_size=2.5", "train.batch_size: got 2.5: "),
+        ('train.batch_size="2"', 'train.batch_size: got "2": input should be a valid integer'),
+        ("train.gradient_checkpointing=1", "train.gradient_checkpointing: got 1: input should be a valid boolean"),
+        ("train.epochs=", "train.epochs: got null"),
+        ("train.epochs=0", "train.epochs: got 0: input should be greater than 0"),
+        ("train.epochs=.inf", "train.epochs: got Infinity: input should be a finite number"),
+        ("train.learning_rate=.nan", "train.learning_rate: got NaN: input should be a finite number"),
+        ("adapter.kind=qlora", "input should be 'lora', 'dora' or 'full'; QLoRA is adapter.kind=lora model.load=4bit"),
+        ("packing=true", "unknown option packing: rows are never packed into one"),
+        ("export.types=[Q9_K]", "export.types: unknown GGUF type 'Q9_K': did you mean Q6_K?"),
+        ("export.types=zip", "export.types: unknown GGUF type 'ZIP': there are F32, F16,"),
+        ("predict.models=[base, f16]", 'predict.models: got "f16": input should be'),
+        ("predict.models=[]", "predict.models: got []: "),
+        ("run.seed=-1", "run.seed: got -1: input should be greater than or equal to 0"),
+        ("run.seed=4294967296", "run.seed: got 4294967296: input should be less than 4294967296"),
+        ("train=5", "train is a section, not a value: set for example train.objective"),
+        ("train.epochs.more=1", 'train.epochs: got {"more": 1}: input should be a valid number'),
+        ("data.source=finqa", "data.source: finqa needs data.train and data.eval"),
+        ("export.types=[F16]", "predict.models asks for Q4_K_M, which export.types does not write"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_with_its_key(override: str, told: str) -> None:
+    assert told in refusal(None, override)
+
+
+def test_a_wrong_value_of_the_file_comes_with_its_line(write) -> None:
+    path = write("train:\n  batch_size: many\n")
+    assert refusal(path).startswith(f'{path}:2: train.batch_size: got "many"')
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("train.epochs", "write dotted.key=value"),
+        ("--train.epochs", "write dotted.key=value"),
+        ("=3", "write dotted.key=value"),
+        ("train.epochs=[1", "the value is not valid YAML"),
+        ("run.name=a: b: c", "the value is not valid YAML"),
+    ],
+)
+def test_what_is_no_override_is_quoted(override: str, told: str) -> None:
+    message = refusal(None, override)
+    assert repr(override) in message
+    assert told in message
+
+
+def test_an_override_below_a_value_of_the_file_is_refused(write) -> None:
+    assert "epochs is a value, not a section" in refusal(write("train:\n  epochs: 1\n"), "train.epochs.more=2")
+
+
+def test_every_refusal_is_one_line(write) -> None:
+    for text in (
+        "train: [1\n",
+        "a: b: c\n",
+        "train:\n\tepochs: 1\n",
+        "x: !!python/object:os.system {}\n",
+        "? [1]\n: 2\n",
+    ):
+        assert "\n" not in refusal(write(text))
+
+
+def test_flat_holds_every_option_as_json() -> None:
+    values = flat(Config())
+    assert list(values) == [key for key, _ in fields()]
+    assert values["predict.models"] == ["base", "adapter", "merged", "F16", "Q4_K_M"]
+    assert values["run.dir"] == "runs"
+
+
+def test_of_a_source_is_told_what_is_set() -> None:
+    loaded = load(None, ["data.source=chat", "data.sources=[a.csv, {path: b.csv, columns: {question: Frage}}]"])
+    shown = told(loaded.config)
+    assert shown["data.sources"] == ["a.csv", {"path": "b.csv", "columns": {"question": "Frage"}}]
+    assert shown | {"data.sources": 0} == flat(loaded.config) | {"data.sources": 0}
+
+
+def test_what_cannot_change_a_result_stays_out_of_the_fingerprint() -> None:
+    found = effective(Config(), ["train", "data.max_eval", "run"])
+    assert "train.epochs" in found
+    assert "train.threads" not in found
+    assert "run.dir" not in found
+    assert "data.max_eval" in found
+    assert "data.max_train" not in found
+    neutral = {key for key, field in fields() if is_neutral(field)}
+    assert not neutral & effective(Config(), list(Config.model_fields)).keys()
+
+
+def test_a_prefix_means_whole_names() -> None:
+    assert effective(Config(), ["data.max"]) == {}

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from fintune.config import Config, Options
+from fintune.config.load import fields, flat, load
+from fintune.config.reference import options_page
+from support.paths import ROOT
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def test_the_page_of_options_is_what_the_fields_say() -> None:
+    written = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
+    assert written == options_page(), "run: fintune config reference > docs/options.md"
+
+
+def test_every_option_says_what_it_means_in_a_sentence() -> None:
+    for key, field in fields():
+        meaning = field.description or ""
+        assert len(meaning) > 4, key
+        assert meaning.endswith("."), f"{key}: {meaning!r}"
+        assert meaning[0].isupper() or meaning[0] == "`", f"{key}: {meaning!r}"
+        assert "|" not in meaning, f"{key} would break the table"
+
+
+def test_every_section_says_what_it_holds() -> None:
+    for name, field in Config.model_fields.items():
+        assert isinstance(field.annotation, type)
+        assert issubclass(field.annotation, Options), f"{name} is an option outside any section"
+        assert field.annotation.__doc__
+        assert field.description
+
+
+def test_every_option_has_a_default_that_it_would_accept() -> None:
+    assert Config.model_validate_json(Config().model_dump_json()) == Config()
+
+
+def test_the_page_names_every_option_once_and_no_python() -> None:
+    page = options_page()
+    sections = dict(part.split("\n", 1) for part in page.split("\n## ")[1:])
+    for key, _ in fields():
+        section, _, leaf = key.rpartition(".")
+        assert sections[section].count(f"| `{leaf}`") == 1, key
+    for leaked in ("typing.", "pathlib", "Annotated", "NoneType", "PydanticUndefined", "<class"):
+        assert leaked not in page
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_each_configuration_of_the_repository_loads(path: Path) -> None:
+    loaded = load(path)
+    assert loaded.config.run.name == path.stem
+    assert set(loaded.origin) - set(Config.model_fields) <= {*flat(loaded.config), "data.statements"}
+
+
+def test_options_cannot_be_changed_after_loading() -> None:
+    with pytest.raises(ValidationError):
+        Config().train.epochs = 5  # type: ignore[misc]

@@ -1,0 +1,61 @@
+"""Combinations of merge, export and replay that cannot be, each refused in a line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fintune.config.load import load
+from fintune.errors import ConfigError
+
+WITHOUT_MERGED = "predict.models=[adapter, F16]"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["merge.into=dequantised"], "merge.into: dequantised is about 4-bit training; set model.load: 4bit"),
+        (["merge.into=4bit"], "merge.into: got"),
+        (["export.source=adapter"], "writes no merged folder, which predict.models asks for; take merged out there"),
+        (
+            ["export.source=adapter", WITHOUT_MERGED, "adapter.kind=full"],
+            "export.source: adapter needs an adapter, which adapter.kind: full lacks; use merged",
+        ),
+        (["export.source=base"], "export.source: got"),
+        (
+            ["export.types=[F16, BF16]", WITHOUT_MERGED, "export.importance=compute"],
+            "export.importance weighs quantised types, and export.types has only F16, BF16; add one, as Q4_K_M",
+        ),
+        (["replay.num_examples=0"], "replay.num_examples: got 0"),
+        (["replay.max_tokens=none"], "replay.max_tokens: got"),
+        (["replay.min_same_share=98"], "replay.min_same_share: got 98"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_line(overrides: list[str], told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(None, overrides)
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["merge.into=dequantised", "model.load=4bit"],
+        ["export.source=adapter", WITHOUT_MERGED],
+        ["export.source=adapter", "data.source=chat", "data.sources=[{path: x.jsonl}]"],
+        ["export.importance=compute"],
+    ],
+)
+def test_what_can_be_is_taken(overrides: list[str]) -> None:
+    load(None, overrides)
+
+
+def test_an_importance_matrix_is_computed_or_read() -> None:
+    computed, read, none = (
+        load(None, each).config.export for each in (["export.importance=compute"], ["export.importance=m.gguf"], [])
+    )
+    assert (computed.computes_importance, computed.importance_file) == (True, None)
+    assert (read.computes_importance, read.importance_file) == (False, Path("m.gguf"))
+    assert (none.computes_importance, none.importance_file) == (False, None)

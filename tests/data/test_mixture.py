@@ -1,0 +1,281 @@
+"""Several sources become two splits: mixed, drawn, cleared of duplicates, divided by a hash."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fintune.config import DataOptions, SourceOptions
+from fintune.config.load import load as load_config
+from fintune.data import mixture, one_source
+from fintune.data.mixture import Mixture
+from fintune.errors import ConfigError, DataError
+
+TURNS = [{"role": "user", "content": "Beta?"}, {"role": "assistant", "content": "A slope."}]
+
+
+def qa(number: int, topic: str = "bonds") -> dict[str, str]:
+    return {"question": f"What about {topic} {number}?", "answer": f"Hold {number} {topic}."}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name: str, rows: list) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    return write
+
+
+def load(sources: list, *options: str, seed: int = 1) -> Mixture:
+    entries = json.dumps([{"path": str(each)} if isinstance(each, Path) else each for each in sources])
+    return mixture.load(load_config(None, ["data.source=chat", f"data.sources={entries}", *options]).config.data, seed)
+
+
+def ids(entries) -> list[str]:
+    return [entry.id for entry in entries]
+
+
+def test_a_folder_may_mix_shapes_by_file_and_by_row(write, tmp_path):
+    turns = [{"from": "human", "value": "Size?"}, {"from": "gpt", "value": "Two lots."}]
+    write("data/a.jsonl", [qa(1), {"conversations": turns}, {"instruction": "Define beta.", "output": "Slope."}])
+    write("data/b.jsonl", [{"prompt": "Buy?", "chosen": "With a stop.", "rejected": "All in."}])
+    found = load([tmp_path / "data"], "data.eval_share=0.5")
+    assert sorted(ids(found.train + found.eval)) == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3", "b.jsonl:1"]
+    report = found.reports[0]
+    assert report.shapes == {"question_answer": 1, "sharegpt": 1, "alpaca": 1, "preference": 1}
+    assert report.files["b.jsonl"] == {"preference": 1}
+    assert "4 rows: 1 question_answer, 1 sharegpt, 1 alpaca, 1 preference" in report.told()[0]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        (qa(1) | {"sources": [{"url": "x"}]}, {}),
+        ({"Frage": "Beta?", "answer": "A slope.", "sources": [{"url": "x"}]}, {"question": "Frage"}),
+        ({"id": 1, "dialog": {"turns": TURNS}, "sources": [{"url": "x"}]}, {"messages": "dialog.turns"}),
+        ({"id": 1, "dialog": TURNS}, {"messages": "dialog"}),
+        ({"id": 1, "conversation": TURNS}, {}),
+    ],
+)
+def test_one_row_alone_in_a_file_is_a_row_though_it_holds_a_list_of_objects(tmp_path, indent, row, columns):
+    (tmp_path / "one.json").write_text(json.dumps(row, indent=indent))
+    (tmp_path / "wrapped.json").write_text(
+        json.dumps({"title": "A set", "label": "train", "data": [row]}, indent=indent)
+    )
+    for name in ("one.json", "wrapped.json"):
+        source = SourceOptions(path=str(tmp_path / name), columns=columns)
+        found = one_source.read(source, 0, DataOptions(), 1, set(), [], "answers")
+        assert len(found.entries) == 1
+
+
+def test_broken_rows_are_counted_and_told_with_file_row_field_and_what_to_do(write):
+    path = write("x.jsonl", [qa(1), qa(2) | {"answer": ""}, qa(3), {"text": "x"}, qa(4) | {"answer": ""}])
+    found = load([path], "data.eval_share=0.5")
+    assert found.reports[0].dropped == {"no answer": 2, "unknown shape": 1}
+    assert found.problems[0] == f"{path}, row 2: answer: missing or empty: fill it or remove the row"
+    assert [problem.split(":")[0].rpartition(" ")[2] for problem in found.problems] == ["2", "4", "5"]
+
+
+def test_tool_calls_are_dropped_and_thoughts_left_out_with_a_count(write):
+    def row(number: int, **more: object) -> dict[str, object]:
+        question, answer = ({"role": role, "content": f"{role} {number}"} for role in ("user", "assistant"))
+        return {"messages": [question, answer | more]}
+
+    path = write("x.jsonl", [row(1), row(2, reasoning_content="Hm."), row(3, tool_calls=[{"id": "1"}])])
+    found = load([path], "data.eval_share=0.5")
+    assert found.reports[0].dropped == {"tool calls": 1}
+    assert "; dropped 1 tool calls; 1 thoughts in a field of their own left out; " in found.reports[0].told()[0]
+    assert found.unused[0].field == "messages[1].tool_calls"
+
+
+def test_what_a_folder_holds_beside_its_data_has_a_line(write, tmp_path):
+    write("data/a.jsonl", [qa(1), qa(2)])
+    (tmp_path / "data/faq.xlsx").write_bytes(b"x")
+    told = load([tmp_path / "data"], "data.eval_share=0.5").reports[0].told()
+    assert told[-1].startswith(f"{tmp_path / 'data'}: 1 file not read: faq.xlsx (known are ")
+
+
+def test_strict_stops_at_the_first_broken_row(write):
+    path = write("x.jsonl", [qa(1), qa(2) | {"answer": ""}, {"text": "x"}])
+    with pytest.raises(DataError, match=r"row 2: answer: missing or empty.*leave out --strict"):
+        load([path], "data.strict=true")
+
+
+def test_with_strict_a_question_of_the_message_stays_one(write):
+    path = write("x.jsonl", [{"messages": [{"role": "usr", "content": "a"}, {"role": "assistant", "content": "b"}]}])
+    with pytest.raises(DataError) as caught:
+        load([path], "data.strict=true")
+    assert str(caught.value).endswith(
+        "'usr' is no role: did you mean 'user'? Mend it, or leave out --strict (data.strict: false) to drop and count "
+        "such rows"
+    )
+
+
+def test_a_source_without_a_usable_row_stops_the_run_with_the_first_reason(write):
+    with pytest.raises(DataError, match=r"no row can be used \(unknown shape: 2\); the first: .*row 1"):
+        load([write("a.jsonl", [qa(1)]), write("x.jsonl", [{"text": "x"}] * 2)])
+
+
+def test_the_held_out_share_depends_on_the_question_alone(write):
+    rows = [qa(n) for n in range(400)]
+    asked = {entry.conversation.messages[0].content for entry in load([write("x.jsonl", rows)]).eval}
+    assert 1 <= len(asked) <= 20, "2 % of 400"
+    more = [qa(n, "oil") for n in range(200)] + [row | {"answer": "Another."} for row in reversed(rows)]
+    for seed in (1, 2):
+        found = load([write("y.jsonl", more)], seed=seed)
+        again = {entry.conversation.messages[0].content for entry in found.eval}
+        assert {text for text in again if "bonds" in text} == asked
+
+
+def test_the_same_question_never_stands_in_both_splits(write):
+    rows = [qa(n) | {"answer": f"Answer {k} to {n}."} for n in range(50) for k in range(3)]
+    found = load([write("x.jsonl", rows)], "data.eval_share=0.3")
+    asked = [{entry.conversation.messages[0].content for entry in split} for split in (found.train, found.eval)]
+    assert not asked[0] & asked[1]
+    assert sum(map(len, asked)) == 50
+
+
+def test_at_least_one_conversation_is_held_out(write):
+    found = load([write("x.jsonl", [qa(n) for n in range(5)])], "data.eval_share=0.000001")
+    assert (len(found.train), len(found.eval)) == (4, 1)
+
+
+def test_where_nothing_held_out_is_usable_the_next_questions_by_the_hash_are_held_out_too_but_never_all(write):
+    rows = [{"question": f"What about bonds {n}?", "answer": f"Answer {k} to {n}."} for n in range(6) for k in range(2)]
+    options = ["data.source=chat", f"data.sources=[{write('x.jsonl', rows)}]", "data.eval_share=0.000001"]
+    data = load_config(None, options).config.data
+
+    def divided(*unusable: str) -> tuple[set[str], set[str]]:
+        found = mixture.load(data, 1, usable=lambda entry: asked([entry]).isdisjoint(unusable))
+        return asked(found.train), asked(found.eval)
+
+    def asked(entries) -> set[str]:
+        return {entry.conversation.messages[0].content for entry in entries}
+
+    gone, everything = set[str](), {row["question"] for row in rows}
+    for number in range(1, 6):
+        train, held = divided(*gone)
+        assert (len(held), train | held, train & held) == (number, everything, set())
+        assert gone < held
+        gone = held
+    assert divided(*gone)[1] < everything
+    assert len(divided(*everything)[1]) == 1
+
+
+def test_what_leaves_nothing_to_be_trained_on_is_told_with_its_cure(write):
+    with pytest.raises(DataError, match="of 1 conversations none is left to be trained on: add conversations: one at"):
+        load([write("x.jsonl", [qa(1)])])
+    with pytest.raises(DataError, match=r"none is left to be trained on: lower data\.eval_share, which is 0\.99"):
+        load([write("x.jsonl", [qa(n) for n in range(2)])], "data.eval_share=0.99")
+
+
+def test_a_source_can_be_held_out_or_trained_on_whole(write):
+    a, b = write("a.jsonl", [qa(n) for n in range(30)]), write("b.jsonl", [qa(n, "oil") for n in range(20)])
+    entries = [{"path": str(a), "hold_out": "none"}, {"path": str(b), "hold_out": "all"}]
+    found = load(entries, "data.eval_share=0.5")
+    assert (len(found.train), len(found.eval)) == (30, 20)
+    with pytest.raises(DataError, match="none is left to be held out"):
+        load([{"path": str(a), "hold_out": "none"}])
+
+
+def test_exact_and_near_duplicates_are_dropped_across_sources_and_counted_apart(write):
+    long = "the desk cut its duration because supply was heavy and the meeting was close , " * 3
+    rows = [qa(1), qa(2), {"question": "Why?", "answer": long + "so it sold."}]
+    again = [qa(2) | {"question": "WHAT  about bonds 2?"}, {"question": "Why?", "answer": long + "so it sold!"}, qa(3)]
+    sources = [write("a.jsonl", rows), write("b.jsonl", again)]
+    found = load(sources, "data.eval_share=0.3")
+    assert found.reports[0].dropped == {}
+    assert found.reports[1].dropped == {"exact duplicate": 1, "near duplicate": 1}
+    assert len(found.train + found.eval) == 4
+    assert load(sources, "data.duplicates=exact").reports[1].dropped == {"exact duplicate": 1}
+    assert load(sources, "data.duplicates=keep").reports[1].dropped == {}
+
+
+def test_a_weight_repeats_or_thins_what_is_trained_and_nothing_that_is_held_out(write):
+    paths = [write(f"{name}.jsonl", [qa(n, name) for n in range(200)]) for name in ("thin", "thick")]
+    entries = [{"path": str(path), "weight": weight} for path, weight in zip(paths, (0.25, 2.5), strict=True)]
+    found, plain = load(entries, "data.eval_share=0.1"), load(paths, "data.eval_share=0.1")
+    assert ids(found.eval) == ids(plain.eval)
+    counts = [sum(entry.source == number for entry in found.train) for number in (0, 1)]
+    whole = [report.num_train for report in found.reports]
+    assert 0.1 < counts[0] / whole[0] < 0.4
+    assert 2.3 < counts[1] / whole[1] < 2.7
+    assert len(set(ids(found.train))) == len(found.train)
+
+
+def test_a_limit_draws_by_the_seed_and_keeps_what_it_drew_when_rows_are_moved(write):
+    rows = [qa(n) for n in range(100)]
+    path = write("x.jsonl", rows)
+    drawn = {each.digest for each in _all(load([{"path": str(path), "max_rows": 10}]))}
+    assert len(drawn) == 10
+    assert {e.digest for e in _all(load([{"path": str(path), "max_rows": 10}], seed=2))} != drawn
+    write("x.jsonl", rows[::-1])
+    assert {e.digest for e in _all(load([{"path": str(path), "max_rows": 10}]))} == drawn
+    few = load([path], "data.max_train=7", "data.max_eval=1")
+    assert (len(few.train), len(few.eval)) == (7, 1)
+
+
+def test_a_copy_of_what_a_limit_left_out_comes_from_a_later_source(write):
+    rows = [qa(n) for n in range(10)]
+    first = {"path": str(write("a.jsonl", [*rows, *rows])), "max_rows": 2}
+    found = load([first, write("b.jsonl", rows)])
+    assert found.reports[0].dropped == {"exact duplicate": 10, "beyond max_rows": 8}
+    assert found.reports[1].dropped == {"exact duplicate": 2}
+    assert len(_all(found)) == 10
+
+
+def _all(found: Mixture):
+    return found.train + found.eval
+
+
+def test_labels_of_files_that_are_called_the_same_differ(write, tmp_path):
+    one = [write(f"{folder}/x.jsonl", [qa(1, folder), qa(2, folder)]) for folder in ("a", "b")]
+    for sources in (one, [{"path": f"{tmp_path}/*/x.jsonl"}], [one[0].parent, one[1].parent]):
+        assert len(set(ids(_all(load(sources))))) == 4
+
+
+def test_paths_with_commas_between_are_several_unless_one_file_is_called_so(write, tmp_path, monkeypatch):
+    def paths(text: str) -> list[str]:
+        options = ["data.source=chat", f"data.sources={text}"]
+        return [source.path for source in load_config(None, options).config.data.sources]
+
+    monkeypatch.chdir(tmp_path)
+    assert paths("faq.csv,chats.jsonl") == paths("faq.csv, chats.jsonl") == ["faq.csv", "chats.jsonl"]
+    write("faq.csv,chats.jsonl", [qa(1)])
+    assert paths("faq.csv,chats.jsonl") == ["faq.csv,chats.jsonl"]
+    assert paths("[faq.csv,chats.jsonl]") == ["faq.csv", "chats.jsonl"]
+
+
+def test_columns_and_shape_can_be_given(write):
+    path = write("x.jsonl", [{"Frage": f"Was ist {n}?", "Antwort": f"Eine {n}."} for n in range(4)])
+    found = load([{"path": str(path), "columns": {"question": "Frage", "answer": "Antwort"}}])
+    assert found.reports[0].shapes == {"question_answer": 4}
+    with pytest.raises(DataError, match="no row can be used"):
+        load([{"path": str(path), "shape": "alpaca"}])
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        ({"path": "x", "weigth": 2}, r"unknown option data.sources\[0\].weigth: did you mean weight"),
+        ({"shape": "alpaca"}, r"data.sources\[0\].path is missing"),
+        ({"path": "x", "shape": "alpca"}, r'data.sources\[0\].shape: got "alpca"'),
+        ({"path": "x", "weight": 0}, r"data.sources\[0\].weight: got 0"),
+    ],
+)
+def test_a_wrong_entry_of_the_sources_is_named_with_its_place(entry, told):
+    with pytest.raises(ConfigError, match=told):
+        load([entry])
+
+
+def test_sources_are_refused_where_nothing_reads_them():
+    with pytest.raises(ConfigError, match=r"set data\.source: chat"):
+        load_config(None, ["data.sources=x.jsonl"])
+    with pytest.raises(ConfigError, match=r"needs data\.sources"):
+        load_config(None, ["data.source=chat"])

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from fintune.config import Config
+from fintune.evaluation.risk_coverage import answered_accuracy, at_coverage
+from fintune.pipeline.stages.report import collect
+from fintune.report.page import render
+from fintune.report.parts import confidence
+from fintune.report.run_page import KINDS, colour
+from support.example_run import records, write_run
+from support.outline import outline
+
+
+def test_the_most_confident_answers_come_first():
+    answers = [(0.1, False), (0.9, True), (0.5, False), (0.7, True)]
+    assert answered_accuracy(answers) == [1, 1, pytest.approx(2 / 3), 0.5]
+
+
+def test_the_order_of_equally_confident_answers_does_not_matter():
+    right_first, wrong_first = [(1.0, True), (1.0, False)], [(1.0, False), (1.0, True)]
+    assert answered_accuracy(right_first) == answered_accuracy(wrong_first) == [0.5, 0.5]
+    assert answered_accuracy([*wrong_first, (2.0, True)]) == [1, 0.75, pytest.approx(2 / 3)]
+
+
+def test_at_least_one_answer_is_given():
+    curve = answered_accuracy([(3.0, True), (2.0, True), (1.0, False), (0.0, False)])
+    assert [at_coverage(curve, share) for share in (0.0, 0.25, 0.5, 1.0)] == [1, 1, 1, 0.5]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    config = Config.model_validate({"predict": {"strategy": "vote", "num_candidates": 4}})
+    return collect(config, write_run(tmp_path_factory.mktemp("run"), config, records(8), ("base", "adapter")))
+
+
+def test_every_kind_is_drawn_in_a_colour_that_the_page_has(tmp_path):
+    kinds = tuple(KINDS)
+    page = collect(Config(), write_run(tmp_path, Config(), records(4), kinds))
+    html = render(sure(page, kinds))
+    numbers = {colour(kind) for kind in KINDS}
+    assert {f"var(--s{number})" for number in numbers} == set(re.findall(r"var\(--s\d+\)", html))
+    assert all(html.count(f"--s{number}: #") == 2 for number in numbers)
+    assert 'id="agreement"' in html
+
+
+def test_drawn_tokens_are_not_compared(page):
+    assert 'id="agreement"' not in render(page)
+
+
+def sure(page, kinds):
+    """The page with a confidence for all answers of some kinds: 1 where the answer is right."""
+    for kind in kinds:
+        for id_, each in page.predictions[kind].items():
+            right = page.verdicts[kind][id_].exe_correct
+            page.predictions[kind][id_] = each.model_copy(update={"confidence": float(right)})
+    return page
+
+
+def test_a_page_without_confidences_has_no_such_part(page):
+    assert confidence.context(page) == {}
+    assert 'id="confidence"' not in render(page)
+
+
+def test_the_page_shows_the_accuracy_of_what_is_answered(page):
+    html = render(sure(page, ["adapter"]))
+    (row,) = confidence.context(page)["rows"]
+    assert row["label"] == "adapter"
+    assert row["cells"][0] == f"{100 * sum(v.exe_correct for v in page.verdicts['adapter'].values()) / 8:.1f}\u00a0%"
+    assert row["cells"][3] == "100.0\u00a0%"
+    text = " ".join(outline(html).text.split())
+    assert "share of 4 drawn programs that execute to it" in text
+    assert "4 drawn programs voted on the result." in text
+    assert '<a href="#confidence">Confidence</a>' in html
+
+
+def test_a_kind_with_an_unknown_confidence_is_left_out(page):
+    sure(page, ["adapter", "base"])
+    first = next(iter(page.predictions["base"]))
+    page.predictions["base"][first] = page.predictions["base"][first].model_copy(update={"confidence": None})
+    assert [row["label"] for row in confidence.context(page)["rows"]] == ["adapter"]

@@ -1,0 +1,276 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from fintune.errors import ModelError
+from fintune.finqa.ending import ending
+from fintune.finqa.grammar import general, restricted, vocabulary
+from fintune.inference import transformers_engine
+from fintune.inference.prefixes import Cut
+from fintune.inference.protocol import Decoding, in_order
+from fintune.inference.transformers_engine import TransformersEngine
+from fintune.models import chat_template as chat
+from fintune.models import load as models
+from fintune.records import Message
+from fintune.util.quiet import quiet_libraries
+
+torch = pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return models.load_model(models.resolve(str(tiny_model)), dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    return models.load_tokenizer(models.resolve(str(tiny_model)))
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer):
+    questions = ["what is the average revenue ? " * (1 + (i * 3) % 5) + str(i) for i in range(11)]
+    return [chat.render(tokenizer, [Message(role="user", content=question)]) for question in questions]
+
+
+def test_the_batch_size_changes_no_token(model, tokenizer, prompts):
+    one = in_order(TransformersEngine(model, tokenizer, 1).generate(prompts, Decoding(10)))
+    four = in_order(TransformersEngine(model, tokenizer, 4).generate(prompts, Decoding(10)))
+    assert [each.token_ids for each in one] == [each.token_ids for each in four]
+    for a, b in zip(one, four, strict=True):
+        assert a.margins == pytest.approx(b.margins, abs=1e-4)
+
+
+def test_tokens_and_margins_are_those_of_one_forward_pass(model, tokenizer, prompts):
+    for prompt, found in zip(
+        prompts, in_order(TransformersEngine(model, tokenizer, 4).generate(prompts, Decoding(6))), strict=True
+    ):
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        assert found.num_prompt_tokens == len(ids)
+        logits = model(torch.tensor([ids + list(found.token_ids)])).logits[0, len(ids) - 1 : -1]
+        best = logits.log_softmax(-1).topk(2)
+        assert best.indices[:, 0].tolist() == list(found.token_ids)
+        assert found.margins == pytest.approx((best.values[:, 0] - best.values[:, 1]).tolist(), abs=1e-4)
+        assert found.logprobs == pytest.approx(best.values[:, 0].tolist(), abs=1e-4)
+
+
+def test_a_row_ends_at_the_stop_token_while_others_go_on(model, tokenizer, prompts):
+    free = in_order(TransformersEngine(model, tokenizer, 4).generate(prompts, Decoding(8)))
+    engine = TransformersEngine(model, tokenizer, 4)
+    stop = free[0].token_ids[2]
+    engine._stop_ids = frozenset({stop})
+    cut = in_order(engine.generate(prompts, Decoding(8)))
+    for a, b in zip(free, cut, strict=True):
+        expected = a.token_ids[: a.token_ids.index(stop) + 1] if stop in a.token_ids else a.token_ids
+        assert b.token_ids == expected
+        assert b.finish_reason == ("stop" if stop in a.token_ids else "length")
+        assert len(b.margins) == len(b.token_ids)
+
+
+@pytest.fixture
+def prefilled(monkeypatch):
+    """Prompts of each batch that was begun, as it is begun."""
+    begun, prefill = [], TransformersEngine._prefill
+
+    def counted(self, rows):
+        begun.append([row.place for row in rows])
+        return prefill(self, rows)
+
+    monkeypatch.setattr(TransformersEngine, "_prefill", counted)
+    return begun
+
+
+@pytest.mark.parametrize("num_candidates", [1, 2])
+def test_a_batch_is_handed_out_before_the_next_one_begins(model, tokenizer, prompts, prefilled, num_candidates):
+    decoding = Decoding(4, temperature=1.0, num_candidates=num_candidates)
+    num_given = 0
+    for answer in TransformersEngine(model, tokenizer, 4).generate(prompts, decoding):
+        num_given += 1
+        assert answer.place in {place for batch in prefilled for place in batch}
+        assert num_candidates * num_given > sum(map(len, prefilled[:-1]))
+        assert len(answer.completions) == num_candidates
+        assert not torch.is_inference_mode_enabled()
+    assert num_given == len(prompts)
+    assert len(prefilled) > 2
+
+
+def test_a_row_that_ends_is_handed_out_while_its_batch_goes_on(model, tokenizer, prompts, monkeypatch):
+    engine, steps, step = TransformersEngine(model, tokenizer, 11), [], TransformersEngine._step
+    drawn = Decoding(8, temperature=2.0)
+    free = in_order(engine.generate(prompts, drawn))
+    engine._stop_ids = frozenset({free[0].token_ids[2]})
+    monkeypatch.setattr(TransformersEngine, "_step", lambda *given: steps.append(1) or step(*given))
+    num_steps = {answer.place: len(steps) for answer in engine.generate(prompts, drawn)}
+    assert min(num_steps.values()) < max(num_steps.values()) == 7
+
+
+def test_what_is_done_is_not_answered_again_and_changes_nothing_about_the_rest(model, tokenizer, prompts, prefilled):
+    def answered(done):
+        prefilled.clear()
+        engine = TransformersEngine(model, tokenizer, 4)
+        return {each.place: each.completions[0] for each in engine.generate(prompts, Decoding(10), done)}
+
+    whole = answered(())
+    first, second, *_ = batches = [*prefilled]
+    # The second batch was interrupted behind its first row.
+    done = {*first, second[0]}
+    rest = answered(done)
+    assert prefilled == batches[1:]
+    assert rest.keys() == whole.keys() - done
+    for place, each in rest.items():
+        assert replace(each, seconds=0) == replace(whole[place], seconds=0)
+
+
+def test_special_tokens_are_not_in_the_text(model, tokenizer, prompts):
+    engine = TransformersEngine(model, tokenizer, 1)
+    for each in in_order(engine.generate(prompts[:3], Decoding(4))):
+        assert "<|" not in each.text
+
+
+def test_a_prompt_longer_than_the_context_is_refused_before_decoding(model, tokenizer, prompts):
+    with pytest.raises(ModelError, match=r"prompt 2 has \d+ tokens, but .* reads at most 4096"):
+        TransformersEngine(model, tokenizer, 4).generate([prompts[0], "revenue " * 5000], Decoding(4))
+
+
+def test_no_more_tokens_than_the_context_has_room_for(model, tokenizer):
+    prompt = "1" * 4094
+    (found,) = in_order(TransformersEngine(model, tokenizer, 1).generate([prompt], Decoding(50)))
+    assert found.num_prompt_tokens == 4094
+    assert len(found.token_ids) <= 2
+
+
+def _unshared(prompts):
+    return Cut(max(map(len, prompts)), [], [0] * len(prompts))
+
+
+PAGE = "net revenue of $ 5829 million in 2019 compared with $ 5735 million in 2018 . "
+SETS = {
+    "pages of questions": [PAGE * (2 + p) + f"{p}\n{q} {'what was it ? ' * q}" for q in range(4) for p in range(3)],
+    "one question each": [PAGE * (2 + p) + f"{p} what ?" for p in range(4)] + [PAGE * 3 + "0 what", PAGE * 3 + "1 who"],
+    "very different lengths": ["1"] + [PAGE * 9 + f"{q} ?" for q in range(3)] + ["what was it ? " * 30],
+    "one begins the others": [PAGE * n for n in (1, 2, 4, 8)],
+    "duplicates": [PAGE * 3] * 5 + [PAGE * 2] * 2,
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_sharing_beginnings_changes_no_token(model, tokenizer, monkeypatch, name):
+    prompts = [chat.render(tokenizer, [Message(role="user", content=text)]) for text in SETS[name]]
+    passes = []
+    hook = model.register_forward_pre_hook(
+        lambda _, __, given: passes.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    shared = in_order(TransformersEngine(model, tokenizer, 7).generate(prompts, Decoding(12)))
+    num_shared, passes[:] = sum(passes), []
+    monkeypatch.setattr(transformers_engine, "cut", _unshared)
+    alone = in_order(TransformersEngine(model, tokenizer, 7).generate(prompts, Decoding(12)))
+    hook.remove()
+    assert num_shared < sum(passes)
+    for a, b in zip(shared, alone, strict=True):
+        assert a.token_ids == b.token_ids
+        assert a.num_prompt_tokens == b.num_prompt_tokens
+        assert a.margins == pytest.approx(b.margins, abs=1e-4)
+
+
+def test_a_model_that_forgets_tokens_computes_prompts_whole(tokenizer, prompts):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sliding = MistralForCausalLM(
+            MistralConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                sliding_window=16,
+            )
+        ).eval()
+    texts = [chat.render(tokenizer, [Message(role="user", content=PAGE * 3 + str(q))]) for q in range(3)]
+    found = in_order(TransformersEngine(sliding, tokenizer, 3).generate(texts, Decoding(5)))
+    for text, each in zip(texts, found, strict=True):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        logits = sliding(torch.tensor([ids + list(each.token_ids)])).logits[0, len(ids) - 1 : -1]
+        assert logits.argmax(-1).tolist() == list(each.token_ids)
+
+
+def test_an_adapter_shares_beginnings_too(tiny_model, tokenizer, monkeypatch):
+    from peft import LoraConfig, get_peft_model
+
+    base = models.load_model(models.resolve(str(tiny_model)), dtype="float32", device="cpu")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+        with quiet_libraries():
+            adapted = get_peft_model(base, lora).eval()
+    prompts = [chat.render(tokenizer, [Message(role="user", content=text)]) for text in SETS["pages of questions"]]
+    shared = in_order(TransformersEngine(adapted, tokenizer, 8).generate(prompts, Decoding(8)))
+    monkeypatch.setattr(transformers_engine, "cut", _unshared)
+    alone = in_order(TransformersEngine(adapted, tokenizer, 8).generate(prompts, Decoding(8)))
+    assert [each.token_ids for each in shared] == [each.token_ids for each in alone]
+
+
+DRAWN = Decoding(8, temperature=1.0, top_p=0.95, seed=3, num_candidates=3)
+
+
+def test_candidates_of_a_prompt_stand_together_and_differ(model, tokenizer, prompts):
+    found = in_order(TransformersEngine(model, tokenizer, 4).generate(prompts, DRAWN))
+    assert len(found) == 3 * len(prompts)
+    counts = [len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts]
+    assert [each.num_prompt_tokens for each in found] == [count for count in counts for _ in range(3)]
+    assert all(len({each.token_ids for each in found[at : at + 3]}) == 3 for at in range(0, len(found), 3))
+
+
+def test_what_is_drawn_depends_on_the_prompt_and_the_seed_only(model, tokenizer, prompts):
+    def tokens(prompts, batch_size, decoding=DRAWN):
+        return [
+            each.token_ids
+            for each in in_order(TransformersEngine(model, tokenizer, batch_size).generate(prompts, decoding))
+        ]
+
+    whole = tokens(prompts, 4)
+    assert whole == tokens(prompts, 7) == tokens(prompts[:4], 1) + tokens(prompts[4:], 16)
+    assert whole != tokens(prompts, 4, replace(DRAWN, seed=4))
+    (greedy,) = tokens(prompts[:1], 1, Decoding(8))
+    assert tokens(prompts[:1], 1, replace(DRAWN, greedy_first=True)) == [greedy, *whole[1:3]]
+
+
+PAGES = [restricted(vocabulary([["a", "x"], [f"net income {p}", f"{p}5", "12,345"]], ())) for p in range(11)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("grammars", [(general(),) * 11, tuple(PAGES)], ids=["general", "pages"])
+def test_a_grammar_is_kept_to_and_ended(model, tokenizer, prompts, grammars, temperature):
+    decoding = Decoding(120, temperature=temperature, grammars=grammars)
+    found = in_order(TransformersEngine(model, tokenizer, 4).generate(prompts, decoding))
+    for grammar, each in zip(grammars, found, strict=True):
+        end = ending(grammar, each.text.rstrip("\ufffd"))
+        assert end is not None
+        assert (each.finish_reason == "stop") == (each.token_ids[-1] == tokenizer.eos_token_id)
+        assert end == "" or each.finish_reason == "length"
+    # Random weights write digits for ever where they may; what a page may say has an end.
+    assert any(each.finish_reason == "stop" for each in found) or grammars[0] is grammars[1]
+
+
+def test_logits_wider_than_the_tokenizer_are_no_obstacle(tokenizer, prompts):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        wide = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer) + 50,
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+            )
+        ).eval()
+    decoding = Decoding(40, temperature=1.0, grammars=(PAGES[0],) * 2)
+    for each in in_order(TransformersEngine(wide, tokenizer, 2).generate(prompts[:2], decoding)):
+        assert ending(PAGES[0], each.text) is not None
+        assert max(each.token_ids) < len(tokenizer)

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fintune.config import AdapterOptions, Config
+from fintune.errors import ModelError
+from fintune.export.merge.merged_weights import MergedWeights
+from fintune.inference.open_model import Named, open_model
+from fintune.models import adapter as adapters
+from fintune.models import adapter_base as adapter_origin
+from fintune.models import load as models
+from fintune.pipeline.stages.merge import merge
+from fintune.training import adapter
+from support.prepared_rows import prepared
+from support.tiny import make_tiny_model, patch_json
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory) -> Path:
+    """A model of the same sizes."""
+    return make_tiny_model(tmp_path_factory.mktemp("other") / "model", seed=1)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model, tmp_path_factory) -> Path:
+    """An adapter of the tiny model, as the training leaves it."""
+    import torch
+
+    base = models.load_model(models.resolve(str(tiny_model)), dtype="float32", device="cpu")
+    adapted = adapter.attach(base, AdapterOptions(r=4))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            weight.data = torch.full_like(weight, 0.01)
+    folder = tmp_path_factory.mktemp("train") / "adapter"
+    adapter.save(adapted, str(tiny_model), None, folder, base=tiny_model)
+    return folder
+
+
+def plain(trained: Path, folder: Path, base: str) -> Path:
+    """The same adapter as PEFT alone would have saved it, with another name of its base."""
+    shutil.copytree(trained, folder)
+    (folder / adapter_origin.FILE).unlink()
+    patch_json(folder / "adapter_config.json", base_model_name_or_path=base)
+    return folder
+
+
+@pytest.mark.parametrize("engine", ["auto", "vllm"])
+def test_another_folder_of_the_same_sizes_is_refused(trained, other, tiny_model, engine):
+    with pytest.raises(ModelError, match=f"was trained on {tiny_model}, not on the weights of {other}: use it with"):
+        open_model(Named(str(other), adapter=trained, engine=engine))
+
+
+def test_a_copy_of_the_base_with_another_tokenizer_file_is_the_base(trained, tiny_model, tmp_path):
+    copy = Path(shutil.copytree(tiny_model, tmp_path / "moved"))
+    patch_json(copy / "tokenizer_config.json", model_max_length=77)
+    open_model(Named(str(copy), adapter=trained)).close()
+    MergedWeights(copy, trained)
+
+
+def test_weights_in_another_number_of_files_are_not_taken_for_others_by_their_names(tiny_model, tmp_path):
+    copy = Path(shutil.copytree(tiny_model, tmp_path / "copy"))
+    (copy / "model.safetensors").rename(copy / "model-00001-of-00001.safetensors")
+    assert adapter_origin.weights_hash(copy) == adapter_origin.weights_hash(tiny_model)
+
+
+def test_of_an_adapter_without_a_note_the_folder_that_it_names_is_read(trained, other, tiny_model, tmp_path):
+    found = plain(trained, tmp_path / "there", str(tiny_model))
+    with pytest.raises(ModelError, match="not on the weights of"):
+        open_model(Named(str(other), adapter=found))
+    open_model(Named(str(tiny_model), adapter=found)).close()
+    gone = plain(trained, tmp_path / "gone", "/gone/model")
+    open_model(Named(str(tiny_model), adapter=gone)).close()
+
+
+def test_whatever_loads_or_merges_an_adapter_compares_the_weights(trained, other):
+    with pytest.raises(ModelError, match="not on the weights of"):
+        MergedWeights(other, trained)
+    loaded = models.load_model(models.resolve(str(other)), dtype="float32", device="cpu")
+    with pytest.raises(ModelError, match="not on the weights of"):
+        adapters.load_adapter(loaded, trained)
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_an_adapter_is_not_applied_to_what_it_was_merged_into(trained, tiny_model, tmp_path, noted):
+    if noted:
+        shutil.copytree(trained, tmp_path / "train" / "adapter")
+    else:
+        plain(trained, tmp_path / "train" / "adapter", str(tmp_path / "gone"))
+    (tmp_path / "merge").mkdir()
+    inputs = {"prepare": prepared(tmp_path / "prepare", tiny_model, 4), "train": tmp_path / "train"}
+    facts = merge(Config.model_validate({"model": {"name": str(tiny_model)}}), inputs, tmp_path / "merge")
+    (tmp_path / "merge" / "manifest.json").write_text(json.dumps({"facts": facts}))
+    with pytest.raises(ModelError, match=r"merge has .*adapter merged into it already: leave the adapter out"):
+        open_model(Named(str(tmp_path / "merge"), adapter=tmp_path / "train" / "adapter"))
+
+
+def test_a_note_that_cannot_be_read_is_none(trained, tiny_model, tmp_path):
+    spoilt = plain(trained, tmp_path / "a", str(tiny_model))
+    (spoilt / adapter_origin.FILE).write_text("[")
+    adapter_origin.check_weights(tiny_model, spoilt)
+
+
+def test_a_folder_is_known_by_its_name_and_the_hubs_copy_by_its_id(tmp_path):
+    copy = tmp_path / "models--org--base" / "snapshots" / "1"
+    copy.mkdir(parents=True)
+    assert adapter_origin.is_named(copy, str(copy))
+    assert adapter_origin.is_named(copy, "org/base")
+    assert not adapter_origin.is_named(copy, "org/other")

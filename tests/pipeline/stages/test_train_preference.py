@@ -1,0 +1,220 @@
+"""DPO, ORPO and KTO on pairs: what they learn and leave alone, resumed runs, combinations that are refused."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fintune.errors import ArtifactError, ConfigError, FintuneError
+from fintune.models import chat_template as chat
+from fintune.models import load as models
+from fintune.pipeline.stages.prepare import prepare
+from fintune.pipeline.stages.train import train
+from fintune.records import Pair
+from support.pair_rows import pair_rows, write_rows
+from support.paths import ROOT
+from support.preference_training import check_that_an_interrupted_run_equals_the_uninterrupted_one, lines, weights
+from support.preference_training import training as options
+from support.prepared_rows import prepared
+
+torch = pytest.importorskip("torch")
+OBJECTIVES = ("dpo", "orpo", "kto")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("pairs") / "trader_dpo_data.jsonl", pair_rows(40))
+
+
+@pytest.fixture(scope="module")
+def pairs(data, tiny_model, tmp_path_factory) -> Path:
+    """Prepared pairs; look, do not touch."""
+    folder = tmp_path_factory.mktemp("prepare")
+    prepare(options(tiny_model, data, "dpo"), {}, folder)
+    return folder
+
+
+def margin(model, tokenizer, pair: Pair) -> float:
+    """Log-probability of the chosen answer less that of the rejected one, by a plain forward pass."""
+
+    def logp(answer: str) -> float:
+        encoded = chat.encode_example(tokenizer, pair.messages, answer)
+        with torch.no_grad():
+            scores = model(torch.tensor([encoded.input_ids])).logits[0, :-1].log_softmax(-1)
+        taken = scores.gather(1, torch.tensor(encoded.input_ids[1:])[:, None])[:, 0]
+        return float(taken[torch.tensor(encoded.completion_mask[1:]) == 1].sum())
+
+    return logp(pair.chosen) - logp(pair.rejected)
+
+
+def test_dpo_raises_the_margin_of_held_out_pairs_and_leaves_the_reference_alone(tiny_model, data, pairs, tmp_path):
+    from peft import PeftModel
+
+    from fintune.util.quiet import quiet_libraries
+
+    facts = train(options(tiny_model, data, "dpo", "train.eval_steps=3"), {"prepare": pairs}, tmp_path)
+    held_out = [Pair.model_validate_json(line) for line in (pairs / "eval.pairs.jsonl").read_text().splitlines()]
+    trained_on = (pairs / "train.pairs.jsonl").read_text()
+    assert not [pair for pair in held_out if pair.messages[-1].content in trained_on]
+    ref = models.resolve(str(tiny_model))
+    tokenizer, base = models.load_tokenizer(ref), models.load_model(ref, dtype="float32", device="cpu")
+    before = [margin(base, tokenizer, pair) for pair in held_out]
+    with quiet_libraries():
+        adapted = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    after = [margin(adapted, tokenizer, pair) for pair in held_out]
+    assert all(b > a for a, b in zip(before, after, strict=True))
+    with adapted.disable_adapter():
+        assert [margin(adapted, tokenizer, pair) for pair in held_out] == before
+    # What the run says of the held-out pairs is what the saved adapter gives: beta times the change of the margin.
+    gained = sum(after) / len(after) - sum(before) / len(before)
+    assert facts["eval_reward_margin"] == pytest.approx(0.1 * gained, rel=1e-3)
+    assert facts["eval_reward_accuracy"] == 1.0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "metrics.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "fintune.json",
+    ]
+
+
+@pytest.mark.parametrize(("objective", "first"), [("dpo", math.log(2)), ("kto", 0.5)])
+@pytest.mark.parametrize("method", ["model.load=16bit", "model.load=4bit", "adapter.kind=dora"])
+def test_the_first_loss_is_that_of_equal_models_on_any_weights(
+    tiny_model, data, pairs, tmp_path, objective, first, method
+):
+    train(options(tiny_model, data, objective, method, "train.max_steps=2"), {"prepare": pairs}, tmp_path)
+    begin, then = lines(tmp_path)
+    assert begin["loss"] == pytest.approx(first, rel=1e-6)
+    assert (begin["rewards/margins"], begin["rewards/chosen"]) == (0, 0)
+    assert then["rewards/margins"] > 0
+    assert {weight.dtype for weight in weights(tmp_path).values()} == {torch.float32}
+
+
+def test_the_reference_is_the_model_without_its_adapter_and_no_checkpoint_holds_another(
+    tiny_model, data, pairs, tmp_path, monkeypatch
+):
+    """TRL would keep a copy of the adapter, and write it into every checkpoint."""
+    from fintune.training import checkpoints
+
+    seen, kept = [], set()
+
+    def look(folder, num_kept):
+        seen.extend(folder.rglob("adapter_model.safetensors"))
+        kept.add(num_kept)
+
+    monkeypatch.setattr(checkpoints, "drop_old", look)
+    asked = options(tiny_model, data, "dpo", "train.checkpoint_steps=3", "train.num_checkpoints=5")
+    train(asked, {"prepare": pairs}, tmp_path)
+    assert kept == {5}
+    assert seen
+    assert {path.parent.name for path in seen} <= {"checkpoint-3", "checkpoint-6"}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_an_interrupted_run_goes_on_and_equals_the_uninterrupted_one(
+    tiny_model, data, pairs, tmp_path, objective, monkeypatch
+):
+    asked = options(
+        tiny_model, data, objective, "train.checkpoint_steps=2", "train.eval_steps=2", "train.keep=best_loss"
+    )
+    check_that_an_interrupted_run_equals_the_uninterrupted_one(asked, pairs, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+def test_a_run_killed_again_and_again_equals_the_uninterrupted_one(tiny_model, data, pairs, tmp_path):
+    asked = options(
+        tiny_model,
+        data,
+        "dpo",
+        *("train.max_steps=12", "train.checkpoint_steps=2", "train.eval_steps=4", "train.keep=best_loss"),
+        "train.threads=1",
+    )
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir()
+    cut.mkdir()
+    script = ROOT / "tests/support/killed_training.py"
+    done = subprocess.run(
+        [sys.executable, str(script), asked.model_dump_json(), str(pairs), str(cut), "1"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len({line.split()[1] for line in done.stdout.splitlines() if line.startswith("killed")}) >= 3, done.stdout
+    train(asked, {"prepare": pairs}, whole)
+    assert lines(cut) == lines(whole)
+    assert all(torch.equal(weights(cut)[name], weight) for name, weight in weights(whole).items())
+
+
+def test_held_out_pairs_are_measured_one_by_one_whatever_the_batch(tiny_model, data, pairs, tmp_path):
+    """Ten pairs in passes of 4, 4 and 2, or of 8 and 2: each pair counts the same."""
+    found = []
+    for size in (4, 8):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        asked = options(
+            tiny_model,
+            data,
+            "dpo",
+            *("train.max_steps=1", "train.eval_steps=1", f"train.batch_size={size}", "train.learning_rate=1e-12"),
+        )
+        train(asked, {"prepare": pairs}, folder)
+        (line,) = (line for line in lines(folder) if "eval_loss" in line)
+        found.append(line)
+    assert found[0]["eval_logps/chosen"] == pytest.approx(found[1]["eval_logps/chosen"], rel=1e-5)
+    assert found[0]["eval_logps/rejected"] == pytest.approx(found[1]["eval_logps/rejected"], rel=1e-5)
+
+
+def test_rows_that_are_no_pairs_are_refused_by_training(tiny_model, data, tmp_path):
+    (tmp_path / "train").mkdir()
+    rows = {"prepare": prepared(tmp_path / "prepare", tiny_model)}
+    with pytest.raises(ArtifactError, match="no preference pairs: run prepare again"):
+        train(options(tiny_model, data, "dpo"), rows, tmp_path / "train")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_pairs(tiny_model, data, pairs, tmp_path):
+    config = options(tiny_model, data, "dpo", "train.learning_rate=1e30", "train.precision=float32")
+    with pytest.raises(FintuneError, match=r"not finite at step \d+") as raised:
+        train(config, {"prepare": pairs}, tmp_path)
+    assert "trader_dpo_data.jsonl:" in str(raised.value)
+    assert raised.value.hint == "lower train.learning_rate"
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        (["data.source=builtin:statements", "data.sources=[]"], "lacks; set data.source: chat"),
+        (["adapter.kind=full"], "unproven with adapter.kind: full"),
+        (["adapter.init=pissa"], "unproven with adapter.init: pissa"),
+        (["adapter.init=loftq", "model.load=4bit"], "unproven with adapter.init: loftq"),
+        (["adapter.dropout=0.1"], "takes no adapter.dropout"),
+        (["train.fused_layers=always"], "unproven with train.fused_layers: always"),
+        (["train.keep=best_accuracy", "train.eval_steps=1"], "best_accuracy"),
+        (["train.objective=orpo", "train.chosen_weight=1"], "belongs to train.objective: dpo"),
+        (["train.objective=kto", "train.batch_size=1"], "set train.batch_size to 2 or more"),
+        (["train.objective=sft", "train.beta=0.3"], "train.beta has no say"),
+        (["train.objective=sft", "train.chosen_weight=1"], "belongs to train.objective: dpo"),
+        (["train.beta=0"], "train.beta"),
+        (["train.objective=ppo"], "train.objective"),
+    ],
+)
+def test_combinations_that_are_not_proven_are_refused_by_name(tiny_model, data, changed, told):
+    with pytest.raises(ConfigError, match=told) as raised:
+        options(tiny_model, data, "dpo", *changed)
+    assert "\n" not in str(raised.value)
+
+
+def test_the_chosen_answers_loss_is_added_where_asked(tiny_model, data, pairs, tmp_path):
+    found = {}
+    for weight in (0, 0.5):
+        folder = tmp_path / str(weight)
+        folder.mkdir()
+        asked = options(tiny_model, data, "dpo", "train.max_steps=1", f"train.chosen_weight={weight}")
+        train(asked, {"prepare": pairs}, folder)
+        (found[weight],) = lines(folder)
+    added = found[0.5]["loss"] - found[0]["loss"]
+    assert added == pytest.approx(0.5 * math.log(400), rel=0.1)  # a random model finds 400 tokens equally likely

@@ -1,0 +1,90 @@
+"""A run that measures a model in two ways, on a tiny model: the steps, their manifests and going on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fintune.finqa.parse import parse
+from fintune.manifest import Manifest
+from fintune.pipeline.run_folder import overrides_of
+from fintune.records import Prediction
+from support.command import Done, fintune
+from support.example_run import records
+
+pytest.importorskip("torch")
+
+BOTH = "predict.constrain=[none, example]"
+ONLY = [word for verb in ("prepare", "predict", "score") for word in ("--only", verb)]
+
+
+@pytest.fixture
+def run(tiny_model: Path, tmp_path: Path):
+    config = tmp_path / "ways.yaml"
+    config.write_text(
+        f"model: {{name: {tiny_model}}}\n"
+        "data: {source: 'builtin:statements', statements: {train_companies: 1, eval_companies: 1, "
+        "pages_per_company: 1, questions_per_page: 3, size: small}}\n"
+        "prompt: {max_length: 512}\n"
+        "predict: {models: [base], max_new_tokens: 6, threads: 1}\n"
+    )
+
+    def act(*words: object) -> Done:
+        return fintune("run", config, f"run.dir={tmp_path / 'runs'}", *words)
+
+    act.folder = tmp_path / "runs" / "ways"
+    return act
+
+
+def manifest(folder: Path, step: str) -> Manifest:
+    return Manifest.model_validate_json((folder / step / "manifest.json").read_bytes())
+
+
+def test_a_run_that_was_measured_in_one_way_goes_on_to_the_other_alone(run) -> None:
+    assert run(*ONLY).status == 0
+    before = (run.folder / "predict/base/manifest.json").read_bytes()
+    done = run(BOTH, *ONLY)
+    assert done.status == 0, done.err
+    assert (run.folder / "predict/base/manifest.json").read_bytes() == before
+    found = {way: manifest(run.folder, f"predict/base{way}") for way in ("", "+example")}
+    assert found["+example"].key.options == {**found[""].key.options, "predict.constrain": "example"}
+    assert found["+example"].facts["num_unparsable"] == 0
+    lines = (run.folder / "predict/base+example/predictions.jsonl").read_text().splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        parse(Prediction.model_validate_json(line).program)
+    assert manifest(run.folder, "score/base+example").facts["num_predictions"] == 3
+    assert done.out.splitlines()[1].split() == ["none", "example"]
+    assert run("predict.constrain=none", *ONLY, "--dry-run").out.count("up to date") == 3
+    # Which way is meant by the folder alone does not hang on the order in which its steps are read.
+    assert 'predict.constrain="none"' in overrides_of(run.folder)
+
+
+def test_one_way_of_one_kind_is_made_redone_and_left_out_by_its_name(run) -> None:
+    assert run(BOTH, "--only", "prepare", "--only", "predict/base+example").status == 0
+    assert [path.name for path in (run.folder / "predict").iterdir()] == ["base+example"]
+    told = run(BOTH, *ONLY, "--redo", "predict/base+example", "--dry-run").out
+    assert "predict/base+example  run anew, as asked" in told.replace("   ", "  ")
+    told = run(BOTH, *ONLY, "--skip", "predict/base", "--skip", "score/base", "--dry-run").out.splitlines()
+    assert sum("up to date" in line for line in told) == 2
+    done = run(BOTH, "--only", "predict/base+exmple")
+    assert (done.status, "did you mean predict/base+example?" in done.err) == (2, True)
+
+
+def test_outside_a_run_the_first_way_is_taken(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "dev.json").write_text(json.dumps([each.model_dump(mode="json") for each in records(2)]))
+    words = ["--model", tiny_model, "--data", tmp_path / "dev.json", "--out", tmp_path / "out.json"]
+    done = fintune("predict", *words, "predict.constrain=[example, none]", "predict.max_new_tokens=6")
+    assert done.status == 0, done.err
+    assert json.loads((tmp_path / "out.manifest.json").read_text())["options"]["predict"]["constrain"] == "example"
+    for row in json.loads((tmp_path / "out.json").read_text()):
+        parse(row["program"])
+
+
+def test_another_first_way_is_a_changed_option_and_stops_the_run(run) -> None:
+    assert run(BOTH, *ONLY).status == 0
+    done = run("predict.constrain=[example, none]", *ONLY)
+    assert done.status == 2
+    assert 'predict.constrain was "none" and is now "example"' in done.err

@@ -1,0 +1,279 @@
+"""Evaluations while training: exact, without a trace in the training, and right after an interruption."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from fintune.config import AdapterOptions, Config, TrainOptions
+from fintune.errors import FintuneError
+from fintune.models import load as models
+from fintune.training import adapter, checkpoints, full, metrics, sft
+from fintune.training.evaluate import Evaluation, best_step, out_of_patience
+from fintune.training.facts import trained_facts
+from support.prepared_rows import prepared
+
+torch = pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory, tiny_model):
+    from datasets import load_from_disk
+
+    rows = load_from_disk(str(prepared(tmp_path_factory.mktemp("rows") / "prepare", tiny_model) / "tokens" / "train"))
+    return rows.select(range(7)), rows.select(range(7, 12))
+
+
+def run(
+    tiny_model, splits, folder, *, accuracy=None, callbacks=(), kind="lora", load="16bit", compute="float32", **opts
+):
+    """Train from scratch or resume; gives the model and the kept step."""
+    from transformers import set_seed
+
+    folder.mkdir(exist_ok=True)
+    ref = models.resolve(str(tiny_model))
+    set_seed(5)
+    model = models.load_model(ref, dtype="float32", device="cpu", load=load, compute=compute)
+    dropout = 0.0 if opts.get("fused_layers") == "always" else 0.1
+    if kind == "full":
+        model = full.prepare(model)
+    else:
+        model = adapter.attach(model, AdapterOptions(kind=kind, r=4, alpha=8, dropout=dropout))
+    defaults = {"batch_size": 2, "max_steps": 8, "checkpoint_steps": 3, "learning_rate": 2e-2, "eval_steps": 2}
+    kept = sft.train(
+        model,
+        models.load_tokenizer(ref),
+        splits[0],
+        TrainOptions(**(defaults | opts)),
+        compute=compute,
+        seed=5,
+        folder=folder,
+        evaluation=Evaluation(splits[1], accuracy),
+        extra_callbacks=callbacks,
+    )
+    return model, kept
+
+
+def weights(model):
+    return {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def lines(folder):
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in metrics.read(folder / "metrics.jsonl")]
+
+
+def losses(folder, key):
+    return {line["step"]: line[key] for line in lines(folder) if key in line}
+
+
+def loss_by_hand(model, rows):
+    """Mean over all trained tokens, an example at a time through the plain forward pass."""
+    total, num = 0.0, 0
+    model.eval()
+    for row in rows:
+        ids, mask = torch.tensor(row["input_ids"]), torch.tensor(row["completion_mask"])
+        with torch.no_grad():
+            hidden = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
+        picked = hidden.gather(1, ids[1:, None])[:, 0][mask[1:] == 1]
+        total, num = total - float(picked.sum()), num + len(picked)
+    return total / num
+
+
+def stop_at(step):
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            if state.global_step == step:
+                raise KeyboardInterrupt
+
+    return Stop()
+
+
+@pytest.mark.parametrize("fused_layers", ["never", "always"])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_the_evaluation_loss_is_the_mean_over_all_trained_tokens(tiny_model, splits, tmp_path, kind, fused_layers):
+    model, kept = run(tiny_model, splits, tmp_path / "run", kind=kind, max_steps=5, fused_layers=fused_layers)
+    found = losses(tmp_path / "run", "eval_loss")
+    assert sorted(found) == [2, 4, 5]
+    assert kept == 5
+    assert found[5] == pytest.approx(loss_by_hand(model, splits[1]), rel=1e-5)
+
+
+@pytest.mark.parametrize("fused_layers", ["never", "always"])
+def test_evaluations_leave_no_trace_in_the_training(tiny_model, splits, tmp_path, fused_layers):
+    often, _ = run(tiny_model, splits, tmp_path / "often", eval_steps=1, fused_layers=fused_layers)
+    never, _ = run(tiny_model, splits, tmp_path / "never", eval_steps=None, fused_layers=fused_layers)
+    assert losses(tmp_path / "often", "loss") == losses(tmp_path / "never", "loss")
+    assert same(weights(often), weights(never))
+    assert losses(tmp_path / "never", "eval_loss") == {}
+
+
+def test_four_bit_weights_are_not_disturbed_by_an_evaluation(tiny_model, splits, tmp_path):
+    common = {"load": "4bit", "compute": "bfloat16", "max_steps": 4}
+    run(tiny_model, splits, tmp_path / "often", eval_steps=1, accuracy=lambda _: 0.5, **common)
+    run(tiny_model, splits, tmp_path / "never", eval_steps=None, **common)
+    assert losses(tmp_path / "often", "loss") == losses(tmp_path / "never", "loss")
+
+
+@pytest.mark.parametrize("fused_layers", ["never", "always"])
+@pytest.mark.parametrize("stop", [3, 5, 7])
+def test_a_run_with_evaluations_resumes_bit_for_bit(tiny_model, splits, tmp_path, stop, fused_layers):
+    common = {"keep": "best_loss", "learning_rate": 0.2, "fused_layers": fused_layers, "kind": "dora"}
+    whole, kept = run(tiny_model, splits, tmp_path / "whole", **common)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_model, splits, tmp_path / "cut", callbacks=[stop_at(stop)], **common)
+    resumed, kept_too = run(tiny_model, splits, tmp_path / "cut", **common)
+    assert kept == kept_too
+    assert lines(tmp_path / "whole") == lines(tmp_path / "cut")
+    assert same(weights(whole), weights(resumed))
+
+
+def spoil_behind(step):
+    from transformers import TrainerCallback
+
+    class Spoil(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **_):
+            if state.global_step == step:
+                for weight in model.parameters():
+                    if weight.requires_grad:
+                        weight.data = -30 * weight.data
+
+    return Spoil()
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_the_weights_with_the_lowest_evaluation_loss_are_the_result(tiny_model, splits, tmp_path, kind):
+    spoil = [spoil_behind(4)]
+    model, kept = run(tiny_model, splits, tmp_path / "run", kind=kind, keep="best_loss", callbacks=spoil)
+    found = losses(tmp_path / "run", "eval_loss")
+    assert kept == min(found, key=lambda step: found[step])
+    assert kept <= 4 < max(found)
+    assert loss_by_hand(model, splits[1]) == pytest.approx(found[kept], rel=1e-5)
+
+
+def test_the_weights_with_the_highest_accuracy_are_the_result_the_first_of_equals(tiny_model, splits, tmp_path):
+    seen = []
+
+    def accuracy(model):
+        seen.append(weights(model))
+        assert not model.training
+        return (0.1, 0.4, 0.4, 0.2)[len(seen) - 1]
+
+    model, kept = run(tiny_model, splits, tmp_path / "run", accuracy=accuracy, keep="best_accuracy")
+    assert kept == 4
+    assert same(weights(model), seen[1])
+    assert list(losses(tmp_path / "run", "eval_accuracy").values()) == [0.1, 0.4, 0.4, 0.2]
+
+
+def test_patience_ends_the_run_and_a_resumed_one_knows_it(tiny_model, splits, tmp_path, monkeypatch):
+    common = {"keep": "best_accuracy", "patience": 2, "max_steps": 30}
+
+    def once():
+        scores = iter((0.1, 0.5, 0.2, 0.5, 0.9))
+        return lambda _model: next(scores)
+
+    whole, kept = run(tiny_model, splits, tmp_path / "whole", accuracy=once(), **common)
+    assert kept == 4
+    assert max(losses(tmp_path / "whole", "loss")) == 8
+    # Killed behind the last checkpoint, before the result was written.
+    monkeypatch.setattr(sft, "load_best", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_model, splits, tmp_path / "cut", accuracy=once(), **common)
+    monkeypatch.undo()
+    resumed, kept = run(tiny_model, splits, tmp_path / "cut", accuracy=lambda _: pytest.fail("it was over"), **common)
+    assert kept == 4
+    assert same(weights(whole), weights(resumed))
+    assert lines(tmp_path / "whole") == lines(tmp_path / "cut")
+
+
+def test_patience_without_keeping_ends_with_the_last_weights(tiny_model, splits, tmp_path):
+    spoil = [spoil_behind(4)]
+    model, kept = run(tiny_model, splits, tmp_path / "run", patience=1, max_steps=40, eval_steps=1, callbacks=spoil)
+    found = losses(tmp_path / "run", "eval_loss")
+    assert kept == max(found) < 40
+    assert found[kept] >= found[kept - 1]
+    assert loss_by_hand(model, splits[1]) == pytest.approx(found[kept], rel=1e-5)
+
+
+@pytest.mark.parametrize("keep", ["last", "best_loss"])
+def test_the_step_at_which_patience_is_over_has_a_loss_of_its_own(tiny_model, splits, tmp_path, monkeypatch, keep):
+    common = {"keep": keep, "patience": 1, "eval_steps": 3, "log_steps": 10, "max_steps": 40}
+    run(tiny_model, splits, tmp_path / "run", callbacks=[spoil_behind(4)], **common)
+    evaluated = losses(tmp_path / "run", "eval_loss")
+    assert sorted(evaluated) == [3, 6]
+    assert sorted(losses(tmp_path / "run", "loss"))[-1] == 6
+    monkeypatch.setattr(adapter, "num_saved", lambda _: 1)
+    facts = trained_facts(Config(train=common), tmp_path / "run", tmp_path / "run")
+    kept = {"last": 6, "best_loss": 3}[keep]
+    assert (facts["num_steps"], facts["kept_step"], facts["eval_loss"]) == (6, kept, evaluated[kept])
+    assert facts["stopped_early"]
+    assert facts["summary"].startswith(f"6 steps, step {kept} kept with eval loss {evaluated[kept]:.3f}, loss ")
+    assert re.search(r"loss \d+\.\d\d \(first steps\) to \d+\.\d\d \(last\), \d+ tok/s$", facts["summary"])
+
+
+def test_only_the_best_weights_are_kept_on_the_disk(tiny_model, splits, tmp_path):
+    scores = iter((0.1, 0.2, 0.9, 0.3))
+    run(tiny_model, splits, tmp_path / "run", accuracy=lambda _: next(scores), keep="best_accuracy", checkpoint_steps=2)
+    assert [path.name for path in (tmp_path / "run" / "best").iterdir()] == ["step-6"]
+
+
+def test_weights_that_an_older_checkpoint_may_need_stay_until_a_newer_one_is_complete(tiny_model, splits, tmp_path):
+    scores = iter((0.1, 0.9))
+    with pytest.raises(KeyboardInterrupt):
+        run(
+            tiny_model,
+            splits,
+            tmp_path / "run",
+            accuracy=lambda _: next(scores),
+            keep="best_accuracy",
+            checkpoint_steps=3,
+            callbacks=[stop_at(5)],
+        )
+    assert checkpoints.step_of(checkpoints.latest(tmp_path / "run" / "checkpoints")) == 3
+    assert {path.name for path in (tmp_path / "run" / "best").iterdir()} == {"step-2", "step-4"}
+    scores = iter((0.05, 0.05, 0.05))
+    _, kept = run(tiny_model, splits, tmp_path / "run", accuracy=lambda _: next(scores), keep="best_accuracy")
+    assert kept == 2
+
+
+@pytest.mark.parametrize("fused_layers", ["never", "always"])
+def test_an_evaluation_loss_that_is_not_finite_names_step_and_examples(tiny_model, splits, tmp_path, fused_layers):
+    from transformers import TrainerCallback
+
+    class Spoil(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **_):
+            if state.global_step == 2:
+                next(w for name, w in model.named_parameters() if "lora_A" in name).data.fill_(float("nan"))
+
+    longest = sorted(splits[1], key=lambda row: -len(row["input_ids"]))[:2]
+    ids = ", ".join(row["id"] for row in longest)
+    with pytest.raises(FintuneError, match=f"the evaluation loss is not finite behind step 2; examples {ids}: lower"):
+        run(tiny_model, splits, tmp_path / "run", callbacks=[Spoil()], fused_layers=fused_layers)
+    assert "eval_loss" not in lines(tmp_path / "run")[-1]
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "patience", "expected"),
+    [([0.1], 1, False), ([0.2, 0.1], 1, True), ([0.2, 0.2], 1, True), ([0.2, 0.1, 0.3, 0.1], 2, False), ([], 1, False)],
+)
+def test_patience_counts_evaluations_behind_the_best(accuracies, patience, expected):
+    read = [{"step": step, "loss": 1.0} for step in range(1, 5)]
+    read += [{"step": k, "eval_loss": 1.0, "eval_accuracy": right} for k, right in enumerate(accuracies, 1)]
+    options = TrainOptions(eval_steps=1, keep="best_accuracy", patience=patience)
+    assert out_of_patience(read, options) is expected
+
+
+def test_the_best_step_goes_by_what_is_kept():
+    read = [
+        {"step": 2, "eval_loss": 0.5, "eval_accuracy": 0.1},
+        {"step": 4, "eval_loss": 0.7, "eval_accuracy": 0.3},
+        {"step": 6, "eval_loss": 0.5, "eval_accuracy": 0.3},
+    ]
+    assert (best_step(read, "best_loss"), best_step(read, "best_accuracy"), best_step(read, "last")) == (2, 4, 2)
+    assert best_step([{"step": 1, "loss": 2.0}], "best_loss") is None

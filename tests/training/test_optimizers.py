@@ -1,0 +1,122 @@
+"""The optimiser and the warm-up that were chosen are those that train, and go on after an interruption."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from fintune.config import AdapterOptions, Config, TrainOptions
+from fintune.errors import ConfigError, ResourceError
+from fintune.models import load as models
+from fintune.pipeline.stages.train import check
+from fintune.training import adapter, metrics, optimizers, sft
+from fintune.training.memory import Method, Setting, Shape, standing_bytes
+from support.prepared_rows import prepared
+
+torch = pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory, tiny_model):
+    from datasets import load_from_disk
+
+    return load_from_disk(str(prepared(tmp_path_factory.mktemp("rows") / "prepare", tiny_model) / "tokens" / "train"))
+
+
+def run(tiny_model, rows, folder, *, stop=None, **options):
+    """Train, or go on; gives the adapter's weights and the optimiser."""
+    from transformers import TrainerCallback, set_seed
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer=None, **_):
+            self.optimizer = getattr(optimizer, "optimizer", optimizer)
+            if state.global_step == stop:
+                raise KeyboardInterrupt
+
+    look, ref = Look(), models.resolve(str(tiny_model))
+    folder.mkdir(exist_ok=True)
+    set_seed(5)
+    model = adapter.attach(models.load_model(ref, dtype="float32", device="cpu"), AdapterOptions(r=64, alpha=64))
+    defaults = {"batch_size": 2, "max_steps": 4, "checkpoint_steps": 2, "learning_rate": 1e-2}
+    chosen = TrainOptions(**(defaults | options))
+    tokenizer = models.load_tokenizer(ref)
+    sft.train(model, tokenizer, rows, chosen, compute="float32", seed=5, folder=folder, extra_callbacks=[look])
+    return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}, look.optimizer
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "state"),
+    [
+        ("adamw", "AdamW", torch.float32),
+        ("adamw_8bit", "AdamW", torch.uint8),
+        ("lion_8bit", "Lion", torch.uint8),
+        ("adafactor", "Adafactor", torch.float32),
+        ("sgd", "SGD", None),
+    ],
+)
+def test_the_chosen_optimizer_trains(tiny_model, rows, tmp_path, name, kind, state):
+    weights, used = run(tiny_model, rows, tmp_path / "run", optimizer=name, max_steps=2)
+    assert type(used).__name__ == kind
+    kept = {
+        moment.dtype
+        for weight, moments in used.state.items()
+        for moment in moments.values()
+        if torch.is_tensor(moment) and moment.shape == weight.shape
+    }
+    assert (state in kept) or (name == "adafactor" and not kept) or (state is None and not kept)
+    assert any(bool(weight.any()) for part, weight in weights.items() if "lora_B" in part)
+
+
+def test_an_interrupted_run_with_8_bit_moments_equals_the_uninterrupted_one(tiny_model, rows, tmp_path):
+    whole, _ = run(tiny_model, rows, tmp_path / "whole", optimizer="adamw_8bit")
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_model, rows, tmp_path / "cut", optimizer="adamw_8bit", stop=3)
+    resumed, _ = run(tiny_model, rows, tmp_path / "cut", optimizer="adamw_8bit")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_warm_up_steps_override_the_ratio(tiny_model, rows, tmp_path, capsys):
+    run(tiny_model, rows, tmp_path / "run", warmup_steps=2, warmup_ratio=0.9, schedule="constant", learning_rate=1e-3)
+    lines = metrics.read(tmp_path / "run" / "metrics.jsonl")
+    assert [line["learning_rate"] for line in lines] == [0.0, 5e-4, 1e-3, 1e-3]
+    assert "never reached" not in capsys.readouterr().err
+
+
+def test_a_warm_up_that_never_ends_is_said(tiny_model, rows, tmp_path, capsys):
+    run(tiny_model, rows, tmp_path / "run", warmup_steps=5, max_steps=2)
+    told = " ".join(capsys.readouterr().err.split())
+    assert "train.warmup_steps is 5 of 2 steps: train.learning_rate is never reached" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("paged_adamw_8bit", "set it to adamw_8bit"), ("paged_adamw_32bit", "set it to adamw,")]
+)
+def test_pages_without_a_gpu_are_refused_before_training(name, hint, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=f"train.optimizer: {name} .*there is no GPU: {hint}"):
+        check(Config(train=TrainOptions(optimizer=name)))
+    optimizers.check(name, cuda=True)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ResourceError, match="adamw_8bit needs bitsandbytes: pip install bitsandbytes, or set it"):
+        optimizers.check("adamw_8bit", cuda=True)
+    optimizers.check("adafactor", cuda=False)
+
+
+def test_every_optimizer_has_transformers_name_and_its_bytes():
+    from transformers.training_args import OptimizerNames
+
+    (choices,) = [TrainOptions.model_fields["optimizer"].annotation.__args__]
+    assert set(choices) == set(optimizers.NAMES) == set(optimizers.MOMENT_BYTES)
+    assert set(optimizers.NAMES.values()) <= {each.value for each in OptimizerNames}
+
+
+def test_the_planner_counts_the_moments_of_the_chosen_optimizer():
+    shape = Shape(5120, 13824, 48, 40, 8, 128, 152064, tied=False)
+    setting, whole = Setting(48, False, 4096), Method(32, four_bit=True)
+    small = Method(32, four_bit=True, moment_bytes=optimizers.MOMENT_BYTES["adamw_8bit"])
+    spared = standing_bytes(shape, whole, setting) - standing_bytes(shape, small, setting)
+    assert spared == pytest.approx(whole.num_trained(shape) * (8 - 2 * (1 + 4 / 256)), abs=2)

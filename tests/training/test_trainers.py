@@ -1,0 +1,28 @@
+"""The libraries' arguments, as this package sets them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import trl
+
+from fintune.config import TrainOptions
+from fintune.training.trainers import make_arguments
+from fintune.util.quiet import quiet_libraries
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo", "kto"])
+def test_one_process_keeps_to_one_of_the_gpus_that_it_sees(objective, tmp_path, monkeypatch):
+    name = {"sft": "SFTConfig", "dpo": "DPOConfig", "kto": "KTOConfig"}[objective]
+
+    class SeesTwo(getattr(trl, name)):
+        def __post_init__(self):
+            super().__post_init__()
+            self._n_gpu = 2  # what transformers finds on a machine with two, without torchrun
+
+    monkeypatch.setattr(trl, name, SeesTwo)
+    options = TrainOptions(objective=objective, batch_size=4)
+    with quiet_libraries():  # as train has it
+        args = make_arguments(torch.nn.Linear(2, 2), options, 3, "float32", 0, tmp_path)
+    assert args.n_gpu == 1  # Trainer wraps its model in nn.DataParallel above that
+    assert args.train_batch_size == 4

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import errno
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fintune.errors import FintuneError
+from fintune.util import files as outputs
+
+
+def test_a_file_that_is_read_is_no_target_by_whatever_name(tmp_path: Path) -> None:
+    (tmp_path / "gold.json").write_text("[]")
+    (tmp_path / "link.json").symlink_to(tmp_path / "gold.json")
+    for name in ("gold.json", "x/../gold.json", "link.json"):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        with pytest.raises(FintuneError, match="is read, and would be overwritten"):
+            outputs.check([tmp_path / name], read=[tmp_path / "gold.json"])
+
+
+def test_two_targets_of_one_place_a_folder_and_a_missing_folder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FintuneError, match=r"a\.csv: would be written twice"):
+        outputs.check([tmp_path / "a.csv", None, tmp_path / "a.csv"], read=[])
+    with pytest.raises(FintuneError, match="a folder, and no file"):
+        outputs.check([tmp_path], read=[])
+    with pytest.raises(FintuneError, match="its folder does not exist"):
+        outputs.check([tmp_path / "no" / "a.csv"], read=[])
+    outputs.check([tmp_path / "a.csv", tmp_path / "b.csv"], read=[tmp_path / "c"])
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_beside(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(FintuneError, match="taken: cannot be written"):
+        outputs.write(tmp_path / "taken", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+    with pytest.raises(FintuneError, match="cannot be made"):
+        (tmp_path / "file").write_text("")
+        outputs.make_folder(tmp_path / "file" / "below")
+
+
+def test_of_many_remarks_the_first_are_shown_and_the_others_counted() -> None:
+    lines = [f"row {k}" for k in range(outputs.MAX_REMARKS + 5)]
+    shown = outputs.abridged(lines, "--json writes all of them")
+    assert shown == [*lines[: outputs.MAX_REMARKS], "and 5 more remarks; --json writes all of them"]
+    assert outputs.abridged(lines[:-4]) == lines[:-4]
+
+
+def test_a_remark_about_the_data_does_not_steer_the_terminal() -> None:
+    assert outputs.abridged(["id a\x1b[2J\tb"]) == ["id a\\x1b[2J\tb"]
+    assert outputs.abridged(["\x7f"] * 30)[0] == "\\x7f"
+
+
+def test_a_link_to_an_empty_folder_leads_to_the_whole_one_and_an_empty_folder_outlives_a_failure(
+    tmp_path: Path,
+) -> None:
+    place, link = tmp_path / "there", tmp_path / "link"
+    place.mkdir()
+    link.symlink_to(place)
+    with pytest.raises(ZeroDivisionError), outputs.whole_folder(link):
+        assert 1 / 0
+    assert list(place.iterdir()) == []
+    with outputs.whole_folder(link) as folder:
+        (folder / "file").write_text("text")
+    assert link.is_symlink() and (place / "file").read_text() == "text"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "there"]
+
+
+def test_a_folder_that_cannot_be_replaced_is_refused_before_the_work(tmp_path: Path, monkeypatch) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+
+    def busy(path: Path) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+
+    def refused(name: Path, why: str) -> None:
+        worked = False
+        with pytest.raises(FintuneError, match=rf"{why}\).*name a folder in it"), outputs.whole_folder(name):
+            worked = True
+        assert not worked and list(tmp_path.iterdir()) == [here] and list(here.iterdir()) == []
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rmdir", busy)  # as for a mount point
+        refused(here, r"here: cannot be replaced \(Device or resource busy")
+    monkeypatch.chdir(here)
+    refused(Path(), r"\.: cannot be replaced \(the current folder")
+    refused(here, "the current folder")
+
+
+def test_a_stopped_process_leaves_nothing_of_the_folder(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; from pathlib import Path; from fintune.util.files import whole_folder\n"
+        "with whole_folder(Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'half').write_text(''); os.kill(os.getpid(), signal.SIGTERM)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "out"], capture_output=True, text=True, check=False)
+    assert "fintune.util.signals.Terminated" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_names_the_folder_that_was_named(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(FintuneError) as raised, outputs.whole_folder(tmp_path / "out") as folder:
+        raise FintuneError(f"{folder}: full, {folder.name}", hint=f"look at {folder}")
+    assert str(raised.value) == f"{tmp_path}/out: full, out: look at {tmp_path}/out"
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -1,0 +1,81 @@
+"""SIGTERM ends a command as Ctrl-C does: with a word, with what it started, and with a status of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from fintune.util import signals as stopping
+
+COMMAND = """
+import subprocess, sys
+import click
+from fintune.cli.main import main
+from fintune.util.signals import GOES_ON, told
+
+@click.command()
+@click.argument("words", nargs=-1)
+def convert(words):
+    with told(GOES_ON):
+        subprocess.run([sys.executable, "-c", *words])
+
+main(convert)
+"""
+TOOL = """
+import os, pathlib, signal, sys, time
+pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))
+os.kill(os.getppid(), signal.SIGTERM)
+time.sleep(60)
+"""
+
+
+def test_sigterm_ends_the_tool_at_work_and_says_how_to_go_on(tmp_path: Path) -> None:
+    file = tmp_path / "pid"
+    command = [sys.executable, "-c", COMMAND, TOOL, str(file)]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr.strip()) == (143, "fintune: interrupted; the same command goes on from here")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(file.read_text()), 0)
+
+
+def test_a_fork_is_ended_by_sigterm_as_ever() -> None:
+    with stopping.as_by_ctrl_c():
+        child = os.fork()
+        if child == 0:
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            finally:
+                os._exit(1)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
+
+
+def test_a_handler_that_is_there_stays_and_no_other_thread_sets_one() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    found = []
+
+    def look() -> None:
+        with stopping.as_by_ctrl_c():
+            found.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert found == [before]
+    with stopping.as_by_ctrl_c():
+        outer = signal.getsignal(signal.SIGTERM)
+        look()
+    assert found[1:] == [outer] != [before]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_knows_more_about_the_interruption_is_heard_and_its_kind_is_kept() -> None:
+    with pytest.raises(stopping.Terminated, match=r"^goes on from step 3$"), stopping.told("interrupted"):
+        raise stopping.Terminated("goes on from step 3")
+    with pytest.raises(stopping.Terminated, match=r"^interrupted$"), stopping.told("interrupted"):
+        raise stopping.Terminated
