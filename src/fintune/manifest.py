@@ -19,7 +19,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fintune.errors import ArtifactError
-from fintune.util.files import write_atomically
+from fintune.util.files import sha256_file, write_atomically
 
 MANIFEST = "manifest.json"
 KEY = "key.json"
@@ -209,15 +209,6 @@ class Slot:
                 self.folder.replace(old)
             self.work.replace(self.folder)
         shutil.rmtree(old, ignore_errors=True)
-
-
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's content, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def digests(folder: Path) -> dict[str, str]:

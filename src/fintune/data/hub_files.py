@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 from filelock import FileLock
 
 from fintune.errors import ResourceError
-from fintune.manifest import sha256_file
 from fintune.util.cache import ANOTHER_CACHE, cache_folder
 from fintune.util.console import bar
 from fintune.util.disk_space import require_space, told_when_full
+from fintune.util.files import sha256_file
 
 if TYPE_CHECKING:
     from http.client import HTTPResponse

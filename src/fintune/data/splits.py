@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -11,6 +10,7 @@ from fintune.data.finqa_json import ReadResult, read_finqa
 from fintune.data.source_report import UnusedRow
 from fintune.errors import DataError
 from fintune.records import FinQARecord
+from fintune.util.sampling import draw_indices
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,7 @@ def _least(*limits: int | None) -> int | None:
 
 def draw(records: list[FinQARecord], number: int | None, seed: int) -> list[FinQARecord]:
     """At most so many records, in their order; all where ``number`` is None."""
-    if number is None or number >= len(records):
-        return records
-    drawn = random.Random(seed).sample(range(len(records)), number)  # noqa: S311 - a sample, no secret
-    return [records[k] for k in sorted(drawn)]
+    return [records[k] for k in draw_indices(len(records), number, seed)]
 
 
 def _draw(result: ReadResult, number: int | None, seed: int) -> Split:

@@ -29,6 +29,7 @@ from fintune.errors import ModelError, PromptError, ResourceError
 from fintune.inference.prefixes import families
 from fintune.inference.protocol import Answered, Completion, Decoding
 from fintune.models import chat_template as chat
+from fintune.util.text import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,9 +104,9 @@ class VllmEngine:
                 **options,
             )
         except (ValueError, OSError, NotImplementedError) as error:
-            raise ModelError(f"{path}: vLLM cannot load it ({_first_line(error)})") from error
+            raise ModelError(f"{path}: vLLM cannot load it ({first_line(error)})") from error
         except RuntimeError as error:
-            raise ResourceError(f"{path}: vLLM cannot start ({_first_line(error)})") from error
+            raise ResourceError(f"{path}: vLLM cannot start ({first_line(error)})") from error
 
     def generate(self, prompts: Sequence[str], decoding: Decoding, done: Collection[int] = ()) -> Iterator[Answered]:
         """Complete prompts; see :class:`fintune.inference.protocol.Engine`.
@@ -192,7 +193,7 @@ def _rank(adapter: Path) -> int:
         config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{adapter} holds no adapter ({_first_line(error)})", hint="give a folder in PEFT format"
+            f"{adapter} holds no adapter ({first_line(error)})", hint="give a folder in PEFT format"
         ) from None
     ranks = [int(config.get("r") or 0), *map(int, (config.get("rank_pattern") or {}).values())]
     obstacle = (
@@ -237,8 +238,3 @@ def _seed(seed: int, row: Sequence[int], number: int) -> int:
     """A seed for one candidate: prompts do not share their draws, and a resumed run goes on with the same ones."""
     digest = hashlib.blake2b(f"{seed}\0{number}\0{list(row)}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") >> 1
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__

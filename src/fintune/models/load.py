@@ -23,6 +23,7 @@ from fintune.models.chat_template import end_of_turn_ids
 from fintune.models.folder import model_fingerprint, read_json
 from fintune.models.resolve import ModelRef, fetch, fetch_config, resolve
 from fintune.util.oom import advice_on_memory
+from fintune.util.text import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -75,7 +76,7 @@ def load_tokenizer(ref: ModelRef, *, trust_remote_code: bool = False) -> PreTrai
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{folder}: the tokenizer cannot be loaded ({_first_line(error)})") from error
+        raise ModelError(f"{folder}: the tokenizer cannot be loaded ({first_line(error)})") from error
     if not tokenizer.is_fast:
         raise ModelError(f"{folder} has only a slow tokenizer", hint="add its tokenizer.json")
     vocab_size = read_json(folder / "config.json").get("vocab_size")
@@ -178,7 +179,7 @@ def load_model(
                 **options,
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise ModelError(f"{folder}: the model cannot be loaded ({_first_line(error)})") from error
+        raise ModelError(f"{folder}: the model cannot be loaded ({first_line(error)})") from error
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise ModelError(
@@ -233,8 +234,3 @@ def _no_progress_bar() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__

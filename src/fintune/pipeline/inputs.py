@@ -11,7 +11,7 @@ from fintune.config import Config
 from fintune.data.files import local_files, tried
 from fintune.errors import DataError, ModelError
 from fintune.export.gguf import llama_cpp_checkout
-from fintune.manifest import sha256_file
+from fintune.util.files import sha256_file
 
 
 def nothing(config: Config) -> dict[str, str]:

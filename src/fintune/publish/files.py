@@ -12,13 +12,14 @@ from typing import Any
 from fintune.config import Config
 from fintune.data.licences import NOT_STATED, is_non_commercial, licence_of
 from fintune.errors import ArtifactError, ConfigError, ModelError
-from fintune.manifest import MANIFEST, Manifest, sha256_file
+from fintune.manifest import MANIFEST, Manifest
 from fintune.models import adapter_base as adapter_origin
 from fintune.models import builtin
 from fintune.models import resolve as model_ref
 from fintune.models.folder import read_json
 from fintune.report.card import Base
 from fintune.util.console import track
+from fintune.util.files import sha256_file
 from fintune.util.hub import Upload
 
 CARD = "README.md"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from fintune.errors import FintuneError
 from fintune.util import signals as stopping
@@ -51,6 +54,34 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's content, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_json(path: Path, error: type[FintuneError] = FintuneError) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Args:
+        path: A JSON file.
+        error: The class that is raised.
+
+    Raises:
+        FintuneError: The file is missing or unreadable, or holds no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as problem:
+        raise error(f"{path} cannot be read as JSON ({problem})") from problem
+    if not isinstance(content, dict):
+        raise error(f"{path} holds no JSON object")
+    return content
 
 
 def write(path: Path, text: str) -> None:

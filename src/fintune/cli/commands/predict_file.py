@@ -27,11 +27,11 @@ from fintune.inference.answering import answer_all, is_right, less_memory, num_t
 from fintune.inference.journal import Journal
 from fintune.inference.open_model import Answerer, Named, engine_of, open_model
 from fintune.inference.protocol import Answered, Decoding
-from fintune.manifest import sha256_file
 from fintune.records import FinQARecord, Message, Prediction
 from fintune.util import files as outputs
 from fintune.util import system as machine
 from fintune.util.console import bar, track
+from fintune.util.files import sha256_file
 from fintune.util.oom import advice_on_memory
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fintune.manifest import sha256_file
-from fintune.util.files import write_atomically
+from fintune.util.files import sha256_file, write_atomically
 
 NAME = ".fintune-outputs"
 HASHED_BYTES = 64 * 2**20

@@ -20,10 +20,11 @@ from fintune.data.predictions import PredictedProgram, read_predictions
 from fintune.errors import DataError
 from fintune.evaluation.metrics import Score, ScoreFile, Verdict
 from fintune.evaluation.metrics import score as score_predictions
-from fintune.manifest import Facts, sha256_file
+from fintune.manifest import Facts
 from fintune.records import FinQARecord
 from fintune.report.score_page import ScorePage, render_score
 from fintune.util import files as outputs
+from fintune.util.files import sha256_file
 
 
 @dataclass(frozen=True)
