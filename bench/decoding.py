@@ -147,7 +147,7 @@ def opened(given: argparse.Namespace, kind: str) -> tuple[Any, Any]:
 
     run, threads = given.run, given.threads
     torch.set_num_threads(threads)
-    ref = models.fetch(models.resolve("builtin:smollm2-135m" if kind == "base" else str(run / "merge")))
+    ref = models.fetch("builtin:smollm2-135m" if kind == "base" else str(run / "merge"))
     tokenizer = models.load_tokenizer(ref)
     if kind == "Q4_K_M":
         file = next((run / "export").glob("*-Q4_K_M.gguf"))

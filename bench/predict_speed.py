@@ -121,7 +121,7 @@ def opened(given: argparse.Namespace, records: list[Any]) -> tuple[Any, Any]:
     torch.set_num_threads(given.threads)
     if given.random is not None:
         return made(given, records)
-    ref = models.fetch(models.resolve(given.model))
+    ref = models.fetch(given.model)
     return models.load_model(ref, dtype=given.dtype).eval(), models.load_tokenizer(ref)
 
 

@@ -34,13 +34,13 @@ RECORDS = [
 
 @pytest.fixture(scope="module")
 def tokenizer(builtin_model):
-    return models.load_tokenizer(models.resolve(str(builtin_model)))
+    return models.load_tokenizer(models.fetch(str(builtin_model)))
 
 
 @pytest.fixture(scope="module", params=["transformers", "llama.cpp"])
 def engine(request, builtin_model, tokenizer, tmp_path_factory):
     if request.param == "transformers":
-        model = models.load_model(models.resolve(str(builtin_model)), dtype="float32", device="cpu")
+        model = models.load_model(models.fetch(str(builtin_model)), dtype="float32", device="cpu")
         yield TransformersEngine(model.eval(), tokenizer, 3)
         return
     file = tmp_path_factory.mktemp("builtin") / "m.gguf"

@@ -18,7 +18,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def model(tiny_model):
-    return models.load_model(models.resolve(str(tiny_model)), dtype="float32", device="cpu")
+    return models.load_model(models.fetch(str(tiny_model)), dtype="float32", device="cpu")
 
 
 def alone(model, ids, first):

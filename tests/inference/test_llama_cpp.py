@@ -63,7 +63,7 @@ def test_conversations_are_rendered_by_the_template_of_the_file(engine, gguf_fil
     from fintune.models import chat_template as chat
     from fintune.models import load as models
 
-    tokenizer = models.load_tokenizer(models.ModelRef("m", gguf_file.parent / "model", "m"))
+    tokenizer = models.load_tokenizer(models.fetch(str(gguf_file.parent / "model")))
     turns = [Message(role="system", content="Answer."), Message(role="user", content="in the\n\nrevenue {{ 1 }}")]
     assert engine.render(turns) == chat.render(tokenizer, turns)
 

@@ -21,12 +21,12 @@ torch = pytest.importorskip("torch")
 
 @pytest.fixture(scope="module")
 def model(tiny_model):
-    return models.load_model(models.resolve(str(tiny_model)), dtype="float32", device="cpu")
+    return models.load_model(models.fetch(str(tiny_model)), dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_model):
-    return models.load_tokenizer(models.resolve(str(tiny_model)))
+    return models.load_tokenizer(models.fetch(str(tiny_model)))
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def test_a_model_that_forgets_tokens_computes_prompts_whole(tokenizer, prompts):
 def test_an_adapter_shares_beginnings_too(tiny_model, tokenizer, monkeypatch):
     from peft import LoraConfig, get_peft_model
 
-    base = models.load_model(models.resolve(str(tiny_model)), dtype="float32", device="cpu")
+    base = models.load_model(models.fetch(str(tiny_model)), dtype="float32", device="cpu")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)

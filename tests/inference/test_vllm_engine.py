@@ -26,7 +26,7 @@ def vllm(monkeypatch):
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_model):
-    return models.load_tokenizer(models.resolve(str(tiny_model)))
+    return models.load_tokenizer(models.fetch(str(tiny_model)))
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def make_adapter(tiny_model, folder, **options):
     import torch
     from peft import LoraConfig, get_peft_model
 
-    base = models.load_model(models.resolve(str(tiny_model)), dtype="float32")
+    base = models.load_model(models.fetch(str(tiny_model)), dtype="float32")
     with adapters.quiet_peft():
         model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **options))
     with torch.no_grad():
@@ -50,7 +50,7 @@ def make_adapter(tiny_model, folder, **options):
 
 
 def test_completions_are_those_of_transformers(vllm, tiny_model, tokenizer):
-    model = models.load_model(models.resolve(str(tiny_model)), dtype="float32")
+    model = models.load_model(models.fetch(str(tiny_model)), dtype="float32")
     wanted = in_order(TransformersEngine(model, tokenizer, 2).generate(PROMPTS, Decoding(8)))
     found = in_order(VllmEngine(tiny_model, tokenizer).generate(PROMPTS, Decoding(8)))
     for ours, theirs in zip(found, wanted, strict=True):

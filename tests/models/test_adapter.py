@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from fintune.errors import ModelError
 from fintune.models.adapter import load_adapter, quiet_peft
-from fintune.models.load import load_model, resolve
+from fintune.models.load import fetch, load_model
 from support.tiny import make_tiny_model, patch_json
 
 
@@ -18,7 +18,7 @@ from support.tiny import make_tiny_model, patch_json
 def adapter(tiny_model, tmp_path_factory):
     from peft import LoraConfig, get_peft_model
 
-    model = load_model(resolve(str(tiny_model)), dtype="float32", device="cpu")
+    model = load_model(fetch(str(tiny_model)), dtype="float32", device="cpu")
     torch.manual_seed(1)
     with quiet_peft():
         adapted = get_peft_model(
@@ -30,7 +30,7 @@ def adapter(tiny_model, tmp_path_factory):
 
 
 def test_an_adapter_changes_the_answers_of_its_base(tiny_model, adapter):
-    ref = resolve(str(tiny_model))
+    ref = fetch(str(tiny_model))
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
         plain = load_model(ref, dtype="float32", device="cpu")(ids).logits
@@ -48,7 +48,7 @@ def test_an_adapter_changes_the_answers_of_its_base(tiny_model, adapter):
 def test_an_adapter_of_another_base_is_refused_by_name(tiny_model, adapter, tmp_path, shape, message):
     other = make_tiny_model(tmp_path / "other", **shape)
     with pytest.raises(ModelError, match=message) as raised:
-        load_adapter(load_model(resolve(str(other)), dtype="float32", device="cpu"), adapter)
+        load_adapter(load_model(fetch(str(other)), dtype="float32", device="cpu"), adapter)
     assert f"{adapter} was trained on {tiny_model}, not on {other}" in str(raised.value)
 
 
@@ -60,7 +60,7 @@ def test_half_of_the_embeddings_that_grew_is_refused(adapter, tmp_path):
     save_file(tensors, grown / "adapter_model.safetensors")
     message = "a vocabulary of 402 tokens, .* has 400, and only lm_head was saved .*save_embedding_layers=True"
     with pytest.raises(ModelError, match=message):
-        load_adapter(load_model(resolve(str(base)), dtype="float32", device="cpu"), grown)
+        load_adapter(load_model(fetch(str(base)), dtype="float32", device="cpu"), grown)
 
 
 def test_an_adapter_of_the_models_own_name_that_does_not_fit_is_not_said_to_be_anothers(adapter, tmp_path):
@@ -68,7 +68,7 @@ def test_an_adapter_of_the_models_own_name_that_does_not_fit_is_not_said_to_be_a
     own = shutil.copytree(adapter, tmp_path / "own")
     patch_json(own / "adapter_config.json", base_model_name_or_path=str(other))
     with pytest.raises(ModelError, match=f"^{own}: it adapts .*, which this model does not have"):
-        load_adapter(load_model(resolve(str(other)), dtype="float32", device="cpu"), own)
+        load_adapter(load_model(fetch(str(other)), dtype="float32", device="cpu"), own)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
@@ -76,4 +76,4 @@ def test_a_folder_without_an_adapter_is_refused(tiny_model, adapter, tmp_path, n
     broken = shutil.copytree(adapter, tmp_path / "adapter")
     (broken / name).unlink()
     with pytest.raises(ModelError, match=f"holds no adapter: {name} is missing"):
-        load_adapter(load_model(resolve(str(tiny_model)), dtype="float32", device="cpu"), broken)
+        load_adapter(load_model(fetch(str(tiny_model)), dtype="float32", device="cpu"), broken)

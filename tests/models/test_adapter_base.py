@@ -30,7 +30,7 @@ def trained(tiny_model, tmp_path_factory) -> Path:
     """An adapter of the tiny model, as the training leaves it."""
     import torch
 
-    base = models.load_model(models.resolve(str(tiny_model)), dtype="float32", device="cpu")
+    base = models.load_model(models.fetch(str(tiny_model)), dtype="float32", device="cpu")
     adapted = adapter.attach(base, AdapterOptions(r=4))
     for name, weight in adapted.named_parameters():
         if "lora_B" in name:
@@ -79,7 +79,7 @@ def test_of_an_adapter_without_a_note_the_folder_that_it_names_is_read(trained, 
 def test_whatever_loads_or_merges_an_adapter_compares_the_weights(trained, other):
     with pytest.raises(ModelError, match="not on the weights of"):
         MergedWeights(other, trained)
-    loaded = models.load_model(models.resolve(str(other)), dtype="float32", device="cpu")
+    loaded = models.load_model(models.fetch(str(other)), dtype="float32", device="cpu")
     with pytest.raises(ModelError, match="not on the weights of"):
         adapters.load_adapter(loaded, trained)
 

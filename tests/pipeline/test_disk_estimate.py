@@ -60,7 +60,7 @@ def test_a_merged_folder_takes_what_was_predicted(configure, tiny_model: Path, t
     from fintune.models import load as models
 
     # "auto" keeps the type in which the base is stored, here float32.
-    model = models.load_model(models.resolve(str(tiny_model)), dtype="float32" if dtype == "auto" else dtype)
+    model = models.load_model(models.fetch(str(tiny_model)), dtype="float32" if dtype == "auto" else dtype)
     model.save_pretrained(tmp_path)
     weights = disk.merge_bytes(configure(f"merge.dtype={dtype}")) - FIXED_BYTES
     assert weights / 1.1 < (tmp_path / "model.safetensors").stat().st_size < weights
@@ -75,7 +75,7 @@ def test_an_adapter_and_its_checkpoints_take_what_was_predicted(
     from fintune.training import adapter
 
     config = configure(f"adapter.r={r}")
-    base = models.load_model(models.resolve(str(tiny_model)), dtype="float32", device="cpu")
+    base = models.load_model(models.fetch(str(tiny_model)), dtype="float32", device="cpu")
     adapted = adapter.attach(base, config.adapter)
     num_weights = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
     adapter.save(adapted, str(tiny_model), None, tmp_path / "adapter")

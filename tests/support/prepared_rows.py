@@ -31,7 +31,7 @@ def prepared(folder: Path, model: Path, number: int = 12) -> Path:
     from datasets.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    tokenizer = models.load_tokenizer(models.resolve(str(model)))
+    tokenizer = models.load_tokenizer(models.fetch(str(model)))
     made = examples(number)
     encoded = [chat.encode_example(tokenizer, each.messages, each.completion) for each in made]
     rows = [

@@ -94,7 +94,7 @@ def save_adapter(base: Path, name: str, folder: Path) -> None:
     from fintune.config import AdapterOptions
     from fintune.models import load as models
 
-    model = models.load_model(models.resolve(str(base)), dtype="float32", device="cpu")
+    model = models.load_model(models.fetch(str(base)), dtype="float32", device="cpu")
     adapted = adapter.attach(model, AdapterOptions(kind="dora", r=4, alpha=8))
     torch.manual_seed(1)
     for weight_name, weight in adapted.named_parameters():

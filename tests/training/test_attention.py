@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 
 @pytest.fixture
 def model(tiny_model):
-    return models.load_model(models.resolve(str(tiny_model)), dtype="bfloat16", device="cpu")
+    return models.load_model(models.fetch(str(tiny_model)), dtype="bfloat16", device="cpu")
 
 
 def logits_and_gradient(model, length, mask=None):
@@ -38,7 +38,7 @@ def test_logits_and_gradients_are_those_of_torchs_kernel(model, length):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_torchs_kernel_is_not_called_in_bfloat16_nor_under_autocast(tiny_model, monkeypatch, autocast):
     dtype = "float32" if autocast else "bfloat16"
-    model = models.load_model(models.resolve(str(tiny_model)), dtype=dtype, device="cpu")
+    model = models.load_model(models.fetch(str(tiny_model)), dtype=dtype, device="cpu")
     attention.use_short_causal_attention(model)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):

@@ -32,7 +32,7 @@ def run(
     from transformers import set_seed
 
     folder.mkdir(exist_ok=True)
-    ref = models.resolve(str(tiny_model))
+    ref = models.fetch(str(tiny_model))
     set_seed(5)
     model = models.load_model(ref, dtype="float32", device="cpu", load=load, compute=compute)
     dropout = 0.0 if opts.get("fused_layers") == "always" else 0.1

@@ -30,7 +30,7 @@ def run(tiny_model, rows, folder, *, callbacks=(), kind="lora", **options):
     from transformers import set_seed
 
     folder.mkdir(exist_ok=True)
-    ref = models.resolve(str(tiny_model))
+    ref = models.fetch(str(tiny_model))
     set_seed(5)
     base = models.load_model(ref, dtype="float32", device="cpu")
     model = adapter.attach(base, AdapterOptions(kind=kind, r=4, alpha=8, dropout=0.1))

@@ -34,7 +34,7 @@ def run(tiny_model, rows, folder, *, stop=None, **options):
             if state.global_step == stop:
                 raise KeyboardInterrupt
 
-    look, ref = Look(), models.resolve(str(tiny_model))
+    look, ref = Look(), models.fetch(str(tiny_model))
     folder.mkdir(exist_ok=True)
     set_seed(5)
     model = adapter.attach(models.load_model(ref, dtype="float32", device="cpu"), AdapterOptions(r=64, alpha=64))

@@ -38,7 +38,7 @@ def test_what_the_user_says_is_done(said):
 @pytest.fixture
 def on_gpu(tiny_model, monkeypatch):
     """A tiny adapted model for which the code believes in a GPU of so much memory."""
-    model = adapter.attach(models.load_model(models.resolve(str(tiny_model)), dtype="float32"), AdapterOptions(r=4))
+    model = adapter.attach(models.load_model(models.fetch(str(tiny_model)), dtype="float32"), AdapterOptions(r=4))
     monkeypatch.setattr(shard, "is_divided", lambda _options: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
@@ -60,5 +60,5 @@ def test_on_a_gpu_the_memory_decides_and_unknown_ways_recompute(on_gpu, capsys):
 
 
 def test_a_cpu_recomputes_nothing(tiny_model):
-    model = models.load_model(models.resolve(str(tiny_model)), dtype="float32")
+    model = models.load_model(models.fetch(str(tiny_model)), dtype="float32")
     assert recompute.settle(model, TrainOptions(), [10**6]).gradient_checkpointing is False

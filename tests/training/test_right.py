@@ -27,7 +27,7 @@ TURNS = (
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_model):
-    return models.load_tokenizer(models.resolve(str(tiny_model)))
+    return models.load_tokenizer(models.fetch(str(tiny_model)))
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def step_losses(tiny_model, rows, folder, fused_layers, batch_size, **options):
 
     folder.mkdir()
     set_seed(5)
-    ref = models.resolve(str(tiny_model))
+    ref = models.fetch(str(tiny_model))
     model = adapter.attach(
         models.load_model(ref, dtype="float32", device="cpu"), AdapterOptions(r=4, alpha=8, **options)
     )
@@ -138,7 +138,7 @@ def test_rows_behind_each_other_do_not_see_each_other(tiny_model, rows):
     from fintune.training.fused.batch import PackedCollator
     from fintune.training.fused.model import FusedModel
 
-    ref = models.resolve(str(tiny_model))
+    ref = models.fetch(str(tiny_model))
     model = adapter.attach(models.load_model(ref, dtype="float32", device="cpu"), AdapterOptions(r=4))
     fused = FusedModel(model, dtype=torch.float32)
 

@@ -37,7 +37,7 @@ def run(
     from transformers import set_seed
 
     folder.mkdir(exist_ok=True)
-    ref = models.resolve(str(tiny_model))
+    ref = models.fetch(str(tiny_model))
     set_seed(5)
     model = adapter.attach(
         models.load_model(ref, dtype=dtype, device="cpu"), AdapterOptions(kind=kind, r=4, alpha=8, dropout=dropout)
@@ -127,7 +127,7 @@ def test_weights_stored_in_the_compute_type_give_the_losses_of_weights_cast_in_e
 
 def test_only_adapted_lora_layers_change_their_type(tiny_model):
     for kind, stored in (("lora", torch.bfloat16), ("dora", torch.float32)):
-        base = models.load_model(models.resolve(str(tiny_model)), dtype="float32", device="cpu")
+        base = models.load_model(models.fetch(str(tiny_model)), dtype="float32", device="cpu")
         model = adapter.attach(base, AdapterOptions(kind=kind, r=4, alpha=8))
         assert adapter.store_frozen_weights(model, "bfloat16") == (14 if kind == "lora" else 0)
         types = {name: weight.dtype for name, weight in model.named_parameters()}
@@ -226,7 +226,7 @@ def test_two_checkpoints_are_kept_while_training(tiny_model, rows, tmp_path):
 
 
 def test_an_unknown_target_is_refused_with_those_there_are(tiny_model):
-    model = models.load_model(models.resolve(str(tiny_model)), dtype="float32", device="cpu")
+    model = models.load_model(models.fetch(str(tiny_model)), dtype="float32", device="cpu")
     with pytest.raises(ConfigError, match=r"no linear layer 'q_prj': it has down_proj, .*q_proj"):
         adapter.attach(model, AdapterOptions(targets=("q_prj",)))
 

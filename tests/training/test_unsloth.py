@@ -36,7 +36,7 @@ class FastLanguageModel:
             os.kill(os.getpid(), signal.SIGKILL)
         assert max_seq_length % 32 == 0, "a batch is padded to that, and Unsloth would cut it, but not its labels"
         assert os.environ["UNSLOTH_DISABLE_STATISTICS"] == os.environ["HF_HUB_OFFLINE"] == "1"
-        ref = models.resolve(model_name)
+        ref = models.fetch(model_name)
         return models.load_model(ref, dtype=str(dtype).removeprefix("torch."), device="cpu"), None
 
     @staticmethod

@@ -184,8 +184,7 @@ class _Folder:
         self.engine = engine
         if named.adapter is not None:
             adapter_origin.check_name(named.name, named.adapter)
-        ref = models.fetch(models.resolve(named.name, revision=named.revision))
-        assert ref.path is not None, "fetch fills the path"
+        ref = models.fetch(named.name, revision=named.revision)
         if named.adapter is not None:
             adapter_origin.check_weights(ref.path, named.adapter, name=named.name)
         self._tokenizer = models.load_tokenizer(ref, trust_remote_code=named.trust_remote_code)
@@ -268,7 +267,7 @@ class _Served:
         self._engine.close()
 
 
-def _in_transformers(named: Named, ref: models.ModelRef, tokenizer: PreTrainedTokenizerBase) -> Engine:
+def _in_transformers(named: Named, ref: models.ModelFolder, tokenizer: PreTrainedTokenizerBase) -> Engine:
     import torch
 
     from fintune.inference.transformers_engine import TransformersEngine
@@ -287,10 +286,9 @@ def _in_transformers(named: Named, ref: models.ModelRef, tokenizer: PreTrainedTo
     return TransformersEngine(model.eval(), tokenizer, named.batch_size)
 
 
-def _in_vllm(named: Named, ref: models.ModelRef, tokenizer: PreTrainedTokenizerBase) -> Engine:
+def _in_vllm(named: Named, ref: models.ModelFolder, tokenizer: PreTrainedTokenizerBase) -> Engine:
     from fintune.inference.vllm_engine import VllmEngine
 
-    assert ref.path is not None, "fetch fills the path"
     return VllmEngine(
         ref.path,
         tokenizer,

@@ -2,9 +2,9 @@
 
 ::
 
-    ref = fetch(resolve("builtin:smollm2-135m"))      # or a local folder, or a hub id
-    tokenizer = load_tokenizer(ref)
-    model = load_model(ref, dtype="auto")
+    folder = fetch("builtin:smollm2-135m")      # or a local folder, or a hub id
+    tokenizer = load_tokenizer(folder)
+    model = load_model(folder, dtype="auto")
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fintune.errors import ModelError, ResourceError
 from fintune.models.chat_template import end_of_turn_ids
 from fintune.models.folder import model_fingerprint, read_json
-from fintune.models.resolve import ModelRef, fetch, fetch_config, resolve
+from fintune.models.resolve import ModelFolder, ModelName, fetch, fetch_base, fetch_config, resolve
 from fintune.util.oom import advice_on_memory
 from fintune.util.text import first_line
 
@@ -29,12 +28,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
-    "ModelRef",
+    "ModelFolder",
+    "ModelName",
     "Precision",
     "check_four_bit",
     "detect_precision",
     "ensure_pad",
     "fetch",
+    "fetch_base",
     "fetch_config",
     "load_model",
     "load_tokenizer",
@@ -63,16 +64,15 @@ class Precision:
     reason: str
 
 
-def load_tokenizer(ref: ModelRef, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: ModelFolder, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model's fast tokenizer, with a padding token that is not its end token.
 
     Raises:
         ModelError: No fast tokenizer, one that does not fit the model's vocabulary, or none to pad with.
-        ResourceError: As ``fetch``.
     """
     from transformers import AutoTokenizer
 
-    folder = _folder(ref)
+    folder = model.path
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -135,7 +135,7 @@ def detect_precision() -> Precision:
 
 
 def load_model(
-    ref: ModelRef,
+    folder: ModelFolder,
     *,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     device: str = "auto",
@@ -146,7 +146,7 @@ def load_model(
     """Loads a causal language model in evaluation mode.
 
     Args:
-        ref: From ``resolve``; fetched where it is not local yet.
+        folder: The model, from ``fetch``.
         dtype: Type of the weights, with ``load="4bit"`` of those that are not packed; "auto" takes
             ``detect_precision``'s.
         device: A torch device, or "auto": the first CUDA GPU, else the processor.
@@ -156,21 +156,21 @@ def load_model(
 
     Raises:
         ModelError: The weights do not fit the configuration, or transformers does not know the architecture.
-        ResourceError: bitsandbytes is missing for 4-bit, the memory does not suffice, or as ``fetch``.
+        ResourceError: bitsandbytes is missing for 4-bit, or the memory does not suffice.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    folder = _folder(ref)
+    path = folder.path
     stored = getattr(torch, detect_precision().dtype if dtype == "auto" else dtype)
     if device == "auto":
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
     in_products = stored if compute is None else getattr(torch, compute)
     options = {"quantization_config": _four_bit(in_products)} if load == "4bit" else {}
     try:
-        with _no_progress_bar(), advice_on_memory(_less_memory(load), during=f"loading {folder}"):
+        with _no_progress_bar(), advice_on_memory(_less_memory(load), during=f"loading {path}"):
             model, loading = AutoModelForCausalLM.from_pretrained(
-                folder,
+                path,
                 dtype=stored,
                 device_map={"": device},
                 use_safetensors=True,
@@ -179,11 +179,11 @@ def load_model(
                 **options,
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise ModelError(f"{folder}: the model cannot be loaded ({first_line(error)})") from error
+        raise ModelError(f"{path}: the model cannot be loaded ({first_line(error)})") from error
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise ModelError(
-            f"{folder}: the weight files lack {len(missing)} tensors that config.json asks for: {missing[0]}",
+            f"{path}: the weight files lack {len(missing)} tensors that config.json asks for: {missing[0]}",
             hint="they would start at random values; take weights and config.json from the same model",
         )
     loaded: PreTrainedModel = model.eval()
@@ -193,12 +193,6 @@ def load_model(
 def _less_memory(load: Load) -> str:
     smaller = "take a smaller model or a machine with more memory"
     return smaller if load == "4bit" else f"load it in 4 bits, or {smaller}"
-
-
-def _folder(ref: ModelRef) -> Path:
-    path = fetch(ref).path
-    assert path is not None, "fetch fills the path"
-    return path
 
 
 def check_four_bit() -> None:

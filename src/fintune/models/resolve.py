@@ -1,13 +1,20 @@
-"""What a model's name means, and how its files come to this machine. Needs no torch."""
+"""Resolve a model's name, and fetch its files into a local folder. Needs no torch.
+
+::
+
+    folder = fetch("builtin:smollm2-135m")      # or a local folder, or a hub id OWNER/NAME
+    folder.path                                 # always a local folder with weights and tokenizer
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
+from fintune.config import Config
 from fintune.errors import ModelError, ResourceError
 from fintune.models import builtin
 from fintune.models.folder import MODEL_FILES, check_model_folder, licence_of
@@ -15,129 +22,166 @@ from fintune.util.hub_errors import quiet_hub
 
 
 @dataclass(frozen=True)
-class ModelRef:
-    """A model that was named and found, or is still on the hub.
+class ModelName:
+    """A model's name that was checked. Its files may still be on the hub.
 
     Attributes:
-        name: As the user wrote it.
-        path: Local folder; None until ``fetch`` brought it there.
+        name: The name as the user wrote it.
         base_name: Short name for reports and file names.
-        licence: SPDX-like name, or None where not known.
-        revision: Hub revision asked for, or None.
+        local_path: Folder with its files; None for a model that was not fetched yet.
+        licence: SPDX-like name; None if it is not known.
+        revision: Hub revision to fetch; None takes the default branch.
     """
 
     name: str
-    path: Path | None
     base_name: str
+    local_path: Path | None = None
     licence: str | None = None
     revision: str | None = None
 
 
-def resolve(name: str, *, revision: str | None = None) -> ModelRef:
-    """Finds out what a model's name means, without loading or downloading anything.
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model whose files are in a local folder.
+
+    Attributes:
+        name: The name as the user wrote it.
+        path: Folder with configuration, weights and tokenizer in Hugging Face form.
+        base_name: Short name for reports and file names.
+        licence: SPDX-like name; None if it is not known.
+    """
+
+    name: str
+    path: Path
+    base_name: str
+    licence: str | None = None
+
+
+def resolve(name: str, *, revision: str | None = None) -> ModelName:
+    """Check a model's name, without loading or downloading anything.
 
     Args:
         name: ``builtin:NAME``, a local folder, or a hub id (``OWNER/NAME``).
         revision: Branch, tag or commit on the hub.
 
     Raises:
-        ModelError: No such folder or built-in, an incomplete folder, or a name that is none of the three.
+        ModelError: There is no such folder or built-in model, the folder is incomplete, or the name is none of the
+            three.
     """
     if name.startswith(builtin.PREFIX):
         spec = builtin.describe(name)
-        return ModelRef(name, builtin.cached(name), name.removeprefix(builtin.PREFIX), spec.licence)
+        return ModelName(name, name.removeprefix(builtin.PREFIX), builtin.cached(name), spec.licence)
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         check_model_folder(folder)
-        return ModelRef(name, folder, folder.resolve().name, licence_of(folder))
+        return ModelName(name, folder.resolve().name, folder, licence_of(folder))
     if folder.is_file():
-        raise ModelError(f"{name} is a file", hint="a folder in Hugging Face form is needed here")
+        raise ModelError(f"{name} is a file", hint="give a model folder in Hugging Face form")
     if name.lower() in builtin.BUILTIN:
-        raise ModelError(f"no folder {name}", hint=f"did you mean {builtin.PREFIX}{name.lower()}?")
+        raise ModelError(f"there is no folder {name}", hint=f"did you mean {builtin.PREFIX}{name.lower()}?")
     if not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", name, re.ASCII) or name.endswith(".gguf"):
         raise ModelError(
-            f"no folder {name}", hint="name an existing model folder, a hub id OWNER/NAME, or builtin:NAME"
+            f"there is no folder {name}", hint="give an existing model folder, a hub id OWNER/NAME, or builtin:NAME"
         )
-    return ModelRef(name, None, name.rpartition("/")[2], revision=revision)
+    return ModelName(name, name.rpartition("/")[2], revision=revision)
 
 
-def fetch(ref: ModelRef) -> ModelRef:
-    """The same model with its files in a local folder, downloaded where they are not there yet.
+def fetch(model: str | ModelName, *, revision: str | None = None) -> ModelFolder:
+    """Fetch a model's files into a local folder. Files that are already there are not downloaded again.
 
-    From the hub come only configuration, tokenizer and safetensors files.
+    From the hub, only configuration, tokenizer and safetensors files are downloaded.
+
+    Args:
+        model: A name as for :func:`resolve`, or what :func:`resolve` returned.
+        revision: Branch, tag or commit on the hub; ignored for a resolved name.
 
     Raises:
-        ModelError: Unknown, gated or incomplete model.
+        ModelError: The model is unknown, gated or incomplete.
         ResourceError: The hub cannot be reached and the model is not in its local cache.
     """
-    if ref.path is not None:
-        return ref
-    if ref.name.startswith(builtin.PREFIX):
-        return replace(ref, path=builtin.ensure(ref.name))
+    if isinstance(model, str):
+        model = resolve(model, revision=revision)
+    if model.local_path is not None:
+        return ModelFolder(model.name, model.local_path, model.base_name, model.licence)
+    if model.name.startswith(builtin.PREFIX):
+        return ModelFolder(model.name, builtin.ensure(model.name), model.base_name, model.licence)
     from huggingface_hub import snapshot_download
 
-    with _told_plainly(ref):
-        folder = Path(
-            snapshot_download(ref.name, revision=ref.revision, allow_patterns=[*MODEL_FILES, "README.md", "LICENSE*"])
+    with _explain_hub_errors(model):
+        path = Path(
+            snapshot_download(
+                model.name, revision=model.revision, allow_patterns=[*MODEL_FILES, "README.md", "LICENSE*"]
+            )
         )
-    check_model_folder(folder)
-    return replace(ref, path=folder, licence=licence_of(folder))
+    check_model_folder(path)
+    return ModelFolder(model.name, path, model.base_name, licence_of(path))
 
 
-def fetch_config(name: str, *, revision: str | None = None) -> ModelRef:
-    """A model with at least its ``config.json`` in a local folder: no weights, no tokenizer; from the hub nothing else.
+def fetch_base(config: Config) -> ModelFolder:
+    """Fetch the base model of a run, ``model.name`` at ``model.revision``.
+
+    Raises:
+        ModelError: As for :func:`fetch`.
+        ResourceError: As for :func:`fetch`.
+    """
+    return fetch(config.model.name, revision=config.model.revision)
+
+
+def fetch_config(name: str, *, revision: str | None = None) -> Path:
+    """Return a local folder that holds at least the model's ``config.json``. From the hub, nothing else is fetched.
 
     Args:
         name: As for :func:`resolve`.
         revision: Branch, tag or commit on the hub.
 
     Raises:
-        ModelError: Unknown or gated model, or one without a configuration.
+        ModelError: The model is unknown or gated, or has no configuration.
         ResourceError: The hub cannot be reached and the file is not in its local cache.
     """
     folder = Path(name).expanduser()
     if name and (folder / "config.json").is_file():
-        return ModelRef(name, folder, folder.resolve().name, licence_of(folder))
-    ref = resolve(name, revision=revision)
-    if ref.path is not None or ref.name.startswith(builtin.PREFIX):
-        return fetch(ref)
+        return folder
+    model = resolve(name, revision=revision)
+    if model.local_path is not None or name.startswith(builtin.PREFIX):
+        return fetch(model).path
     from huggingface_hub import hf_hub_download
 
-    with _told_plainly(ref), quiet_hub():
-        return replace(ref, path=Path(hf_hub_download(ref.name, "config.json", revision=ref.revision)).parent)
+    with _explain_hub_errors(model), quiet_hub():
+        return Path(hf_hub_download(name, "config.json", revision=revision)).parent
 
 
 @contextmanager
-def _told_plainly(ref: ModelRef) -> Iterator[None]:
-    """The hub's refusals in a line each.
+def _explain_hub_errors(model: ModelName) -> Iterator[None]:
+    """Turn the hub library's errors into messages of one line.
 
     Raises:
-        ModelError: Unknown, gated or incomplete model.
+        ModelError: The model is unknown, gated or incomplete.
         ResourceError: The hub cannot be reached.
     """
     from huggingface_hub import errors
 
-    what = f"{ref.name}, revision {ref.revision}" if ref.revision else ref.name
+    what = f"{model.name}, revision {model.revision}" if model.revision else model.name
     try:
         yield
     except errors.GatedRepoError as error:
-        hint = "accept its licence on its page and log in with `hf auth login`"
-        raise ModelError(f"the hub gives {what} only to those who accepted its licence", hint=hint) from error
-    except errors.RevisionNotFoundError as error:
-        raise ModelError(f"the hub has no revision {ref.revision} of {ref.name}") from error
-    except errors.RepositoryNotFoundError as error:
-        hint = "check the spelling; for a private model log in with `hf auth login`"
         raise ModelError(
-            f"there is no folder {ref.name} here and no model of that name on the hub", hint=hint
+            f"the hub gives {what} only to those who accepted its licence",
+            hint="accept the licence on the model's page and log in with `hf auth login`",
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ModelError(f"the hub has no revision {model.revision} of {model.name}") from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelError(
+            f"there is no folder {model.name} here and no model of that name on the hub",
+            hint="check the spelling; for a private model, log in with `hf auth login`",
         ) from error
     except errors.RemoteEntryNotFoundError as error:
-        hint = "a model in Hugging Face form is needed here"
-        raise ModelError(f"{what} on the hub has no config.json", hint=hint) from error
+        raise ModelError(f"{what} on the hub has no config.json", hint="give a model in Hugging Face form") from error
     except (errors.HfHubHTTPError, OSError) as error:
-        # The first sentence; what follows is advice for users of the library.
+        # The first sentence of the message. The rest is advice for users of the library.
         reason = str(error).strip().splitlines()[0].split(". ")[0][:200] if str(error).strip() else type(error).__name__
         raise ResourceError(
-            f"there is no folder {ref.name} here; taken for a hub id, {what} cannot be fetched: the hub cannot be "
+            f"there is no folder {model.name} here; taken for a hub id, {what} cannot be fetched: the hub cannot be "
             f"reached and the model is not in the local hub cache ({reason})",
-            hint="check the path, or connect once, or name builtin:smollm2-135m",
+            hint="check the path, or connect once, or use builtin:smollm2-135m",
         ) from error

@@ -155,6 +155,4 @@ def _base(config: Config) -> dict[str, Tensor]:
 def _base_folder(config: Config) -> Path:
     from fintune.models import load as models
 
-    path = models.fetch(models.resolve(config.model.name, revision=config.model.revision)).path
-    assert path is not None, "fetch fills the path"
-    return path
+    return models.fetch_base(config).path

@@ -31,9 +31,7 @@ def _model_fingerprint(name: str, revision: str | None) -> str:
 
     if name.startswith(builtin.PREFIX):
         return builtin.describe(name).wheel_sha256  # known before it is fetched
-    path = models.fetch(models.resolve(name, revision=revision)).path
-    assert path is not None, "fetch fills the path"
-    return models.model_fingerprint(path)
+    return models.model_fingerprint(models.fetch(name, revision=revision).path)
 
 
 def importance(config: Config) -> dict[str, str]:
@@ -74,9 +72,7 @@ def check_base(config: Config) -> None:
 
     check_model(config)
     if not config.model.name.startswith(builtin.PREFIX):
-        folder = fetch_config(config.model.name, revision=config.model.revision).path
-        assert folder is not None, "fetch_config fills the path"
-        check_unquantised(folder)
+        check_unquantised(fetch_config(config.model.name, revision=config.model.revision))
 
 
 def check_export(config: Config) -> None:

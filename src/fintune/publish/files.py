@@ -145,8 +145,8 @@ def base_of(config: Config) -> tuple[Base, Path | None]:
     try:
         ref = model_ref.resolve(name, revision=config.model.revision)
     except ModelError:  # its folder has gone since; what was made from it is there
-        ref = model_ref.ModelRef(name, None, Path(name).name)
-    folder, hub_id = ref.path, given
+        ref = model_ref.ModelName(name, Path(name).name)
+    folder, hub_id = ref.local_path, given
     if name.startswith(builtin.PREFIX):
         origin, _, note = builtin.describe(name).origin.partition(", ")
         hub_id = given or origin

@@ -116,7 +116,7 @@ def run(order: dict[str, Any]) -> None:
     config = Config.model_validate(order["config"])
     folder = Path(order["folder"])
     rows = load_from_disk(order["tokens"])
-    tokenizer = models.load_tokenizer(models.resolve(order["model"]))
+    tokenizer = models.load_tokenizer(models.fetch(order["model"]))
     evaluation = None
     eval_rows = _drawn(load_from_disk(order["eval_tokens"]), config)
     if config.train.eval_steps is not None:

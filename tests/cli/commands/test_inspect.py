@@ -14,7 +14,7 @@ from fintune.config import Config
 from fintune.config.load import load
 from fintune.data.rows_of_tokens import Sequenced
 from fintune.errors import FintuneError
-from fintune.models.load import load_tokenizer, resolve
+from fintune.models.load import fetch, load_tokenizer
 from fintune.pipeline.stages.prepare import prepare
 from support.command import fintune
 from support.outline import outline
@@ -164,7 +164,7 @@ def test_a_runs_folder_without_the_result_of_prepare_shows_no_other_data_in_its_
 
 
 def test_characters_spread_over_several_tokens_are_shown_whole(tiny_model: Path) -> None:
-    tokenizer = load_tokenizer(resolve(str(tiny_model)))
+    tokenizer = load_tokenizer(fetch(str(tiny_model)))
     ids = tokenizer("é€<|im_end|>", add_special_tokens=False)["input_ids"]
     text = render(shown(tokenizer, Sequenced("A", ids, [1] * len(ids))))
     assert text.plain == "é€<|im_end|>"

@@ -83,7 +83,7 @@ def test_the_script_writes_an_adapter_where_it_is_looked_for(tiny_model, process
     from fintune.models import adapter as adapters
     from fintune.models import load as models
 
-    base = models.load_model(models.resolve(str(tiny_model)), dtype="float32", device="cpu")
+    base = models.load_model(models.fetch(str(tiny_model)), dtype="float32", device="cpu")
     adapters.load_adapter(base, tmp_path / "out")
     assert len(metrics.read(tmp_path / "out" / "run" / "train" / "metrics.jsonl")) == 4
 

@@ -122,9 +122,9 @@ def test_another_models_matrix_is_refused_before_anything_is_written(llama_folde
 
 @pytest.fixture
 def loaded(tiny_model):
-    from fintune.models.load import load_model, resolve
+    from fintune.models.load import fetch, load_model
 
-    return load_model(resolve(str(tiny_model)), dtype="float32", device="cpu")
+    return load_model(fetch(str(tiny_model)), dtype="float32", device="cpu")
 
 
 def test_what_is_summed_is_what_each_matrix_is_multiplied_with(loaded, tiny_model, tmp_path):

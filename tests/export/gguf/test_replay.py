@@ -20,9 +20,9 @@ POSITIONS = list(range(1, 40))
 @pytest.fixture(scope="module")
 def logits(tiny_model):
     torch = pytest.importorskip("torch")
-    from fintune.models.load import load_model, resolve
+    from fintune.models.load import fetch, load_model
 
-    model = load_model(resolve(str(tiny_model)), dtype="float32", device="cpu")
+    model = load_model(fetch(str(tiny_model)), dtype="float32", device="cpu")
     with torch.inference_mode():
         rows = model(input_ids=torch.tensor([ROW])).logits[0].numpy()
     return [rows[position - 1] for position in POSITIONS]

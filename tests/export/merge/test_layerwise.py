@@ -14,7 +14,7 @@ from fintune.export.merge import layerwise as module
 from fintune.export.merge.layerwise import can_compare, compare
 from fintune.export.merge.merge import merge_folders
 from fintune.models.adapter import load_adapter, quiet_peft
-from fintune.models.load import load_model, resolve
+from fintune.models.load import fetch, load_model
 from fintune.util.quiet import quiet_libraries
 from support.synthetic import write_folder
 from support.tiny import patch_json
@@ -57,7 +57,7 @@ def small_slabs(monkeypatch):
 def adapter_of(base: Path, folder: Path, **options: object) -> Path:
     from peft import LoraConfig, get_peft_model
 
-    model = load_model(resolve(str(base)), dtype="float32", device="cpu")
+    model = load_model(fetch(str(base)), dtype="float32", device="cpu")
     options = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | options
     with quiet_libraries(), quiet_peft():
         wrapped = get_peft_model(model, LoraConfig(**options))
@@ -71,7 +71,7 @@ def adapter_of(base: Path, folder: Path, **options: object) -> Path:
 
 
 def logits(base: Path, adapter: Path | None) -> list[torch.Tensor]:
-    model = load_model(resolve(str(base)), dtype="float32", device="cpu")
+    model = load_model(fetch(str(base)), dtype="float32", device="cpu")
     if adapter is not None:
         with quiet_libraries():
             model = load_adapter(model, adapter)

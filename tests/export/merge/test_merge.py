@@ -18,7 +18,7 @@ from fintune.export.merge import merge as module
 from fintune.export.merge.merge import merge_folders
 from fintune.export.merge.safetensor_writer import from_stored, to_stored
 from fintune.models.adapter import load_adapter, quiet_peft
-from fintune.models.load import load_model, model_fingerprint, resolve
+from fintune.models.load import fetch, load_model, model_fingerprint
 from fintune.util.quiet import quiet_libraries
 from support.synthetic import lora_of, write_folder
 from support.tiny import make_tiny_model, patch_json
@@ -48,7 +48,7 @@ def adapted(base: Path, **options: object):
     """The base with random adapter weights."""
     from peft import LoraConfig, get_peft_model
 
-    model = load_model(resolve(str(base)), dtype="float32", device="cpu")
+    model = load_model(fetch(str(base)), dtype="float32", device="cpu")
     options = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | options
     with quiet_libraries(), quiet_peft():
         wrapped = get_peft_model(model, LoraConfig(**options))
@@ -81,7 +81,7 @@ def logits(model) -> torch.Tensor:
 def test_the_sums_are_pefts_bit_for_bit(untied, tmp_path, kind):
     adapter = saved(untied, tmp_path / "adapter", **KINDS[kind])
     with quiet_libraries():
-        theirs = load_adapter(load_model(resolve(str(untied)), dtype="float32", device="cpu"), adapter)
+        theirs = load_adapter(load_model(fetch(str(untied)), dtype="float32", device="cpu"), adapter)
         theirs = theirs.merge_and_unload().state_dict()
     ours = load_file(merged(untied, adapter, tmp_path / "merged") / "model.safetensors")
     assert ours.keys() == theirs.keys()
@@ -123,9 +123,9 @@ def test_an_adapter_with_a_number_that_is_none_is_refused(untied, tmp_path):
 def test_tied_embeddings_of_which_one_was_adapted_are_parted(tiny_model, tmp_path, target, dora):
     adapter = saved(tiny_model, tmp_path / "adapter", target_modules=[target, "q_proj"], use_dora=dora)
     with quiet_libraries():
-        expected = logits(load_adapter(load_model(resolve(str(tiny_model)), dtype="float32", device="cpu"), adapter))
+        expected = logits(load_adapter(load_model(fetch(str(tiny_model)), dtype="float32", device="cpu"), adapter))
     folder = merged(tiny_model, adapter, tmp_path / "merged")
-    found = logits(load_model(resolve(str(folder)), dtype="float32", device="cpu"))
+    found = logits(load_model(fetch(str(folder)), dtype="float32", device="cpu"))
     assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
     assert float((expected - found).abs().max()) < 1e-4
 
@@ -272,7 +272,7 @@ def test_a_killed_merge_leaves_nothing_that_loads_as_a_model(tmp_path):
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
     assert (folder / "model-00001-of-00002.safetensors").is_file()
     with pytest.raises(ModelError, match=r"config\.json"):
-        resolve(str(folder))
+        fetch(str(folder))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from Linux")

@@ -18,9 +18,9 @@ torch = pytest.importorskip("torch")
 
 @pytest.fixture
 def loaded(tiny_model):
-    from fintune.models.load import load_model, resolve
+    from fintune.models.load import fetch, load_model
 
-    return load_model(resolve(str(tiny_model)), dtype="bfloat16", device="cpu")
+    return load_model(fetch(str(tiny_model)), dtype="bfloat16", device="cpu")
 
 
 @pytest.mark.parametrize("vocab_size", [400, 420])

@@ -33,7 +33,7 @@ def trained(tiny_model, tmp_path_factory):
     from fintune.util.quiet import quiet_libraries
 
     folder = tmp_path_factory.mktemp("train")
-    base = models.load_model(models.resolve(str(tiny_model)), dtype="float32", device="cpu")
+    base = models.load_model(models.fetch(str(tiny_model)), dtype="float32", device="cpu")
     with quiet_libraries():
         adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -69,7 +69,7 @@ def test_the_pages_are_those_of_the_generator():
 def test_losses_are_those_of_a_plain_forward_pass_and_pages_are_read_once(tiny_model, trained, tmp_path):
     guard(config(tiny_model), {"train": trained}, tmp_path)
     report = GuardReport.model_validate_json((tmp_path / "guard.json").read_bytes())
-    ref = models.resolve(str(tiny_model))
+    ref = models.fetch(str(tiny_model))
     tokenizer, base = models.load_tokenizer(ref), models.load_model(ref, dtype="float32", device="cpu")
     for at in (0, 19, 20, 21, 31):
         prompt = guard_set.prompts()[at]

@@ -24,7 +24,7 @@ torch = pytest.importorskip("torch")
 
 def inputs(tmp_path, model, *, kind="lora", scale=0.05):
     """A prepared folder and an adapter with random weights of the given size."""
-    base = models.load_model(models.resolve(str(model)), dtype="float32", device="cpu")
+    base = models.load_model(models.fetch(str(model)), dtype="float32", device="cpu")
     adapted = adapter.attach(base, AdapterOptions(kind=kind, r=4))
     torch.manual_seed(1)
     for name, weight in adapted.named_parameters():
@@ -56,8 +56,8 @@ def test_tokenizer_template_and_licence_come_along(tiny_model, tmp_path):
     shutil.copytree(tiny_model, model)
     (model / "LICENSE").write_text("mine")
     merge(config(model), inputs(tmp_path, model), tmp_path / "merge")
-    ref = models.resolve(str(tmp_path / "merge"))
-    old, new = models.load_tokenizer(models.resolve(str(model))), models.load_tokenizer(ref)
+    ref = models.fetch(str(tmp_path / "merge"))
+    old, new = models.load_tokenizer(models.fetch(str(model))), models.load_tokenizer(ref)
     assert new.chat_template == old.chat_template
     assert new("net revenue 12")["input_ids"] == old("net revenue 12")["input_ids"]
     assert new.pad_token_id == old.pad_token_id
@@ -77,7 +77,7 @@ def test_the_asked_type_is_stored(tiny_model, tmp_path):
 def in_bfloat16(model, folder):
     """A copy of the model with bfloat16 weights."""
     shutil.copytree(model, folder)
-    loaded = models.load_model(models.resolve(str(model)), dtype="bfloat16", device="cpu")
+    loaded = models.load_model(models.fetch(str(model)), dtype="bfloat16", device="cpu")
     with quiet_libraries():
         loaded.save_pretrained(folder)
     return folder
@@ -152,7 +152,7 @@ def grown(base, folder, *, saved=True, **options):
     """An adapter whose training added two tokens, in PEFT's own form; without the embeddings where not `saved`."""
     from peft import LoraConfig, get_peft_model
 
-    ref = models.resolve(str(base))
+    ref = models.fetch(str(base))
     tokenizer = models.load_tokenizer(ref)
     tokenizer.add_tokens(["<|fresh|>", "<|newer|>"], special_tokens=True)
     model = models.load_model(ref, dtype="float32", device="cpu")
@@ -188,7 +188,7 @@ def test_a_vocabulary_that_grew_in_training_is_merged_and_proved(tmp_path, tied,
     assert facts["max_logit_difference"] < 1e-4 < facts["max_logit"]
     ids = torch.tensor([[400, 5, 401, 17]])
     with torch.no_grad():
-        found = models.load_model(models.resolve(str(tmp_path / "merge")), dtype="float32", device="cpu")(ids).logits
+        found = models.load_model(models.fetch(str(tmp_path / "merge")), dtype="float32", device="cpu")(ids).logits
         assert float((found - trained.eval()(ids).logits).abs().max()) < 1e-4
 
 

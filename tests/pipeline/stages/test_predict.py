@@ -31,7 +31,7 @@ def inputs(tmp_path, tiny_model):
 
 
 def tokenizer_of(tiny_model):
-    return models.load_tokenizer(models.resolve(str(tiny_model)))
+    return models.load_tokenizer(models.fetch(str(tiny_model)))
 
 
 def run(tiny_model, inputs, folder, **options):

@@ -18,7 +18,7 @@ from fintune.data.report import lengths
 from fintune.errors import ConfigError, DataError
 from fintune.models.chat_template import encode_prompt
 from fintune.models.folder import context_tokens
-from fintune.models.load import load_tokenizer, resolve
+from fintune.models.load import fetch, load_tokenizer
 from fintune.pipeline.stages.prepare import prepare
 from fintune.records import Example, FinQARecord
 from support.paths import ROOT
@@ -64,7 +64,7 @@ def test_the_folder_holds_examples_gold_and_tokens_that_agree(config: Config, tm
     folder.mkdir()
     facts = prepare(config, {}, folder)
     assert (facts["num_train"], facts["num_eval"]) == (4, 2)
-    tokenizer = load_tokenizer(resolve(config.model.name))
+    tokenizer = load_tokenizer(fetch(config.model.name))
     for split, rows in (("train", TRAIN[:4]), ("eval", EVAL)):
         lines = (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
         examples = [Example.model_validate_json(line) for line in lines]

@@ -62,7 +62,7 @@ def test_kto_keeps_every_answer_with_its_label_behind_the_prompt_that_generation
     assert {key: sum(each[key] for each in found) for key in found[0]} == {"desired": 8, "undesired": 4}
     assert facts["num_labels"] == {"train": found[0], "eval": found[1]}
     assert f"{found[0]['desired']} desired, {found[0]['undesired']} undesired answers to train on" in facts["summary"]
-    tokenizer = models.load_tokenizer(models.resolve(str(tiny_model)))
+    tokenizer = models.load_tokenizer(models.fetch(str(tiny_model)))
     asked = []
     for split in ("train", "eval"):
         lines = (tmp_path / f"{split}.labelled.jsonl").read_text().splitlines()

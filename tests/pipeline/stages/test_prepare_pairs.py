@@ -39,7 +39,7 @@ def test_both_answers_stand_behind_the_prompt_that_generation_sees(tiny_model, t
     data = write_rows(tmp_path / "d.jsonl", pair_rows(12))
     facts = prepare(load(None, options(tiny_model, data)).config, {}, tmp_path)
     assert "eval preference pairs" in facts["summary"]
-    tokenizer = models.load_tokenizer(models.resolve(str(tiny_model)))
+    tokenizer = models.load_tokenizer(models.fetch(str(tiny_model)))
     for split in ("train", "eval"):
         kept = [Pair.model_validate_json(line) for line in (tmp_path / f"{split}.pairs.jsonl").read_text().splitlines()]
         rows = rows_of(tmp_path, split)

@@ -28,7 +28,7 @@ def run(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     options = {"run": {"name": "t"}, "model": {"name": str(tiny_model)}, "export": {"types": ("F16", "Q4_K_M")}}
     config = Config.model_validate(options | {"predict": {"models": ["base"]}})
-    base = models.load_model(models.resolve(str(tiny_model)), dtype="float32", device="cpu")
+    base = models.load_model(models.fetch(str(tiny_model)), dtype="float32", device="cpu")
     torch.manual_seed(1)  # for both matrices: a share of ten positions is asked for below
     adapted = adapter.attach(base, AdapterOptions(r=4))
     for name, weight in adapted.named_parameters():
@@ -59,10 +59,8 @@ def test_the_base_stands_beside_what_was_trained_and_fails_no_stage(run, tiny_mo
     config, inputs = run
     facts = replay(config, inputs, tmp_path)
     base, trained = (facts["replayed"][kind] for kind in ("base", "adapter"))
-    rows = module._rows(
-        config, models.load_tokenizer(models.resolve(str(tiny_model))), inputs["prepare"] / "eval.jsonl"
-    )
-    plain = models.load_model(models.resolve(str(tiny_model)), dtype=config.predict.precision, device="cpu")
+    rows = module._rows(config, models.load_tokenizer(models.fetch(str(tiny_model))), inputs["prepare"] / "eval.jsonl")
+    plain = models.load_model(models.fetch(str(tiny_model)), dtype=config.predict.precision, device="cpu")
     with torch.inference_mode():
         losses = [
             -plain(torch.tensor([row.ids])).logits[0, position - 1].log_softmax(-1)[row.ids[position]].item()

@@ -46,7 +46,7 @@ def test_the_adapter_loads_with_peft_and_changes_the_model(tiny_model, inputs, t
 
     (tmp_path / "train").mkdir()
     facts = train(config(tiny_model, learning_rate=1e-2), inputs, tmp_path / "train")
-    base = models.load_model(models.resolve(str(tiny_model)), dtype="float32", device="cpu")
+    base = models.load_model(models.fetch(str(tiny_model)), dtype="float32", device="cpu")
     ids = torch.arange(5, 25)[None]
     before = base(ids).logits.detach().clone()
     with quiet_libraries():

@@ -105,7 +105,7 @@ def test_the_adapter_of_divided_weights_is_plain_peft(tiny_model, in_two):
     from fintune.models import load as models
     from fintune.util.quiet import quiet_libraries
 
-    base = models.load_model(models.resolve(str(tiny_model)), dtype="float32", device="cpu")
+    base = models.load_model(models.fetch(str(tiny_model)), dtype="float32", device="cpu")
     with quiet_libraries():
         adapted = PeftModel.from_pretrained(base, in_two / "divided" / "adapter")
     assert any("lora_magnitude_vector" in name for name, _ in adapted.named_parameters())

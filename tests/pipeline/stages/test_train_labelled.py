@@ -65,7 +65,7 @@ def test_desired_answers_gain_over_undesired_ones_and_the_figures_are_those_of_t
     held_out = [
         LabelledAnswer.model_validate_json(line) for line in (answers / "eval.labelled.jsonl").read_text().splitlines()
     ]
-    ref = models.resolve(str(tiny_model))
+    ref = models.fetch(str(tiny_model))
     tokenizer, base = models.load_tokenizer(ref), models.load_model(ref, dtype="float32", device="cpu")
     before = [logp(base, tokenizer, one) for one in held_out]
     with quiet_libraries():

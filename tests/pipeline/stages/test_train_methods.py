@@ -60,7 +60,7 @@ def logits(model, ids=range(5, 40)):
 
 
 def base(model, **options):
-    return models.load_model(models.resolve(str(model)), dtype="float32", device="cpu", **options)
+    return models.load_model(models.fetch(str(model)), dtype="float32", device="cpu", **options)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -74,8 +74,8 @@ def test_each_method_trains_and_its_result_loads_and_differs_from_the_base(tiny_
     before = logits(base(tiny_model))
     if method == "full":
         assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "model"]
-        trained = models.load_model(models.resolve(str(tmp_path / "model")), dtype="float32", device="cpu")
-        models.load_tokenizer(models.resolve(str(tmp_path / "model")))
+        trained = models.load_model(models.fetch(str(tmp_path / "model")), dtype="float32", device="cpu")
+        models.load_tokenizer(models.fetch(str(tmp_path / "model")))
         assert facts["num_trainable"] == sum(weight.numel() for weight in trained.parameters())
     else:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "metrics.jsonl"]
@@ -228,7 +228,7 @@ def test_a_full_fine_tuning_that_moved_nothing_is_not_merged(tiny_model, prepare
     from fintune.pipeline.stages.merge import merge
     from fintune.training import full
 
-    ref = models.resolve(str(tiny_model))
+    ref = models.fetch(str(tiny_model))
     full.save(base(tiny_model), models.load_tokenizer(ref), tiny_model, tmp_path / "train" / "model")
     (tmp_path / "merge").mkdir()
     inputs = {"prepare": prepare, "train": tmp_path / "train"}

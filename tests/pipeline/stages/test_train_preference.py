@@ -60,7 +60,7 @@ def test_dpo_raises_the_margin_of_held_out_pairs_and_leaves_the_reference_alone(
     held_out = [Pair.model_validate_json(line) for line in (pairs / "eval.pairs.jsonl").read_text().splitlines()]
     trained_on = (pairs / "train.pairs.jsonl").read_text()
     assert not [pair for pair in held_out if pair.messages[-1].content in trained_on]
-    ref = models.resolve(str(tiny_model))
+    ref = models.fetch(str(tiny_model))
     tokenizer, base = models.load_tokenizer(ref), models.load_model(ref, dtype="float32", device="cpu")
     before = [margin(base, tokenizer, pair) for pair in held_out]
     with quiet_libraries():

@@ -75,7 +75,7 @@ def inspect(config: Config, console: Console, *, num_examples: int = 3, html: Pa
     """
     files = [path for path in (config.data.train, config.data.eval) if path is not None]
     outputs.check([html], [*files, *(path for source in config.data.sources for path in local_files(source))])
-    reference = models.resolve(config.model.name, revision=config.model.revision)
+    reference = models.fetch_base(config)
     tokenizer = models.load_tokenizer(reference, trust_remote_code=config.model.trust_remote_code)
     folder = config.folder / "prepare"
     report, rows, origin = _stored(config, folder, num_examples) or _fresh(config, tokenizer, num_examples)

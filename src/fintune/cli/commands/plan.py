@@ -30,9 +30,7 @@ def plan(config: Config, *, gib: float | None = None, longest: int | None = None
             f"the planner knows train.objective: sft, not {config.train.objective}",
             hint="lower train.batch_size and raise train.accumulation where memory does not suffice",
         )
-    ref = models.fetch_config(config.model.name, revision=config.model.revision)
-    assert ref.path is not None, "it brings the folder"
-    model_config = read_json(ref.path / "config.json")
+    model_config = read_json(models.fetch_config(config.model.name, revision=config.model.revision) / "config.json")
     if model_config.get("model_type") not in FAMILIES:
         raise ConfigError(
             f"the planner knows {', '.join(FAMILIES)}, not {model_config.get('model_type')}",

@@ -40,7 +40,7 @@ def lay_out_adapter(config: Config, target: Path) -> None:
         return
     beside = config.folder / ".tokenizer"
     shutil.rmtree(beside, ignore_errors=True)
-    reference = models.resolve(config.model.name, revision=config.model.revision)
+    reference = models.fetch_base(config)
     models.load_tokenizer(reference, trust_remote_code=config.model.trust_remote_code).save_pretrained(beside)
     _remove_others(target, "tokenizer", {path.name for path in beside.iterdir()})
     for path in sorted(beside.iterdir(), key=lambda path: path.name == _LAST):

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,7 @@ def export_model(config: Config, folder: Path, *, adapter: Path | None = None) -
         raise ConfigError(
             "export.importance: compute reads the training texts of a run", hint="name a file, or export the run"
         )
-    ref = models.fetch(models.resolve(config.model.name, revision=config.model.revision))
-    assert ref.path is not None, "fetch fills the path"
+    ref = models.fetch_base(config)
     if config.export.llama_cpp_path is not None:
         if adapter is not None:
             raise ConfigError(
@@ -159,14 +159,12 @@ def _compute_importance(config: Config, inputs: Mapping[str, Path], path: Path) 
 
     merged = inputs.get("merge")
     trust = config.model.trust_remote_code
-    base = models.resolve(config.model.name, revision=config.model.revision)
-    ref = base if merged is None else models.resolve(str(merged))
+    base = models.fetch_base(config)
+    ref = base if merged is None else models.fetch(str(merged))
     model: Any = models.load_model(ref, dtype=config.predict.precision, trust_remote_code=trust)
     if merged is None:
         seen = NormalFloat() if config.merge.into == "dequantised" else None
-        folder = models.fetch(base).path
-        assert folder is not None, "fetch fills the path"
-        with MergedWeights(folder, inputs["train"] / "adapter", transform=seen) as weights:
+        with MergedWeights(base.path, inputs["train"] / "adapter", transform=seen) as weights:
             rounded = RoundedWeights(weights, config.merge.dtype)
             fill_layers(model, rounded, track(rounded.tensors.values(), "merge", len(rounded.tensors)))
     rows = load_from_disk(str(inputs["prepare"] / "tokens" / "train"))
@@ -240,8 +238,7 @@ def _merged_while_read(
         raise ArtifactError(
             f"{adapter.parent} holds all weights of a model and no adapter", hint="export it from the merge stage"
         )
-    ref = models.fetch(models.resolve(config.model.name, revision=config.model.revision))
-    assert ref.path is not None, "fetch fills the path"
+    ref = models.fetch_base(config)
     with (
         tempfile.TemporaryDirectory(prefix=".model-", dir=folder) as place,
         MergedWeights(ref.path, adapter, transform=seen) as merged,
@@ -253,7 +250,7 @@ def _merged_while_read(
         carry_over(ref.path, adapter, model)
         write_json(model / "config.json", merged_config(ref.path, merged, weights.dtype))
         if not has_own_padding(model):
-            beside = models.ModelRef(ref.name, model, ref.base_name)
+            beside = replace(ref, path=model)
             settle_special_tokens(model, models.load_tokenizer(beside))
         yield model, weights
 

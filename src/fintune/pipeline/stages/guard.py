@@ -127,7 +127,7 @@ def guard(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
     import torch
 
     torch.set_num_threads(config.predict.threads or os.cpu_count() or 1)
-    ref = models.fetch(models.resolve(config.model.name, revision=config.model.revision))
+    ref = models.fetch_base(config)
     tokenizer = models.load_tokenizer(ref, trust_remote_code=config.model.trust_remote_code)
     prompts = guard_set.prompts()
     rows = _rows(tokenizer, prompts)
@@ -141,7 +141,7 @@ def guard(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
         else:
             del model
             gc.collect()
-            model = _load(config, models.resolve(str(whole)))
+            model = _load(config, models.fetch(str(whole)))
         after = _measure(config, model, tokenizer, prompts, rows, "after")
     report = _report(prompts, before, after, config.guard.threshold)
     write_atomically(folder / FILE, report.model_dump_json(indent=1) + "\n")
@@ -154,7 +154,7 @@ def guard(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
     }
 
 
-def _load(config: Config, ref: models.ModelRef) -> PreTrainedModel:
+def _load(config: Config, ref: models.ModelFolder) -> PreTrainedModel:
     # As training held it: a model that was trained in 4 bits may fit no other way.
     return models.load_model(
         ref,

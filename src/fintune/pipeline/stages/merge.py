@@ -56,8 +56,7 @@ def merge(config: Config, inputs: Mapping[str, Path], folder: Path) -> dict[str,
         ModelError: The base model cannot be used, or is not the adapter's.
         ResourceError: The disk is too small, or bitsandbytes is missing for ``merge.into: dequantised``.
     """
-    ref = models.fetch(models.resolve(config.model.name, revision=config.model.revision))
-    assert ref.path is not None, "fetch fills the path"
+    ref = models.fetch_base(config)
     whole = full.result(inputs["train"])
     if whole is not None:
         return _convert(config, inputs, ref.path, whole, folder)
@@ -79,8 +78,7 @@ def merge_adapter(config: Config, adapter: Path, folder: Path) -> dict[str, Any]
         FintuneError: As :func:`merge`.
     """
     adapter_origin.check_name(config.model.name, adapter)
-    ref = models.fetch(models.resolve(config.model.name, revision=config.model.revision))
-    assert ref.path is not None, "fetch fills the path"
+    ref = models.fetch_base(config)
     adapter_origin.check_weights(ref.path, adapter, name=config.model.name)
     asked = [(each.messages, each.answer) for each in guard_set.prompts()[:NUM_GOLDEN]]
     return _fold(config, ref.path, adapter, folder, asked)
@@ -99,7 +97,7 @@ def _fold(config: Config, base: Path, adapter: Path, folder: Path, golden: Seque
             transform=seen,
             progress=_shares(shown.advance),
         )
-    tokenizer = models.load_tokenizer(models.resolve(str(folder)), trust_remote_code=trust)
+    tokenizer = models.load_tokenizer(models.fetch(str(folder)), trust_remote_code=trust)
     settle_special_tokens(folder, tokenizer)
 
     proof = _prove((base, adapter), (folder, None), _encoded(tokenizer, golden), trust_remote_code=trust)
@@ -123,7 +121,7 @@ def _convert(config: Config, inputs: Mapping[str, Path], base: Path, trained: Pa
             f"{trained} differs from the base model in no weight", hint="it is untrained; look at train/metrics.jsonl"
         )
     trust = config.model.trust_remote_code
-    tokenizer = models.load_tokenizer(models.resolve(str(folder)), trust_remote_code=trust)
+    tokenizer = models.load_tokenizer(models.fetch(str(folder)), trust_remote_code=trust)
     settle_special_tokens(folder, tokenizer)
     golden = _encoded(tokenizer, _golden_of(inputs["prepare"] / "eval.jsonl"))
     proof = _prove((trained, None), (folder, None), golden, trust_remote_code=trust)
@@ -179,7 +177,7 @@ def _compare_whole(
 
     logits: list[list[torch.Tensor]] = []
     for path, adapter in (expected, found):
-        ref = models.resolve(str(path))
+        ref = models.fetch(str(path))
         model: Any = models.load_model(ref, dtype="float32", device="cpu", trust_remote_code=trust_remote_code)
         if adapter is not None:
             model = adapters.load_adapter(model, adapter)

@@ -175,7 +175,7 @@ def _examples(path: Path) -> list[Example]:
 
 
 def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    ref = models.fetch(models.resolve(config.model.name, revision=config.model.revision))
+    ref = models.fetch_base(config)
     return models.load_tokenizer(ref, trust_remote_code=config.model.trust_remote_code)
 
 
@@ -188,8 +188,7 @@ def _fingerprint(config: Config, inputs: Mapping[str, Path], kind: str) -> str:
     if kind.endswith(FOUR_BIT):
         return f"{_fingerprint(config, inputs, kind.removesuffix(FOUR_BIT))} 4bit"
     if kind in ("base", "adapter"):
-        ref = models.fetch(models.resolve(config.model.name, revision=config.model.revision))
-        assert ref.path is not None, "fetch fills the path"
+        ref = models.fetch_base(config)
         base = models.model_fingerprint(ref.path)
         if kind == "base":
             return base
@@ -216,12 +215,11 @@ def _open_engine(config: Config, inputs: Mapping[str, Path], kind: str, tokenize
     whole = full.result(inputs["train"]) if kind == "adapter" else None
     if whole is not None:
         name, revision = str(whole), None
-    ref = models.fetch(models.resolve(name, revision=revision))
+    ref = models.fetch(name, revision=revision)
     adapter = inputs["train"] / "adapter" if kind == "adapter" and whole is None else None
     if config.predict.engine == "vllm":
         from fintune.inference.vllm_engine import VllmEngine
 
-        assert ref.path is not None, "fetch fills the path"
         return VllmEngine(
             ref.path,
             tokenizer,

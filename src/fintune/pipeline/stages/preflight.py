@@ -56,8 +56,7 @@ def preflight(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts
             splits into other tokens, the first of which are named.
         ResourceError: xllamacpp is not installed.
     """
-    ref = models.fetch(models.resolve(config.model.name, revision=config.model.revision))
-    assert ref.path is not None, "fetch fills the path"
+    ref = models.fetch_base(config)
     tokenizer = models.load_tokenizer(ref, trust_remote_code=config.model.trust_remote_code)
     with tempfile.TemporaryDirectory(prefix=".converted-", dir=folder) as place:
         return _check(ref.path, tokenizer, _vocabulary(config, ref.path, Path(place)), folder)

@@ -32,10 +32,10 @@ def prepare(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
         ConfigError: ``prompt.max_length`` lets through rows that are longer than the model's context.
         ResourceError: A hub dataset that cannot be fetched.
     """
-    reference = models.resolve(config.model.name, revision=config.model.revision)
-    tokenizer = models.load_tokenizer(reference, trust_remote_code=config.model.trust_remote_code)
+    base = models.fetch_base(config)
+    tokenizer = models.load_tokenizer(base, trust_remote_code=config.model.trust_remote_code)
     made = preparation.make(config, tokenizer)
-    _check_context(config, reference, made)
+    _check_context(config, base, made)
     prepared.write(folder, made)
     report = made.report
     for note in report.notes():
@@ -62,10 +62,8 @@ def prepare(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
     return facts
 
 
-def _check_context(config: Config, reference: models.ModelRef, made: prepared.Prepared) -> None:
-    folder = models.fetch(reference).path
-    assert folder is not None, "fetch fills the path"
-    context = context_tokens(read_json(folder / "config.json"))
+def _check_context(config: Config, base: models.ModelFolder, made: prepared.Prepared) -> None:
+    context = context_tokens(read_json(base.path / "config.json"))
     name, num_tokens = max(
         ((row.id, row.num_at_once) for rows in made.rows.values() for row in rows), key=lambda row: row[1]
     )

@@ -65,11 +65,11 @@ def replay(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
         ModelError: A model or file that cannot be loaded.
         ResourceError: xllamacpp is not installed.
     """
-    ref = models.fetch(models.resolve(config.model.name, revision=config.model.revision))
+    ref = models.fetch_base(config)
     tokenizer = models.load_tokenizer(ref, trust_remote_code=config.model.trust_remote_code)
     rows = _rows(config, tokenizer, inputs["prepare"] / "eval.jsonl")
     whole = full.result(inputs["train"])
-    trained = ref if whole is None else models.resolve(str(whole))
+    trained = ref if whole is None else models.fetch(str(whole))
     adapter = inputs["train"] / "adapter" if whole is None else None
     model = _load(config, trained, adapter)
     references = _logits(model, rows, "what was trained")
@@ -86,7 +86,7 @@ def replay(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
     del model
     gc.collect()
     if "merge" in inputs:
-        merged = _load(config, models.resolve(str(inputs["merge"])), None)
+        merged = _load(config, models.fetch(str(inputs["merge"])), None)
         found["merged"] = own(_logits(merged, rows, "merged"))
         del merged
         gc.collect()
@@ -199,7 +199,7 @@ def _rows(config: Config, tokenizer: Any, path: Path) -> list[_Row]:
     return rows
 
 
-def _load(config: Config, ref: models.ModelRef, adapter: Path | None) -> Any:
+def _load(config: Config, ref: models.ModelFolder, adapter: Path | None) -> Any:
     model = models.load_model(
         ref,
         dtype=config.predict.precision,

@@ -121,8 +121,7 @@ def _train(config: Config, prepare: Path, rows: Dataset, folder: Path, result: P
     precision = _precision(config)
     four_bit = "; base weights in 4 bits (NF4)" if config.model.load == "4bit" else ""
     say(f"precision {precision.dtype}: {precision.reason}{four_bit}")
-    ref = models.fetch(models.resolve(config.model.name, revision=config.model.revision))
-    assert ref.path is not None, "fetch fills the path"
+    ref = models.fetch_base(config)
     if config.train.backend == "unsloth":
         unsloth.train(config, model=ref.path, prepare=prepare, folder=folder, compute=precision.dtype)
         return
@@ -201,7 +200,7 @@ def _pushes(config: Config, model: PeftModel, start: Path | None, num_rows: int)
     )
 
 
-def _is_sharded(config: Config, ref: models.ModelRef, rows: Dataset) -> bool:
+def _is_sharded(config: Config, ref: models.ModelFolder, rows: Dataset) -> bool:
     """Whether the base is divided among the GPUs; whole copies are faster, so only where they do not fit."""
     import torch
 
@@ -209,7 +208,6 @@ def _is_sharded(config: Config, ref: models.ModelRef, rows: Dataset) -> bool:
         return False
     if config.train.sharding == "full" or not torch.cuda.is_available():
         return config.train.sharding == "full"
-    assert ref.path is not None, "it was fetched"
     limit = ranks.least(planned.limit_bytes(config.train.max_memory_gib, planned.free_bytes()))
     return not planned.fits_whole(config, read_json(ref.path / "config.json"), max(map(len, rows["input_ids"])), limit)
 
@@ -255,10 +253,9 @@ def _room(config: Config, rows: Dataset, folder: Path) -> advice.Room | None:
 
     if not torch.cuda.is_available():
         return None
-    ref = models.fetch_config(config.model.name, revision=config.model.revision)
-    assert ref.path is not None, "it brings the folder"
+    model_folder = models.fetch_config(config.model.name, revision=config.model.revision)
     return advice.Room(
-        model_config=read_json(ref.path / "config.json"),
+        model_config=read_json(model_folder / "config.json"),
         longest=max(map(len, rows["input_ids"])),
         limit_bytes=planned.limit_bytes(config.train.max_memory_gib, planned.free_bytes()),
         followed_plan="predicted_peak_gib" in planned.read(folder),
