@@ -69,17 +69,17 @@ def test_the_page_has_a_column_group_a_way_and_the_differences(inputs) -> None:
     words = re.sub(r"\s+", " ", parsed.text)
     assert "What the constraint changes" in words
     assert "not measured" in words, "merged was measured in one way"
-    other = page.other_ways[0]
+    other = page.other_modes[0]
     assert (other.way, [measured.kind for measured in other.measured]) == ("example", ["base", "adapter"])
     assert {"adapter, example", "base, example"} <= set(re.findall(r"\w+, example", words))
 
 
 def test_what_else_the_page_says_is_about_the_first_way(inputs) -> None:
     both = collect(CONFIG, inputs)
-    alone = collect(CONFIG.in_way("none"), inputs)
+    alone = collect(CONFIG.with_decoding_mode("none"), inputs)
     assert both.measured == alone.measured
     assert [pair[:2] for pair in both.agreements] == [("adapter", "merged")]
-    assert alone.other_ways == []
+    assert alone.other_modes == []
     assert "colgroup" not in render(alone)
 
 

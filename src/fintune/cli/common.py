@@ -103,7 +103,7 @@ def run_stages(path: Path | None, overrides: tuple[str, ...], selection: Selecti
     if scored:
         scores = read_scored(folder, [step.removeprefix("score/") for step in scored])
         out.print()
-        print_tables(score_tables(scores, "model", first=loaded.config.predict.ways[0]))
+        print_tables(score_tables(scores, "model", first=loaded.config.predict.decoding_modes[0]))
         out.print()
     if loaded.config.data.source == "chat":
         # Nothing was scored: what the run is for are its files.

@@ -64,7 +64,7 @@ def predict_plain(
     options = loaded.config
     if max_questions is None and loaded.origin.get(_NUMBER) == OVERRIDE:
         max_questions = options.data.max_eval
-    options = options.in_way(options.predict.ways[0])
+    options = options.with_decoding_mode(options.predict.decoding_modes[0])
     named = Named.with_options(model, options, adapter=adapter, engine=engine, load_in_4bit=load_in_4bit)
     number = options.predict.num_shots
     train = train or (training_file(data) if number else None)

@@ -12,17 +12,25 @@ from fintune.config.data import DataOptions, PromptOptions, Shape, SourceOptions
 from fintune.config.export import ExportOptions, MergeOptions, ReplayOptions
 from fintune.config.guard import GuardOptions
 from fintune.config.model import AdapterOptions, ModelOptions
-from fintune.config.predict import GGUF_KINDS, WAY_MARK, ModelKind, PredictOptions, Way, kind_and_way
+from fintune.config.predict import (
+    GGUF_KINDS,
+    MODE_SEPARATOR,
+    DecodingMode,
+    ModelKind,
+    PredictOptions,
+    split_kind_and_mode,
+)
 from fintune.config.publish import PublishOptions, is_hub_name
 from fintune.config.run import Config, RunOptions
 from fintune.config.train import TrainOptions
 
 __all__ = [
     "GGUF_KINDS",
-    "WAY_MARK",
+    "MODE_SEPARATOR",
     "AdapterOptions",
     "Config",
     "DataOptions",
+    "DecodingMode",
     "ExportOptions",
     "GuardOptions",
     "MergeOptions",
@@ -38,9 +46,8 @@ __all__ = [
     "SourceOptions",
     "StatementsOptions",
     "TrainOptions",
-    "Way",
     "is_hub_name",
     "is_neutral",
-    "kind_and_way",
     "neutral",
+    "split_kind_and_mode",
 ]

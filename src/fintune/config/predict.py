@@ -11,16 +11,16 @@ from fintune.config.base import Options, neutral
 GgufKind = Literal["F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "Q3_K_M"]
 ModelKind = Literal["base", "adapter", "adapter_4bit", "merged", "merged_4bit", GgufKind, "endpoint"]
 GGUF_KINDS: tuple[GgufKind, ...] = get_args(GgufKind)
-Way = Literal["none", "general", "example"]
-"""What a completion may say: anything, any program, or a program of what its page holds."""
-WAY_MARK = "+"
-"""Stands between kind and way in the name of a step: ``predict/merged+example``."""
+DecodingMode = Literal["none", "general", "example"]
+"""What a completion may contain: anything, any program, or a program of the numbers and rows on its page."""
+MODE_SEPARATOR = "+"
+"""Separates the kind of model from the decoding mode in a step's name: ``predict/merged+example``."""
 
 
-def kind_and_way(name: str) -> tuple[str, str]:
-    """``merged`` and ``example`` of ``merged+example``; the way is "" where none of them is named."""
-    kind, _, way = name.rpartition(WAY_MARK)
-    return (kind, way) if kind and way in get_args(Way) else (name, "")
+def split_kind_and_mode(name: str) -> tuple[str, str]:
+    """Split ``merged+example`` into ``merged`` and ``example``; the mode is "" if the name has none."""
+    kind, _, mode = name.rpartition(MODE_SEPARATOR)
+    return (kind, mode) if kind and mode in get_args(DecodingMode) else (name, "")
 
 
 def _one_or_several(value: object) -> str:
@@ -63,14 +63,15 @@ class PredictOptions(Options):
         96, ge=1, description="Tokens of a completion at most; the longest gold of FinQA needs about 90."
     )
     constrain: Annotated[
-        Annotated[Way, Tag("one")] | Annotated[tuple[Way, ...], BeforeValidator(_as_tuple), Tag("several")],
+        Annotated[DecodingMode, Tag("one")]
+        | Annotated[tuple[DecodingMode, ...], BeforeValidator(_as_tuple), Tag("several")],
         Discriminator(_one_or_several),
     ] = Field(
         "none",
-        json_schema_extra={"shown_type": f"{' or '.join(get_args(Way))}, or a list of these"},
+        json_schema_extra={"shown_type": f"{' or '.join(get_args(DecodingMode))}, or a list of these"},
         description="What a completion may say: anything; only programs (`general`); or only programs of the numbers "
         "and rows on its page and FinQA's constants (`example`). A list, as `[none, example]`, measures each kind of "
-        "model in each of these ways; the first is the one that the steps named after the kind alone mean.",
+        "model in each of these modes; steps that are named after the kind alone use the first.",
     )
     strategy: Literal["greedy", "sample", "execution_guided", "vote"] = Field(
         "greedy",
@@ -101,24 +102,24 @@ class PredictOptions(Options):
     threads: int | None = neutral(None, "CPU threads; all cores where empty.", ge=1)
 
     @property
-    def ways(self) -> tuple[Way, ...]:
-        """`constrain` as a list: each kind of model is measured in each of them."""
+    def decoding_modes(self) -> tuple[DecodingMode, ...]:
+        """`constrain` as a list: each kind of model is measured in each of these modes."""
         return self.constrain if isinstance(self.constrain, tuple) else (self.constrain,)
 
-    def named_ways(self, kind: ModelKind) -> list[tuple[str, Way]]:
-        """What each way of measuring a kind is called, the first by the kind alone: ``merged``, ``merged+example``."""
-        first, *others = self.ways
-        return [(kind, first), *((f"{kind}{WAY_MARK}{way}", way) for way in others)]
+    def named_modes(self, kind: ModelKind) -> list[tuple[str, DecodingMode]]:
+        """Name each decoding mode of a kind; the first has the kind's own name: ``merged``, ``merged+example``."""
+        first, *others = self.decoding_modes
+        return [(kind, first), *((f"{kind}{MODE_SEPARATOR}{mode}", mode) for mode in others)]
 
     @field_validator("constrain")
     @classmethod
-    def _each_way_once(cls, value: Way | tuple[Way, ...]) -> Way | tuple[Way, ...]:
+    def _each_mode_once(cls, value: DecodingMode | tuple[DecodingMode, ...]) -> DecodingMode | tuple[DecodingMode, ...]:
         if not isinstance(value, tuple):
             return value
         if not value:
-            raise ValueError("predict.constrain is an empty list; name a way, such as none")
-        if twice := next((way for at, way in enumerate(value) if way in value[:at]), None):
-            raise ValueError(f"predict.constrain names {twice} twice; name each way once")
+            raise ValueError("predict.constrain is an empty list; name a mode, such as none")
+        if twice := next((mode for index, mode in enumerate(value) if mode in value[:index]), None):
+            raise ValueError(f"predict.constrain names {twice} twice; name each mode once")
         return value if len(value) > 1 else value[0]
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ from fintune.config.data import DataOptions, PromptOptions
 from fintune.config.export import ExportOptions, MergeOptions, ReplayOptions
 from fintune.config.guard import GuardOptions
 from fintune.config.model import AdapterOptions, ModelOptions
-from fintune.config.predict import GGUF_KINDS, PredictOptions, Way
+from fintune.config.predict import GGUF_KINDS, DecodingMode, PredictOptions
 from fintune.config.preference import obstacle
 from fintune.config.publish import PublishOptions
 from fintune.config.train import TrainOptions
@@ -101,9 +101,9 @@ class Config(Options):
             raise ValueError(found)
         return self
 
-    def in_way(self, way: Way) -> Config:
-        """The same, with completions constrained in one way alone."""
-        return self.model_copy(update={"predict": self.predict.model_copy(update={"constrain": way})})
+    def with_decoding_mode(self, mode: DecodingMode) -> Config:
+        """Return the same options with a single decoding mode."""
+        return self.model_copy(update={"predict": self.predict.model_copy(update={"constrain": mode})})
 
     @property
     def folder(self) -> Path:

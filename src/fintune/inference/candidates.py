@@ -35,10 +35,10 @@ def decoding(options: PredictOptions, grammars: tuple[Grammar, ...] | None) -> D
 
 def grammars(options: PredictOptions, records: Iterable[FinQARecord]) -> tuple[Grammar, ...] | None:
     """What may be said about each record; one and the same grammar for all where it is the whole language."""
-    way = options.ways[0]
-    if way == "none":
+    mode = options.decoding_modes[0]
+    if mode == "none":
         return None
-    if way == "general":
+    if mode == "general":
         whole = general()
         return tuple(whole for _ in records)
     return tuple(

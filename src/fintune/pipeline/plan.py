@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import get_args
 
-from fintune.config import GGUF_KINDS, Config, ModelKind, PredictOptions, Way
+from fintune.config import GGUF_KINDS, Config, DecodingMode, ModelKind, PredictOptions
 from fintune.manifest import Facts
 from fintune.pipeline import disk_estimate as disk
 from fintune.pipeline import inputs as step_inputs
@@ -178,12 +178,12 @@ def _export(config: Config) -> Step:
 def _measure(config: Config, kind: ModelKind) -> list[Step]:
     if kind not in config.predict.models or config.data.source == "chat":
         return []  # a conversation has no official verdict; train.eval_steps measures the loss on what is held out
-    steps = (_predict_and_score(kind, name, way) for name, way in config.predict.named_ways(kind))
+    steps = (_predict_and_score(kind, name, mode) for name, mode in config.predict.named_modes(kind))
     return [step for pair in steps for step in pair]
 
 
-def _predict_and_score(kind: ModelKind, name: str, way: Way) -> tuple[Step, Step]:
-    """A kind of model in one way: what that way was made with says nothing of the others, which may come and go."""
+def _predict_and_score(kind: ModelKind, name: str, mode: DecodingMode) -> tuple[Step, Step]:
+    """The two steps of a kind of model in one decoding mode; they depend on no other mode."""
     needs = NEEDS.get(kind)
     predict = Step(
         f"predict/{name}",
@@ -194,7 +194,7 @@ def _predict_and_score(kind: ModelKind, name: str, way: Way) -> tuple[Step, Step
         disk.predict_bytes,
         resumes=True,
         check=step_inputs.check_four_bit_model if kind.endswith("_4bit") else step_inputs.check_model,
-        view=lambda config: config.in_way(way),
+        view=lambda config: config.with_decoding_mode(mode),
         may_change=("predict.batch_size",),  # what the advice on memory lowers, amid a run whose other kinds are done
     )
     score = Step(

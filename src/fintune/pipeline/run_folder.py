@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from fintune.config import WAY_MARK
+from fintune.config import MODE_SEPARATOR
 from fintune.config.load import fields
 from fintune.errors import ArtifactError
 from fintune.manifest import MANIFEST, Manifest
@@ -24,8 +24,8 @@ def overrides_of(folder: Path, *, with_data: bool = False) -> list[str]:
         ArtifactError: It holds no finished stage, none that tells the data, or a manifest that cannot be read.
     """
     found: dict[str, object] = {}
-    predicted = [path for path in folder.glob(f"predict/*/{MANIFEST}") if WAY_MARK not in path.parent.name]
-    for path in sorted([*folder.glob(f"*/{MANIFEST}"), *predicted]):  # a kind's name alone means its first way
+    predicted = [path for path in folder.glob(f"predict/*/{MANIFEST}") if MODE_SEPARATOR not in path.parent.name]
+    for path in sorted([*folder.glob(f"*/{MANIFEST}"), *predicted]):  # a kind's name means its first mode
         try:
             found |= Manifest.model_validate_json(path.read_bytes()).key.options
         except (OSError, ValidationError) as error:

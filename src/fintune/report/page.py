@@ -26,16 +26,16 @@ def render(page: RunPage) -> str:
     compared = [pairs.pair(page, a, b, agreement) for a, b, agreement in page.agreements]
     trained, prepared = training.context(page.metrics), data.context(page.data)
     sure, guarded = confidence.context(page), guard.context(page.guard)
-    replayed, measured = replay.context(page), accuracy.in_every_way(page)
+    replayed, measured = replay.context(page), accuracy.in_every_mode(page)
     index, pages = ("", "")
-    if page.records and (page.predictions or page.other_ways):
+    if page.records and (page.predictions or page.other_modes):
         answers = {
             accuracy.label(kind, way): {
                 id_: Answer.of(prediction, verdicts.get(kind, {}).get(id_)) for id_, prediction in by_id.items()
             }
             for way, predictions, verdicts in (
                 ("", page.predictions, page.verdicts),
-                *((other.way, other.predictions, other.verdicts) for other in page.other_ways),
+                *((other.way, other.predictions, other.verdicts) for other in page.other_modes),
             )
             for kind, by_id in predictions.items()
         }

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-from fintune.config import GGUF_KINDS, Config, Way
+from fintune.config import GGUF_KINDS, Config, DecodingMode
 from fintune.evaluation.agreement import Agreement, compare
 from fintune.evaluation.metrics import Rates, Score
 from fintune.evaluation.verdict import Judged
@@ -25,7 +25,7 @@ KINDS: Mapping[str, str] = {
 """Kinds of model in the order of the chain, with the name that the page gives them."""
 _USUAL = ("base", "adapter", "adapter_4bit", "merged", "merged_4bit", "F16", "Q4_K_M", "endpoint")
 _COLOURS = {kind: number for number, kind in enumerate([*_USUAL, *(kind for kind in KINDS if kind not in _USUAL)])}
-WAYS: Mapping[Way, str] = {
+WAYS: Mapping[DecodingMode, str] = {
     "none": "free",
     "general": "programs only",
     "example": "only programs of the page's numbers and rows",
@@ -53,10 +53,10 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class OtherWay:
+class ModeResults:
     """The same kinds of model, their completions constrained otherwise; fields as those of :class:`RunPage`."""
 
-    way: Way
+    way: DecodingMode
     measured: Sequence[Measured]
     predictions: Mapping[str, Mapping[str, Prediction]]
     verdicts: Mapping[str, Mapping[str, Judged]]
@@ -95,7 +95,7 @@ class RunPage:
         verdicts: By kind, then by id.
         made: One for each stage, in the order of the run.
         token_names: Text of a token by its id, where the tokenizer is at hand.
-        other_ways: The ways of ``predict.constrain`` behind the first, which is what all of the above is of.
+        other_modes: The ways of ``predict.constrain`` behind the first, which is what all of the above is of.
     """
 
     name: str
@@ -111,7 +111,7 @@ class RunPage:
     verdicts: Mapping[str, Mapping[str, Judged]] = field(default_factory=dict)
     made: Sequence[Made] = ()
     token_names: Mapping[int, str] = field(default_factory=dict)
-    other_ways: Sequence[OtherWay] = ()
+    other_modes: Sequence[ModeResults] = ()
 
     @property
     def agreements(self) -> list[tuple[str, str, Agreement]]:

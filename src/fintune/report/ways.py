@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from fintune.config import kind_and_way
+from fintune.config import split_kind_and_mode
 from fintune.evaluation.metrics import Rates, read_score
 from fintune.evaluation.paired import Paired, paired
 from fintune.evaluation.verdict import read_verdicts
@@ -71,7 +71,7 @@ def score_tables(scored: Mapping[str, Scored], what: str, first: str = "plain") 
     """
     kinds: dict[str, dict[str, Scored]] = {}
     for name, each in scored.items():
-        kind, way = kind_and_way(name)
+        kind, way = split_kind_and_mode(name)
         kinds.setdefault(kind, {})[way] = each
     if all(len(by_way) == 1 for by_way in kinds.values()):
         return [score_table({name: each.score for name, each in scored.items()}, what)]

@@ -9,14 +9,14 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from fintune.config import GGUF_KINDS, WAY_MARK, Config, Way, kind_and_way
+from fintune.config import GGUF_KINDS, MODE_SEPARATOR, Config, DecodingMode, split_kind_and_mode
 from fintune.errors import ArtifactError
 from fintune.evaluation.metrics import read_score
 from fintune.evaluation.verdict import read_verdicts
 from fintune.manifest import MANIFEST, Facts, Manifest
 from fintune.records import Example, FinQARecord, Prediction
 from fintune.report.page import render
-from fintune.report.run_page import KINDS, Made, Measured, OtherWay, RunPage
+from fintune.report.run_page import KINDS, Made, Measured, ModeResults, RunPage
 from fintune.util.files import write_atomically
 
 M = TypeVar("M", bound=BaseModel)
@@ -54,7 +54,7 @@ def collect(config: Config, inputs: Mapping[str, Path]) -> RunPage:
     Raises:
         ArtifactError: A file that is missing or cannot be read.
     """
-    first, *others = (_way(way, place, inputs) for place, way in enumerate(config.predict.ways))
+    first, *others = (_way(way, place, inputs) for place, way in enumerate(config.predict.decoding_modes))
     prepare, train = inputs.get("prepare"), inputs.get("train")
     return RunPage(
         name=config.run.name,
@@ -70,13 +70,13 @@ def collect(config: Config, inputs: Mapping[str, Path]) -> RunPage:
         verdicts=first.verdicts,
         made=[_made(step, path) for step, path in inputs.items()],
         token_names=_token_names(inputs),
-        other_ways=[other for other in others if other.predictions],
+        other_modes=[other for other in others if other.predictions],
     )
 
 
-def _way(way: Way, place: int, inputs: Mapping[str, Path]) -> OtherWay:
+def _way(way: DecodingMode, place: int, inputs: Mapping[str, Path]) -> ModeResults:
     """One way of ``predict.constrain``, by its place there: the first has the kinds' own names."""
-    names = {kind: f"{kind}{WAY_MARK}{way}" if place else kind for kind in KINDS}
+    names = {kind: f"{kind}{MODE_SEPARATOR}{way}" if place else kind for kind in KINDS}
     predictions = {
         kind: {prediction.id: prediction for prediction in _lines(inputs[step] / "predictions.jsonl", Prediction)}
         for kind, name in names.items()
@@ -92,7 +92,7 @@ def _way(way: Way, place: int, inputs: Mapping[str, Path]) -> OtherWay:
         for kind in verdicts
         if kind in predictions
     ]
-    return OtherWay(way, measured, predictions, verdicts)
+    return ModeResults(way, measured, predictions, verdicts)
 
 
 def _measured(kind: str, inputs: Mapping[str, Path], score: Path, predictions: Mapping[str, Prediction]) -> Measured:
@@ -185,5 +185,5 @@ def _object(path: Path) -> dict[str, Any]:
 
 def _unreadable(path: Path, reason: str) -> ArtifactError:
     name, above = path.parent.name, path.parent.parent.name
-    step = f"{above}/{name}" if kind_and_way(name)[0] in KINDS else name
+    step = f"{above}/{name}" if split_kind_and_mode(name)[0] in KINDS else name
     return ArtifactError(f"{path}: cannot be read ({reason})", hint=f"--redo {step} makes it anew")

@@ -47,7 +47,7 @@ def hero(page: RunPage) -> dict[str, str]:
 def decoded(page: RunPage) -> str:
     """How tokens were chosen, where it was not the usual way: such figures stand beside no others."""
     options = page.config.predict
-    way = options.ways[0]
+    way = options.decoding_modes[0]
     kept = {
         "none": "",
         "general": "Completions were kept to the program language.",
@@ -67,9 +67,9 @@ def label(kind: str, way: str = "") -> str:
     return f"{KINDS.get(kind, kind)}, {way}" if way else KINDS.get(kind, kind)
 
 
-def in_every_way(page: RunPage) -> list[tuple[Measured, str]]:
+def in_every_mode(page: RunPage) -> list[tuple[Measured, str]]:
     """Each kind of model in the order of the chain, with its way; "" is the first."""
-    ways = [("", page.measured), *((other.way, other.measured) for other in page.other_ways)]
+    ways = [("", page.measured), *((other.way, other.measured) for other in page.other_modes)]
     found = [(each, way) for way, measured in ways for each in measured]
     return sorted(found, key=lambda each: list(KINDS).index(each[0].kind))
 

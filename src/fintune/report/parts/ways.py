@@ -5,26 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fintune.config import Way
+from fintune.config import DecodingMode
 from fintune.evaluation.paired import paired
 from fintune.report.parts.accuracy import row
-from fintune.report.run_page import KINDS, WAYS, Measured, OtherWay, RunPage, colour
+from fintune.report.run_page import KINDS, WAYS, Measured, ModeResults, RunPage, colour
 
-_ByWay = Mapping[Way, Mapping[str, Measured]]
+_ByWay = Mapping[DecodingMode, Mapping[str, Measured]]
 
 
 def context(page: RunPage) -> dict[str, Any] | None:
     """What the template prints; None where everything was measured in one way."""
-    first = OtherWay(page.config.predict.ways[0], page.measured, page.predictions, page.verdicts)
-    if not page.other_ways:
+    first = ModeResults(page.config.predict.decoding_modes[0], page.measured, page.predictions, page.verdicts)
+    if not page.other_modes:
         return None
-    ways = [first, *page.other_ways]
+    ways = [first, *page.other_modes]
     by_way: _ByWay = {each.way: {measured.kind: measured for measured in each.measured} for each in ways}
     return {
         "first": first.way,
         "titles": [{"way": each.way, "words": WAYS[each.way]} for each in ways],
         "rows": list(_rows(by_way)),
-        "differences": [each for other in page.other_ways for each in _differences(first, other)],
+        "differences": [each for other in page.other_modes for each in _differences(first, other)],
     }
 
 
@@ -35,7 +35,7 @@ def _rows(by_way: _ByWay) -> Iterator[dict[str, Any]]:
             yield {**{name: known[0][name] for name in ("label", "colour", "num", "megabytes")}, "cells": cells}
 
 
-def _differences(first: OtherWay, other: OtherWay) -> Iterator[dict[str, Any]]:
+def _differences(first: ModeResults, other: ModeResults) -> Iterator[dict[str, Any]]:
     """What the other way changes in each kind of model that was scored in both."""
     before = {measured.kind: measured for measured in first.measured}
     for after in other.measured:
