@@ -162,15 +162,15 @@ def surroundings() -> dict[str, Any]:
     from importlib.metadata import version
     from importlib.util import find_spec
 
-    from fintune.util.system import commit, machine
+    from fintune.util.system import checkout_commit, machine_facts
 
     return {
-        "machine": machine(),
+        "machine": machine_facts(),
         "python": sys.version.split()[0],
         "versions": {
             name: version(name) for name in ("torch", "transformers", "llguidance", "xllamacpp") if find_spec(name)
         },
-        "commit": commit(),
+        "commit": checkout_commit(),
     }
 
 

@@ -330,10 +330,15 @@ def summary(runs: dict[str, dict[str, object]], shape: str) -> dict[str, object]
 
 def machine() -> dict[str, object]:
     """Processor, cores and versions."""
-    from fintune.util.system import machine as described
-    from fintune.util.system import versions
+    from fintune.util.system import installed_versions
+    from fintune.util.system import machine_facts as described
 
-    return {**described(), "load": os.getloadavg()[0], "python": platform.python_version(), "versions": versions()}
+    return {
+        **described(),
+        "load": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "versions": installed_versions(),
+    }
 
 
 if __name__ == "__main__":

@@ -90,9 +90,9 @@ def _command(model: Path, length: int, steps: int) -> list[object]:
 
 def _run_within(limit_gib: float, words: list[str]) -> None:
     """Run a program as if the GPU had no more memory for tensors."""
-    from fintune.util.system import settle_environment
+    from fintune.util.system import configure_environment
 
-    settle_environment()
+    configure_environment()
     import torch
 
     if torch.cuda.is_available():

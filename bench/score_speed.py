@@ -56,7 +56,7 @@ def compare(finqa: Path, repeats: int, script: Path | None) -> dict[str, Any]:
     """All ways on both sets; the official ones run once, between the runs of fintune."""
     from importlib.metadata import version
 
-    from fintune.util.system import commit, machine
+    from fintune.util.system import checkout_commit, machine_facts
 
     load_before = os.getloadavg()[0]
     sets = {}
@@ -94,10 +94,10 @@ def compare(finqa: Path, repeats: int, script: Path | None) -> dict[str, Any]:
         "what": "scoring time of the official way (bench/official_way.py) over that of fintune, cold caches",
         "sets": sets,
         "load_average_before": round(load_before, 2),
-        "machine": machine(),
+        "machine": machine_facts(),
         "python": sys.version.split()[0],
         "sympy": version("sympy"),
-        "commit": commit(),
+        "commit": checkout_commit(),
     }
 
 

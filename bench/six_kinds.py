@@ -147,9 +147,9 @@ def difference(free: Path, constrained: Path) -> dict[str, Any]:
 
 def surroundings() -> dict[str, Any]:
     """What the figures hold for."""
-    from fintune.util import system as machine
+    from fintune.util.system import checkout_commit, installed_versions, machine_facts
 
-    return {"machine": machine.machine(), "versions": machine.versions(), "commit": machine.commit()}
+    return {"machine": machine_facts(), "versions": installed_versions(), "commit": checkout_commit()}
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def _compared(results: dict[str, dict]) -> dict:
 def _report(results: dict[str, dict], options: argparse.Namespace) -> dict:
     import torch
 
-    from fintune.util import system as machine
+    from fintune.util.system import installed_versions
 
     here = torch.cuda.get_device_name(0) if torch.cuda.is_available() else platform.processor()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
@@ -146,7 +146,7 @@ def _report(results: dict[str, dict], options: argparse.Namespace) -> dict:
         "command": " ".join(sys.argv),
         "machine": here,
         "commit": commit,
-        "versions": machine.versions(),
+        "versions": installed_versions(),
         "steps": options.steps,
         "batch": options.batch,
         "compared": _compared(results),

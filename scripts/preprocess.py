@@ -22,10 +22,10 @@ FILE = click.Path(path_type=Path)
 def preprocess(input_json: Path, output_dataset: Path, strict: bool) -> None:
     """Check FinQA records and write them as a dataset; needs no model."""
     from fintune.cli.legacy.preprocess import preprocess as stage
-    from fintune.util.files import abridged
+    from fintune.util.text import abridge_remarks
 
     done = stage(input_json, output_dataset, strict=strict)
-    for problem in abridged(done.problems):
+    for problem in abridge_remarks(done.problems):
         click.echo(f"fintune: {problem}", err=True)
     left_out = ", ".join(f"{number} {reason}" for reason, number in done.dropped.items())
     click.echo(f"{output_dataset}: {done.num_records} records{left_out and f', left out {left_out}'}")

@@ -21,6 +21,7 @@ from fintune import __version__
 from fintune.cli import main as cli
 from fintune.errors import DataError
 from fintune.pipeline.runner import Pipeline
+from fintune.util.signals import RESUME_MESSAGE
 from support.paths import ROOT
 
 DEMO = str(ROOT / "configs" / "demo.yaml")
@@ -392,7 +393,7 @@ def test_an_interruption_says_how_to_go_on_where_something_does(run, monkeypatch
         patched.setattr(Pipeline, "run", interrupted)
         done = run("run", DEMO)
     assert done.status == 130
-    assert done.err.strip() == "fintune: interrupted; the same command goes on from here"
+    assert done.err.strip() == f"fintune: {RESUME_MESSAGE}"
     monkeypatch.setattr("fintune.cli.commands.inspect.inspect", interrupted)
     done = run("inspect", DEMO)
     assert (done.status, done.err.strip()) == (130, "fintune: interrupted"), "nothing goes on there"

@@ -14,7 +14,7 @@ from fintune.inference.transformers_engine import TransformersEngine
 from fintune.models import chat_template as chat
 from fintune.models import load as models
 from fintune.records import Message
-from fintune.util.quiet import quiet_libraries
+from fintune.util.console import quiet_libraries
 
 torch = pytest.importorskip("torch")
 

@@ -23,8 +23,8 @@ ALL = ["prepare", "train", "predict/base", "predict/merged", "report"]
 @pytest.fixture
 def chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Chain:
     # Asking git and the installed packages takes longer than all these steps.
-    monkeypatch.setattr("fintune.util.system.commit", lambda: "0123456789ab")
-    monkeypatch.setattr("fintune.util.system.versions", lambda: {"python": "3"})
+    monkeypatch.setattr("fintune.util.system.checkout_commit", lambda: "0123456789ab")
+    monkeypatch.setattr("fintune.util.system.installed_versions", lambda: {"python": "3"})
     return Chain(tmp_path / "runs")
 
 

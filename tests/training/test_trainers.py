@@ -8,7 +8,7 @@ import trl
 
 from fintune.config import TrainOptions
 from fintune.training.trainers import make_arguments
-from fintune.util.quiet import quiet_libraries
+from fintune.util.console import quiet_libraries
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo", "kto"])

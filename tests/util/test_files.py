@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from fintune.errors import FintuneError
-from fintune.util import files as outputs
+from fintune.util.files import atomic_folder, check_outputs, make_folder, write_output
+from fintune.util.text import MAX_REMARKS, abridge_remarks
 
 
 def test_a_file_that_is_read_is_no_target_by_whatever_name(tmp_path: Path) -> None:
@@ -18,39 +19,39 @@ def test_a_file_that_is_read_is_no_target_by_whatever_name(tmp_path: Path) -> No
     for name in ("gold.json", "x/../gold.json", "link.json"):
         (tmp_path / "x").mkdir(exist_ok=True)
         with pytest.raises(FintuneError, match="is read, and would be overwritten"):
-            outputs.check([tmp_path / name], read=[tmp_path / "gold.json"])
+            check_outputs([tmp_path / name], inputs=[tmp_path / "gold.json"])
 
 
 def test_two_targets_of_one_place_a_folder_and_a_missing_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FintuneError, match=r"a\.csv: would be written twice"):
-        outputs.check([tmp_path / "a.csv", None, tmp_path / "a.csv"], read=[])
-    with pytest.raises(FintuneError, match="a folder, and no file"):
-        outputs.check([tmp_path], read=[])
+        check_outputs([tmp_path / "a.csv", None, tmp_path / "a.csv"], inputs=[])
+    with pytest.raises(FintuneError, match="is a folder, so no file"):
+        check_outputs([tmp_path], inputs=[])
     with pytest.raises(FintuneError, match="its folder does not exist"):
-        outputs.check([tmp_path / "no" / "a.csv"], read=[])
-    outputs.check([tmp_path / "a.csv", tmp_path / "b.csv"], read=[tmp_path / "c"])
+        check_outputs([tmp_path / "no" / "a.csv"], inputs=[])
+    check_outputs([tmp_path / "a.csv", tmp_path / "b.csv"], inputs=[tmp_path / "c"])
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing_beside(tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     with pytest.raises(FintuneError, match="taken: cannot be written"):
-        outputs.write(tmp_path / "taken", "text")
+        write_output(tmp_path / "taken", "text")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
     with pytest.raises(FintuneError, match="cannot be made"):
         (tmp_path / "file").write_text("")
-        outputs.make_folder(tmp_path / "file" / "below")
+        make_folder(tmp_path / "file" / "below")
 
 
 def test_of_many_remarks_the_first_are_shown_and_the_others_counted() -> None:
-    lines = [f"row {k}" for k in range(outputs.MAX_REMARKS + 5)]
-    shown = outputs.abridged(lines, "--json writes all of them")
-    assert shown == [*lines[: outputs.MAX_REMARKS], "and 5 more remarks; --json writes all of them"]
-    assert outputs.abridged(lines[:-4]) == lines[:-4]
+    lines = [f"row {k}" for k in range(MAX_REMARKS + 5)]
+    shown = abridge_remarks(lines, "--json writes all of them")
+    assert shown == [*lines[:MAX_REMARKS], "and 5 more remarks; --json writes all of them"]
+    assert abridge_remarks(lines[:-4]) == lines[:-4]
 
 
 def test_a_remark_about_the_data_does_not_steer_the_terminal() -> None:
-    assert outputs.abridged(["id a\x1b[2J\tb"]) == ["id a\\x1b[2J\tb"]
-    assert outputs.abridged(["\x7f"] * 30)[0] == "\\x7f"
+    assert abridge_remarks(["id a\x1b[2J\tb"]) == ["id a\\x1b[2J\tb"]
+    assert abridge_remarks(["\x7f"] * 30)[0] == "\\x7f"
 
 
 def test_a_link_to_an_empty_folder_leads_to_the_whole_one_and_an_empty_folder_outlives_a_failure(
@@ -59,10 +60,10 @@ def test_a_link_to_an_empty_folder_leads_to_the_whole_one_and_an_empty_folder_ou
     place, link = tmp_path / "there", tmp_path / "link"
     place.mkdir()
     link.symlink_to(place)
-    with pytest.raises(ZeroDivisionError), outputs.whole_folder(link):
+    with pytest.raises(ZeroDivisionError), atomic_folder(link):
         assert 1 / 0
     assert list(place.iterdir()) == []
-    with outputs.whole_folder(link) as folder:
+    with atomic_folder(link) as folder:
         (folder / "file").write_text("text")
     assert link.is_symlink() and (place / "file").read_text() == "text"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "there"]
@@ -77,7 +78,7 @@ def test_a_folder_that_cannot_be_replaced_is_refused_before_the_work(tmp_path: P
 
     def refused(name: Path, why: str) -> None:
         worked = False
-        with pytest.raises(FintuneError, match=rf"{why}\).*name a folder in it"), outputs.whole_folder(name):
+        with pytest.raises(FintuneError, match=rf"{why}\).*name a folder in it"), atomic_folder(name):
             worked = True
         assert not worked and list(tmp_path.iterdir()) == [here] and list(here.iterdir()) == []
 
@@ -91,8 +92,8 @@ def test_a_folder_that_cannot_be_replaced_is_refused_before_the_work(tmp_path: P
 
 def test_a_stopped_process_leaves_nothing_of_the_folder(tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys; from pathlib import Path; from fintune.util.files import whole_folder\n"
-        "with whole_folder(Path(sys.argv[1])) as folder:\n"
+        "import os, signal, sys; from pathlib import Path; from fintune.util.files import atomic_folder\n"
+        "with atomic_folder(Path(sys.argv[1])) as folder:\n"
         "    (folder / 'half').write_text(''); os.kill(os.getpid(), signal.SIGTERM)"
     )
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "out"], capture_output=True, text=True, check=False)
@@ -102,7 +103,7 @@ def test_a_stopped_process_leaves_nothing_of_the_folder(tmp_path: Path) -> None:
 
 def test_an_error_names_the_folder_that_was_named(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(FintuneError) as raised, outputs.whole_folder(tmp_path / "out") as folder:
+    with pytest.raises(FintuneError) as raised, atomic_folder(tmp_path / "out") as folder:
         raise FintuneError(f"{folder}: full, {folder.name}", hint=f"look at {folder}")
     assert str(raised.value) == f"{tmp_path}/out: full, out: look at {tmp_path}/out"
     assert signal.getsignal(signal.SIGTERM) is before

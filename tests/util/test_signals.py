@@ -12,17 +12,18 @@ from pathlib import Path
 import pytest
 
 from fintune.util import signals as stopping
+from fintune.util.signals import RESUME_MESSAGE, interrupt_message, sigterm_as_interrupt
 
 COMMAND = """
 import subprocess, sys
 import click
 from fintune.cli.main import main
-from fintune.util.signals import GOES_ON, told
+from fintune.util.signals import RESUME_MESSAGE, interrupt_message
 
 @click.command()
 @click.argument("words", nargs=-1)
 def convert(words):
-    with told(GOES_ON):
+    with interrupt_message(RESUME_MESSAGE):
         subprocess.run([sys.executable, "-c", *words])
 
 main(convert)
@@ -39,13 +40,13 @@ def test_sigterm_ends_the_tool_at_work_and_says_how_to_go_on(tmp_path: Path) -> 
     file = tmp_path / "pid"
     command = [sys.executable, "-c", COMMAND, TOOL, str(file)]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
-    assert (done.returncode, done.stderr.strip()) == (143, "fintune: interrupted; the same command goes on from here")
+    assert (done.returncode, done.stderr.strip()) == (143, f"fintune: {RESUME_MESSAGE}")
     with pytest.raises(ProcessLookupError):
         os.kill(int(file.read_text()), 0)
 
 
 def test_a_fork_is_ended_by_sigterm_as_ever() -> None:
-    with stopping.as_by_ctrl_c():
+    with sigterm_as_interrupt():
         child = os.fork()
         if child == 0:
             try:
@@ -60,14 +61,14 @@ def test_a_handler_that_is_there_stays_and_no_other_thread_sets_one() -> None:
     found = []
 
     def look() -> None:
-        with stopping.as_by_ctrl_c():
+        with sigterm_as_interrupt():
             found.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=look)
     thread.start()
     thread.join()
     assert found == [before]
-    with stopping.as_by_ctrl_c():
+    with sigterm_as_interrupt():
         outer = signal.getsignal(signal.SIGTERM)
         look()
     assert found[1:] == [outer] != [before]
@@ -75,7 +76,7 @@ def test_a_handler_that_is_there_stays_and_no_other_thread_sets_one() -> None:
 
 
 def test_what_knows_more_about_the_interruption_is_heard_and_its_kind_is_kept() -> None:
-    with pytest.raises(stopping.Terminated, match=r"^goes on from step 3$"), stopping.told("interrupted"):
+    with pytest.raises(stopping.Terminated, match=r"^goes on from step 3$"), interrupt_message("interrupted"):
         raise stopping.Terminated("goes on from step 3")
-    with pytest.raises(stopping.Terminated, match=r"^interrupted$"), stopping.told("interrupted"):
+    with pytest.raises(stopping.Terminated, match=r"^interrupted$"), interrupt_message("interrupted"):
         raise stopping.Terminated

@@ -11,18 +11,21 @@ from pathlib import Path
 import pytest
 
 from fintune.util import system as machine
+from fintune.util.memory import peak_memory_bytes, release_memory, reset_peak_memory
+from fintune.util.system import checkout_commit, configure_environment, installed_versions, machine_facts
+from fintune.util.text import format_bytes, format_duration
 
 
 def test_versions_name_python_and_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "PACKAGES", ("pydantic", "no-such-package-here"))
-    found = machine.versions()
+    found = installed_versions()
     assert found.keys() == {"python", "pydantic"}
     assert found["python"] == platform.python_version()
 
 
 def test_the_facts_of_a_machine_name_no_host_user_or_path() -> None:
-    told = json.dumps(machine.machine())
-    assert int(machine.machine()["cores"]) > 0
+    told = json.dumps(machine_facts())
+    assert int(machine_facts()["cores"]) > 0
     assert socket.gethostname() not in told
     assert str(Path.home()) not in told
 
@@ -47,13 +50,13 @@ ALLOC_CONF = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_the_commit_is_marked_where_files_differ_from_it(checkout: Path) -> None:
-    clean = machine.commit()
+    clean = checkout_commit()
     assert clean is not None
     assert len(clean) == 12
     (checkout.parent / "new.txt").write_text("untracked files are the user's own")
-    assert machine.commit() == clean
+    assert checkout_commit() == clean
     checkout.write_text("y")
-    assert machine.commit() == f"{clean}+"
+    assert checkout_commit() == f"{clean}+"
 
 
 def test_there_is_no_commit_outside_a_checkout_or_without_git(
@@ -61,22 +64,22 @@ def test_there_is_no_commit_outside_a_checkout_or_without_git(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "which", lambda _: None)
-        assert machine.commit() is None
+        assert checkout_commit() is None
     shutil.rmtree(tmp_path / ".git")
-    assert machine.commit() is None
+    assert checkout_commit() is None
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs a kernel that forgets the peak")
 def test_peak_memory_covers_what_was_held_and_can_start_anew() -> None:
-    machine.reset_peak_memory()
-    before = machine.peak_memory_bytes()
+    reset_peak_memory()
+    before = peak_memory_bytes()
     held = bytearray(64 << 20)
     held[::4096] = b"x" * len(held[::4096])
-    peak = machine.peak_memory_bytes()
+    peak = peak_memory_bytes()
     assert peak > before + (48 << 20)
     del held
-    machine.reset_peak_memory()
-    assert machine.peak_memory_bytes() <= peak
+    reset_peak_memory()
+    assert peak_memory_bytes() <= peak
 
 
 @pytest.mark.parametrize(
@@ -95,7 +98,7 @@ def test_peak_memory_covers_what_was_held_and_can_start_anew() -> None:
     ],
 )
 def test_sizes_are_for_people(num_bytes: float, told: str) -> None:
-    assert machine.size(num_bytes) == told
+    assert format_bytes(num_bytes) == told
 
 
 @pytest.mark.parametrize(
@@ -103,21 +106,21 @@ def test_sizes_are_for_people(num_bytes: float, told: str) -> None:
     [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (245, "4 min 5 s"), (3600, "1 h 0 min"), (7384, "2 h 3 min")],
 )
 def test_durations_are_for_people(seconds: float, told: str) -> None:
-    assert machine.duration(seconds) == told
+    assert format_duration(seconds) == told
 
 
 def test_waiting_threads_sleep_soon_unless_the_user_says_how_they_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         monkeypatch.setenv(name, "")  # so that both are put back afterwards
         monkeypatch.delenv(name)
-    machine.settle_environment()
+    configure_environment()
     assert os.environ["GOMP_SPINCOUNT"] == "1000"
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
-    machine.settle_environment()
+    configure_environment()
     assert os.environ["GOMP_SPINCOUNT"] == "7"
     monkeypatch.delenv("GOMP_SPINCOUNT")
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    machine.settle_environment()
+    configure_environment()
     assert "GOMP_SPINCOUNT" not in os.environ
 
 
@@ -141,18 +144,18 @@ def test_the_gpus_allocator_grows_by_pages_where_that_works_and_nothing_else_is_
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(machine.sys, "platform", system)
     monkeypatch.setattr(machine.platform, "release", lambda: kernel)
-    machine.settle_environment()
+    configure_environment()
     assert {name: os.environ[name] for name in ALLOC_CONF if name in os.environ} == set_to
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps freed blocks")
 def test_freed_blocks_go_back_to_the_system() -> None:
     blocks = [b"x" * 100_000 for _ in range(2000)]
-    machine.reset_peak_memory()
-    full = machine.peak_memory_bytes()
+    reset_peak_memory()
+    full = peak_memory_bytes()
     kept = blocks[-1]
     del blocks
-    machine.release_memory()
-    machine.reset_peak_memory()
-    assert full - machine.peak_memory_bytes() > 150_000_000
+    release_memory()
+    reset_peak_memory()
+    assert full - peak_memory_bytes() > 150_000_000
     assert len(kept) == 100_000

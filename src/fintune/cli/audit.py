@@ -32,9 +32,9 @@ def audit(
 ) -> None:
     """What is odd about FinQA files and what they share. Needs no torch."""
     from fintune.cli.commands.audit import audit_files
-    from fintune.util.files import abridged
+    from fintune.util.text import abridge_remarks
 
     done = audit_files(files, json=json, write_splits=write_splits, by=by, strict=strict)
-    for problem in abridged(done.problems):
+    for problem in abridge_remarks(done.problems):
         sys.stderr.write(f"fintune: {problem}\n")
     done.show(stdout())

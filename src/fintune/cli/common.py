@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 
 from fintune.errors import ConfigError
-from fintune.util.signals import GOES_ON, told
+from fintune.util.signals import RESUME_MESSAGE, interrupt_message
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -97,7 +97,7 @@ def run_stages(path: Path | None, overrides: tuple[str, ...], selection: Selecti
         out.print(plan_table([(step.name, what, step.inputs) for step, what in pipeline.preview()]))
         return
     folder = loaded.config.folder
-    with told(GOES_ON):
+    with interrupt_message(RESUME_MESSAGE):
         looked_at = [outcome.step for outcome in pipeline.run() if outcome.what != "skipped"]
     scored = [step for step in looked_at if step.startswith("score/")]
     if scored:

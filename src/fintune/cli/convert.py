@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fintune.cli.common import FILE, dry_run_option, optional_config_arguments, redo_flag, run_stage
-from fintune.util.signals import told
+from fintune.util.signals import interrupt_message
 
 if TYPE_CHECKING:
     from fintune.config import Config
@@ -102,20 +102,20 @@ def _without_a_run(
 ) -> None:
     """Make the folder whole, with a manifest of what it was made from and with."""
     from fintune.config.load import load
-    from fintune.util import files as outputs
-    from fintune.util import system as machine
+    from fintune.util.files import atomic_folder
+    from fintune.util.system import checkout_commit, installed_versions
 
     named = () if any(each.startswith("run.name=") for each in overrides) else (f"run.name={json.dumps(out.name)}",)
     options = load(config, [f"model.name={json.dumps(model)}", "predict.models=[base]", *named, *overrides]).config
     anew = f"interrupted; nothing is left in {out}, and the same command begins anew"
-    with told(anew), outputs.whole_folder(out) as folder:
+    with interrupt_message(anew), atomic_folder(out) as folder:
         facts = make(options, folder)
         made = {
             "model": model,
             "adapter": None if adapter is None else str(adapter),
             "facts": facts,
-            "versions": machine.versions(),
-            "commit": machine.commit(),
+            "versions": installed_versions(),
+            "commit": checkout_commit(),
         }
         (folder / "manifest.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     click.echo(f"{out}: {facts['summary']}")

@@ -23,9 +23,9 @@ def inspect(config: Path | None, overrides: tuple[str, ...], examples: int, html
     from fintune.cli.commands.inspect import inspect as stage
     from fintune.config.load import load
     from fintune.pipeline.run_folder import overrides_of
-    from fintune.util import files as outputs
+    from fintune.util.files import check_outputs
 
     if config is not None and config.is_dir():
         overrides, config = (*overrides_of(config, with_data=True), *overrides), None
-    outputs.check([html], [config] if config is not None else [])
+    check_outputs([html], [config] if config is not None else [])
     stage(load(config, overrides).config, Console(), num_examples=examples, html=html)

@@ -39,8 +39,9 @@ from fintune.cli.score import score
 from fintune.cli.serve import serve
 from fintune.errors import FintuneError
 from fintune.util import signals as stopping
-from fintune.util import system as machine
-from fintune.util.escape import visible
+from fintune.util.signals import sigterm_as_interrupt
+from fintune.util.system import configure_environment
+from fintune.util.text import escape_control_chars
 
 if TYPE_CHECKING:
     from fintune.inference.open_model import AskedEngine
@@ -65,9 +66,9 @@ F = TypeVar("F", bound=Callable[..., object])
 
 def main(command: click.Command | None = None, name: str = "fintune") -> None:
     """Run a command, fintune's own unless told; a user's mistake becomes one line on standard error, exit status 2."""
-    machine.settle_environment()
+    configure_environment()
     try:
-        with stopping.as_by_ctrl_c():
+        with sigterm_as_interrupt():
             (command or app)(prog_name=name, standalone_mode=False)
     except FintuneError as error:
         _stop(str(error), USER_ERROR)
@@ -102,7 +103,7 @@ def main(command: click.Command | None = None, name: str = "fintune") -> None:
 
 
 def _stop(message: str, status: int) -> NoReturn:
-    sys.stderr.write(f"fintune: {visible(' '.join(message.split()))}\n")
+    sys.stderr.write(f"fintune: {escape_control_chars(' '.join(message.split()))}\n")
     sys.exit(status)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fintune.errors import ConfigError, DataError
-from fintune.util.signals import GOES_ON, told
+from fintune.util.signals import RESUME_MESSAGE, interrupt_message
 
 if TYPE_CHECKING:
     from fintune.config.load import Loaded
@@ -56,7 +56,7 @@ def predict_plain(
     from fintune.cli.run_models import model_of
     from fintune.config.load import OVERRIDE, load
     from fintune.inference.open_model import Named
-    from fintune.util import files as outputs
+    from fintune.util.text import abridge_remarks
 
     model, of_run = model_of(model, with_adapter=adapter is not None)
     loaded = load(config, (*(of_run if config is None else ()), *overrides))
@@ -69,9 +69,9 @@ def predict_plain(
     number = options.predict.num_shots
     train = train or (training_file(data) if number else None)
     job = FileJob(named, data, out, train=train, num_shots=number, max_questions=max_questions)
-    with told(GOES_ON):
+    with interrupt_message(RESUME_MESSAGE):
         done = predict_file(job, options)
-    for problem in outputs.abridged(done.problems):
+    for problem in abridge_remarks(done.problems):
         click.echo(f"fintune: {problem}", err=True)
     facts = done.facts
     words = [f"{facts['num_predictions']} predictions"]

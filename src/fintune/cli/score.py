@@ -95,10 +95,10 @@ def print_score(
     """Score files: remarks go to standard error, figures to standard output."""
     from fintune.pipeline.stages.score import score_files
     from fintune.report.score_table import headline_table, views_table
-    from fintune.util.files import abridged
+    from fintune.util.text import abridge_remarks
 
     done = score_files(predictions, gold, csv=csv, json=json, html=html, strict=strict)
-    for problem in abridged(done.problems, "--json writes all of them"):
+    for problem in abridge_remarks(done.problems, "--json writes all of them"):
         sys.stderr.write(f"fintune: {problem}\n")
     _tell_unscored(predictions, done.num_unscored)
     stdout().print(headline_table(done.score, predictions.name), "", views_table(done.score), sep="\n")

@@ -18,7 +18,7 @@ from fintune.data.licences import joined
 from fintune.data.rows import Row
 from fintune.errors import DataError, ResourceError
 from fintune.util.console import say
-from fintune.util.disk_space import full, is_full
+from fintune.util.disk import disk_full_error, is_disk_full
 from fintune.util.hub_errors import chain, is_passing, status_of
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def _refusal(wanted: HubSplit, error: BaseException) -> DataError | ResourceErro
     if any(map(_lacks_room, chain(error))):
         # Its files have come by then, into other folders: this is the table that is made of them.
         folder = Path(datasets.config.HF_DATASETS_CACHE)
-        return full(folder, wanted.place, way_out=hub_files.another_disk("HF_DATASETS_CACHE"))
+        return disk_full_error(folder, wanted.place, way_out=hub_files.another_disk("HF_DATASETS_CACHE"))
     text = " ".join(str(each) for each in chain(error)).lower()
     if "GatedRepoError" in kinds or "gated dataset" in text:
         hint = "accept its terms on its page and log in with `hf auth login`"
@@ -142,7 +142,7 @@ def _refusal(wanted: HubSplit, error: BaseException) -> DataError | ResourceErro
 
 def _lacks_room(error: BaseException) -> bool:
     # What datasets finds before it begins has no number.
-    return is_full(error) or (isinstance(error, OSError) and str(error).startswith("Not enough disk space"))
+    return is_disk_full(error) or (isinstance(error, OSError) and str(error).startswith("Not enough disk space"))
 
 
 def _unreachable(wanted: HubSplit, error: BaseException, attempts: int) -> ResourceError:

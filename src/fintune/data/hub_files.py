@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING
 from filelock import FileLock
 
 from fintune.errors import ResourceError
-from fintune.util.cache import ANOTHER_CACHE, cache_folder
 from fintune.util.console import bar
-from fintune.util.disk_space import require_space, told_when_full
-from fintune.util.files import sha256_file
+from fintune.util.disk import name_full_disk, require_space
+from fintune.util.files import ANOTHER_CACHE, cache_folder, sha256_file
 
 if TYPE_CHECKING:
     from http.client import HTTPResponse
@@ -58,7 +57,7 @@ def fetch(address: str) -> None:
         return
     blob = _hub_cache() / f"datasets--{owner_name.replace('/', '--')}" / "blobs" / about.etag
     part = cache_folder() / "downloads" / f"{about.etag}.part"
-    with told_when_full(part.parent, f"{name} of {owner_name}", way_out=ANOTHER_CACHE):
+    with name_full_disk(part.parent, f"{name} of {owner_name}", way_out=ANOTHER_CACHE):
         part.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(part.with_suffix(".lock")):
             if not blob.exists():
@@ -75,7 +74,7 @@ def _hub_cache() -> Path:
 
 def full_hub_cache(what: str) -> AbstractContextManager[None]:
     """Tells that the disk of the hub's cache is full, where it is."""
-    return told_when_full(_hub_cache(), what, way_out=another_disk("HF_HUB_CACHE"))
+    return name_full_disk(_hub_cache(), what, way_out=another_disk("HF_HUB_CACHE"))
 
 
 def another_disk(variable: str) -> str:

@@ -29,7 +29,7 @@ from fintune.data.rows_of_tokens import Sequenced
 from fintune.data.source_report import UnusedRow
 from fintune.errors import ArtifactError
 from fintune.records import Example, FinQARecord, LabelledAnswer, Pair, Record
-from fintune.util.stratified import file_of, spread
+from fintune.util.sampling import file_of_row, stratified_indices
 
 OPTIONS = ("run.seed", "model.name", "model.revision", "data", "prompt", "train.objective")
 """Prefixes of the options that decide the result."""
@@ -134,7 +134,7 @@ def read_tokens(folder: Path, split: str, num: int) -> list[Sequenced]:
 
     stored = datasets.load_from_disk(str(folder / "tokens" / split))
     labels = stored["label"] if "label" in stored.column_names else [None] * len(stored)
-    rows = stored.select(spread(list(zip(map(file_of, stored["id"]), labels, strict=True)), num))
+    rows = stored.select(stratified_indices(list(zip(map(file_of_row, stored["id"]), labels, strict=True)), num))
     return [
         Sequenced(
             str(row["id"]),

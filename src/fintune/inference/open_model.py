@@ -271,7 +271,7 @@ def _in_transformers(named: Named, ref: models.ModelFolder, tokenizer: PreTraine
     import torch
 
     from fintune.inference.transformers_engine import TransformersEngine
-    from fintune.util.quiet import quiet_libraries
+    from fintune.util.console import quiet_libraries
 
     torch.set_num_threads(named.threads or os.cpu_count() or 1)
     model = models.load_model(

@@ -23,9 +23,9 @@ from pathlib import Path
 from filelock import FileLock
 
 from fintune.errors import ModelError, ResourceError
-from fintune.util.cache import ANOTHER_CACHE, cache_folder
 from fintune.util.console import Bar, bar, console
-from fintune.util.disk_space import require_space
+from fintune.util.disk import require_space
+from fintune.util.files import ANOTHER_CACHE, cache_folder
 
 PREFIX = "builtin:"
 _CHUNK_BYTES = 1 << 20

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fintune.errors import ModelError
-from fintune.util.cache import cache_folder
+from fintune.util.files import cache_folder
 
 TOKENIZER_FILES = (
     "tokenizer.json",

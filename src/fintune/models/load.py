@@ -21,7 +21,7 @@ from fintune.errors import ModelError, ResourceError
 from fintune.models.chat_template import end_of_turn_ids
 from fintune.models.folder import model_fingerprint, read_json
 from fintune.models.resolve import ModelFolder, ModelName, fetch, fetch_base, fetch_config, resolve
-from fintune.util.oom import advice_on_memory
+from fintune.util.memory import advice_on_memory
 from fintune.util.text import first_line
 
 if TYPE_CHECKING:

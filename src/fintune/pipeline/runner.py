@@ -21,9 +21,11 @@ from fintune.config.load import effective
 from fintune.errors import ArtifactError
 from fintune.manifest import Facts, Key, Manifest, Outcome, Slot, describe, digests
 from fintune.pipeline.step import Selection, Step, check_names, left_out_with, matches, selected
-from fintune.util import disk_space as space
-from fintune.util import system as machine
 from fintune.util.console import console, say, stage
+from fintune.util.disk import require_space
+from fintune.util.memory import peak_memory_bytes, release_memory, reset_peak_memory
+from fintune.util.system import checkout_commit, installed_versions, machine_facts
+from fintune.util.text import format_duration
 
 _NOTHING_TO_DO = ("skipped", "up to date")
 _ANOTHER_DISK = "set run.dir to a folder on another disk"
@@ -141,7 +143,7 @@ class Pipeline:
         """Hours into a run is a bad time to learn that its last stage does not fit, or cannot be done at all."""
         work = [step for step, word in plan if not word.startswith(_NOTHING_TO_DO)]
         needed = sum(step.needed_bytes(self.config) for step in work)
-        space.require_space(self.config.folder, needed, f"the run's {len(work)} stages", way_out=_ANOTHER_DISK)
+        require_space(self.config.folder, needed, f"the run's {len(work)} stages", way_out=_ANOTHER_DISK)
 
     def _do(self, step: Step) -> Outcome:
         slot = self.slot(step.name)
@@ -157,34 +159,34 @@ class Pipeline:
             self._tell(step, finished.facts, word, style="dim")
             return Outcome(step.name, word, finished.seconds, finished.facts)
         needed = step.needed_bytes(self.config)
-        space.require_space(self.config.folder, needed, step.name, way_out=_ANOTHER_DISK)
+        require_space(self.config.folder, needed, step.name, way_out=_ANOTHER_DISK)
         if word != "run":
             say(f"{step.name}: {word}")
         # Beside a finished result, unfinished work is that of an interrupted --redo, which the same command takes up.
         anew = step.name in self.redone and finished is None
         folder = slot.begin(key, resume=step.resumes and not anew, may_change=step.may_change)
-        machine.reset_peak_memory()
+        reset_peak_memory()
         started = time.monotonic()
         inputs = {name: self.slot(name).folder for name in self._present_inputs(step)}
         with stage(step.name):
             facts = step.run(step.view(self.config), inputs, folder)
-        machine.release_memory()  # a model of the stage before must not count against the next
+        release_memory()  # a model of the stage before must not count against the next
         seconds = time.monotonic() - started
         manifest = Manifest(
             key=key,
             fingerprint=key.fingerprint,
             outputs=digests(folder),
             facts=facts,
-            versions=machine.versions(),
-            commit=machine.commit(),
-            machine=machine.machine(),
+            versions=installed_versions(),
+            commit=checkout_commit(),
+            machine=machine_facts(),
             seed=self.config.run.seed,
             finished=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             seconds=round(seconds, 2),
-            peak_memory_bytes=machine.peak_memory_bytes(),
+            peak_memory_bytes=peak_memory_bytes(),
         )
         slot.finish(manifest)
-        self._tell(step, facts, machine.duration(seconds) if seconds >= 1 else "")
+        self._tell(step, facts, format_duration(seconds) if seconds >= 1 else "")
         return Outcome(step.name, "done", seconds, facts)
 
     def _tell(self, step: Step, facts: Facts, what: str, style: str = "") -> None:

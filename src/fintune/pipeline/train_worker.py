@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 
 from fintune.errors import FintuneError
-from fintune.util import system as machine
 from fintune.util.console import console
+from fintune.util.system import configure_environment
 
 
 def main() -> None:
     """Join the others, train, leave what stopped it for the process that started it."""
-    machine.settle_environment()
+    configure_environment()
     from fintune.pipeline.stages.train import train_as_rank
     from fintune.training import launch, ranks
 

@@ -24,7 +24,7 @@ from fintune.records import FinQAQuestion, FinQARecord, Message
 from fintune.report.card import Base, Card, Replayed, Source
 from fintune.report.parts.accuracy import decoded
 from fintune.report.run_page import KINDS, RunPage, span
-from fintune.util.system import duration
+from fintune.util.text import format_duration
 
 _OWN_LICENCE = "Apache-2.0"
 """Of the pages that this package generates."""
@@ -215,7 +215,7 @@ def _training(manifests: Mapping[str, Manifest]) -> Iterator[tuple[str, str]]:
         yield "training loss, first to last steps", f"{ends}, means of {facts['num_mean_losses']:,}"
     if "guard" in manifests:
         yield from _guarded(manifests["guard"].facts)
-    told = f"{duration(facts['train_seconds'])}, {facts['tokens_per_second']:,.0f} tokens a second"
+    told = f"{format_duration(facts['train_seconds'])}, {facts['tokens_per_second']:,.0f} tokens a second"
     machine = manifest.machine
     where = machine.get("gpu") or f"{machine.get('cores')} cores of {machine.get('processor')}"
     yield "time", f"{told}, on {where}"

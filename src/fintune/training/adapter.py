@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from fintune.config import AdapterOptions
 from fintune.errors import ConfigError
 from fintune.models import adapter_base as adapter_origin
-from fintune.util.quiet import quiet_libraries
+from fintune.util.console import quiet_libraries
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from fintune.config import PublishOptions, is_hub_name
 from fintune.errors import ConfigError
+from fintune.util.console import quiet_libraries
 from fintune.util.hub import MAIN, Target
 from fintune.util.hub_background import GOES_ON, BackgroundPush
-from fintune.util.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback

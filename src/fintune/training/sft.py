@@ -20,8 +20,7 @@ from fintune.training.collate import num_steps, training_order
 from fintune.training.evaluate import BEST, Evaluation, Evaluator, best_step, load_best, out_of_patience
 from fintune.training.interruption import Stop, behind_the_step
 from fintune.training.trainers import make_arguments, make_fused_trainer, make_trainer, stop_at_bad_losses
-from fintune.util.console import bar, say
-from fintune.util.quiet import quiet_libraries
+from fintune.util.console import bar, quiet_libraries, say
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -19,7 +19,7 @@ from fintune.config import Config
 from fintune.errors import FintuneError
 from fintune.training import launch
 from fintune.training.unsloth import FILE
-from fintune.util.oom import advice_on_memory
+from fintune.util.memory import advice_on_memory
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -1,9 +1,11 @@
-"""One look for all progress: a rich bar on a terminal, a line now and then where output goes to a file."""
+"""Progress and messages: a rich bar on a terminal, a line from time to time elsewhere."""
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Protocol, TypeVar
@@ -21,7 +23,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from fintune.util.escape import visible
+from fintune.util.text import escape_control_chars
 
 T = TypeVar("T")
 
@@ -29,21 +31,20 @@ console = Console(stderr=True, highlight=False)
 """Where progress and messages go; results go to standard output."""
 
 QUIET_SECONDS = 15.0
-"""Seconds between lines where the output is no terminal."""
-
+"""Shortest time between two progress lines if the output is no terminal."""
 
 SILENT_SECONDS = 60.0
-"""Seconds after which a slow step says where it is though nothing has moved."""
+"""Time after which a slow step prints a line although nothing has moved."""
 
 
 class Bar(Protocol):
-    """What a step may say while it works."""
+    """What a step may report while it works."""
 
     def advance(self, amount: float = 1) -> None:
-        """So many more units are done."""
+        """Count more units as done."""
 
     def note(self, text: str) -> None:
-        """Replace the remark behind the bar, such as the current loss."""
+        """Replace the remark after the bar, such as the current loss."""
 
 
 class _RichBar:
@@ -66,25 +67,25 @@ class _LineBar:
         self._done += amount
         now = time.monotonic()
         if now - self._last >= QUIET_SECONDS:
-            self._tell(now)
+            self._print(now)
 
     def note(self, text: str) -> None:
         self._note = text
 
-    def tell_until(self, ended: threading.Event) -> None:
-        """Say it from time to time even if nothing moves, in a thread of its own."""
+    def print_until(self, ended: threading.Event) -> None:
+        """Print a line from time to time even if nothing moves; runs in its own thread."""
         while not ended.wait(max(SILENT_SECONDS - (time.monotonic() - self._last), 0.01)):
             now = time.monotonic()
             if now - self._last >= SILENT_SECONDS:
-                self._tell(now)
+                self._print(now)
 
-    def _tell(self, now: float) -> None:
+    def _print(self, now: float) -> None:
         self._last = now
         say(f"{self._description} {self._done:g}/{self._total:g} {self._note}".rstrip())
 
 
-class _OfBars(ProgressColumn):
-    """A column that stays empty in the line of a stage, which counts nothing."""
+class _BarsOnly(ProgressColumn):
+    """A column that is empty in the line of a stage, which has no total."""
 
     def __init__(self, inner: ProgressColumn) -> None:
         super().__init__()
@@ -95,12 +96,12 @@ class _OfBars(ProgressColumn):
 
 
 _live: Progress | None = None
-"""The live area of the stage that is at work; rich allows one at a time."""
+"""The live area of the running stage; rich allows one at a time."""
 
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Show on a terminal that a stage is at work, its bars below its name; nothing of it stays."""
+    """Show on a terminal that a stage is running, with its bars below its name; it vanishes at the end."""
     with _area() as progress:
         if progress is not None:
             progress.add_task(f"[bold]{name}", total=None, note="")
@@ -109,17 +110,17 @@ def stage(name: str) -> Iterator[None]:
 
 @contextmanager
 def _area() -> Iterator[Progress | None]:
-    """The live area, made where there is none yet; None where the output is no terminal."""
-    global _live  # noqa: PLW0603 - the terminal is one, too
+    """The live area, made on first use; None if the output is no terminal."""
+    global _live  # noqa: PLW0603 - there is one terminal, too
     if _live is not None or not console.is_terminal:
         yield _live
         return
     columns = (
         TextColumn("{task.description}"),
-        _OfBars(BarColumn(bar_width=30)),
-        _OfBars(MofNCompleteColumn()),
+        _BarsOnly(BarColumn(bar_width=30)),
+        _BarsOnly(MofNCompleteColumn()),
         TimeElapsedColumn(),
-        _OfBars(TimeRemainingColumn()),
+        _BarsOnly(TimeRemainingColumn()),
         TextColumn("[dim]{task.fields[note]}"),
     )
     with Progress(*columns, console=console, transient=True) as _live:
@@ -136,14 +137,14 @@ def bar(description: str, total: float, *, done: float = 0, slow: bool = False) 
     Args:
         description: Two or three words.
         total: Number of units.
-        done: Units that an earlier, interrupted attempt has done.
-        slow: Whether a unit may take minutes: without a terminal, a line then comes every :data:`SILENT_SECONDS`.
+        done: Units that an earlier, interrupted attempt finished.
+        slow: Whether a unit may take minutes. Without a terminal, a line is then printed every :data:`SILENT_SECONDS`.
     """
     with _area() as progress:
         if progress is None:
             line = _LineBar(description, total)
             line.advance(done)
-            with _told_now_and_then(line) if slow else nullcontext():
+            with _printed_from_time_to_time(line) if slow else nullcontext():
                 yield line
             return
         task = progress.add_task(f"  {description}", total=total, completed=done, note="")  # type: ignore[arg-type]
@@ -154,9 +155,9 @@ def bar(description: str, total: float, *, done: float = 0, slow: bool = False) 
 
 
 @contextmanager
-def _told_now_and_then(line: _LineBar) -> Iterator[None]:
+def _printed_from_time_to_time(line: _LineBar) -> Iterator[None]:
     ended = threading.Event()
-    thread = threading.Thread(target=line.tell_until, args=(ended,), daemon=True)
+    thread = threading.Thread(target=line.print_until, args=(ended,), daemon=True)
     thread.start()
     try:
         yield
@@ -166,13 +167,35 @@ def _told_now_and_then(line: _LineBar) -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """A remark of a stage: one line, however long, in which brackets are no markup."""
-    console.print(visible(f"  {text}"), markup=False, soft_wrap=True)
+    """Print a remark of a stage: one line of any length, in which brackets are no markup."""
+    console.print(escape_control_chars(f"  {text}"), markup=False, soft_wrap=True)
 
 
 def track(items: Iterable[T], description: str, total: float) -> Iterator[T]:
     """Iterate with a bar."""
-    with bar(description, total) as shown:
+    with bar(description, total) as progress:
         for item in items:
             yield item
-            shown.advance()
+            progress.advance()
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Silence transformers, PEFT, TRL and accelerate in the block: the bar and metrics.jsonl report what matters."""
+    from transformers.utils import logging as hf_logging
+
+    names = ("transformers", "peft", "trl", "accelerate", "datasets")
+    before = {name: logging.getLogger(name).level for name in names}
+    has_bars = hf_logging.is_progress_bar_enabled()
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    hf_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"(transformers|peft|trl|accelerate|torch)\b")
+            yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
+        if has_bars:
+            hf_logging.enable_progress_bar()

@@ -1,4 +1,4 @@
-"""Files that a user names to be written: checked before the work, written whole or not at all; and lists of remarks."""
+"""Files and folders: written whole or not at all, hashed, and read as JSON."""
 
 from __future__ import annotations
 
@@ -6,48 +6,64 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fintune.errors import FintuneError
-from fintune.util import signals as stopping
-from fintune.util.escape import visible
+from fintune.util.signals import sigterm_as_interrupt
 
-MAX_REMARKS = 20
-"""So many remarks are shown; the others are counted."""
+CACHE_VARIABLE = "FINTUNE_CACHE"
+ANOTHER_CACHE = f"set {CACHE_VARIABLE} to a folder on another disk"
+"""What the user can do if the cache folder has no space."""
 
 
-def check(targets: Iterable[Path | None], read: Iterable[Path]) -> None:
-    """Refuse places that cannot be meant, before an hour's work is lost to a typing error.
+def cache_folder() -> Path:
+    """Return the folder for downloads, the built-in model and hashes of large files; it is not created.
+
+    That is the folder named by ``FINTUNE_CACHE``, else the user's cache folder of the operating system.
+    """
+    named = os.environ.get(CACHE_VARIABLE)
+    if named:
+        return Path(named).expanduser()
+    from platformdirs import user_cache_path
+
+    return user_cache_path("fintune", appauthor=False)
+
+
+def check_outputs(targets: Iterable[Path | None], inputs: Iterable[Path]) -> None:
+    """Refuse output paths that cannot be meant, before an hour's work is lost to a typing error.
 
     Args:
-        targets: Files to write; None where none is wanted.
-        read: Files that are read, none of which may be overwritten.
+        targets: Files to write; None where the user wants none.
+        inputs: Files that are read, none of which may be overwritten.
 
     Raises:
-        FintuneError: A target is a folder, has none to stand in, is read as well, or is named twice.
+        FintuneError: A target is a folder, its parent does not exist, it is also read, or it is named twice.
     """
-    sources = {path.resolve() for path in read}
-    seen: set[Path] = set()
+    read = {path.resolve() for path in inputs}
+    written: set[Path] = set()
     for target in targets:
         if target is None:
             continue
-        place = target.resolve()
+        resolved = target.resolve()
         if target.is_dir():
-            raise FintuneError(f"{target}: a folder, and no file can be written there", hint="name a file in it")
+            raise FintuneError(f"{target}: is a folder, so no file can be written there", hint="name a file in it")
         if not target.parent.is_dir():
             raise FintuneError(f"{target}: its folder does not exist", hint="create it or name another file")
-        if place in sources:
+        if resolved in read:
             raise FintuneError(f"{target}: is read, and would be overwritten", hint="name another file to write")
-        if place in seen:
-            raise FintuneError(f"{target}: would be written twice", hint="give each file a name of its own")
-        seen.add(place)
+        if resolved in written:
+            raise FintuneError(f"{target}: would be written twice", hint="give each file its own name")
+        written.add(resolved)
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write beside, flush to disk, rename: the file is the old one or the new one, never half of it."""
+    """Write a text file so that it always holds the old content or the new, never half of it.
+
+    The text goes to a hidden file beside the target, is flushed to disk, and is renamed.
+    """
     beside = path.with_name(f".{path.name}.tmp")
     with beside.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -56,8 +72,23 @@ def write_atomically(path: Path, text: str) -> None:
     beside.replace(path)
 
 
+def write_output(path: Path, text: str) -> None:
+    r"""Write a file that the user named, as :func:`write_atomically` does.
+
+    Half of a surrogate pair, which JSON can hold and UTF-8 cannot, is written as JSON writes it, ``\ud800``.
+
+    Raises:
+        FintuneError: The file cannot be written.
+    """
+    try:
+        write_atomically(path, text.encode("utf-8", errors="backslashreplace").decode("utf-8"))
+    except OSError as error:
+        path.with_name(f".{path.name}.tmp").unlink(missing_ok=True)
+        raise FintuneError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's content, in hex."""
+    """Return the SHA-256 of a file's content, in hex."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -84,26 +115,11 @@ def read_json(path: Path, error: type[FintuneError] = FintuneError) -> dict[str,
     return content
 
 
-def write(path: Path, text: str) -> None:
-    r"""Write a file, replacing the one that was there when the new one is whole.
-
-    Half of a surrogate pair, which JSON can hold and UTF-8 cannot, is written as JSON writes it, ``\ud800``.
-
-    Raises:
-        FintuneError: It cannot be written.
-    """
-    try:
-        write_atomically(path, text.encode("utf-8", errors="backslashreplace").decode("utf-8"))
-    except OSError as error:
-        path.with_name(f".{path.name}.tmp").unlink(missing_ok=True)
-        raise FintuneError(f"{path}: cannot be written ({error.strerror or error})") from None
-
-
 def make_folder(folder: Path) -> None:
-    """Make a folder, and those that it stands in.
+    """Make a folder and its parents.
 
     Raises:
-        FintuneError: It cannot be made.
+        FintuneError: The folder cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -112,52 +128,49 @@ def make_folder(folder: Path) -> None:
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder that appears under its name when the work is done; what a failed attempt wrote is removed.
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a hidden folder to write into; it gets its final name when the block ends without an error.
 
-    Errors name that folder. While it is written, SIGTERM does as Ctrl-C does.
+    A failed attempt leaves nothing, and its errors name the final folder. During the block SIGTERM acts like Ctrl-C.
 
     Args:
-        folder: Where it is to lie, or a link to there; nothing may be there but an empty folder, which gives way.
-
-    Yields:
-        A hidden folder beside it, to write into.
+        folder: The final folder, or a link to it. It must not exist, or be empty.
 
     Raises:
-        FintuneError: Something is there, it cannot give way, or no folder can be made.
+        FintuneError: Something is already there, or no folder can be made.
     """
-    place = folder.resolve()
-    gave_way = place.is_dir()
-    if place.exists() and not (gave_way and not any(place.iterdir())):
+    target = folder.resolve()
+    replaces_empty = target.is_dir()
+    if target.exists() and not (replaces_empty and not any(target.iterdir())):
         raise FintuneError(
-            f"{folder}: exists, and nothing there is overwritten", hint="name another --out, or remove it"
+            f"{folder}: already exists, and nothing there is overwritten", hint="name another --out, or remove it"
         )
-    make_folder(place.parent)
-    for left in place.parent.glob(f".{place.name}.*.part"):  # of a process that was killed
-        if not _runs(left.name.split(".")[-2]):
-            shutil.rmtree(left, ignore_errors=True)
-    if gave_way:
-        _remove_empty(place, folder)
-    beside = place.parent / f".{place.name}.{os.getpid()}.part"
+    make_folder(target.parent)
+    for rest in target.parent.glob(f".{target.name}.*.part"):  # of a process that was killed
+        if not _is_running(rest.name.split(".")[-2]):
+            shutil.rmtree(rest, ignore_errors=True)
+    if replaces_empty:
+        _remove_empty(target, folder)
+    beside = target.parent / f".{target.name}.{os.getpid()}.part"
     try:
-        with stopping.as_by_ctrl_c(), _named(folder, beside):
+        with sigterm_as_interrupt(), _errors_name(folder, beside):
             try:
                 beside.mkdir()
             except OSError as error:
                 raise FintuneError(f"{folder}: cannot be made ({error.strerror or error})") from None
             yield beside
-            beside.replace(place)
+            beside.replace(target)
     except BaseException:
-        if gave_way:
-            place.mkdir(exist_ok=True)
+        if replaces_empty:
+            target.mkdir(exist_ok=True)
         raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
 @contextmanager
-def _named(folder: Path, beside: Path) -> Iterator[None]:
-    """What goes wrong names the folder that the user named, not the one that it was to come from."""
+def _errors_name(folder: Path, beside: Path) -> Iterator[None]:
+    """Let errors of the block name the folder that the user named, not the hidden one."""
     try:
         yield
     except FintuneError as error:
@@ -167,19 +180,19 @@ def _named(folder: Path, beside: Path) -> Iterator[None]:
         raise
 
 
-def _remove_empty(place: Path, folder: Path) -> None:
-    """Before the work: a mount point and the like cannot be replaced when it is done."""
-    why = "the current folder" if place == Path.cwd() else ""
+def _remove_empty(target: Path, folder: Path) -> None:
+    # Before the work: a mount point or the current folder cannot be replaced when the work is done.
+    reason = "the current folder" if target == Path.cwd() else ""
     try:
-        if not why:
-            place.rmdir()
+        if not reason:
+            target.rmdir()
     except OSError as error:
-        why = error.strerror or str(error)
-    if why:
-        raise FintuneError(f"{folder}: cannot be replaced ({why})", hint="name a folder in it")
+        reason = error.strerror or str(error)
+    if reason:
+        raise FintuneError(f"{folder}: cannot be replaced ({reason})", hint="name a folder in it")
 
 
-def _runs(pid: str) -> bool:
+def _is_running(pid: str) -> bool:
     if not pid.isdigit():
         return True
     try:
@@ -189,16 +202,3 @@ def _runs(pid: str) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def abridged(remarks: Sequence[str], where: str = "") -> list[str]:
-    """The first remarks for the terminal, and how many more there are.
-
-    Args:
-        remarks: A line each.
-        where: Where all of them are, in words; nothing where nowhere.
-    """
-    num_more = len(remarks) - MAX_REMARKS
-    if num_more <= 1:
-        return [visible(each) for each in remarks]
-    return [*map(visible, remarks[:MAX_REMARKS]), f"and {num_more} more remarks{where and f'; {where}'}"]

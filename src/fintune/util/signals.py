@@ -1,4 +1,4 @@
-"""SIGTERM as Ctrl-C: what is being written is removed, and what was started is ended, before the process ends."""
+"""SIGTERM handled like Ctrl-C, so that a stopped job removes what it was writing and ends its child processes."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-GOES_ON = "interrupted; the same command goes on from here"
+RESUME_MESSAGE = "interrupted; run the same command again to resume"
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came: what stops a job or a container."""
+    """SIGTERM arrived: a scheduler or a container runtime stops the job."""
 
 
 @contextmanager
-def as_by_ctrl_c() -> Iterator[None]:
-    """For the length of the block, SIGTERM raises :class:`Terminated` in the main thread.
+def sigterm_as_interrupt() -> Iterator[None]:
+    """Raise :class:`Terminated` in the main thread if SIGTERM arrives during the block.
 
-    A handler that is there already stays. A fork, such as a worker, is ended by SIGTERM as ever.
+    A handler that is already set stays. A fork, such as a data worker, still ends on SIGTERM.
 
     Raises:
-        Terminated: It came.
+        Terminated: SIGTERM arrived.
     """
     owner = os.getpid()
 
-    def end(number: int, _frame: FrameType | None) -> None:
+    def handle(number: int, _frame: FrameType | None) -> None:
         if os.getpid() != owner:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         raise Terminated
 
-    free = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    if not free or threading.current_thread() is not threading.main_thread():
+    is_free = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if not is_free or threading.current_thread() is not threading.main_thread():
         yield
         return
-    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGTERM, handle)
     try:
         yield
     finally:
@@ -45,14 +45,14 @@ def as_by_ctrl_c() -> Iterator[None]:
 
 
 @contextmanager
-def told(message: str) -> Iterator[None]:
-    """What an interruption of the block says, unless it knows more already.
+def interrupt_message(message: str) -> Iterator[None]:
+    """Add a message to an interruption of the block that carries none yet.
 
     Args:
         message: What became of the work, and what the same command does.
 
     Raises:
-        KeyboardInterrupt: Of the kind that came, with the message.
+        KeyboardInterrupt: The interruption, of the class that arrived.
     """
     try:
         yield

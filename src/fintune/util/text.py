@@ -1,12 +1,60 @@
-"""Text for messages."""
+"""Text for messages: sizes, durations, first lines, and control characters made harmless."""
 
 from __future__ import annotations
 
-_MAX_LETTERS = 300
+from collections.abc import Sequence
+
+_MAX_CHARACTERS = 300
 """Longest line that a message repeats from another library."""
+
+MAX_REMARKS = 20
+"""Remarks that are printed in full; the others are counted."""
+
+_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+
+
+def escape_control_chars(text: str) -> str:
+    r"""Replace every control character but line feed and tab by its escape, such as ``\x1b``.
+
+    Text of a data file may otherwise steer the terminal that prints it.
+    """
+    return text.translate(_ESCAPES)
 
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an exception's text, or its class name if it has no text."""
     lines = str(error).strip().splitlines()
-    return lines[0][:_MAX_LETTERS] if lines else type(error).__name__
+    return lines[0][:_MAX_CHARACTERS] if lines else type(error).__name__
+
+
+def abridge_remarks(remarks: Sequence[str], source: str = "") -> list[str]:
+    """Return the first remarks for the terminal, and a line that counts the others.
+
+    Args:
+        remarks: One line each.
+        source: A phrase that says where all of them are; empty if they are nowhere else.
+    """
+    num_more = len(remarks) - MAX_REMARKS
+    if num_more <= 1:
+        return [escape_control_chars(remark) for remark in remarks]
+    shown = map(escape_control_chars, remarks[:MAX_REMARKS])
+    return [*shown, f"and {num_more} more remarks{source and f'; {source}'}"]
+
+
+def format_duration(seconds: float) -> str:
+    """Format seconds for people, as ``4 min 5 s``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Format a number of bytes for people, as ``1.3 GB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        digits = 0 if unit in {"B", "kB"} or round(num_bytes, 1) >= 100 else 1
+        if round(num_bytes, digits) < 1000:
+            return f"{num_bytes:.{digits}f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.{0 if num_bytes >= 100 else 1}f} TB"

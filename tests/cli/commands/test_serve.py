@@ -26,7 +26,7 @@ from fintune.inference.llama_cpp import LlamaCppEngine
 from fintune.inference.openai import OpenAIEngine
 from fintune.inference.protocol import Decoding, in_order
 from fintune.records import Message
-from fintune.util.quiet import quiet_libraries
+from fintune.util.console import quiet_libraries
 from support.command import fintune, fintune_process
 from support.finished_step import finish
 from support.paths import ROOT

@@ -15,7 +15,7 @@ from fintune.export.merge.layerwise import can_compare, compare
 from fintune.export.merge.merge import merge_folders
 from fintune.models.adapter import load_adapter, quiet_peft
 from fintune.models.load import fetch, load_model
-from fintune.util.quiet import quiet_libraries
+from fintune.util.console import quiet_libraries
 from support.synthetic import write_folder
 from support.tiny import patch_json
 

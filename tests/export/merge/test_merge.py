@@ -19,7 +19,7 @@ from fintune.export.merge.merge import merge_folders
 from fintune.export.merge.safetensor_writer import from_stored, to_stored
 from fintune.models.adapter import load_adapter, quiet_peft
 from fintune.models.load import fetch, load_model, model_fingerprint
-from fintune.util.quiet import quiet_libraries
+from fintune.util.console import quiet_libraries
 from support.synthetic import lora_of, write_folder
 from support.tiny import make_tiny_model, patch_json
 

@@ -15,7 +15,7 @@ from fintune.errors import ArtifactError
 from fintune.pipeline.stages import export as module
 from fintune.pipeline.stages.export import export
 from fintune.pipeline.stages.merge import merge
-from fintune.util import system as machine
+from fintune.util.memory import reset_peak_memory
 from support.prepared_rows import prepared
 from support.tiny import CHATML, patch_json
 
@@ -123,7 +123,7 @@ def test_an_untrained_adapter_leaves_no_file(tiny_model, tmp_path):
 
 
 def test_speed_and_memory_are_recorded_and_an_excess_is_told(tiny_model, tmp_path, monkeypatch):
-    machine.reset_peak_memory()  # as the pipeline does before a stage; earlier tests have loaded models
+    reset_peak_memory()  # as the pipeline does before a stage; earlier tests have loaded models
     facts = export(config(), {"merge": tiny_model}, tmp_path)
     assert facts["megabytes_per_second"] > 0
     assert facts["weight_bytes_read"] == sum(v.nbytes for v in load_file(tiny_model / "model.safetensors").values())

@@ -30,7 +30,7 @@ def trained(tiny_model, tmp_path_factory):
     """An adapter that spoils the model: large random numbers."""
     from peft import LoraConfig, get_peft_model
 
-    from fintune.util.quiet import quiet_libraries
+    from fintune.util.console import quiet_libraries
 
     folder = tmp_path_factory.mktemp("train")
     base = models.load_model(models.fetch(str(tiny_model)), dtype="float32", device="cpu")

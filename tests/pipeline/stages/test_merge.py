@@ -15,7 +15,7 @@ from fintune.models import adapter as adapters
 from fintune.models import load as models
 from fintune.pipeline.stages.merge import merge, merge_adapter
 from fintune.training import adapter
-from fintune.util.quiet import quiet_libraries
+from fintune.util.console import quiet_libraries
 from support.prepared_rows import prepared
 from support.tiny import make_tiny_model, patch_json
 

@@ -42,7 +42,7 @@ def weights(folder):
 def test_the_adapter_loads_with_peft_and_changes_the_model(tiny_model, inputs, tmp_path):
     from peft import PeftModel
 
-    from fintune.util.quiet import quiet_libraries
+    from fintune.util.console import quiet_libraries
 
     (tmp_path / "train").mkdir()
     facts = train(config(tiny_model, learning_rate=1e-2), inputs, tmp_path / "train")

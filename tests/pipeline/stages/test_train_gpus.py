@@ -103,7 +103,7 @@ def test_the_adapter_of_divided_weights_is_plain_peft(tiny_model, in_two):
     from peft import PeftModel
 
     from fintune.models import load as models
-    from fintune.util.quiet import quiet_libraries
+    from fintune.util.console import quiet_libraries
 
     base = models.load_model(models.fetch(str(tiny_model)), dtype="float32", device="cpu")
     with quiet_libraries():

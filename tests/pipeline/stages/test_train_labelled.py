@@ -53,7 +53,7 @@ def test_desired_answers_gain_over_undesired_ones_and_the_figures_are_those_of_t
 ):
     from peft import PeftModel
 
-    from fintune.util.quiet import quiet_libraries
+    from fintune.util.console import quiet_libraries
 
     facts = train(options(tiny_model, data, "train.eval_steps=6"), {"prepare": answers}, tmp_path)
     trained = [row.label for row in read_tokens(answers, "train", 99)]

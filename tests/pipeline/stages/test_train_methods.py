@@ -65,7 +65,7 @@ def base(model, **options):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_trains_and_its_result_loads_and_differs_from_the_base(tiny_model, prepare, tmp_path, method):
-    from fintune.util.quiet import quiet_libraries
+    from fintune.util.console import quiet_libraries
 
     facts = train(config(tiny_model, method), {"prepare": prepare}, tmp_path)
     found = losses(tmp_path)
@@ -123,7 +123,7 @@ def test_an_adapter_that_begins_at_something_is_saved_for_the_unchanged_base(
     tiny_model, prepare, tmp_path, monkeypatch, method, init, rslora
 ):
     from fintune.training import adapter
-    from fintune.util.quiet import quiet_libraries
+    from fintune.util.console import quiet_libraries
 
     seen = {}
     save = adapter.save

@@ -54,7 +54,7 @@ def margin(model, tokenizer, pair: Pair) -> float:
 def test_dpo_raises_the_margin_of_held_out_pairs_and_leaves_the_reference_alone(tiny_model, data, pairs, tmp_path):
     from peft import PeftModel
 
-    from fintune.util.quiet import quiet_libraries
+    from fintune.util.console import quiet_libraries
 
     facts = train(options(tiny_model, data, "dpo", "train.eval_steps=3"), {"prepare": pairs}, tmp_path)
     held_out = [Pair.model_validate_json(line) for line in (pairs / "eval.pairs.jsonl").read_text().splitlines()]

@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 from fintune.training.fused.attend import Sequences  # noqa: E402
 from fintune.training.fused.batch import PackedCollator  # noqa: E402
 from fintune.training.fused.model import FusedModel, obstacle  # noqa: E402
-from fintune.util.quiet import quiet_libraries  # noqa: E402
+from fintune.util.console import quiet_libraries  # noqa: E402
 
 LENGTHS = (9, 17, 5)
 SHAPE = {

@@ -19,7 +19,7 @@ from fintune.inference.candidates import decoding, grammars, predict_one
 from fintune.inference.open_model import Named, engine_of, open_model
 from fintune.inference.protocol import in_order
 from fintune.records import Candidate, FinQARecord
-from fintune.util.oom import advice_on_memory
+from fintune.util.memory import advice_on_memory
 
 _CALL = re.compile(r"\w+\(")
 _LONGEST_TEXT = 80

@@ -18,6 +18,7 @@ from fintune.finqa.identity import Level
 from fintune.records import Record
 from fintune.report.audit_table import evidence_table, findings_table, overlap_table, splits_table
 from fintune.util import files as outputs
+from fintune.util.files import check_outputs, write_output
 
 ENDINGS = (".gz", ".json", ".jsonl")
 
@@ -94,7 +95,7 @@ def audit_files(
         FintuneError: Two files of one name, one file to divide, or a place that cannot be written.
     """
     names = _names(files)
-    outputs.check((json,), read=files)
+    check_outputs((json,), inputs=files)
     if write_splits is not None:
         _check_target(write_splits, names)
     read = {
@@ -110,7 +111,7 @@ def audit_files(
         overlaps=tuple(overlaps(records)),
     )
     if json is not None:
-        outputs.write(json, audit.model_dump_json(indent=2) + "\n")
+        write_output(json, audit.model_dump_json(indent=2) + "\n")
     if write_splits is not None and divided is not None:
         _write(write_splits, divided, by, files)
     problems = tuple(line for result in read.values() for line in result.problems)
@@ -155,7 +156,7 @@ def _write(folder: Path, divided: Disjoint, by: Level, files: Sequence[Path]) ->
         objects = read_objects(path) | objects
     for name, records in divided.splits.items():
         rows = [objects[record.id] for record in records]
-        outputs.write(folder / f"{name}.json", json_.dumps(rows, ensure_ascii=False, indent=1) + "\n")
+        write_output(folder / f"{name}.json", json_.dumps(rows, ensure_ascii=False, indent=1) + "\n")
     told: Mapping[str, object] = {
         "by": by,
         "num_repeated": divided.num_repeated,
@@ -170,4 +171,4 @@ def _write(folder: Path, divided: Disjoint, by: Level, files: Sequence[Path]) ->
         },
     }
     # Last: where it lies, all others do.
-    outputs.write(folder / "splits.json", json_.dumps(told, indent=2) + "\n")
+    write_output(folder / "splits.json", json_.dumps(told, indent=2) + "\n")

@@ -37,9 +37,9 @@ from fintune.report.inspect_page import (
     restricted,
     sources,
 )
-from fintune.util import files as outputs
-from fintune.util.escape import visible
-from fintune.util.stratified import file_of, place_of, spread
+from fintune.util.files import check_outputs, write_output
+from fintune.util.sampling import describe_row, file_of_row, stratified_indices
+from fintune.util.text import escape_control_chars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,18 +74,18 @@ def inspect(config: Config, console: Console, *, num_examples: int = 3, html: Pa
         ModelError: The model has no usable tokenizer.
     """
     files = [path for path in (config.data.train, config.data.eval) if path is not None]
-    outputs.check([html], [*files, *(path for source in config.data.sources for path in local_files(source))])
+    check_outputs([html], [*files, *(path for source in config.data.sources for path in local_files(source))])
     reference = models.fetch_base(config)
     tokenizer = models.load_tokenizer(reference, trust_remote_code=config.model.trust_remote_code)
     folder = config.folder / "prepare"
     report, rows, origin = _stored(config, folder, num_examples) or _fresh(config, tokenizer, num_examples)
     paths = [source.path for source in config.data.sources]
-    examples = [replace(each, id=place_of(each.id, paths)) for each in (shown(tokenizer, row) for row in rows)]
+    examples = [replace(each, id=describe_row(each.id, paths)) for each in (shown(tokenizer, row) for row in rows)]
     page = InspectPage(
         config.run.name, origin, config.model.name, config.data.source, report.model_dump(mode="json"), examples
     )
     if html is not None:
-        outputs.write(html, render_inspect(page))
+        write_output(html, render_inspect(page))
     _print(page, report, console)
     if html is not None:
         console.print(Text(f"The page: {html}"), soft_wrap=True)
@@ -105,7 +105,7 @@ def _print(page: InspectPage, report: PrepareReport, console: Console) -> None:
     if gone := dropped(page.report):
         console.print("", _table(("dropped", "where", "rows"), gone, numbers=(2,)), sep="\n")
     for problem in problems(page.report):
-        console.print(Text.assemble(("  not used ", "red"), visible(problem)))
+        console.print(Text.assemble(("  not used ", "red"), escape_control_chars(problem)))
     if more := num_more(page.report):
         console.print(Text(f"  ... and {more:,} more; prepare lists all in {NOT_USED}"), soft_wrap=True)
     if report.shared_pages:
@@ -117,7 +117,7 @@ def _print(page: InspectPage, report: PrepareReport, console: Console) -> None:
     if report.kind == "program":
         console.print(_shares(report))
     for example in page.examples:
-        title = Text(_kept_end(visible(f"{example.id}: {example.counts}"), console.width - _BESIDE_TITLE))
+        title = Text(_kept_end(escape_control_chars(f"{example.id}: {example.counts}"), console.width - _BESIDE_TITLE))
         console.print(Panel(render(example, brackets=not coloured), title=title, title_align="left"))
     if page.examples:
         console.print(_legend() if coloured else Text(f"{OPEN}trained{CLOSE}"))
@@ -139,7 +139,7 @@ def _fresh(
     rows = made.rows["train"]
     return (
         made.report,
-        [rows[place] for place in spread([(file_of(row.id), row.label) for row in rows], number)],
+        [rows[place] for place in stratified_indices([(file_of_row(row.id), row.label) for row in rows], number)],
         f"not prepared yet with these options: read anew, at most {SAMPLE} examples a split",
     )
 
@@ -203,7 +203,7 @@ def _marked(pieces: Sequence[Piece], trained: tuple[str, str], brackets: bool) -
             text.append(OPEN if piece.trained else CLOSE)
         was_trained = piece.trained
         plain, marked = trained if piece.trained else (PROMPT_STYLE, SPECIAL_STYLE)
-        text.append(visible(piece.text), marked if piece.special else plain)
+        text.append(escape_control_chars(piece.text), marked if piece.special else plain)
     if brackets and was_trained:
         text.append(CLOSE)
     return text
@@ -226,7 +226,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence
     for place, name in enumerate(head):
         table.add_column(Text(name), justify="right" if place in numbers else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(visible(cell)) for cell in row))
+        table.add_row(*(Text(escape_control_chars(cell)) for cell in row))
     return table
 
 

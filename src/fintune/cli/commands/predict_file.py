@@ -28,11 +28,10 @@ from fintune.inference.journal import Journal
 from fintune.inference.open_model import Answerer, Named, engine_of, open_model
 from fintune.inference.protocol import Answered, Decoding
 from fintune.records import FinQARecord, Message, Prediction
-from fintune.util import files as outputs
-from fintune.util import system as machine
 from fintune.util.console import bar, track
-from fintune.util.files import sha256_file
-from fintune.util.oom import advice_on_memory
+from fintune.util.files import check_outputs, sha256_file, write_output
+from fintune.util.memory import advice_on_memory
+from fintune.util.system import checkout_commit, installed_versions
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def predict_file(job: FileJob, config: Config) -> FilePredictions:
     """
     engine_of(job.named)
     read_too = [job.data, *([job.train] if job.train is not None else [])]
-    outputs.check([job.out, job.manifest], read_too)
+    check_outputs([job.out, job.manifest], read_too)
     read = read_finqa(job.data, needs_gold=False)
     shots = _shots(job, read.records)
     with _advice_on_memory(job, config), bar("load the model", 1, slow=True):
@@ -251,10 +250,10 @@ def _write(
         "options": {"prompt": config.prompt.model_dump(mode="json"), "predict": config.predict.model_dump(mode="json")},
         "facts": facts,
         "shots": {} if prompts.shots is None else prompts.shots.prompts.used,
-        "versions": machine.versions(),
-        "commit": machine.commit(),
+        "versions": installed_versions(),
+        "commit": checkout_commit(),
     }
-    outputs.write(job.out, json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
-    outputs.write(job.manifest, json.dumps(manifest, ensure_ascii=False, indent=1) + "\n")
+    write_output(job.out, json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
+    write_output(job.manifest, json.dumps(manifest, ensure_ascii=False, indent=1) + "\n")
     job.partial.unlink(missing_ok=True)
     job.partial.with_suffix(".key.json").unlink(missing_ok=True)

@@ -27,7 +27,7 @@ from fintune.config import aliases as cli_extra_args
 from fintune.errors import ConfigError
 from fintune.pipeline import disk_estimate as disk
 from fintune.util.console import say
-from fintune.util.signals import GOES_ON, told
+from fintune.util.signals import RESUME_MESSAGE, interrupt_message
 
 GUIDE_MODEL = "DSR1/DSR1-Distill-Qwen-14B"
 _RUN = "run"
@@ -63,7 +63,7 @@ def run_pipeline(**flags: Any) -> None:
     Raises:
         FintuneError: A mistake of the user's, or a tool that is missing; before any training where that can be known.
     """
-    with told(GOES_ON), told_in_flags("--lora_output_dir"):
+    with interrupt_message(RESUME_MESSAGE), told_in_flags("--lora_output_dir"):
         _pipeline(flags)
 
 
@@ -149,7 +149,7 @@ def run_training(**flags: Any) -> None:
     Raises:
         FintuneError: A mistake of the user's.
     """
-    with told(GOES_ON), told_in_flags("--output_dir"):
+    with interrupt_message(RESUME_MESSAGE), told_in_flags("--output_dir"):
         _train(flags)
 
 

@@ -22,7 +22,7 @@ from fintune.config import Config
 from fintune.errors import ConfigError
 from fintune.models import adapter_base as adapter_origin
 from fintune.util import hub as hub_push
-from fintune.util.signals import GOES_ON, told
+from fintune.util.signals import RESUME_MESSAGE, interrupt_message
 
 _RUN = "run"
 _NEVER = 10**9
@@ -82,7 +82,7 @@ def command(*, use_dora: bool) -> click.Command:
     """
 
     def run(**flags: Any) -> None:
-        with told(GOES_ON), told_in_script(flags):
+        with interrupt_message(RESUME_MESSAGE), told_in_script(flags):
             train({**flags, "use_dora": use_dora if flags["use_dora"] is None else flags["use_dora"]})
 
     alone: dict[str, Any] = {"is_flag": False, "flag_value": "true"}

@@ -15,7 +15,7 @@ from fintune.cli.legacy import outputs as files
 from fintune.cli.legacy.owned_files import Record
 from fintune.errors import ConfigError
 from fintune.models.folder import MODEL_FILES, TOKENIZER_FILES
-from fintune.util import disk_space as space
+from fintune.util.disk import nearest_existing, require_space
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model*.safetensors")
 
@@ -106,7 +106,7 @@ def _refuse_both(one: Place, other: Place) -> None:
 def _refuse_unwritable(place: Place) -> None:
     if not place.is_folder and place.path.is_dir():
         raise ConfigError(f"{place.words}: is a folder, not a file", hint=f"name a file in it: {place.path}/NAME.gguf")
-    folder = space.existing(place.path if place.is_folder else place.path.parent)
+    folder = nearest_existing(place.path if place.is_folder else place.path.parent)
     if not folder.is_dir():
         raise ConfigError(f"{place.words}: {folder} is a file, not a folder", hint=_another(place))
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -158,7 +158,7 @@ def try_out(places: Sequence[Place]) -> None:
         ConfigError: One that refuses.
     """
     for place in places:
-        folder = space.existing(place.path if place.is_folder else place.path.parent)
+        folder = nearest_existing(place.path if place.is_folder else place.path.parent)
         try:
             with tempfile.TemporaryFile(dir=folder):
                 pass
@@ -196,7 +196,7 @@ def check_space(places: Sequence[Place], words: Callable[[], Mapping[str, str]],
         done = words()
         needed = sum(_needed_bytes(place, done.get(place.step, "run")) for place in there)
         flags = " and ".join(place.words for place in there)
-        space.require_space(
+        require_space(
             there[0].path if there[0].is_folder else there[0].path.parent,
             needed,
             f"a copy as {flags}",
@@ -213,7 +213,7 @@ def _needed_bytes(place: Place, word: str) -> int:
 
 def device(path: Path) -> int:
     """Number of the file system that a path is or will be on."""
-    return space.existing(path).stat().st_dev
+    return nearest_existing(path).stat().st_dev
 
 
 def _another(place: Place) -> str:

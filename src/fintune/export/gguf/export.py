@@ -28,7 +28,7 @@ from fintune.export.gguf.importance import Importance
 from fintune.export.gguf.plan import FilePlan, ModelPlan, Source
 from fintune.export.merge.merged_weights import Weights
 from fintune.export.merge.safetensor_reader import SafetensorFolder
-from fintune.util.disk_space import require_space, told_when_full
+from fintune.util.disk import name_full_disk, require_space
 
 if TYPE_CHECKING:
     import numpy as np
@@ -122,7 +122,7 @@ def export(
         temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in files}
         for part in temporary.values():
             stack.callback(part.unlink, missing_ok=True)
-        with told_when_full(next(iter(files)).parent, _WHAT), ExitStack() as opened:
+        with name_full_disk(next(iter(files)).parent, _WHAT), ExitStack() as opened:
             targets = [_Target(file, opened.enter_context(temporary[path].open("wb"))) for path, file in files.items()]
             # Every thread multiplies small matrices of its own: a pool of BLAS's behind each would only get in the
             # others' way.

@@ -17,7 +17,7 @@ from fintune.export.merge.merged_weights import MergedWeights
 from fintune.export.merge.rounded_weights import RoundedWeights
 from fintune.export.merge.safetensor_reader import StoredTensor
 from fintune.export.merge.safetensor_writer import SafetensorFile
-from fintune.util.disk_space import require_space, told_when_full
+from fintune.util.disk import name_full_disk, require_space
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,7 +83,7 @@ def merge_folders(
         weights = RoundedWeights(merged, dtype, counts_all=True)
         total = sum(prod(t.shape) for t in weights.tensors.values()) * (4 if weights.dtype == "float32" else 2)
         require_space(folder, total, _WHAT)
-        with told_when_full(folder, _WHAT):
+        with name_full_disk(folder, _WHAT):
             _write_shards(merged, weights, folder, total, progress)
         weights.check()
         carry_over(base, adapter, folder)

@@ -37,8 +37,9 @@ from fintune.models import load as models
 from fintune.pipeline import disk_estimate as disk
 from fintune.training import full
 from fintune.util.console import Bar, bar, say, track
-from fintune.util.disk_space import require_space
-from fintune.util.system import peak_memory_bytes, release_memory, reset_peak_memory, resident_memory_bytes, size
+from fintune.util.disk import require_space
+from fintune.util.memory import peak_memory_bytes, release_memory, reset_peak_memory, resident_memory_bytes
+from fintune.util.text import format_bytes
 
 IMPORTANCE_TOKENS = 32_768
 """Tokens of training text that an importance matrix is computed on."""
@@ -133,7 +134,10 @@ def _stream(
         facts |= merged_into(seen)
     grown = max(0, peak_memory_bytes() - before)
     if grown > MEMORY_LIMIT_BYTES:
-        notes.append(f"the export took {size(grown)} of memory, more than the {size(MEMORY_LIMIT_BYTES)} it should")
+        notes.append(
+            f"the export took {format_bytes(grown)} of memory, "
+            f"more than the {format_bytes(MEMORY_LIMIT_BYTES)} it should"
+        )
     for note in notes:
         say(note)
     sizes = {file.kind: file.num_bytes for file in report.files}
@@ -149,7 +153,7 @@ def _stream(
         "memory_limit_bytes": MEMORY_LIMIT_BYTES,
         "memory_within_limit": grown <= MEMORY_LIMIT_BYTES,
         "notes": notes,
-        "summary": ", ".join(f"{kind} {size(num)}" for kind, num in sizes.items()),
+        "summary": ", ".join(f"{kind} {format_bytes(num)}" for kind, num in sizes.items()),
     }
 
 
@@ -225,7 +229,8 @@ def _by_checkout(config: Config, path: Path, model: Path, folder: Path) -> Facts
         "importance": None if config.export.importance_file is None else str(config.export.importance_file),
         "tools_seconds": round(time.monotonic() - started, 1),
         "notes": notes,
-        "summary": ", ".join(f"{kind} {size(num)}" for kind, num in sizes.items()) + ", by a llama.cpp checkout",
+        "summary": ", ".join(f"{kind} {format_bytes(num)}" for kind, num in sizes.items())
+        + ", by a llama.cpp checkout",
     }
 
 

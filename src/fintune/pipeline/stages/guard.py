@@ -25,10 +25,9 @@ from fintune.models import chat_template as chat
 from fintune.models import load as models
 from fintune.records import Message, Record
 from fintune.training import full
-from fintune.util.console import track
+from fintune.util.console import quiet_libraries, track
 from fintune.util.files import write_atomically
-from fintune.util.oom import advice_on_memory
-from fintune.util.quiet import quiet_libraries
+from fintune.util.memory import advice_on_memory
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -21,8 +21,7 @@ from fintune.models import chat_template as chat
 from fintune.models import load as models
 from fintune.records import Example, Message
 from fintune.training import full
-from fintune.util.console import bar, track
-from fintune.util.quiet import quiet_libraries
+from fintune.util.console import bar, quiet_libraries, track
 
 if TYPE_CHECKING:
     import torch

@@ -25,8 +25,8 @@ from fintune.models import chat_template as chat
 from fintune.models import load as models
 from fintune.records import Example, FinQARecord, Prediction
 from fintune.training import full
-from fintune.util.oom import advice_on_memory
-from fintune.util.quiet import quiet_libraries
+from fintune.util.console import quiet_libraries
+from fintune.util.memory import advice_on_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,7 +16,7 @@ from fintune.util import hub as hub_push
 from fintune.util.console import say
 from fintune.util.files import write_atomically
 from fintune.util.hub import Target, Upload
-from fintune.util.system import size
+from fintune.util.text import format_bytes
 
 
 def check(config: Config) -> None:
@@ -79,7 +79,7 @@ def publish(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
         "removed": list(done.removed),
         "num_sent_bytes": done.num_sent_bytes,
         "summary": f"{repo} at {done.commit[:8]}: {len(done.sent)} of {len(uploads)} files new, "
-        f"{size(done.num_sent_bytes)}",
+        f"{format_bytes(done.num_sent_bytes)}",
     }
 
 

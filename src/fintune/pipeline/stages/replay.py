@@ -22,9 +22,8 @@ from fintune.models import chat_template as chat
 from fintune.models import load as models
 from fintune.records import Example
 from fintune.training import full
-from fintune.util.console import track
+from fintune.util.console import quiet_libraries, track
 from fintune.util.files import write_atomically
-from fintune.util.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     import numpy as np

@@ -23,8 +23,7 @@ from fintune.evaluation.metrics import score as score_predictions
 from fintune.manifest import Facts
 from fintune.records import FinQARecord
 from fintune.report.score_page import ScorePage, render_score
-from fintune.util import files as outputs
-from fintune.util.files import sha256_file
+from fintune.util.files import check_outputs, sha256_file, write_output
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def score_files(
         FintuneError: ``csv``, ``json`` or ``html`` cannot be written, is one of the files that are read, or another of
             these three.
     """
-    outputs.check((csv, json, html), read=(predictions, gold))
+    check_outputs((csv, json, html), inputs=(predictions, gold))
     read_gold = read_finqa(gold, strict=strict, instead=WITHOUT_STRICT)
     found = read_predictions(predictions)
     usable, doubts, num_unknown = _known(predictions, found.predictions, read_gold.records)
@@ -123,9 +122,9 @@ def score_files(
         figures, verdicts, lines, dict(num_unscored), seconds=sum(seconds) if len(seconds) == len(usable) else None
     )
     if csv is not None:
-        outputs.write(csv, csv_text(verdicts))
+        write_output(csv, csv_text(verdicts))
     if json is not None:
-        outputs.write(json, json_text(done))
+        write_output(json, json_text(done))
     if html is not None:
         page = ScorePage(
             predictions.name,
@@ -138,7 +137,7 @@ def score_files(
             done.num_unscored,
             lines,
         )
-        outputs.write(html, render_score(page))
+        write_output(html, render_score(page))
     return done
 
 

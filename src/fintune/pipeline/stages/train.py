@@ -37,7 +37,7 @@ from fintune.training.facts import trained_facts
 from fintune.training.hub_callback import EpochPushes
 from fintune.util import hub as hub_push
 from fintune.util.console import say
-from fintune.util.oom import advice_on_memory
+from fintune.util.memory import advice_on_memory
 
 if TYPE_CHECKING:
     from datasets import Dataset

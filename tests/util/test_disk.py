@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from fintune.errors import ResourceError
-from fintune.util import disk_space as space
+from fintune.util.disk import name_full_disk, require_space
 
 
 def test_too_little_space_is_refused_with_both_sizes_and_the_way_out(
@@ -25,21 +25,21 @@ def test_too_little_space_is_refused_with_both_sizes_and_the_way_out(
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
     folder = tmp_path / "runs" / "not" / "there" / "yet"
-    space.require_space(folder, 1_000_000, "train")
+    require_space(folder, 1_000_000, "train")
     for way_out, advice in (("", "free some"), ("set X to another disk", "free some, or set X to another disk")):
         with pytest.raises(ResourceError) as caught:
-            space.require_space(folder, 2_500_000, "train", way_out=way_out)
+            require_space(folder, 2_500_000, "train", way_out=way_out)
         assert str(caught.value) == f"no space for train: it needs about 2.5 MB in {folder}, 1.0 MB is free: {advice}"
     assert asked == [tmp_path] * 3
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_disk_that_fills_up_is_told_with_the_folder_that_was_written(tmp_path: Path, number: int) -> None:
-    with pytest.raises(ResourceError) as caught, space.told_when_full(tmp_path, "the model", way_out="leave it"):
+    with pytest.raises(ResourceError) as caught, name_full_disk(tmp_path, "the model", way_out="leave it"):
         raise OSError(number, os.strerror(number))
     assert str(caught.value) == f"no space for the model in {tmp_path}: the disk is full: free some, or leave it"
 
 
 def test_what_else_the_file_system_refuses_keeps_its_own_error(tmp_path: Path) -> None:
-    with pytest.raises(PermissionError), space.told_when_full(tmp_path, "the model"):
+    with pytest.raises(PermissionError), name_full_disk(tmp_path, "the model"):
         raise PermissionError(errno.EACCES, "not yours")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from fintune.errors import ResourceError
-from fintune.util.oom import advice_on_memory, is_out_of_memory
+from fintune.util.memory import advice_on_memory, is_out_of_memory
 
 
 def test_the_cpus_allocator_is_one_line_with_the_advice():
