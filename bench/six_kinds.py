@@ -131,11 +131,11 @@ def figures(run: Path, step: str) -> dict[str, Any]:
 
 def difference(free: Path, constrained: Path) -> dict[str, Any]:
     """What the constraint changes in execution accuracy, on the same questions."""
-    from fintune.evaluation.paired import paired
-    from fintune.evaluation.verdict import read_verdicts
+    from fintune.evaluation.metrics import read_verdicts
+    from fintune.evaluation.statistics import compare_paired
 
     sides = ({id_: each.exe_correct for id_, each in read_verdicts(path).items()} for path in (free, constrained))
-    found = paired(*sides)
+    found = compare_paired(*sides)
     return {
         "num_common": found.num_common,
         "num_gained": found.num_gained,

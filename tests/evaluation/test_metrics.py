@@ -1,12 +1,10 @@
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from fintune.errors import DataError
-from fintune.evaluation.metrics import score, wilson
-from fintune.evaluation.verdict import agrees_with_answer
+from fintune.evaluation.metrics import score
 from fintune.finqa.execute import Execution, execute
 from fintune.finqa.program import tokenize
+from fintune.finqa.verdict import agrees_with_answer
 from fintune.records import FinQAQuestion, FinQARecord
 from fintune.report.parts.accuracy import breakdowns
 from fintune.report.run_page import Measured
@@ -173,25 +171,6 @@ def test_agreement_with_the_free_text_answer(result: float, answer: str | None, 
 def test_a_yes_agrees_with_yes_and_an_invalid_program_with_nothing() -> None:
     assert agrees_with_answer(Execution(False, "yes"), " Yes ") is True
     assert agrees_with_answer(Execution(True, 3.0, 3.0), "3") is False
-
-
-def test_wilson_intervals_are_those_of_the_formula() -> None:
-    # Newcombe 1998, table I, method 3: 81/263, 15/148, 0/20, 1/29.
-    for hits, trials, low, high in [
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ]:
-        assert wilson(hits, trials) == pytest.approx((low, high), abs=5e-5)
-    assert wilson(0, 0) == (0.0, 1.0)
-
-
-@given(st.integers(0, 300), st.integers(1, 300))
-def test_an_interval_holds_its_fraction(hits: int, trials: int) -> None:
-    hits = min(hits, trials)
-    low, high = wilson(hits, trials)
-    assert 0 <= low <= hits / trials <= high <= 1
 
 
 def test_nothing_to_score_and_unknown_ids_are_refused() -> None:

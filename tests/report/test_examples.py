@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from fintune.evaluation.verdict import OUTCOMES, Judged, judge
 from fintune.finqa.program import tokenize
+from fintune.finqa.verdict import OUTCOMES, OfficialVerdict, judge
 from fintune.records import Candidate, FinQARecord
 from fintune.report.examples import Answer, browser_blocks, script_json, used_parts
 from support.example_run import NASTY, predictions, records
@@ -110,7 +110,7 @@ def test_pages_that_questions_share_are_stored_once():
 
 def test_the_index_tells_steps_verdicts_cuts_and_missing_predictions():
     items = records(3)
-    invalid = Judged(
+    invalid = OfficialVerdict(
         id=items[0].id, exe_correct=False, program_correct=False, invalid=True, result="n/a", outcome="invalid"
     )
     first, second = predictions(items, "base")[:2]

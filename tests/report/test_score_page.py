@@ -8,8 +8,8 @@ from urllib.parse import unquote
 import pytest
 
 from fintune.evaluation.metrics import score
-from fintune.evaluation.verdict import judge
 from fintune.finqa.program import tokenize
+from fintune.finqa.verdict import judge
 from fintune.records import FinQARecord
 from fintune.report.parts import errors
 from fintune.report.score_page import ScorePage, render_score

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fintune.data.tokenize_finqa import EncodedRecord
+from fintune.finqa.identity import page_content
 from fintune.finqa.prompt import ask
 from fintune.models import chat_template as chat
 from fintune.models.chat_cache import TurnWriter
-from fintune.records import FinQARecord, Message
+from fintune.records import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,12 +78,8 @@ def grouped(
     writer = TurnWriter(tokenizer)
     pages: dict[object, list[EncodedRecord]] = {}
     for place, each in enumerate(examples):
-        pages.setdefault(place if each.example.num_cut else _page(each.record), []).append(each)
+        pages.setdefault(place if each.example.num_cut else page_content(each.record), []).append(each)
     return [row for page in pages.values() for row in _rows(tokenizer, writer, page, num_questions, max_length)]
-
-
-def _page(record: FinQARecord) -> object:
-    return record.pre_text, record.table, record.post_text
 
 
 def _rows(

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from fintune.errors import DataError
 from fintune.evaluation.audit_evidence import EvidenceAudit, audit_evidence
-from fintune.evaluation.verdict import NUMBER, PERCENT, agrees_with_answer
 from fintune.finqa.execute import NO_RESULT, Execution
 from fintune.finqa.grammar import can_be_named, outside, vocabulary
 from fintune.finqa.identity import LEVELS, group_of
@@ -19,6 +18,7 @@ from fintune.finqa.official import cell_number
 from fintune.finqa.parse import parse
 from fintune.finqa.program import Program, Reference, tokenize
 from fintune.finqa.trace import Trace, trace
+from fintune.finqa.verdict import NUMBER, PERCENT, agrees_with_answer
 from fintune.records import FinQARecord, Record
 
 KINDS: Mapping[str, str] = {

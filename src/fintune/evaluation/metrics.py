@@ -6,25 +6,21 @@ with ``exe_ans`` (rounded to 5 decimals) and symbolic equality of the programs, 
 
 from __future__ import annotations
 
+import csv
 import gc
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import TypeVar
 
 from pydantic import ValidationError
 
 from fintune.errors import ArtifactError, DataError
-from fintune.evaluation.verdict import Evidence, Outcome, QuestionType, Verdict, judge
+from fintune.evaluation.statistics import Interval, wilson
+from fintune.finqa.verdict import EvidenceKind, OfficialVerdict, Outcome, QuestionType, Verdict, judge
 from fintune.records import FinQARecord, Record
 
-__all__ = ["Rates", "Score", "ScoreFile", "Tolerant", "Verdict", "WholeFile", "read_score", "score", "wilson"]
-
-Interval: TypeAlias = tuple[float, float]
-_Key = TypeVar("_Key", int, str, Evidence, QuestionType)
-
-_Z_95 = 1.959963984540054
+_Key = TypeVar("_Key", int, str, EvidenceKind, QuestionType)
 
 
 class Rates(Record):
@@ -89,7 +85,7 @@ class Score(Rates):
     outcomes: dict[Outcome, int]
     by_num_steps: dict[int, Rates]
     by_operation: dict[str, Rates]
-    by_evidence: dict[Evidence, Rates]
+    by_evidence: dict[EvidenceKind, Rates]
     by_question_type: dict[QuestionType, Rates]
 
     @property
@@ -119,6 +115,25 @@ def read_score(path: Path) -> ScoreFile:
     try:
         return ScoreFile.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
+        raise ArtifactError(
+            f"{path}: cannot be read ({str(error).splitlines()[0]})",
+            hint=f"--redo score/{path.parent.name} makes it anew",
+        ) from None
+
+
+def read_verdicts(path: Path) -> dict[str, OfficialVerdict]:
+    """Read the verdicts of a ``score.csv``, by id.
+
+    Raises:
+        ArtifactError: The file is missing or has another form.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return {
+                row["id"]: OfficialVerdict.model_validate({name: row[name] for name in OfficialVerdict.model_fields})
+                for row in csv.DictReader(file)
+            }
+    except (OSError, ValueError, csv.Error, KeyError) as error:
         raise ArtifactError(
             f"{path}: cannot be read ({str(error).splitlines()[0]})",
             hint=f"--redo score/{path.parent.name} makes it anew",
@@ -155,20 +170,6 @@ def score(gold: Sequence[FinQARecord], predictions: Sequence[tuple[str, Sequence
     finally:
         gc.unfreeze()
     return _score(len(records), verdicts, num_gold_not_comparable), verdicts
-
-
-def wilson(num_hits: int, num_trials: int) -> Interval:
-    """Wilson score interval of a fraction, 95 %, without continuity correction (Wilson 1927); (0, 1) of nothing."""
-    if not num_trials:
-        return 0.0, 1.0
-    rate, z2 = num_hits / num_trials, _Z_95**2
-    centre = rate + z2 / (2 * num_trials)
-    spread = _Z_95 * math.sqrt(rate * (1 - rate) / num_trials + z2 / (4 * num_trials**2))
-    scale = 1 + z2 / num_trials
-    # The ends of none and of all are exact; computed, they are off by a rounding error.
-    low = (centre - spread) / scale if num_hits else 0.0
-    high = (centre + spread) / scale if num_hits < num_trials else 1.0
-    return low, high
 
 
 def _score(num_gold: int, verdicts: Sequence[Verdict], num_gold_not_comparable: int) -> Score:

@@ -9,7 +9,7 @@ from functools import partial
 from itertools import combinations
 
 from fintune.evaluation.audit import question_words
-from fintune.finqa.identity import LEVELS, Level, group_of
+from fintune.finqa.identity import LEVELS, Level, group_of, page_content
 from fintune.records import FinQARecord, Record
 
 NEAR = 0.8
@@ -95,7 +95,7 @@ def _compare(first: Sequence[FinQARecord], second: Sequence[FinQARecord]) -> dic
     keys: dict[str, Callable[[FinQARecord], Hashable]] = {
         "id": lambda record: record.id,
         **{level: partial(_group, level=level) for level in LEVELS},
-        "page_text": lambda record: (record.pre_text, record.table, record.post_text),
+        "page_text": page_content,
         "question": lambda record: question_words(record.qa.question),
         "question_and_program": lambda record: (question_words(record.qa.question), record.qa.program),
     }

@@ -10,8 +10,7 @@ from itertools import islice
 
 from fintune.config import PredictOptions
 from fintune.errors import ArtifactError
-from fintune.finqa.execute import execute
-from fintune.finqa.program import tokenize
+from fintune.finqa.verdict import executes_to_gold
 from fintune.inference.candidates import decoding, grammars, predict_one
 from fintune.inference.journal import Journal
 from fintune.inference.pages import page_order, prompts_named
@@ -131,10 +130,7 @@ def num_tokens(prediction: Prediction) -> int:
 
 def is_right(prediction: Prediction, record: FinQARecord) -> bool | None:
     """Whether the program's result is gold's; None where there is no gold."""
-    if not record.qa.program:
-        return None
-    execution = execute(tokenize(prediction.program), record.table)
-    return not execution.invalid and execution.result == record.qa.exe_ans
+    return executes_to_gold(prediction.program, record) if record.qa.program else None
 
 
 def less_memory(batch_size: int, max_length: int, four_bit: str | None) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 
 from fintune.errors import PromptError
+from fintune.finqa.identity import page_content
 from fintune.records import FinQARecord
 
 
@@ -16,7 +17,7 @@ def page_order(records: Sequence[FinQARecord]) -> list[int]:
         Pages in the order of their first question, the questions of a page in their own order.
     """
     first: dict[Hashable, int] = {}
-    places = [first.setdefault((each.pre_text, each.table, each.post_text), at) for at, each in enumerate(records)]
+    places = [first.setdefault(page_content(each), at) for at, each in enumerate(records)]
     return sorted(range(len(records)), key=lambda at: (places[at], at))
 
 

@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fintune.evaluation.verdict import OUTCOMES, Judged
 from fintune.finqa.execute import Value
 from fintune.finqa.parse import ParseError, parse
 from fintune.finqa.program import Number, RowName, tokenize
 from fintune.finqa.trace import Trace, trace
+from fintune.finqa.verdict import OUTCOMES, OfficialVerdict
 from fintune.records import FinQARecord, Prediction
 from fintune.report.answer_text import confidence_words
 from fintune.report.operands import Used, shown_operands, words_of
@@ -43,14 +43,14 @@ class Answer:
 
     tokens: Sequence[str]
     program: str
-    judged: Judged | None = None
+    judged: OfficialVerdict | None = None
     text: str = ""
     cut_off: bool = False
     error: str = ""
     confidence: str = ""
 
     @classmethod
-    def of(cls, prediction: Prediction, judged: Judged | None) -> Answer:
+    def of(cls, prediction: Prediction, judged: OfficialVerdict | None) -> Answer:
         """The answer that a prediction of a run is."""
         program = prediction.program
         text = "" if prediction.text.strip() == program else prediction.text

@@ -10,7 +10,7 @@ from typing import Any
 from fintune.config import GGUF_KINDS, Config, DecodingMode
 from fintune.evaluation.agreement import Agreement, compare
 from fintune.evaluation.metrics import Rates, Score
-from fintune.evaluation.verdict import Judged
+from fintune.finqa.verdict import OfficialVerdict
 from fintune.records import FinQARecord, Prediction
 
 KINDS: Mapping[str, str] = {
@@ -59,7 +59,7 @@ class ModeResults:
     way: DecodingMode
     measured: Sequence[Measured]
     predictions: Mapping[str, Mapping[str, Prediction]]
-    verdicts: Mapping[str, Mapping[str, Judged]]
+    verdicts: Mapping[str, Mapping[str, OfficialVerdict]]
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class RunPage:
     records: Sequence[FinQARecord] = ()
     num_cut: Mapping[str, int] = field(default_factory=dict)
     predictions: Mapping[str, Mapping[str, Prediction]] = field(default_factory=dict)
-    verdicts: Mapping[str, Mapping[str, Judged]] = field(default_factory=dict)
+    verdicts: Mapping[str, Mapping[str, OfficialVerdict]] = field(default_factory=dict)
     made: Sequence[Made] = ()
     token_names: Mapping[int, str] = field(default_factory=dict)
     other_modes: Sequence[ModeResults] = ()

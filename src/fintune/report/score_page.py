@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fintune.evaluation.metrics import Score
-from fintune.evaluation.verdict import Verdict
+from fintune.finqa.verdict import Verdict
 from fintune.records import FinQARecord
 from fintune.report.examples import Answer, browser_blocks
 from fintune.report.parts import errors, scored

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from fintune.evaluation.metrics import Interval, Score
+from fintune.evaluation.metrics import Score
+from fintune.evaluation.statistics import Interval
 
 
 def headline_table(score: Score, name: str) -> Table:

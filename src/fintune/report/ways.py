@@ -12,9 +12,8 @@ from pathlib import Path
 from rich.table import Table
 
 from fintune.config import split_kind_and_mode
-from fintune.evaluation.metrics import Rates, read_score
-from fintune.evaluation.paired import Paired, paired
-from fintune.evaluation.verdict import read_verdicts
+from fintune.evaluation.metrics import Rates, read_score, read_verdicts
+from fintune.evaluation.statistics import PairedComparison, compare_paired
 from fintune.manifest import Slot
 from fintune.report.tables import score_table
 
@@ -117,11 +116,11 @@ def _differences(
     for kind, by_way in kinds.items():
         if way in by_way and first in by_way:
             before, after = by_way[first], by_way[way]
-            table.add_row(kind, *_difference_cells(paired(before.right, after.right)), _ratio(before, after))
+            table.add_row(kind, *_difference_cells(compare_paired(before.right, after.right)), _ratio(before, after))
     return table
 
 
-def _difference_cells(found: Paired) -> list[str]:
+def _difference_cells(found: PairedComparison) -> list[str]:
     """Common questions, difference and its interval in percentage points, answers gained and lost."""
     low, high = found.interval
     interval = f"{100 * low:+.1f} to {100 * high:+.1f}"

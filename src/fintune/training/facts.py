@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fintune.config import Config
-from fintune.evaluation.loss_summary import loss_ends
+from fintune.evaluation.statistics import summarize_losses
 from fintune.training import adapter, full, metrics, planned, unsloth
 from fintune.training.answer_figures import right_sides, told_right_sides
 from fintune.training.evaluate import best_step, out_of_patience
@@ -22,7 +22,7 @@ def trained_facts(config: Config, folder: Path, result: Path) -> dict[str, Any]:
     """
     lines = metrics.read(folder / "metrics.jsonl")
     trained = [line for line in lines if "loss" in line]
-    last, ends = trained[-1], loss_ends([line["loss"] for line in trained])
+    last, ends = trained[-1], summarize_losses([line["loss"] for line in trained])
     rate = last["tokens"] / max(last["seconds"], 1e-9)
     saved = full.num_saved(result) if config.adapter.kind == "full" else adapter.num_saved(result)
     facts = {

@@ -10,7 +10,7 @@ import pytest
 from fintune.config.load import load
 from fintune.data.synthetic import generate
 from fintune.errors import FintuneError, ResourceError
-from fintune.evaluation import regression_set as guard_set
+from fintune.evaluation import questions as regression_set
 from fintune.finqa.execute import execute
 from fintune.finqa.program import tokenize
 from fintune.inference.likelihood import Loss
@@ -50,20 +50,20 @@ def config(model, *more):
 
 
 def test_the_set_is_whole_and_its_programs_give_their_results():
-    prompts = guard_set.prompts()
+    prompts = regression_set.regression_prompts()
     groups = [prompt.group for prompt in prompts]
     assert (groups.count("finance"), groups.count("statements")) == (20, 12)
     assert len({prompt.id for prompt in prompts}) == 32
     for prompt in prompts[20:]:
         execution = execute(tokenize(prompt.answer), prompt.record.table)
         assert execution.result == prompt.record.qa.exe_ans
-        assert prompt.messages[-1].content.startswith(guard_set.TASK)
+        assert prompt.messages[-1].content.startswith(regression_set.TASK)
         assert prompt.record.qa.question in prompt.messages[-1].content
 
 
 def test_the_pages_are_those_of_the_generator():
     made = generate(4, pages_per_company=1, questions_per_page=3, seed=4096, size="small")
-    assert [prompt.record for prompt in guard_set.prompts() if prompt.record is not None] == list(made)
+    assert [prompt.record for prompt in regression_set.regression_prompts() if prompt.record is not None] == list(made)
 
 
 def test_losses_are_those_of_a_plain_forward_pass_and_pages_are_read_once(tiny_model, trained, tmp_path):
@@ -72,7 +72,7 @@ def test_losses_are_those_of_a_plain_forward_pass_and_pages_are_read_once(tiny_m
     ref = models.fetch(str(tiny_model))
     tokenizer, base = models.load_tokenizer(ref), models.load_model(ref, dtype="float32", device="cpu")
     for at in (0, 19, 20, 21, 31):
-        prompt = guard_set.prompts()[at]
+        prompt = regression_set.regression_prompts()[at]
         encoded = chat.encode_example(tokenizer, prompt.messages, prompt.answer)
         with torch.no_grad():
             scores = base(torch.tensor([encoded.input_ids])).logits[0, :-1].log_softmax(-1)
@@ -113,7 +113,7 @@ def rises(monkeypatch):
 
 def test_what_got_worse_is_named_the_most_first(tiny_model, trained, tmp_path, rises):
     rises |= {0: 0.2, 3: 0.05, 4: 1.0, 25: 0.11}
-    ids = [prompt.id for prompt in guard_set.prompts()]
+    ids = [prompt.id for prompt in regression_set.regression_prompts()]
     facts = guard(config(tiny_model), {"train": trained}, tmp_path)
     assert facts["worse"] == [ids[4], ids[0], ids[25]]
     finance, statements = facts["groups"]
@@ -140,14 +140,14 @@ def test_a_group_that_lost_too_much_stops_the_run_only_where_asked(tiny_model, t
 
 def test_an_answer_that_is_no_longer_right_is_named(tiny_model, trained, tmp_path, monkeypatch):
     """The model before training is made to say every program, the one after it none."""
-    said = {"texts": [prompt.answer for prompt in guard_set.prompts() if prompt.record is not None]}
+    said = {"texts": [prompt.answer for prompt in regression_set.regression_prompts() if prompt.record is not None]}
 
     class Engine:
         def __init__(self, *_):
             self.texts = said.pop("texts", [""] * 12)
 
         def generate(self, prompts, _):
-            assert all(guard_set.TASK in prompt for prompt in prompts)
+            assert all(regression_set.TASK in prompt for prompt in prompts)
             return (
                 Answered(place, (Completion((), text, "stop", (), 1, 0.0),)) for place, text in enumerate(self.texts)
             )

@@ -204,14 +204,14 @@ def test_accuracy_decides_by_the_programs_that_the_model_writes(
     tiny_model, inputs, tmp_path, monkeypatch, fused_layers
 ):
     """Gold results are set to what the model's own greedy programs give, so that some evaluation finds them."""
-    from fintune.evaluation.questions import Question
+    from fintune.evaluation.questions import GoldQuestion
 
     asked = config(
         tiny_model, max_steps=4, eval_steps=2, keep="best_accuracy", eval_new_tokens=8, fused_layers=fused_layers
     )
     asked = asked.model_copy(update={"adapter": asked.adapter.model_copy(update={"dropout": 0.0})})
     said = []
-    monkeypatch.setattr(Question, "is_right", lambda self, text: said.append(text) or len(said) > 12 + 6)
+    monkeypatch.setattr(GoldQuestion, "is_correct", lambda self, text: said.append(text) or len(said) > 12 + 6)
     (tmp_path / "train").mkdir()
     facts = train(asked, inputs, tmp_path / "train")
     assert len(said) == 24
@@ -233,9 +233,9 @@ def test_right_is_what_executes_to_the_gold_result(inputs):
     path.write_text(json.dumps(gold))
     questions = read_questions(inputs["prepare"], {"x0", "x3", "unknown"})
     assert [question.record.id for question in questions] == ["x0", "x3"]
-    assert questions[0].is_right("add(1, 2)")
-    assert not questions[0].is_right("add(1, 3)")
-    assert not questions[0].is_right("nonsense")
+    assert questions[0].is_correct("add(1, 2)")
+    assert not questions[0].is_correct("add(1, 3)")
+    assert not questions[0].is_correct("nonsense")
 
 
 def test_evaluation_draws_the_same_examples_every_time(tiny_model, inputs, tmp_path):

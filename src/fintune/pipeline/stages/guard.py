@@ -13,9 +13,7 @@ from fintune.config import Config
 from fintune.data.rows_of_tokens import Sequenced
 from fintune.data.tokenize_chat import ConversationEncoder
 from fintune.errors import FintuneError
-from fintune.evaluation import regression_set as guard_set
-from fintune.evaluation.questions import Question
-from fintune.evaluation.regression_set import GuardPrompt
+from fintune.evaluation.questions import GoldQuestion, RegressionPrompt, regression_prompts
 from fintune.inference.likelihood import Loss, answer_losses
 from fintune.inference.protocol import Decoding, in_order
 from fintune.inference.transformers_engine import TransformersEngine
@@ -128,7 +126,7 @@ def guard(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
     torch.set_num_threads(config.predict.threads or os.cpu_count() or 1)
     ref = models.fetch_base(config)
     tokenizer = models.load_tokenizer(ref, trust_remote_code=config.model.trust_remote_code)
-    prompts = guard_set.prompts()
+    prompts = regression_prompts()
     rows = _rows(tokenizer, prompts)
     with advice_on_memory(_less_memory(config, prompts), during="asking the guard's prompts"):
         model: PreTrainedModel | PeftModel = _load(config, ref)
@@ -163,7 +161,7 @@ def _load(config: Config, ref: models.ModelFolder) -> PreTrainedModel:
     )
 
 
-def _rows(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[GuardPrompt]) -> list[Sequenced]:
+def _rows(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[RegressionPrompt]) -> list[Sequenced]:
     """Each prompt with its reference answer, as training would encode it."""
     encoder = ConversationEncoder(tokenizer, system="", train_on="last", max_length=_MAX_TOKENS)
     rows = []
@@ -177,7 +175,7 @@ def _measure(
     config: Config,
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[GuardPrompt],
+    prompts: Sequence[RegressionPrompt],
     rows: Sequence[Sequenced],
     when: str,
 ) -> tuple[list[Loss], dict[str, bool]]:
@@ -188,13 +186,13 @@ def _measure(
     engine = TransformersEngine(model, tokenizer, min(config.predict.batch_size, len(asked)))
     answers = engine.generate([chat.render(tokenizer, each.messages) for each, _ in asked], Decoding(_NEW_TOKENS))
     right = {
-        each.id: Question(each.messages, record).is_right(completion.text)
+        each.id: GoldQuestion(each.messages, record).is_correct(completion.text)
         for (each, record), completion in zip(asked, in_order(answers), strict=True)
     }
     return losses, right
 
 
-def _less_memory(config: Config, prompts: Sequence[GuardPrompt]) -> str:
+def _less_memory(config: Config, prompts: Sequence[RegressionPrompt]) -> str:
     # Its prompts are fixed, and it loads the model as training did.
     num_together = min(config.predict.batch_size, sum(each.record is not None for each in prompts))
     smaller = f"set predict.batch_size={num_together // 2}, or " if num_together > 1 else ""
@@ -202,7 +200,7 @@ def _less_memory(config: Config, prompts: Sequence[GuardPrompt]) -> str:
 
 
 def _report(
-    prompts: Sequence[GuardPrompt],
+    prompts: Sequence[RegressionPrompt],
     before: tuple[list[Loss], dict[str, bool]],
     after: tuple[list[Loss], dict[str, bool]],
     threshold: float,

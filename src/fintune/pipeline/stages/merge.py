@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fintune.config import Config
 from fintune.errors import ArtifactError
-from fintune.evaluation import regression_set as guard_set
+from fintune.evaluation.questions import regression_prompts
 from fintune.export.merge import layerwise
 from fintune.export.merge.dequantised import NormalFloat, merged_into
 from fintune.export.merge.merge import MergeReport, merge_folders
@@ -79,7 +79,7 @@ def merge_adapter(config: Config, adapter: Path, folder: Path) -> dict[str, Any]
     adapter_origin.check_name(config.model.name, adapter)
     ref = models.fetch_base(config)
     adapter_origin.check_weights(ref.path, adapter, name=config.model.name)
-    asked = [(each.messages, each.answer) for each in guard_set.prompts()[:NUM_GOLDEN]]
+    asked = [(each.messages, each.answer) for each in regression_prompts()[:NUM_GOLDEN]]
     return _fold(config, ref.path, adapter, folder, asked)
 
 

@@ -18,8 +18,9 @@ from fintune.config import Config
 from fintune.data.finqa_json import WITHOUT_STRICT, read_finqa
 from fintune.data.predictions import PredictedProgram, read_predictions
 from fintune.errors import DataError
-from fintune.evaluation.metrics import Score, ScoreFile, Verdict
+from fintune.evaluation.metrics import Score, ScoreFile
 from fintune.evaluation.metrics import score as score_predictions
+from fintune.finqa.verdict import Verdict
 from fintune.manifest import Facts
 from fintune.records import FinQARecord
 from fintune.report.score_page import ScorePage, render_score

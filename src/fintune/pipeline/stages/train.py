@@ -236,7 +236,7 @@ def _evaluation(config: Config, prepare: Path, tokenizer: PreTrainedTokenizerBas
         own, asked = ranks.share(questions), ranks.share(prompts)
         answers = engine.generate(asked, Decoding(max_new_tokens=options.eval_new_tokens)) if asked else ()
         num_right = sum(
-            question.is_right(completion.text) for question, completion in zip(own, in_order(answers), strict=True)
+            question.is_correct(completion.text) for question, completion in zip(own, in_order(answers), strict=True)
         )
         return ranks.total([num_right])[0] / len(questions)
 

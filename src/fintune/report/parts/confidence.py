@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fintune.evaluation.risk_coverage import answered_accuracy, at_coverage
+from fintune.evaluation.statistics import accuracy_at, accuracy_by_coverage
 from fintune.report.plots import Curve, coverage_plot
 from fintune.report.run_page import KINDS, RunPage, colour, percent
 
@@ -23,7 +23,7 @@ def context(page: RunPage) -> dict[str, Any]:
             if id_ in predictions and (confidence := predictions[id_].confidence) is not None
         ]
         if answers and len(answers) == len(verdicts):
-            curves[kind] = answered_accuracy(answers)
+            curves[kind] = accuracy_by_coverage(answers)
     if not curves:
         return {}
     rows = [
@@ -31,7 +31,7 @@ def context(page: RunPage) -> dict[str, Any]:
             "label": KINDS[kind],
             "colour": colour(kind),
             "n": f"{len(curve):,}",
-            "cells": [percent(at_coverage(curve, coverage)) for coverage in COVERAGES],
+            "cells": [percent(accuracy_at(curve, coverage)) for coverage in COVERAGES],
         }
         for kind, curve in curves.items()
     ]
@@ -43,7 +43,7 @@ def context(page: RunPage) -> dict[str, Any]:
         )
         for kind, curve in curves.items()
     ]
-    words = "; ".join(f"{KINDS[kind]} {percent(at_coverage(curve, 0.5))}" for kind, curve in curves.items())
+    words = "; ".join(f"{KINDS[kind]} {percent(accuracy_at(curve, 0.5))}" for kind, curve in curves.items())
     return {
         "columns": [f"{100 * coverage:.0f} %" for coverage in COVERAGES],
         "rows": rows,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fintune.evaluation.verdict import Verdict
 from fintune.finqa.constants import TABLE_OPERATIONS
 from fintune.finqa.official import split_step, split_steps, str_to_num
 from fintune.finqa.program import tokenize
+from fintune.finqa.verdict import Verdict
 from fintune.report.plots import share_plot
 from fintune.report.run_page import percent
 

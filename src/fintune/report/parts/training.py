@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fintune.evaluation.loss_summary import loss_ends
+from fintune.evaluation.statistics import summarize_losses
 from fintune.report.plots import Curve, loss_plot
 
 _COMPLETED = "Mean negative log-likelihood of the completion's tokens; the prompt is not trained on."
@@ -49,7 +49,7 @@ def context(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             highest = max(zip(right.values, (-step for step in right.steps), strict=True))
             rows.append(("highest execution accuracy", f"{highest[0]:.1%} at step {-highest[1]:,}"))
         legend.append(("s4", "evaluation loss"))
-    ends = loss_ends(train.values)
+    ends = summarize_losses(train.values)
     of = f"{ends.num} logged" if ends.num > 1 else "logged one"
     rows += [(f"mean loss, first {of}", f"{ends.first:.3f}"), (f"mean loss, last {of}", f"{ends.last:.3f}")]
     rows += _preference_rows(lines)
@@ -69,7 +69,7 @@ def context(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _told(train: Curve) -> str:
     """The curve in words; figures that round to the same are neither a rise nor a fall."""
-    ends = loss_ends(train.values)
+    ends = summarize_losses(train.values)
     first, last = f"{ends.first:.3f}", f"{ends.last:.3f}"
     means = f", means of {ends.num} logged losses" if ends.num > 1 else ""
     if first == last:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fintune.config import DecodingMode
-from fintune.evaluation.paired import paired
+from fintune.evaluation.statistics import compare_paired
 from fintune.report.parts.accuracy import row
 from fintune.report.run_page import KINDS, WAYS, Measured, ModeResults, RunPage, colour
 
@@ -42,7 +42,7 @@ def _differences(first: ModeResults, other: ModeResults) -> Iterator[dict[str, A
         if after.kind not in before:
             continue
         sides = [{id_: v.exe_correct for id_, v in each.verdicts[after.kind].items()} for each in (first, other)]
-        found = paired(*sides)
+        found = compare_paired(*sides)
         low, high = found.interval
         seconds = before[after.kind].predict_seconds
         yield {

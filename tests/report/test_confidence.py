@@ -5,29 +5,12 @@ import re
 import pytest
 
 from fintune.config import Config
-from fintune.evaluation.risk_coverage import answered_accuracy, at_coverage
 from fintune.pipeline.stages.report import collect
 from fintune.report.page import render
 from fintune.report.parts import confidence
 from fintune.report.run_page import KINDS, colour
 from support.example_run import records, write_run
 from support.outline import outline
-
-
-def test_the_most_confident_answers_come_first():
-    answers = [(0.1, False), (0.9, True), (0.5, False), (0.7, True)]
-    assert answered_accuracy(answers) == [1, 1, pytest.approx(2 / 3), 0.5]
-
-
-def test_the_order_of_equally_confident_answers_does_not_matter():
-    right_first, wrong_first = [(1.0, True), (1.0, False)], [(1.0, False), (1.0, True)]
-    assert answered_accuracy(right_first) == answered_accuracy(wrong_first) == [0.5, 0.5]
-    assert answered_accuracy([*wrong_first, (2.0, True)]) == [1, 0.75, pytest.approx(2 / 3)]
-
-
-def test_at_least_one_answer_is_given():
-    curve = answered_accuracy([(3.0, True), (2.0, True), (1.0, False), (0.0, False)])
-    assert [at_coverage(curve, share) for share in (0.0, 0.25, 0.5, 1.0)] == [1, 1, 1, 0.5]
 
 
 @pytest.fixture(scope="module")

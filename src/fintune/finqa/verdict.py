@@ -1,24 +1,27 @@
-"""The verdict on one prediction: official flags, and what else is said and grouped by."""
+"""The official FinQA verdict on one prediction, and other views of it.
+
+A prediction is execution-correct if its program runs and gives exactly ``exe_ans``, and program-correct if the official
+script calls it equal to the gold program (github.com/czyssrs/FinQA, code/evaluate/evaluate.py). Every part of the
+package that asks whether a program is right asks here.
+"""
 
 from __future__ import annotations
 
-import csv
 import math
 import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
-from fintune.errors import ArtifactError, DataError
+from fintune.errors import DataError
 from fintune.finqa.constants import OPERATIONS
 from fintune.finqa.equal import equal_program
-from fintune.finqa.execute import Execution, run
+from fintune.finqa.execute import NO_RESULT, Execution, execute, run
 from fintune.finqa.official import split_step, split_steps
 from fintune.finqa.program import tokenize, untokenize
 from fintune.records import FinQARecord, Record
 
-Evidence: TypeAlias = Literal["table", "text", "both", "unknown"]
+EvidenceKind: TypeAlias = Literal["table", "text", "both", "unknown"]
 QuestionType: TypeAlias = Literal["percent", "yes_no", "amount"]
 Outcome: TypeAlias = Literal["equal_program", "other_program", "wrong_result", "no_result", "invalid"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
@@ -27,15 +30,26 @@ PERCENT = re.compile(r"percent|%|growth rate|portion", re.IGNORECASE)
 NUMBER = re.compile(r"-?(?:\d[\d,]*\.?\d*|\.\d+)", re.ASCII)
 
 
-class Judged(Record):
-    """The official verdict on one prediction: the first columns of a row of ``score.csv``.
+def is_execution_correct(execution: Execution, exe_ans: float | str) -> bool:
+    """Whether an execution gives exactly the gold result, which has 5 decimals: the official execution verdict."""
+    return not execution.invalid and execution.result == exe_ans
+
+
+def executes_to_gold(program: str, record: FinQARecord) -> bool:
+    """Whether a program in linear form runs on the record's table and gives exactly its ``exe_ans``."""
+    return is_execution_correct(execute(tokenize(program), record.table), record.qa.exe_ans)
+
+
+class OfficialVerdict(Record):
+    """The official verdict on one prediction. Its fields are the first columns of ``score.csv``.
 
     Attributes:
-        exe_correct: Executes to exactly ``exe_ans``.
-        program_correct: Equal to the gold program as the official script decides it.
+        id: The question's id.
+        exe_correct: Whether the program executes to exactly ``exe_ans``.
+        program_correct: Whether the official script calls the program equal to the gold program.
         invalid: The official invalid flag.
-        result: Official result; text for "yes", "no", "n/a" and what is no finite number.
-        outcome: The kind of success or failure; no_result has no complete step and is not officially invalid.
+        result: The official result: a number, or text for "yes", "no", "n/a" and numbers that are not finite.
+        outcome: The kind of success or failure. ``no_result`` has no complete step; officially it is not invalid.
     """
 
     id: str
@@ -46,42 +60,25 @@ class Judged(Record):
     outcome: Outcome
 
 
-def read_verdicts(path: Path) -> dict[str, Judged]:
-    """The verdicts of a ``score.csv``, by id.
-
-    Raises:
-        ArtifactError: It is missing, or no such file.
-    """
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return {
-                row["id"]: Judged.model_validate({name: row[name] for name in Judged.model_fields})
-                for row in csv.DictReader(file)
-            }
-    except (OSError, ValueError, csv.Error, KeyError) as error:
-        raise ArtifactError(
-            f"{path}: cannot be read ({str(error).splitlines()[0]})",
-            hint=f"--redo score/{path.parent.name} makes it anew",
-        ) from None
-
-
-class Verdict(Judged):
-    """The verdict on one prediction, and what it is grouped by.
+class Verdict(OfficialVerdict):
+    """The official verdict on one prediction, the tolerant views, and the groups it is counted in.
 
     Attributes:
-        equality_raised: The official script would stop with an AssertionError here: an equal program with another
-            result. It counts as program-correct and, by its result, as execution-incorrect.
-        reason: Why there is no result, in words; None where there is one.
-        sign_insensitive: Correct, or with the other sign.
-        scale_100: Correct, or a hundred times too large or too small.
-        within_1_percent: Correct, or at most 1 % of ``exe_ans`` away from it.
-        answer_agreement: Agrees with the annotator's free-text ``answer``; None where that is not known or no single
-            number, yes or no.
+        exe_ans: The gold result.
+        equality_raised: Whether the official script stops here with an AssertionError: the programs are equal and the
+            results differ. Such a prediction counts as program-correct and execution-incorrect.
+        reason: Why there is no result, in words; None if there is one.
+        sign_insensitive: Whether the result is correct, or correct with the other sign.
+        scale_100: Whether the result is correct, or a hundred times too large or too small.
+        within_1_percent: Whether the result is at most 1 % of ``exe_ans`` away from it.
+        answer_agreement: Whether the result agrees with the annotator's free-text ``answer``; None if the record has
+            no answer, or one that is no single number, yes or no.
         program: The predicted program in linear form.
-        num_steps: Steps of the gold program.
-        operations: Operations of the gold program, each once.
-        evidence: Where the gold evidence (``gold_inds``) stands.
-        question_type: yes_no by ``exe_ans``; percent by the words of the question and the sign in the answer.
+        gold_program: The gold program in linear form.
+        num_steps: Number of steps of the gold program.
+        operations: The operations of the gold program, without repetition.
+        evidence: Whether the gold evidence (``gold_inds``) is in the table, in the text, or in both.
+        question_type: ``yes_no`` by ``exe_ans``, ``percent`` by the words of the question or a "%" in the answer.
     """
 
     exe_ans: float | str
@@ -95,7 +92,7 @@ class Verdict(Judged):
     gold_program: str
     num_steps: int
     operations: tuple[str, ...]
-    evidence: Evidence
+    evidence: EvidenceKind
     question_type: QuestionType
 
 
@@ -103,8 +100,8 @@ def judge(record: FinQARecord, tokens: Sequence[str]) -> tuple[Verdict, bool]:
     """Judge one prediction.
 
     Args:
-        record: The question that it answers.
-        tokens: Its official tokens, "EOF" included.
+        record: The question, with its page and gold program.
+        tokens: The official tokens of the predicted program, "EOF" included.
 
     Returns:
         The verdict, and whether the official comparison can read the gold program at all.
@@ -112,7 +109,7 @@ def judge(record: FinQARecord, tokens: Sequence[str]) -> tuple[Verdict, bool]:
     gold = _gold(record.qa.program)
     ran = run(tokens, record.table)
     execution, exe_ans = ran.execution, record.qa.exe_ans
-    exe_correct = not execution.invalid and execution.result == exe_ans
+    exe_correct = is_execution_correct(execution, exe_ans)
     comparable = True
     try:
         program_correct = equal_program(gold.tokens, tokens)
@@ -164,7 +161,7 @@ def _outcome(execution: Execution, exe_correct: bool, program_correct: bool) -> 
         return "invalid"
     if exe_correct:
         return "equal_program" if program_correct else "other_program"
-    return "no_result" if execution.result == "n/a" else "wrong_result"
+    return "no_result" if execution.result == NO_RESULT else "wrong_result"
 
 
 def _near(execution: Execution, exe_ans: float | str, test: Callable[[float, float], bool]) -> bool:
@@ -190,7 +187,7 @@ def _close(value: float, gold: float, tolerance: float) -> bool:
     return abs(value - gold) <= tolerance * abs(gold)
 
 
-def _evidence(record: FinQARecord) -> Evidence:
+def _evidence(record: FinQARecord) -> EvidenceKind:
     kinds = {name.partition("_")[0] for name in record.qa.gold_inds or ()}
     if "table" in kinds:
         return "both" if "text" in kinds else "table"
@@ -205,10 +202,14 @@ def _question_type(record: FinQARecord) -> QuestionType:
 
 
 def agrees_with_answer(execution: Execution, answer: str | None) -> bool | None:
-    """Whether a result agrees with an annotator's free text, None where that holds no single number, yes or no.
+    """Whether a result agrees with an annotator's free-text answer.
 
-    A number agrees that is less than one unit of the answer's last digit away, since annotators both round and cut;
-    beside an answer with "%" stand results as they are and times 100. Signs count; units ("million") are not read.
+    A number agrees if it is less than one unit of the answer's last digit away, since annotators round and truncate.
+    An answer with "%" is compared with the result and with 100 times the result. Signs count. Units such as "million"
+    are ignored.
+
+    Returns:
+        None if the answer is no single number, yes or no.
     """
     text = (answer or "").strip().lower()
     if text in {"yes", "no"}:
