@@ -15,7 +15,7 @@ from fintune.cli.legacy.messages import told_in
 from fintune.cli.legacy.pasted import PastedCommand
 from fintune.cli.main import main
 from fintune.cli.predict import predict_plain
-from fintune.models.folder import adapter_base
+from fintune.models.folder import adapter_base_name
 from fintune.util.console import say
 
 FILE = click.Path(path_type=Path)
@@ -79,7 +79,7 @@ def inference_fixed(
         raise click.UsageError("--base_model and --adapter_path go together; a model alone is --model_path")
     if model_path is not None and holds_adapter_alone(Path(model_path)):
         # What scripts/train_dora.py leaves in its --output_dir, which the guide then asks.
-        adapter_path, base_model, model_path = Path(model_path), adapter_base(Path(model_path)), None
+        adapter_path, base_model, model_path = Path(model_path), adapter_base_name(Path(model_path)), None
         say(f"{adapter_path} holds an adapter: base model {base_model}")
     strategy = "execution_guided" if eg_k > 1 else "sample" if do_sample else "greedy"
     overrides = {

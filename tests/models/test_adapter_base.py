@@ -11,7 +11,6 @@ from fintune.errors import ModelError
 from fintune.export.merge.merged_weights import MergedWeights
 from fintune.inference.open_model import Named, open_model
 from fintune.models import adapter as adapters
-from fintune.models import adapter_base as adapter_origin
 from fintune.models import load as models
 from fintune.pipeline.stages.merge import merge
 from fintune.training import adapter
@@ -43,7 +42,7 @@ def trained(tiny_model, tmp_path_factory) -> Path:
 def plain(trained: Path, folder: Path, base: str) -> Path:
     """The same adapter as PEFT alone would have saved it, with another name of its base."""
     shutil.copytree(trained, folder)
-    (folder / adapter_origin.FILE).unlink()
+    (folder / adapters.BASE_FILE).unlink()
     patch_json(folder / "adapter_config.json", base_model_name_or_path=base)
     return folder
 
@@ -64,7 +63,7 @@ def test_a_copy_of_the_base_with_another_tokenizer_file_is_the_base(trained, tin
 def test_weights_in_another_number_of_files_are_not_taken_for_others_by_their_names(tiny_model, tmp_path):
     copy = Path(shutil.copytree(tiny_model, tmp_path / "copy"))
     (copy / "model.safetensors").rename(copy / "model-00001-of-00001.safetensors")
-    assert adapter_origin.weights_hash(copy) == adapter_origin.weights_hash(tiny_model)
+    assert adapters.weights_sha256(copy) == adapters.weights_sha256(tiny_model)
 
 
 def test_of_an_adapter_without_a_note_the_folder_that_it_names_is_read(trained, other, tiny_model, tmp_path):
@@ -94,19 +93,19 @@ def test_an_adapter_is_not_applied_to_what_it_was_merged_into(trained, tiny_mode
     inputs = {"prepare": prepared(tmp_path / "prepare", tiny_model, 4), "train": tmp_path / "train"}
     facts = merge(Config.model_validate({"model": {"name": str(tiny_model)}}), inputs, tmp_path / "merge")
     (tmp_path / "merge" / "manifest.json").write_text(json.dumps({"facts": facts}))
-    with pytest.raises(ModelError, match=r"merge has .*adapter merged into it already: leave the adapter out"):
+    with pytest.raises(ModelError, match=r"adapter is already merged into .*merge"):
         open_model(Named(str(tmp_path / "merge"), adapter=tmp_path / "train" / "adapter"))
 
 
 def test_a_note_that_cannot_be_read_is_none(trained, tiny_model, tmp_path):
     spoilt = plain(trained, tmp_path / "a", str(tiny_model))
-    (spoilt / adapter_origin.FILE).write_text("[")
-    adapter_origin.check_weights(tiny_model, spoilt)
+    (spoilt / adapters.BASE_FILE).write_text("[")
+    adapters.check_adapter_base(tiny_model, spoilt)
 
 
 def test_a_folder_is_known_by_its_name_and_the_hubs_copy_by_its_id(tmp_path):
     copy = tmp_path / "models--org--base" / "snapshots" / "1"
     copy.mkdir(parents=True)
-    assert adapter_origin.is_named(copy, str(copy))
-    assert adapter_origin.is_named(copy, "org/base")
-    assert not adapter_origin.is_named(copy, "org/other")
+    assert adapters.is_base_of(copy, str(copy))
+    assert adapters.is_base_of(copy, "org/base")
+    assert not adapters.is_base_of(copy, "org/other")

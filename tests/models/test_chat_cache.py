@@ -14,7 +14,7 @@ from fintune.errors import DataError, FintuneError
 from fintune.finqa.prompt import TooLongError
 from fintune.models import chat_cache as chat_writer
 from fintune.models import chat_template as chat
-from fintune.models.chat_cache import TurnWriter
+from fintune.models.chat_cache import CachedChatTokenizer
 from fintune.records import Example, Message
 from support.tiny import CHATML, EOS, make_tokenizer
 
@@ -183,11 +183,11 @@ def test_every_conversation_has_the_rows_and_errors_of_the_straightforward_way(t
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_any_text_has_the_ids_of_the_tokenizer(kind):
     tokenizer = TOKENIZERS[kind](make_tokenizer())
-    writer, draw = TurnWriter(tokenizer), random.Random(kind)
+    writer, draw = CachedChatTokenizer(tokenizer), random.Random(kind)
     for _ in range(30):
         text = "".join(draw.choices((*WORDS, EOS, EOS), k=draw.randint(0, 30)))
         if draw.random() < 0.5:
-            writer.learn([text, text + EOS], num_letters=draw.choice((5, 1000)))
+            writer.cache_texts([text, text + EOS], num_letters=draw.choice((5, 1000)))
         assert writer.encode(text) == chat.encode_text(tokenizer, text), text
 
 
@@ -217,13 +217,13 @@ def test_a_long_conversation_is_tokenised_once(kind, monkeypatch):
 
 def test_a_template_that_is_compiled_in_another_way_is_noticed(monkeypatch):
     tokenizer = make_tokenizer()
-    monkeypatch.setattr(chat_writer, "_compiled", lambda tokenizer: lambda messages, generate: "something else" + EOS)
+    monkeypatch.setattr(chat_writer, "_compile", lambda tokenizer: lambda messages, generate: "something else" + EOS)
     how = {"system": "", "train_on": "all", "max_length": 4000}
     talk = long_talk(6)
     encoder = ConversationEncoder(tokenizer, **how)
     expected = Straightforward(tokenizer, **how).encode("x", talk)
     with pytest.raises(FintuneError):  # what such a template would do
-        chat.encode_example(tokenizer, talk[:1], "a", TurnWriter(tokenizer))
+        chat.encode_example(tokenizer, talk[:1], "a", CachedChatTokenizer(tokenizer))
     encoder.learn([talk])
     assert encoder.encode("x", talk) == expected
 
@@ -231,7 +231,7 @@ def test_a_template_that_is_compiled_in_another_way_is_noticed(monkeypatch):
 def test_a_template_that_cannot_be_compiled_is_told_where_it_is_used():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for %}"
-    writer = TurnWriter(tokenizer)
+    writer = CachedChatTokenizer(tokenizer)
     with pytest.raises(DataError, match="refuses the turns user"):
         writer.render(long_talk(1))
 
@@ -248,7 +248,7 @@ def test_what_is_wrong_is_told_of_a_conversation_and_not_ahead_of_it():
 
 def test_what_is_remembered_is_bounded(monkeypatch):
     tokenizer = make_tokenizer()
-    monkeypatch.setattr(chat_writer, "_KEPT_IDS", 200)
+    monkeypatch.setattr(chat_writer, "_MAX_CACHED_IDS", 200)
     how = {"system": "", "train_on": "all", "max_length": 4000}
     encoder, plain = ConversationEncoder(tokenizer, **how), Straightforward(tokenizer, **how)
     for number in range(5):

@@ -119,14 +119,14 @@ def test_a_folder_that_lacks_a_part_says_which(folder, remove, add, message):
 @pytest.mark.parametrize("num_bytes", [1, 1000])
 def test_cut_off_weights_are_seen_before_loading(folder, num_bytes):
     drop_chars(folder / "model.safetensors", num_bytes)
-    with pytest.raises(ModelError, match=r"model\.safetensors has \d+ bytes where .* promises \d+: it was cut off"):
+    with pytest.raises(ModelError, match=r"model\.safetensors has [\d,]+ bytes"):
         resolve(str(folder))
 
 
 @pytest.mark.parametrize("content", [b"", b"\x10", b"not a safetensors file", b"\x02" + bytes(7) + b"[]"])
 def test_a_file_that_is_no_safetensors_is_seen(folder, content):
     (folder / "model.safetensors").write_bytes(content)
-    with pytest.raises(ModelError, match="no readable safetensors file"):
+    with pytest.raises(ModelError, match=r"model\.safetensors is not a readable safetensors file"):
         resolve(str(folder))
 
 
@@ -135,10 +135,7 @@ def test_an_adapter_given_as_a_model_says_how_it_becomes_one(folder):
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
     with pytest.raises(ModelError) as raised:
         resolve(str(folder))
-    assert str(raised.value) == (
-        f"{folder} holds an adapter, not a model: its base model is owner/base; to train on from it: "
-        f"fintune merge --model owner/base --adapter {folder} --out DIR, then model.name=DIR"
-    )
+    assert f"fintune merge --model owner/base --adapter {folder} --out DIR" in str(raised.value.hint)
 
 
 def test_a_runs_folder_given_as_a_model_names_the_one_in_it(folder, tmp_path):
@@ -377,7 +374,7 @@ def test_the_fingerprint_changes_with_each_file(folder, name):
 
 def test_a_large_file_is_hashed_once_until_it_changes(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("FINTUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("fintune.models.folder._CHUNK_BYTES", 1000)
+    monkeypatch.setattr("fintune.models.folder._LARGE_BYTES", 1000)
     first = model_fingerprint(folder)
     # Another content under the same path, size and time can only come out equal if nothing was read again.
     weights = folder / "model.safetensors"

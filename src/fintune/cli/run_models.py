@@ -8,7 +8,7 @@ from pathlib import Path
 from fintune.cli.commands.serve import gguf_of
 from fintune.errors import ArtifactError, ModelError
 from fintune.manifest import Slot
-from fintune.models.folder import adapter_base
+from fintune.models.folder import adapter_base_name
 from fintune.pipeline.run_folder import overrides_of
 from fintune.util.console import say
 
@@ -31,7 +31,7 @@ def model_of(name: str, *, with_adapter: bool = False) -> tuple[str, list[str]]:
     if not folder.is_dir() or (folder / "config.json").is_file():
         return name, []
     if (folder / "adapter_config.json").is_file():
-        base = adapter_base(folder)
+        base = adapter_base_name(folder)
         raise ModelError(f"{name} holds an adapter, not a model", hint=f"name its base: {base} --adapter {name}")
     if (folder / "train" / "adapter" / "adapter_config.json").is_file() or Slot(folder, "prepare").manifest():
         return _of_run(name, folder, with_adapter=with_adapter)
@@ -49,7 +49,7 @@ def _of_run(name: str, run: Path, *, with_adapter: bool) -> tuple[str, list[str]
         adapter = run / "train" / "adapter"
         hint = "fintune run CONFIG makes one"
         if (adapter / "adapter_config.json").is_file():
-            hint = f"name the adapter and its base: {adapter_base(adapter)} --adapter {adapter}"
+            hint = f"name the adapter and its base: {adapter_base_name(adapter)} --adapter {adapter}"
         raise ArtifactError(f"{name} holds no merged or exported model", hint=hint)
     say(f"{name} is a run's folder; its model is {found}")
     options = overrides_of(run)

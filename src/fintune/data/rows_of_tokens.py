@@ -15,7 +15,7 @@ from fintune.data.tokenize_finqa import EncodedRecord
 from fintune.finqa.identity import page_content
 from fintune.finqa.prompt import ask
 from fintune.models import chat_template as chat
-from fintune.models.chat_cache import TurnWriter
+from fintune.models.chat_cache import CachedChatTokenizer
 from fintune.records import Message
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def grouped(
     """
     if num_questions == 1:
         return single(examples)
-    writer = TurnWriter(tokenizer)
+    writer = CachedChatTokenizer(tokenizer)
     pages: dict[object, list[EncodedRecord]] = {}
     for place, each in enumerate(examples):
         pages.setdefault(place if each.example.num_cut else page_content(each.record), []).append(each)
@@ -84,7 +84,7 @@ def grouped(
 
 def _rows(
     tokenizer: PreTrainedTokenizerBase,
-    writer: TurnWriter,
+    writer: CachedChatTokenizer,
     page: Sequence[EncodedRecord],
     num_questions: int,
     max_length: int,
@@ -101,7 +101,9 @@ def _rows(
         yield row
 
 
-def _join(tokenizer: PreTrainedTokenizerBase, writer: TurnWriter, members: Sequence[EncodedRecord]) -> Sequenced:
+def _join(
+    tokenizer: PreTrainedTokenizerBase, writer: CachedChatTokenizer, members: Sequence[EncodedRecord]
+) -> Sequenced:
     if len(members) == 1:
         return single(members)[0]
     messages: list[Message] = []

@@ -11,7 +11,7 @@ from fintune.data.rows_of_tokens import Sequenced
 from fintune.errors import DataError, FintuneError
 from fintune.finqa.prompt import TooLongError
 from fintune.models import chat_template as chat
-from fintune.models.chat_cache import TurnWriter
+from fintune.models.chat_cache import CachedChatTokenizer
 from fintune.records import Example, Message
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class ConversationEncoder:
         self, tokenizer: PreTrainedTokenizerBase, *, system: str, train_on: Literal["all", "last"], max_length: int
     ) -> None:
         self._tokenizer, self._train_on, self._max_length = tokenizer, train_on, max_length
-        self._writer = TurnWriter(tokenizer)
+        self._writer = CachedChatTokenizer(tokenizer)
         self._system = [Message(role="system", content=system)] if system else []
         asked = chat.render(tokenizer, [Message(role="user", content="question")])
         # Such a template (DeepSeek-R1's) has every answer begin inside a thought.
@@ -131,7 +131,7 @@ class ConversationEncoder:
             with suppress(FintuneError):  # told by `encode`
                 texts.append(self._writer.render([*self._head(messages), *messages], False))
         with suppress(FintuneError):
-            self._writer.learn(texts, num_letters=_LETTERS_A_TOKEN * self._max_length)
+            self._writer.cache_texts(texts, num_letters=_LETTERS_A_TOKEN * self._max_length)
 
     def _head(self, messages: Sequence[Message]) -> list[Message]:
         return [] if messages[0].role == "system" else self._system

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from fintune.errors import DataError
 from fintune.finqa.prompt import Built, TooLongError, build_messages, prompt_budget
 from fintune.models import chat_template as chat
-from fintune.models.chat_cache import TurnWriter
+from fintune.models.chat_cache import CachedChatTokenizer
 from fintune.records import Example, FinQARecord, Message
 from fintune.util.console import track
 
@@ -75,7 +75,7 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, system: str, max_length: int) -> None:
         self._tokenizer, self._system, self.max_length = tokenizer, system, max_length
-        self._writer = TurnWriter(tokenizer)  # a page is measured, encoded as a prompt and with its completion
+        self._writer = CachedChatTokenizer(tokenizer)  # a page is measured, encoded as a prompt and with its completion
         # Several questions share a page, so most lines were counted before.
         self._count = lru_cache(_CACHED_LINES)(self._count_tokens)
 

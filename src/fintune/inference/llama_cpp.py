@@ -32,10 +32,9 @@ from fintune.inference.llama_requests import completion, of_one_grammar, questio
 from fintune.inference.prefixes import families
 from fintune.inference.protocol import Answered, Completion, Decoding
 from fintune.inference.waves import waves
+from fintune.models.chat_template import TEMPLATE_DATE
 from fintune.records import Message
 
-_TEMPLATE_DAY = "26 Jul 2024"
-"""For templates that print the day (Llama 3): the one of :mod:`fintune.models.chat_template`."""
 _WINDOW_PER_SLOT = 16
 """Families are looked for among so many prompts for each slot."""
 _SIMILARITY = 0.4
@@ -122,7 +121,7 @@ class LlamaCppEngine:
         """
         body = {
             "messages": [message.model_dump() for message in messages],
-            "chat_template_kwargs": {"enable_thinking": False, "date_string": _TEMPLATE_DAY},
+            "chat_template_kwargs": {"enable_thinking": False, "date_string": f"{TEMPLATE_DATE:%d %b %Y}"},
         }
         with closing(self._connect()) as connection:
             return str(self._post(connection, "/apply-template", body)["prompt"])

@@ -24,7 +24,6 @@ from fintune.errors import ModelError
 from fintune.inference.endpoint import is_endpoint, parse
 from fintune.inference.protocol import Answered, Decoding, Engine
 from fintune.models import adapter as adapters
-from fintune.models import adapter_base as adapter_origin
 from fintune.models import chat_template as chat
 from fintune.models import load as models
 from fintune.records import Message
@@ -183,10 +182,10 @@ class _Folder:
     def __init__(self, named: Named, engine: EngineName) -> None:
         self.engine = engine
         if named.adapter is not None:
-            adapter_origin.check_name(named.name, named.adapter)
+            adapters.check_base_name(named.name, named.adapter)
         ref = models.fetch(named.name, revision=named.revision)
         if named.adapter is not None:
-            adapter_origin.check_weights(ref.path, named.adapter, name=named.name)
+            adapters.check_adapter_base(ref.path, named.adapter, name=named.name)
         self._tokenizer = models.load_tokenizer(ref, trust_remote_code=named.trust_remote_code)
         parts = [ref.path] if named.adapter is None else [ref.path, named.adapter]
         self.fingerprint = " ".join([*map(models.model_fingerprint, parts), *(["4bit"] if named.load_in_4bit else [])])

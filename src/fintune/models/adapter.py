@@ -1,12 +1,18 @@
-"""The only place that puts a trained adapter on a loaded model, and the checks that it belongs there.
+"""Load a PEFT adapter on its base model, and check that the two belong together.
 
 ::
 
-    model = load_adapter(load_model(ref), Path("runs/x/train/adapter"))
+    model = load_adapter(load_model(folder), Path("runs/x/train/adapter"))
+
+An adapter on other weights of the same shapes gives wrong answers without an error, and on the model that it was merged
+into it counts twice. Names identify public models, but folders move. The weights themselves are therefore compared by
+hash, which needs no torch.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import warnings
 from collections.abc import Iterator
@@ -15,35 +21,46 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fintune.errors import ModelError
-from fintune.models import adapter_base as adapter_origin
-from fintune.models.folder import adapter_base, check_safetensors
+from fintune.models.folder import adapter_base_name, cached_sha256, read_safetensors_header, weight_files
+from fintune.util.files import read_json
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+BASE_FILE = "fintune.json"
+"""File beside ``adapter_config.json`` with the hash of the base weights. PEFT neither writes nor reads it."""
+
+_BASE = "base_weights_sha256"
+_MERGED = "adapter_sha256"
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PUBLIC_NAME = re.compile(r"builtin:\S+|[\w.-]+/[\w.-]+")
+
+
+# --- loading
+
 
 def load_adapter(model: PreTrainedModel, path: Path, *, trainable: bool = False) -> PeftModel:
-    """Puts a PEFT adapter (LoRA or DoRA) on a model.
+    """Load a PEFT adapter (LoRA or DoRA) on a model.
 
     Args:
-        model: Its base; where training changed the size of the vocabulary, its embeddings get that size.
+        model: The base model. If training changed the size of the vocabulary, its embeddings are resized.
         path: Folder in PEFT's format.
-        trainable: Whether it is to be trained on.
+        trainable: Whether the adapter will be trained further.
 
     Raises:
-        ModelError: No adapter in that folder, or one that was trained on another base.
+        ModelError: The folder holds no adapter, or the adapter was trained on another base.
     """
     from peft import PeftModel
 
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    for name in (_CONFIG, _WEIGHTS):
         if not (path / name).is_file():
             raise ModelError(f"{path} holds no adapter: {name} is missing", hint="give a folder in PEFT format")
-    check_safetensors(path / "adapter_model.safetensors")
-    _fit_vocabulary(model, path)
-    _check_adapter_fits(model, path)
+    shapes = {tensor.name: tensor.shape for tensor in read_safetensors_header(path / _WEIGHTS)}
+    _fit_vocabulary(model, path, shapes)
+    _check_shapes(model, path, shapes)
     if (Path(model.name_or_path) / "config.json").is_file():
-        adapter_origin.check_weights(Path(model.name_or_path), path)
+        check_adapter_base(Path(model.name_or_path), path)
     with quiet_peft():
         adapted: PeftModel = PeftModel.from_pretrained(model, path, is_trainable=trainable)
     return adapted
@@ -51,56 +68,148 @@ def load_adapter(model: PreTrainedModel, path: Path, *, trainable: bool = False)
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Silences the one warning that PEFT 0.21 causes in transformers 5.23 whenever it wraps a model."""
+    """Silence the one warning that PEFT 0.21 causes in transformers 5.23 whenever it wraps a model."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         yield
 
 
-def _fit_vocabulary(model: PreTrainedModel, path: Path) -> None:
-    """Embeddings whose number of rows training changed are saved with the adapter; PEFT fills rows that are there."""
-    from safetensors import safe_open
-
-    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
-    names = [name for name, module in model.named_modules() if any(module is each for each in modules)]
-    rows: dict[str, int] = {}
-    with safe_open(path / "adapter_model.safetensors", framework="pt") as tensors:
-        for key in tensors.keys():  # noqa: SIM118 - the handle is no mapping
-            module = re.sub(r"\.(modules_to_save(\.default)?|base_layer)(?=\.weight$)", "", key)
-            module = module.removeprefix("base_model.model.").removesuffix(".weight")
-            if module in names:
-                rows[module] = tensors.get_slice(key).get_shape()[0]
-    here = modules[0].weight.shape[0]
-    sizes = set(rows.values())
-    if sizes <= {here}:
+def _fit_vocabulary(model: PreTrainedModel, path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Resize the embeddings to the size that was saved with the adapter; PEFT fills only existing rows."""
+    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    names = [name for name, module in model.named_modules() if any(module is layer for layer in embeddings)]
+    num_rows: dict[str, int] = {}
+    for key, shape in shapes.items():
+        module = re.sub(r"\.(modules_to_save(\.default)?|base_layer)(?=\.weight$)", "", key)
+        module = module.removeprefix("base_model.model.").removesuffix(".weight")
+        if module in names:
+            num_rows[module] = shape[0]
+    vocab_size = embeddings[0].weight.shape[0]
+    sizes = set(num_rows.values())
+    if sizes <= {vocab_size}:
         return
-    is_tied = modules[1] is None or modules[1].weight is modules[0].weight
-    if len(sizes) > 1 or (len(rows) < len(names) and not is_tied):
+    is_tied = embeddings[1] is None or embeddings[1].weight is embeddings[0].weight
+    if len(sizes) > 1 or (len(num_rows) < len(names) and not is_tied):
         raise ModelError(
-            f"{path} was trained with a vocabulary of {max(sizes)} tokens, {model.name_or_path} has {here}, and only "
-            f"{' and '.join(name for name in rows if rows[name] != here)} was saved with it in that size",
+            f"{path} was trained with a vocabulary of {max(sizes)} tokens, {model.name_or_path} has {vocab_size}, and "
+            f"only {' and '.join(name for name in num_rows if num_rows[name] != vocab_size)} was saved in that size",
             hint="save the adapter with save_embedding_layers=True",
         )
     model.resize_token_embeddings(sizes.pop(), mean_resizing=False)
 
 
-def _check_adapter_fits(model: PreTrainedModel, path: Path) -> None:
-    from safetensors import safe_open
-
+def _check_shapes(model: PreTrainedModel, path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     modules = dict(model.named_modules())
-    trained_on = adapter_base(path)
-    other = not adapter_origin.is_named(Path(model.name_or_path), trained_on)
-    base = f"{path} was trained on {trained_on}, not on {model.name_or_path}" if other else str(path)
-    # lora_A is [rank, in], lora_B is [out, rank]; embeddings are stored the other way round and checked by PEFT.
-    with safe_open(path / "adapter_model.safetensors", framework="pt") as tensors:
-        for key in tensors.keys():  # noqa: SIM118 - the handle is no mapping
-            module, _, part = key.removeprefix("base_model.model.").partition(".lora_")
-            if part not in ("A.weight", "B.weight"):
-                continue
-            if module not in modules:
-                raise ModelError(f"{base}: it adapts {module}, which this model does not have")
-            rows, columns = tensors.get_slice(key).get_shape()
-            side, asked = ("in_features", columns) if part.startswith("A") else ("out_features", rows)
-            here = getattr(modules[module], side, asked)
-            if here != asked:
-                raise ModelError(f"{base}: {module} has {here} {side} here and {asked} in the adapter")
+    base_name = adapter_base_name(path)
+    is_other = not is_base_of(Path(model.name_or_path), base_name)
+    problem = f"{path} was trained on {base_name}, not on {model.name_or_path}" if is_other else str(path)
+    # lora_A is [rank, in], lora_B is [out, rank]. Embeddings are stored transposed, and PEFT checks them.
+    for key, shape in shapes.items():
+        module, _, part = key.removeprefix("base_model.model.").partition(".lora_")
+        if part not in ("A.weight", "B.weight"):
+            continue
+        if module not in modules:
+            raise ModelError(f"{problem}: it adapts {module}, which this model does not have")
+        rows, columns = shape
+        side, adapter_size = ("in_features", columns) if part.startswith("A") else ("out_features", rows)
+        model_size = getattr(modules[module], side, adapter_size)
+        if model_size != adapter_size:
+            raise ModelError(f"{problem}: {module} has {model_size} {side} here and {adapter_size} in the adapter")
+
+
+# --- which base an adapter belongs to
+
+
+def weights_sha256(folder: Path) -> str:
+    """Return a SHA-256 over the contents of a model's weight files alone; equal bases may differ in other files.
+
+    Raises:
+        ModelError: The folder holds no weights.
+    """
+    hashes = sorted(map(cached_sha256, weight_files(folder)))
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+def record_base(adapter: Path, base: Path) -> None:
+    """Write the hash of the base weights beside an adapter."""
+    (adapter / BASE_FILE).write_text(json.dumps({_BASE: weights_sha256(base)}) + "\n", encoding="utf-8")
+
+
+def merged_facts(adapter: Path) -> dict[str, str]:
+    """Return the facts by which :func:`check_adapter_base` recognises a folder that the adapter was merged into."""
+    return {_MERGED: cached_sha256(adapter / _WEIGHTS)}
+
+
+def check_base_name(name: str, adapter: Path) -> None:
+    """Compare public names, before anything is fetched or loaded.
+
+    Args:
+        name: The model as the user named it.
+        adapter: Folder in PEFT's format.
+
+    Raises:
+        ModelError: The folder holds no adapter, or the adapter names another public model as its base.
+    """
+    if not (adapter / _CONFIG).is_file():
+        raise ModelError(f"{adapter} holds no adapter: {_CONFIG} is missing", hint="give a folder in PEFT format")
+    base_name = adapter_base_name(adapter)
+    is_public = [bool(_PUBLIC_NAME.fullmatch(model)) and not Path(model).exists() for model in (name, base_name)]
+    if all(is_public) and name.casefold() != base_name.casefold():
+        raise ModelError(f"{adapter} was trained on {base_name}, not on {name}", hint=f"use it with {base_name}")
+
+
+def is_base_of(base: Path, base_name: str) -> bool:
+    """Whether a model folder is the base that an adapter names: that folder itself, or the hub's copy of it."""
+    if Path(base_name).expanduser().resolve() == base.resolve():
+        return True
+    return "models--" + base_name.replace("/", "--") in base.resolve().parts
+
+
+def check_adapter_base(base: Path, adapter: Path, *, name: str | None = None) -> None:
+    """Compare a model's weights with those that an adapter was trained on, if these are known.
+
+    Adapters of this package come with the hash of their base. For others, the folder that ``adapter_config.json`` names
+    is hashed if it exists.
+
+    Args:
+        base: Model folder.
+        adapter: Folder in PEFT's format.
+        name: The model as the user named it; the folder if None.
+
+    Raises:
+        ModelError: The weights are others, or already contain this adapter.
+    """
+    shown, base_name = name or str(base), adapter_base_name(adapter)
+    if _is_merged(base, adapter):
+        raise ModelError(
+            f"{adapter} is already merged into {shown}", hint=f"leave the adapter out, or use it with {base_name}"
+        )
+    expected = _expected_base(base, adapter, base_name)
+    if expected is not None and expected != weights_sha256(base):
+        raise ModelError(
+            f"{adapter} was trained on {base_name}, not on the weights of {shown}", hint=f"use it with {base_name}"
+        )
+
+
+def _expected_base(base: Path, adapter: Path, base_name: str) -> str | None:
+    recorded = _read_if_readable(adapter / BASE_FILE).get(_BASE)
+    if isinstance(recorded, str):
+        return recorded
+    folder = Path(base_name).expanduser()
+    if not (folder / "config.json").is_file() or folder.resolve() == base.resolve():
+        return None
+    return weights_sha256(folder)
+
+
+def _is_merged(base: Path, adapter: Path) -> bool:
+    facts = _read_if_readable(base / "manifest.json").get("facts")
+    merged = facts.get(_MERGED) if isinstance(facts, dict) else None
+    return merged is not None and (adapter / _WEIGHTS).is_file() and merged == cached_sha256(adapter / _WEIGHTS)
+
+
+def _read_if_readable(path: Path) -> dict[str, object]:
+    """Return a JSON object; an empty one if the file is missing or unreadable."""
+    try:
+        return read_json(path, ModelError)
+    except ModelError:
+        return {}

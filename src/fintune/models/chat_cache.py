@@ -1,9 +1,9 @@
-"""Many conversations, or many beginnings of one, as text and ids, without rendering and tokenising all of it anew.
+"""Cached tokenisation of conversations, and of many prefixes of one, without tokenising all of it each time.
 
-A token that ends a turn splits a text before anything else is done to it, so that what stands between two of them has
-the same ids wherever it stands. A conversation is therefore tokenised once, and every beginning of it is put together
-from its turns. Every beginning is still rendered, because a template may write an earlier turn in another way once
-there is a later one; what is spared there is that `apply_chat_template` copies all messages first.
+The token that ends a turn splits a text before anything else is done to it, so the text between two of them has the
+same ids wherever it occurs. A conversation is therefore tokenised once, and every prefix of it is assembled from its
+turns. Every prefix is still rendered, because a template may write an earlier turn differently once there is a later
+one. Rendering skips ``apply_chat_template``, which copies all messages first.
 """
 
 from __future__ import annotations
@@ -18,152 +18,153 @@ from fintune.records import Message
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_KEPT_IDS = 1_500_000
-"""So many, and all are forgotten; some 60 MB."""
+_MAX_CACHED_IDS = 1_500_000
+"""Maximum number of cached token ids (about 60 MB). The cache is cleared when it is full."""
 
 
-class _Edge(NamedTuple):
-    """The first or last piece of a text, or both; what stands between two ends of turns is a str."""
+class _EdgePiece(NamedTuple):
+    """The first or last piece of a text. A piece between two ends of turns is a plain str."""
 
     text: str
     is_first: bool
     is_last: bool
 
 
-class TurnWriter:
-    """Gives what `chat.render` and `chat.encode_text` give, and remembers the ids of turns.
+class CachedChatTokenizer:
+    """Return what :func:`chat.render` and :func:`chat.encode_text` return, and cache the ids of turns.
 
     Args:
-        tokenizer: With a chat template; neither changes while this is used.
+        tokenizer: A tokenizer with a chat template. Neither may change while this object is used.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._write = _compiled(tokenizer)
+        self._render_fast = _compile(tokenizer)
         self._end: tuple[int, str] | None = None
-        self._splits = True
-        self._known: dict[str | _Edge, list[int]] = {}
+        self._is_splittable = True
+        self._ids: dict[str | _EdgePiece, list[int]] = {}
         self._num_ids = 0
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """The conversation as the template writes it.
+        """Render a conversation with the chat template.
 
         Raises:
             DataError: The template refuses these messages.
         """
-        text = self._written(messages, add_generation_prompt)
+        text = self._try_fast(messages, add_generation_prompt)
         return chat.render(self._tokenizer, messages, add_generation_prompt) if text is None else text
 
     def check(self, messages: Sequence[Message]) -> None:
-        """Compare with what ``apply_chat_template`` makes of a conversation; where it differs, that does all then."""
+        """Compare the fast rendering of a conversation with ``apply_chat_template``. If it differs, stop using it."""
         try:
             expected = chat.render(self._tokenizer, messages, add_generation_prompt=False)
         except DataError:
             expected = None
-        if self._written(messages, False) != expected:
-            self._write = None
+        if self._try_fast(messages, False) != expected:
+            self._render_fast = None
 
-    def _written(self, messages: Sequence[Message], add_generation_prompt: bool) -> str | None:
-        """None where the template refuses the messages."""
+    def _try_fast(self, messages: Sequence[Message], add_generation_prompt: bool) -> str | None:
+        """Return None if the template refuses the messages, or the fast rendering is not used."""
         from jinja2 import TemplateError
 
-        if self._write is None or not messages:
+        if self._render_fast is None or not messages:
             return None
         try:
-            return self._write([dict(vars(message)) for message in messages], add_generation_prompt)
+            return self._render_fast([dict(vars(message)) for message in messages], add_generation_prompt)
         except TemplateError:
             return None
 
-    def learn(self, texts: Sequence[str], *, num_letters: int) -> None:
-        """Tokenise texts at once and keep the ids of their pieces.
+    def cache_texts(self, texts: Sequence[str], *, num_letters: int) -> None:
+        """Tokenise rendered texts in one call and cache the ids of their pieces.
 
         Args:
-            texts: As `render` gives them.
-            num_letters: A longer text goes in up to the end of the turn in which this many are reached.
+            texts: Texts as :meth:`render` returns them.
+            num_letters: A longer text is cached up to the end of the turn that contains this position.
         """
-        end_id, end_text = self._ready()
-        if not self._splits or not texts:
+        end_id, end_text = self._end_of_turn()
+        if not self._is_splittable or not texts:
             return
-        self._forget()
-        texts = [_beginning(text, end_text, num_letters) for text in texts]
-        for text, ids in zip(texts, self._tokenised(texts), strict=True):
-            behind = [place + 1 for place, id_ in enumerate(ids) if id_ == end_id]
+        self._limit_cache()
+        texts = [_prefix(text, end_text, num_letters) for text in texts]
+        for text, ids in zip(texts, self._tokenise(texts), strict=True):
+            ends = [index + 1 for index, token_id in enumerate(ids) if token_id == end_id]
             pieces = _pieces(text, end_text)
-            if len(behind) != len(pieces) - 1:
-                self._splits = False
+            if len(ends) != len(pieces) - 1:
+                self._is_splittable = False
                 return
-            for piece, start, stop in zip(pieces, [0, *behind], [*behind, len(ids)], strict=True):
-                self._keep(piece, ids[start:stop])
+            for piece, start, stop in zip(pieces, [0, *ends], [*ends, len(ids)], strict=True):
+                self._cache(piece, ids[start:stop])
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a rendered text."""
-        self._forget()
-        pieces = _pieces(text, self._ready()[1])
-        if self._splits:
-            missing = [piece for piece in dict.fromkeys(pieces) if piece not in self._known]
+        """Return the ids of a rendered text."""
+        self._limit_cache()
+        pieces = _pieces(text, self._end_of_turn()[1])
+        if self._is_splittable:
+            missing = [piece for piece in dict.fromkeys(pieces) if piece not in self._ids]
             if missing:
-                self._learn_pieces(missing)
-        if not self._splits:
+                self._cache_pieces(missing)
+        if not self._is_splittable:
             return chat.encode_text(self._tokenizer, text)
         ids: list[int] = []
         for piece in pieces:
-            ids += self._known[piece]
+            ids += self._ids[piece]
         return ids
 
-    def _ready(self) -> tuple[int, str]:
+    def _end_of_turn(self) -> tuple[int, str]:
         if self._end is None:
             end_id = chat.end_of_turn_ids(self._tokenizer)[0]
             self._end = end_id, str(self._tokenizer.convert_ids_to_tokens(end_id))
-            self._splits = _always_splits(self._tokenizer, *self._end)
+            self._is_splittable = _always_splits(self._tokenizer, *self._end)
         return self._end
 
-    def _learn_pieces(self, pieces: Sequence[str | _Edge]) -> None:
-        """Tokenise pieces, each between the ends that it has beside it."""
-        end_id, end_text = self._ready()
-        edges = [piece if isinstance(piece, _Edge) else _Edge(piece, False, False) for piece in pieces]
-        texts = [("" if each.is_first else end_text) + each.text + ("" if each.is_last else end_text) for each in edges]
-        for piece, edge, ids in zip(pieces, edges, self._tokenised(texts), strict=True):
+    def _cache_pieces(self, pieces: Sequence[str | _EdgePiece]) -> None:
+        """Tokenise pieces, each between the end-of-turn tokens beside it."""
+        end_id, end_text = self._end_of_turn()
+        edges = [piece if isinstance(piece, _EdgePiece) else _EdgePiece(piece, False, False) for piece in pieces]
+        texts = [("" if edge.is_first else end_text) + edge.text + ("" if edge.is_last else end_text) for edge in edges]
+        for piece, edge, ids in zip(pieces, edges, self._tokenise(texts), strict=True):
             if ids.count(end_id) != 2 - edge.is_first - edge.is_last:
-                self._splits = False
-            self._keep(piece, ids[1 - edge.is_first :])
+                self._is_splittable = False
+            self._cache(piece, ids[1 - edge.is_first :])
 
-    def _keep(self, piece: str | _Edge, ids: list[int]) -> None:
-        before = self._known.setdefault(piece, ids)
+    def _cache(self, piece: str | _EdgePiece, ids: list[int]) -> None:
+        before = self._ids.setdefault(piece, ids)
         if before is ids:
             self._num_ids += len(ids) + 20
         elif before != ids:
-            self._splits = False
+            self._is_splittable = False
 
-    def _forget(self) -> None:
-        if self._num_ids > _KEPT_IDS:
-            self._known.clear()
+    def _limit_cache(self) -> None:
+        if self._num_ids > _MAX_CACHED_IDS:
+            self._ids.clear()
             self._num_ids = 0
 
-    def _tokenised(self, texts: Sequence[str]) -> list[list[int]]:
-        found = self._tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
-        ids: list[list[int]] = found["input_ids"]
+    def _tokenise(self, texts: Sequence[str]) -> list[list[int]]:
+        encoded = self._tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+        ids: list[list[int]] = encoded["input_ids"]
         return ids
 
 
-def _beginning(text: str, end_text: str, num_letters: int) -> str:
+def _prefix(text: str, end_text: str, num_letters: int) -> str:
     before, end, _ = text[num_letters:].partition(end_text)
     return text[:num_letters] + before + end
 
 
-def _pieces(text: str, end_text: str) -> list[str | _Edge]:
-    """The text between the ends of turns; of each piece's ids the end behind it is the last."""
-    pieces: list[str | _Edge] = list(text.split(end_text))
-    pieces[-1] = _Edge(str(pieces[-1]), len(pieces) == 1, True)
+def _pieces(text: str, end_text: str) -> list[str | _EdgePiece]:
+    """Split a text at the ends of turns. The end-of-turn token is the last of the ids of the piece before it."""
+    pieces: list[str | _EdgePiece] = list(text.split(end_text))
+    pieces[-1] = _EdgePiece(str(pieces[-1]), len(pieces) == 1, True)
     if len(pieces) > 1:
-        pieces[0] = _Edge(str(pieces[0]), True, False)
+        pieces[0] = _EdgePiece(str(pieces[0]), True, False)
     return pieces
 
 
 def _always_splits(tokenizer: PreTrainedTokenizerBase, end_id: int, end_text: str) -> bool:
-    """Whether the end of a turn is found in a text whatever stands beside it, before all else.
+    """Whether the end-of-turn token splits any text before other steps, whatever stands beside it.
 
-    So it is with the added tokens of the tokenizers library, but for those that look at the letters beside them, are
-    searched for in normalised text, or share letters with another added token that could be found in their place.
+    The added tokens of the tokenizers library do, with three exceptions: tokens that look at the letters beside them,
+    tokens that are searched for in normalised text, and tokens that share letters with another added token that could
+    match in their place.
     """
     if not tokenizer.is_fast or getattr(tokenizer, "split_special_tokens", False):
         return False
@@ -177,27 +178,23 @@ def _always_splits(tokenizer: PreTrainedTokenizerBase, end_id: int, end_text: st
 
 
 def _overlap(end: str, other: str) -> bool:
-    """Whether another token holds the end, or one begins with the last letters of the other."""
+    """Whether another token contains the end, or one of the two begins with the last letters of the other."""
     sizes = range(1, min(len(end), len(other)))
     return end in other or any(end[-size:] == other[:size] or other[-size:] == end[:size] for size in sizes)
 
 
-def _compiled(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, str]], bool], str] | None:
-    """The template as ``apply_chat_template`` compiles it; None where it does not or does it elsewhere."""
+def _compile(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, str]], bool], str] | None:
+    """Compile the chat template for direct rendering; None if it does not compile."""
     from jinja2 import TemplateError
 
     try:
-        from transformers.utils.chat_template_utils import _compile_jinja_template
-    except ImportError:
-        return None
-    try:
-        template = _compile_jinja_template(chat.dated_template(tokenizer))
+        template = chat.compile_template(chat.dated_template(tokenizer))
     except TemplateError:
-        return None  # told where it is used
-    names = dict(tokenizer.special_tokens_map)
+        return None  # `chat.render` reports it
+    special_tokens = dict(tokenizer.special_tokens_map)
 
-    def write(messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        told = {"add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
-        return str(template.render(**{**names, "enable_thinking": False, **told, "messages": messages}))
+    def render(messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        options = {"add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
+        return str(template.render(**{**special_tokens, "enable_thinking": False, **options, "messages": messages}))
 
-    return write
+    return render

@@ -1,42 +1,49 @@
-"""The one tokenisation path: messages through the model's chat template to token ids, with what is trained marked.
+"""Chat templates: conversations to text, and text to token ids with a mask of the trained tokens.
 
-Training, prediction, export and replay all call this module, so that a model is asked exactly as it was trained.
-Special tokens come from the template alone (``add_special_tokens=False``), hence never two BOS tokens.
+Training, prediction, export and replay all use this module, so a model is prompted exactly as it was trained.
+Special tokens come from the template alone (``add_special_tokens=False``), so there are never two BOS tokens.
+
+The functions of the second part render the template of a model *folder*, without transformers: the GGUF writer and the
+Modelfile need the template before any tokenizer is loaded.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
-from typing import TYPE_CHECKING, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 from weakref import WeakKeyDictionary
 
 from fintune.errors import DataError, ModelError
 from fintune.records import Message
+from fintune.util.files import read_json
 
 if TYPE_CHECKING:
+    from jinja2 import Template
     from transformers import PreTrainedTokenizerBase
 
-# Some templates print today's date (Llama-3.2, Mistral); a prompt must not depend on the day that it is rendered on, so
-# this one stands there: Llama-3's own default.
-_TEMPLATE_DAY = date(2024, 7, 26)
+TEMPLATE_DATE = date(2024, 7, 26)
+"""The date that templates print (Llama-3.2, Mistral). A prompt must not depend on today; this is Llama 3's default."""
+
 _STRFTIME_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _PROBE = "fintuneprobe"
 _end_of_turn: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[str, tuple[int, ...]]] = WeakKeyDictionary()
 
 
 class EndOfTurnError(DataError):
-    """A text that holds the token that ends a turn.
+    """A text contains the token that ends a turn.
 
     Args:
-        token: It, as text.
+        token: The token as text.
     """
 
     def __init__(self, token: str) -> None:
-        super().__init__(f"the text holds {token}, the token that ends a turn", hint="remove it from the data")
+        super().__init__(f"the text contains {token}, the token that ends a turn", hint="remove it from the data")
         self.token = token
 
 
@@ -45,10 +52,10 @@ class EncodedExample:
     """A conversation as token ids.
 
     Attributes:
-        input_ids: Prompt, completion, end-of-turn token; shape [num_tokens].
-        completion_mask: 1 where the token is trained (completion and end of turn), 0 on the prompt; same length.
-        follows_template: True where the ids are those of the template's own rendering of the whole conversation; False
-            where its rendering does not begin with the prompt's, so that the completion was put behind the prompt.
+        input_ids: Prompt, completion and end-of-turn token; shape [num_tokens].
+        completion_mask: 1 for trained tokens (completion and end of turn), 0 for the prompt; shape [num_tokens].
+        follows_template: Whether the ids are the template's own rendering of the whole conversation. False if that
+            rendering does not begin with the prompt's; the completion was then appended to the prompt.
     """
 
     input_ids: list[int]
@@ -57,26 +64,26 @@ class EncodedExample:
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Tokens before the first trained one."""
+        """Number of tokens before the first trained one."""
         return self.completion_mask.index(1)
 
 
-class Writer(Protocol):
-    """How a conversation becomes text, and the text ids.
+class ChatTokenizer(Protocol):
+    """Conversations to text, and text to ids.
 
-    `fintune.models.chat_cache` has one for conversations that begin alike; it gives what `render` and `encode_text`
-    give.
+    :class:`fintune.models.chat_cache.CachedChatTokenizer` is one for conversations that share their first turns. It
+    returns what :func:`render` and :func:`encode_text` return.
     """
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """The conversation as the template writes it."""
+        """Render a conversation as :func:`render` does."""
 
     def encode(self, text: str) -> list[int]:
-        """Its ids."""
+        """Return the ids of a rendered text."""
 
 
 @dataclass(frozen=True)
-class _Anew:
+class _PlainChatTokenizer:
     tokenizer: PreTrainedTokenizerBase
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
@@ -87,19 +94,19 @@ class _Anew:
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-    """The conversation as the template writes it.
+    """Render a conversation with the tokenizer's chat template.
 
-    Thinking is switched off where a template knows ``enable_thinking``, and the date is fixed.
+    Thinking is switched off if the template knows ``enable_thinking``, and the date is fixed.
 
     Raises:
         ModelError: The tokenizer has no chat template.
-        DataError: There is none, or the template refuses these messages (order of roles, no system turn ...).
+        DataError: There are no messages, or the template refuses them (order of roles, system turn ...).
     """
     from jinja2 import TemplateError
 
     if not messages:
         raise DataError(
-            "the assistant speaks first, so there is no prompt for its turn",
+            "the assistant speaks first, so its turn has no prompt",
             hint="put a user's turn before it, or set data.system",
         )
     try:
@@ -117,70 +124,74 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_
 
 
 def dated_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat template with a fixed day in place of today.
+    """Return the chat template with :data:`TEMPLATE_DATE` in place of today's date.
 
     Raises:
         ModelError: The tokenizer has no chat template.
     """
-    return _STRFTIME_CALL.sub(lambda call: repr(_TEMPLATE_DAY.strftime(call[2])), chat_template(tokenizer))
+    return _STRFTIME_CALL.sub(lambda call: repr(TEMPLATE_DATE.strftime(call[2])), chat_template(tokenizer))
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], writer: Writer | None = None
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], chat_tokenizer: ChatTokenizer | None = None
 ) -> list[int]:
-    """Ids of the conversation up to where the assistant's turn begins; the same ids that training saw.
+    """Return the ids of a conversation up to the start of the assistant's turn, as training saw them.
 
     Raises:
-        ModelError: No chat template, none that ends a turn, or the prompt begins with two BOS tokens.
-        DataError: The template refuses these messages, or one holds the token that ends a turn.
+        ModelError: There is no chat template, it does not end turns, or the prompt begins with two BOS tokens.
+        DataError: The template refuses these messages, or one contains the token that ends a turn.
     """
-    writer = writer or _Anew(tokenizer)
-    return _encode_prompt(tokenizer, messages, writer.render(messages), writer)
+    chat_tokenizer = chat_tokenizer or _PlainChatTokenizer(tokenizer)
+    return _encode_prompt(tokenizer, messages, chat_tokenizer.render(messages), chat_tokenizer)
 
 
 def _encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], prompt: str, writer: Writer
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], prompt: str, chat_tokenizer: ChatTokenizer
 ) -> list[int]:
     _refuse_end_of_turn(tokenizer, *(message.content for message in messages))
-    ids = writer.encode(prompt)
+    ids = chat_tokenizer.encode(prompt)
     if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
         raise ModelError(
             f"a prompt of {tokenizer.name_or_path} begins with two {tokenizer.bos_token} tokens",
-            hint="the chat template and the tokenizer both add it; remove it from one",
+            hint="the chat template and the tokenizer both add one; remove it from one of them",
         )
     return ids
 
 
 def encode_example(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], completion: str, writer: Writer | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    completion: str,
+    chat_tokenizer: ChatTokenizer | None = None,
 ) -> EncodedExample:
-    """Ids of the conversation with the assistant's turn, trained on that turn and the token that ends it.
+    """Encode a conversation with the assistant's answer. The answer and the token that ends it are trained.
 
-    Equal to the template's rendering of the whole conversation, cut behind the end-of-turn token, wherever that
-    rendering begins with the prompt's ids; else prompt and completion are encoded apart, as generation joins them.
+    If the template's rendering of the whole conversation begins with the prompt's ids, the ids are that rendering up to
+    the end-of-turn token. Otherwise prompt and completion are encoded separately, as generation joins them.
 
     Raises:
-        ModelError: No chat template, none that ends a turn, or one that changes the completion's text.
-        DataError: The completion is empty or holds the end-of-turn token, or the template refuses the messages.
+        ModelError: As for :func:`encode_prompt`, or the template rewrites the completion.
+        DataError: As for :func:`encode_prompt`, or the completion is empty.
     """
-    writer = writer or _Anew(tokenizer)
-    prompt = writer.render(messages)
-    prompt_ids = _encode_prompt(tokenizer, messages, prompt, writer)
+    chat_tokenizer = chat_tokenizer or _PlainChatTokenizer(tokenizer)
+    prompt = chat_tokenizer.render(messages)
+    prompt_ids = _encode_prompt(tokenizer, messages, prompt, chat_tokenizer)
     if not completion.strip():
         raise DataError("the completion is empty, so there is nothing to train on")
     end_id, end_text = _refuse_end_of_turn(tokenizer, completion)
 
-    whole = writer.render([*messages, Message(role="assistant", content=completion)], add_generation_prompt=False)
+    turns = [*messages, Message(role="assistant", content=completion)]
+    whole = chat_tokenizer.render(turns, add_generation_prompt=False)
     turn = whole.removeprefix(prompt) if whole.startswith(prompt) else completion + end_text
     turn = turn[: turn.find(end_text) + len(end_text)]
     if turn.removesuffix(end_text).strip() != completion.strip():
         raise ModelError(
             f"the chat template of {tokenizer.name_or_path} writes the completion {completion[:60]!r} as {turn[:80]!r}"
         )
-    ids = writer.encode(prompt + turn)
+    ids = chat_tokenizer.encode(prompt + turn)
     follows = whole.startswith(prompt + turn) and ids[: len(prompt_ids)] == prompt_ids
     if not follows:
-        ids = prompt_ids + writer.encode(turn)
+        ids = prompt_ids + chat_tokenizer.encode(turn)
     trained = ids[len(prompt_ids) :]
     if trained[-1:] != [end_id] or trained.count(end_id) != 1:
         raise ModelError(f"{end_text} does not end the encoded completion {completion[:60]!r}")
@@ -188,27 +199,27 @@ def encode_example(
 
 
 def encode_conversation(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], writer: Writer | None = None
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], chat_tokenizer: ChatTokenizer | None = None
 ) -> EncodedExample:
-    """Ids of a conversation that ends with the assistant, trained on every assistant's turn and what ends it.
+    """Encode a conversation that ends with the assistant's turn. All of the assistant's turns are trained.
 
     Raises:
-        ModelError: As ``encode_example``, or the template rewrites earlier turns once there is a later one.
-        DataError: As ``encode_example``, or the last turn is not the assistant's.
+        ModelError: As for :func:`encode_example`, or the template rewrites earlier turns when there is a later one.
+        DataError: As for :func:`encode_example`, or the last turn is not the assistant's.
     """
     if not messages or messages[-1].role != "assistant":
-        raise DataError("a conversation to train on ends with the assistant's turn")
+        raise DataError("a conversation to train on must end with the assistant's turn")
     ids: list[int] = []
     mask: list[int] = []
     follows = True
-    for place, message in enumerate(messages):
+    for index, message in enumerate(messages):
         if message.role != "assistant":
             continue
-        turn = encode_example(tokenizer, messages[:place], message.content, writer)
+        turn = encode_example(tokenizer, messages[:index], message.content, chat_tokenizer)
         if turn.input_ids[: len(ids)] != ids:
             raise ModelError(
                 f"the chat template of {tokenizer.name_or_path} rewrites earlier turns",
-                hint="it cannot train several turns at once; set data.group_questions to 1",
+                hint="several turns cannot be trained together with it; set data.group_questions to 1",
             )
         mask += turn.completion_mask[len(ids) :]
         ids, follows = turn.input_ids, follows and turn.follows_template
@@ -216,26 +227,26 @@ def encode_conversation(
 
 
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Ids at which generation stops.
+    """Return the ids at which generation stops.
 
-    First the token that the template writes behind an assistant's turn (it is trained), then the tokenizer's EOS where
-    that is another.
+    The first is the token that the template writes after an assistant's turn (it is trained). The tokenizer's EOS
+    follows if it is another token.
 
     Raises:
-        ModelError: No chat template, or it puts no special token behind an assistant's turn.
+        ModelError: There is no chat template, or it writes no special token after an assistant's turn.
     """
     template = chat_template(tokenizer)
-    known = _end_of_turn.get(tokenizer)
-    if known is not None and known[0] == template:
-        return known[1]
+    cached = _end_of_turn.get(tokenizer)
+    if cached is not None and cached[0] == template:
+        return cached[1]
     turns = [Message(role="user", content="question"), Message(role="assistant", content=_PROBE)]
-    behind = render(tokenizer, turns, add_generation_prompt=False).rpartition(_PROBE)[2]
-    special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
-    end = next((id_ for id_ in encode_text(tokenizer, behind) if id_ in special), None)
+    ending = render(tokenizer, turns, add_generation_prompt=False).rpartition(_PROBE)[2]
+    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    end = next((token_id for token_id in encode_text(tokenizer, ending) if token_id in special), None)
     if end is None:
         raise ModelError(
-            f"the chat template of {tokenizer.name_or_path} puts no special token behind an assistant's turn",
-            hint="use one that ends each turn, as ChatML does with <|im_end|>; else generation never stops",
+            f"the chat template of {tokenizer.name_or_path} writes no special token after an assistant's turn",
+            hint="use a template that ends each turn, as ChatML does with <|im_end|>; otherwise generation never stops",
         )
     eos = tokenizer.eos_token_id
     ids = (end,) if eos is None or eos == end else (end, eos)
@@ -244,7 +255,7 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 def _refuse_end_of_turn(tokenizer: PreTrainedTokenizerBase, *texts: str) -> tuple[int, str]:
-    # Inside a page or an answer it would be read as the end of a turn, and what follows as the next speaker's.
+    # Inside a page or an answer, the token would end the turn, and the rest would become the next speaker's text.
     end_id = end_of_turn_ids(tokenizer)[0]
     end_text = str(tokenizer.convert_ids_to_tokens(end_id))
     if any(end_text in text for text in texts):
@@ -253,10 +264,10 @@ def _refuse_end_of_turn(tokenizer: PreTrainedTokenizerBase, *texts: str) -> tupl
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The Jinja text of the tokenizer's (default) chat template.
+    """Return the Jinja text of the tokenizer's (default) chat template.
 
     Raises:
-        ModelError: It has none.
+        ModelError: The tokenizer has none.
     """
     template = tokenizer.chat_template
     if isinstance(template, dict):
@@ -270,11 +281,124 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 of the chat template's text; in every manifest, so that a mixed-up template shows."""
+    """Return the SHA-256 of the chat template's text. Every manifest holds it, to reveal a mixed-up template."""
     return hashlib.sha256(chat_template(tokenizer).encode()).hexdigest()
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of a rendered text, as it stands."""
+    """Return the ids of a rendered text; nothing is added."""
     ids: list[int] = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     return ids
+
+
+# --- the template of a folder, without a tokenizer
+
+
+def compile_template(template: str) -> Template:
+    """Compile a chat template in the Jinja environment that transformers documents for it, with a fixed date.
+
+    Raises:
+        jinja2.TemplateError: The template is wrong.
+    """
+    from jinja2 import TemplateError
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class GenerationBlock(Extension):
+        """``{% generation %}`` marks the assistant's words in transformers; the content is rendered as it is."""
+
+        tags = {"generation"}  # noqa: RUF012 - as jinja declares it
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def raise_exception(message: str) -> NoReturn:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, "jinja2.ext.loopcontrols"]
+    )
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = TEMPLATE_DATE.strftime
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    return environment.from_string(template)
+
+
+def render_template(
+    template: str,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    special_tokens: Mapping[str, str],
+    add_generation_prompt: bool = False,
+) -> str:
+    """Render a conversation with a template's text.
+
+    Args:
+        template: Jinja text.
+        messages: Turns, each with "role" and "content".
+        special_tokens: "bos_token" and so on, as the template names them.
+        add_generation_prompt: Whether to append the opening of the assistant's turn.
+
+    Raises:
+        ModelError: The template is wrong or refuses these messages.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        return compile_template(template).render(
+            messages=list(messages),
+            add_generation_prompt=add_generation_prompt,
+            enable_thinking=False,
+            **special_tokens,
+        )
+    except (TemplateError, TypeError, ValueError) as error:
+        raise ModelError(f"the chat template cannot be rendered: {error}") from error
+
+
+def read_chat_template(folder: Path) -> str | None:
+    """Return a folder's default chat template; None if it has none.
+
+    ``chat_template.jinja`` has precedence over ``tokenizer_config.json``, as in transformers.
+
+    Raises:
+        ModelError: ``tokenizer_config.json`` cannot be read.
+    """
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    template = read_json(path, ModelError).get("chat_template") if path.is_file() else None
+    if isinstance(template, list):
+        by_name = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = by_name.get("default")
+    return template if isinstance(template, str) else None
+
+
+def special_token_texts(folder: Path) -> dict[str, str]:
+    """Return ``bos_token``, ``eos_token`` and so on from ``tokenizer_config.json``; "" for those that are not set."""
+    path = folder / "tokenizer_config.json"
+    config = read_json(path, ModelError) if path.is_file() else {}
+    texts = {}
+    for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"):
+        entry = config.get(f"{kind}_token")
+        content = entry.get("content") if isinstance(entry, dict) else entry
+        texts[f"{kind}_token"] = content if isinstance(content, str) else ""
+    return texts
+
+
+def turn_ending(template: str, special_tokens: Mapping[str, str]) -> str:
+    """Return what the template writes after the assistant's text: the end-of-turn token and what follows it.
+
+    Raises:
+        ModelError: The template is wrong, or drops the assistant's text.
+    """
+    text = render_template(
+        template,
+        [{"role": "user", "content": "question"}, {"role": "assistant", "content": _PROBE}],
+        special_tokens=special_tokens,
+    )
+    _, probe, ending = text.partition(_PROBE)
+    if not probe:
+        raise ModelError("the chat template drops the assistant's turn")
+    return ending

@@ -1,4 +1,4 @@
-"""A model folder seen as files: whether it is complete, what licence it names, its fingerprint. Needs no torch."""
+"""Inspect a model folder as files: completeness, licence, safetensors headers, fingerprint. Needs no torch."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import hashlib
 import json
 import re
 import shlex
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from fintune.errors import ModelError
-from fintune.util.files import cache_folder
+from fintune.util.files import cache_folder, read_json, sha256_file, write_atomically
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -33,79 +33,105 @@ MODEL_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
 )
-"""What makes a model's answers; nothing that runs code when it is read (no pickled weights)."""
+"""Patterns of the files that decide a model's answers. None of them runs code when it is read (no pickled weights)."""
 
 _INDEX = "model.safetensors.index.json"
-_NOT_NAMED = "not named"
-_CHUNK_BYTES = 1 << 22
-_MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
+_UNKNOWN_BASE = "not named"
+_LARGE_BYTES = 1 << 22
+"""The hash of a file above this size is kept in the cache folder."""
+_HASH_LETTERS = 64
+_MAX_HEADER_BYTES = 100_000_000
+"""Largest header that the safetensors library reads."""
+
+
+class TensorEntry(NamedTuple):
+    """One tensor in a safetensors file.
+
+    Attributes:
+        name: Name of the tensor.
+        dtype: Type as the format writes it, such as "F32", "BF16" or "U8".
+        shape: Sizes of the dimensions.
+        start: Offset of its first byte in the file.
+        stop: Offset after its last byte.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
 
 
 def check_model_folder(folder: Path) -> None:
-    """Checks that a folder holds a configuration, whole safetensors weights and a tokenizer; reads only headers.
+    """Check that a folder holds a configuration, whole safetensors weights and a tokenizer. Reads only headers.
 
     Raises:
-        ModelError: Something is missing or cut off; the message names the file.
+        ModelError: A file is missing or truncated; the message names it.
     """
     if not (folder / "config.json").is_file():
-        raise _no_model(folder)
-    _check_weights(folder)
-    fast = (folder / "tokenizer.json").is_file() or any(folder.glob("*.model"))
-    if not fast and not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
+        raise _not_a_model(folder)
+    for path in weight_files(folder):
+        read_safetensors_header(path)
+    is_fast = (folder / "tokenizer.json").is_file() or any(folder.glob("*.model"))
+    if not is_fast and not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
         raise ModelError(
             f"{folder} holds no tokenizer (tokenizer.json)", hint="copy the tokenizer files of its base model into it"
         )
 
 
-def _no_model(folder: Path) -> ModelError:
-    """What a folder without a configuration is, and how a model comes of it."""
+def _not_a_model(folder: Path) -> ModelError:
+    """Explain what a folder without a configuration is, and how to get a model from it."""
     if (folder / "adapter_config.json").is_file():
-        return ModelError(f"{folder} holds an adapter, not a model", hint=_merging(folder))
+        return ModelError(f"{folder} holds an adapter, not a model", hint=_hint_to_merge(folder))
     if (folder / "merge" / "config.json").is_file():
         return ModelError(f"{folder} is a run's folder, not a model", hint=f"its merged model is {folder / 'merge'}")
     adapter = folder / "train" / "adapter"
     if (adapter / "adapter_config.json").is_file():
-        return ModelError(f"{folder} is a run's folder without a merged model", hint=_merging(adapter))
+        return ModelError(f"{folder} is a run's folder without a merged model", hint=_hint_to_merge(adapter))
     return ModelError(f"{folder} holds no config.json", hint="give a Hugging Face model folder")
 
 
-def _merging(adapter: Path) -> str:
-    base = adapter_base(adapter)
-    known = "BASE" if base == _NOT_NAMED else shlex.quote(base)
-    given = f"--model {known} --adapter {shlex.quote(str(adapter))}"
-    return f"its base model is {base}; to train on from it: fintune merge {given} --out DIR, then model.name=DIR"
+def _hint_to_merge(adapter: Path) -> str:
+    base = adapter_base_name(adapter)
+    model = "BASE" if base == _UNKNOWN_BASE else shlex.quote(base)
+    command = f"fintune merge --model {model} --adapter {shlex.quote(str(adapter))} --out DIR"
+    return f"its base model is {base}; to continue training from it: {command}, then model.name=DIR"
 
 
 def check_unquantised(folder: Path) -> None:
-    """Refuses a base of training, merge and export whose configuration says that its weights are quantised.
+    """Refuse quantised weights as the base of training, merge or export.
 
     Raises:
-        ModelError: With the method.
+        ModelError: ``config.json`` has a ``quantization_config``; the message names the method.
     """
-    quantised = read_json(folder / "config.json").get("quantization_config")
+    quantised = read_model_config(folder).get("quantization_config")
     if quantised:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else None
         raise ModelError(
             f"{folder} is quantised{f' ({method})' if method else ''}: it can neither be trained nor have an adapter "
             "merged into it",
-            hint="name the 16-bit model that it was made from; model.load: 4bit quantises that while it loads",
+            hint="use the 16-bit model that it was made from; model.load: 4bit quantises that model while it loads",
         )
 
 
-def _check_weights(folder: Path) -> None:
-    for file in weight_files(folder):
-        check_safetensors(file)
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """Return the content of a model's ``config.json``.
+
+    Raises:
+        ModelError: The file is missing or unreadable.
+    """
+    return read_json(folder / "config.json", ModelError)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that a model is read from: those of its index, or those that there are.
+    """Return the safetensors files of a model: those of its index, or all ``model*.safetensors`` without an index.
 
     Raises:
-        ModelError: There are none, or some that the index names are missing.
+        ModelError: There are no such files, or some that the index names are missing.
     """
     index = folder / _INDEX
     if index.is_file():
-        weight_map = read_json(index).get("weight_map")
+        weight_map = read_json(index, ModelError).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ModelError(f"{index} has no weight_map", hint="download the model again")
         shards = sorted(set(weight_map.values()))
@@ -115,79 +141,78 @@ def weight_files(folder: Path) -> list[Path]:
                 f"{folder} lacks {len(missing)} of the {len(shards)} weight files that {_INDEX} names: {missing[0]}",
                 hint="download the model again or copy the missing files",
             )
-        files = [folder / shard for shard in shards]
-    else:
-        files = sorted(folder.glob("model*.safetensors"))
+        return [folder / shard for shard in shards]
+    files = sorted(folder.glob("model*.safetensors"))
     if not files:
         others = sorted({*folder.glob("pytorch_model*.bin"), *folder.glob("*.gguf"), *folder.glob("*.pth")})
-        found = f", only {others[0].name}" if others else ""
         raise ModelError(
-            f"{folder} holds no safetensors weights{found}",
+            f"{folder} holds no safetensors weights{f', only {others[0].name}' if others else ''}",
             hint="only safetensors are read; save the model with save_pretrained of a recent transformers",
         )
     return files
 
 
-def check_safetensors(file: Path) -> None:
-    """Compares a safetensors file's size with what its header promises.
+def read_safetensors_header(path: Path) -> list[TensorEntry]:
+    """Return the tensors of a safetensors file, sorted by name, from its header alone.
+
+    Source: github.com/huggingface/safetensors, "Format": 8 bytes little-endian header length, a JSON header, the data.
 
     Raises:
-        ModelError: The file is cut off, too long, or none of that format.
+        ModelError: The file is truncated, too long, or not a safetensors file.
     """
-    size = file.stat().st_size
+    size = path.stat().st_size
     try:
-        with file.open("rb") as opened:
-            header_bytes = int.from_bytes(opened.read(8), "little")
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
             if not 0 < header_bytes <= min(size - 8, _MAX_HEADER_BYTES):
                 raise ValueError("no header")
-            header = json.loads(opened.read(header_bytes))
-        data_bytes = max((e["data_offsets"][1] for name, e in header.items() if name != "__metadata__"), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{file} is no readable safetensors file", hint="download or copy it again") from error
-    if size != 8 + header_bytes + data_bytes:
+            header = json.loads(file.read(header_bytes))
+        data_start = 8 + header_bytes
+        tensors = [
+            TensorEntry(
+                name,
+                str(entry["dtype"]),
+                tuple(map(int, entry["shape"])),
+                data_start + int(entry["data_offsets"][0]),
+                data_start + int(entry["data_offsets"][1]),
+            )
+            for name, entry in sorted(header.items())
+            if name != "__metadata__"
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ModelError(f"{path} is not a readable safetensors file", hint="download or copy it again") from error
+    expected_size = max((tensor.stop for tensor in tensors), default=data_start)
+    if size != expected_size:
         raise ModelError(
-            f"{file} has {size} bytes where its header promises {8 + header_bytes + data_bytes}",
-            hint="it was cut off; download or copy it again",
+            f"{path} has {size:,} bytes, but its header describes {expected_size:,}",
+            hint="it is truncated or damaged; download or copy it again",
         )
-
-
-def read_json(path: Path) -> dict[str, object]:
-    """A JSON object from a model folder.
-
-    Raises:
-        ModelError: Unreadable, or not an object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} holds no JSON object")
-    return content
+    return tensors
 
 
 def context_tokens(config: Mapping[str, object]) -> int | None:
-    """Tokens that a model reads at most by its ``config.json``, stretched positions included; None where not said."""
+    """Return the context length in tokens by a model's ``config.json``, scaled positions included; None if unknown."""
     inner = config.get("text_config")
     text = inner if isinstance(inner, dict) else config
-    most = text.get("max_position_embeddings")
-    if not isinstance(most, int):
+    positions = text.get("max_position_embeddings")
+    if not isinstance(positions, int):
         return None
     scaling = text.get("rope_scaling") or text.get("rope_parameters")
     if not isinstance(scaling, dict) or not isinstance(factor := scaling.get("factor"), int | float):
-        return most
-    # Llama 3.1's files name the stretched length, Qwen2.5's for YaRN the one before.
-    original = scaling.get("original_max_position_embeddings", most)
-    return max(most, int(factor * original)) if isinstance(original, int) else most
+        return positions
+    # max_position_embeddings is the scaled length in Llama 3.1's files, the original length in Qwen2.5's for YaRN.
+    original = scaling.get("original_max_position_embeddings", positions)
+    return max(positions, int(factor * original)) if isinstance(original, int) else positions
 
 
-def adapter_base(folder: Path) -> str:
-    """Name of the model that a PEFT adapter says it was trained on."""
-    return str(read_json(folder / "adapter_config.json").get("base_model_name_or_path") or _NOT_NAMED)
+def adapter_base_name(folder: Path) -> str:
+    """Return the name of the base model that a PEFT adapter's configuration gives."""
+    config = read_json(folder / "adapter_config.json", ModelError)
+    return str(config.get("base_model_name_or_path") or _UNKNOWN_BASE)
 
 
-def licence_of(folder: Path) -> str | None:
-    """The ``license:`` line in the front matter of the folder's README.md, or None."""
+def stated_licence(folder: Path) -> str | None:
+    """Return the ``license:`` value in the front matter of the folder's README.md, or None."""
     readme = folder / "README.md"
     if not readme.is_file():
         return None
@@ -196,47 +221,35 @@ def licence_of(folder: Path) -> str | None:
     return line[1] if line else None
 
 
-def model_fingerprint(path: Path) -> str:
-    """sha256 over the names and contents of a model's or adapter's files (``MODEL_FILES``), whatever their age.
-
-    The hash of each large file is kept in the cache folder under its path, size and modification time, so that a model
-    is read through once.
+def model_fingerprint(folder: Path) -> str:
+    """Return the SHA-256 over the names and contents of a model's or adapter's files (``MODEL_FILES``).
 
     Raises:
         ModelError: The folder holds no such file.
     """
-    files = sorted({file for pattern in MODEL_FILES for file in path.glob(pattern) if file.is_file()})
+    files = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()})
     if not files:
-        raise ModelError(f"{path} holds no model files")
-    whole = hashlib.sha256()
-    for file in files:
-        whole.update(f"{file.name}\0{file_hash(file)}\n".encode())
-    return whole.hexdigest()
-
-
-def file_hash(file: Path) -> str:
-    """sha256 of a file, remembered as :func:`model_fingerprint` says."""
-    stat = file.stat()
-    large = stat.st_size > _CHUNK_BYTES
-    key = hashlib.sha256(f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()
-    remembered = cache_folder() / "hashes" / key
-    if large and remembered.is_file():
-        return remembered.read_text(encoding="ascii")
+        raise ModelError(f"{folder} holds no model files")
     digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while block := opened.read(_CHUNK_BYTES):
-            digest.update(block)
-    if large:
-        _remember(remembered, digest.hexdigest())
+    for path in files:
+        digest.update(f"{path.name}\0{cached_sha256(path)}\n".encode())
     return digest.hexdigest()
 
 
-def _remember(path: Path, text: str) -> None:
+def cached_sha256(path: Path) -> str:
+    """Return a file's SHA-256. A large file is hashed once for its path, size and modification time."""
+    stat = path.stat()
+    if stat.st_size <= _LARGE_BYTES:
+        return sha256_file(path)
+    key = hashlib.sha256(f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()
+    cached = cache_folder() / "hashes" / key
+    if cached.is_file() and len(digest := cached.read_text(encoding="ascii")) == _HASH_LETTERS:
+        return digest
+    digest = sha256_file(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="ascii") as beside:
-            beside.write(text)
-        Path(beside.name).replace(path)
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(cached, digest)
     except OSError:
-        # A cache folder that cannot be written costs time the next time, nothing else.
-        return
+        # Without a writable cache folder, the file is hashed again the next time.
+        pass
+    return digest

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from fintune.errors import ModelError, ResourceError
 from fintune.models.chat_template import end_of_turn_ids
-from fintune.models.folder import model_fingerprint, read_json
+from fintune.models.folder import model_fingerprint, read_model_config
 from fintune.models.resolve import ModelFolder, ModelName, fetch, fetch_base, fetch_config, resolve
 from fintune.util.memory import advice_on_memory
 from fintune.util.text import first_line
@@ -79,7 +79,7 @@ def load_tokenizer(model: ModelFolder, *, trust_remote_code: bool = False) -> Pr
         raise ModelError(f"{folder}: the tokenizer cannot be loaded ({first_line(error)})") from error
     if not tokenizer.is_fast:
         raise ModelError(f"{folder} has only a slow tokenizer", hint="add its tokenizer.json")
-    vocab_size = read_json(folder / "config.json").get("vocab_size")
+    vocab_size = read_model_config(folder).get("vocab_size")
     if isinstance(vocab_size, int) and len(tokenizer) > vocab_size:
         raise ModelError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the model only {vocab_size}")
     return ensure_pad(tokenizer)

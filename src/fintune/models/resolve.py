@@ -17,7 +17,7 @@ from pathlib import Path
 from fintune.config import Config
 from fintune.errors import ModelError, ResourceError
 from fintune.models import builtin
-from fintune.models.folder import MODEL_FILES, check_model_folder, licence_of
+from fintune.models.folder import MODEL_FILES, check_model_folder, stated_licence
 from fintune.util.hub_errors import quiet_hub
 
 
@@ -74,7 +74,7 @@ def resolve(name: str, *, revision: str | None = None) -> ModelName:
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         check_model_folder(folder)
-        return ModelName(name, folder.resolve().name, folder, licence_of(folder))
+        return ModelName(name, folder.resolve().name, folder, stated_licence(folder))
     if folder.is_file():
         raise ModelError(f"{name} is a file", hint="give a model folder in Hugging Face form")
     if name.lower() in builtin.BUILTIN:
@@ -114,7 +114,7 @@ def fetch(model: str | ModelName, *, revision: str | None = None) -> ModelFolder
             )
         )
     check_model_folder(path)
-    return ModelFolder(model.name, path, model.base_name, licence_of(path))
+    return ModelFolder(model.name, path, model.base_name, stated_licence(path))
 
 
 def fetch_base(config: Config) -> ModelFolder:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from fintune.config import Config, SourceOptions
 from fintune.data.files import local_files
-from fintune.models.folder import read_json
+from fintune.errors import ModelError
+from fintune.models.folder import TensorEntry, read_safetensors_header, weight_files
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _STORED_BYTES = {"F64": 8, "F32": 4, "F8_E4M3": 1, "F8_E5M2": 1}
 _GGUF_BYTES = {"F32": 4.0, "F16": 2.0, "BF16": 2.0}
 """Bytes a weight; a quantised one has at most those of Q8_0, 34 for 32 weights."""
 _MARGIN = 1.05
-_HEADER_BYTES = 100 << 20
-"""Largest header of a safetensors file that its authors' reader takes."""
 
 _EXAMPLE_BYTES = 24_000
 """A prepared FinQA example: prompt text, gold record and tokens; the largest page of dev makes 21 kB."""
@@ -45,29 +44,12 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     Raises:
         ModelError: An index that cannot be read.
     """
-    found: dict[str, Tensor] = {}
-    for path in _weight_files(folder):
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > _HEADER_BYTES:
-                continue  # damaged; the stage that reads it says so
-            header = json.loads(file.read(length))
-        found |= {
-            name: Tensor(tuple(entry["shape"]), entry["dtype"])
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
-    return found
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    # Some folders hold the same weights once more in another layout, which nothing reads.
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
-        return [folder / name for name in sorted(names)]
-    return sorted(folder.glob("model*.safetensors"))
+    entries: list[TensorEntry] = []
+    for path in weight_files(folder):
+        # The stage that reads a damaged file reports it.
+        with suppress(ModelError):
+            entries += read_safetensors_header(path)
+    return {entry.name: Tensor(entry.shape, entry.dtype) for entry in entries}
 
 
 def prepare_bytes(config: Config) -> int:

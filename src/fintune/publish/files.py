@@ -13,13 +13,12 @@ from fintune.config import Config
 from fintune.data.licences import NOT_STATED, is_non_commercial, licence_of
 from fintune.errors import ArtifactError, ConfigError, ModelError
 from fintune.manifest import MANIFEST, Manifest
-from fintune.models import adapter_base as adapter_origin
+from fintune.models import adapter as adapters
 from fintune.models import builtin
 from fintune.models import resolve as model_ref
-from fintune.models.folder import read_json
 from fintune.report.card import Base
 from fintune.util.console import track
-from fintune.util.files import sha256_file
+from fintune.util.files import read_json, sha256_file
 from fintune.util.hub import Upload
 
 CARD = "README.md"
@@ -74,7 +73,7 @@ def gather(config: Config, inputs: Mapping[str, Path], folder: Path) -> Publicat
     if "adapter" in config.publish.what:
         name = _below(config.publish.adapter_folder, "adapter_config.json")
         path = folder / "adapter_config.json"
-        adapter = read_json(inputs["train"] / "adapter" / "adapter_config.json")
+        adapter = read_json(inputs["train"] / "adapter" / "adapter_config.json", ModelError)
         adapter["base_model_name_or_path"] = base.hub_id or base.name
         path.write_text(json.dumps(adapter, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         found[name] = Upload(name, path, sha256_file(path))
@@ -92,7 +91,7 @@ def _files(
     for what in config.publish.what:
         step = _STEPS[what]
         for name in manifests[step].outputs:
-            if name == f"adapter/{adapter_origin.FILE}":
+            if name == f"adapter/{adapters.BASE_FILE}":
                 continue  # of weights on this machine; the hub's may be those before they were rounded
             if what == "adapter" and name.startswith("adapter/"):
                 chosen.append((step, name, _below(config.publish.adapter_folder, name.removeprefix("adapter/"))))

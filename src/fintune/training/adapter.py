@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from fintune.config import AdapterOptions
 from fintune.errors import ConfigError
-from fintune.models import adapter_base as adapter_origin
+from fintune.models import adapter as adapters
 from fintune.util.console import quiet_libraries
 
 if TYPE_CHECKING:
@@ -257,7 +257,7 @@ def save(
     if start is not None:
         _subtract(start, beside)
     if base is not None:
-        adapter_origin.note(beside, base)
+        adapters.record_base(beside, base)
     (beside / "README.md").unlink(missing_ok=True)  # an empty form; the run's own card says more
     shutil.rmtree(folder, ignore_errors=True)
     beside.replace(folder)

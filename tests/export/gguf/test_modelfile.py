@@ -6,7 +6,7 @@ import pytest
 
 from fintune.errors import ModelError
 from fintune.export.gguf.modelfile import modelfile
-from fintune.models.template_file import render_chat
+from fintune.models.chat_template import render_template
 from support.synthetic import write_tokenizer
 from support.tiny import CHATML, patch_json
 
@@ -54,7 +54,9 @@ def go(text: str, messages: list[dict[str, str]]) -> str:
 def test_ollama_renders_what_the_chat_template_renders(folder, template, roles):
     (folder / "chat_template.jinja").write_text(template)
     messages = [{"role": role, "content": f"{role} says {index} %"} for index, role in enumerate(roles)]
-    expected = render_chat(template, messages, special_tokens={"bos_token": "<|im_start|>"}, add_generation_prompt=True)
+    expected = render_template(
+        template, messages, special_tokens={"bos_token": "<|im_start|>"}, add_generation_prompt=True
+    )
     assert go(written(folder), messages) == expected
 
 
@@ -81,7 +83,7 @@ def test_thoughts_that_stay_in_earlier_answers_are_noted_and_the_modelfile_is_wr
         {"role": "user", "content": "four"},
     ]
     special = {"bos_token": "<|im_start|>"}
-    expected = render_chat(FORGETS_THOUGHTS, thinking, special_tokens=special, add_generation_prompt=True)
+    expected = render_template(FORGETS_THOUGHTS, thinking, special_tokens=special, add_generation_prompt=True)
     assert go(text, thinking) != expected
     thinking[1]["content"] = "three"
     assert go(text, thinking) == expected
@@ -98,7 +100,7 @@ def test_white_space_that_a_template_takes_off_any_role_is_noted(folder, cut, ro
     assert text.splitlines()[:2] == [f"# {note}", "FROM ./m.gguf"]
     messages = [{"role": role, "content": "\nhi \n"}]
     special = {"bos_token": "<|im_start|>"}
-    expected = render_chat(template, messages, special_tokens=special, add_generation_prompt=True)
+    expected = render_template(template, messages, special_tokens=special, add_generation_prompt=True)
     assert go(text, messages) != expected
 
 

@@ -245,7 +245,7 @@ def test_a_quantised_truncated_or_incomplete_base_is_refused(llama_folder, tmp_p
     patch_json(base / "config.json", quantization_config=None)
     data = (base / "model.safetensors").read_bytes()
     (base / "model.safetensors").write_bytes(data[:-100])
-    with pytest.raises(ModelError, match=r"model\.safetensors: truncated"):
+    with pytest.raises(ModelError, match=r"model\.safetensors has [\d,]+ bytes"):
         merged(base, adapter, tmp_path / "b")
     (base / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="no weights"):

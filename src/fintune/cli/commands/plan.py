@@ -5,7 +5,7 @@ from __future__ import annotations
 from fintune.config import Config
 from fintune.errors import ConfigError, ResourceError
 from fintune.models import load as models
-from fintune.models.folder import read_json
+from fintune.models.folder import read_model_config
 from fintune.training import launch, planned
 from fintune.training.memory import FAMILIES, PARTS
 from fintune.training.plan import GIB, RESERVE_BYTES, TrainingPlan, told_of
@@ -30,7 +30,7 @@ def plan(config: Config, *, gib: float | None = None, longest: int | None = None
             f"the planner knows train.objective: sft, not {config.train.objective}",
             hint="lower train.batch_size and raise train.accumulation where memory does not suffice",
         )
-    model_config = read_json(models.fetch_config(config.model.name, revision=config.model.revision) / "config.json")
+    model_config = read_model_config(models.fetch_config(config.model.name, revision=config.model.revision))
     if model_config.get("model_type") not in FAMILIES:
         raise ConfigError(
             f"the planner knows {', '.join(FAMILIES)}, not {model_config.get('model_type')}",

@@ -20,7 +20,7 @@ from fintune.cli.legacy.finqa_messages import OVERWRITE, told_in_script
 from fintune.cli.legacy.pasted import PastedCommand
 from fintune.config import Config
 from fintune.errors import ConfigError
-from fintune.models import adapter_base as adapter_origin
+from fintune.models import adapter as adapters
 from fintune.util import hub as hub_push
 from fintune.util.signals import RESUME_MESSAGE, interrupt_message
 
@@ -147,7 +147,7 @@ def train(flags: Mapping[str, Any]) -> None:
     files = _lay_out(config.folder / "train" / "adapter", output)
     click.echo(f"{output}: the adapter; its losses are in {config.folder / 'train' / 'metrics.jsonl'}")
     if repo is not None:
-        click.echo(hub_push.push(repo, [path for path in files if path.name != adapter_origin.FILE]))
+        click.echo(hub_push.push(repo, [path for path in files if path.name != adapters.BASE_FILE]))
 
 
 def _data(flags: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:

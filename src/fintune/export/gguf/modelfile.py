@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fintune.errors import ModelError
-from fintune.models.template_file import read_chat_template, render_chat, special_token_texts, turn_ending
+from fintune.models.chat_template import read_chat_template, render_template, special_token_texts, turn_ending
 
 _ROLES = {"s": "system", "u": "user", "a": "assistant"}
 # Conversations by role; the first is the probe, all are compared.
@@ -116,7 +116,7 @@ def _template(folder: Path) -> tuple[str, dict[str, str]]:
 
 def _render(template: str, special: dict[str, str], roles: str, words: Sequence[str], *, generate: bool) -> str:
     messages = [{"role": _ROLES[role], "content": word} for role, word in zip(roles, words, strict=True)]
-    return render_chat(template, messages, special_tokens=special, add_generation_prompt=generate)
+    return render_template(template, messages, special_tokens=special, add_generation_prompt=generate)
 
 
 def _read_pieces(folder: Path, template: str, special: dict[str, str]) -> TurnPieces:

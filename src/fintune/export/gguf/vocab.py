@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fintune.errors import ModelError
-from fintune.models.template_file import read_chat_template, special_token_texts, turn_ending
+from fintune.models.chat_template import read_chat_template, special_token_texts, turn_ending
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

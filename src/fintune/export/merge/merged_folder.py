@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fintune.errors import ModelError
 from fintune.export.merge.merged_weights import EMBEDDING, MergedWeights
 from fintune.models import chat_template as chat
-from fintune.models.template_file import read_chat_template, special_token_texts, turn_ending
+from fintune.models.chat_template import read_chat_template, special_token_texts, turn_ending
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

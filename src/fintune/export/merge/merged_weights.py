@@ -19,7 +19,7 @@ from fintune.errors import ModelError, ResourceError
 from fintune.export.gguf.vocab import num_tokens
 from fintune.export.merge.adapter_reader import Adapter, LowRank
 from fintune.export.merge.safetensor_reader import SafetensorFolder, StoredTensor
-from fintune.models import adapter_base as adapter_origin
+from fintune.models import adapter as adapters
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,7 +80,7 @@ class MergedWeights:
     ) -> None:
         self.adapter = Adapter(adapter)
         self._base = SafetensorFolder(base)
-        adapter_origin.check_weights(base, adapter)
+        adapters.check_adapter_base(base, adapter)
         tied = self._is_tied(base)
         self._transform = transform
         self._changes = dict(self.adapter.changes)
@@ -137,7 +137,7 @@ class MergedWeights:
         adapter, base = self.adapter, self._base.folder
         where, missing = f"{adapter.folder} was trained on {adapter.base_name}, not on {base}: it", "is not there"
         hint: str | None = "name the base model that the adapter was trained on"
-        if adapter_origin.is_named(base, adapter.base_name):
+        if adapters.is_base_of(base, adapter.base_name):
             where, missing, hint = str(adapter.folder), f"{base} does not have", None
         for name, saved in self._saved.items():
             tensor = self.tensors.get(name)

@@ -1,7 +1,4 @@
-"""Reads the safetensors files of a Hugging Face folder row by row, with memory bounded by the rows asked for.
-
-Source: github.com/huggingface/safetensors, "Format": 8 bytes little-endian header length, a JSON header, then the data.
-"""
+"""Reads the safetensors files of a Hugging Face folder row by row, with memory bounded by the rows asked for."""
 
 from __future__ import annotations
 
@@ -16,13 +13,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
 
 from fintune.errors import ModelError
+from fintune.models.folder import read_safetensors_header
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 _ELEMENT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-_MAX_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -149,37 +146,19 @@ def _read_index(folder: Path) -> dict[str, str]:
 
 
 def read_header(path: Path) -> Iterator[StoredTensor]:
-    """The tensors of one safetensors file, sorted by name.
+    """Yield the tensors of one safetensors file, sorted by name.
 
     Raises:
-        ModelError: A truncated or unreadable file, or weights that are not 16 or 32-bit floats.
+        ModelError: The file is truncated or unreadable, or its weights are not 16 or 32-bit floats.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise ModelError(f"{path}: truncated or no safetensors file", hint="copy or download it again")
-        try:
-            header = json.loads(file.read(length))
-            entries = sorted(
-                (name, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
-                for name, entry in header.items()
-                if name != "__metadata__"
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{path}: unreadable header: {error}", hint="copy or download it again") from error
-    for name, dtype, shape, begin, end in entries:
-        if dtype not in _ELEMENT_BYTES:
+    for entry in read_safetensors_header(path):
+        if entry.dtype not in _ELEMENT_BYTES:
             raise ModelError(
-                f"{path}: tensor {name} has type {dtype}, expected one of {', '.join(_ELEMENT_BYTES)}",
-                hint="a quantised model can be neither merged nor exported: take the 16-bit weights it was made from",
+                f"{path}: tensor {entry.name} has type {entry.dtype}, expected one of {', '.join(_ELEMENT_BYTES)}",
+                hint="a quantised model can be neither merged nor exported: use the 16-bit weights it was made from",
             )
-        tensor = StoredTensor(name, shape, dtype, path, 8 + length + begin)
-        if end - begin != tensor.num_bytes:
-            raise ModelError(f"{path}: tensor {name} has {end - begin} bytes, its shape says {tensor.num_bytes}")
-        if 8 + length + end > size:
-            raise ModelError(
-                f"{path}: truncated: {size:,} bytes, tensor {name} needs {8 + length + end:,}",
-                hint="copy or download it again",
-            )
+        tensor = StoredTensor(entry.name, entry.shape, entry.dtype, path, entry.start)
+        num_bytes = entry.stop - entry.start
+        if num_bytes != tensor.num_bytes:
+            raise ModelError(f"{path}: tensor {entry.name} has {num_bytes} bytes, its shape says {tensor.num_bytes}")
         yield tensor

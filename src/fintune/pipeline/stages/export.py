@@ -32,7 +32,7 @@ from fintune.export.merge.merged_model import fill_layers
 from fintune.export.merge.merged_weights import MergedWeights
 from fintune.export.merge.rounded_weights import RoundedWeights
 from fintune.manifest import Facts
-from fintune.models import adapter_base as adapter_origin
+from fintune.models import adapter as adapters
 from fintune.models import load as models
 from fintune.pipeline import disk_estimate as disk
 from fintune.training import full
@@ -111,8 +111,8 @@ def export_model(config: Config, folder: Path, *, adapter: Path | None = None) -
         require_space(folder, disk.export_bytes(config), "the GGUF files")
         return _by_checkout(config, config.export.llama_cpp_path, ref.path, folder)
     if adapter is not None:
-        adapter_origin.check_name(config.model.name, adapter)
-        adapter_origin.check_weights(ref.path, adapter, name=config.model.name)
+        adapters.check_base_name(config.model.name, adapter)
+        adapters.check_adapter_base(ref.path, adapter, name=config.model.name)
     importance = config.export.importance_file
     weighed = None if importance is None else read_importance(importance)
     return _stream(config, None if adapter is not None else ref.path, adapter, folder, weighed)

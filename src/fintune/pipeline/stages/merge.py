@@ -16,7 +16,6 @@ from fintune.export.merge.dequantised import NormalFloat, merged_into
 from fintune.export.merge.merge import MergeReport, merge_folders
 from fintune.export.merge.merged_folder import settle_special_tokens
 from fintune.models import adapter as adapters
-from fintune.models import adapter_base as adapter_origin
 from fintune.models import chat_template as chat
 from fintune.models import load as models
 from fintune.records import Example, Message
@@ -76,9 +75,9 @@ def merge_adapter(config: Config, adapter: Path, folder: Path) -> dict[str, Any]
     Raises:
         FintuneError: As :func:`merge`.
     """
-    adapter_origin.check_name(config.model.name, adapter)
+    adapters.check_base_name(config.model.name, adapter)
     ref = models.fetch_base(config)
-    adapter_origin.check_weights(ref.path, adapter, name=config.model.name)
+    adapters.check_adapter_base(ref.path, adapter, name=config.model.name)
     asked = [(each.messages, each.answer) for each in regression_prompts()[:NUM_GOLDEN]]
     return _fold(config, ref.path, adapter, folder, asked)
 
@@ -102,7 +101,7 @@ def _fold(config: Config, base: Path, adapter: Path, folder: Path, golden: Seque
     proof = _prove((base, adapter), (folder, None), _encoded(tokenizer, golden), trust_remote_code=trust)
     return {
         **_facts(report, seen),
-        **adapter_origin.merged_facts(adapter),
+        **adapters.merged_facts(adapter),
         **proof,
         "summary": (
             f"{report.dtype}, {report.num_moved} weights moved, "

@@ -11,7 +11,7 @@ from fintune.data import prepared
 from fintune.errors import ConfigError
 from fintune.manifest import Facts
 from fintune.models import load as models
-from fintune.models.folder import context_tokens, read_json
+from fintune.models.folder import context_tokens, read_model_config
 from fintune.util.console import say
 
 
@@ -63,7 +63,7 @@ def prepare(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
 
 
 def _check_context(config: Config, base: models.ModelFolder, made: prepared.Prepared) -> None:
-    context = context_tokens(read_json(base.path / "config.json"))
+    context = context_tokens(read_model_config(base.path))
     name, num_tokens = max(
         ((row.id, row.num_at_once) for rows in made.rows.values() for row in rows), key=lambda row: row[1]
     )

@@ -17,7 +17,7 @@ from fintune.inference.protocol import Decoding, in_order
 from fintune.inference.transformers_engine import TransformersEngine
 from fintune.models import chat_template as chat
 from fintune.models import load as models
-from fintune.models.folder import read_json
+from fintune.models.folder import read_model_config
 from fintune.publish import files as publication
 from fintune.training import (
     adapter,
@@ -209,7 +209,7 @@ def _is_sharded(config: Config, ref: models.ModelFolder, rows: Dataset) -> bool:
     if config.train.sharding == "full" or not torch.cuda.is_available():
         return config.train.sharding == "full"
     limit = ranks.least(planned.limit_bytes(config.train.max_memory_gib, planned.free_bytes()))
-    return not planned.fits_whole(config, read_json(ref.path / "config.json"), max(map(len, rows["input_ids"])), limit)
+    return not planned.fits_whole(config, read_model_config(ref.path), max(map(len, rows["input_ids"])), limit)
 
 
 def _evaluation(config: Config, prepare: Path, tokenizer: PreTrainedTokenizerBase) -> Evaluation | None:
@@ -255,7 +255,7 @@ def _room(config: Config, rows: Dataset, folder: Path) -> advice.Room | None:
         return None
     model_folder = models.fetch_config(config.model.name, revision=config.model.revision)
     return advice.Room(
-        model_config=read_json(model_folder / "config.json"),
+        model_config=read_model_config(model_folder),
         longest=max(map(len, rows["input_ids"])),
         limit_bytes=planned.limit_bytes(config.train.max_memory_gib, planned.free_bytes()),
         followed_plan="predicted_peak_gib" in planned.read(folder),
