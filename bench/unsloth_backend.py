@@ -75,9 +75,9 @@ def _data(folder: Path, *, num_train: int) -> list[str]:
 
 def _run(name: str, data: list[str], folder: Path, options: argparse.Namespace) -> dict:
     from fintune.config.load import load
-    from fintune.pipeline.plan import build
     from fintune.pipeline.runner import Pipeline
     from fintune.pipeline.step import Selection
+    from fintune.pipeline.steps import build_steps
     from fintune.training import metrics
 
     overrides = [
@@ -96,7 +96,7 @@ def _run(name: str, data: list[str], folder: Path, options: argparse.Namespace) 
     if name.startswith("unsloth") and options.unsloth_python is not None:
         overrides.append(f"train.backend_python={options.unsloth_python}")
     config = load(None, overrides).config
-    pipeline = Pipeline(config, build(config), Selection(only=("prepare", "train")))
+    pipeline = Pipeline(config, build_steps(config), Selection(only=("prepare", "train")))
     list(pipeline.run())
     manifest = pipeline.manifest("train")
     assert manifest is not None, "train is done"

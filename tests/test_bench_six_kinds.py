@@ -7,7 +7,7 @@ import runpy
 import pytest
 
 from fintune.config.load import load
-from fintune.pipeline.plan import build
+from fintune.pipeline.steps import build_steps
 from support.paths import ROOT
 
 REPO = ROOT
@@ -19,7 +19,7 @@ def test_six_kinds_names_steps_that_there_are_with_all_that_they_read(run: str) 
     _, config, *words = bench["words"](run, list(bench["OPTIONS"]))
     at = words.index("--only")
     overrides, only = words[:at], words[at + 1 :: 2]
-    steps = {step.name: step for step in build(load(REPO / config, overrides).config)}
+    steps = {step.name: step for step in build_steps(load(REPO / config, overrides).config)}
     assert set(only) <= set(steps)
     assert {name for step in only for name in steps[step].inputs} <= set(only)
     measured = {**bench["KINDS"], **bench["CONSTRAINED"]}

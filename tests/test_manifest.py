@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fintune.errors import ArtifactError
-from fintune.manifest import KEY, MANIFEST, Key, Manifest, Slot, describe, digests, folder_bytes
+from fintune.manifest import KEY, MANIFEST, Key, Manifest, Slot, describe_changes, folder_bytes, hash_files
 from fintune.util.files import write_atomically
 
 
@@ -20,7 +20,7 @@ def manifest(made_from: Key, folder: Path) -> Manifest:
     return Manifest(
         key=made_from,
         fingerprint=made_from.fingerprint,
-        outputs=digests(folder),
+        outputs=hash_files(folder),
         facts={"summary": "done"},
         versions={},
         commit=None,
@@ -35,7 +35,7 @@ def manifest(made_from: Key, folder: Path) -> Manifest:
 def make(slot: Slot, content: str, made_from: Key | None = None) -> Path:
     """A finished result with one file."""
     made_from = made_from or key(slot.step)
-    work = slot.begin(made_from, resume=False)
+    work = slot.start(made_from, resume=False)
     (work / "out.txt").write_text(content)
     slot.finish(manifest(made_from, work))
     return slot.folder
@@ -57,7 +57,7 @@ def test_a_finished_folder_is_complete_and_nothing_else_is_left(slot: Slot) -> N
 
 
 def test_work_has_no_final_name_until_it_is_finished(slot: Slot) -> None:
-    work = slot.begin(key(), resume=True)
+    work = slot.start(key(), resume=True)
     (work / "out.txt").write_text("half")
     assert not slot.folder.exists()
     assert slot.manifest() is None
@@ -66,26 +66,26 @@ def test_work_has_no_final_name_until_it_is_finished(slot: Slot) -> None:
 
 
 def test_work_is_kept_for_the_same_key_and_thrown_away_for_another(slot: Slot) -> None:
-    (slot.begin(key(), resume=True) / "checkpoint").write_text("x")
-    assert (slot.begin(key(), resume=True) / "checkpoint").exists()
-    assert not (slot.begin(key(), resume=False) / "checkpoint").exists()
-    (slot.begin(key(), resume=True) / "checkpoint").write_text("x")
+    (slot.start(key(), resume=True) / "checkpoint").write_text("x")
+    assert (slot.start(key(), resume=True) / "checkpoint").exists()
+    assert not (slot.start(key(), resume=False) / "checkpoint").exists()
+    (slot.start(key(), resume=True) / "checkpoint").write_text("x")
     other = key(**{"train.epochs": 4.0})
-    assert not (slot.begin(other, resume=True) / "checkpoint").exists()
+    assert not (slot.start(other, resume=True) / "checkpoint").exists()
     assert slot.unfinished() == other
 
 
 def test_work_without_a_readable_key_is_not_taken_for_anything(slot: Slot) -> None:
-    work = slot.begin(key(), resume=True)
+    work = slot.start(key(), resume=True)
     (work / "checkpoint").write_text("x")
     (work / KEY).write_text('{"step": "tr')
     assert slot.unfinished() is None
-    assert not (slot.begin(key(), resume=True) / "checkpoint").exists()
+    assert not (slot.start(key(), resume=True) / "checkpoint").exists()
 
 
 def test_the_older_result_stays_until_the_new_one_is_complete(slot: Slot) -> None:
     make(slot, "old")
-    work = slot.begin(key(**{"train.epochs": 9.0}), resume=False)
+    work = slot.start(key(**{"train.epochs": 9.0}), resume=False)
     (work / "out.txt").write_text("new")
     assert (slot.folder / "out.txt").read_text() == "old"
     assert slot.state(key()) == ("up to date", [])
@@ -100,7 +100,7 @@ def test_a_rename_that_was_interrupted_is_made_up_for(
 ) -> None:
     if with_older:
         make(slot, "old")
-    work = slot.begin(key(**{"train.epochs": 9.0}), resume=False)
+    work = slot.start(key(**{"train.epochs": 9.0}), resume=False)
     (work / "out.txt").write_text("new")
     (work / MANIFEST).write_text(manifest(key(**{"train.epochs": 9.0}), work).model_dump_json())
 
@@ -115,7 +115,7 @@ def test_a_rename_that_was_interrupted_is_made_up_for(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", replace)
         with pytest.raises(KeyboardInterrupt):
-            slot.settle()
+            slot.finalize()
 
     before = sorted(str(path) for path in slot.run.rglob("*"))
     found = slot.manifest()
@@ -123,7 +123,7 @@ def test_a_rename_that_was_interrupted_is_made_up_for(
     assert found.key.options == {"train.epochs": 9.0}
     assert sorted(str(path) for path in slot.run.rglob("*")) == before, "looking must not rename"
 
-    slot.settle()
+    slot.finalize()
     assert (slot.folder / "out.txt").read_text() == "new"
     assert not (slot.folder / KEY).exists()
     assert [path.name for path in slot.work.parent.iterdir()] == []
@@ -131,8 +131,8 @@ def test_a_rename_that_was_interrupted_is_made_up_for(
 
 
 def test_settling_leaves_unfinished_work_alone(slot: Slot) -> None:
-    (slot.begin(key(), resume=True) / "checkpoint").write_text("x")
-    slot.settle()
+    (slot.start(key(), resume=True) / "checkpoint").write_text("x")
+    slot.finalize()
     assert (slot.work / "checkpoint").exists()
     assert not slot.folder.exists()
 
@@ -155,7 +155,7 @@ def test_a_changed_option_and_a_changed_source_are_named_and_an_input_is_not(slo
     )
     state, changes = slot.state(changed)
     assert state == "changed"
-    assert changes == ["train.epochs was 3.0 and is now 4.0", "the content behind model.name has changed"]
+    assert changes == ["train.epochs was 3.0 and is now 4.0", "the content of model.name changed"]
     moved = key().model_copy(update={"inputs": {"prepare": "other"}})
     assert slot.state(moved) == ("inputs changed", [])
 
@@ -179,8 +179,7 @@ def test_of_a_list_of_settings_the_changed_ones_are_named_and_a_long_value_is_cu
 
 
 def test_many_changes_make_one_line() -> None:
-    assert describe(["a", "b", "c", "d"]) == "a; b and 2 more"
-    assert describe(["a", "b"]) == "a; b"
+    assert describe_changes(["a", "b", "c"]) == "a; b; c"
 
 
 def test_the_same_bytes_have_the_same_digest_whatever_they_were_made_from(tmp_path: Path) -> None:
@@ -201,7 +200,7 @@ def test_only_the_manifest_itself_is_left_out_of_the_digests(tmp_path: Path) -> 
     (tmp_path / "below").mkdir()
     for name in (MANIFEST, KEY, f"below/{MANIFEST}", "below/a.txt"):
         (tmp_path / name).write_text("x")
-    assert digests(tmp_path).keys() == {f"below/{MANIFEST}", "below/a.txt"}
+    assert hash_files(tmp_path).keys() == {f"below/{MANIFEST}", "below/a.txt"}
     assert folder_bytes(tmp_path) == 4
 
 

@@ -9,7 +9,7 @@ import click
 import pytest
 
 from fintune.cli.common import optional_config_arguments
-from fintune.pipeline import plan as steps
+from fintune.pipeline import steps
 from support.command import fintune
 from support.fake_steps import Chain
 
@@ -26,7 +26,7 @@ def chain(tmp_path, monkeypatch):
 
     chain.acts["export"] = export
     made = [chain.step(name, (), ()) for name in ("merge", "export", "report")]
-    monkeypatch.setattr(steps, "build", lambda _: made)
+    monkeypatch.setattr(steps, "build_steps", lambda _: made)
     return chain
 
 

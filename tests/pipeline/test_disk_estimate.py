@@ -12,7 +12,7 @@ import pytest
 from fintune.config import Config
 from fintune.config.load import load
 from fintune.manifest import folder_bytes
-from fintune.pipeline import disk_estimate as disk
+from fintune.pipeline import disk_estimate
 
 FIXED_BYTES = 20_000_000
 """What every prediction adds for logs, configuration and tokenizer."""
@@ -30,7 +30,7 @@ def test_shapes_and_types_are_those_of_the_loaded_model(tiny_model: Path) -> Non
     from safetensors.torch import load_file
 
     loaded = load_file(tiny_model / "model.safetensors")
-    found = disk.tensors(tiny_model)
+    found = disk_estimate.tensors(tiny_model)
     assert {name: tensor.shape for name, tensor in found.items()} == {n: tuple(w.shape) for n, w in loaded.items()}
     assert {tensor.dtype for tensor in found.values()} == {"F32"}
 
@@ -47,12 +47,12 @@ def test_of_shards_those_of_the_index_count_and_no_second_copy_does(tiny_model: 
         weight_map |= dict.fromkeys(part, file)
     save_file({f"copy.{name}": weight for name, weight in weights.items()}, tmp_path / "consolidated.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    assert disk.tensors(tmp_path) == disk.tensors(tiny_model)
+    assert disk_estimate.tensors(tmp_path) == disk_estimate.tensors(tiny_model)
 
 
 def test_a_damaged_header_is_left_to_the_stage_that_reads_it(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
-    assert disk.tensors(tmp_path) == {}
+    assert disk_estimate.tensors(tmp_path) == {}
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])
@@ -62,7 +62,7 @@ def test_a_merged_folder_takes_what_was_predicted(configure, tiny_model: Path, t
     # "auto" keeps the type in which the base is stored, here float32.
     model = models.load_model(models.fetch(str(tiny_model)), dtype="float32" if dtype == "auto" else dtype)
     model.save_pretrained(tmp_path)
-    weights = disk.merge_bytes(configure(f"merge.dtype={dtype}")) - FIXED_BYTES
+    weights = disk_estimate.merge_bytes(configure(f"merge.dtype={dtype}")) - FIXED_BYTES
     assert weights / 1.1 < (tmp_path / "model.safetensors").stat().st_size < weights
     assert folder_bytes(tmp_path) < weights + FIXED_BYTES
 
@@ -81,9 +81,9 @@ def test_an_adapter_and_its_checkpoints_take_what_was_predicted(
     adapter.save(adapted, str(tiny_model), None, tmp_path / "adapter")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 4 * num_weights * 1.2
     # The adapter, and three checkpoints of the adapter and two moments of each of its weights.
-    assert disk.train_bytes(config) - FIXED_BYTES == pytest.approx(4 * num_weights * 10 * 1.05, rel=1e-6)
+    assert disk_estimate.train_bytes(config) - FIXED_BYTES == pytest.approx(4 * num_weights * 10 * 1.05, rel=1e-6)
     more = configure(f"adapter.r={r}", "train.num_checkpoints=4")
-    assert disk.train_bytes(more) - FIXED_BYTES == pytest.approx(4 * num_weights * 16 * 1.05, rel=1e-6)
+    assert disk_estimate.train_bytes(more) - FIXED_BYTES == pytest.approx(4 * num_weights * 16 * 1.05, rel=1e-6)
 
 
 def test_gguf_files_take_what_was_predicted(configure, tiny_model: Path, tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_gguf_files_take_what_was_predicted(configure, tiny_model: Path, tmp_pat
     config = configure("run.name=tiny")
     export(config, {"merge": tiny_model}, tmp_path)
     written = sum(path.stat().st_size for path in tmp_path.glob("*.gguf"))
-    assert disk.export_bytes(config) == pytest.approx(written, rel=1e-3)
+    assert disk_estimate.export_bytes(config) == pytest.approx(written, rel=1e-3)
 
 
 @pytest.mark.parametrize("size", ["small", "full"])
@@ -102,7 +102,7 @@ def test_generated_pages_take_no_more_than_predicted(configure, tmp_path: Path, 
     counts = ["data.statements.train_companies=8", "data.statements.eval_companies=4"]
     config = configure(*counts, f"data.statements.size={size}", "prompt.max_length=4096")
     prepare(config, {}, tmp_path)
-    assert folder_bytes(tmp_path) < disk.prepare_bytes(config) < 20 * folder_bytes(tmp_path)
+    assert folder_bytes(tmp_path) < disk_estimate.prepare_bytes(config) < 20 * folder_bytes(tmp_path)
 
 
 def test_bare_finqa_records_take_no_more_than_predicted(configure, tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_bare_finqa_records_take_no_more_than_predicted(configure, tmp_path: Pat
     config = configure("data.source=finqa", *named, "prompt.max_length=4096")
     (tmp_path / "out").mkdir()
     prepare(config, {}, tmp_path / "out")
-    assert folder_bytes(tmp_path / "out") < disk.prepare_bytes(config)
+    assert folder_bytes(tmp_path / "out") < disk_estimate.prepare_bytes(config)
 
 
 def test_a_packed_file_counts_for_more_than_a_plain_one(configure, tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_a_packed_file_counts_for_more_than_a_plain_one(configure, tmp_path: Pat
         configure("data.source=finqa", f"data.train={tmp_path / name}", f"data.eval={tmp_path / name}")
         for name in ("a.json", "b.json.gz")
     )
-    assert disk.prepare_bytes(packed) == 5 * disk.prepare_bytes(plain)
+    assert disk_estimate.prepare_bytes(packed) == 5 * disk_estimate.prepare_bytes(plain)
 
 
 def test_predictions_fit_their_prediction_at_the_size_of_finqa_test(configure) -> None:
@@ -144,7 +144,7 @@ def test_predictions_fit_their_prediction_at_the_size_of_finqa_test(configure) -
         token_ids=tuple(range(100_000, 100_096)),
         margins=tuple(1.234567 + i / 7 for i in range(96)),
     )
-    assert 1147 * len(one.model_dump_json()) < disk.predict_bytes(configure())
+    assert 1147 * len(one.model_dump_json()) < disk_estimate.predict_bytes(configure())
 
 
 def test_a_model_that_cannot_become_a_gguf_is_refused_by_the_prediction(tiny_model: Path, tmp_path: Path) -> None:
@@ -155,4 +155,4 @@ def test_a_model_that_cannot_become_a_gguf_is_refused_by_the_prediction(tiny_mod
     shutil.copytree(tiny_model, folder)
     patch_json(folder / "config.json", architectures=["MambaForCausalLM"], model_type="mamba")
     with pytest.raises(ModelError, match="mamba"):
-        disk.export_bytes(load(None, [f"model.name={folder}"]).config)
+        disk_estimate.export_bytes(load(None, [f"model.name={folder}"]).config)

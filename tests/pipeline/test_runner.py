@@ -13,7 +13,8 @@ import pytest
 
 from fintune.errors import ArtifactError, DataError, ResourceError
 from fintune.manifest import MANIFEST, Slot
-from fintune.pipeline.runner import Pipeline, lock
+from fintune.pipeline.run_folder import lock_run
+from fintune.pipeline.runner import Pipeline
 from fintune.pipeline.step import Selection
 from support.fake_steps import Chain
 
@@ -23,8 +24,8 @@ ALL = ["prepare", "train", "predict/base", "predict/merged", "report"]
 @pytest.fixture
 def chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Chain:
     # Asking git and the installed packages takes longer than all these steps.
-    monkeypatch.setattr("fintune.util.system.checkout_commit", lambda: "0123456789ab")
-    monkeypatch.setattr("fintune.util.system.installed_versions", lambda: {"python": "3"})
+    monkeypatch.setattr("fintune.pipeline.runner.checkout_commit", lambda: "0123456789ab")
+    monkeypatch.setattr("fintune.pipeline.runner.installed_versions", lambda: {"python": "3"})
     return Chain(tmp_path / "runs")
 
 
@@ -82,7 +83,7 @@ def test_a_changed_option_is_named_and_nothing_is_touched(chain: Chain) -> None:
     chain.run()
     before = chain.snapshot()
     told = refusal(chain, "train.epochs=5")
-    assert f"{chain.folder / 'train'} was made with other settings: train.epochs was 3.0 and is now 5.0" in told
+    assert f"{chain.folder / 'train'}: settings changed since it was made: train.epochs was 3.0 and is now 5.0" in told
     assert "--redo train" in told
     assert "run.name=" in told
     assert chain.snapshot() == before
@@ -96,7 +97,7 @@ def test_an_option_that_cannot_change_a_result_may_change(chain: Chain) -> None:
 def test_a_changed_file_of_the_users_is_named(chain: Chain) -> None:
     chain.run()
     chain.source = "other data"
-    assert "the content behind data.train has changed" in refusal(chain)
+    assert "the content of data.train changed" in refusal(chain)
 
 
 def test_a_change_downstream_is_refused_before_what_is_upstream_runs(chain: Chain) -> None:
@@ -117,7 +118,7 @@ def test_a_check_ahead_of_a_step_is_made_anew_with_it_where_its_options_changed(
     monkeypatch.setattr(chain, "steps", lambda: steps)
     chain.run()
     told = refusal(chain, "train.epochs=5")
-    assert f"{chain.folder / 'check'} was made with other settings" in told and "--redo train makes it anew" in told
+    assert f"{chain.folder / 'check'}: settings changed since it was made" in told and "--redo train" in told
     assert chain.run("train.epochs=5", redo=("train",)) == ["check", "train", "predict/merged", "report"]
     assert chain.run("train.epochs=5", redo=("train",)) == ["train"]
 
@@ -125,8 +126,8 @@ def test_a_check_ahead_of_a_step_is_made_anew_with_it_where_its_options_changed(
 def test_what_follows_stays_where_a_redone_step_gives_the_same_bytes(chain: Chain) -> None:
     chain.run()
     assert chain.preview(redo=("prepare",)) == {
-        "prepare": "run anew, as asked",
-        **dict.fromkeys(ALL[1:], "run, if what it reads changes"),
+        "prepare": "rerun, as asked",
+        **dict.fromkeys(ALL[1:], "run, if its inputs change"),
     }
     assert chain.run(redo=("prepare",)) == ["prepare"]
 
@@ -135,7 +136,7 @@ def test_inputs_that_changed_are_followed_without_asking(chain: Chain) -> None:
     chain.run()
     chain.source = "other data"
     assert chain.run(redo=("prepare",), only=("prepare",)) == ["prepare"]
-    assert chain.preview()["train"] == "run anew, its inputs changed"
+    assert chain.preview()["train"] == "rerun, its inputs changed"
     assert chain.run() == ["train", "predict/base", "predict/merged", "report"]
 
 
@@ -162,7 +163,7 @@ def test_the_report_takes_what_there_is(chain: Chain) -> None:
     chain.run(only=("report",))
     assert Slot(chain.folder, "report").manifest().key.inputs.keys() == {"prepare"}  # type: ignore[union-attr]
     chain.run(only=("train",))
-    assert chain.preview(only=("report",))["report"] == "run anew, its inputs changed"
+    assert chain.preview(only=("report",))["report"] == "rerun, its inputs changed"
 
 
 @pytest.mark.parametrize("where", ["skip", "only", "redo", "start"])
@@ -173,7 +174,7 @@ def test_a_name_that_is_no_stage_is_answered_with_the_one_that_was_meant(chain: 
 
 
 def test_a_name_like_no_stage_is_answered_with_all_of_them(chain: Chain) -> None:
-    with pytest.raises(ArtifactError, match="there are prepare, train, predict/base, predict/merged, report"):
+    with pytest.raises(ArtifactError, match="the stages are prepare, train, predict/base, predict/merged, report"):
         chain.run(skip=("zzz",))
 
 
@@ -194,7 +195,7 @@ def test_a_dry_run_touches_nothing(chain: Chain) -> None:
 def test_a_preview_says_what_is_skipped(chain: Chain) -> None:
     chain.run(only=("prepare",))
     found = chain.preview(skip=("prepare", "report"))
-    assert found["prepare"] == "skipped, its result is there"
+    assert found["prepare"] == "skipped, its result is kept"
     assert found["report"] == "skipped"
 
 
@@ -238,7 +239,7 @@ def test_only_a_step_that_resumes_finds_its_earlier_work(chain: Chain) -> None:
         del chain.acts[step]
     assert found == {"prepare": False, "train": True}
     assert chain.preview()["train"] == "resume"
-    assert chain.preview(redo=("train",))["train"] == "run anew, as asked"
+    assert chain.preview(redo=("train",))["train"] == "rerun, as asked"
 
 
 def test_redo_discards_unfinished_work_but_goes_on_with_an_interrupted_redo(chain: Chain) -> None:
@@ -265,7 +266,7 @@ def test_unfinished_work_for_other_settings_stops_the_run(chain: Chain) -> None:
     with pytest.raises(KeyboardInterrupt):
         chain.run()
     told = refusal(chain, "train.epochs=5")
-    assert "unfinished work, made with other settings: train.epochs was 3.0 and is now 5.0" in told
+    assert "settings changed since it was interrupted: train.epochs was 3.0 and is now 5.0" in told
     assert (chain.folder / ".work" / "train" / "out.json").exists()
     del chain.acts["train"]
     assert chain.run("train.epochs=5", redo=("train",))[0] == "train"
@@ -287,7 +288,7 @@ def test_a_smaller_batch_goes_on_with_what_memory_ran_out_for_and_leaves_what_is
     smaller = chain.preview("predict.batch_size=4")
     assert (smaller["predict/base"], smaller["predict/merged"]) == ("up to date", "resume")
     told = refusal(chain, "predict.batch_size=4", "predict.max_new_tokens=9", only=("predict/merged",))
-    assert "other settings: predict.max_new_tokens was 96 and is now 9: --redo" in told
+    assert "settings changed since it was interrupted: predict.max_new_tokens was 96 and is now 9: --redo" in told
     del chain.acts["predict/merged"]
     assert chain.run("predict.batch_size=4") == ["predict/merged", "report"]
     assert found == [False, True]
@@ -299,7 +300,7 @@ def test_inputs_that_changed_are_followed_with_a_smaller_batch_too(chain: Chain)
     chain.run()
     chain.source = "other data"
     chain.run(only=("prepare",), redo=("prepare",))
-    assert chain.preview("predict.batch_size=4")["predict/base"] == "run anew, its inputs changed"
+    assert chain.preview("predict.batch_size=4")["predict/base"] == "rerun, its inputs changed"
 
 
 def test_unfinished_work_whose_inputs_changed_starts_over(chain: Chain) -> None:
@@ -337,7 +338,7 @@ def test_a_rename_that_was_interrupted_is_taken_up_by_the_next_run(
 def test_a_broken_manifest_is_made_good_by_redo(chain: Chain) -> None:
     chain.run()
     (chain.folder / "train" / MANIFEST).write_text("{")
-    assert "--redo train makes it anew" in refusal(chain)
+    assert "--redo train" in refusal(chain)
     assert chain.run(redo=("train",)) == ["train"]
     assert chain.run() == []
 
@@ -347,7 +348,7 @@ def test_a_folder_that_no_stage_made_is_not_replaced(chain: Chain) -> None:
     mine.mkdir(parents=True)
     (mine / "thesis.txt").write_text("years of work")
     told = refusal(chain)
-    assert f"{mine} is in the way: it holds no manifest.json" in told
+    assert f"{mine} already exists and holds no manifest.json" in told
     assert (mine / "thesis.txt").read_text() == "years of work"
     assert chain.run(redo=("train",)) == ALL
 
@@ -375,9 +376,9 @@ def test_a_run_in_use_by_another_process_is_refused_and_left_alone(chain: Chain)
 
 
 def test_the_lock_is_free_again_after_a_failure(chain: Chain) -> None:
-    with pytest.raises(KeyError), lock(chain.folder):
+    with pytest.raises(KeyError), lock_run(chain.folder):
         raise KeyError
-    with lock(chain.folder):
+    with lock_run(chain.folder):
         pass
 
 
@@ -396,7 +397,7 @@ def test_a_disk_that_fills_meanwhile_stops_before_the_stage_that_would_not_fit(
     chain: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chain.needed = dict.fromkeys(ALL, 1_000)
-    free = iter([10_000, 10_000, 10_000, 500])
+    free = iter([10_000, 10_000, 500])
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=next(free)))
     with pytest.raises(ResourceError, match="no space for train"):
         chain.run()

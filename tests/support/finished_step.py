@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fintune.manifest import Key, Manifest, digests
+from fintune.manifest import Key, Manifest, hash_files
 from fintune.util.files import write_atomically
 
 
@@ -13,7 +13,7 @@ def finish(folder: Path, *, options: dict[str, object] | None = None, **facts: o
     manifest = Manifest(
         key=Key(step=folder.name, options=options or {}, sources={}, inputs={}),
         fingerprint="",
-        outputs=digests(folder),
+        outputs=hash_files(folder),
         facts=facts,
         versions={},
         commit=None,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fintune.config import Config
-from fintune.manifest import Key, Manifest, digests
+from fintune.manifest import Key, Manifest, hash_files
 from fintune.training import adapter
 from support.example_run import manifest, predictions, prepare_report, records, write_score
 
@@ -114,7 +114,7 @@ def finish(
 ) -> Manifest:
     """Write the manifest of what lies in a folder."""
     key = Key(step=step, options=options or {}, sources={}, inputs=inputs or {})
-    made = manifest(step).model_copy(update={"key": key, "facts": facts or {}, "outputs": digests(folder)})
+    made = manifest(step).model_copy(update={"key": key, "facts": facts or {}, "outputs": hash_files(folder)})
     _write(folder / "manifest.json", made.model_dump_json())
     return made
 

@@ -9,7 +9,7 @@ import pytest
 
 from fintune.config import AdapterOptions, Config, TrainOptions
 from fintune.models import load as models
-from fintune.pipeline.plan import build
+from fintune.pipeline.steps import build_steps
 from fintune.training import adapter, checkpoints, metrics, sft
 from fintune.training.interruption import Stop, behind_the_step
 from fintune.util.signals import Terminated
@@ -107,7 +107,7 @@ def test_several_processes_are_left_to_the_one_that_started_them(tmp_path, monke
 
 
 def test_the_plan_names_the_step_from_which_training_goes_on(tmp_path):
-    word = next(step.resume_word for step in build(Config()) if step.name == "train")
+    word = next(step.resume_word for step in build_steps(Config()) if step.name == "train")
     assert word(tmp_path) == "run"
     for name in ("checkpoint-2", "checkpoint-16", "checkpoint-20"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)

@@ -84,14 +84,14 @@ def run_stage(name: str, config: Path, overrides: tuple[str, ...], *, redo: bool
 def run_stages(path: Path | None, overrides: tuple[str, ...], selection: Selection, *, dry_run: bool = False) -> None:
     """Run what is selected of a run, or say what would be run; then the table of scores and where the page lies."""
     from fintune.config.load import load
-    from fintune.pipeline.plan import build
     from fintune.pipeline.runner import Pipeline
+    from fintune.pipeline.steps import build_steps
     from fintune.report.tables import plan_table
     from fintune.report.ways import read_scored, score_tables
 
     loaded = load(path, overrides)
     called = shlex.join([*([str(path)] if path is not None else []), *overrides])
-    pipeline = Pipeline(loaded.config, build(loaded.config), selection, called=called)
+    pipeline = Pipeline(loaded.config, build_steps(loaded.config), selection, called=called)
     out = stdout()
     if dry_run:
         out.print(plan_table([(step.name, what, step.inputs) for step, what in pipeline.preview()]))

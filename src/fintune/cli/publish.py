@@ -71,13 +71,13 @@ def _preview(path: Path | None, overrides: tuple[str, ...]) -> None:
 
     from fintune.cli.common import stdout
     from fintune.config.load import load
-    from fintune.pipeline.plan import build
     from fintune.pipeline.runner import Pipeline
     from fintune.pipeline.stages.publish import preview
     from fintune.pipeline.step import Selection
+    from fintune.pipeline.steps import build_steps
 
     config = load(path, overrides).config
-    pipeline = Pipeline(config, build(config), Selection(only=("publish",)))
+    pipeline = Pipeline(config, build_steps(config), Selection(only=("publish",)))
     (step,) = (each for each in pipeline.steps if each.verb == "publish")
     finished = [name for name in step.inputs if pipeline.manifest(name) is not None]
     folder = config.folder / "publish-preview"

@@ -1,10 +1,9 @@
-"""What the steps of a run read from outside it: its fingerprint, and what is refused before anything runs."""
+"""What the steps of a run read from outside it: fingerprints, and checks before anything runs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from importlib import import_module
 from pathlib import Path
 
 from fintune.config import Config
@@ -14,58 +13,58 @@ from fintune.export.gguf import llama_cpp_checkout
 from fintune.util.files import sha256_file
 
 
-def nothing(config: Config) -> dict[str, str]:
-    """No file and no model."""
+def no_sources(config: Config) -> dict[str, str]:
+    """Return nothing: the step reads neither a file of the user nor a model."""
     return {}
 
 
-def model(config: Config) -> dict[str, str]:
-    """The base model's weights."""
-    return {"model.name": _model_fingerprint(config.model.name, config.model.revision)}
+def model_source(config: Config) -> dict[str, str]:
+    """Return the fingerprint of the base model."""
+    return {"model.name": _fingerprint_model(config.model.name, config.model.revision)}
 
 
 @lru_cache(maxsize=4)
-def _model_fingerprint(name: str, revision: str | None) -> str:
+def _fingerprint_model(name: str, revision: str | None) -> str:
     from fintune.models import builtin
-    from fintune.models import load as models
+    from fintune.models.load import fetch, model_fingerprint
 
     if name.startswith(builtin.PREFIX):
-        return builtin.describe(name).wheel_sha256  # known before it is fetched
-    return models.model_fingerprint(models.fetch(name, revision=revision).path)
+        return builtin.describe(name).wheel_sha256  # known before the model is fetched
+    return model_fingerprint(fetch(name, revision=revision).path)
 
 
-def importance(config: Config) -> dict[str, str]:
-    """The importance matrix, where one is read from a file."""
-    return {option: _content(path) for option, path in _importance_file(config)}
+def importance_source(config: Config) -> dict[str, str]:
+    """Return the hash of the importance matrix, if one is read from a file."""
+    return {option: _hash_content(path) for option, path in _importance_file(config)}
 
 
-def base_and_importance(config: Config) -> dict[str, str]:
-    """Both."""
-    return importance(config) | model(config)
+def base_and_importance_sources(config: Config) -> dict[str, str]:
+    """Return the fingerprints of the base model and of the importance matrix."""
+    return importance_source(config) | model_source(config)
 
 
-def data_and_model(config: Config) -> dict[str, str]:
-    """The files of the data, and the model."""
-    # The files first: a missing one is known before the model is fetched.
-    found = {option: _content(path) for option, path in _files(config)}
-    return found | model(config)
+def data_and_model_sources(config: Config) -> dict[str, str]:
+    """Return the hashes of the data files and the fingerprint of the model."""
+    # The files come first, so that a missing one is found before the model is fetched.
+    hashes = {option: _hash_content(path) for option, path in _data_files(config)}
+    return hashes | model_source(config)
 
 
 def check_data_and_model(config: Config) -> None:
-    """Refuse a missing file or model."""
-    list(_files(config))
+    """Refuse a missing data file, or a model name that cannot be right."""
+    list(_data_files(config))
     check_model(config)
 
 
 def check_model(config: Config) -> None:
-    """Refuse a model that cannot be."""
+    """Refuse a model name that cannot be right."""
     from fintune.models.resolve import resolve
 
     resolve(config.model.name, revision=config.model.revision)
 
 
 def check_base(config: Config) -> None:
-    """Of training, merge and export, which need its own weights."""
+    """Refuse a quantised base: training, merge and export need its own weights."""
     from fintune.models import builtin
     from fintune.models.folder import check_unquantised
     from fintune.models.resolve import fetch_config
@@ -76,7 +75,7 @@ def check_base(config: Config) -> None:
 
 
 def check_export(config: Config) -> None:
-    """Refuse an importance matrix or a llama.cpp checkout that is of no use."""
+    """Refuse an importance matrix or a llama.cpp checkout that cannot be used."""
     list(_importance_file(config))
     if config.export.llama_cpp_path is not None:
         llama_cpp_checkout.check(config.export.llama_cpp_path, config.export.types)
@@ -84,27 +83,32 @@ def check_export(config: Config) -> None:
 
 
 def check_publishing(config: Config) -> None:
-    """Refuse what would stop the publishing."""
-    import_module("fintune.pipeline.stages.publish").check(config)
+    """Refuse what would stop the push."""
+    from fintune.pipeline.stages import publish
+
+    publish.check(config)
 
 
 def check_four_bit_model(config: Config) -> None:
-    """Refuse 4 bits where they cannot be read."""
-    # Before hours of training.
-    import_module("fintune.models.load").check_four_bit()
+    """Refuse 4-bit predictions on a machine that cannot make them, before hours of training."""
+    from fintune.models.load import check_four_bit
+
+    check_four_bit()
     check_model(config)
 
 
 def check_training(config: Config) -> None:
     """Refuse what would stop the training."""
-    import_module("fintune.pipeline.stages.train").check(config)
+    from fintune.pipeline.stages import train
+
+    train.check(config)
     check_base(config)
 
 
-def _files(config: Config) -> Iterator[tuple[str, Path]]:
+def _data_files(config: Config) -> Iterator[tuple[str, Path]]:
     if config.data.source == "chat":
         for number, source in enumerate(config.data.sources):
-            # A hub dataset is what its options say; its newest is looked for when it is first read.
+            # The options identify a hub dataset; its newest revision is looked up when it is first read.
             yield from ((f"data.sources[{number}] {path}", path) for path in local_files(source))
         return
     for name in ("train", "eval"):
@@ -125,12 +129,12 @@ def _importance_file(config: Config) -> Iterator[tuple[str, Path]]:
         yield "export.importance", path
 
 
-def _content(path: Path) -> str:
+def _hash_content(path: Path) -> str:
     stat = path.stat()
     return _hash(path, stat.st_size, stat.st_mtime_ns)
 
 
 @lru_cache(maxsize=16)
 def _hash(path: Path, size: int, mtime_ns: int) -> str:
-    # Size and time are only the cache's key; the fingerprint is of the content.
+    # Size and time are only the key of this cache; the fingerprint is of the content.
     return sha256_file(path)

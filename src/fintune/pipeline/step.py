@@ -1,4 +1,4 @@
-"""What a step of a run is, and which of the steps the user asked for."""
+"""A step of a run, and the selection of steps that the user asked for."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from fintune.errors import ArtifactError
 from fintune.manifest import Facts
 
 Stage = Callable[[Config, Mapping[str, Path], Path], Facts]
+"""A stage: (configuration, folders of its inputs by step name, folder to write into) -> facts for the manifest."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One stage of a run, or one of its variants.
+    """A stage of a run, or one of its variants.
 
     Attributes:
-        name: ``train`` or ``predict/merged``; the folder below the run's.
-        inputs: Steps whose folders it reads.
+        name: ``train`` or ``predict/merged``; also the folder below the run's.
+        inputs: Names of the steps whose folders it reads.
         options: Prefixes of the options that can change its result.
         run: The stage.
-        sources: Fingerprints of the user's files and model that it reads, by option name.
-        needed_bytes: Disk that it will take, predicted.
-        resumes: Whether it goes on with an earlier, unfinished attempt.
-        resume_word: How it goes on with what lies in the folder of that attempt; ``run`` where it begins anew.
-        check: Refuses at once what is sure to fail later, such as a data file that is not there; loads nothing.
-        about: A step whose results this one is about: where the user skips that one, this one is left out with it.
-        view: The options as this step has them, where it is one of several that differ in an option.
-        may_change: Options that say how the work is done and at most tip near-ties of the result: with another value an
-            unfinished attempt goes on, and what is finished stays.
+        sources: Returns the fingerprints of the user's files and models that it reads, by option name.
+        needed_bytes: Predicts the disk space that it needs.
+        resumes: Whether it can resume an interrupted attempt.
+        resume_word: Describes how it resumes from an interrupted attempt's folder; ``run`` if it starts over.
+        check: Refuses early what is sure to fail later, such as a missing data file; it loads nothing.
+        about: A step whose result this one examines. If the user skips that step, this one is skipped, too.
+        view: Returns the configuration as this step reads it, if it is one of several that differ in an option.
+        may_change: Options that say how the work is done and at most decide near-ties of the result. With another value
+            an interrupted attempt resumes, and a finished result stays.
     """
 
     name: str
@@ -49,18 +50,27 @@ class Step:
 
     @property
     def verb(self) -> str:
-        """``predict`` of ``predict/merged``."""
+        """The part before the slash: ``predict`` for ``predict/merged``."""
         return self.name.partition("/")[0]
 
     @property
-    def ahead_of(self) -> str | None:
-        """The step that this one checks beforehand: it is about that one, and reads nothing that this run made."""
+    def checked_step(self) -> str | None:
+        """The step that this one checks beforehand: it examines that step, and reads nothing that the run wrote."""
         return None if self.inputs else self.about
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What of the pipeline the user asked for; names are verbs (``predict``) or steps (``predict/merged``)."""
+    """The part of the pipeline that the user asked for.
+
+    Every name is a verb (``predict``) or a step (``predict/merged``).
+
+    Attributes:
+        skip: Steps to leave out.
+        start: The first step to run.
+        only: The only steps to run; empty for all.
+        redo: Steps to rerun even if they are up to date.
+    """
 
     skip: Collection[str] = ()
     start: str | None = None
@@ -69,27 +79,28 @@ class Selection:
 
 
 def matches(step: Step, names: Collection[str]) -> bool:
-    """Whether a step is meant by one of the names."""
+    """Whether one of the names means the step."""
     return step.name in names or step.verb in names
 
 
-def check_names(steps: Sequence[Step], selection: Selection) -> None:
+def check_selection(steps: Sequence[Step], selection: Selection) -> None:
     """Refuse a name that is no step.
 
     Raises:
-        ArtifactError: With the names that there are.
+        ArtifactError: A name is unknown; the hint has the nearest one, or all.
     """
     known = {step.name for step in steps} | {step.verb for step in steps}
     asked = [*selection.skip, *selection.only, *selection.redo, *([selection.start] if selection.start else [])]
     for name in asked:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            there = f"there are {', '.join(step.name for step in steps)}"
-            raise ArtifactError(f"{name!r} is no stage of this run", hint=f"did you mean {near[0]}?" if near else there)
+            stages = ", ".join(step.name for step in steps)
+            hint = f"did you mean {near[0]}?" if near else f"the stages are {stages}"
+            raise ArtifactError(f"{name!r} is no stage of this run", hint=hint)
 
 
-def left_out_with(steps: Sequence[Step], selection: Selection) -> dict[str, str]:
-    """Steps that the user did not name, but whose reason is skipped: name -> that reason."""
+def skipped_with_others(steps: Sequence[Step], selection: Selection) -> dict[str, str]:
+    """Return the steps that are skipped because the step that they examine is: name -> the examined step."""
     skipped = {step.name for step in steps if matches(step, selection.skip)}
     return {
         step.name: step.about
@@ -98,10 +109,10 @@ def left_out_with(steps: Sequence[Step], selection: Selection) -> dict[str, str]
     }
 
 
-def selected(steps: Sequence[Step], selection: Selection) -> set[str]:
-    """Names of the steps to look at; the others are taken as they lie."""
+def select_steps(steps: Sequence[Step], selection: Selection) -> set[str]:
+    """Return the names of the steps to run or to find up to date; the others stay untouched."""
     chosen = {step.name for step in steps if not matches(step, selection.skip)}
-    chosen -= left_out_with(steps, selection).keys()
+    chosen -= skipped_with_others(steps, selection).keys()
     if selection.only:
         chosen &= {step.name for step in steps if matches(step, selection.only)}
     if selection.start is not None:

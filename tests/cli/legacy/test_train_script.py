@@ -22,7 +22,8 @@ from fintune.cli.legacy.finqa_messages import told_in_script
 from fintune.cli.legacy.preprocess import preprocess
 from fintune.data.synthetic import generate
 from fintune.errors import ArtifactError, ConfigError, DataError, FintuneError, ResourceError
-from fintune.pipeline import plan as steps
+from fintune.pipeline import steps
+from fintune.pipeline.steps import build_steps
 from fintune.training import evaluate, metrics
 from fintune.util import hub as hub_push
 from support.model_hub import LIBRARY_WARNS, connected
@@ -210,9 +211,9 @@ def ran(monkeypatch) -> list[str]:
 
         return run
 
-    real = steps.build
+    real = build_steps
     monkeypatch.setattr(
-        steps, "build", lambda config: [replace(step, run=stand_in(step.name)) for step in real(config)]
+        steps, "build_steps", lambda config: [replace(step, run=stand_in(step.name)) for step in real(config)]
     )
     return names
 

@@ -16,7 +16,7 @@ from fintune.config import Config
 from fintune.errors import ConfigError, ModelError, ResourceError
 from fintune.export.gguf.llama_cpp_checkout import check
 from fintune.export.merge.merge import merge_folders
-from fintune.pipeline import disk_estimate as disk
+from fintune.pipeline import disk_estimate
 from fintune.pipeline.stages.export import export
 from fintune.pipeline.stages.preflight import preflight
 from support.checkout_stand_in import QUANTIZER, calls, make_checkout
@@ -139,8 +139,8 @@ def test_the_size_of_an_unknown_family_is_estimated(other, checkout):
     asked = config(checkout, "F16", "Q8_0").model_copy(
         update={"model": Config().model.model_copy(update={"name": str(other)})}
     )
-    weights = sum(tensor.num_weights for tensor in disk.tensors(other).values())
-    assert weights * (2 + 2 + 1.1) < disk.export_bytes(asked) < weights * 6 + 30_000_000
+    weights = sum(tensor.num_weights for tensor in disk_estimate.tensors(other).values())
+    assert weights * (2 + 2 + 1.1) < disk_estimate.export_bytes(asked) < weights * 6 + 30_000_000
 
 
 def routes(tmp_path: Path) -> tuple[Path, Path]:

@@ -11,8 +11,8 @@ import pytest
 from fintune.config.load import load
 from fintune.data.prepared import read_report, read_tokens
 from fintune.errors import DataError
-from fintune.pipeline import plan as steps
 from fintune.pipeline.stages.prepare import prepare
+from fintune.pipeline.steps import build_steps
 from fintune.records import Example, Pair
 from support.command import fintune
 
@@ -135,7 +135,7 @@ def test_where_the_held_out_conversation_does_not_fit_the_next_one_is_held_out_a
 
 
 def test_nothing_is_predicted_or_scored_without_gold(options):
-    names = [step.name for step in steps.build(load(None, options).config)]
+    names = [step.name for step in build_steps(load(None, options).config)]
     assert names == ["preflight", "prepare", "train", "guard", "merge", "export", "replay", "report"]
 
 

@@ -25,7 +25,7 @@ from fintune.cli.legacy.pasted import PastedCommand
 from fintune.config import Config
 from fintune.config import aliases as cli_extra_args
 from fintune.errors import ConfigError
-from fintune.pipeline import disk_estimate as disk
+from fintune.pipeline import disk_estimate
 from fintune.util.console import say
 from fintune.util.signals import RESUME_MESSAGE, interrupt_message
 
@@ -111,13 +111,15 @@ def _outputs(config: Config, kind: str, flags: Mapping[str, Any]) -> list[Place]
     merged, exported = config.folder / "merge", config.folder / "export"
     found = [_adapter(config, "--lora_output_dir", flags["lora_output_dir"])]
     if not flags["skip_merge"]:
-        predicted = partial(disk.merge_bytes, config)
+        predicted = partial(disk_estimate.merge_bytes, config)
         found.append(Place("--merged_model_dir", flags["merged_model_dir"], "merged", "merge", merged, predicted))
     if not flags["skip_quantization"]:
         for type_, flag in (("F16", "gguf_fp16_path"), (kind, "gguf_q4_path")):
             alone = config.model_copy(update={"export": config.export.model_copy(update={"types": (type_,)})})
             file = exported / f"{config.run.name}-{type_}.gguf"
-            found.append(Place(f"--{flag}", flags[flag], "gguf", "export", file, partial(disk.export_bytes, alone)))
+            found.append(
+                Place(f"--{flag}", flags[flag], "gguf", "export", file, partial(disk_estimate.export_bytes, alone))
+            )
     return found
 
 
@@ -164,12 +166,12 @@ def _train(flags: Mapping[str, Any]) -> None:
 
 def _run(config: Config, flags: Mapping[str, Any], *, skip: Sequence[str], outputs: Sequence[Place]) -> bool:
     """Whether anything was run: not where ``--dry_run`` only asks."""
-    from fintune.pipeline.plan import build
     from fintune.pipeline.runner import Pipeline
     from fintune.pipeline.step import Selection
+    from fintune.pipeline.steps import build_steps
 
     places.check(outputs, _read(flags), config.folder)
-    steps = build(config)
+    steps = build_steps(config)
     if flags["resume_from_checkpoint"]:
         train = next(step for step in steps if step.name == "train")
         _tell_resuming(config.folder, flags["resume_from_checkpoint"], train.resume_word)

@@ -112,9 +112,9 @@ def train(flags: Mapping[str, Any]) -> None:
     Raises:
         FintuneError: A mistake of the user's, told by the flag where it is one.
     """
-    from fintune.pipeline.plan import build
     from fintune.pipeline.runner import Pipeline
     from fintune.pipeline.step import Selection
+    from fintune.pipeline.steps import build_steps
     from fintune.training import reporters
 
     output: Path = flags["output_dir"]
@@ -129,7 +129,7 @@ def train(flags: Mapping[str, Any]) -> None:
     first = _config(flags, data, repo, checkpoint_steps=1, eval_steps=None)
     anew = bool(flags[OVERWRITE])
     # Alone, so that a train folder that cannot be read does not stop what is to replace it.
-    steps = [step for step in build(first) if step.name == "prepare"]
+    steps = [step for step in build_steps(first) if step.name == "prepare"]
     prepare = Pipeline(first, steps, Selection(redo=("prepare",) if anew else ()))
     list(prepare.run())
     manifest = prepare.manifest("prepare")
@@ -143,7 +143,7 @@ def train(flags: Mapping[str, Any]) -> None:
         checkpoint_steps={"no": _NEVER, "steps": flags["save_steps"], "epoch": epoch}[flags["save_strategy"]],
         eval_steps={"no": None, "steps": flags["eval_steps"], "epoch": epoch}[flags["eval_strategy"]],
     )
-    list(Pipeline(config, build(config), Selection(only=("train",), redo=("train",) if anew else ())).run())
+    list(Pipeline(config, build_steps(config), Selection(only=("train",), redo=("train",) if anew else ())).run())
     files = _lay_out(config.folder / "train" / "adapter", output)
     click.echo(f"{output}: the adapter; its losses are in {config.folder / 'train' / 'metrics.jsonl'}")
     if repo is not None:

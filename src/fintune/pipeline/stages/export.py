@@ -34,7 +34,7 @@ from fintune.export.merge.rounded_weights import RoundedWeights
 from fintune.manifest import Facts
 from fintune.models import adapter as adapters
 from fintune.models import load as models
-from fintune.pipeline import disk_estimate as disk
+from fintune.pipeline import disk_estimate
 from fintune.training import full
 from fintune.util.console import Bar, bar, say, track
 from fintune.util.disk import require_space
@@ -108,7 +108,7 @@ def export_model(config: Config, folder: Path, *, adapter: Path | None = None) -
             raise ConfigError(
                 "export.llama_cpp_path reads a merged folder", hint="make one with fintune merge --model --adapter"
             )
-        require_space(folder, disk.export_bytes(config), "the GGUF files")
+        require_space(folder, disk_estimate.export_bytes(config), "the GGUF files")
         return _by_checkout(config, config.export.llama_cpp_path, ref.path, folder)
     if adapter is not None:
         adapters.check_base_name(config.model.name, adapter)

@@ -10,9 +10,9 @@ import pytest
 from fintune.config import GGUF_KINDS, Config
 from fintune.config.load import effective, load
 from fintune.errors import ConfigError, ModelError
-from fintune.pipeline import disk_estimate as disk
-from fintune.pipeline.plan import build
+from fintune.pipeline import disk_estimate
 from fintune.pipeline.step import Step
+from fintune.pipeline.steps import build_steps
 from support.tiny import patch_json
 
 ADAPTER = ("export.source=adapter", "predict.models=[adapter, F16]")
@@ -20,7 +20,7 @@ ADAPTER = ("export.source=adapter", "predict.models=[adapter, F16]")
 
 def steps(*overrides: str) -> tuple[Config, dict[str, Step]]:
     config = load(None, overrides).config
-    return config, {step.name: step for step in build(config)}
+    return config, {step.name: step for step in build_steps(config)}
 
 
 def test_without_a_merged_folder_export_and_replay_read_the_adapter() -> None:
@@ -75,7 +75,7 @@ def test_a_matrix_that_is_missing_or_unreadable_is_refused_before_anything_is_ma
     matrix.write_bytes(b"GGUF")
     found["export"].check(config)
     with pytest.raises(ModelError, match=r"imatrix\.dat: no readable importance matrix"):
-        disk.export_bytes(config)
+        disk_estimate.export_bytes(config)
 
 
 def test_a_matrix_of_another_model_is_refused_by_the_prediction_of_disk(tiny_model: Path, tmp_path: Path) -> None:
@@ -87,12 +87,12 @@ def test_a_matrix_of_another_model_is_refused_by_the_prediction_of_disk(tiny_mod
     write_importance(matrix, {name: np.ones(128, np.float32)}, {name: 8}, datasets=["x"], chunk_size=8)
     config, _ = steps(f"export.importance={matrix}", f"model.name={tiny_model}")
     with pytest.raises(ModelError, match=r"128 values for blk\.0\.attn_q\.weight, which has 64 columns"):
-        disk.export_bytes(config)
+        disk_estimate.export_bytes(config)
 
 
 def test_a_computed_matrix_counts_in_the_prediction_of_disk(tiny_model: Path) -> None:
     plain, weighed = (
-        disk.export_bytes(load(None, [f"model.name={tiny_model}", *more]).config)
+        disk_estimate.export_bytes(load(None, [f"model.name={tiny_model}", *more]).config)
         for more in ([], ["export.importance=compute"])
     )
     assert 1000 < weighed - plain < 100_000

@@ -14,19 +14,19 @@ from fintune.config import Config, ModelKind
 from fintune.config.export import GGUF_TYPES
 from fintune.config.load import effective, fields, load
 from fintune.errors import ConfigError, DataError, ModelError, ResourceError
-from fintune.pipeline.plan import NEEDS, build
 from fintune.pipeline.step import Step
+from fintune.pipeline.steps import SOURCE_STEPS, build_steps
 
 ENDPOINT = "predict.endpoint=http://127.0.0.1:8080/v1"
 ALL_TYPES = f"export.types={json.dumps(GGUF_TYPES)}"
 
 
 def names(config: Config) -> list[str]:
-    return [step.name for step in build(config)]
+    return [step.name for step in build_steps(config)]
 
 
 def prepare_of(config: Config) -> Step:
-    return next(step for step in build(config) if step.name == "prepare")
+    return next(step for step in build_steps(config) if step.name == "prepare")
 
 
 def test_the_whole_chain_in_its_order() -> None:
@@ -45,7 +45,7 @@ def test_only_what_is_asked_for_is_measured() -> None:
 
 
 def test_publishing_is_the_last_step_where_a_repository_is_named_and_else_none() -> None:
-    published = build(load(None, ["publish.repo_id=ann/demo"]).config)
+    published = build_steps(load(None, ["publish.repo_id=ann/demo"]).config)
     assert [step.name for step in published] == [*names(Config()), "publish"]
     assert {"prepare", "train", "merge", "export", "replay", "score/Q4_K_M"} <= set(published[-1].inputs)
     assert "report" not in published[-1].inputs
@@ -61,7 +61,7 @@ def test_publishing_is_the_last_step_where_a_repository_is_named_and_else_none()
     ],
 )
 def test_conversations_are_guarded_and_pages_where_asked(options: list[str], guarded: bool) -> None:
-    steps = {step.name: step for step in build(load(None, options).config)}
+    steps = {step.name: step for step in build_steps(load(None, options).config)}
     assert ("guard" in steps) == guarded
     assert not guarded or steps["guard"].inputs == ("train",)
 
@@ -69,14 +69,14 @@ def test_conversations_are_guarded_and_pages_where_asked(options: list[str], gua
 def test_every_input_comes_before_what_reads_it() -> None:
     for models in (["base"], ["Q4_K_M"], list(get_args(ModelKind))):
         seen: set[str] = set()
-        for step in build(load(None, [f"predict.models={json.dumps(models)}", ENDPOINT, ALL_TYPES]).config):
+        for step in build_steps(load(None, [f"predict.models={json.dumps(models)}", ENDPOINT, ALL_TYPES]).config):
             assert set(step.inputs) <= seen, step.name
             seen.add(step.name)
 
 
 def test_each_kind_of_model_is_read_from_the_step_that_makes_it() -> None:
-    assert set(NEEDS) == set(get_args(ModelKind)) - {"base", "endpoint"}
-    inputs = {step.name: step.inputs for step in build(Config())}
+    assert set(SOURCE_STEPS) == set(get_args(ModelKind)) - {"base", "endpoint"}
+    inputs = {step.name: step.inputs for step in build_steps(Config())}
     assert inputs["predict/base"] == ("prepare",)
     assert inputs["predict/Q4_K_M"] == ("prepare", "export")
     assert inputs["score/Q4_K_M"] == ("prepare", "predict/Q4_K_M")
@@ -84,12 +84,12 @@ def test_each_kind_of_model_is_read_from_the_step_that_makes_it() -> None:
 
 
 def test_every_step_has_a_stage_of_its_verbs_name() -> None:
-    for verb in {step.verb for step in build(Config())}:
+    for verb in {step.verb for step in build_steps(Config())}:
         assert callable(getattr(import_module(f"fintune.pipeline.stages.{verb}"), verb))
 
 
 def test_options_of_a_step_name_options_that_there_are() -> None:
-    for step in build(Config()):
+    for step in build_steps(Config()):
         for prefix in step.options:
             assert effective(Config(), [prefix]) or prefix == "merge", f"{step.name}: {prefix}"
 
@@ -97,27 +97,27 @@ def test_options_of_a_step_name_options_that_there_are() -> None:
 def test_every_option_that_can_change_a_result_belongs_to_a_step() -> None:
     models = f"predict.models={json.dumps(get_args(ModelKind))}"
     measured = load(None, [models, ENDPOINT, ALL_TYPES, "publish.repo_id=ann/demo", "guard.enabled=true"]).config
-    owned = {key for step in build(measured) for key in effective(measured, step.options)}
+    owned = {key for step in build_steps(measured) for key in effective(measured, step.options)}
     # Which models are measured decides which steps there are, not what any of them gives.
     assert effective(Config(), list(Config.model_fields)).keys() - owned == {"predict.models"}
 
 
 def test_asking_for_one_more_kind_of_model_makes_no_other_stale() -> None:
     few, all_kinds = (load(None, [f"predict.models={models}"]).config for models in ("[base]", "[base, adapter]"))
-    keys = [{step.name: effective(config, step.options) for step in build(config)} for config in (few, all_kinds)]
+    keys = [{step.name: effective(config, step.options) for step in build_steps(config)} for config in (few, all_kinds)]
     assert keys[0]["predict/base"] == keys[1]["predict/base"]
 
 
 def test_another_address_makes_no_kind_of_model_stale_but_what_is_served_there() -> None:
     models = f"predict.models={json.dumps(get_args(ModelKind))}"
     configs = [load(None, [models, ALL_TYPES, address]).config for address in (ENDPOINT, f"{ENDPOINT}#other")]
-    keys = [{step.name: effective(config, step.options) for step in build(config)} for config in configs]
+    keys = [{step.name: effective(config, step.options) for step in build_steps(config)} for config in configs]
     assert [name for name in keys[0] if keys[0][name] != keys[1][name]] == ["predict/endpoint"]
 
 
 def test_each_way_of_constraining_is_a_step_of_its_own_behind_the_kinds_name() -> None:
     config = load(None, ["predict.models=[base, merged]", "predict.constrain=[none, example]"]).config
-    steps = {step.name: step for step in build(config)}
+    steps = {step.name: step for step in build_steps(config)}
     measured = [name for name in steps if name.startswith(("predict/", "score/"))]
     assert measured == [
         *("predict/base", "score/base", "predict/base+example", "score/base+example"),
@@ -138,7 +138,7 @@ def test_asking_for_one_more_way_makes_nothing_stale() -> None:
     keys = []
     for ways in ("none", "[none]", "[none, general]", "[none, example, general]"):
         config = load(None, [f"predict.constrain={ways}"]).config
-        keys.append({step.name: effective(step.view(config), step.options) for step in build(config)})
+        keys.append({step.name: effective(step.view(config), step.options) for step in build_steps(config)})
     assert keys[0] == keys[1]
     assert all(keys[0].items() <= more.items() for more in keys[2:])
     assert keys[2]["predict/base+general"] == keys[3]["predict/base+general"]
@@ -150,18 +150,21 @@ def test_what_is_served_is_measured_only_with_an_address() -> None:
 
 
 def test_only_stages_that_can_go_on_are_resumed() -> None:
-    assert {step.verb for step in build(Config()) if step.resumes} == {"train", "predict"}
+    assert {step.verb for step in build_steps(Config()) if step.resumes} == {"train", "predict"}
 
 
 def test_memory_that_ran_out_may_be_answered_with_a_smaller_batch_of_predictions() -> None:
-    for step in build(load(None, [f"predict.models={json.dumps(get_args(ModelKind))}", ENDPOINT, ALL_TYPES]).config):
+    for step in build_steps(
+        load(None, [f"predict.models={json.dumps(get_args(ModelKind))}", ENDPOINT, ALL_TYPES]).config
+    ):
         assert step.may_change == (("predict.batch_size",) if step.verb == "predict" else ())
         assert effective(Config(), step.options).keys() >= set(step.may_change)  # the manifest says which it was
 
 
 def test_building_the_steps_loads_no_stage_and_no_library() -> None:
     code = (
-        "import sys; from fintune.config import Config; from fintune.pipeline.plan import build; build(Config())\n"
+        "import sys; from fintune.config import Config; from fintune.pipeline.steps import build_steps\n"
+        "build_steps(Config())\n"
         "print(*[name for name in sys.modules if name.startswith('fintune.pipeline.stages') or name in "
         "('torch', 'transformers', 'datasets', 'numpy')])"
     )
@@ -213,7 +216,7 @@ def test_every_step_that_loads_the_base_refuses_an_incomplete_one_at_once(finqa:
     (broken / "config.json").write_text("{}")
     config = finqa.model_copy(update={"model": finqa.model.model_copy(update={"name": str(broken)})})
     refused = set()
-    for step in build(config):
+    for step in build_steps(config):
         try:
             step.check(config)
         except ModelError as error:
@@ -223,7 +226,7 @@ def test_every_step_that_loads_the_base_refuses_an_incomplete_one_at_once(finqa:
 
 
 def test_every_step_predicts_its_disk(finqa: Config) -> None:
-    for step in build(finqa):
+    for step in build_steps(finqa):
         assert step.needed_bytes(finqa) > 0, step.name
 
 
@@ -250,7 +253,7 @@ def test_options_are_all_reachable_by_name() -> None:
 
 
 def test_four_bit_kinds_need_their_package_before_anything_is_made(monkeypatch) -> None:
-    steps = {step.name: step for step in build(load(None, ["predict.models=[adapter_4bit, merged_4bit]"]).config)}
+    steps = {step.name: step for step in build_steps(load(None, ["predict.models=[adapter_4bit, merged_4bit]"]).config)}
     assert steps["predict/adapter_4bit"].inputs == ("prepare", "train")
     assert steps["predict/merged_4bit"].inputs == ("prepare", "merge")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
