@@ -90,7 +90,7 @@ def model(given: argparse.Namespace, kind: str) -> dict[str, Any]:
 def measure(given: argparse.Namespace, kind: str, name: str, *, num: int) -> dict[str, Any]:
     """One way with one model."""
     from fintune.config import PredictOptions
-    from fintune.evaluation.metrics import score
+    from fintune.evaluation.metrics import compute_scores
     from fintune.finqa.parse import ParseError, parse
     from fintune.finqa.program import tokenize
     from fintune.inference.candidates import decoding, grammars, predict_one
@@ -122,7 +122,7 @@ def measure(given: argparse.Namespace, kind: str, name: str, *, num: int) -> dic
             parse(each.program)
         except ParseError:
             unparsable += 1
-    verdicts = score(records, [(each.id, tokenize(each.program)) for each in predictions])[1]
+    verdicts = compute_scores(records, [(each.id, tokenize(each.program)) for each in predictions])[1]
     ranked = sorted(zip(predictions, verdicts, strict=True), key=lambda pair: -(pair[0].confidence or 0))
     half = [verdict.exe_correct for _, verdict in ranked[: num // 2]]
     return {

@@ -124,10 +124,10 @@ def measure(finqa: Path, name: str, way: str, script: Path | None = None) -> dic
         rows = [row for line in file if (row := json.loads(line))["kind"] == SETS[name]]
     predictions = [(row["id"], row["tokens"]) for row in rows]
     if way == "fintune":
-        from fintune.evaluation.metrics import score
+        from fintune.evaluation.metrics import compute_scores
 
         start, started = time.perf_counter(), time.process_time()
-        verdicts = score(records, predictions)[1]
+        verdicts = compute_scores(records, predictions)[1]
         seconds, processor = time.perf_counter() - start, time.process_time() - started
         judged = [(one.exe_correct, one.program_correct, one.invalid) for one in verdicts]
     else:

@@ -131,7 +131,7 @@ def figures(run: Path, step: str) -> dict[str, Any]:
 
 def difference(free: Path, constrained: Path) -> dict[str, Any]:
     """What the constraint changes in execution accuracy, on the same questions."""
-    from fintune.evaluation.metrics import read_verdicts
+    from fintune.evaluation.scoring import read_verdicts
     from fintune.evaluation.statistics import compare_paired
 
     sides = ({id_: each.exe_correct for id_, each in read_verdicts(path).items()} for path in (free, constrained))

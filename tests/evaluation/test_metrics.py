@@ -1,7 +1,7 @@
 import pytest
 
 from fintune.errors import DataError
-from fintune.evaluation.metrics import score
+from fintune.evaluation.metrics import compute_scores
 from fintune.finqa.execute import Execution, execute
 from fintune.finqa.program import tokenize
 from fintune.finqa.verdict import agrees_with_answer
@@ -48,7 +48,7 @@ def _tokens(*rows: tuple[str, str]) -> list[tuple[str, list[str]]]:
 
 
 def test_the_headline_is_over_the_predictions_and_the_whole_file_beside_it() -> None:
-    figures, verdicts = score(
+    figures, verdicts = compute_scores(
         GOLD,
         _tokens(
             ("a", "divide(120, 100), subtract(#0, const_1)"),
@@ -77,13 +77,15 @@ def test_steps_of_programs_stand_in_the_order_of_their_number() -> None:
         record(str(number), ", ".join(["add(1, 2)", *(f"add(#{step}, 1)" for step in range(number - 1))]))
         for number in (10, 2, 1)
     ]
-    figures, _ = score(gold, _tokens(*((each.id, each.qa.program) for each in gold)))
+    figures, _ = compute_scores(gold, _tokens(*((each.id, each.qa.program) for each in gold)))
     tables = breakdowns([(Measured("base", figures, 0, 1.0, None), "base")])
     assert [row["name"] for row in tables[0]["rows"]] == ["1", "2", "10"]
 
 
 def test_breakdowns_are_by_the_gold_program_and_its_evidence() -> None:
-    figures, _ = score(GOLD, [(gold.id, tokenize(gold.qa.program if gold.id != "d" else "add(7, 3)")) for gold in GOLD])
+    figures, _ = compute_scores(
+        GOLD, [(gold.id, tokenize(gold.qa.program if gold.id != "d" else "add(7, 3)")) for gold in GOLD]
+    )
     assert {number: rates.num_predictions for number, rates in figures.by_num_steps.items()} == {1: 3, 2: 1}
     assert figures.by_num_steps[1].execution_accuracy == 2 / 3
     assert {name: rates.execution_accuracy for name, rates in figures.by_operation.items()} == {
@@ -116,7 +118,7 @@ def test_breakdowns_are_by_the_gold_program_and_its_evidence() -> None:
     ],
 )
 def test_tolerant_views_never_touch_the_headline(program: str, sign: bool, scale: bool, near: bool) -> None:
-    figures, [verdict] = score(GOLD, _tokens(("d", program)))
+    figures, [verdict] = compute_scores(GOLD, _tokens(("d", program)))
     assert (verdict.sign_insensitive, verdict.scale_100, verdict.within_1_percent) == (sign, scale, near)
     assert figures.execution_accuracy == (program == "divide(7, 3)")
     assert figures.tolerant.sign_insensitive == sign
@@ -124,14 +126,16 @@ def test_tolerant_views_never_touch_the_headline(program: str, sign: bool, scale
 
 def test_a_scaled_result_is_compared_before_it_is_rounded() -> None:
     gold = record("x", "divide(5, 74), multiply(#0, const_100)")
-    _, [verdict] = score([gold], _tokens(("x", "divide(5, 74)")))
+    _, [verdict] = compute_scores([gold], _tokens(("x", "divide(5, 74)")))
     assert verdict.result == 0.06757
     assert verdict.exe_ans == 6.75676
     assert verdict.scale_100
 
 
 def test_an_equal_program_with_another_result_is_program_correct_and_reported() -> None:
-    figures, [verdict] = score([record("x", "add(1, 2)")], _tokens(("x", "subtract(1, 1), divide(2, #0), add(1, 2)")))
+    figures, [verdict] = compute_scores(
+        [record("x", "add(1, 2)")], _tokens(("x", "subtract(1, 1), divide(2, #0), add(1, 2)"))
+    )
     assert (verdict.program_correct, verdict.exe_correct, verdict.invalid, verdict.equality_raised) == (
         True,
         False,
@@ -144,7 +148,7 @@ def test_an_equal_program_with_another_result_is_program_correct_and_reported() 
 def test_a_gold_program_that_is_none_is_counted() -> None:
     gold = record("x", "add(1, 2)")
     broken = gold.model_copy(update={"qa": gold.qa.model_copy(update={"program": "add(1)"})})
-    figures, [verdict] = score([broken], _tokens(("x", "add(1, 2)")))
+    figures, [verdict] = compute_scores([broken], _tokens(("x", "add(1, 2)")))
     assert (verdict.exe_correct, verdict.program_correct, figures.num_gold_not_comparable) == (True, False, 1)
 
 
@@ -175,6 +179,6 @@ def test_a_yes_agrees_with_yes_and_an_invalid_program_with_nothing() -> None:
 
 def test_nothing_to_score_and_unknown_ids_are_refused() -> None:
     with pytest.raises(DataError, match="no predictions"):
-        score(GOLD, [])
+        compute_scores(GOLD, [])
     with pytest.raises(DataError, match="id zzz"):
-        score(GOLD, _tokens(("zzz", "add(1, 2)")))
+        compute_scores(GOLD, _tokens(("zzz", "add(1, 2)")))

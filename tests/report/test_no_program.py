@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from fintune.evaluation.metrics import Score, score
+from fintune.evaluation.metrics import Score, compute_scores
 from fintune.finqa.program import tokenize
 from fintune.report.card import _score as card_row
 from fintune.report.parts import accuracy, scored
@@ -20,7 +20,7 @@ from support.example_run import records
 def scores(*programs: str) -> Score:
     asked = records(len(programs))
     pairs = [(one.id, tokenize(program)) for one, program in zip(asked, programs, strict=True)]
-    return score(asked, pairs)[0]
+    return compute_scores(asked, pairs)[0]
 
 
 @pytest.fixture

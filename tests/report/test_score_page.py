@@ -7,7 +7,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from fintune.evaluation.metrics import score
+from fintune.evaluation.metrics import compute_scores
 from fintune.finqa.program import tokenize
 from fintune.finqa.verdict import judge
 from fintune.records import FinQARecord
@@ -40,7 +40,9 @@ def record(*, table, post_text, program, gold_inds):
 
 
 def page(programs: list[list[str]] = PREDICTED, items: list[FinQARecord] = RECORDS, **more) -> ScorePage:
-    figures, verdicts = score(items, [(item.id, tokens) for item, tokens in zip(items, programs, strict=False)])
+    figures, verdicts = compute_scores(
+        items, [(item.id, tokens) for item, tokens in zip(items, programs, strict=False)]
+    )
     digests = {"<p>.json": "ab" * 32, "gold.json": "cd" * 32}
     return ScorePage("<p>.json", "gold.json", figures, verdicts, items, programs, digests, **more)
 
@@ -96,7 +98,7 @@ def test_what_the_files_hold_cannot_become_markup(html, parsed):
 def test_only_questions_with_a_prediction_are_shown_and_of_two_the_first(parsed):
     assert len(json.loads(parsed.blocks["example-index"])["examples"]) == len(PREDICTED)
     items = [RECORDS[0], RECORDS[0]]
-    figures, verdicts = score(RECORDS, [(item.id, PREDICTED[k]) for k, item in enumerate(items)])
+    figures, verdicts = compute_scores(RECORDS, [(item.id, PREDICTED[k]) for k, item in enumerate(items)])
     shown = outline(render_score(ScorePage("p", "g", figures, verdicts, RECORDS, PREDICTED[:2])))
     [example] = json.loads(shown.blocks["example-index"])["examples"]
     assert example["m"][0]["p"] == RIGHT

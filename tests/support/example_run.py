@@ -11,11 +11,11 @@ from pathlib import Path
 
 from fintune.config import Config
 from fintune.data.report import Evidence, PrepareReport, SplitReport, lengths
-from fintune.evaluation.metrics import score
+from fintune.evaluation.metrics import compute_scores
+from fintune.evaluation.scoring import ScoreResult
 from fintune.finqa.distribution import FINQA_TEST
 from fintune.finqa.program import tokenize
 from fintune.manifest import Key, Manifest
-from fintune.pipeline.stages.score import ScoreRun, csv_text, json_text
 from fintune.records import FinQARecord, Prediction
 
 KINDS = ("base", "adapter", "merged", "F16", "Q4_K_M")
@@ -142,9 +142,10 @@ def write_run(
 
 def write_score(folder: Path, items: Sequence[FinQARecord], made: Sequence[Prediction]) -> None:
     """score.json and score.csv."""
-    figures, verdicts = score(items, [(each.id, tokenize(each.program)) for each in made])
-    (folder / "score.json").write_text(json_text(ScoreRun(figures, verdicts, [], {})))
-    (folder / "score.csv").write_text(csv_text(verdicts))
+    figures, verdicts = compute_scores(items, [(each.id, tokenize(each.program)) for each in made])
+    result = ScoreResult(figures, verdicts)
+    (folder / "score.json").write_text(result.to_json())
+    (folder / "score.csv").write_text(result.to_csv())
 
 
 def metrics(steps: int = 120) -> list[dict[str, float]]:

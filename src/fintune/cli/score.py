@@ -1,4 +1,4 @@
-"""``fintune score``, a command of :mod:`fintune.cli.main`, and what the older script prints."""
+"""The verb ``fintune score``; the older script ``scripts/score_finqa.py`` prints the same."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from fintune.cli.common import FILE, optional_config_arguments, print_tables, ru
     "files",
     multiple=True,
     metavar="[NAME=]FILE",
-    help="JSON, JSONL or .gz of {id, predicted} or {id, program}; several give one table, a row each, and a "
-    "column group each where they are named as NAME+none and NAME+example.",
+    help="JSON, JSONL or .gz of {id, predicted} or {id, program}. Several files give one table with a row each; "
+    "names such as NAME+none and NAME+example give a column group each.",
 )
-@click.option("--gold", type=FILE, help="Official FinQA JSON, plain or .gz.")
-@click.option("--csv", type=FILE, help="Write one row a prediction here.")
-@click.option("--json", type=FILE, help="Write all figures here.")
-@click.option("--html", type=FILE, help="Write a page with figures, plots and every example here.")
-@click.option("--strict", is_flag=True, help="Refuse files with duplicate, unknown or broken rows.")
+@click.option("--gold", type=FILE, help="FinQA file with the gold programs, plain or .gz.")
+@click.option("--csv", type=FILE, help="Write one row for each prediction to this file.")
+@click.option("--json", type=FILE, help="Write all figures to this file.")
+@click.option("--html", type=FILE, help="Write a page with figures, plots and all examples to this file.")
+@click.option("--strict", is_flag=True, help="Stop if a row is broken, or has a duplicate or unknown id.")
 def score(
     config: Path | None,
     overrides: tuple[str, ...],
@@ -36,7 +36,7 @@ def score(
     html: Path | None,
     strict: bool,
 ) -> None:
-    """Official FinQA verdicts of a run, or of --predictions against --gold. Needs no torch."""
+    """Score a run, or --predictions against --gold, with the official FinQA verdicts. Needs no torch."""
     if config is not None and not files and gold is None:
         from fintune.pipeline.step import Selection
 
@@ -44,43 +44,37 @@ def score(
         return
     if config is not None or overrides or not files or gold is None:
         raise click.UsageError("give a CONFIG, or both --predictions and --gold")
-    named = [_named(each) for each in files]
+    named = [_split_name(file) for file in files]
     if len(named) == 1:
         print_score(named[0][1], gold, csv=csv, json=json, html=html, strict=strict)
         return
     if csv or json or html:
-        raise click.UsageError("--csv, --json and --html are of one file of predictions")
-    twice = next((name for at, (name, _) in enumerate(named) if name in dict(named[:at])), None)
-    if twice is not None:
-        raise click.UsageError(f"two files of predictions are called {twice}: name them, as --predictions base=FILE")
+        raise click.UsageError("--csv, --json and --html take one file of predictions")
+    repeated = next((name for index, (name, _) in enumerate(named) if name in dict(named[:index])), None)
+    if repeated is not None:
+        raise click.UsageError(f"two files of predictions are called {repeated}. Use --predictions NAME=FILE")
     print_scores(dict(named), gold, strict=strict)
 
 
-def _named(given: str) -> tuple[str, Path]:
-    """``NAME=FILE``; a file is called by itself where it has no name, or where all of it is its path."""
-    name, equals, file = given.partition("=")
-    if not equals or not name or Path(given).exists():
-        return given, Path(given)
+def _split_name(text: str) -> tuple[str, Path]:
+    """Split ``NAME=FILE``. A file without a name is called by its path; so is a file whose path contains "="."""
+    name, equals, file = text.partition("=")
+    if not equals or not name or Path(text).exists():
+        return text, Path(text)
     return name, Path(file)
 
 
-def print_scores(files: Mapping[str, Path], gold: Path, *, strict: bool = False) -> None:
-    """Score several files: tables to standard output, how many rows were not scored to standard error."""
-    from fintune.pipeline.stages.score import score_files
+def print_scores(paths: Mapping[str, Path], gold: Path, *, strict: bool = False) -> None:
+    """Score several files: tables to standard output, the number of unscored rows to standard error."""
+    from fintune.evaluation.scoring import score_predictions
     from fintune.report.ways import Scored, score_tables
 
     scored = {}
-    for name, path in files.items():
-        done = score_files(path, gold, strict=strict)
-        scored[name] = Scored(done.score, done.right, done.seconds)
-        _tell_unscored(name, done.num_unscored)
+    for name, path in paths.items():
+        result = score_predictions(path, gold, strict=strict)
+        scored[name] = Scored(result.score, result.correct, result.seconds)
+        _print_unscored(name, result.num_unscored)
     print_tables(score_tables(scored, "predictions"))
-
-
-def _tell_unscored(name: object, num_unscored: Mapping[str, int]) -> None:
-    if num_unscored:
-        reasons = ", ".join(f"{number} {reason}" for reason, number in num_unscored.items())
-        sys.stderr.write(f"fintune: {name}: not scored: {reasons}\n")
 
 
 def print_score(
@@ -92,13 +86,40 @@ def print_score(
     html: Path | None = None,
     strict: bool = False,
 ) -> None:
-    """Score files: remarks go to standard error, figures to standard output."""
-    from fintune.pipeline.stages.score import score_files
+    """Score one file: remarks go to standard error, figures to standard output and to the named files."""
+    from fintune.evaluation.scoring import score_predictions
+    from fintune.report.score_page import ScorePage, render_score
     from fintune.report.score_table import headline_table, views_table
+    from fintune.util import files
     from fintune.util.text import abridge_remarks
 
-    done = score_files(predictions, gold, csv=csv, json=json, html=html, strict=strict)
-    for problem in abridge_remarks(done.problems, "--json writes all of them"):
+    files.check_outputs((csv, json, html), inputs=(predictions, gold))
+    result = score_predictions(predictions, gold, strict=strict)
+    if csv is not None:
+        files.write_output(csv, result.to_csv())
+    if json is not None:
+        files.write_output(json, result.to_json())
+    if html is not None:
+        digests = {path.name: files.sha256_file(path) for path in (predictions, gold)}
+        page = ScorePage(
+            predictions.name,
+            gold.name,
+            result.score,
+            result.verdicts,
+            result.records,
+            result.tokens,
+            digests,
+            result.num_unscored,
+            result.problems,
+        )
+        files.write_output(html, render_score(page))
+    for problem in abridge_remarks(result.problems, "--json writes all of them"):
         sys.stderr.write(f"fintune: {problem}\n")
-    _tell_unscored(predictions, done.num_unscored)
-    stdout().print(headline_table(done.score, predictions.name), "", views_table(done.score), sep="\n")
+    _print_unscored(predictions, result.num_unscored)
+    stdout().print(headline_table(result.score, predictions.name), "", views_table(result.score), sep="\n")
+
+
+def _print_unscored(name: object, num_unscored: Mapping[str, int]) -> None:
+    if num_unscored:
+        reasons = ", ".join(f"{number} {reason}" for reason, number in num_unscored.items())
+        sys.stderr.write(f"fintune: {name}: not scored: {reasons}\n")

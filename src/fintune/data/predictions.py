@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,13 +36,13 @@ class PredictionFile:
     """What a file of predictions gave.
 
     Attributes:
-        path: The file.
+        path: The file; None for rows that come from memory.
         predictions: Usable rows in file order; an id may recur.
         unusable: Number of rows that are none, by reason; a file that breaks off counts once.
         problems: One error for each of those, with row and id.
     """
 
-    path: Path
+    path: Path | None = None
     predictions: list[PredictedProgram] = field(default_factory=list)
     unusable: Counter[str] = field(default_factory=Counter)
     problems: list[DataError] = field(default_factory=list)
@@ -64,11 +64,28 @@ def read_predictions(path: Path) -> PredictionFile:
     # Damage ends the text, and what ends early is reported once, as that.
     for row, value in _rows(found, text, damage):
         _take(found, row, value)
+    _require_rows(found)
+    return found
+
+
+def collect_predictions(rows: Iterable[object]) -> PredictionFile:
+    """Collect predictions from rows in memory, in the forms that a file may have.
+
+    Raises:
+        DataError: No row can be used.
+    """
+    found = PredictionFile()
+    for row, value in enumerate(rows, start=1):
+        _take(found, row, value)
+    _require_rows(found)
+    return found
+
+
+def _require_rows(found: PredictionFile) -> None:
     if not found.predictions:
         if not found.problems:
-            raise DataError("holds no predictions", path=path, hint=_HINT)
+            raise DataError("holds no predictions", path=found.path, hint=_HINT)
         raise DataError(f"no row can be scored; the first problem: {found.problems[0].message}", hint=_HINT)
-    return found
 
 
 def _rows(found: PredictionFile, text: str, damage: str | None) -> Iterator[tuple[int, object]]:

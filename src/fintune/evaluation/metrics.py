@@ -6,18 +6,14 @@ with ``exe_ans`` (rounded to 5 decimals) and symbolic equality of the programs, 
 
 from __future__ import annotations
 
-import csv
 import gc
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TypeVar
 
-from pydantic import ValidationError
-
-from fintune.errors import ArtifactError, DataError
+from fintune.errors import DataError
 from fintune.evaluation.statistics import Interval, wilson
-from fintune.finqa.verdict import EvidenceKind, OfficialVerdict, Outcome, QuestionType, Verdict, judge
+from fintune.finqa.verdict import EvidenceKind, Outcome, QuestionType, Verdict, judge
 from fintune.records import FinQARecord, Record
 
 _Key = TypeVar("_Key", int, str, EvidenceKind, QuestionType)
@@ -94,53 +90,9 @@ class Score(Rates):
         return self.outcomes.get("no_result", 0) / self.num_predictions
 
 
-class ScoreFile(Score):
-    """What ``score.json`` holds: the figures, and what was not scored or scored with a doubt.
-
-    Attributes:
-        num_unscored: Rows that are in no figure, by reason.
-        problems: One line for each such row, and for each scored with a doubt.
-    """
-
-    num_unscored: dict[str, int]
-    problems: tuple[str, ...]
-
-
-def read_score(path: Path) -> ScoreFile:
-    """Read a ``score.json``.
-
-    Raises:
-        ArtifactError: It is missing, or no such file.
-    """
-    try:
-        return ScoreFile.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise ArtifactError(
-            f"{path}: cannot be read ({str(error).splitlines()[0]})",
-            hint=f"--redo score/{path.parent.name} makes it anew",
-        ) from None
-
-
-def read_verdicts(path: Path) -> dict[str, OfficialVerdict]:
-    """Read the verdicts of a ``score.csv``, by id.
-
-    Raises:
-        ArtifactError: The file is missing or has another form.
-    """
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return {
-                row["id"]: OfficialVerdict.model_validate({name: row[name] for name in OfficialVerdict.model_fields})
-                for row in csv.DictReader(file)
-            }
-    except (OSError, ValueError, csv.Error, KeyError) as error:
-        raise ArtifactError(
-            f"{path}: cannot be read ({str(error).splitlines()[0]})",
-            hint=f"--redo score/{path.parent.name} makes it anew",
-        ) from None
-
-
-def score(gold: Sequence[FinQARecord], predictions: Sequence[tuple[str, Sequence[str]]]) -> tuple[Score, list[Verdict]]:
+def compute_scores(
+    gold: Sequence[FinQARecord], predictions: Sequence[tuple[str, Sequence[str]]]
+) -> tuple[Score, list[Verdict]]:
     """Score predictions.
 
     Args:

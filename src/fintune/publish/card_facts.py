@@ -16,7 +16,8 @@ from fintune.config import Config
 from fintune.data import prepared
 from fintune.data.hub import PREFIX
 from fintune.data.licences import combined, hub_name, is_on_hub, licence_of
-from fintune.evaluation.metrics import Score, read_score
+from fintune.evaluation.metrics import Score
+from fintune.evaluation.scoring import read_score
 from fintune.evaluation.statistics import wilson
 from fintune.finqa.prompt import build_messages
 from fintune.manifest import Facts, Manifest

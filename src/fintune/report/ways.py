@@ -12,7 +12,8 @@ from pathlib import Path
 from rich.table import Table
 
 from fintune.config import split_kind_and_mode
-from fintune.evaluation.metrics import Rates, read_score, read_verdicts
+from fintune.evaluation.metrics import Rates
+from fintune.evaluation.scoring import read_score, read_verdicts
 from fintune.evaluation.statistics import PairedComparison, compare_paired
 from fintune.manifest import Slot
 from fintune.report.tables import score_table

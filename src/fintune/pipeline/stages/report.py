@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from fintune.config import GGUF_KINDS, MODE_SEPARATOR, Config, DecodingMode, split_kind_and_mode
 from fintune.errors import ArtifactError
-from fintune.evaluation.metrics import read_score, read_verdicts
+from fintune.evaluation.scoring import read_score, read_verdicts
 from fintune.manifest import MANIFEST, Facts, Manifest
 from fintune.records import Example, FinQARecord, Prediction
 from fintune.report.page import render
