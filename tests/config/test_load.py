@@ -99,9 +99,9 @@ def test_targets_are_some_layers_or_all(write, targets, told) -> None:
 
 
 def test_the_gguf_types_are_those_that_are_written() -> None:
-    from fintune.export.gguf.mixtures import MIXTURES
+    from fintune.export.gguf.quant_types import QUANT_TYPES
 
-    assert set(GGUF_TYPES) == set(MIXTURES)
+    assert set(GGUF_TYPES) == set(QUANT_TYPES)
 
 
 def test_a_configuration_named_after_data_is_a_configuration(write) -> None:

@@ -219,13 +219,13 @@ def test_a_grammar_of_no_step_is_refused() -> None:
 
 @pytest.fixture(scope="module")
 def llama_cpp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    from fintune.export.gguf.export import export
+    from fintune.export.gguf.writer import write_gguf
     from fintune.inference.llama_cpp import LlamaCppEngine
     from support.synthetic import write_folder
 
     folder = tmp_path_factory.mktemp("grammar")
     write_folder(folder / "model", num_layers=1)
-    export(folder / "model", {"F16": folder / "m.gguf"})
+    write_gguf(folder / "model", {"F16": folder / "m.gguf"})
     with (
         LlamaCppEngine(folder / "m.gguf", context_tokens=512, parallel=1) as engine,
         closing(engine._connect()) as line,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fintune.config import PredictOptions
-from fintune.export.gguf.export import export
+from fintune.export.gguf.writer import write_gguf
 from fintune.finqa.ending import takes
 from fintune.finqa.parse import ParseError, parse
 from fintune.inference.candidates import grammars, predict_one
@@ -44,7 +44,7 @@ def engine(request, builtin_model, tokenizer, tmp_path_factory):
         yield TransformersEngine(model.eval(), tokenizer, 3)
         return
     file = tmp_path_factory.mktemp("builtin") / "m.gguf"
-    export(builtin_model, {"F16": file})
+    write_gguf(builtin_model, {"F16": file})
     with LlamaCppEngine(file, context_tokens=512) as started:
         yield started
 

@@ -9,14 +9,14 @@ import pytest
 from tokenizers import Tokenizer
 
 from fintune.errors import ModelError
-from fintune.export.gguf.export import export
+from fintune.export.gguf.writer import write_gguf
 from fintune.finqa.ending import ending
 from fintune.finqa.grammar import Characters, Grammar, Repeated, Series, Text, general, restricted, vocabulary
 from fintune.inference.gguf_header import numbers
 from fintune.inference.llama_cpp import LlamaCppEngine
 from fintune.inference.prefixes import common
 from fintune.inference.protocol import Decoding, in_order
-from fintune.models.tokenizer_check import probe_strings
+from fintune.models.tokenizer_check import selected_strings
 from fintune.records import Message
 from support.synthetic import PRE_TOKENIZERS, write_folder
 from support.tiny import patch_json
@@ -36,7 +36,7 @@ PAGES = [
 def gguf_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("engine")
     write_folder(folder / "model", num_layers=2)
-    export(folder / "model", {"F16": folder / "m.gguf", "Q4_K_M": folder / "q.gguf"})
+    write_gguf(folder / "model", {"F16": folder / "m.gguf", "Q4_K_M": folder / "q.gguf"})
     return folder / "m.gguf"
 
 
@@ -49,9 +49,9 @@ def engine(gguf_file):
 @pytest.mark.parametrize("pre", PRE_TOKENIZERS)
 def test_llama_cpp_splits_text_as_the_tokenizer_does(tmp_path, pre):
     folder = write_folder(tmp_path / "model", num_layers=1, pre=pre)
-    export(folder, {"F16": tmp_path / "m.gguf"})
+    write_gguf(folder, {"F16": tmp_path / "m.gguf"})
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    texts = probe_strings()
+    texts = selected_strings()
     with LlamaCppEngine(tmp_path / "m.gguf", context_tokens=64, parallel=1) as engine:
         ours = engine.tokenise(texts)
     theirs = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
@@ -155,7 +155,7 @@ def test_the_limit_and_the_end_token_are_told_apart(engine):
 def test_no_bos_is_put_before_a_prompt_even_where_the_vocabulary_wants_one(gguf_file, tmp_path):
     folder = shutil.copytree(gguf_file.parent / "model", tmp_path / "model")
     patch_json(folder / "tokenizer_config.json", add_bos_token=True)
-    export(folder, {"F16": tmp_path / "m.gguf"})
+    write_gguf(folder, {"F16": tmp_path / "m.gguf"})
     with LlamaCppEngine(tmp_path / "m.gguf", context_tokens=128, parallel=1) as engine:
         (completion,) = in_order(engine.generate(["in the"], Decoding(1)))
         assert completion.num_prompt_tokens == len(engine.tokenise(["in the"])[0])
@@ -165,7 +165,7 @@ def test_no_bos_is_put_before_a_prompt_even_where_the_vocabulary_wants_one(gguf_
 def test_sampling_defaults_of_the_file_are_not_used(gguf_file, tmp_path, engine):
     folder = shutil.copytree(gguf_file.parent / "model", tmp_path / "model")
     (folder / "generation_config.json").write_text(json.dumps({"temperature": 5.0, "penalty_repeat": 3.0}))
-    export(folder, {"F16": tmp_path / "m.gguf"})
+    write_gguf(folder, {"F16": tmp_path / "m.gguf"})
     with LlamaCppEngine(tmp_path / "m.gguf", context_tokens=256, parallel=1) as other:
         (theirs,) = in_order(other.generate(PROMPTS[:1], Decoding(20)))
     (ours,) = in_order(engine.generate(PROMPTS[:1], Decoding(20)))

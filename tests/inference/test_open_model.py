@@ -61,14 +61,14 @@ def test_an_adapter_of_another_base_is_refused_by_name(tmp_path, trained_on):
 
 def test_every_engine_counts_and_answers_the_same_conversation(tiny_model, tmp_path, monkeypatch):
     pytest.importorskip("xllamacpp")
-    from fintune.export.gguf.export import export
+    from fintune.export.gguf.writer import write_gguf
     from inference.test_openai import KEY
     from support.synthetic import write_folder
 
     fake_vllm.install(monkeypatch)
     monkeypatch.setenv(OWN_KEY, KEY)
     folder = write_folder(tmp_path / "model", num_layers=1)
-    export(folder, {"F16": tmp_path / "m.gguf"})
+    write_gguf(folder, {"F16": tmp_path / "m.gguf"})
     names = [
         (str(tiny_model), "auto"),
         (str(tiny_model), "vllm"),

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from fintune.errors import ModelError, ResourceError
-from fintune.export.gguf.export import export
+from fintune.export.gguf.writer import write_gguf
 from fintune.finqa.grammar import general
 from fintune.finqa.parse import parse as parse_program
 from fintune.inference import told
@@ -33,7 +33,7 @@ ONE = CHATS[:1]
 def gguf_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
     write_folder(folder / "model", num_layers=2)
-    export(folder / "model", {"F16": folder / "m.gguf"})
+    write_gguf(folder / "model", {"F16": folder / "m.gguf"})
     return folder / "m.gguf"
 
 

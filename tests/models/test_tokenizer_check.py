@@ -1,10 +1,18 @@
 from __future__ import annotations
 
+import hashlib
+import unicodedata
+
 import pytest
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 
 from fintune.errors import ModelError, ResourceError
-from fintune.models.tokenizer_check import check_tokenizer_against_llama_cpp, probe_strings
+from fintune.models.tokenizer_check import (
+    NUM_STRINGS,
+    check_tokenizer_against_llama_cpp,
+    probe_strings,
+    selected_strings,
+)
 from support.tiny_gguf import make_tiny_gguf
 
 
@@ -23,20 +31,39 @@ def encoder(tokenizer):
 
 
 def test_probe_strings_are_a_few_hundred_different_ones():
-    strings = probe_strings()
+    strings = selected_strings()
     assert 200 <= len(strings) == len(set(strings))
     assert any("\u3000" in text for text in strings)
     assert any("  7" in text for text in strings)
 
 
+def test_probe_strings_same_on_every_machine():
+    joined = "\0".join(probe_strings()).encode()
+    assert hashlib.sha256(joined).hexdigest() == "ab1dd4f34daa812f74911034cbe5198a55ac67541b5fb5f94051adbdfa8bca35"
+
+
+def test_probe_strings_distinct_and_composed():
+    strings = probe_strings()
+    assert len(strings) == len(set(strings)) == NUM_STRINGS == 2000
+    assert all(unicodedata.is_normalized("NFC", text) for text in strings)
+
+
+def test_probe_strings_hold_what_tokenizers_differ_on():
+    strings = probe_strings()
+    for piece in ("  2", "\n\n", "\t", "1,", "$ ", "'s", "divide(", "#0", "\u00a0", "\r\n", "%", "Ж"):
+        assert any(piece in text for text in strings), piece
+    kinds = {unicodedata.category(char) for text in strings for char in text}
+    assert {"Lu", "Ll", "Lo", "Nd", "No", "Sc", "Sm", "So", "Zs", "Cc", "Po", "Mn", "Cf"} <= kinds
+
+
 def test_a_tokenizer_that_composes_accents_agrees_too(gguf, tokenizer):
     """Qwen's normalises to NFC, which llama.cpp never does."""
     tokenizer.normalizer = normalizers.NFC()
-    assert check_tokenizer_against_llama_cpp(encoder(tokenizer), gguf) == len(probe_strings())
+    assert check_tokenizer_against_llama_cpp(encoder(tokenizer), gguf) == len(selected_strings())
 
 
 def test_the_same_tokenizer_agrees_on_every_string(gguf, tokenizer):
-    assert check_tokenizer_against_llama_cpp(encoder(tokenizer), gguf) == len(probe_strings())
+    assert check_tokenizer_against_llama_cpp(encoder(tokenizer), gguf) == len(selected_strings())
 
 
 def test_a_lost_pre_tokenizer_is_shown_with_its_strings(gguf, tokenizer):

@@ -80,11 +80,11 @@ def test_a_matrix_that_is_missing_or_unreadable_is_refused_before_anything_is_ma
 
 def test_a_matrix_of_another_model_is_refused_by_the_prediction_of_disk(tiny_model: Path, tmp_path: Path) -> None:
     np = pytest.importorskip("numpy")
-    from fintune.export.gguf.importance import write_importance
+    from fintune.export.gguf.imatrix import write_imatrix
 
     matrix = tmp_path / "other.gguf"
     name = "blk.0.attn_q.weight"
-    write_importance(matrix, {name: np.ones(128, np.float32)}, {name: 8}, datasets=["x"], chunk_size=8)
+    write_imatrix(matrix, {name: np.ones(128, np.float32)}, {name: 8}, datasets=["x"], chunk_size=8)
     config, _ = steps(f"export.importance={matrix}", f"model.name={tiny_model}")
     with pytest.raises(ModelError, match=r"128 values for blk\.0\.attn_q\.weight, which has 64 columns"):
         disk_estimate.export_bytes(config)

@@ -9,7 +9,7 @@ CONVERTER = """import json, shutil, sys, tempfile
 from pathlib import Path
 if "--help" in sys.argv:
     sys.exit("usage: convert_hf_to_gguf.py MODEL")
-from fintune.export.gguf.export import export
+from fintune.export.gguf.writer import write_gguf
 words = sys.argv[1:]
 kind = words[words.index("--outtype") + 1].upper()
 out = Path(words[words.index("--outfile") + 1])
@@ -19,7 +19,7 @@ with tempfile.TemporaryDirectory() as place:
     model = Path(shutil.copytree(words[0], Path(place) / "model"))
     config = json.loads((model / "config.json").read_text()) | {"model_type": "llama"}
     (model / "config.json").write_text(json.dumps(config))
-    export(model, {kind: out}, name=words[words.index("--model-name") + 1] if "--model-name" in words else None)
+    write_gguf(model, {kind: out}, name=words[words.index("--model-name") + 1] if "--model-name" in words else None)
 """
 QUANTIZER = """#!/bin/sh
 [ "$1" = --help ] && { echo "usage: llama-quantize" >&2; exit 1; }

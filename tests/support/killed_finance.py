@@ -29,7 +29,7 @@ STOPS = (
     ("train", "fintune.training.metrics:append", 1, "SIGINT"),
     ("merge", "fintune.pipeline.stages.merge:merge_folders", 1, "SIGKILL"),
     ("merge", "fintune.pipeline.stages.merge:settle_special_tokens", 1, "SIGINT"),
-    ("export", "fintune.export.gguf.export:_Worker.__call__", 3, "SIGKILL"),
+    ("export", "fintune.export.gguf.writer:_Worker.__call__", 3, "SIGKILL"),
     ("export", "fintune.pipeline.stages.export:modelfile", 1, "SIGINT"),
     ("report", "fintune.pipeline.stages.report:render", 1, "SIGKILL"),
     ("files", "fintune.cli.legacy.outputs:place", 3, "SIGKILL"),
@@ -38,7 +38,7 @@ STOPS = (
 """Where each attempt ends: stage, ``module:function``, right behind its so many-th call, by which signal."""
 
 
-BETWEEN_TOOLS = ("checkout", "fintune.export.gguf.llama_cpp_checkout:convert", 2, "SIGKILL")
+BETWEEN_TOOLS = ("checkout", "fintune.export.gguf.llama_cpp_checkout:convert_model", 2, "SIGKILL")
 """Likewise with a llama.cpp checkout, whose converter is tried on the vocabulary first."""
 
 

@@ -115,20 +115,20 @@ def lora_of(base: Path, folder: Path, *, scale: float = 0.1, **changes: object) 
 
 def importance_of(base: Path, path: Path) -> Path:
     """An importance matrix of a synthetic folder in which a few columns matter most."""
-    from fintune.export.gguf.importance import write_importance
-    from fintune.export.gguf.plan import ModelPlan
-    from fintune.export.merge.safetensor_reader import SafetensorFolder
+    from fintune.export.gguf.imatrix import write_imatrix
+    from fintune.export.gguf.layout import ModelLayout
+    from fintune.export.merge.safetensors_files import SafetensorFolder
 
     random = np.random.default_rng(11)
     sums = {}
     with SafetensorFolder(base) as weights:
-        for source in ModelPlan(base, weights).sources.values():
+        for source in ModelLayout(base, weights).sources.values():
             if source.name.startswith("blk.") and len(source.shape) == 2:
                 values = random.random(source.shape[1], np.float32)
                 for _ in range(3):
                     values = values * values
                 sums[source.name] = values * np.float32(50)
-    write_importance(path, sums, dict.fromkeys(sums, 1024), datasets=["finance.txt"], chunk_size=512)
+    write_imatrix(path, sums, dict.fromkeys(sums, 1024), datasets=["finance.txt"], chunk_size=512)
     return path
 
 

@@ -103,19 +103,19 @@ def export_bytes(config: Config) -> int:
     Raises:
         ModelError: A base that cannot become a GGUF or a matrix that is not its, found out before hours of training.
     """
-    from fintune.export.gguf.export import predict_bytes as gguf_bytes
-    from fintune.export.gguf.importance import read_importance
+    from fintune.export.gguf.imatrix import read_imatrix
+    from fintune.export.gguf.writer import predict_gguf_bytes
 
     if config.export.llama_cpp_path is not None:
         return _checkout_bytes(config)
     file = config.export.importance_file
-    importance = None if file is None else read_importance(file)
+    importance = None if file is None else read_imatrix(file)
     matrix = 0
     if config.export.computes_importance:
         # A float32 number for each column of each matrix, beside their names.
         shapes = [tensor.shape for tensor in _base(config).values() if len(tensor.shape) == 2]
         matrix = sum(4 * columns + 500 for _, columns in shapes)
-    return gguf_bytes(_base_folder(config), config.export.types, importance) + matrix
+    return predict_gguf_bytes(_base_folder(config), config.export.types, importance) + matrix
 
 
 def _checkout_bytes(config: Config) -> int:

@@ -78,7 +78,7 @@ def check_export(config: Config) -> None:
     """Refuse an importance matrix or a llama.cpp checkout that cannot be used."""
     list(_importance_file(config))
     if config.export.llama_cpp_path is not None:
-        llama_cpp_checkout.check(config.export.llama_cpp_path, config.export.types)
+        llama_cpp_checkout.check_checkout(config.export.llama_cpp_path, config.export.types)
     check_base(config)
 
 

@@ -20,7 +20,7 @@ import pytest
 
 from fintune.cli.commands.serve import OWN_KEY, gguf_of, serve
 from fintune.errors import ArtifactError, ConfigError, ModelError, ResourceError
-from fintune.export.gguf.export import export
+from fintune.export.gguf.writer import write_gguf
 from fintune.inference.endpoint import parse
 from fintune.inference.llama_cpp import LlamaCppEngine
 from fintune.inference.openai import OpenAIEngine
@@ -47,7 +47,7 @@ def run(tiny_model, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("cwd") / "runs" / "demo"
     (folder / "export").mkdir(parents=True)
     kinds = ("F16", "Q4_K_M")
-    report = export(tiny_model, {kind: folder / "export" / f"demo-{kind}.gguf" for kind in kinds})
+    report = write_gguf(tiny_model, {kind: folder / "export" / f"demo-{kind}.gguf" for kind in kinds})
     finish(folder / "export", file_bytes={file.kind: file.num_bytes for file in report.files})
     (folder / "merge").symlink_to(tiny_model)
     (folder / "train").mkdir()

@@ -142,7 +142,7 @@ def test_the_finance_guides_commands_are_understood_with_every_stage_foreseen(na
     (tmp_path / "datasets" / "trader_dpo_data.jsonl").write_text(
         '{"prompt": "a?", "chosen": "b", "rejected": "c"}\n', encoding="utf-8"
     )
-    monkeypatch.setattr(llama_cpp_checkout, "check", lambda folder, _kinds: looked_at.append(folder))
+    monkeypatch.setattr(llama_cpp_checkout, "check_checkout", lambda folder, _kinds: looked_at.append(folder))
     monkeypatch.setattr(cli_finance, "GUIDE_MODEL", "none such")
     words = [str(model) if word.startswith("DSR1/") else word for word in as_meant(FINANCE[name])]
     if "--model_name" not in words:

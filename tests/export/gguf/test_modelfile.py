@@ -5,7 +5,7 @@ import re
 import pytest
 
 from fintune.errors import ModelError
-from fintune.export.gguf.modelfile import modelfile
+from fintune.export.gguf.modelfile import render_modelfile
 from fintune.models.chat_template import render_template
 from support.synthetic import write_tokenizer
 from support.tiny import CHATML, patch_json
@@ -32,7 +32,7 @@ def folder(tmp_path):
 
 
 def written(folder, name="m.gguf", context_tokens=512):
-    return modelfile(folder, name, context_tokens=context_tokens)[0]
+    return render_modelfile(folder, name, context_tokens=context_tokens)[0]
 
 
 def go(text: str, messages: list[dict[str, str]]) -> str:
@@ -74,7 +74,7 @@ def test_it_names_the_file_the_stop_token_and_the_context(folder):
 
 def test_thoughts_that_stay_in_earlier_answers_are_noted_and_the_modelfile_is_written_all_the_same(folder):
     (folder / "chat_template.jinja").write_text(FORGETS_THOUGHTS)
-    text, (note,) = modelfile(folder, "m.gguf", context_tokens=512)
+    text, (note,) = render_modelfile(folder, "m.gguf", context_tokens=512)
     assert "send earlier answers without their thoughts" in note
     assert text.splitlines()[:2] == [f"# {note}", "FROM ./m.gguf"]
     thinking = [
@@ -95,8 +95,8 @@ def test_white_space_that_a_template_takes_off_any_role_is_noted(folder, cut, ro
     content = "(message['content']" + cut + " if message['role'] == '" + role + "' else message['content'])"
     template = CHATML.replace("message['content']", content)
     (folder / "chat_template.jinja").write_text(template)
-    text, (note,) = modelfile(folder, "m.gguf", context_tokens=512)
-    assert "takes white space off the ends of messages" in note
+    text, (note,) = render_modelfile(folder, "m.gguf", context_tokens=512)
+    assert "white space from the ends of messages" in note
     assert text.splitlines()[:2] == [f"# {note}", "FROM ./m.gguf"]
     messages = [{"role": role, "content": "\nhi \n"}]
     special = {"bos_token": "<|im_start|>"}
@@ -106,14 +106,14 @@ def test_white_space_that_a_template_takes_off_any_role_is_noted(folder, cut, ro
 
 def test_llama_3_takes_white_space_off(folder):
     (folder / "chat_template.jinja").write_text(LLAMA3)
-    _, (note,) = modelfile(folder, "m.gguf", context_tokens=512)
+    _, (note,) = render_modelfile(folder, "m.gguf", context_tokens=512)
     assert "white space" in note
 
 
 @pytest.mark.parametrize("template", [CHATML, DEFAULT_SYSTEM])
 def test_a_template_that_leaves_words_alone_gets_no_note(folder, template):
     (folder / "chat_template.jinja").write_text(template)
-    text, notes = modelfile(folder, "m.gguf", context_tokens=512)
+    text, notes = render_modelfile(folder, "m.gguf", context_tokens=512)
     assert notes == []
     assert text.startswith("FROM ")
 

@@ -71,8 +71,8 @@ def main(peers: Path, names: list[str]) -> None:
             work = Path(place)
             model, dtype = (ensure(BUILTIN), "float16") if name == BUILTIN else folder_of(name, work)
             outputs = {kind: work / f"{kind}.gguf" for kind in case.get("kinds", KINDS)}
-            tools = llama_cpp_checkout.check(checkout(peers, work / "llama.cpp", case.get("pre", "gpt-2")))
-            llama_cpp_checkout.export(tools, model, outputs, name="Tiny Model 1", dtype=dtype)
+            tools = llama_cpp_checkout.check_checkout(checkout(peers, work / "llama.cpp", case.get("pre", "gpt-2")))
+            llama_cpp_checkout.export_with_checkout(tools, model, outputs, name="Tiny Model 1", dtype=dtype)
             found = {kind: sha256(path) for kind, path in outputs.items()}
             sys.stdout.write(f"{name}: {'as before' if hashes.get(name) == found else 'new'}\n")
             hashes[name] = found

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from fintune.errors import ModelError
 from fintune.export.merge import layerwise as module
-from fintune.export.merge.layerwise import can_compare, compare
+from fintune.export.merge.layerwise import can_compare_layers, compare_layers
 from fintune.export.merge.merge import merge_folders
 from fintune.models.adapter import load_adapter, quiet_peft
 from fintune.models.load import fetch, load_model
@@ -23,7 +23,7 @@ torch = pytest.importorskip("torch")
 
 LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}
 LLAMA3_ROPE |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
-FAMILIES = {
+ARCHITECTURES = {
     "llama": {"rope": LLAMA3_ROPE},
     "llama-tied": {"tied": True},
     "mistral": {"model_type": "mistral", "sliding_window": 8},
@@ -44,7 +44,7 @@ PROMPTS = [list(range(3, 43)), [5, 9, 200, 9], [7]]
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("layerwise")
-    for name, options in FAMILIES.items():
+    for name, options in ARCHITECTURES.items():
         write_folder(folder / name, **{"hidden_size": 64, "num_layers": 2, "dtype": "F32"} | options)
     return folder
 
@@ -88,7 +88,7 @@ def by_whole_models(one, other) -> tuple[float, int, float]:
 
 def check(one, other) -> None:
     with quiet_libraries():
-        found = compare(one, other, PROMPTS)
+        found = compare_layers(one, other, PROMPTS)
     difference, same, largest = by_whole_models(one, other)
     assert found.max_difference == pytest.approx(difference, abs=1e-5) and difference > 0.01
     assert found.max_logit == pytest.approx(largest, abs=1e-5)
@@ -96,10 +96,10 @@ def check(one, other) -> None:
     assert same < 45
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ARCHITECTURES)
 def test_it_says_of_a_base_and_its_adapter_what_the_whole_models_say(bases, tmp_path, family):
     base = bases / family
-    assert can_compare(base, None)
+    assert can_compare_layers(base, None)
     check((base, adapter_of(base, tmp_path / "adapter")), (base, None))
 
 
@@ -107,7 +107,7 @@ def test_it_says_of_a_base_and_its_adapter_what_the_whole_models_say(bases, tmp_
 def test_every_kind_of_adapter_is_pefts(bases, tmp_path, kind):
     base = bases / ("llama" if kind == "saved" else "llama-tied")
     adapter = adapter_of(base, tmp_path / "adapter", **ADAPTERS[kind])
-    assert can_compare(base, adapter)
+    assert can_compare_layers(base, adapter)
     check((base, adapter), (base, None))
 
 
@@ -119,13 +119,13 @@ def test_a_right_merge_is_told_from_a_wrong_one(bases, tmp_path, kind):
     merged.mkdir()
     merge_folders(base, adapter, merged)
     with quiet_libraries():
-        right = compare((base, adapter), (merged, None), PROMPTS)
+        right = compare_layers((base, adapter), (merged, None), PROMPTS)
     assert right.max_difference < 1e-4 and right.num_same == right.num_positions
     weights = load_file(merged / "model.safetensors")
     weights["model.layers.1.mlp.down_proj.weight"][:, 3] += 1
     save_file(weights, merged / "model.safetensors", {"format": "pt"})
     with quiet_libraries():
-        assert compare((base, adapter), (merged, None), PROMPTS).max_difference > 0.1
+        assert compare_layers((base, adapter), (merged, None), PROMPTS).max_difference > 0.1
 
 
 def test_targets_that_the_adapters_file_leaves_out_change_nothing(bases, tmp_path):
@@ -138,13 +138,13 @@ def test_targets_that_the_adapters_file_leaves_out_change_nothing(bases, tmp_pat
     (tmp_path / "merged").mkdir()
     merge_folders(base, adapter, tmp_path / "merged")
     with quiet_libraries():
-        assert compare((base, adapter), (tmp_path / "merged", None), PROMPTS).max_difference < 1e-4
+        assert compare_layers((base, adapter), (tmp_path / "merged", None), PROMPTS).max_difference < 1e-4
 
 
 def test_progress_adds_up_to_one(bases):
     shares: list[float] = []
     with quiet_libraries():
-        compare((bases / "llama", None), (bases / "qwen2", None), PROMPTS, progress=shares.append)
+        compare_layers((bases / "llama", None), (bases / "qwen2", None), PROMPTS, progress=shares.append)
     assert sum(shares) == pytest.approx(1)
 
 
@@ -152,13 +152,13 @@ def test_other_families_and_a_vocabulary_that_grew_go_another_way(bases, tmp_pat
     other = tmp_path / "other"
     shutil.copytree(bases / "llama", other)
     patch_json(other / "config.json", model_type="gemma3")
-    assert not can_compare(other)
+    assert not can_compare_layers(other)
     adapter = adapter_of(bases / "llama", tmp_path / "adapter", modules_to_save=["embed_tokens"])
     tensors = load_file(adapter / "adapter_model.safetensors")
     name = "base_model.model.model.embed_tokens.weight"
     tensors[name] = tensors[name][:-1]
     save_file(tensors, adapter / "adapter_model.safetensors")
-    assert not can_compare(bases / "llama", adapter)
+    assert not can_compare_layers(bases / "llama", adapter)
 
 
 def test_a_weight_that_is_missing_or_of_another_shape_is_named(bases, tmp_path):
@@ -168,10 +168,11 @@ def test_a_weight_that_is_missing_or_of_another_shape_is_named(bases, tmp_path):
     name = "model.layers.1.mlp.up_proj.weight"
     save_file({**weights, name: weights[name][:, :-1].copy()}, folder / "model.safetensors")
     with quiet_libraries(), pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight has the shape \[128, 63"):
-        compare((folder, None), (folder, None), PROMPTS)
+        compare_layers((folder, None), (folder, None), PROMPTS)
     del weights[name]
     save_file(weights, folder / "model.safetensors")
     with quiet_libraries(), pytest.raises(ModelError, match=r"the weights lack .*layers\.1\.mlp\.up_proj"):
-        compare((folder, None), (folder, None), PROMPTS)
+        compare_layers((folder, None), (folder, None), PROMPTS)
     (folder / "config.json").write_text(json.dumps([1]))
-    assert not can_compare(folder)
+    with pytest.raises(ModelError, match="holds no JSON object"):
+        can_compare_layers(folder)

@@ -14,7 +14,7 @@ import pytest
 
 from fintune.config import Config
 from fintune.errors import ConfigError, ModelError, ResourceError
-from fintune.export.gguf.llama_cpp_checkout import check
+from fintune.export.gguf.llama_cpp_checkout import check_checkout
 from fintune.export.merge.merge import merge_folders
 from fintune.pipeline import disk_estimate
 from fintune.pipeline.stages.export import export
@@ -121,12 +121,12 @@ def test_a_run_looks_at_the_checkout_before_it_begins(tiny_model, checkout, tmp_
 def test_a_type_that_the_quantiser_does_not_list_is_refused_before_the_run_begins(tmp_path):
     listed = QUANTIZER.replace("usage: llama-quantize", "usage:   7  or  Q8_0  :  7.96G\n  15  or  Q4_K_M  :  4.58G")
     tools = make_checkout(tmp_path / "tools", quantizer=listed)
-    check(tools, ("F16", "Q8_0", "q4_k_m"))
+    check_checkout(tools, ("F16", "Q8_0", "q4_k_m"))
     with pytest.raises(
-        ConfigError, match=r"^export\.types: the llama-quantize of .*tools knows no Q4_M: did you mean Q4_"
+        ConfigError, match=r"^export\.types: the llama-quantize of .*tools has no type Q4_M: did you mean Q4_"
     ):
-        check(tools, ("F16", "Q4_M"))
-    check(make_checkout(tmp_path / "silent"), ("Q4_M",))  # lists none, so it is asked when it is run
+        check_checkout(tools, ("F16", "Q4_M"))
+    check_checkout(make_checkout(tmp_path / "silent"), ("Q4_M",))  # lists none, so it is asked when it is run
 
 
 @pytest.mark.parametrize("more", [{"source": "adapter"}, {"importance": "compute"}])

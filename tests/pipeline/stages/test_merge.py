@@ -10,7 +10,7 @@ from fintune.config import AdapterOptions, Config
 from fintune.errors import ArtifactError
 from fintune.export.merge import layerwise
 from fintune.export.merge.merge import merge_folders
-from fintune.export.merge.safetensor_reader import SafetensorFolder
+from fintune.export.merge.safetensors_files import SafetensorFolder
 from fintune.models import adapter as adapters
 from fintune.models import load as models
 from fintune.pipeline.stages.merge import merge, merge_adapter
@@ -98,7 +98,7 @@ def test_an_adapter_can_be_merged_into_what_training_in_four_bits_saw(tiny_model
     pytest.importorskip("bitsandbytes")
     options = {"model": {"name": str(tiny_model), "load": "4bit"}, "merge": {"into": "dequantised"}}
     facts = merge(Config.model_validate(options), inputs(tmp_path, tiny_model), tmp_path / "merge")
-    assert facts["merged_into"] == "base dequantised from 4 bits"
+    assert facts["describe_merge_base"] == "base dequantised from 4 bits"
     # NormalFloat's error on normal weights in blocks of 64 is near a tenth; the answers differ accordingly.
     assert 0.05 < facts["base_difference"]["relative_rms"] < 0.15
     assert facts["base_difference"]["largest"] > 0

@@ -116,8 +116,8 @@ def converted_by_checkout(monkeypatch):
         writer.write_kv_data_to_file()
         writer.close()
 
-    monkeypatch.setattr(llama_cpp_checkout, "check", lambda _: None)
-    monkeypatch.setattr(llama_cpp_checkout, "convert", convert)
+    monkeypatch.setattr(llama_cpp_checkout, "check_checkout", lambda _: None)
+    monkeypatch.setattr(llama_cpp_checkout, "convert_model", convert)
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_a_sentencepiece_tokenizer_passes_by_a_checkout(
     tiny_model, tmp_path, converted_by_checkout, few_strings, capsys
 ):
     model = sentencepiece_like(tiny_model, tmp_path / "model", "always")
-    with pytest.raises(ModelError, match=r"export\.llama_cpp_path=FOLDER; a run with --skip export"):
+    with pytest.raises(ModelError, match=r"export\.llama_cpp_path=FOLDER; or .*--skip export"):
         preflight(config(model), {}, tmp_path)
     facts = preflight(by_checkout(model), {}, tmp_path)
     assert facts["num_strings"] > 6 and facts["drops_leading_space"]

@@ -9,7 +9,7 @@ import pytest
 
 from fintune.config import AdapterOptions, Config, ReplayOptions
 from fintune.errors import ArtifactError
-from fintune.export.gguf.replay import Agreement
+from fintune.export.verify import TokenAgreement
 from fintune.models import load as models
 from fintune.pipeline.stages import replay as module
 from fintune.pipeline.stages.export import export
@@ -78,7 +78,9 @@ def test_the_base_stands_beside_what_was_trained_and_fails_no_stage(run, tiny_mo
 
 def test_a_base_without_finite_figures_is_left_out(run, tmp_path):
     config, _ = run
-    facts = judged(config, tmp_path, base=Agreement(360, math.nan, 0.0, math.nan), merged=Agreement(360, 0.0, 1.0, 5.0))
+    facts = judged(
+        config, tmp_path, base=TokenAgreement(360, math.nan, 0.0, math.nan), merged=TokenAgreement(360, 0.0, 1.0, 5.0)
+    )
     assert list(facts["replayed"]) == ["adapter", "merged"]
     assert facts["summary"] == "same best token: merged 100.0% (KL 0)"
 
@@ -111,7 +113,7 @@ def test_another_model_in_quantised_files_alone_fails_the_stage(run, tiny_model,
 
 
 def judged(config, folder, **found):
-    reference = Agreement(360, 0.0, 1.0, 5.0)
+    reference = TokenAgreement(360, 0.0, 1.0, 5.0)
     return module._judged({}, {"adapter": reference} | found, config, folder)
 
 
@@ -130,16 +132,16 @@ def test_every_form_has_a_share_below_which_it_fails(run, tmp_path, kind, share,
     name = "the merged folder" if kind == "merged" else rf"t-{kind}\.gguf"
     told = rf"{name} gives .* {share:.1%} of 360 positions \(KL 9, perplexity 1e\+06\), \d\d% .* \(replay\.{bound}\)"
     with pytest.raises(ArtifactError, match=told):
-        judged(config, tmp_path, **{kind: Agreement(360, 9.0, share, 1e6)})
+        judged(config, tmp_path, **{kind: TokenAgreement(360, 9.0, share, 1e6)})
     enough = {"Q8_0": 0.9, "min_same_share": 0.98, "min_same_share_quantised": 0.5}
     least = enough.get(kind, enough[bound])
-    facts = judged(config, tmp_path, **{kind: Agreement(360, 0.1, least, 6.0)})
+    facts = judged(config, tmp_path, **{kind: TokenAgreement(360, 0.1, least, 6.0)})
     assert facts["min_same_share"] == {kind: least}
 
 
 def test_a_small_share_that_the_user_asks_for_holds_for_q8_0_too(run, tmp_path):
     config = run[0].model_copy(update={"replay": ReplayOptions(min_same_share=0.8)})
-    assert judged(config, tmp_path, Q8_0=Agreement(360, 0.1, 0.85, 6.0))["min_same_share"] == {"Q8_0": 0.8}
+    assert judged(config, tmp_path, Q8_0=TokenAgreement(360, 0.1, 0.85, 6.0))["min_same_share"] == {"Q8_0": 0.8}
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q4_K_M"])
@@ -153,14 +155,14 @@ def test_a_small_share_that_the_user_asks_for_holds_for_q8_0_too(run, tmp_path):
 def test_figures_that_are_not_finite_fail_the_stage(run, tmp_path, kind, figures, told):
     config, _ = run
     with pytest.raises(ArtifactError, match=rf"t-{kind}\.gguf gives .* not finite \({told}\)"):
-        judged(config, tmp_path, **{kind: Agreement(*figures)})
+        judged(config, tmp_path, **{kind: TokenAgreement(*figures)})
     assert not (tmp_path / "replay.json").exists()
 
 
 def test_a_reference_that_is_not_finite_is_the_trainings_fault(run, tmp_path):
     config, _ = run
     with pytest.raises(ArtifactError, match="what was trained gives probabilities that are not finite"):
-        judged(config, tmp_path, adapter=Agreement(360, math.nan, 0.0, math.nan))
+        judged(config, tmp_path, adapter=TokenAgreement(360, math.nan, 0.0, math.nan))
 
 
 @pytest.mark.parametrize(
@@ -191,7 +193,7 @@ def test_an_adapter_in_dequantised_weights_is_compared_with_what_was_trained(run
     merge(config, inputs, folders["merge"])
     export(config, {"merge": folders["merge"]}, folders["export"])
     facts = export(config, {"train": inputs["train"]}, folders["direct"])
-    assert facts["merged_into"] == "base dequantised from 4 bits"
+    assert facts["describe_merge_base"] == "base dequantised from 4 bits"
     assert facts["base_difference"]["relative_rms"] > 0.05
     for name in ("t-F16.gguf", "t-Q4_K_M.gguf"):
         assert (folders["export"] / name).read_bytes() == (folders["direct"] / name).read_bytes()

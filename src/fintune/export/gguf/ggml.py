@@ -1,8 +1,8 @@
-"""Quantisation through ggml's own C library, so that the bytes are those of llama.cpp.
+"""Quantisation through ggml's own C library, which gives the bytes that llama.cpp gives.
 
-The ``libggml-python`` wheel carries ``libggml-base``; ``ctypes`` releases the GIL while a call runs, so plain threads
-use all cores. The library is checked against :data:`TYPES` when it is loaded: a type that changed its number or
-its block layout is refused instead of written wrongly.
+The ``libggml-python`` wheel contains ``libggml-base``. ``ctypes`` releases the GIL during a call, so plain threads use
+all cores. The library is compared with :data:`TYPES` when it is loaded. A type whose number or block layout changed is
+refused, not written wrongly.
 
 Source: ``ggml.h`` (``ggml_quantize_chunk``, ``ggml_validate_row_data``) and ``ggml-common.h`` (block layouts).
 """
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GgmlType:
-    """Storage of one tensor type.
+    """The storage layout of one tensor type.
 
     Attributes:
         id: Number in ggml's ``enum ggml_type``.
-        block_elements: Elements that are packed together; a row must be a multiple of it.
-        block_bytes: Bytes of one block.
+        block_elements: Number of elements in a block. The length of a row must be a multiple of it.
+        block_bytes: Size of a block.
     """
 
     id: int
@@ -54,10 +54,10 @@ TYPES: dict[str, GgmlType] = {
 
 
 def row_bytes(type_name: str, num_columns: int) -> int:
-    """Bytes of one row of ``num_columns`` elements, which must be a multiple of the type's block."""
-    kind = TYPES[type_name]
-    assert num_columns % kind.block_elements == 0, (type_name, num_columns)
-    return num_columns // kind.block_elements * kind.block_bytes
+    """Return the bytes of a row of ``num_columns`` elements, a multiple of the type's block."""
+    layout = TYPES[type_name]
+    assert num_columns % layout.block_elements == 0, (type_name, num_columns)
+    return num_columns // layout.block_elements * layout.block_bytes
 
 
 class Ggml:
@@ -94,30 +94,31 @@ class Ggml:
         type_name.restype, type_name.argtypes = ctypes.c_char_p, [ctypes.c_int]
         block.restype, block.argtypes = ctypes.c_int64, [ctypes.c_int]
         row.restype, row.argtypes = ctypes.c_size_t, [ctypes.c_int, ctypes.c_int64]
-        for name, kind in TYPES.items():
-            found = (
-                (type_name(kind.id) or b"").decode().upper(),
-                block(kind.id),
-                row(kind.id, kind.block_elements),
+        for name, layout in TYPES.items():
+            actual = (
+                (type_name(layout.id) or b"").decode().upper(),
+                block(layout.id),
+                row(layout.id, layout.block_elements),
             )
-            if found != (name, kind.block_elements, kind.block_bytes):
+            if actual != (name, layout.block_elements, layout.block_bytes):
                 raise ResourceError(
-                    f"{path.name} has type {kind.id} as {found}, expected {name} {kind}",
+                    f"{path.name} has type {layout.id} as {actual}, expected {name} {layout}",
                     hint="install a version of libggml-python that fintune's pyproject.toml allows",
                 )
 
     def quantise(
-        self, type_name: str, rows: NDArray[np.float32], importance: NDArray[np.float32] | None = None
+        self, type_name: str, rows: NDArray[np.float32], column_weights: NDArray[np.float32] | None = None
     ) -> NDArray[np.uint8]:
-        """Convert whole rows; each row's bytes depend on that row alone.
+        """Convert whole rows. The bytes of a row depend on that row alone.
 
         Args:
             type_name: A key of :data:`TYPES`.
-            rows: (num_rows, num_columns), C-contiguous.
-            importance: (num_columns,): how much an error in each column matters; alike where None.
+            rows: Values, (num_rows, num_columns), C-contiguous.
+            column_weights: Weight of an error in each column, (num_columns,), from an importance matrix. None weights
+                all columns alike.
 
         Returns:
-            (num_rows, row_bytes): the stored bytes.
+            The stored bytes, (num_rows, row_bytes).
         """
         import numpy as np
 
@@ -126,13 +127,13 @@ class Ggml:
         if type_name == "F32":
             return rows.view(np.uint8)
         if type_name == "F16":
-            # An overflow becomes infinite and is found by `is_valid`, which names the tensor.
+            # An overflow becomes infinite. `is_valid` then detects it.
             with np.errstate(over="ignore"):
                 return rows.astype(np.float16).view(np.uint8)
-        assert importance is None or (importance.shape == (num_columns,) and importance.dtype == np.float32)
+        assert column_weights is None or (column_weights.shape == (num_columns,) and column_weights.dtype == np.float32)
         width = row_bytes(type_name, num_columns)
         out = np.empty((num_rows, width), np.uint8)
-        weights = None if importance is None else importance.ctypes.data
+        weights = None if column_weights is None else column_weights.ctypes.data
         written = self._quantize(
             TYPES[type_name].id, rows.ctypes.data, out.ctypes.data, 0, num_rows, num_columns, weights
         )
@@ -140,19 +141,19 @@ class Ggml:
         return out
 
     def is_valid(self, type_name: str, data: NDArray[np.uint8]) -> bool:
-        """Whether stored bytes hold only finite scales and values (``ggml_validate_row_data``)."""
+        """Return whether stored bytes hold only finite scales and values (``ggml_validate_row_data``)."""
         return bool(self._validate(TYPES[type_name].id, data.ctypes.data, data.nbytes))
 
 
 @functools.cache
 def load_ggml() -> Ggml:
-    """The library of the installed ``libggml-python``.
+    """Load the library of the installed ``libggml-python``.
 
     Raises:
-        ResourceError: The package is missing or not usable.
+        ResourceError: The package is missing or unusable.
     """
     spec = importlib.util.find_spec("libggml")
-    roots = [Path(place) for place in spec.submodule_search_locations or ()] if spec else []
+    roots = [Path(location) for location in spec.submodule_search_locations or ()] if spec else []
     for root in roots:
         for pattern in (
             "lib*/libggml-base.so",
@@ -163,6 +164,6 @@ def load_ggml() -> Ggml:
             for path in sorted(root.glob(pattern)):
                 return Ggml(path)
     raise ResourceError(
-        "libggml-python is not installed, so nothing can be quantised",
+        "quantisation needs libggml-python, which is not installed",
         hint='pip install "fintune[gguf]"',
     )

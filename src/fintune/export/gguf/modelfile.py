@@ -1,7 +1,7 @@
-"""An Ollama Modelfile whose template renders conversations as the model's own chat template does.
+"""Ollama Modelfiles whose template renders conversations like the model's own chat template.
 
-Ollama knows Go templates only. What a chat template puts around each role's words is read off its renderings of probe
-conversations, and the pieces are accepted only if they reproduce the renderings of others.
+Ollama supports only Go templates. The text around the words of every role is read from renderings of probe
+conversations. The result is accepted only if it reproduces the renderings of other conversations.
 Source: Ollama's documentation, "Modelfile" and "Template" (``.Messages``, ``.Role``, ``.Content``, ``.System``).
 """
 
@@ -16,20 +16,20 @@ from fintune.errors import ModelError
 from fintune.models.chat_template import read_chat_template, render_template, special_token_texts, turn_ending
 
 _ROLES = {"s": "system", "u": "user", "a": "assistant"}
-# Conversations by role; the first is the probe, all are compared.
+# Conversations as first letters of roles. The first is the probe; all are compared.
 _CONVERSATIONS = ("suau", "u", "su", "uau", "suauau")
 _THOUGHT = "<think>\nfintune-probe-thought\n</think>\n\n"
 
 
 @dataclass(frozen=True)
 class TurnPieces:
-    """What stands around the words of each role.
+    """The parts of a chat template.
 
     Attributes:
-        opening: Before everything.
-        default_system: In place of a system turn where there is none.
-        around: Role -> (before, after).
-        generation: Opens the assistant's turn.
+        opening: Text at the start of a conversation.
+        default_system: Text at the place of a system turn if the conversation has none.
+        around: Role -> (text before the words, text after the words).
+        generation: Text that opens the assistant's turn.
     """
 
     opening: str
@@ -38,7 +38,7 @@ class TurnPieces:
     generation: str
 
     def render(self, roles: str, words: Sequence[str]) -> str:
-        """Render a conversation, roles given by their first letters, with the generation prompt."""
+        """Render a conversation with the generation prompt. ``roles`` are the first letters of the roles."""
         turns = [
             before + word + after
             for role, word in zip(roles, words, strict=True)
@@ -47,25 +47,29 @@ class TurnPieces:
         return self.opening + ("" if "s" in roles else self.default_system) + "".join(turns) + self.generation
 
 
-def modelfile(folder: Path, gguf_name: str, *, context_tokens: int) -> tuple[str, list[str]]:
-    """The text of a Modelfile, and what its template renders otherwise than the chat template does, a line each.
+def render_modelfile(folder: Path, gguf_name: str, *, context_tokens: int) -> tuple[str, list[str]]:
+    """Render a Modelfile.
 
-    Ollama's language cannot cut a text, so thoughts that a chat template takes out of earlier answers stay in, and so
-    does white space around a message's words. The text begins with the same lines, as comments.
+    Ollama's template language cannot cut a text. So thoughts that a chat template removes from earlier answers stay,
+    and so does white space around the words of a message.
 
     Args:
         folder: The Hugging Face folder that was exported.
-        gguf_name: File name of the GGUF, which lies beside the Modelfile.
-        context_tokens: Context length that Ollama shall allocate.
+        gguf_name: Name of the GGUF file, which is in the same folder as the Modelfile.
+        context_tokens: Context length for Ollama.
+
+    Returns:
+        The text, and the differences between its template and the chat template. The text begins with the differences
+        as comments.
 
     Raises:
-        ModelError: No chat template, or one that Go's templates cannot express role by role.
+        ModelError: There is no chat template, or Go's templates cannot express it role by role.
     """
     import gguf
 
     template, special = _template(folder)
     pieces = _read_pieces(folder, template, special)
-    # Where a vocabulary says that it prepends BOS, Ollama does it: the template must not do it again.
+    # If the vocabulary says that BOS is prepended, Ollama prepends it, so the template must not.
     adds_bos = gguf.SpecialVocab(folder).add_special_token.get("bos", False)
     opening = pieces.opening.removeprefix(special["bos_token"]) if adds_bos else pieces.opening
     branches = "".join(
@@ -92,25 +96,27 @@ def _differences(pieces: TurnPieces, template: str, special: dict[str, str]) -> 
     def differs(roles: str, words: Sequence[str]) -> bool:
         return pieces.render(roles, words) != _render(template, special, roles, words, generate=True)
 
-    found = []
+    notes = []
     if differs("uau", [_THOUGHT * (role == "a") + word for role, word in zip("uau", _words("uau"), strict=True)]):
-        found.append(
-            "the chat template takes <think>...</think> out of earlier answers or writes it otherwise, Ollama's "
-            "template leaves it: send earlier answers without their thoughts"
+        notes.append(
+            "the chat template removes or changes <think>...</think> in earlier answers, Ollama's template keeps it: "
+            "send earlier answers without their thoughts"
         )
-    # Some templates take off line ends alone, some everything.
+    # Some templates strip line ends only, others all white space.
     if any(differs("suau", [f"{white}{word}{white[::-1]}" for word in _words("suau")]) for white in (" \n", "\n ")):
-        found.append(
-            "the chat template takes white space off the ends of messages, Ollama's template leaves it: send messages "
-            "without white space around their words"
+        notes.append(
+            "the chat template strips white space from the ends of messages, Ollama's template keeps it: send messages "
+            "without white space at their ends"
         )
-    return found
+    return notes
 
 
 def _template(folder: Path) -> tuple[str, dict[str, str]]:
     template = read_chat_template(folder)
     if template is None:
-        raise ModelError(f"{folder}: no chat template, so no Modelfile", hint="add chat_template.jinja to the folder")
+        raise ModelError(
+            f"{folder} has no chat template, so no Modelfile is written", hint="add chat_template.jinja to the folder"
+        )
     return template, special_token_texts(folder)
 
 
@@ -124,11 +130,11 @@ def _read_pieces(folder: Path, template: str, special: dict[str, str]) -> TurnPi
         return _render(template, special, roles, _words(roles), generate=generate)
 
     def parts(roles: str, generate: bool) -> list[str]:
-        text, found = rendered(roles, generate), []
+        text, pieces = rendered(roles, generate), []
         for word in _words(roles):
             before, _, text = text.partition(word)
-            found.append(before)
-        return [*found, text]
+            pieces.append(before)
+        return [*pieces, text]
 
     first, system_user, user_assistant, assistant_user, end = parts("suau", True)
     after_user, after_assistant = parts("su", False)[-1], parts("sua", False)[-1]
@@ -147,8 +153,8 @@ def _read_pieces(folder: Path, template: str, special: dict[str, str]) -> TurnPi
     for roles in _CONVERSATIONS:
         if pieces.render(roles, _words(roles)) != rendered(roles, True):
             raise ModelError(
-                f"{folder}: the chat template cannot be written as an Ollama template: it is not made of turns",
-                hint="write the Modelfile by hand, or serve the GGUF with llama.cpp, which runs the template itself",
+                f"{folder}: the chat template cannot be written as an Ollama template, because it is not made of turns",
+                hint="write the Modelfile by hand, or serve the GGUF with llama.cpp, which runs the chat template",
             )
     texts = [pieces.opening, pieces.default_system, pieces.generation, *itertools.chain(*pieces.around.values())]
     if any("{{" in text or '"""' in text for text in texts):
@@ -157,7 +163,7 @@ def _read_pieces(folder: Path, template: str, special: dict[str, str]) -> TurnPi
 
 
 def _is_opening(first: str, before_user: str, special: dict[str, str]) -> bool:
-    # SmolLM2 declares as BOS the token that opens every turn: that is not an opening of the whole text.
+    # SmolLM2 declares the token that opens every turn as BOS. That is no opening of the whole text.
     bos = special["bos_token"]
     return first.startswith(bos) and not before_user.startswith(bos)
 

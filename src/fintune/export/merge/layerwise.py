@@ -1,15 +1,16 @@
-"""Two models compared on a few prompts with one decoder layer of one of them in memory at a time, in float32.
+"""Compare two models on a few prompts in float32, with one decoder layer in memory at a time.
 
-transformers' own layers compute, and PEFT's own for an adapter that is not merged: the model is built without weights,
-its forward pass is run once with layers that only write down what they are given (masks, rotary embeddings), and then
-each layer gets its weights, sees all prompts, and loses them again. Of the embedding only the rows of the prompts'
-tokens are read; the output matrix is read in slabs, over which differences and best tokens are kept, so that the
-logits are never there as a whole. Only an embedding or output matrix that the adapter changes is loaded entirely.
+transformers' own layers compute, and PEFT's own layers for an adapter that is not merged. The model is built without
+weights. Its forward pass runs once with layers that only record their arguments (masks, rotary embeddings). Then every
+layer gets its weights, computes all prompts, and releases the weights.
+
+Only the embedding rows of the prompts' tokens are read. The output matrix is read in slabs, and only differences and
+best tokens are kept, so the logits are never in memory as a whole. An embedding or output matrix that the adapter
+changes is loaded entirely.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,9 +19,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from fintune.errors import ModelError
-from fintune.export.gguf.families import FAMILIES
+from fintune.export.gguf.architectures import ARCHITECTURES
 from fintune.export.merge.adapter_reader import Adapter, read_adapter_header
-from fintune.export.merge.safetensor_reader import SafetensorFolder, StoredTensor
+from fintune.export.merge.safetensors_files import SafetensorFolder, StoredTensor
+from fintune.util.files import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -30,18 +32,18 @@ _EMBEDDING = "model.embed_tokens."
 _HEAD = "lm_head."
 _ADAPTER = "base_model.model."
 _ACTIVE = "default"
-"""PEFT's name of an adapter that was given none."""
+"""PEFT's default name of an adapter."""
 _MATRICES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """How far two models agree.
+class LogitAgreement:
+    """The agreement of the logits of two models.
 
     Attributes:
-        max_difference: Largest difference of a logit; not finite where one of the logits is not.
-        num_same: Positions at which the best token is the same.
-        num_positions: All of them.
+        max_difference: Largest absolute difference of a logit; not finite if a logit is not finite.
+        num_same: Number of positions at which the best token is the same.
+        num_positions: Number of all positions.
         max_logit: Largest absolute logit of the first model.
     """
 
@@ -51,56 +53,58 @@ class Agreement:
     max_logit: float
 
 
-def can_compare(folder: Path, adapter: Path | None = None) -> bool:
-    """Whether a model can go layer by layer: a family whose layers are known, an adapter that keeps the vocabulary.
+def can_compare_layers(folder: Path, adapter: Path | None = None) -> bool:
+    """Return whether a model can be compared layer by layer.
+
+    The export must support its architecture, and the adapter must keep the size of the vocabulary.
 
     Raises:
-        ModelError: An unreadable configuration, adapter or weight file.
+        ModelError: A configuration, adapter or weight file is unreadable.
     """
-    config = _config(folder)
-    if config.get("model_type") not in FAMILIES:
+    config = read_json(folder / "config.json", ModelError)
+    if config.get("model_type") not in ARCHITECTURES:
         return False
     if adapter is None:
         return True
-    found = Adapter(adapter)
+    contents = Adapter(adapter)
     with SafetensorFolder(folder) as base:
         shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
     shapes.setdefault(f"{_HEAD}weight", shapes.get(f"{_EMBEDDING}weight", ()))
-    # Weights that PEFT keeps tied while it trains them are found under one of two names only.
-    return not found.ties_weights and all(shapes.get(name) == saved.shape for name, saved in found.saved.items())
+    # Weights that PEFT keeps tied during training are stored under only one of their two names.
+    return not contents.ties_weights and all(shapes.get(name) == saved.shape for name, saved in contents.saved.items())
 
 
-def compare(
+def compare_layers(
     expected: tuple[Path, Path | None],
-    found: tuple[Path, Path | None],
+    actual: tuple[Path, Path | None],
     prompts: Sequence[Sequence[int]],
     *,
     progress: Callable[[float], None] | None = None,
-) -> Agreement:
-    """Run prompts through both models.
+) -> LogitAgreement:
+    """Compare the logits of two models layer by layer.
 
     Args:
-        expected: Folder and adapter (or None) of the first.
-        found: Those of the second.
+        expected: Folder of the first model, and its adapter or None.
+        actual: Folder of the second model, and its adapter or None.
         prompts: Token ids.
-        progress: Called with the share that was done since the last call.
+        progress: Called with the share of the work since the last call.
 
     Raises:
-        ModelError: Weights that are missing or do not fit the configuration.
+        ModelError: Weights are missing or do not fit the configuration.
     """
     import torch
 
-    with torch.inference_mode(), _Layers(*expected) as one, _Layers(*found) as other:
-        share = 0.5 / (one.num_layers + 1)
+    with torch.inference_mode(), _LayeredModel(*expected) as first, _LayeredModel(*actual) as second:
+        share = 0.5 / (first.num_layers + 1)
         advance = progress or (lambda _: None)
-        ones = one.last_hidden(prompts, lambda: advance(share))
-        others = other.last_hidden(prompts, lambda: advance(0.5 / (other.num_layers + 1)))
-        agreement = _over_vocabulary(one.head(ones), other.head(others), ones[0].shape[0])
+        first_states = first.last_hidden(prompts, lambda: advance(share))
+        second_states = second.last_hidden(prompts, lambda: advance(0.5 / (second.num_layers + 1)))
+        agreement = _compare_logits(first.head(first_states), second.head(second_states), first_states.shape[0])
         advance(share * 2)
     return agreement
 
 
-def _over_vocabulary(ones: Iterator[torch.Tensor], others: Iterator[torch.Tensor], num_positions: int) -> Agreement:
+def _compare_logits(ones: Iterator[torch.Tensor], others: Iterator[torch.Tensor], num_positions: int) -> LogitAgreement:
     """Compare slabs of logits, [positions, rows of the slab]."""
     import torch
 
@@ -109,61 +113,59 @@ def _over_vocabulary(ones: Iterator[torch.Tensor], others: Iterator[torch.Tensor
     token = [torch.zeros(num_positions, dtype=torch.long) for _ in range(2)]
     start = 0
     for one, other in zip(ones, others, strict=True):
-        # Python's max would lose what is no number.
+        # torch's maximum keeps NaN; Python's max could drop it.
         difference = torch.maximum(difference, (one - other).abs().max())
         largest = torch.maximum(largest, one.abs().max())
-        for which, logits in enumerate((one, other)):
+        for index, logits in enumerate((one, other)):
             values, ids = logits.max(-1)
-            better = values > best[which]
-            best[which] = torch.where(better, values, best[which])
-            token[which] = torch.where(better, ids + start, token[which])
+            better = values > best[index]
+            best[index] = torch.where(better, values, best[index])
+            token[index] = torch.where(better, ids + start, token[index])
         start += one.shape[1]
-    return Agreement(float(difference), int((token[0] == token[1]).sum()), num_positions, float(largest))
+    return LogitAgreement(float(difference), int((token[0] == token[1]).sum()), num_positions, float(largest))
 
 
-class _Layers:
-    """A model without weights, and where its weights lie; use it as a context manager."""
+class _LayeredModel:
+    """A model without weights and the files of its weights; use it as a context manager."""
 
     def __init__(self, folder: Path, adapter: Path | None) -> None:
         self._folder = SafetensorFolder(folder)
-        self._tied = bool(_config(folder).get("tie_word_embeddings"))
-        self._adapter = {} if adapter is None else {each.name: each for each in _adapter_tensors(adapter)}
-        self._model = _without_weights(folder, adapter)
+        self._tied = bool(read_json(folder / "config.json", ModelError).get("tie_word_embeddings"))
+        self._adapter = {} if adapter is None else {tensor.name: tensor for tensor in _adapter_tensors(adapter)}
+        self._model = _build_without_weights(folder, adapter)
         self.num_layers = len(self._model.model.layers)
 
-    def last_hidden(self, prompts: Sequence[Sequence[int]], done: Callable[[], None]) -> list[torch.Tensor]:
-        """States before the output matrix of all prompts together, [positions, width], as a list of one."""
+    def last_hidden(self, prompts: Sequence[Sequence[int]], layer_done: Callable[[], None]) -> torch.Tensor:
+        """Return the inputs of the output matrix for all prompts, [positions, width]."""
         import torch
         from torch.func import functional_call
 
         inner = self._model.model
         states = [self._embed(ids) for ids in prompts]
-        given = [_given_to_layers(inner, state) for state in states]
+        arguments = [_record_layer_arguments(inner, state) for state in states]
         for number, layer in enumerate(inner.layers):
             weights = self._weights(layer, f"model.layers.{number}.")
-            for which, state in enumerate(states):
-                states[which] = functional_call(layer, weights, (state,), given[which][number])
+            for index, state in enumerate(states):
+                states[index] = functional_call(layer, weights, (state,), arguments[index][number])
             del weights
-            done()
+            layer_done()
         weights = self._weights(inner.norm, "model.norm.")
-        together = torch.cat([functional_call(inner.norm, weights, (state,))[0] for state in states])
-        return [together]
+        return torch.cat([functional_call(inner.norm, weights, (state,))[0] for state in states])
 
-    def head(self, states: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """Logits in slabs of the vocabulary, [positions, rows of the slab]."""
+    def head(self, states: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield logits in slabs of the vocabulary, [positions, rows of the slab]."""
         import torch
         from torch.func import functional_call
 
-        (state,) = states
         module = self._model.lm_head
         if type(module) is not torch.nn.Linear:
-            logits = functional_call(module, self._weights(module, _HEAD), (state,))
+            logits = functional_call(module, self._weights(module, _HEAD), (states,))
             yield from logits.split(_SLAB_ROWS, dim=-1)
             return
         stored = self._stored(f"{_HEAD}weight")
         for start in range(0, stored.shape[0], _SLAB_ROWS):
             rows = self._folder.rows(stored, start, min(stored.shape[0], start + _SLAB_ROWS))
-            yield state @ torch.from_numpy(rows).T
+            yield states @ torch.from_numpy(rows).T
 
     def _embed(self, ids: Sequence[int]) -> torch.Tensor:
         import torch
@@ -176,36 +178,36 @@ class _Layers:
             )
             return embedded
         stored = self._stored(f"{_EMBEDDING}weight")
-        rows = {each: torch.from_numpy(self._folder.rows(stored, each, each + 1)[0]) for each in set(ids)}
-        return torch.stack([rows[each] for each in ids])[None]
+        rows = {token: torch.from_numpy(self._folder.rows(stored, token, token + 1)[0]) for token in set(ids)}
+        return torch.stack([rows[token] for token in ids])[None]
 
     def _weights(self, module: torch.nn.Module, prefix: str) -> dict[str, torch.Tensor]:
-        """Every parameter of a module, read now."""
+        """Read every parameter of a module."""
         import torch
 
-        found: dict[str, torch.Tensor] = {}
+        weights: dict[str, torch.Tensor] = {}
         for name, parameter in module.named_parameters():
             if self._is_absent(prefix + name):
-                found[name] = torch.zeros(parameter.shape)
+                weights[name] = torch.zeros(parameter.shape)
                 continue
             stored = self._stored(prefix + name)
             values = torch.from_numpy(self._folder.rows(stored))
             if values.shape != parameter.shape:
                 raise ModelError(
-                    f"{stored.path}: {stored.name} has the shape {list(stored.shape)}, config.json asks for "
+                    f"{stored.path}: {stored.name} has the shape {list(stored.shape)}, but config.json needs "
                     f"{list(parameter.shape)}",
-                    hint="take weights and config.json from the same model",
+                    hint="copy weights and config.json from the same model",
                 )
-            found[name] = values
-        return found
+            weights[name] = values
+        return weights
 
     def _is_absent(self, name: str) -> bool:
-        """A matrix of a target that the adapter's file leaves out: PEFT starts it at no change, so that zeros do."""
+        """Return whether the adapter's file lacks this matrix. PEFT starts it without change, so zeros replace it."""
         low_rank = any(f".{part}." in name for part in _MATRICES)
         return low_rank and _ADAPTER + ".".join(_parts(name, _ACTIVE)) not in self._adapter
 
     def _stored(self, name: str) -> StoredTensor:
-        """Where the parameter that PEFT and transformers call so lies."""
+        """Return the stored tensor of a parameter by its name in PEFT and transformers."""
         parts = _parts(name)
         tensors: Mapping[str, StoredTensor] = self._folder.tensors
         if _ACTIVE in parts:
@@ -219,7 +221,7 @@ class _Layers:
             raise ModelError(f"{self._folder.folder}: the weights lack {key}", hint="copy or download the folder again")
         return tensors[key]
 
-    def __enter__(self) -> _Layers:
+    def __enter__(self) -> _LayeredModel:
         return self
 
     def __exit__(
@@ -229,62 +231,54 @@ class _Layers:
 
 
 def _parts(name: str, *more: str) -> list[str]:
-    """A parameter's name without what PEFT puts into it."""
+    """Split a parameter's name and remove the parts that PEFT inserts."""
     return [part for part in name.split(".") if part not in ("base_layer", "original_module", "modules_to_save", *more)]
-
-
-def _config(folder: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder / 'config.json'} cannot be read: {error}") from error
-    return content if isinstance(content, dict) else {}
 
 
 def _adapter_tensors(folder: Path) -> Iterator[StoredTensor]:
     for tensor in read_adapter_header(folder / "adapter_model.safetensors"):
-        # The magnitude's ending came with a later version of PEFT.
+        # Later versions of PEFT end the name of the magnitude with .weight.
         name = tensor.name + ".weight" * tensor.name.endswith("lora_magnitude_vector")
         yield replace(tensor, name=name)
 
 
-def _without_weights(folder: Path, adapter: Path | None) -> Any:
-    """The model of transformers on torch's device without memory, with PEFT's layers where there is an adapter."""
+def _build_without_weights(folder: Path, adapter: Path | None) -> Any:
+    """Build the model, with PEFT's layers if there is an adapter, on torch's meta device."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    # It is no weight and computed from the configuration.
+    # The rotary embedding is no weight; it is computed from the configuration.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
     if adapter is not None:
         from peft import PeftConfig, get_peft_model
 
         options = PeftConfig.from_pretrained(str(adapter))
         options.inference_mode = True
-        options.base_model_name_or_path = None  # where it is found now is no news
+        options.base_model_name_or_path = None  # PEFT must not look for the base
         with torch.device("meta"):
             get_peft_model(model, options, adapter_name=_ACTIVE, low_cpu_mem_usage=True)
         model.eval()
     return model
 
 
-def _given_to_layers(inner: Any, state: torch.Tensor) -> list[dict[str, Any]]:
-    """What the model's own forward pass gives each layer beside the states."""
+def _record_layer_arguments(inner: Any, state: torch.Tensor) -> list[dict[str, Any]]:
+    """Run the model's forward pass and return the keyword arguments of every layer."""
     import torch
 
-    class Noting(torch.nn.Module):  # type: ignore[misc]
-        given: Mapping[str, Any] = {}
+    class Recorder(torch.nn.Module):  # type: ignore[misc]
+        arguments: Mapping[str, Any] = {}
 
-        def forward(self, hidden: torch.Tensor, **given: Any) -> torch.Tensor:
-            self.given = given
+        def forward(self, hidden: torch.Tensor, **arguments: Any) -> torch.Tensor:
+            self.arguments = arguments
             return hidden
 
-    noting = [Noting() for _ in inner.layers]
-    with _replaced(inner, layers=torch.nn.ModuleList(noting), norm=torch.nn.Identity()):
+    recorders = [Recorder() for _ in inner.layers]
+    with _replaced(inner, layers=torch.nn.ModuleList(recorders), norm=torch.nn.Identity()):
         inner(inputs_embeds=state, use_cache=False)
-    return [dict(each.given) for each in noting]
+    return [dict(recorder.arguments) for recorder in recorders]
 
 
 @contextmanager

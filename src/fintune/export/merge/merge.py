@@ -1,44 +1,53 @@
-"""An adapter folded into its base, shard by shard: a Hugging Face folder for which no model was ever in memory.
+"""Merge an adapter into its base, shard by shard, and write a Hugging Face folder.
 
-Memory holds a slab of rows and the two matrices of one adapted weight. ``config.json`` is written last, and without it
-a folder is no model: what a killed merge leaves behind cannot be taken for a finished one.
+Memory holds a slab of rows and the two matrices of one adapted weight, never a whole model. ``config.json`` is written
+last, and a folder without it is no model. So an interrupted merge never looks complete.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fintune.export.merge.merged_folder import carry_over, merged_config, read_json, write_json
-from fintune.export.merge.merged_weights import MergedWeights
+from fintune.errors import ModelError
+from fintune.export.merge.merged_weights import EMBEDDING, BaseTransform, MergedWeights
 from fintune.export.merge.rounded_weights import RoundedWeights
-from fintune.export.merge.safetensor_reader import StoredTensor
-from fintune.export.merge.safetensor_writer import SafetensorFile
+from fintune.export.merge.safetensors_files import SafetensorWriter, StoredTensor
+from fintune.models import chat_template as chat
+from fintune.models.folder import check_unquantised
+from fintune.models.chat_template import read_chat_template, special_token_texts, turn_ending
 from fintune.util.disk import name_full_disk, require_space
+from fintune.util.files import read_json, write_atomically
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
 
 _SLAB_ELEMENTS = 4 << 20
 _INDEX = "model.safetensors.index.json"
 _WHAT = "the merged model"
+_TOKENIZER = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"),
+    *("chat_template*", "*.jinja"),
+)
+_LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did.
+    """The result of a merge.
 
     Attributes:
         dtype: Type of the stored weights.
-        num_tensors: Tensors of the folder.
-        num_moved: Tensors that the adapter changed.
-        num_bytes: Bytes of weights written.
-        moved_share: Share of the numbers of those tensors that differ from the base's after rounding to ``dtype``.
-        untied: Whether input and output embedding were one tensor and are two now.
+        num_tensors: Number of tensors in the folder.
+        num_moved: Number of tensors that the adapter changed.
+        num_bytes: Bytes of weights that were written.
+        moved_share: Share of the values of the adapted tensors that differ from the base after rounding to ``dtype``.
+        untied: Whether input and output embedding were one tensor in the base and are two now.
     """
 
     dtype: str
@@ -55,38 +64,36 @@ def merge_folders(
     folder: Path,
     *,
     dtype: str = "auto",
-    transform: Callable[[StoredTensor, NDArray[np.float32]], NDArray[np.float32]] | None = None,
+    transform: BaseTransform | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
-    """Write base + adapter as a Hugging Face folder of the same shards.
+    """Write base + adapter as a Hugging Face folder with the shards of the base.
 
     Args:
         base: Hugging Face folder with 16 or 32-bit weights.
         adapter: PEFT folder, LoRA or DoRA.
         folder: An existing folder to write into.
-        dtype: "bfloat16", "float16", "float32", or "auto": that of most of the base's numbers.
-        transform: See :class:`~fintune.export.merge.merged_weights.MergedWeights`.
-        progress: Called with (bytes written, bytes in all).
-
-    Returns:
-        What was written.
+        dtype: "bfloat16", "float16", "float32", or "auto" for the type of most values of the base.
+        transform: Change of the base weights before the merge; see
+            :class:`~fintune.export.merge.merged_weights.MergedWeights`.
+        progress: Called with (bytes written, total bytes).
 
     Raises:
-        ModelError: A base or adapter that cannot be read, that do not belong together, or values that ``dtype`` cannot
-            hold.
-        ArtifactError: A weight that the adapter should change and does not.
+        ModelError: Base or adapter cannot be read, they do not belong together, or ``dtype`` cannot hold a value.
+        ArtifactError: The adapter does not change a weight that it adapts.
         ResourceError: The disk is too small.
     """
     (folder / "config.json").unlink(missing_ok=True)
-    tied = bool(read_json(base / "config.json").get("tie_word_embeddings", False))
+    tied = bool(read_json(base / "config.json", ModelError).get("tie_word_embeddings", False))
+    check_unquantised(base)
     with MergedWeights(base, adapter, transform=transform) as merged:
         weights = RoundedWeights(merged, dtype, counts_all=True)
         total = sum(prod(t.shape) for t in weights.tensors.values()) * (4 if weights.dtype == "float32" else 2)
         require_space(folder, total, _WHAT)
         with name_full_disk(folder, _WHAT):
             _write_shards(merged, weights, folder, total, progress)
-        weights.check()
-        carry_over(base, adapter, folder)
+        weights.check_read()
+        copy_metadata(base, adapter, folder)
         write_json(folder / "config.json", merged_config(base, merged, weights.dtype))
         num_tensors, untied = len(weights.tensors), tied and not merged.tied
     return MergeReport(weights.dtype, num_tensors, weights.num_moved, total, weights.moved_share, untied)
@@ -99,17 +106,17 @@ def _write_shards(
     total: int,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Files as the base has them; what an adapter saved lies where the base's tensor did."""
+    """Write the files of the base. A tensor that the adapter replaces goes to the file of the base's tensor."""
     shards: dict[str, list[StoredTensor]] = {}
     for name, tensor in weights.tensors.items():
         shards.setdefault(merged.shard_of(name), []).append(tensor)
     done = 0
     for shard, tensors in shards.items():
-        with SafetensorFile(folder / shard, {t.name: t.shape for t in tensors}, weights.dtype) as file:
+        with SafetensorWriter(folder / shard, {t.name: t.shape for t in tensors}, weights.dtype) as file:
             for tensor in tensors:
                 step = max(1, _SLAB_ELEMENTS * tensor.shape[0] // prod(tensor.shape))
                 for start in range(0, tensor.shape[0], step):
-                    stored = weights.stored(tensor, start, min(tensor.shape[0], start + step))
+                    stored = weights.stored_rows(tensor, start, min(tensor.shape[0], start + step))
                     file.write(stored)
                     done += stored.nbytes
                     if progress is not None:
@@ -118,3 +125,72 @@ def _write_shards(
         weight_map = {tensor.name: shard for shard, tensors in shards.items() for tensor in tensors}
         content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(folder / _INDEX, content)
+
+
+def copy_metadata(base: Path, adapter: Path, folder: Path) -> None:
+    """Copy tokenizer, chat template, generation settings and licence.
+
+    The tokenizer comes from the adapter if the adapter has one, because it was trained with it.
+    """
+    tokenizer = adapter if (adapter / "tokenizer.json").is_file() else base
+    for pattern in _TOKENIZER:
+        for path in sorted(tokenizer.glob(pattern)):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
+    for path in sorted(base.iterdir()):
+        if path.is_file() and (path.name == "generation_config.json" or path.name.upper().startswith(_LICENCES)):
+            shutil.copyfile(path, folder / path.name)
+
+
+def merged_config(base: Path, weights: MergedWeights, dtype: str) -> dict[str, Any]:
+    """Return the ``config.json`` of the merged model.
+
+    Raises:
+        ModelError: The base's ``config.json`` cannot be read.
+    """
+    config = read_json(base / "config.json", ModelError)
+    # transformers 4 reads torch_dtype and rope_theta. If version 5 did not write them, it silently uses its defaults.
+    merged = config | {"dtype": dtype, "torch_dtype": dtype}
+    theta = (config.get("rope_parameters") or {}).get("rope_theta")
+    if theta is not None:
+        merged.setdefault("rope_theta", theta)
+    if config.get("tie_word_embeddings") and not weights.tied:
+        merged["tie_word_embeddings"] = False
+    if EMBEDDING in weights.tensors and "vocab_size" in config:
+        merged["vocab_size"] = weights.tensors[EMBEDDING].shape[0]
+    return merged
+
+
+def has_padding_token(folder: Path) -> bool:
+    """Return whether the tokenizer's files name a padding token that neither begins nor ends a text or a turn."""
+    special = special_token_texts(folder)
+    template = read_chat_template(folder)
+    pad = special["pad_token"]
+    ending = turn_ending(template, special) if template is not None else ""
+    return bool(pad) and pad not in (special["eos_token"], special["bos_token"]) and pad not in ending
+
+
+def write_special_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the padding token and the tokens that end an answer into the configuration files of a merged folder.
+
+    Args:
+        folder: The merged folder.
+        tokenizer: Its tokenizer, with a padding token that ends nothing.
+    """
+    stops = list(chat.end_of_turn_ids(tokenizer))
+    changes: dict[str, dict[str, Any]] = {
+        "config.json": {"pad_token_id": tokenizer.pad_token_id},
+        "generation_config.json": {
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": stops if len(stops) > 1 else stops[0],
+        },
+        "tokenizer_config.json": {"pad_token": tokenizer.pad_token},
+    }
+    for name, change in changes.items():
+        path = folder / name
+        write_json(path, (read_json(path, ModelError) if path.is_file() else {}) | change)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a configuration file in the form of transformers, atomically."""
+    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

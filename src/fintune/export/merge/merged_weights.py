@@ -1,25 +1,28 @@
-"""Base weights with an adapter folded in, read row by row as if they lay in a folder: nothing is merged beforehand.
+"""Base weights with an adapter merged in, computed row by row while they are read.
 
 The sums are those of PEFT's ``merge_and_unload`` in float32, bit for bit: the product of the two matrices, times the
-scale, plus the weight; with DoRA each row is then brought to its trained length. Where the adapter changes one of two
-tied embeddings, the two are parted, so that the merged model answers as base and adapter do; PEFT would change both.
+scale, plus the weight. DoRA then scales every row to its trained magnitude. If the adapter changes one of two tied
+embeddings, they become two tensors, because base + adapter answers like that. PEFT would change both.
+
+:class:`NormalFloat` replaces the base weights by those that 4-bit training used (QLoRA, arXiv 2305.14314).
 """
 
 from __future__ import annotations
 
-import json
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from fintune.errors import ModelError, ResourceError
-from fintune.export.gguf.vocab import num_tokens
+from fintune.export.gguf.vocabulary import count_tokens
 from fintune.export.merge.adapter_reader import Adapter, LowRank
-from fintune.export.merge.safetensor_reader import SafetensorFolder, StoredTensor
+from fintune.export.merge.safetensors_files import SafetensorFolder, StoredTensor
 from fintune.models import adapter as adapters
+from fintune.util.files import read_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,28 +31,14 @@ if TYPE_CHECKING:
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
-# Up to this rank every BLAS sums the products of an element in one run, so that numpy's bits are torch's.
+# Up to this rank every BLAS adds the products of an element in one pass, so numpy gives the bits of torch.
 _MAX_PLAIN_RANK = 128
-# Threads are at work on neighbouring tensors.
-_NUM_REMEMBERED = 3
+# Threads work on neighbouring tensors, so the shared parts of several tensors are cached.
+_NUM_CACHED = 3
 
 
-class Weights(Protocol):
-    """Tensors that can be read row by row, by several threads: those of a folder, or of a base with an adapter."""
-
-    @property
-    def tensors(self) -> Mapping[str, StoredTensor]:
-        """Name -> shape, type and place."""
-
-    def rows(self, tensor: StoredTensor, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
-        """Rows ``start`` to ``stop`` (axis 0) as float32."""
-
-    def check(self) -> None:
-        """Called when all rows were read.
-
-        Raises:
-            ArtifactError: They are not what they should be.
-        """
+BaseTransform = Callable[[StoredTensor, "NDArray[np.float32]"], "NDArray[np.float32]"]
+"""Change of a whole base weight: (tensor, values) -> values of the same shape."""
 
 
 class MergedWeights:
@@ -58,17 +47,17 @@ class MergedWeights:
     Args:
         base: Hugging Face folder.
         adapter: PEFT folder.
-        transform: Applied to the whole of each base weight before the adapter, such as what 4-bit training saw; None
-            leaves the weights alone.
+        transform: Change of every base weight before the adapter is added, such as :class:`NormalFloat`; None keeps
+            the weights.
 
     Attributes:
         adapter: The adapter.
-        tensors: Base tensors in the base's order, replaced ones with their new shape; with an output embedding of its
-            own where the adapter parts it from the input's.
-        tied: Whether the two embeddings still are one tensor.
+        tensors: Name -> tensor, in the base's order. Replaced tensors have their new shape. If the adapter unties the
+            embeddings, the output embedding is a tensor of its own.
+        tied: Whether the two embeddings are still one tensor.
 
     Raises:
-        ModelError: Unreadable base or adapter, or an adapter of another base.
+        ModelError: Base or adapter is unreadable, or the adapter belongs to another base.
     """
 
     def __init__(
@@ -76,19 +65,19 @@ class MergedWeights:
         base: Path,
         adapter: Path,
         *,
-        transform: Callable[[StoredTensor, NDArray[np.float32]], NDArray[np.float32]] | None = None,
+        transform: BaseTransform | None = None,
     ) -> None:
         self.adapter = Adapter(adapter)
         self._base = SafetensorFolder(base)
         adapters.check_adapter_base(base, adapter)
-        tied = self._is_tied(base)
+        tied = bool(read_json(base / "config.json", ModelError).get("tie_word_embeddings"))
         self._transform = transform
         self._changes = dict(self.adapter.changes)
         self._saved = dict(self.adapter.saved)
         self._lock = threading.RLock()
-        self._whole: dict[str, dict[str, NDArray[np.float32]]] = {}
+        self._cache: dict[str, dict[str, NDArray[np.float32]]] = {}
         self.tensors: dict[str, StoredTensor] = dict(self._base.tensors)
-        self.tied = tied and not self._parts_embeddings()
+        self.tied = tied and not self._unties_embeddings()
         if tied and not self.tied and HEAD not in self.tensors:
             self.tensors[HEAD] = replace(self.tensors[EMBEDDING], name=HEAD)
         if self.tied:
@@ -97,23 +86,16 @@ class MergedWeights:
         for name, saved in self._saved.items():
             self.tensors[name] = replace(saved, name=name)
         self._check_vocabulary()
-        # The order of a folder that is read: by shard, then by name.
+        # The order of SafetensorFolder: by shard, then by name.
         self.tensors = {name: self.tensors[name] for name in sorted(self.tensors, key=lambda n: (self.shard_of(n), n))}
 
-    @staticmethod
-    def _is_tied(base: Path) -> bool:
-        try:
-            return bool(json.loads((base / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings"))
-        except (OSError, ValueError, AttributeError) as error:
-            raise ModelError(f"{base / 'config.json'} cannot be read: {error}") from error
-
-    def _parts_embeddings(self) -> bool:
-        """Tied weights of which only one was trained, or each by itself, are two tensors from then on."""
+    def _unties_embeddings(self) -> bool:
+        """Return whether only one of two tied embeddings was trained, or both separately."""
         embedding, head = self._saved.get(EMBEDDING), self._saved.get(HEAD)
         resized = embedding is not None and head is None and embedding.shape != self.tensors[EMBEDDING].shape
         alike = embedding is not None and head is not None and self._are_equal(embedding, head)
         if not (resized or alike or self.adapter.ties_weights):
-            return any(name in found for name in (EMBEDDING, HEAD) for found in (self._changes, self._saved))
+            return any(name in changed for name in (EMBEDDING, HEAD) for changed in (self._changes, self._saved))
         change, saved = self._changes.pop(HEAD, None), self._saved.pop(HEAD, None)
         if change is not None:
             self._changes.setdefault(EMBEDDING, change)
@@ -135,47 +117,49 @@ class MergedWeights:
 
     def _check_fits(self) -> None:
         adapter, base = self.adapter, self._base.folder
-        where, missing = f"{adapter.folder} was trained on {adapter.base_name}, not on {base}: it", "is not there"
+        subject, missing = f"{adapter.folder} was trained on {adapter.base_name}, not on {base}: it", "is missing there"
         hint: str | None = "name the base model that the adapter was trained on"
         if adapters.is_base_of(base, adapter.base_name):
-            where, missing, hint = str(adapter.folder), f"{base} does not have", None
+            subject, missing, hint = str(adapter.folder), f"{base} does not have", None
         for name, saved in self._saved.items():
             tensor = self.tensors.get(name)
             if tensor is None:
-                raise ModelError(f"{where} replaces {name}, which {missing}", hint=hint)
-            # Only a vocabulary may have grown; whatever else differs is another model's.
+                raise ModelError(f"{subject} replaces {name}, which {missing}", hint=hint)
+            # Only the vocabulary may have grown. Any other difference means another model.
             resized = name in (EMBEDDING, HEAD) and tensor.shape[1:] == saved.shape[1:]
             if tensor.shape != saved.shape and not resized:
-                raise ModelError(f"{where} replaces {_unlike(name, tensor.shape, saved.shape)}", hint=hint)
+                raise ModelError(f"{subject} replaces {_describe_shapes(name, tensor.shape, saved.shape)}", hint=hint)
         for name, change in self._changes.items():
             tensor = self._saved.get(name) or self.tensors.get(name)
             if tensor is None:
-                raise ModelError(f"{where} adapts {name.removesuffix('.weight')}, which {missing}", hint=hint)
+                raise ModelError(f"{subject} adapts {name.removesuffix('.weight')}, which {missing}", hint=hint)
             if name in (EMBEDDING, HEAD) and tensor.shape[0] != change.shape[0] and tensor.shape[1] == change.shape[1]:
                 raise ModelError(
                     f"{adapter.folder} was trained with a vocabulary of {change.shape[0]} tokens, {base} "
                     f"has {tensor.shape[0]}, and the resized embeddings were not saved with the adapter",
-                    hint="save it again from the training, with PEFT's save_embedding_layers=True",
+                    hint="save the adapter again from the training, with PEFT's save_embedding_layers=True",
                 )
             if tensor.shape != change.shape:
-                raise ModelError(f"{where} adapts {_unlike(name, tensor.shape, change.shape)}", hint=hint)
+                raise ModelError(f"{subject} adapts {_describe_shapes(name, tensor.shape, change.shape)}", hint=hint)
 
     def _check_vocabulary(self) -> None:
-        """Each token of the tokenizer that the merged folder gets has a row, of both embeddings."""
+        """Check that both embeddings have a row for every token of the merged folder's tokenizer."""
         adapter, base = self.adapter.folder, self._base.folder
-        own = num_tokens(adapter)
-        asked = num_tokens(base) if own is None else own
-        if asked is None:
+        of_adapter = count_tokens(adapter)
+        required = count_tokens(base) if of_adapter is None else of_adapter
+        if required is None:
             return
-        # A tensor that is not there is not this family's, or the other's twin.
-        rows = min((self.tensors[name].shape[0] for name in (EMBEDDING, HEAD) if name in self.tensors), default=asked)
-        if asked <= rows:
+        # A missing tensor has another name in this architecture, or is tied to the other one.
+        rows = min(
+            (self.tensors[name].shape[0] for name in (EMBEDDING, HEAD) if name in self.tensors), default=required
+        )
+        if required <= rows:
             return
-        if own is None:
-            raise ModelError(f"{base}: the tokenizer has {asked} tokens, but the model only {rows}")
+        if of_adapter is None:
+            raise ModelError(f"{base}: the tokenizer has {required} tokens, but the model has only {rows} rows")
         raise ModelError(
-            f"{adapter} was trained with a tokenizer of {asked} tokens, {base} has {rows}, and the embeddings of the "
-            "others were not saved with the adapter",
+            f"{adapter} was trained with a tokenizer of {required} tokens, {base} has {rows}, and the embeddings of "
+            "the other tokens were not saved with the adapter",
             hint="save the adapter with save_embedding_layers=True",
         )
 
@@ -185,18 +169,18 @@ class MergedWeights:
         return frozenset(self._changes) | frozenset(self._saved)
 
     def base_rows(self, tensor: StoredTensor, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
-        """Rows without the low-rank change (a replaced tensor is read as replaced)."""
+        """Return rows ``start`` to ``stop`` without the low-rank change. A replaced tensor gives the replacement."""
         if self._transform is None or tensor.name in self._saved:
             return self._base.rows(tensor, start, stop)
         transform = self._transform
         return self._once(tensor.name, "base", lambda: transform(tensor, self._base.rows(tensor)))[start:stop]
 
     def rows(self, tensor: StoredTensor, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
-        """Rows ``start`` to ``stop`` of the merged tensor, float32.
+        """Return rows ``start`` to ``stop`` of the merged tensor as float32.
 
         Raises:
             ModelError: A file ended early.
-            ResourceError: DoRA or a rank above 128 without torch.
+            ResourceError: DoRA or a rank above 128 needs torch, which is not installed.
         """
         weight = self.base_rows(tensor, start, stop)
         change = self._changes.get(tensor.name)
@@ -213,12 +197,12 @@ class MergedWeights:
         return (magnitude[start:stop] / _norms(merged))[:, None] * merged
 
     def original_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32] | None:
-        """The base's own rows, None where the adapter has more of them than the base."""
+        """Return the base's own rows, or None if the base does not have them because the vocabulary grew."""
         stored = self._base.tensors.get(name) or self._base.tensors[EMBEDDING]
         return self._base.rows(stored, start, stop) if stop <= stored.shape[0] else None
 
     def shard_of(self, name: str) -> str:
-        """Name of the base's file that holds the tensor, or did before it was replaced."""
+        """Return the name of the base's file that holds the tensor, or the tensor that it replaces."""
         return (self._base.tensors.get(name) or self._base.tensors[EMBEDDING]).path.name
 
     def _delta(self, name: str, change: LowRank, start: int, stop: int) -> NDArray[np.float32]:
@@ -240,15 +224,15 @@ class MergedWeights:
         merged = self.base_rows(tensor) + self._delta(tensor.name, change, 0, tensor.shape[0])
         return _norms(merged.T)
 
-    def _once(self, name: str, what: str, make: Callable[[], NDArray[np.float32]]) -> NDArray[np.float32]:
-        """What all rows of a tensor share, made once while its rows are read; that of the oldest tensor is dropped."""
+    def _once(self, name: str, part: str, compute: Callable[[], NDArray[np.float32]]) -> NDArray[np.float32]:
+        """Return a part that all rows of a tensor share, from a cache of the last few tensors."""
         with self._lock:
-            if name not in self._whole and len(self._whole) >= _NUM_REMEMBERED:
-                del self._whole[next(iter(self._whole))]
-            known = self._whole.setdefault(name, {})
-            if what not in known:
-                known[what] = make()
-            return known[what]
+            if name not in self._cache and len(self._cache) >= _NUM_CACHED:
+                del self._cache[next(iter(self._cache))]
+            parts = self._cache.setdefault(name, {})
+            if part not in parts:
+                parts[part] = compute()
+            return parts[part]
 
     def __enter__(self) -> MergedWeights:
         return self
@@ -256,16 +240,16 @@ class MergedWeights:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._whole.clear()
+        self._cache.clear()
         self._base.__exit__(kind, error, trace)
 
 
-def _unlike(name: str, here: Sequence[int], there: Sequence[int]) -> str:
-    return f"{name}, which has the shape {list(here)} here and {list(there)} in the adapter"
+def _describe_shapes(name: str, base: Sequence[int], adapter: Sequence[int]) -> str:
+    return f"{name}, which has the shape {list(base)} in the base and {list(adapter)} in the adapter"
 
 
 def _norms(rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Length of each row; torch's, because each library sums in an order of its own."""
+    """Return the length of every row. torch computes it, because the order of the sum differs between libraries."""
     torch = _torch("DoRA")
     norms: NDArray[np.float32] = torch.linalg.norm(torch.from_numpy(rows), dim=1).numpy()
     return norms
@@ -283,3 +267,67 @@ def _torch(what: str) -> Any:
     except ImportError as error:
         raise ResourceError(f"merging {what} needs torch", hint='pip install "fintune[train]"') from error
     return torch
+
+
+class NormalFloat:
+    """Round trip of matrices through 4-bit NormalFloat with double quantisation, a :data:`BaseTransform`.
+
+    Embeddings and vectors do not change, as in 4-bit training.
+
+    Attributes:
+        max_difference: Largest absolute difference to the base weights so far.
+    """
+
+    def __init__(self) -> None:
+        self.max_difference = 0.0
+        self._squares = self._difference_squares = 0.0
+        self._measured: set[str] = set()
+
+    @property
+    def relative_rms(self) -> float:
+        """Root mean square of the difference, divided by that of the weights."""
+        return math.sqrt(self._difference_squares / self._squares) if self._squares else 0.0
+
+    def __call__(self, tensor: StoredTensor, weight: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Quantise and dequantise one tensor.
+
+        Args:
+            tensor: The tensor.
+            weight: Its values, float32, of any shape.
+
+        Raises:
+            ResourceError: bitsandbytes is missing.
+        """
+        if len(tensor.shape) != 2 or tensor.name in (EMBEDDING, HEAD):
+            return weight
+        import torch
+
+        try:
+            from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+        except ImportError as error:
+            raise ResourceError(
+                "computing the weights of 4-bit training needs bitsandbytes", hint="pip install bitsandbytes"
+            ) from error
+        packed, state = quantize_4bit(
+            torch.from_numpy(weight), blocksize=64, compress_statistics=True, quant_type="nf4"
+        )
+        rounded: NDArray[np.float32] = dequantize_4bit(packed, state).numpy()
+        if tensor.name not in self._measured:
+            self._measured.add(tensor.name)
+            difference = rounded - weight
+            self.max_difference = max(self.max_difference, float(abs(difference).max()))
+            self._squares += float((weight.astype(float) ** 2).sum())
+            self._difference_squares += float((difference.astype(float) ** 2).sum())
+        return rounded
+
+
+def describe_merge_base(quantised: NormalFloat | None) -> dict[str, str | Mapping[str, float]]:
+    """Return the manifest's entries about the weights into which the adapter was merged.
+
+    Args:
+        quantised: The transform of the base weights, or None if the base's own weights were used.
+    """
+    if quantised is None:
+        return {"merged_into": "16-bit base"}
+    difference = {"relative_rms": quantised.relative_rms, "largest": quantised.max_difference}
+    return {"merged_into": "base dequantised from 4 bits", "base_difference": difference}

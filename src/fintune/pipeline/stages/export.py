@@ -14,23 +14,18 @@ from typing import Any
 from fintune.config import Config
 from fintune.errors import ArtifactError, ConfigError, ModelError
 from fintune.export.gguf import llama_cpp_checkout
-from fintune.export.gguf.export import ExportReport
-from fintune.export.gguf.export import export as write_gguf
-from fintune.export.gguf.importance import Importance, read_importance
-from fintune.export.gguf.importance_collect import collect_importance
-from fintune.export.gguf.modelfile import modelfile
-from fintune.export.merge.dequantised import NormalFloat, merged_into
-from fintune.export.merge.merged_folder import (
-    carry_over,
-    has_own_padding,
+from fintune.export.gguf.imatrix import ImportanceMatrix, compute_imatrix, read_imatrix
+from fintune.export.gguf.modelfile import render_modelfile
+from fintune.export.gguf.writer import ExportReport, write_gguf
+from fintune.export.merge.merge import (
+    copy_metadata,
+    has_padding_token,
     merged_config,
-    read_json,
-    settle_special_tokens,
     write_json,
+    write_special_tokens,
 )
-from fintune.export.merge.merged_model import fill_layers
-from fintune.export.merge.merged_weights import MergedWeights
-from fintune.export.merge.rounded_weights import RoundedWeights
+from fintune.export.merge.merged_weights import MergedWeights, NormalFloat, describe_merge_base
+from fintune.export.merge.rounded_weights import RoundedWeights, load_merged_weights
 from fintune.manifest import Facts
 from fintune.models import adapter as adapters
 from fintune.models import load as models
@@ -38,6 +33,7 @@ from fintune.pipeline import disk_estimate
 from fintune.training import full
 from fintune.util.console import Bar, bar, say, track
 from fintune.util.disk import require_space
+from fintune.util.files import read_json
 from fintune.util.memory import peak_memory_bytes, release_memory, reset_peak_memory, resident_memory_bytes
 from fintune.util.text import format_bytes
 
@@ -81,7 +77,7 @@ def export(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
         facts["importance_peak_memory_bytes"] = peak_memory_bytes()
         release_memory()
         reset_peak_memory()
-    weighed = None if importance is None else read_importance(importance)
+    weighed = None if importance is None else read_imatrix(importance)
     adapter = None if "merge" in inputs else inputs["train"] / "adapter"
     return facts | _stream(config, inputs.get("merge"), adapter, folder, weighed)
 
@@ -114,12 +110,12 @@ def export_model(config: Config, folder: Path, *, adapter: Path | None = None) -
         adapters.check_base_name(config.model.name, adapter)
         adapters.check_adapter_base(ref.path, adapter, name=config.model.name)
     importance = config.export.importance_file
-    weighed = None if importance is None else read_importance(importance)
+    weighed = None if importance is None else read_imatrix(importance)
     return _stream(config, None if adapter is not None else ref.path, adapter, folder, weighed)
 
 
 def _stream(
-    config: Config, model: Path | None, adapter: Path | None, folder: Path, weighed: Importance | None
+    config: Config, model: Path | None, adapter: Path | None, folder: Path, weighed: ImportanceMatrix | None
 ) -> Facts:
     """One reading of a folder, or of the configuration's model with an adapter."""
     facts: Facts = {}
@@ -131,7 +127,7 @@ def _stream(
     else:
         with _merged_while_read(config, adapter, folder, seen) as (place, weights):
             report, notes = _write(config, place, weights, folder, weighed)
-        facts |= merged_into(seen)
+        facts |= describe_merge_base(seen)
     grown = max(0, peak_memory_bytes() - before)
     if grown > MEMORY_LIMIT_BYTES:
         notes.append(
@@ -170,14 +166,14 @@ def _compute_importance(config: Config, inputs: Mapping[str, Path], path: Path) 
         seen = NormalFloat() if config.merge.into == "dequantised" else None
         with MergedWeights(base.path, inputs["train"] / "adapter", transform=seen) as weights:
             rounded = RoundedWeights(weights, config.merge.dtype)
-            fill_layers(model, rounded, track(rounded.tensors.values(), "merge", len(rounded.tensors)))
+            load_merged_weights(model, rounded, track(rounded.tensors.values(), "merge", len(rounded.tensors)))
     rows = load_from_disk(str(inputs["prepare"] / "tokens" / "train"))
     texts = track((row["input_ids"] for row in rows), "importance", len(rows))
-    return collect_importance(model, texts, path, dataset="train", max_tokens=IMPORTANCE_TOKENS)
+    return compute_imatrix(model, texts, path, dataset="train", max_tokens=IMPORTANCE_TOKENS)
 
 
 def _write(
-    config: Config, model: Path, weights: RoundedWeights | None, folder: Path, importance: Importance | None
+    config: Config, model: Path, weights: RoundedWeights | None, folder: Path, importance: ImportanceMatrix | None
 ) -> tuple[ExportReport, list[str]]:
     outputs = {kind: gguf_path(config, folder, kind) for kind in config.export.types}
     with bar("export", 1.0) as shown:
@@ -188,7 +184,7 @@ def _write(
             progress=_speed(shown),
             name=config.run.name,
             weights=weights,
-            importance=importance,
+            imatrix=importance,
         )
     return report, [*report.notes, *_write_modelfile(config, model, outputs[config.export.types[-1]])]
 
@@ -196,7 +192,7 @@ def _write(
 def _write_modelfile(config: Config, model: Path, file: Path) -> list[str]:
     """Beside a GGUF file; a note where there can be none, or where it renders otherwise."""
     try:
-        text, unlike = modelfile(model, file.name, context_tokens=config.prompt.max_length)
+        text, unlike = render_modelfile(model, file.name, context_tokens=config.prompt.max_length)
     except ModelError as error:
         # The GGUF files hold the template itself; only Ollama, which has a language of its own, goes without.
         return [f"no Modelfile: {error}"]
@@ -206,18 +202,18 @@ def _write_modelfile(config: Config, model: Path, file: Path) -> list[str]:
 
 def _by_checkout(config: Config, path: Path, model: Path, folder: Path) -> Facts:
     """Merged folder -> a file that holds it exactly -> the quantised ones, by llama.cpp's own tools."""
-    checkout = llama_cpp_checkout.check(path, config.export.types)
+    checkout = llama_cpp_checkout.check_checkout(path, config.export.types)
     outputs = {kind: gguf_path(config, folder, kind) for kind in config.export.types}
-    merged = read_json(model / "config.json")
+    merged = read_json(model / "config.json", ModelError)
     started = time.monotonic()
-    llama_cpp_checkout.export(
+    llama_cpp_checkout.export_with_checkout(
         checkout,
         model,
         outputs,
         name=config.run.name,
         dtype=str(merged.get("dtype") or merged.get("torch_dtype")),
         threads=config.export.threads or os.cpu_count(),
-        importance=config.export.importance_file,
+        imatrix=config.export.importance_file,
     )
     notes = _write_modelfile(config, model, outputs[config.export.types[-1]])
     for note in notes:
@@ -252,11 +248,11 @@ def _merged_while_read(
         # The name under which the merge stage's folder is known: what the file says of itself may come from there.
         model = Path(place) / "merge"
         model.mkdir()
-        carry_over(ref.path, adapter, model)
+        copy_metadata(ref.path, adapter, model)
         write_json(model / "config.json", merged_config(ref.path, merged, weights.dtype))
-        if not has_own_padding(model):
+        if not has_padding_token(model):
             beside = replace(ref, path=model)
-            settle_special_tokens(model, models.load_tokenizer(beside))
+            write_special_tokens(model, models.load_tokenizer(beside))
         yield model, weights
 
 

@@ -12,9 +12,8 @@ from fintune.config import Config
 from fintune.errors import ArtifactError
 from fintune.evaluation.questions import regression_prompts
 from fintune.export.merge import layerwise
-from fintune.export.merge.dequantised import NormalFloat, merged_into
-from fintune.export.merge.merge import MergeReport, merge_folders
-from fintune.export.merge.merged_folder import settle_special_tokens
+from fintune.export.merge.merge import MergeReport, merge_folders, write_special_tokens
+from fintune.export.merge.merged_weights import NormalFloat, describe_merge_base
 from fintune.models import adapter as adapters
 from fintune.models import chat_template as chat
 from fintune.models import load as models
@@ -96,7 +95,7 @@ def _fold(config: Config, base: Path, adapter: Path, folder: Path, golden: Seque
             progress=_shares(shown.advance),
         )
     tokenizer = models.load_tokenizer(models.fetch(str(folder)), trust_remote_code=trust)
-    settle_special_tokens(folder, tokenizer)
+    write_special_tokens(folder, tokenizer)
 
     proof = _prove((base, adapter), (folder, None), _encoded(tokenizer, golden), trust_remote_code=trust)
     return {
@@ -120,7 +119,7 @@ def _convert(config: Config, inputs: Mapping[str, Path], base: Path, trained: Pa
         )
     trust = config.model.trust_remote_code
     tokenizer = models.load_tokenizer(models.fetch(str(folder)), trust_remote_code=trust)
-    settle_special_tokens(folder, tokenizer)
+    write_special_tokens(folder, tokenizer)
     golden = _encoded(tokenizer, _golden_of(inputs["prepare"] / "eval.jsonl"))
     proof = _prove((trained, None), (folder, None), golden, trust_remote_code=trust)
     return {
@@ -142,11 +141,11 @@ def _prove(
     trust_remote_code: bool,
 ) -> dict[str, Any]:
     """Both models on the golden prompts in float32: layer by layer, or whole where the family is not known."""
-    by_layers = all(layerwise.can_compare(*each) for each in (expected, found))
+    by_layers = all(layerwise.can_compare_layers(*each) for each in (expected, found))
     with quiet_libraries():
         if by_layers:
             with bar("proof, layer by layer", 1.0) as shown:
-                agreement = layerwise.compare(expected, found, golden, progress=shown.advance)
+                agreement = layerwise.compare_layers(expected, found, golden, progress=shown.advance)
         else:
             agreement = _compare_whole(expected, found, golden, trust_remote_code=trust_remote_code)
     if not isfinite(agreement.max_difference):
@@ -170,7 +169,7 @@ def _compare_whole(
     golden: Sequence[Sequence[int]],
     *,
     trust_remote_code: bool,
-) -> layerwise.Agreement:
+) -> layerwise.LogitAgreement:
     import torch
 
     logits: list[list[torch.Tensor]] = []
@@ -183,7 +182,7 @@ def _compare_whole(
         del model
         gc.collect()
     pairs = list(zip(*logits, strict=True))
-    return layerwise.Agreement(
+    return layerwise.LogitAgreement(
         # Python's max would lose what is no number.
         max_difference=float(torch.stack([(a - b).abs().max() for a, b in pairs]).max()),
         num_same=sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in pairs),
@@ -199,7 +198,7 @@ def _facts(report: MergeReport, seen: NormalFloat | None) -> dict[str, Any]:
         "moved_share": report.moved_share,
         "weight_bytes": report.num_bytes,
         "embeddings_parted": report.untied,
-        **merged_into(seen),
+        **describe_merge_base(seen),
     }
 
 

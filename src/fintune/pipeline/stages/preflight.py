@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING
 from fintune.config import Config
 from fintune.errors import ModelError
 from fintune.export.gguf import llama_cpp_checkout
-from fintune.export.gguf.families import ModelConfig
-from fintune.export.gguf.probe_strings import probe_strings
-from fintune.export.gguf.vocab import read_vocabulary
-from fintune.export.gguf.vocab_file import TokenizerKeys, read_converted, write_vocabulary_file
+from fintune.export.gguf.architectures import ModelConfig
+from fintune.export.gguf.vocabulary import (
+    TokenizerMetadata,
+    read_converted_vocabulary,
+    read_vocabulary,
+    write_vocabulary_file,
+)
 from fintune.manifest import Facts
 from fintune.models import chat_template as chat
 from fintune.models import load as models
-from fintune.models.tokenizer_check import check_tokenizer_against_llama_cpp
+from fintune.models.tokenizer_check import check_tokenizer_against_llama_cpp, probe_strings
 from fintune.records import Message
 from fintune.util.console import say
 from fintune.util.files import write_atomically
@@ -62,16 +65,16 @@ def preflight(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts
         return _check(ref.path, tokenizer, _vocabulary(config, ref.path, Path(place)), folder)
 
 
-def _vocabulary(config: Config, model: Path, place: Path) -> TokenizerKeys:
+def _vocabulary(config: Config, model: Path, place: Path) -> TokenizerMetadata:
     """As the export will write it: by this package, or by the user's llama.cpp checkout."""
     if config.export.llama_cpp_path is None:
         return read_vocabulary(model, ModelConfig(model).vocab_size)
-    checkout = llama_cpp_checkout.check(config.export.llama_cpp_path)
-    llama_cpp_checkout.convert(checkout, model, place / "converted.gguf", vocabulary_only=True)
-    return read_converted(place / "converted.gguf")
+    checkout = llama_cpp_checkout.check_checkout(config.export.llama_cpp_path)
+    llama_cpp_checkout.convert_model(checkout, model, place / "converted.gguf", vocabulary_only=True)
+    return read_converted_vocabulary(place / "converted.gguf")
 
 
-def _check(model: Path, tokenizer: PreTrainedTokenizerBase, vocabulary: TokenizerKeys, folder: Path) -> Facts:
+def _check(model: Path, tokenizer: PreTrainedTokenizerBase, vocabulary: TokenizerMetadata, folder: Path) -> Facts:
     if vocabulary.chat_template is None or vocabulary.chat_template != tokenizer.chat_template:
         raise ModelError(
             f"{model}: the chat template of the GGUF would not be the one that is trained with",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fintune.config import Config
 from fintune.errors import ArtifactError
-from fintune.export.gguf.replay import Agreement, GgufReplay, compare, from_logits
+from fintune.export.verify import GgufReplay, TokenAgreement, compare_distributions, distribution_from_logits
 from fintune.inference.likelihood import Reader
 from fintune.manifest import Facts
 from fintune.models import adapter as adapters
@@ -74,8 +74,10 @@ def replay(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
     references = _logits(model, rows, "what was trained")
     targets = [row.ids[position] for row in rows for position in row.positions]
 
-    def own(logits: Sequence[NDArray[np.float32]]) -> Agreement:
-        return compare(references, [from_logits(each, target) for each, target in zip(logits, targets, strict=True)])
+    def own(logits: Sequence[NDArray[np.float32]]) -> TokenAgreement:
+        return compare_distributions(
+            references, [distribution_from_logits(each, target) for each, target in zip(logits, targets, strict=True)]
+        )
 
     found = {}
     if adapter is not None:
@@ -98,7 +100,7 @@ def replay(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
                 for row in track(rows, f"replay of {kind}", len(rows))
                 for each in file.distributions(row.ids, row.positions)
             ]
-        found[kind] = compare(references, answers)
+        found[kind] = compare_distributions(references, answers)
     dequantised = config.merge.into == "dequantised"
     facts: Facts = {
         "reference": f"{'what was trained' if whole else 'base + adapter'}{' in 4 bits' if dequantised else ''}",
@@ -108,7 +110,7 @@ def replay(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
     return _judged(facts, found, config, folder)
 
 
-def _judged(facts: Facts, found: Mapping[str, Agreement], config: Config, folder: Path) -> Facts:
+def _judged(facts: Facts, found: Mapping[str, TokenAgreement], config: Config, folder: Path) -> Facts:
     # Another model by intent, which is nothing to fail for.
     found = {
         kind: each for kind, each in found.items() if kind != "base" or math.isfinite(each.mean_kl * each.perplexity)
@@ -137,7 +139,7 @@ def _judged(facts: Facts, found: Mapping[str, Agreement], config: Config, folder
     return facts
 
 
-def _summary(found: Mapping[str, Agreement], files: Mapping[str, Agreement]) -> str:
+def _summary(found: Mapping[str, TokenAgreement], files: Mapping[str, TokenAgreement]) -> str:
     same = ", ".join(f"{kind} {each.same_best_token_share:.1%} (KL {each.mean_kl:.2g})" for kind, each in files.items())
     if "base" not in found:
         return f"same best token: {same}"
@@ -159,7 +161,7 @@ def _called(kind: str, config: Config) -> str:
     return "the merged folder" if kind == "merged" else f"{config.run.name}-{kind}.gguf"
 
 
-def _check_finite(kind: str, found: Agreement, config: Config) -> None:
+def _check_finite(kind: str, found: TokenAgreement, config: Config) -> None:
     figures = {"KL": found.mean_kl, "perplexity": found.perplexity}
     lost = [f"{name} {value}" for name, value in figures.items() if not math.isfinite(value)]
     if not lost:
@@ -175,7 +177,7 @@ def _check_finite(kind: str, found: Agreement, config: Config) -> None:
     )
 
 
-def _num_other(each: Agreement) -> int:
+def _num_other(each: TokenAgreement) -> int:
     return round((1 - each.same_best_token_share) * each.num_positions)
 
 

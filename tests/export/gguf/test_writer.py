@@ -16,8 +16,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fintune.errors import ModelError, ResourceError
-from fintune.export.gguf import export as module
-from fintune.export.gguf.export import export, predict_bytes
+from fintune.export.gguf import writer as module
+from fintune.export.gguf.writer import predict_gguf_bytes, write_gguf
 from support.gguf_cases import BUILTIN, BUILTIN_KINDS, CASES, write_case
 from support.synthetic import lora_of, write_folder
 from support.tiny import patch_json
@@ -63,12 +63,12 @@ def test_files_of_the_built_in_model_are_those_of_llama_cpps_own_tools(builtin_m
 
 def compare_with_upstream(folder: Path, case: str, work: Path) -> None:
     outputs = {kind: work / f"{kind}.gguf" for kind in UPSTREAM[case]}
-    export(folder, outputs, threads=2, name="Tiny Model 1")
+    write_gguf(folder, outputs, threads=2, name="Tiny Model 1")
     assert {kind: hashlib.sha256(path.read_bytes()).hexdigest() for kind, path in outputs.items()} == UPSTREAM[case]
 
 
 def test_f16_holds_the_source_with_query_rows_interleaved(llama_folder, tmp_path):
-    export(llama_folder, {"F16": tmp_path / "m.gguf"})
+    write_gguf(llama_folder, {"F16": tmp_path / "m.gguf"})
     source, stored = load_file(llama_folder / "model.safetensors"), tensors(tmp_path / "m.gguf")
     assert len(stored) == len(source)
     assert np.array_equal(values(stored["output.weight"]), source["lm_head.weight"])
@@ -81,14 +81,14 @@ def test_f16_holds_the_source_with_query_rows_interleaved(llama_folder, tmp_path
 
 
 def test_slabs_smaller_than_a_matrix_change_nothing(llama_folder, tmp_path, monkeypatch):
-    export(llama_folder, {"Q4_K_M": tmp_path / "whole.gguf"}, name="m")
+    write_gguf(llama_folder, {"Q4_K_M": tmp_path / "whole.gguf"}, name="m")
     monkeypatch.setattr(module, "_SLAB_ELEMENTS", 256 * 70)
-    export(llama_folder, {"Q4_K_M": tmp_path / "slabs.gguf"}, name="m")
+    write_gguf(llama_folder, {"Q4_K_M": tmp_path / "slabs.gguf"}, name="m")
     assert (tmp_path / "whole.gguf").read_bytes() == (tmp_path / "slabs.gguf").read_bytes()
 
 
 def test_quantised_values_are_near_the_source(llama_folder, tmp_path):
-    export(llama_folder, {"Q4_K_M": tmp_path / "q.gguf", "F32": tmp_path / "f.gguf"})
+    write_gguf(llama_folder, {"Q4_K_M": tmp_path / "q.gguf", "F32": tmp_path / "f.gguf"})
     exact, near = tensors(tmp_path / "f.gguf"), tensors(tmp_path / "q.gguf")
     errors = {name: np.sqrt(np.mean((values(near[name]) - values(exact[name])) ** 2)) for name in exact}
     spread = {name: np.std(values(exact[name])) for name in exact}
@@ -98,29 +98,29 @@ def test_quantised_values_are_near_the_source(llama_folder, tmp_path):
 
 def test_several_types_in_one_reading_equal_each_alone(llama_folder, tmp_path):
     kinds = ("Q4_K_M", "F16", "Q8_0")
-    together = export(llama_folder, {kind: tmp_path / f"{kind}.gguf" for kind in kinds}, threads=2)
+    together = write_gguf(llama_folder, {kind: tmp_path / f"{kind}.gguf" for kind in kinds}, threads=2)
     assert [file.kind for file in together.files] == list(kinds)
     for file in together.files:
-        export(llama_folder, {file.kind: tmp_path / "alone.gguf"}, threads=1)
+        write_gguf(llama_folder, {file.kind: tmp_path / "alone.gguf"}, threads=1)
         assert file.path.read_bytes() == (tmp_path / "alone.gguf").read_bytes()
 
 
 def test_the_size_is_known_beforehand(llama_folder, tmp_path):
-    report = export(llama_folder, {kind: tmp_path / kind for kind in ("F16", "Q5_K_M")})
+    report = write_gguf(llama_folder, {kind: tmp_path / kind for kind in ("F16", "Q5_K_M")})
     sizes = [file.path.stat().st_size for file in report.files]
-    assert predict_bytes(llama_folder, ["F16", "Q5_K_M"]) == sum(sizes)
+    assert predict_gguf_bytes(llama_folder, ["F16", "Q5_K_M"]) == sum(sizes)
     assert sizes == [file.num_bytes for file in report.files]
 
 
 def test_progress_ends_at_all_bytes_of_the_weights(llama_folder, tmp_path):
     seen: list[tuple[int, int]] = []
-    report = export(llama_folder, {"F16": tmp_path / "m"}, progress=lambda done, total: seen.append((done, total)))
+    report = write_gguf(llama_folder, {"F16": tmp_path / "m"}, progress=lambda done, total: seen.append((done, total)))
     assert seen == sorted(seen) and seen[-1] == (report.num_bytes_read, report.num_bytes_read)
     assert report.num_bytes_read == sum(t.nbytes for t in load_file(llama_folder / "model.safetensors").values())
 
 
 def test_template_and_end_of_turn_are_in_the_file(llama_folder, tmp_path):
-    report = export(llama_folder, {"Q8_0": tmp_path / "m.gguf"}, name="A name")
+    report = write_gguf(llama_folder, {"Q8_0": tmp_path / "m.gguf"}, name="A name")
     fields = {name: field.contents() for name, field in gguf.GGUFReader(tmp_path / "m.gguf").fields.items()}
     assert fields["tokenizer.chat_template"] == (llama_folder / "chat_template.jinja").read_text()
     ids = [fields[f"tokenizer.ggml.{kind}_token_id"] for kind in ("eos", "bos", "padding")]
@@ -131,7 +131,7 @@ def test_template_and_end_of_turn_are_in_the_file(llama_folder, tmp_path):
 def test_a_replaced_end_token_is_told(llama_folder, tmp_path):
     folder = shutil.copytree(llama_folder, tmp_path / "model")
     patch_json(folder / "tokenizer_config.json", eos_token="<|endoftext|>")
-    report = export(folder, {"F16": tmp_path / "m.gguf"})
+    report = write_gguf(folder, {"F16": tmp_path / "m.gguf"})
     assert report.eos_token == "<|im_end|>" and "not the tokenizer's <|endoftext|>" in report.notes[0]
     assert gguf.GGUFReader(tmp_path / "m.gguf").fields["tokenizer.ggml.eos_token_id"].contents() == 2
 
@@ -145,9 +145,9 @@ def test_values_that_f16_cannot_hold_leave_the_old_file(llama_folder, tmp_path):
     target.parent.mkdir()
     target.write_text("old")
     with pytest.raises(ModelError, match=r"layers\.2\.mlp\.up_proj\.weight .* not finite in F16"):
-        export(folder, {"F16": target})
+        write_gguf(folder, {"F16": target})
     assert [path.name for path in target.parent.iterdir()] == ["m.gguf"] and target.read_text() == "old"
-    export(folder, {"BF16": target})
+    write_gguf(folder, {"BF16": target})
     assert target.read_bytes().startswith(b"GGUF")
 
 
@@ -157,7 +157,7 @@ def test_an_interrupted_export_leaves_nothing(llama_folder, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        export(llama_folder, {"F16": tmp_path / "a.gguf", "Q8_0": tmp_path / "b.gguf"}, progress=interrupt)
+        write_gguf(llama_folder, {"F16": tmp_path / "a.gguf", "Q8_0": tmp_path / "b.gguf"}, progress=interrupt)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -165,7 +165,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(llama_folde
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ResourceError, match=r"no space for the GGUF files: .* 1 kB is free"):
-        export(llama_folder, {"F16": tmp_path / "m.gguf"})
+        write_gguf(llama_folder, {"F16": tmp_path / "m.gguf"})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -175,30 +175,30 @@ def test_a_disk_that_fills_up_is_one_line(llama_folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ResourceError, match="the disk is full"):
-        export(llama_folder, {"F16": tmp_path / "m.gguf"})
+        write_gguf(llama_folder, {"F16": tmp_path / "m.gguf"})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_is_missing_is_one_line(llama_folder, tmp_path):
-    with pytest.raises(ResourceError, match="no such folder to write"):
-        export(llama_folder, {"F16": tmp_path / "none" / "m.gguf"})
+    with pytest.raises(ResourceError, match="no such folder for"):
+        write_gguf(llama_folder, {"F16": tmp_path / "none" / "m.gguf"})
     with pytest.raises(ModelError, match="no weights"):
-        export(tmp_path, {"F16": tmp_path / "m.gguf"})
+        write_gguf(tmp_path, {"F16": tmp_path / "m.gguf"})
 
 
 def test_an_unknown_type_lists_those_that_are_known(llama_folder, tmp_path):
     with pytest.raises(ModelError, match=r"'Q4': known: F32, F16"):
-        export(llama_folder, {"Q4": tmp_path / "m.gguf"})
+        write_gguf(llama_folder, {"Q4": tmp_path / "m.gguf"})
     with pytest.raises(ModelError, match=r"'Q4': known: F32, F16"):
-        predict_bytes(llama_folder, ["Q4"])
+        predict_gguf_bytes(llama_folder, ["Q4"])
 
 
 def test_a_vocabulary_resized_on_one_side_only_is_refused(llama_folder, tmp_path):
     folder = shutil.copytree(llama_folder, tmp_path / "model")
     rows = json.loads((folder / "config.json").read_text())["vocab_size"]
     patch_json(folder / "config.json", vocab_size=rows + 8)
-    with pytest.raises(ModelError, match=f"embedding has {rows} rows, config.json says vocab_size {rows + 8}"):
-        export(folder, {"F16": tmp_path / "m.gguf"})
+    with pytest.raises(ModelError, match=f"embedding has {rows} rows, but config.json has vocab_size {rows + 8}"):
+        write_gguf(folder, {"F16": tmp_path / "m.gguf"})
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from Linux")
@@ -209,12 +209,12 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
         adapter = lora_of(base, tmp_path / f"adapter{num_layers}")
         code = f"""
 from pathlib import Path
-from fintune.export.gguf.export import export
+from fintune.export.gguf.writer import write_gguf
 from fintune.export.merge.merged_weights import MergedWeights
 from fintune.export.merge.rounded_weights import RoundedWeights
 base, adapter = Path({str(base)!r}), Path({str(adapter)!r})
 with MergedWeights(base, adapter) as merged:
-    export(base, {{"Q8_0": base / "m.gguf"}}, threads=2, weights=RoundedWeights(merged, "auto"))
+    write_gguf(base, {{"Q8_0": base / "m.gguf"}}, threads=2, weights=RoundedWeights(merged, "auto"))
 print(*(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
         done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

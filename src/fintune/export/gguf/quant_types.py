@@ -1,8 +1,8 @@
-"""Which tensor gets which type in a file of a given kind: llama.cpp's mixtures.
+"""llama.cpp's quantisation types: the storage type of every tensor in a file of a given type.
 
-A kind such as Q4_K_M is a mixture: most matrices in Q4_K, some in Q6_K. The rules follow ``src/llama-quant.cpp`` of
-llama.cpp (``tensor_allows_quantization``, ``llama_tensor_get_type_impl``, ``tensor_type_fallback``) for dense
-models; mixtures of experts have further rules and are not served here.
+A type such as Q4_K_M stores most matrices as Q4_K and some as Q6_K. The rules are those of ``src/llama-quant.cpp`` of
+llama.cpp (``tensor_allows_quantization``, ``llama_tensor_get_type_impl``, ``tensor_type_fallback``) for dense models.
+Mixture-of-experts models have further rules and are not supported.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from fintune.export.gguf.ggml import TYPES
 
 
 @dataclass(frozen=True)
-class Mixture:
-    """A kind of GGUF file.
+class QuantType:
+    """One type of GGUF file.
 
     Attributes:
         file_type: llama.cpp's ``llama_ftype`` number, written as ``general.file_type``.
-        base: Type of a matrix without a rule of its own.
-        quantised: Whether llama.cpp's quantiser makes it from a converted file; it then orders tensors by layer.
+        base: Storage type of every matrix that no rule names.
+        quantised: Whether llama.cpp's quantiser writes this type. The quantiser orders tensors by layer.
     """
 
     file_type: int
@@ -30,57 +30,57 @@ class Mixture:
     quantised: bool = True
 
 
-MIXTURES: dict[str, Mixture] = {
-    "F32": Mixture(0, "F32", quantised=False),
-    "F16": Mixture(1, "F16", quantised=False),
-    "BF16": Mixture(32, "BF16", quantised=False),
-    "Q8_0": Mixture(7, "Q8_0"),
-    "Q6_K": Mixture(18, "Q6_K"),
-    "Q5_K_M": Mixture(17, "Q5_K"),
-    "Q4_K_M": Mixture(15, "Q4_K"),
-    "Q4_K_S": Mixture(14, "Q4_K"),
-    "Q3_K_M": Mixture(12, "Q3_K"),
+QUANT_TYPES: dict[str, QuantType] = {
+    "F32": QuantType(0, "F32", quantised=False),
+    "F16": QuantType(1, "F16", quantised=False),
+    "BF16": QuantType(32, "BF16", quantised=False),
+    "Q8_0": QuantType(7, "Q8_0"),
+    "Q6_K": QuantType(18, "Q6_K"),
+    "Q5_K_M": QuantType(17, "Q5_K"),
+    "Q4_K_M": QuantType(15, "Q4_K"),
+    "Q4_K_S": QuantType(14, "Q4_K"),
+    "Q3_K_M": QuantType(12, "Q3_K"),
 }
 
-# A row that is no multiple of the block takes the type on the right, then F16.
+# Storage type of a row whose length is no multiple of the block; F16 if that does not fit either.
 _FALLBACK = {"Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 
-def mixture(name: str) -> Mixture:
-    """Look a kind up.
+def quant_type(name: str) -> QuantType:
+    """Look up a type of file by name.
 
     Raises:
-        ModelError: The kind is not known; the hint lists those that are.
+        ModelError: The name is unknown; the hint lists the known ones.
     """
     try:
-        return MIXTURES[name]
+        return QUANT_TYPES[name]
     except KeyError:
-        raise ModelError(f"unknown GGUF type {name!r}", hint=f"known: {', '.join(MIXTURES)}") from None
+        raise ModelError(f"unknown GGUF type {name!r}", hint=f"known: {', '.join(QUANT_TYPES)}") from None
 
 
 def layer_order(name: str) -> tuple[int, str]:
-    """Sort key of llama.cpp's loader: tensors outside the layers first, then by layer number, then by name."""
+    """Return llama.cpp's sort key of a tensor: tensors outside the layers first, then layer number, then name."""
     match = re.match(r"blk\.(\d+)\.", name)
     return (int(match[1]) if match else -1, name)
 
 
 def tensor_types(kind: str, shapes: Mapping[str, tuple[int, ...]], *, is_70b: bool) -> dict[str, str]:
-    """Choose the type of every tensor of a file.
+    """Choose the storage type of every tensor of a file.
 
     Args:
-        kind: A key of :data:`MIXTURES`.
+        kind: A key of :data:`QUANT_TYPES`.
         shapes: GGUF tensor name -> shape, rows first.
-        is_70b: llama.cpp's model size 70B (80 layers, with grouped queries where it is a llama).
+        is_70b: Whether llama.cpp counts the model as its size 70B.
 
     Returns:
-        Tensor name -> key of :data:`fintune.export.gguf.ggml.TYPES`, in the order in which llama.cpp would lay them out
-        (for kinds that are not quantised, in the order given).
+        Tensor name -> key of :data:`fintune.export.gguf.ggml.TYPES`. The order is llama.cpp's for quantised types, and
+        that of ``shapes`` for the others.
 
     Raises:
-        ModelError: The kind is not known.
+        ModelError: The kind is unknown.
     """
-    mix = mixture(kind)
-    names = sorted(shapes, key=layer_order) if mix.quantised else list(shapes)
+    file_kind = quant_type(kind)
+    names = sorted(shapes, key=layer_order) if file_kind.quantised else list(shapes)
     tied = "output.weight" not in shapes
     num_values = sum(".attn_v.weight" in name for name in names)
     num_layers = 1 + max((layer_order(name)[0] for name in names), default=-1)
@@ -91,19 +91,19 @@ def tensor_types(kind: str, shapes: Mapping[str, tuple[int, ...]], *, is_70b: bo
         if len(shape) < 2 or not name.endswith(".weight") or name.endswith("_norm.weight"):
             chosen[name] = "F32"
             continue
-        kind_of_tensor = mix.base
-        if mix.quantised:
+        storage_type = file_kind.base
+        if file_kind.quantised:
             if name == "output.weight" or (tied and name == "token_embd.weight"):
-                kind_of_tensor = _output_type(mix.base, shape[-1])
+                storage_type = _output_type(file_kind.base, shape[-1])
             elif ".attn_v.weight" in name:
-                kind_of_tensor = _value_type(kind, mix.base, index_value, num_values, is_70b)
+                storage_type = _value_type(kind, file_kind.base, index_value, num_values, is_70b)
                 index_value += 1
             elif ".ffn_down." in name:
-                kind_of_tensor = _down_type(kind, mix.base, index_down, num_layers)
+                storage_type = _down_type(kind, file_kind.base, index_down, num_layers)
                 index_down += 1
             elif ".attn_output." in name and kind == "Q3_K_M":
-                kind_of_tensor = "Q4_K"
-        chosen[name] = _fitting(kind_of_tensor, shape[-1])
+                storage_type = "Q4_K"
+        chosen[name] = _fitting(storage_type, shape[-1])
     return chosen
 
 
@@ -122,7 +122,7 @@ def _value_type(kind: str, base: str, index: int, count: int, is_70b: bool) -> s
     elif kind == "Q3_K_M":
         chosen = "Q5_K" if index < 2 else "Q4_K"
     if is_70b and chosen in ("Q3_K", "Q4_K"):
-        # Eight heads share a value matrix there: more bits cost next to nothing.
+        # Eight heads share a value matrix in these models, so more bits cost next to nothing.
         chosen = "Q5_K"
     return chosen
 

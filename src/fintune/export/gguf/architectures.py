@@ -1,7 +1,7 @@
-"""The model families that can be exported: tensor names, metadata, and what is rearranged.
+"""The model architectures that can be exported: tensor names, metadata and the order of rows.
 
-A row of :data:`FAMILIES` is all that a family needs. Source of names and keys: llama.cpp's GGUF specification
-(``docs/gguf.md`` of ggml) and the converter's behaviour for these families.
+A new architecture needs one row in :data:`ARCHITECTURES`. Source of names and keys: the GGUF specification
+(``docs/gguf.md`` of ggml) and llama.cpp's converter.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Family:
-    """How one Hugging Face ``model_type`` becomes a GGUF architecture.
+class Architecture:
+    """The conversion of one Hugging Face ``model_type`` to a GGUF architecture.
 
     Attributes:
         arch: llama.cpp's architecture name.
-        permutes_qk: llama.cpp rotates neighbouring pairs in this architecture, so rows of q and k are interleaved.
+        permutes_qk: Whether rows of q and k are interleaved, because llama.cpp rotates neighbouring pairs.
         writes_rope_dimension: Whether the vocabulary size and the rotary dimension are written.
-        required: Tensors of each layer that must be there, as Hugging Face names them.
-        default_head_dim: Width of a head that transformers assumes where config.json is silent: a number, "split" for
-            the hidden size shared among the heads, None where the family has no such key.
+        required: Tensors that every layer must have, by their Hugging Face names.
+        default_head_dim: Head width that transformers assumes if config.json has none: a number, or "split" for the
+            hidden size divided by the number of heads. None if the architecture has no such key.
     """
 
     arch: str
@@ -42,7 +42,7 @@ class Family:
     default_head_dim: int | Literal["split"] | None
 
 
-# Hugging Face's name within a layer -> GGUF's.
+# Hugging Face's name in a layer -> GGUF's.
 _LAYER_NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -65,33 +65,34 @@ _DENSE = tuple(f"{name}.weight" for name in _LAYER_NAMES if not name.endswith(("
 _QKV_BIAS = ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias")
 _QK_NORM = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
 
-FAMILIES: dict[str, Family] = {
-    "llama": Family("llama", True, True, _DENSE, "split"),
-    "mistral": Family("llama", True, True, _DENSE, "split"),
-    "qwen2": Family("qwen2", False, False, _DENSE + _QKV_BIAS, None),
-    "qwen3": Family("qwen3", False, False, _DENSE + _QK_NORM, 128),
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": Architecture("llama", True, True, _DENSE, "split"),
+    "mistral": Architecture("llama", True, True, _DENSE, "split"),
+    "qwen2": Architecture("qwen2", False, False, _DENSE + _QKV_BIAS, None),
+    "qwen3": Architecture("qwen3", False, False, _DENSE + _QK_NORM, 128),
 }
 
 
 class ModelConfig:
-    """``config.json`` of a Hugging Face folder, checked for what the export needs.
+    """The ``config.json`` of a Hugging Face folder, with the values that an export needs.
 
     Args:
         folder: The model's folder.
 
     Attributes:
-        family: Row of :data:`FAMILIES`.
-        num_layers: Decoder layers.
-        num_heads: Query heads.
-        num_kv_heads: Key and value heads.
+        architecture: Row of :data:`ARCHITECTURES`.
+        num_layers: Number of decoder layers.
+        num_heads: Number of query heads.
+        num_kv_heads: Number of key and value heads.
         head_dim: Width of a head.
-        writes_head_dim: Whether it is written as key and value length.
-        vocab_size: Rows of the embedding.
+        writes_head_dim: Whether the head width is written as key and value length.
+        vocab_size: Number of rows of the embedding.
         tied: Whether input and output embedding are one tensor.
-        rope: Rotary parameters in transformers' newer form, the older keys folded in.
+        rope: Rotary parameters in the form of transformers 5; keys of older versions are included.
 
     Raises:
-        ModelError: Missing or unreadable file, unknown family, missing key, rotary scaling that is not served.
+        ModelError: The file is missing or unreadable, the model type is unknown, a key is missing, or the rotary
+            scaling is not supported.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -104,17 +105,18 @@ class ModelConfig:
             raise ModelError(f"{self.path}: unreadable: {error}") from error
         self._raw: dict[str, Any] = raw if isinstance(raw, dict) else {}
         model_type = self._raw.get("model_type")
-        if model_type not in FAMILIES:
+        if model_type not in ARCHITECTURES:
             raise ModelError(
                 f"{self.path}: model_type {model_type!r} cannot be exported to GGUF",
-                hint=f"known: {', '.join(FAMILIES)}; others need a llama.cpp checkout: export.llama_cpp_path=FOLDER",
+                hint=f"known: {', '.join(ARCHITECTURES)}; others need a llama.cpp checkout: "
+                "export.llama_cpp_path=FOLDER",
             )
-        self.family = FAMILIES[model_type]
+        self.architecture = ARCHITECTURES[model_type]
         self.num_layers = self.integer("num_hidden_layers")
         self.num_heads = self.integer("num_attention_heads")
-        # Only Llama's configuration has a default that does not depend on the version of transformers.
+        # The default of the other architectures depends on the version of transformers.
         self.num_kv_heads = self.integer("num_key_value_heads", self.num_heads if model_type == "llama" else None)
-        default_head_dim = self.family.default_head_dim
+        default_head_dim = self.architecture.default_head_dim
         self.writes_head_dim = self._raw.get("head_dim") is not None or default_head_dim is not None
         split = self.integer("hidden_size") // self.num_heads
         self.head_dim = self.integer("head_dim", default_head_dim if isinstance(default_head_dim, int) else split)
@@ -123,7 +125,7 @@ class ModelConfig:
         self.rope = self._read_rope()
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """A whole number of the file, ``default`` where it is absent or null."""
+        """Return an integer of the file, or ``default`` if the key is absent or null."""
         value = self._raw.get(key)
         if value is None:
             value = default
@@ -133,9 +135,11 @@ class ModelConfig:
 
     @property
     def is_70b(self) -> bool:
-        """Whether llama.cpp counts the model as its size 70B, which has a mixture rule of its own."""
+        """Whether llama.cpp counts the model as its size 70B, for which it has a quantisation rule."""
         grouped = self.num_heads != self.num_kv_heads
-        return self.num_layers == 80 and (self.family.arch == "qwen2" or (self.family.arch == "llama" and grouped))
+        return self.num_layers == 80 and (
+            self.architecture.arch == "qwen2" or (self.architecture.arch == "llama" and grouped)
+        )
 
     def _read_rope(self) -> dict[str, Any]:
         rope = dict(self._raw.get("rope_parameters") or self._raw.get("rope_scaling") or {})
@@ -150,7 +154,7 @@ class ModelConfig:
         return rope
 
     def write_metadata(self, writer: GGUFWriter) -> None:
-        """Add the architecture's keys (everything but the tokenizer, the quantisation version and the file type)."""
+        """Add the keys of the architecture: all but the tokenizer, the quantisation version and the file type."""
         import gguf
 
         writer.add_block_count(self.num_layers)
@@ -185,39 +189,39 @@ class ModelConfig:
                 add(rope[key])
 
     def write_rope_dimension(self, writer: GGUFWriter) -> None:
-        """Add the keys that only some architectures carry; llama.cpp's converter puts them after the file type."""
-        if self.family.writes_rope_dimension:
+        """Add the keys that only some architectures have. llama.cpp's converter writes them after the file type."""
+        if self.architecture.writes_rope_dimension:
             writer.add_vocab_size(self.vocab_size)
             writer.add_rope_dimension_count(self.head_dim)
 
 
-def gguf_names(config: ModelConfig, names: Mapping[str, object]) -> dict[str, str]:
-    """Map a folder's tensor names.
+def map_tensor_names(config: ModelConfig, names: Mapping[str, object]) -> dict[str, str]:
+    """Map the tensor names of a folder to GGUF names.
 
     Args:
         config: The model.
-        names: Tensor names of the folder, in its order.
+        names: Tensor names of the folder.
 
     Returns:
-        Hugging Face name -> GGUF name, in the same order, without buffers that GGUF does not carry.
+        Hugging Face name -> GGUF name, in the order of ``names``, without buffers that GGUF does not store.
 
     Raises:
-        ModelError: A tensor that the family does not know, or one that it needs and does not have.
+        ModelError: The architecture does not have one of the tensors, or a required tensor is missing.
     """
     mapped: dict[str, str] = {}
     for name in names:
         if name.endswith(".rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight"):
             continue
-        target = gguf_name(name, config.num_layers)
+        target = gguf_tensor_name(name, config.num_layers)
         if target is None:
             raise ModelError(
-                f"{config.path.parent}: tensor {name} has no place in a {config.family.arch} GGUF",
-                hint="merge an adapter before the export; other architectures need llama.cpp's own tools",
+                f"{config.path.parent}: the architecture {config.architecture.arch} has no tensor {name} in GGUF",
+                hint="merge an adapter before the export; another architecture needs llama.cpp's own tools",
             )
         mapped[name] = target
     needed = [name for name in _OTHER_NAMES if name != "lm_head.weight" or not config.tied]
     for layer in range(config.num_layers):
-        needed += [f"model.layers.{layer}.{name}" for name in config.family.required]
+        needed += [f"model.layers.{layer}.{name}" for name in config.architecture.required]
     missing = [name for name in needed if name not in mapped]
     if missing:
         raise ModelError(
@@ -227,8 +231,8 @@ def gguf_names(config: ModelConfig, names: Mapping[str, object]) -> dict[str, st
     return mapped
 
 
-def gguf_name(name: str, num_layers: int) -> str | None:
-    """GGUF's name of a tensor that Hugging Face names so, None where there is none."""
+def gguf_tensor_name(name: str, num_layers: int) -> str | None:
+    """Return the GGUF name of a tensor by its Hugging Face name, or None if GGUF has no such tensor."""
     if name in _OTHER_NAMES:
         return _OTHER_NAMES[name]
     match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
@@ -238,8 +242,8 @@ def gguf_name(name: str, num_layers: int) -> str | None:
 
 
 def heads_to_permute(config: ModelConfig, name: str) -> int | None:
-    """Number of heads whose rows are interleaved in this GGUF tensor, None where rows stay as they are."""
-    if not config.family.permutes_qk:
+    """Return the number of heads whose rows are interleaved in a GGUF tensor, or None if the rows keep their order."""
+    if not config.architecture.permutes_qk:
         return None
     if re.search(r"\.attn_q\.(weight|bias)$", name):
         return config.num_heads
@@ -249,14 +253,15 @@ def heads_to_permute(config: ModelConfig, name: str) -> int | None:
 
 
 def rope_factors(config: ModelConfig) -> NDArray[np.float32] | None:
-    """Per-frequency divisors of Llama 3's rotary scaling, (head_dim / 2,), None for other scalings.
+    """Per-frequency divisors of Llama 3's rotary scaling, (head_dim / 2,), or None for other scalings.
 
-    The power is taken in double and rounded, the rest is single precision: so the bits equal llama.cpp's converter.
+    The power is computed in double precision and rounded; the rest is single precision. This gives the bits of
+    llama.cpp's converter.
     """
     import numpy as np
 
     rope = config.rope
-    if rope["rope_type"] != "llama3" or config.family.arch != "llama":
+    if rope["rope_type"] != "llama3" or config.architecture.arch != "llama":
         return None
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     powers = np.float64(rope["rope_theta"]) ** exponents.astype(np.float64)

@@ -1,16 +1,20 @@
-"""Reads the safetensors files of a Hugging Face folder row by row, with memory bounded by the rows asked for."""
+"""Read and write safetensors files row by row. Memory is bounded by the number of rows that are read at a time.
+
+Source: github.com/huggingface/safetensors, "Format": 8 bytes little-endian header length, a JSON header, then the data.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from fintune.errors import ModelError
 from fintune.models.folder import read_safetensors_header
@@ -24,13 +28,14 @@ _ELEMENT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor lies.
+    """The position of one tensor in a file.
 
     Attributes:
-        shape: Rows first.
+        name: Name of the tensor.
+        shape: Dimensions, rows first.
         dtype: "F32", "F16" or "BF16".
         path: The file.
-        offset: First byte of the data within the file.
+        offset: First byte of the data in the file.
     """
 
     name: str
@@ -45,18 +50,36 @@ class StoredTensor:
         return prod(self.shape) * _ELEMENT_BYTES[self.dtype]
 
 
+class WeightSource(Protocol):
+    """Tensors that several threads can read row by row: those of a folder, or of a base with an adapter."""
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """Name -> shape, type and position."""
+
+    def rows(self, tensor: StoredTensor, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+        """Return rows ``start`` to ``stop`` (axis 0) as float32."""
+
+    def check_read(self) -> None:
+        """Check the weights after all rows were read.
+
+        Raises:
+            ArtifactError: An adapter does not change a weight that it adapts.
+        """
+
+
 class SafetensorFolder:
     """All tensors of a folder, open for reading; use it as a context manager.
 
     Args:
-        folder: Holds ``model.safetensors``, or shards with ``model.safetensors.index.json``.
+        folder: Folder with ``model.safetensors``, or with shards and ``model.safetensors.index.json``.
 
     Attributes:
-        tensors: Name -> place, by shard, then by name.
+        tensors: Name -> position, sorted by shard, then by name.
 
     Raises:
-        ModelError: No weights, a missing shard, a truncated or unreadable file, or weights that are not 16 or 32-bit
-            floats.
+        ModelError: There are no weights, a shard is missing, a file is truncated or unreadable, or weights are not 16
+            or 32-bit floats.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -69,7 +92,7 @@ class SafetensorFolder:
         if not paths:
             raise ModelError(
                 f"{folder}: no weights (model*.safetensors)",
-                hint="give a Hugging Face folder that was saved with safe_serialization",
+                hint="name a Hugging Face folder with safetensors weights",
             )
         for path in paths:
             if not path.is_file():
@@ -87,7 +110,7 @@ class SafetensorFolder:
             )
 
     def rows(self, tensor: StoredTensor, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
-        """Read rows ``start`` to ``stop`` (axis 0) as float32.
+        """Return rows ``start`` to ``stop`` (axis 0) as float32.
 
         Raises:
             ModelError: The file ended early.
@@ -111,11 +134,11 @@ class SafetensorFolder:
             values = (np.frombuffer(buffer, "<u2").astype(np.uint32) << 16).view(np.float32)
         return values.reshape((stop - start, *tensor.shape[1:]))
 
-    def check(self) -> None:
-        """Nothing was merged, so nothing can have stood still."""
+    def check_read(self) -> None:
+        """Do nothing: a folder without an adapter has nothing to check."""
 
     def _file(self, path: Path) -> BinaryIO:
-        # A position belongs to a handle, so each thread has its own.
+        # A file handle has one position, so every thread opens its own.
         key = (path, threading.get_ident())
         if key not in self._files:
             self._files[key] = self._stack.enter_context(path.open("rb"))
@@ -162,3 +185,79 @@ def read_header(path: Path) -> Iterator[StoredTensor]:
         if num_bytes != tensor.num_bytes:
             raise ModelError(f"{path}: tensor {entry.name} has {num_bytes} bytes, its shape says {tensor.num_bytes}")
         yield tensor
+
+
+CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""Name of a type in torch -> in safetensors."""
+
+
+def to_stored(values: NDArray[np.float32], dtype: str) -> NDArray[np.generic]:
+    """Round float32 values to a stored type, ties to even as in torch. bfloat16 is returned as its bits in uint16."""
+    import numpy as np
+
+    if dtype == "float32":
+        return values
+    if dtype == "float16":
+        with np.errstate(over="ignore"):
+            return values.astype(np.float16)
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+    # The rounding above would turn NaN into infinity or zero.
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def from_stored(stored: NDArray[np.generic]) -> NDArray[np.float32]:
+    """Return the float32 values of the result of :func:`to_stored`."""
+    import numpy as np
+
+    if stored.dtype == np.uint16:
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.astype(np.float32)
+
+
+class SafetensorWriter:
+    """A file that is being written; use it as a context manager.
+
+    The file gets its name when the block ends without an error.
+
+    Args:
+        path: The finished file.
+        shapes: Tensor name -> shape, in the order in which the rows will be written.
+        dtype: "float32", "bfloat16" or "float16".
+    """
+
+    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> None:
+        self._path, self._part = path, path.with_name(f".{path.name}.part")
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for name, shape in shapes.items():
+            end = position + prod(shape) * _ELEMENT_BYTES[CODES[dtype]]
+            header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+            position = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self.num_bytes = 8 + len(text) + position
+        self._file = self._part.open("wb")
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def write(self, rows: NDArray[np.generic]) -> None:
+        """Append rows, in the stored type, of the tensor that is next in ``shapes``."""
+        import numpy as np
+
+        self._file.write(np.ascontiguousarray(rows).data)
+
+    def __enter__(self) -> SafetensorWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._file:
+            if kind is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                assert self._file.tell() == self.num_bytes, f"{self._path}: rows are missing"
+        if kind is None:
+            self._part.replace(self._path)
+        else:
+            self._part.unlink(missing_ok=True)

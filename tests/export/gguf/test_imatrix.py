@@ -1,4 +1,4 @@
-"""Importance matrices: formats, what is summed, and llama.cpp's bytes when it quantises with one."""
+"""ImportanceMatrix matrices: formats, what is summed, and llama.cpp's bytes when it quantises with one."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from fintune.errors import DataError, ModelError
-from fintune.export.gguf.export import export
-from fintune.export.gguf.importance import read_importance, write_importance
+from fintune.export.gguf.imatrix import read_imatrix, write_imatrix
+from fintune.export.gguf.writer import write_gguf
 from support.synthetic import importance_of, write_folder
 
 # What llama.cpp's quantiser (in cyllama 0.2.18) made of these folders with these importance matrices.
@@ -31,24 +31,24 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_weighed_files_are_those_of_llama_cpps_own_quantiser(tmp_path, case):
     folder = write_folder(tmp_path / "model", **CASES[case])
-    importance = read_importance(importance_of(folder, tmp_path / "m.gguf"))
+    importance = read_imatrix(importance_of(folder, tmp_path / "m.gguf"))
     outputs = {kind: tmp_path / f"{kind}.gguf" for kind in UPSTREAM[case]}
-    export(folder, outputs, threads=2, name="Tiny Model 1", importance=importance)
+    write_gguf(folder, outputs, threads=2, name="Tiny Model 1", imatrix=importance)
     assert {kind: hashlib.sha256(path.read_bytes()).hexdigest() for kind, path in outputs.items()} == UPSTREAM[case]
 
 
 def test_the_converters_types_know_of_no_importance(llama_folder, tmp_path):
-    importance = read_importance(importance_of(llama_folder, tmp_path / "m.gguf"))
-    export(llama_folder, {"F16": tmp_path / "weighed"}, name="m", importance=importance)
-    export(llama_folder, {"F16": tmp_path / "plain"}, name="m")
+    importance = read_imatrix(importance_of(llama_folder, tmp_path / "m.gguf"))
+    write_gguf(llama_folder, {"F16": tmp_path / "weighed"}, name="m", imatrix=importance)
+    write_gguf(llama_folder, {"F16": tmp_path / "plain"}, name="m")
     assert (tmp_path / "weighed").read_bytes() == (tmp_path / "plain").read_bytes()
 
 
 def test_a_written_matrix_reads_back_as_means(tmp_path):
     sums = {"blk.0.attn_q.weight": np.array([2, 4, 6], np.float32), "blk.0.ffn_up.weight": np.ones(2, np.float32)}
     counts = {"blk.0.attn_q.weight": 2000, "blk.0.ffn_up.weight": 0}
-    write_importance(tmp_path / "m.gguf", sums, counts, datasets=["a.txt", "b.txt"], chunk_size=512)
-    read = read_importance(tmp_path / "m.gguf")
+    write_imatrix(tmp_path / "m.gguf", sums, counts, datasets=["a.txt", "b.txt"], chunk_size=512)
+    read = read_imatrix(tmp_path / "m.gguf")
     assert (read.file, read.dataset, read.num_chunks) == ("m.gguf", "a.txt", 3)
     assert read.columns["blk.0.attn_q.weight"].tolist() == pytest.approx([0.001, 0.002, 0.003])
     # What nothing was routed to counts alike.
@@ -68,11 +68,11 @@ def legacy(entries, trailer: bytes = b"") -> bytes:
 def test_the_older_format_is_read(tmp_path):
     trailer = struct.pack("<ii", 7, 5) + b"a.txt"
     (tmp_path / "m.dat").write_bytes(legacy([("blk.0.attn_q.weight", 4, [2.0, 4.0])], trailer))
-    read = read_importance(tmp_path / "m.dat")
+    read = read_imatrix(tmp_path / "m.dat")
     assert (read.dataset, read.num_chunks) == ("a.txt", 7)
     assert read.columns["blk.0.attn_q.weight"].tolist() == [0.5, 1.0]
     (tmp_path / "old.dat").write_bytes(legacy([("blk.0.attn_q.weight", 0, [2.0])]))
-    read = read_importance(tmp_path / "old.dat")
+    read = read_imatrix(tmp_path / "old.dat")
     assert (read.dataset, read.num_chunks, read.columns["blk.0.attn_q.weight"].tolist()) == (None, 0, [2.0])
 
 
@@ -82,33 +82,33 @@ def test_the_older_format_is_read(tmp_path):
         (b"", "no readable importance matrix"),
         (legacy([("blk.0.attn_q.weight", 1, [1.0, 2.0])])[:-1], "truncated"),
         (legacy([]), "no entries"),
-        (legacy([("blk.0.attn_q.weight", 1, [1.0, float("nan")])]), "values of blk.0.attn_q.weight are not finite"),
-        (legacy([("blk.0.attn_q.weight", 1, [-1.0])]), "below 0"),
+        (legacy([("blk.0.attn_q.weight", 1, [1.0, float("nan")])]), "blk.0.attn_q.weight is negative or not finite"),
+        (legacy([("blk.0.attn_q.weight", 1, [-1.0])]), "blk.0.attn_q.weight is negative"),
         (b"GGUF" + bytes(40), "no readable importance matrix"),
     ],
 )
 def test_a_broken_matrix_is_one_line_that_names_the_file(tmp_path, content, message):
     (tmp_path / "m.dat").write_bytes(content)
     with pytest.raises(ModelError, match=message) as caught:
-        read_importance(tmp_path / "m.dat")
+        read_imatrix(tmp_path / "m.dat")
     assert "m.dat" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_missing_matrix_and_a_models_file_are_refused(llama_folder, tmp_path):
     with pytest.raises(ModelError, match="no readable importance matrix"):
-        read_importance(tmp_path / "none.gguf")
-    export(llama_folder, {"Q8_0": tmp_path / "model.gguf"})
+        read_imatrix(tmp_path / "none.gguf")
+    write_gguf(llama_folder, {"Q8_0": tmp_path / "model.gguf"})
     with pytest.raises(ModelError, match=r"imatrix\.datasets is missing"):
-        read_importance(tmp_path / "model.gguf")
+        read_imatrix(tmp_path / "model.gguf")
 
 
 def test_another_models_matrix_is_refused_before_anything_is_written(llama_folder, tmp_path):
     other = write_folder(tmp_path / "other", hidden_size=320)
-    wider = read_importance(importance_of(other, tmp_path / "m.gguf"))
+    wider = read_imatrix(importance_of(other, tmp_path / "m.gguf"))
     (tmp_path / "out").mkdir()
     with pytest.raises(ModelError, match=r"m\.gguf: 320 values for blk\.0\.\w+\.weight, which has 256 columns"):
-        export(llama_folder, {"Q4_K_M": tmp_path / "out" / "m"}, importance=wider)
-    write_importance(
+        write_gguf(llama_folder, {"Q4_K_M": tmp_path / "out" / "m"}, imatrix=wider)
+    write_imatrix(
         tmp_path / "x.gguf",
         {"blk.99.attn_q.weight": np.ones(4)},
         {"blk.99.attn_q.weight": 1},
@@ -116,7 +116,7 @@ def test_another_models_matrix_is_refused_before_anything_is_written(llama_folde
         chunk_size=1,
     )
     with pytest.raises(ModelError, match="none of its entries is a tensor of this model"):
-        export(llama_folder, {"Q4_K_M": tmp_path / "out" / "m"}, importance=read_importance(tmp_path / "x.gguf"))
+        write_gguf(llama_folder, {"Q4_K_M": tmp_path / "out" / "m"}, imatrix=read_imatrix(tmp_path / "x.gguf"))
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -128,11 +128,11 @@ def loaded(tiny_model):
 
 
 def test_what_is_summed_is_what_each_matrix_is_multiplied_with(loaded, tiny_model, tmp_path):
-    from fintune.export.gguf.importance_collect import collect_importance
+    from fintune.export.gguf.imatrix import compute_imatrix
 
     texts = [[5, 9, 3, 77], [8, 5]]
-    num = collect_importance(loaded, texts, tmp_path / "m.gguf", dataset="texts", max_tokens=100)
-    read = read_importance(tmp_path / "m.gguf")
+    num = compute_imatrix(loaded, texts, tmp_path / "m.gguf", dataset="texts", max_tokens=100)
+    read = read_imatrix(tmp_path / "m.gguf")
     assert num == 6 and len(read.columns) == 14
     # The queries of the first layer see the normalised embeddings, which need no attention to be known.
     weights = load_file(tiny_model / "model.safetensors")
@@ -145,8 +145,8 @@ def test_what_is_summed_is_what_each_matrix_is_multiplied_with(loaded, tiny_mode
 
 
 def test_no_text_is_begun_after_enough_tokens(loaded, tmp_path):
-    from fintune.export.gguf.importance_collect import collect_importance
+    from fintune.export.gguf.imatrix import compute_imatrix
 
-    assert collect_importance(loaded, [[5, 6, 7]] * 9, tmp_path / "m.gguf", dataset="texts", max_tokens=7) == 9
+    assert compute_imatrix(loaded, [[5, 6, 7]] * 9, tmp_path / "m.gguf", dataset="texts", max_tokens=7) == 9
     with pytest.raises(DataError, match="texts holds no text"):
-        collect_importance(loaded, [], tmp_path / "m.gguf", dataset="texts", max_tokens=7)
+        compute_imatrix(loaded, [], tmp_path / "m.gguf", dataset="texts", max_tokens=7)

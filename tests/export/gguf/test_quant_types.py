@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from fintune.errors import ModelError
-from fintune.export.gguf.mixtures import MIXTURES, tensor_types
+from fintune.export.gguf.quant_types import QUANT_TYPES, tensor_types
 
 
 def shapes(num_layers: int, width: int = 256, *, tied: bool = False) -> dict[str, tuple[int, ...]]:
@@ -65,4 +65,4 @@ def test_quantised_files_go_by_layer_number_and_others_keep_the_order():
 def test_an_unknown_type_lists_those_that_are_known():
     with pytest.raises(ModelError, match=r"'Q9_Z': known: F32, F16, .*Q4_K_M") as caught:
         tensor_types("Q9_Z", shapes(1), is_70b=False)
-    assert all(kind in str(caught.value) for kind in MIXTURES)
+    assert all(kind in str(caught.value) for kind in QUANT_TYPES)

@@ -8,9 +8,9 @@ import pytest
 from safetensors.torch import load_file
 
 from fintune.errors import ModelError
-from fintune.export.merge import merged_model
-from fintune.export.merge.merged_model import fill_layers
-from fintune.export.merge.safetensor_reader import SafetensorFolder
+from fintune.export.merge import rounded_weights
+from fintune.export.merge.rounded_weights import load_merged_weights
+from fintune.export.merge.safetensors_files import SafetensorFolder
 from support.tiny import make_tiny_model
 
 torch = pytest.importorskip("torch")
@@ -26,9 +26,9 @@ def loaded(tiny_model):
 @pytest.mark.parametrize("vocab_size", [400, 420])
 def test_embedding_and_layers_become_those_of_the_folder_in_the_models_type(loaded, tmp_path, monkeypatch, vocab_size):
     other = make_tiny_model(tmp_path, seed=7, vocab_size=vocab_size)
-    monkeypatch.setattr(merged_model, "_SLAB_ELEMENTS", 1000)  # several slabs, the last one short
+    monkeypatch.setattr(rounded_weights, "_SLAB_ELEMENTS", 1000)  # several slabs, the last one short
     with SafetensorFolder(other) as weights:
-        fill_layers(loaded, weights)
+        load_merged_weights(loaded, weights)
     own = dict(loaded.named_parameters())
     expected = load_file(other / "model.safetensors")
     assert len(expected["model.embed_tokens.weight"]) == vocab_size
@@ -40,12 +40,12 @@ def test_embedding_and_layers_become_those_of_the_folder_in_the_models_type(load
 def test_a_tensor_of_another_shape_is_refused(loaded, tmp_path):
     wider = make_tiny_model(tmp_path, hidden_size=128)
     with SafetensorFolder(wider) as weights, pytest.raises(ModelError, match=r"has the shape .* not the model's"):
-        fill_layers(loaded, weights)
+        load_merged_weights(loaded, weights)
 
 
 def test_what_a_model_does_not_load_is_passed_over(loaded, tiny_model):
     before = {name: values.clone() for name, values in loaded.state_dict().items()}
     with SafetensorFolder(tiny_model) as weights:
         first = next(iter(weights.tensors.values()))
-        fill_layers(loaded, weights, [replace(first, name="model.layers.0.self_attn.rotary_emb.inv_freq")])
+        load_merged_weights(loaded, weights, [replace(first, name="model.layers.0.self_attn.rotary_emb.inv_freq")])
     assert all(torch.equal(values, before[name]) for name, values in loaded.state_dict().items())

@@ -1,18 +1,18 @@
-"""A Hugging Face tokenizer as GGUF metadata, or a clear refusal.
+"""Hugging Face tokenizers as GGUF metadata.
 
-llama.cpp splits text into words with code of its own, chosen by ``tokenizer.ggml.pre``. The name is found in two ways
-that must agree: by what ``tokenizer.json`` says that it does, and by the hash of the tokens of a probe text, as
-llama.cpp's converter finds it. A tokenizer that lost its Digits step keeps its hash, so the hash alone proves nothing.
+llama.cpp splits text into words with its own code, which ``tokenizer.ggml.pre`` selects. Two methods determine this
+name and must agree: the pre-tokenizer of ``tokenizer.json``, and the hash of the tokens of a probe text, which
+llama.cpp's converter uses. The hash alone proves nothing: a tokenizer without its Digits step has the same hash.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fintune.errors import ModelError
 from fintune.models.chat_template import read_chat_template, special_token_texts, turn_ending
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
     from tokenizers import Tokenizer
 
-# The probe of llama.cpp's converter: the hashes below are of its tokens.
+# The probe text of llama.cpp's converter. The hashes below are those of its tokens.
 _PROBE = (
     "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis concatenated) ✅ 🦙🦙 "
     "3 33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天～ "
@@ -39,7 +39,7 @@ _PRE_BY_HASH = {
     "0fe1cf6eda062318a1af7270f3331a85c539a01778ff948e24388e949c5282f4": "gpt-2",
     "63b97e4253352e6f357cc59ea5b583e3a680eaeaf2632188c2b952de2588485e": "tekken",
 }
-# Names that stand for the same splitting.
+# Other names of the same pre-tokenizer.
 _SAME_SPLIT = {"smaug-bpe": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -49,18 +49,18 @@ _PRE_BY_SPLIT = {_LLAMA3_SPLIT: "llama-bpe", _LLAMA3_SPLIT.replace(r"\p{N}{1,3}"
 
 
 @dataclass(frozen=True)
-class Vocabulary:
-    """What ``tokenizer.*`` of a GGUF file says.
+class GgufVocabulary:
+    """The ``tokenizer.*`` metadata of a GGUF file.
 
     Attributes:
-        folder: Where it was read.
+        folder: The model folder that it was read from.
         pre: llama.cpp's name of the pre-tokenizer.
-        tokens: Text of each id, padded to the rows of the embedding.
-        kinds: llama.cpp's token type of each id (1 normal, 3 control, 4 user-defined, 5 unused).
+        tokens: Token texts in order of id, padded to the rows of the embedding.
+        kinds: llama.cpp's token types in order of id (1 normal, 3 control, 4 user-defined, 5 unused).
         chat_template: Default template, or None.
-        eos_id: The token at which generation ends: the end of a turn where there is a chat template.
-        eos_replaced: The folder's own end token where it is not the end of a turn, else None.
-        model: llama.cpp's name of the kind of tokenizer, which is byte-level BPE.
+        eos_id: Token that ends generation. With a chat template it is the end of a turn.
+        eos_replaced: The folder's own end token if it is not the end of a turn, else None.
+        model: llama.cpp's name of the tokenizer's algorithm, byte-level BPE.
     """
 
     folder: Path
@@ -88,16 +88,16 @@ class Vocabulary:
         special.add_to_gguf(writer, quiet=True)
 
 
-def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
+def read_vocabulary(folder: Path, vocab_size: int) -> GgufVocabulary:
     """Read ``tokenizer.json`` and ``tokenizer_config.json``.
 
     Args:
         folder: A Hugging Face folder.
-        vocab_size: Rows of the embedding; ids without a token are filled with unused ones.
+        vocab_size: Number of rows of the embedding. Ids without a token become unused tokens.
 
     Raises:
-        ModelError: No tokenizer, a kind of tokenizer that is not served, a pre-tokenizer that llama.cpp does not
-            have, more tokens than rows, or a chat template that cannot be rendered.
+        ModelError: There is no tokenizer, its algorithm is not supported, llama.cpp does not have its pre-tokenizer,
+            there are more tokens than rows, or the chat template cannot be rendered.
     """
     from tokenizers import Tokenizer
 
@@ -124,14 +124,17 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
         ids = tokenizer.encode(ending.strip(), add_special_tokens=False).ids
         eos = ids[0] if ids and ids[0] in specials else config_eos
     replaced = config_eos if config_eos is not None and config_eos != eos else None
-    return Vocabulary(folder, pre, tokens, kinds, template, eos, replaced)
+    return GgufVocabulary(folder, pre, tokens, kinds, template, eos, replaced)
 
 
-def num_tokens(folder: Path) -> int | None:
-    """Tokens of a folder's ``tokenizer.json``, added ones included; None where there is none or it counts otherwise.
+def count_tokens(folder: Path) -> int | None:
+    """Count the tokens of a folder's ``tokenizer.json``, added tokens included.
+
+    Returns:
+        The number, or None if there is no such file or its format is unknown.
 
     Raises:
-        ModelError: It is unreadable.
+        ModelError: The file is unreadable.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -150,22 +153,22 @@ def num_tokens(folder: Path) -> int | None:
 
 
 def recognise_pre_tokenizer(tokenizer: Tokenizer, raw: Mapping[str, Any], path: Path) -> str:
-    """llama.cpp's name for the way in which this tokenizer splits text.
+    """Return llama.cpp's name of a tokenizer's pre-tokenizer.
 
     Args:
         tokenizer: The loaded tokenizer.
         raw: The content of ``tokenizer.json``.
-        path: For messages.
+        path: Path of that file, for messages.
 
     Raises:
-        ModelError: The name cannot be told, or structure and hash disagree.
+        ModelError: The name is unknown, or structure and hash disagree.
     """
     model = raw.get("model") or {}
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         raise ModelError(
-            f"{path}: a {model.get('type')} tokenizer with byte fallback or without byte-level BPE is not served",
-            hint="SentencePiece models (Llama 2, TinyLlama, Mistral 7B) go by a llama.cpp checkout, "
-            "export.llama_cpp_path=FOLDER; a run with --skip export trains them without GGUF files",
+            f"{path}: a {model.get('type')} tokenizer with byte fallback or without byte-level BPE is not supported",
+            hint="export SentencePiece models (Llama 2, TinyLlama, Mistral 7B) with a llama.cpp checkout: "
+            "export.llama_cpp_path=FOLDER; or train without GGUF files: --skip export",
         )
     by_structure = _pre_by_structure(raw)
     ids = tokenizer.encode(_PROBE).ids
@@ -173,8 +176,8 @@ def recognise_pre_tokenizer(tokenizer: Tokenizer, raw: Mapping[str, Any], path: 
     by_hash = _PRE_BY_HASH.get(digest)
     if by_hash and by_structure and _SAME_SPLIT.get(by_hash, by_hash) != by_structure:
         raise ModelError(
-            f"{path}: splits text as {by_structure}, but its tokens are those of {by_hash}",
-            hint="its pre_tokenizer was lost or changed: take tokenizer.json from the original model",
+            f"{path}: splits text like {by_structure}, but its tokens are those of {by_hash}",
+            hint="its pre_tokenizer was lost or changed: copy tokenizer.json from the original model",
         )
     name = by_hash or by_structure
     if name is None:
@@ -201,7 +204,7 @@ def _pre_by_structure(raw: Mapping[str, Any]) -> str | None:
         name = "smollm"
     elif kinds == ["Split", "ByteLevel"] and not splits_words and steps[0].get("behavior") == "Isolated":
         name = _PRE_BY_SPLIT.get(str((steps[0].get("pattern") or {}).get("Regex")))
-    # llama.cpp takes whole words of the vocabulary before it merges, but only under the name llama-bpe.
+    # With ignore_merges a word of the vocabulary is not split. llama.cpp does so under the name llama-bpe alone.
     return name if ignores_merges == (name == "llama-bpe") else None
 
 
@@ -212,7 +215,7 @@ def _token_list(tokenizer: Tokenizer, vocab_size: int, path: Path) -> tuple[tupl
     if text_of and max(text_of) >= vocab_size:
         raise ModelError(
             f"{path}: token id {max(text_of)} has no row in an embedding of {vocab_size}",
-            hint="the tokenizer was extended without resizing the model, or belongs to another one",
+            hint="resize the model's embeddings to the tokenizer, or copy the tokenizer of this model",
         )
     added = tokenizer.get_added_tokens_decoder()
     tokens, kinds = [], []
@@ -222,7 +225,7 @@ def _token_list(tokenizer: Tokenizer, vocab_size: int, path: Path) -> tuple[tupl
         if text is None:
             text, kind = f"[PAD{token_id}]", TokenType.UNUSED
         elif token_id in added:
-            # llama.cpp matches such tokens literally, so it needs them as they look after normalising.
+            # llama.cpp matches these tokens literally, so it needs their normalised text.
             if not added[token_id].normalized:
                 ids = tokenizer.encode(text, add_special_tokens=False).ids
                 text = tokenizer.decode(ids, skip_special_tokens=False)
@@ -242,3 +245,128 @@ def _special_ids(folder: Path) -> dict[str, int]:
     import gguf
 
     return dict(gguf.SpecialVocab(folder).special_token_ids)
+
+
+_WIDTH = 32
+
+
+class TokenizerMetadata(Protocol):
+    """The ``tokenizer.*`` metadata of a GGUF file: :class:`GgufVocabulary` or :class:`ConvertedVocabulary`."""
+
+    @property
+    def model(self) -> str:
+        """llama.cpp's name of the tokenizer's algorithm: gpt2 is byte-level BPE, llama is SentencePiece."""
+
+    @property
+    def pre(self) -> str:
+        """llama.cpp's name of the pre-tokenizer."""
+
+    @property
+    def tokens(self) -> Sequence[str]:
+        """Token texts in order of id."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """Default template, or None."""
+
+    @property
+    def eos_id(self) -> int | None:
+        """Token that ends generation, or None."""
+
+    def write_metadata(self, writer: GGUFWriter) -> None:
+        """Add the ``tokenizer.*`` keys."""
+
+
+@dataclass(frozen=True)
+class ConvertedVocabulary:
+    """The ``tokenizer.*`` metadata of a GGUF file that llama.cpp's converter wrote.
+
+    Attributes:
+        path: The file.
+        model: See :class:`TokenizerMetadata`.
+        pre: See :class:`TokenizerMetadata`.
+        tokens: See :class:`TokenizerMetadata`.
+        chat_template: See :class:`TokenizerMetadata`.
+        eos_id: See :class:`TokenizerMetadata`.
+    """
+
+    path: Path
+    model: str
+    pre: str
+    tokens: tuple[str, ...]
+    chat_template: str | None
+    eos_id: int | None
+
+    def write_metadata(self, writer: GGUFWriter) -> None:
+        """Copy the ``tokenizer.*`` keys of the file."""
+        import gguf
+
+        for field in gguf.GGUFReader(self.path).fields.values():
+            if field.name.startswith("tokenizer."):
+                inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+                writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=inner)
+
+
+def read_converted_vocabulary(path: Path) -> ConvertedVocabulary:
+    """Read the vocabulary of a GGUF file, with or without weights.
+
+    Raises:
+        ModelError: The file has no tokens.
+    """
+    import gguf
+
+    fields = gguf.GGUFReader(path).fields
+
+    def value(name: str) -> object:
+        field = fields.get(f"tokenizer.{name}")
+        return None if field is None else field.contents()
+
+    tokens, template, eos = value("ggml.tokens"), value("chat_template"), value("ggml.eos_token_id")
+    if not isinstance(tokens, list):
+        raise ModelError(f"{path} holds no tokenizer", hint="the converter does not support this tokenizer")
+    return ConvertedVocabulary(
+        path,
+        str(value("ggml.model")),
+        str(value("ggml.pre") or value("ggml.model")),
+        tuple(str(token) for token in tokens),
+        template if isinstance(template, str) else None,
+        eos if isinstance(eos, int) else None,
+    )
+
+
+def write_vocabulary_file(vocabulary: TokenizerMetadata, path: Path) -> Path:
+    """Write a GGUF file with a whole vocabulary and a tiny model, to test the tokenizer.
+
+    llama.cpp's server loads no file without weights, so the model is one layer of width 32 with zeros.
+
+    Args:
+        vocabulary: From :func:`read_vocabulary` or :func:`read_converted_vocabulary`.
+        path: The file. An existing file is replaced.
+
+    Returns:
+        ``path``.
+    """
+    import gguf
+    import numpy as np
+
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(128)
+    writer.add_embedding_length(_WIDTH)
+    writer.add_feed_forward_length(_WIDTH)
+    writer.add_head_count(1)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(vocabulary.tokens))
+    vocabulary.write_metadata(writer)
+    matrices = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    shapes: dict[str, tuple[int, ...]] = {f"blk.0.{name}": (_WIDTH, _WIDTH) for name in matrices}
+    shapes |= dict.fromkeys(("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"), (_WIDTH,))
+    shapes["token_embd"] = (len(vocabulary.tokens), _WIDTH)
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", np.zeros(shape, np.float16 if len(shape) == 2 else np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

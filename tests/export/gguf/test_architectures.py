@@ -5,21 +5,27 @@ import numpy as np
 import pytest
 
 from fintune.errors import ModelError
-from fintune.export.gguf.families import FAMILIES, ModelConfig, gguf_names, heads_to_permute, rope_factors
-from fintune.export.merge.safetensor_reader import SafetensorFolder
+from fintune.export.gguf.architectures import (
+    ARCHITECTURES,
+    ModelConfig,
+    heads_to_permute,
+    map_tensor_names,
+    rope_factors,
+)
+from fintune.export.merge.safetensors_files import SafetensorFolder
 from support.synthetic import write_folder
 from support.tiny import patch_json
 
 
 def names_of(folder):
     with SafetensorFolder(folder) as weights:
-        return gguf_names(ModelConfig(folder), weights.tensors)
+        return map_tensor_names(ModelConfig(folder), weights.tensors)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_names_are_those_of_the_gguf_package(tmp_path, model_type):
     names = names_of(write_folder(tmp_path / "m", model_type, num_layers=2))
-    arch = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[FAMILIES[model_type].arch]
+    arch = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[ARCHITECTURES[model_type].arch]
     theirs = gguf.get_tensor_name_map(arch, 2)
     assert names == {name: theirs.get_name(name, (".weight", ".bias")) for name in names}
 
@@ -48,15 +54,15 @@ def test_a_missing_number_is_named(llama_folder, tmp_path):
 def test_a_tensor_without_a_place_is_named(llama_folder):
     with SafetensorFolder(llama_folder) as weights:
         tensors = {**weights.tensors, "model.layers.0.self_attn.q_proj.lora_A.weight": None}
-    with pytest.raises(ModelError, match=r"q_proj\.lora_A\.weight has no place in a llama GGUF"):
-        gguf_names(ModelConfig(llama_folder), tensors)
+    with pytest.raises(ModelError, match=r"llama has no tensor .*q_proj\.lora_A\.weight in GGUF"):
+        map_tensor_names(ModelConfig(llama_folder), tensors)
 
 
 def test_a_missing_tensor_is_named(llama_folder):
     with SafetensorFolder(llama_folder) as weights:
         tensors = {name: tensor for name, tensor in weights.tensors.items() if "layers.1.mlp.up" not in name}
     with pytest.raises(ModelError, match=r"1 tensors are missing, the first is model\.layers\.1\.mlp\.up_proj\.weight"):
-        gguf_names(ModelConfig(llama_folder), tensors)
+        map_tensor_names(ModelConfig(llama_folder), tensors)
 
 
 def test_only_the_llama_architecture_interleaves_rows(tmp_path):

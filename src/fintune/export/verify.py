@@ -1,4 +1,4 @@
-"""What a GGUF file answers at given positions, through llama.cpp, compared with what another engine answered there."""
+"""Next-token distributions of a GGUF file in llama.cpp, and their comparison with the trained model's logits."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _LARGEST_EXPONENT = 709.0
-"""Of whose exponential a float can hold the value."""
+"""Largest exponent whose exponential a float can hold."""
 
 NUM_LISTED = 1000
-"""Tokens whose probability llama.cpp is asked for at a position; all others count as one."""
+"""Number of likeliest tokens that are compared at a position. All other tokens count as one."""
 
 
 @dataclass(frozen=True)
-class Distribution:
+class TokenDistribution:
     """Next-token probabilities at one position.
 
     Attributes:
         ids: Token ids, the likeliest first, (num_listed,).
-        log_probs: Natural logarithms of their probabilities.
-        target_log_prob: That of the token that really follows.
+        log_probs: Natural logarithms of their probabilities, (num_listed,).
+        target_log_prob: Natural logarithm of the probability of the text's next token.
     """
 
     ids: NDArray[np.int64]
@@ -43,15 +43,15 @@ class Distribution:
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """How near one model's answers are to a reference's.
+class TokenAgreement:
+    """The agreement of a model's next-token distributions with a reference.
 
     Attributes:
-        num_positions: Positions compared.
-        mean_kl: Mean Kullback-Leibler divergence from the reference, in nats; over the listed tokens and all others as
-            one, which can only make it smaller.
-        same_best_token_share: Share of positions whose likeliest token is the reference's.
-        perplexity: Of the tokens that really follow.
+        num_positions: Number of positions.
+        mean_kl: Mean Kullback-Leibler divergence from the reference, in nats, over the listed tokens and all others as
+            one. Counting the others as one can only make it smaller.
+        same_best_token_share: Share of positions at which the likeliest token is the reference's.
+        perplexity: Perplexity of the text's tokens.
     """
 
     num_positions: int
@@ -60,16 +60,24 @@ class Agreement:
     perplexity: float
 
 
-def from_logits(logits: NDArray[np.float32], target: int, num_listed: int = NUM_LISTED) -> Distribution:
-    """The distribution of one row of logits, (vocabulary,)."""
+def distribution_from_logits(
+    logits: NDArray[np.float32], target: int, num_listed: int = NUM_LISTED
+) -> TokenDistribution:
+    """Compute the distribution of one position.
+
+    Args:
+        logits: Logits, (vocabulary,).
+        target: Id of the text's next token.
+        num_listed: Number of likeliest tokens to list.
+    """
     import numpy as np
 
     log_probs = _log_softmax(logits)
     num_listed = min(num_listed, len(log_probs))
-    # Sorting the whole vocabulary would take longer than all the rest.
+    # A partition, because sorting the whole vocabulary would take longer than everything else.
     likeliest = np.sort(np.argpartition(-log_probs, num_listed - 1)[:num_listed])
     ids = likeliest[np.argsort(-log_probs[likeliest], kind="stable")]
-    return Distribution(ids, log_probs[ids], float(log_probs[target]))
+    return TokenDistribution(ids, log_probs[ids], float(log_probs[target]))
 
 
 def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -81,42 +89,46 @@ def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     return log_probs
 
 
-def compare(references: Sequence[NDArray[np.float32]], found: Sequence[Distribution]) -> Agreement:
-    """Compare position by position.
+def compare_distributions(
+    references: Sequence[NDArray[np.float32]], distributions: Sequence[TokenDistribution]
+) -> TokenAgreement:
+    """Compare distributions with a reference, position by position.
 
     Args:
-        references: Logits of the reference at each position, (vocabulary,).
-        found: What another model answered there.
+        references: Logits of the reference at every position, each (vocabulary,).
+        distributions: Distributions of the other model at the same positions.
     """
     import numpy as np
 
-    assert references and len(references) == len(found)
+    assert references and len(references) == len(distributions)
     divergences, num_same = [], 0
-    for logits, other in zip(references, found, strict=True):
-        own = _log_softmax(logits)
-        theirs = own[other.ids]
-        inside = float((np.exp(theirs) * (theirs - other.log_probs)).sum())
-        rest, other_rest = 1 - float(np.exp(theirs).sum()), 1 - float(np.exp(other.log_probs).sum())
+    for logits, other in zip(references, distributions, strict=True):
+        reference = _log_softmax(logits)
+        listed = reference[other.ids]
+        inside = float((np.exp(listed) * (listed - other.log_probs)).sum())
+        rest, other_rest = 1 - float(np.exp(listed).sum()), 1 - float(np.exp(other.log_probs).sum())
         outside = rest * math.log(rest / max(other_rest, 1e-12)) if rest > 1e-9 else 0.0
         divergences.append(inside + outside)
-        num_same += int(own.argmax() == other.ids[0])
-    mean_kl = sum(divergences) / len(found)
-    surprise = -sum(each.target_log_prob for each in found) / len(found)
-    return Agreement(
-        len(found),
-        0.0 if mean_kl < 0 else mean_kl,  # max() would hide what is not a number
-        num_same / len(found),
+        num_same += int(reference.argmax() == other.ids[0])
+    mean_kl = sum(divergences) / len(distributions)
+    surprise = -sum(distribution.target_log_prob for distribution in distributions) / len(distributions)
+    return TokenAgreement(
+        len(distributions),
+        0.0 if mean_kl < 0 else mean_kl,  # max() would hide NaN
+        num_same / len(distributions),
         math.inf if surprise > _LARGEST_EXPONENT else math.exp(surprise),
     )
 
 
 class GgufReplay:
-    """A GGUF file in llama.cpp's server on loopback, behind a random key; use it as a context manager.
+    """A GGUF file in llama.cpp's server; use it as a context manager.
+
+    The server listens on the loopback interface and requires a random key.
 
     Args:
         path: The file.
-        context_tokens: Longest row of tokens.
-        threads: Threads of the arithmetic.
+        context_tokens: Length of the longest row of tokens.
+        threads: Number of threads that compute.
 
     Raises:
         ModelError: llama.cpp cannot load the file.
@@ -126,12 +138,14 @@ class GgufReplay:
     def __init__(self, path: Path, *, context_tokens: int, threads: int) -> None:
         self._path = path
         self._key = secrets.token_urlsafe(16)
-        # OpenMP reads it when it is loaded: idle threads then sleep instead of burning a core that others need.
+        # OpenMP reads this when it is loaded. Idle threads then sleep, and other processes can use their cores.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         try:
             import xllamacpp
         except ImportError as error:
-            raise ResourceError("replaying a GGUF file needs xllamacpp", hint='pip install "fintune[gguf]"') from error
+            raise ResourceError(
+                "replaying a GGUF file needs xllamacpp, which is not installed", hint='pip install "fintune[gguf]"'
+            ) from error
         params = xllamacpp.CommonParams()
         params.model.path = str(path)
         params.n_ctx, params.n_parallel, params.n_threads_http, params.port = context_tokens + 8, 1, 1, 0
@@ -145,16 +159,16 @@ class GgufReplay:
             raise ModelError(f"{path}: llama.cpp cannot load it: {error}") from error
         address = urlsplit(self._server.listening_address)
         self._connection = http.client.HTTPConnection(address.hostname or "127.0.0.1", address.port)
-        # The token that is generated is thrown away. Where it ended within a character, the server would leave its
-        # probabilities out, so it always is this one.
-        self._plain: int = self._post("/tokenize", {"content": "a"})["tokens"][0]
+        # The generated token is discarded. If it ended inside a character, the server would omit its probabilities, so
+        # the request forces this token.
+        self._forced_token: int = self._post("/tokenize", {"content": "a"})["tokens"][0]
         self._num_tokens: int = json.loads(self._get("/v1/models"))["data"][0]["meta"]["n_vocab"]
 
-    def distributions(self, row: Sequence[int], positions: Iterable[int]) -> list[Distribution]:
-        """The distributions of the tokens at these positions of a row, each from the tokens before it."""
+    def distributions(self, row: Sequence[int], positions: Iterable[int]) -> list[TokenDistribution]:
+        """Return the distribution of the token at every position of a row, predicted from the tokens before it."""
         import numpy as np
 
-        found = []
+        distributions = []
         for position in positions:
             target = row[position]
             for num_listed in (min(NUM_LISTED, self._num_tokens), self._num_tokens):
@@ -163,11 +177,11 @@ class GgufReplay:
                     break
             ids = np.array(list(listed)[:NUM_LISTED], np.int64)
             log_probs = np.array([listed[token] for token in ids.tolist()])
-            found.append(Distribution(ids, log_probs, listed[target]))
-        return found
+            distributions.append(TokenDistribution(ids, log_probs, listed[target]))
+        return distributions
 
     def _next(self, prompt: Sequence[int], num_listed: int) -> dict[int, float]:
-        """Log-probability by token, the likeliest first."""
+        """Return token id -> log-probability, the likeliest first."""
         answer = self._post(
             "/completion",
             {
@@ -176,11 +190,11 @@ class GgufReplay:
                 "n_probs": num_listed,
                 "temperature": 0,
                 "cache_prompt": True,
-                "logit_bias": [[self._plain, 1000.0]],
+                "logit_bias": [[self._forced_token, 1000.0]],
             },
         )
         entries = answer["completion_probabilities"][0]["top_logprobs"]
-        # JSON has null for what is not a number, as ruined weights give it.
+        # The server writes null for NaN, which damaged weights can give.
         return {
             int(entry["id"]): math.nan if entry["logprob"] is None else float(entry["logprob"]) for entry in entries
         }

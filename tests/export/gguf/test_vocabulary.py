@@ -9,8 +9,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from fintune.errors import ModelError
-from fintune.export.gguf import vocab
-from fintune.export.gguf.vocab import read_vocabulary
+from fintune.export.gguf import vocabulary
+from fintune.export.gguf.vocabulary import read_vocabulary
 from support.synthetic import LLAMA3_SPLIT, PRE_TOKENIZERS, split, write_tokenizer
 from support.tiny import patch_json
 
@@ -40,10 +40,10 @@ def test_the_pre_tokenizer_is_known_by_what_it_does(tmp_path, pre):
 
 
 def test_a_lost_digits_step_is_found_although_the_hash_still_passes(folder, monkeypatch):
-    ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(vocab._PROBE).ids
+    ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(vocabulary._PROBE).ids
     digest = hashlib.sha256(str(ids).encode()).hexdigest()
-    monkeypatch.setattr(vocab, "_PRE_BY_HASH", {digest: "smollm"})
-    with pytest.raises(ModelError, match="splits text as gpt-2, but its tokens are those of smollm"):
+    monkeypatch.setattr(vocabulary, "_PRE_BY_HASH", {digest: "smollm"})
+    with pytest.raises(ModelError, match="splits text like gpt-2, but its tokens are those of smollm"):
         read_vocabulary(folder, num_tokens(folder))
 
 

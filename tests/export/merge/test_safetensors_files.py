@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from fintune.errors import ModelError
-from fintune.export.merge.safetensor_reader import SafetensorFolder
+from fintune.export.merge.safetensors_files import SafetensorFolder
 from support.synthetic import write_folder
 
 
