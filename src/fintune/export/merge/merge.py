@@ -19,8 +19,8 @@ from fintune.export.merge.merged_weights import EMBEDDING, BaseTransform, Merged
 from fintune.export.merge.rounded_weights import RoundedWeights
 from fintune.export.merge.safetensors_files import SafetensorWriter, StoredTensor
 from fintune.models import chat_template as chat
-from fintune.models.folder import check_unquantised
 from fintune.models.chat_template import read_chat_template, special_token_texts, turn_ending
+from fintune.models.folder import check_unquantised
 from fintune.util.disk import name_full_disk, require_space
 from fintune.util.files import read_json, write_atomically
 
