@@ -1,6 +1,6 @@
 # make demo   the whole chain on the built-in model and generated pages; prints where its page lies
 # make test   ruff, mypy and all tests
-# ARGS passes overrides to the demo: make demo ARGS="train.epochs=2 run.name=longer"
+# ARGS passes overrides to the demo: make demo ARGS="train.num_train_epochs=2 run.name=longer"
 # Both make .venv with the pinned packages first; PYTHON names another interpreter (3.10 to 3.13).
 
 PYTHON ?= python3

@@ -25,13 +25,13 @@ FREE = "greedy, free"
 WAYS: dict[str, dict[str, Any]] = {
     FREE: {},
     "greedy, general grammar": {"constrain": "general"},
-    "greedy, the page's grammar": {"constrain": "example"},
+    "greedy, the page's grammar": {"constrain": "page"},
     "execution-guided, 4, the page's grammar": {
         "strategy": "execution_guided",
         "num_candidates": 4,
-        "constrain": "example",
+        "constrain": "page",
     },
-    "vote of 5, the page's grammar": {"strategy": "vote", "num_candidates": 5, "constrain": "example"},
+    "vote of 5, the page's grammar": {"strategy": "vote", "num_candidates": 5, "constrain": "page"},
 }
 MODELS = ("merged", "Q4_K_M", "base")
 SEVERAL = "merged"

@@ -26,10 +26,10 @@ from support.paths import ROOT
 sys.path[:0] = [str(ROOT / folder) for folder in ("tests", "src")]
 
 METHODS = {
-    "lora": ("lora", "16bit"),
-    "qlora": ("lora", "4bit"),
-    "dora": ("dora", "16bit"),
-    "qdora": ("dora", "4bit"),
+    "lora": ("lora", "none"),
+    "qlora": ("lora", "nf4"),
+    "dora": ("dora", "none"),
+    "qdora": ("dora", "nf4"),
 }
 EVALUATIONS = {"eval_steps": 2, "eval_new_tokens": 8}
 
@@ -37,13 +37,13 @@ EVALUATIONS = {"eval_steps": 2, "eval_new_tokens": 8}
 def _ways() -> list[dict]:
     """Name, options, and the way whose losses it must have, within a share."""
     made = []
-    for name, (kind, load) in METHODS.items():
-        adapter, model = {"kind": kind}, {"load": load}
+    for name, (kind, quantization) in METHODS.items():
+        adapter, model = {"kind": kind}, {"quantization": quantization}
         for precision, near in (("float32", 2e-3), ("bfloat16", 2e-2)):
             common = {"adapter": adapter, "model": model}
             own = f"{name} {precision}"
-            made.append({"name": own, **common, "train": {"precision": precision, "fused_layers": "never"}})
-            fused = {"precision": precision, "fused_layers": "always"}
+            made.append({"name": own, **common, "train": {"dtype": precision, "fused_layers": "never"}})
+            fused = {"dtype": precision, "fused_layers": "always"}
             made.append({"name": f"{own} fused", **common, "train": fused, "like": own, "near": near})
         made.append(
             {
@@ -58,21 +58,28 @@ def _ways() -> list[dict]:
             {
                 "name": f"{name} fused, accumulated",
                 **common,
-                "train": {**fused, "batch_size": 1, "accumulation": 4},
+                "train": {**fused, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
                 "like": f"{name} bfloat16 fused",
                 "near": 2e-2,
             }
         )
-        dropped = {**common, "adapter": {**adapter, "dropout": 0.1}}
+        dropped = {**common, "adapter": {**adapter, "lora_dropout": 0.1}}
         made.append({"name": f"{name} fused, dropout", **dropped, "train": fused})
         for keep in ("best_loss", "best_accuracy"):
-            train = {**fused, **EVALUATIONS, "keep": keep, "patience": 9}
+            train = {**fused, **EVALUATIONS, "select_checkpoint": keep, "early_stopping_patience": 9}
             made.append({"name": f"{name} fused, keeps {keep}", **common, "train": train})
     for keep in ("last", "best_loss", "best_accuracy"):
-        train = {"precision": "bfloat16", **EVALUATIONS, "keep": keep}
+        train = {"dtype": "bfloat16", **EVALUATIONS, "select_checkpoint": keep}
         made.append({"name": f"full, keeps {keep}", "adapter": {"kind": "full"}, "train": train})
-    for init, load in (("pissa", "16bit"), ("loftq", "4bit")):
-        made.append({"name": f"lora from {init}", "adapter": {"init": init}, "model": {"load": load}, "train": {}})
+    for init, quantization in (("pissa", "none"), ("loftq", "nf4")):
+        made.append(
+            {
+                "name": f"lora from {init}",
+                "adapter": {"init_lora_weights": init},
+                "model": {"quantization": quantization},
+                "train": {},
+            }
+        )
     return made
 
 
@@ -82,7 +89,13 @@ def _run(way: dict, place: Path) -> dict:
 
     folder = place / way["name"].replace(" ", "-").replace(",", "")
     folder.mkdir()
-    common = {"batch_size": 4, "max_steps": 6, "checkpoint_steps": 3, "learning_rate": 1e-3, "warmup_ratio": 0.0}
+    common = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 6,
+        "save_steps": 3,
+        "learning_rate": 1e-3,
+        "warmup_ratio": 0.0,
+    }
     config = Config.model_validate(
         {
             "model": {"name": str(place / "model"), **way.get("model", {})},

@@ -22,19 +22,19 @@ from typing import Any
 from support.paths import ROOT
 
 OPTIONS = (
-    "data.max_train=300",
-    "data.max_eval=100",
+    "data.max_train_samples=300",
+    "data.max_eval_samples=100",
     "prompt.max_length=768",
     "adapter.r=16",
-    "adapter.alpha=32",
-    "train.epochs=1",
+    "adapter.lora_alpha=32",
+    "train.num_train_epochs=1",
     "train.max_steps=100",
-    "train.batch_size=1",
+    "train.per_device_train_batch_size=1",
     "train.adam_beta2=0.99",
     "train.warmup_ratio=0.05",
-    "train.checkpoint_steps=25",
+    "train.save_steps=25",
     "predict.max_new_tokens=64",
-    "predict.precision=bfloat16",
+    "predict.dtype=bfloat16",
 )
 KINDS = {
     "base": ("lora", "base"),
@@ -46,9 +46,7 @@ KINDS = {
     "GGUF Q4_K_M": ("lora", "Q4_K_M"),
 }
 """Name in the table, and the run and the step's kind that it is from."""
-CONSTRAINED = {
-    f"{kind}+example": (run, f"{step}+example") for kind, (run, step) in KINDS.items() if kind in ("base", "LoRA")
-}
+CONSTRAINED = {f"{kind}+page": (run, f"{step}+page") for kind, (run, step) in KINDS.items() if kind in ("base", "LoRA")}
 """The same of the kinds that are also asked for programs of the page alone."""
 STAGES = {"lora": ("prepare", "train", "merge", "export"), "dora": ("prepare", "train")}
 
@@ -77,9 +75,9 @@ def main() -> None:
         "commands": [shlex.join(["fintune", *words(name, options)]) for name in STAGES],
         "kinds": {kind: figures(given.dir / run, step) for kind, (run, step) in measured.items()},
         "constraint": {
-            kind: difference(*(given.dir / run / "score" / each / "score.csv" for each in (step, f"{step}+example")))
+            kind: difference(*(given.dir / run / "score" / each / "score.csv" for each in (step, f"{step}+page")))
             for kind, (run, step) in KINDS.items()
-            if f"{kind}+example" in CONSTRAINED
+            if f"{kind}+page" in CONSTRAINED
         },
         **surroundings(),
     }
@@ -99,7 +97,7 @@ def words(name: str, options: list[str]) -> list[str]:
     kinds = [step for step in steps if "+" not in step]
     asked = [f"predict.models=[{', '.join(kinds)}]"]
     if kinds != steps:
-        asked.append("predict.constrain=[none, example]")
+        asked.append("predict.constrain=[none, page]")
     return ["run", "configs/finqa.yaml", f"run.name={name}", f"adapter.kind={name}", *asked, *options, *only]
 
 

@@ -294,7 +294,7 @@ def _unsloth_model(variant: dict, shape: dict, folder: str):
     model = FastLanguageModel.get_peft_model(
         model,
         r=shape["rank"],
-        lora_alpha=2 * shape["rank"],
+        lora_lora_alpha=2 * shape["rank"],
         lora_dropout=0.0,
         bias="none",
         target_modules=LINEAR,
@@ -339,7 +339,7 @@ def _peer_trainer(variant: dict, shape: dict, model, tokenizer, rows, clock):
     if variant["who"] == "trl":
         more["peft_config"] = LoraConfig(
             r=shape["rank"],
-            lora_alpha=2 * shape["rank"],
+            lora_lora_alpha=2 * shape["rank"],
             target_modules=LINEAR,
             use_dora=variant.get("dora", False),
             task_type="CAUSAL_LM",
@@ -368,7 +368,7 @@ def _own_trainer(variant: dict, shape: dict, model, tokenizer, rows, clock):
     from fintune.training.plan import GIB, RESERVE_BYTES, make_plan
 
     kind = "dora" if variant.get("dora") else "lora"
-    model = adapter.attach(model, AdapterOptions(kind=kind, r=shape["rank"], alpha=2 * shape["rank"]))
+    model = adapter.attach(model, AdapterOptions(kind=kind, r=shape["rank"], lora_alpha=2 * shape["rank"]))
     cuda = torch.cuda.is_available()
     limit = torch.cuda.get_device_properties(0).total_memory - RESERVE_BYTES if cuda else 8 * GIB
     if variant.get("limit_gib"):

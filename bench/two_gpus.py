@@ -43,8 +43,8 @@ WAYS = (
     {"name": "DoRA, one GPU", "gpus": 1, "kind": "dora"},
     {"name": "DoRA, whole copies", "sharding": "none", "kind": "dora"},
     {"name": "DoRA, divided", "sharding": "full", "kind": "dora"},
-    {"name": "QLoRA, one GPU", "gpus": 1, "load": "4bit"},
-    {"name": "QLoRA, whole copies", "sharding": "none", "load": "4bit"},
+    {"name": "QLoRA, one GPU", "gpus": 1, "quantization": "nf4"},
+    {"name": "QLoRA, whole copies", "sharding": "none", "quantization": "nf4"},
 )
 
 
@@ -119,13 +119,18 @@ def _run(way: dict, options: argparse.Namespace, place: Path) -> dict:
     folder = place / way["name"].replace(" ", "-").replace(",", "")
     folder.mkdir()
     batch = options.batch * options.gpus // (gpus * machines)
-    train = {"batch_size": batch, "gpus": gpus, "machines": machines, "sharding": way.get("sharding", "auto")}
-    train |= {"max_steps": options.steps, "checkpoint_steps": 10**6, "eval_steps": options.steps, "learning_rate": 1e-4}
+    train = {
+        "per_device_train_batch_size": batch,
+        "gpus": gpus,
+        "machines": machines,
+        "sharding": way.get("sharding", "auto"),
+    }
+    train |= {"max_steps": options.steps, "save_steps": 10**6, "eval_steps": options.steps, "learning_rate": 1e-4}
     if options.model == "tiny":
-        train |= {"precision": "float32", "threads": 1}
+        train |= {"dtype": "float32", "threads": 1}
     order = {
         "config": {
-            "model": {"name": str(place / "model"), "load": way.get("load", "16bit")},
+            "model": {"name": str(place / "model"), "quantization": way.get("quantization", "none")},
             "adapter": {"kind": way.get("kind", "lora"), "r": 16},
             "train": train,
         },

@@ -25,8 +25,8 @@ from pathlib import Path
 WARM_UP = 5
 LAST = 20
 RUNS = {
-    "own": ("train.backend=own", "run.seed=17"),
-    "own, other seed": ("train.backend=own", "run.seed=18"),
+    "own": ("train.backend=builtin", "run.seed=17"),
+    "own, other seed": ("train.backend=builtin", "run.seed=18"),
     "unsloth": ("train.backend=unsloth", "run.seed=17"),
     "unsloth, no checkpointing": ("train.backend=unsloth", "run.seed=17", "train.gradient_checkpointing=false"),
 }
@@ -86,10 +86,10 @@ def _run(name: str, data: list[str], folder: Path, options: argparse.Namespace) 
         f"run.dir={folder}",
         f"run.name={name.replace(', ', '-').replace(' ', '-')}",
         f"model.name={options.model}",
-        f"model.load={'4bit' if options.four_bit else '16bit'}",
+        f"model.quantization={'nf4' if options.four_bit else 'none'}",
         "prompt.max_length=2048",
         "train.learning_rate=2e-4",
-        f"train.batch_size={options.batch}",
+        f"train.per_device_train_batch_size={options.batch}",
         f"train.max_steps={options.steps}",
         f"train.eval_steps={options.steps}",
     ]

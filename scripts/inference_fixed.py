@@ -88,12 +88,15 @@ def inference_fixed(
         "num_candidates": eg_k,
         "temperature": temperature,
         "top_p": top_p,
-        "num_shots": num_shots,
+        "num_fewshot": num_shots,
         "seed": seed,
         "batch_size": batch_size,
     }
-    named = ("max_new_tokens", "temperature", "top_p", "num_shots", "seed")
-    flags = {f"predict.{name}": f"--{name}" for name in named} | {"predict.num_candidates": "--eg_k"}
+    named = ("max_new_tokens", "temperature", "top_p", "seed")
+    flags = {f"predict.{name}": f"--{name}" for name in named} | {
+        "predict.num_candidates": "--eg_k",
+        "predict.num_fewshot": "--num_shots",
+    }
     out_json.parent.mkdir(parents=True, exist_ok=True)  # the guide's outputs/ is nobody's to make
     with told_in(flags):
         predict_plain(

@@ -25,4 +25,4 @@ def test_six_kinds_names_steps_that_there_are_with_all_that_they_read(run: str) 
     measured = {**bench["KINDS"], **bench["CONSTRAINED"]}
     asked = {f"{verb}/{step}" for of, step in measured.values() if of == run for verb in ("predict", "score")}
     assert {step for step in only if "/" in step} == asked
-    assert ("predict/adapter+example" in only) == (run == "lora")
+    assert ("predict/adapter+page" in only) == (run == "lora")

@@ -12,7 +12,10 @@ from fintune.util.files import write_atomically
 
 def key(step: str = "train", **options: object) -> Key:
     return Key(
-        step=step, options=options or {"train.epochs": 3.0}, sources={"model.name": "abc"}, inputs={"prepare": "d"}
+        step=step,
+        options=options or {"train.num_train_epochs": 3.0},
+        sources={"model.name": "abc"},
+        inputs={"prepare": "d"},
     )
 
 
@@ -70,7 +73,7 @@ def test_work_is_kept_for_the_same_key_and_thrown_away_for_another(slot: Slot) -
     assert (slot.start(key(), resume=True) / "checkpoint").exists()
     assert not (slot.start(key(), resume=False) / "checkpoint").exists()
     (slot.start(key(), resume=True) / "checkpoint").write_text("x")
-    other = key(**{"train.epochs": 4.0})
+    other = key(**{"train.num_train_epochs": 4.0})
     assert not (slot.start(other, resume=True) / "checkpoint").exists()
     assert slot.unfinished() == other
 
@@ -85,11 +88,11 @@ def test_work_without_a_readable_key_is_not_taken_for_anything(slot: Slot) -> No
 
 def test_the_older_result_stays_until_the_new_one_is_complete(slot: Slot) -> None:
     make(slot, "old")
-    work = slot.start(key(**{"train.epochs": 9.0}), resume=False)
+    work = slot.start(key(**{"train.num_train_epochs": 9.0}), resume=False)
     (work / "out.txt").write_text("new")
     assert (slot.folder / "out.txt").read_text() == "old"
     assert slot.state(key()) == ("up to date", [])
-    slot.finish(manifest(key(**{"train.epochs": 9.0}), work))
+    slot.finish(manifest(key(**{"train.num_train_epochs": 9.0}), work))
     assert (slot.folder / "out.txt").read_text() == "new"
     assert [path.name for path in slot.work.parent.iterdir()] == []
 
@@ -100,9 +103,9 @@ def test_a_rename_that_was_interrupted_is_made_up_for(
 ) -> None:
     if with_older:
         make(slot, "old")
-    work = slot.start(key(**{"train.epochs": 9.0}), resume=False)
+    work = slot.start(key(**{"train.num_train_epochs": 9.0}), resume=False)
     (work / "out.txt").write_text("new")
-    (work / MANIFEST).write_text(manifest(key(**{"train.epochs": 9.0}), work).model_dump_json())
+    (work / MANIFEST).write_text(manifest(key(**{"train.num_train_epochs": 9.0}), work).model_dump_json())
 
     real, calls = Path.replace, []
 
@@ -120,14 +123,14 @@ def test_a_rename_that_was_interrupted_is_made_up_for(
     before = sorted(str(path) for path in slot.run.rglob("*"))
     found = slot.manifest()
     assert found is not None
-    assert found.key.options == {"train.epochs": 9.0}
+    assert found.key.options == {"train.num_train_epochs": 9.0}
     assert sorted(str(path) for path in slot.run.rglob("*")) == before, "looking must not rename"
 
     slot.finalize()
     assert (slot.folder / "out.txt").read_text() == "new"
     assert not (slot.folder / KEY).exists()
     assert [path.name for path in slot.work.parent.iterdir()] == []
-    assert slot.state(key(**{"train.epochs": 9.0})) == ("up to date", [])
+    assert slot.state(key(**{"train.num_train_epochs": 9.0})) == ("up to date", [])
 
 
 def test_settling_leaves_unfinished_work_alone(slot: Slot) -> None:
@@ -151,11 +154,11 @@ def test_a_broken_manifest_is_named_with_the_way_out(slot: Slot, content: str) -
 def test_a_changed_option_and_a_changed_source_are_named_and_an_input_is_not(slot: Slot) -> None:
     make(slot, "a")
     changed = Key(
-        step="train", options={"train.epochs": 4.0, "train.new": None}, sources={"model.name": "z"}, inputs={}
+        step="train", options={"train.num_train_epochs": 4.0, "train.new": None}, sources={"model.name": "z"}, inputs={}
     )
     state, changes = slot.state(changed)
     assert state == "changed"
-    assert changes == ["train.epochs was 3.0 and is now 4.0", "the content of model.name changed"]
+    assert changes == ["train.num_train_epochs was 3.0 and is now 4.0", "the content of model.name changed"]
     moved = key().model_copy(update={"inputs": {"prepare": "other"}})
     assert slot.state(moved) == ("inputs changed", [])
 
@@ -185,7 +188,7 @@ def test_many_changes_make_one_line() -> None:
 def test_the_same_bytes_have_the_same_digest_whatever_they_were_made_from(tmp_path: Path) -> None:
     one, two = Slot(tmp_path / "one", "train"), Slot(tmp_path / "two", "train")
     make(one, "same")
-    make(two, "same", key(**{"train.epochs": 9.0}))
+    make(two, "same", key(**{"train.num_train_epochs": 9.0}))
     first, second = one.manifest(), two.manifest()
     assert first is not None
     assert second is not None

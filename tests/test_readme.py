@@ -104,7 +104,7 @@ def test_the_lock_pins_every_package_and_names_no_address():
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.executable.startswith(str(ROOT / ".venv")), reason="make test runs this from .venv")
 def test_make_demo_runs_the_chain_and_prints_where_the_page_lies(tmp_path):
-    small = "data.statements.train_companies=8 data.max_eval=2 train.max_steps=2 predict.max_new_tokens=8"
+    small = "data.statements.train_companies=8 data.max_eval_samples=2 train.max_steps=2 predict.max_new_tokens=8"
     done = run("make", "demo", f"ARGS={small} run.dir={tmp_path}")
     assert done.returncode == 0, done.stderr
     page = tmp_path / "demo" / "report" / "index.html"

@@ -61,7 +61,7 @@ def test_a_run_with_scores_ends_with_its_page(chain):
 @pytest.mark.parametrize(
     ("first", "is_override"),
     [
-        ("export.importance=/tmp/x.gguf", True),
+        ("export.imatrix=/tmp/x.gguf", True),
         ("export.types=[F16]", True),
         ("predict.endpoint=http://127.0.0.1:8080//v1#m", True),
         ("run.yaml", False),

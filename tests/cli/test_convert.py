@@ -72,8 +72,8 @@ def test_mistakes_are_one_line_and_leave_nothing(tiny_model, adapter, tmp_path):
             *("merge", "--model", tiny_model, "--adapter", full, "--out", out),
         ),
         "unknown GGUF type 'Q9'": ("export", "--model", tiny_model, "--out", out, "export.types=[Q9]"),
-        "export.importance: compute reads the training texts": (
-            *("export", "--model", tiny_model, "--out", out, "export.importance=compute"),
+        "export.imatrix: compute reads the training texts": (
+            *("export", "--model", tiny_model, "--out", out, "export.imatrix=compute"),
         ),
         str(other): ("export", "--model", other, "--out", out),
     }

@@ -200,10 +200,10 @@ def test_a_missing_configuration_is_named(mistake, verb: str) -> None:
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("train.epoch=3", "unknown option train.epoch: did you mean train.epochs?"),
-        ("train.epochs=three", 'train.epochs: got "three": input should be a valid number'),
-        ("train.epochs", "'train.epochs': not an override: write dotted.key=value"),
-        ("train.epochs=[1", "the value is not valid YAML"),
+        ("train.epoch=3", "unknown option train.epoch: did you mean train.num_train_epochs?"),
+        ("train.num_train_epochs=three", 'train.num_train_epochs: got "three": input should be a valid number'),
+        ("train.num_train_epochs", "'train.num_train_epochs': not an override: write dotted.key=value"),
+        ("train.num_train_epochs=[1", "the value is not valid YAML"),
         ("adapter.kind=qlora", "input should be 'lora', 'dora' or 'full'"),
         ("run.name=a/b", "run.name: 'a/b' is not a folder name: set run.dir for the path before it"),
         ("export.types=[F16]", "predict.models asks for Q4_K_M, which export.types does not write"),
@@ -214,7 +214,7 @@ def test_a_wrong_override_is_one_line(mistake, override: str, told: str) -> None
 
 
 def test_a_wrong_line_of_the_file_is_named_with_its_number(mistake, tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text("train:\n  epochs: 3\n  learning_rat: 1e-4\n")
+    (tmp_path / "mine.yaml").write_text("train:\n  num_train_epochs: 3\n  learning_rat: 1e-4\n")
     assert mistake("config", "show", "mine.yaml") == (
         "fintune: mine.yaml:3: unknown option train.learning_rat: did you mean train.learning_rate?\n"
     )
@@ -412,9 +412,9 @@ def test_an_interruption_that_knows_what_is_kept_says_so(run, monkeypatch: pytes
     [
         (("--learning_rate", "1e-4"), "--learning_rate: write train.learning_rate=1e-4"),
         (("--learning-rate=1e-4",), "--learning-rate: write train.learning_rate=1e-4"),
-        (("--num_train_epochs", "--dry-run"), "--num_train_epochs: write train.epochs=VALUE"),
-        (("--train.epochs", "2"), "--train.epochs: write train.epochs=2"),
-        (("--load_in_4bit",), "--load_in_4bit: write model.load=4bit"),
+        (("--num_train_epochs", "--dry-run"), "--num_train_epochs: write train.num_train_epochs=VALUE"),
+        (("--train.epochs", "2"), "--train.epochs: write train.num_train_epochs=2"),
+        (("--load_in_4bit",), "--load_in_4bit: write model.quantization=nf4"),
     ],
 )
 def test_a_flag_of_another_program_is_answered_with_the_override(mistake, flags: tuple[str, ...], written: str) -> None:
@@ -453,7 +453,7 @@ def test_a_reader_that_goes_away_is_no_error_message() -> None:
         [],
         ["--predictions", "p.jsonl"],
         ["--gold", "gold.json"],
-        ["data.max_eval=3", "--predictions", "p.jsonl", "--gold", "gold.json"],
+        ["data.max_eval_samples=3", "--predictions", "p.jsonl", "--gold", "gold.json"],
         ["mine.yaml", "--predictions", "p.jsonl"],
         ["mine.yaml", "--predictions", "p.jsonl", "--gold", "gold.json"],
     ],
@@ -513,13 +513,13 @@ def test_score_reports_rows_that_it_leaves_out_and_refuses_them_where_strict(
 
 
 def test_config_show_says_where_each_value_came_from(run, tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text("train:\n  epochs: 2\n")
+    (tmp_path / "mine.yaml").write_text("train:\n  num_train_epochs: 2\n")
     done = run("config", "show", "mine.yaml", "adapter.r=8")
     rows = {line.split()[0]: line.rstrip().split(maxsplit=2)[1:] for line in done.out.splitlines()[1:]}
-    assert rows["train.epochs"] == ["2.0", "mine.yaml:2"]
+    assert rows["train.num_train_epochs"] == ["2.0", "mine.yaml:2"]
     assert rows["adapter.r"] == ["8", "command line"]
     assert rows["run.name"] == ['"mine"', "mine.yaml, its name"]
-    assert rows["adapter.alpha"] == ["32", "default"]
+    assert rows["adapter.lora_alpha"] == ["32", "default"]
 
 
 def test_config_reference_is_the_page_of_options(run) -> None:

@@ -79,18 +79,18 @@ def test_score_groups_columns_by_decoding_mode(tmp_path: Path, gold: Path) -> No
     kept = [{**text_row(name), "seconds": 1.5} for name in "abc"]
     for name, rows in (("free", free), ("kept", kept)):
         (tmp_path / name).write_text(json.dumps(rows))
-    named = {"LoRA": "free", "DoRA": "free", "LoRA+example": "kept"}
+    named = {"LoRA": "free", "DoRA": "free", "LoRA+page": "kept"}
     words = [word for name, file in named.items() for word in ("--predictions", f"{name}={tmp_path / file}")]
     done = fintune("score", *words, "--gold", gold)
     assert done.status == 0
     lines = [line.split() for line in done.out.splitlines()]
-    assert lines[0] == ["plain", "example"]
+    assert lines[0] == ["plain", "page"]
     rows = [line for line in lines if line[:1] in (["LoRA"], ["DoRA"])]
     assert rows[0][:3] == ["LoRA", "3", "33.33%"]
     assert rows[0][-6:] == ["43.9", "to", "100.0%", "100.00%", "0.00%", "4.5"]
     assert rows[0][7:12] == ["0.00%", "+", "66.67%", "no", "program"]
     assert rows[1] == ["DoRA", "3", *rows[0][2:12]], "no column of a way that was not measured"
-    assert ["example", "against", "plain", "answers", "times", "the"] in lines
+    assert ["page", "against", "plain", "answers", "times", "the"] in lines
     assert rows[2][:3] == ["LoRA", "3", "+66.7"]
     assert rows[2][-2:] == ["2", "0"], "gained and lost; the times are not known in both ways"
     assert len(rows) == 3

@@ -21,20 +21,20 @@ from fintune.errors import ConfigError
         ("--weight-decay=0.01", ["train.weight_decay=0.01"]),
         ("--gradient_checkpointing", ["train.gradient_checkpointing=true"]),
         ("--use_gradient_checkpointing unsloth", ["train.gradient_checkpointing=true"]),
-        ("--optim adamw_torch", ["train.optimizer=adamw"]),
-        ("--optim adamw_bnb_8bit", ["train.optimizer=adamw_8bit"]),
-        ("--lr_scheduler_type constant_with_warmup", ["train.schedule=constant"]),
-        ("--bf16", ["train.precision=bfloat16"]),
-        ("--bf16 False --fp16 True", ["train.precision=float16"]),
-        ("--bf16 False", ["train.precision=float32"]),
+        ("--optim adamw_torch", ["train.optim=adamw_torch"]),
+        ("--optim adamw_bnb_8bit", ["train.optim=adamw_8bit"]),
+        ("--lr_scheduler_type constant_with_warmup", ["train.lr_scheduler_type=constant_with_warmup"]),
+        ("--bf16", ["train.dtype=bfloat16"]),
+        ("--bf16 False --fp16 True", ["train.dtype=float16"]),
+        ("--bf16 False", ["train.dtype=float32"]),
         ("--report_to none", ["train.report_to=[]"]),
         ("--report_to all", ["train.report_to=[tensorboard, wandb]"]),
-        ("--target_modules \"['q_proj', 'v_proj']\"", ["adapter.targets=[q_proj, v_proj]"]),
-        ("--use_dora true --load_in_4bit false", ["adapter.kind=dora", "model.load=16bit"]),
+        ("--target_modules \"['q_proj', 'v_proj']\"", ["adapter.target_modules=[q_proj, v_proj]"]),
+        ("--use_dora true --load_in_4bit false", ["adapter.kind=dora", "model.quantization=none"]),
         ("--eval_strategy steps --eval_steps 5", ["train.eval_steps=5"]),
         ("--eval_strategy no --eval_steps 5", ["train.eval_steps=5", "train.eval_steps="]),
-        ("--load_best_model_at_end", ["train.keep=best_loss"]),
-        ("--save_strategy steps --save_total_limit 3 --packing False", ["train.num_checkpoints=3"]),
+        ("--load_best_model_at_end", ["train.select_checkpoint=best_loss"]),
+        ("--save_strategy steps --save_total_limit 3 --packing False", ["train.save_total_limit=3"]),
         ("train.max_steps=3 --max_steps 9", ["train.max_steps=9", "train.max_steps=3"]),
     ],
 )
@@ -43,15 +43,15 @@ def test_names_of_other_libraries_become_options(text, expected):
 
 
 def test_every_translation_is_an_option_with_an_allowed_value():
-    samples = {"adapter.rslora": "true", "train.gradient_checkpointing": "true"}
+    samples = {"adapter.use_rslora": "true", "train.gradient_checkpointing": "true"}
     samples |= dict.fromkeys(
-        ("train.learning_rate", "train.adam_beta2", "adapter.dropout", "train.warmup_ratio"), "0.1"
+        ("train.learning_rate", "train.adam_beta2", "adapter.lora_dropout", "train.warmup_ratio"), "0.1"
     )
     samples |= {"prompt.max_length": "512"}
     for option in RENAMED.values():
         load(None, [f"{option}={samples.get(option, '1')}"])
     for optimizer in OPTIMIZERS.values():
-        load(None, [f"train.optimizer={optimizer}"])
+        load(None, [f"train.optim={optimizer}"])
 
 
 @pytest.mark.parametrize(

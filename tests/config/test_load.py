@@ -27,13 +27,13 @@ def refusal(path: Path | None, *overrides: str) -> str:
 
 
 def test_overrides_win_over_the_file_which_wins_over_defaults(write) -> None:
-    path = write("train:\n  epochs: 2\n  learning_rate: 1e-5\n")
+    path = write("train:\n  num_train_epochs: 2\n  learning_rate: 1e-5\n")
     loaded = load(path, ["train.learning_rate=3e-4", "adapter.kind=dora"])
-    assert loaded.config.train.epochs == 2
+    assert loaded.config.train.num_train_epochs == 2
     assert loaded.config.train.learning_rate == 3e-4
     assert loaded.config.adapter.kind == "dora"
     assert loaded.config.adapter.r == Config().adapter.r
-    assert loaded.origin["train.epochs"] == f"{path}:2"
+    assert loaded.origin["train.num_train_epochs"] == f"{path}:2"
     assert loaded.origin["train.learning_rate"] == OVERRIDE
     assert "adapter.r" not in loaded.origin
 
@@ -42,19 +42,19 @@ def test_overrides_win_over_the_file_which_wins_over_defaults(write) -> None:
     ("override", "place"),
     [
         ("export.types=[Q5_K]", f"{OVERRIDE}: export.types: unknown GGUF type 'Q5_K'"),
-        ("export.types=[F16]", ":5: export.importance weighs quantised types"),
+        ("export.types=[F16]", ":5: export.imatrix weighs quantised types"),
         ("export.source=adapter", f"{OVERRIDE}: export.source: adapter writes no merged folder"),
-        ("merge.into=dequantised", f"{OVERRIDE}: merge.into: dequantised is about 4-bit training"),
+        ("merge.into=quantized_base", f"{OVERRIDE}: merge.into: quantized_base is about 4-bit training"),
         ("data.sources=rows.jsonl", f"{OVERRIDE}: data.sources is not read"),
     ],
 )
 def test_a_check_of_several_options_blames_the_place_of_the_one_that_it_names_first(write, override, place) -> None:
-    path = write("model:\n  name: m\nexport:\n  threads: 1\n  importance: m.gguf\n")
+    path = write("model:\n  name: m\nexport:\n  threads: 1\n  imatrix: m.gguf\n")
     assert refusal(path, override).startswith(f"{path}{place}" if place.startswith(":") else place)
 
 
 def test_the_last_of_two_overrides_wins() -> None:
-    assert load(None, ["train.epochs=2", "train.epochs=5"]).config.train.epochs == 5
+    assert load(None, ["train.num_train_epochs=2", "train.num_train_epochs=5"]).config.train.num_train_epochs == 5
 
 
 def test_numbers_without_a_point_are_numbers_and_no_is_a_word(write) -> None:
@@ -65,25 +65,27 @@ def test_numbers_without_a_point_are_numbers_and_no_is_a_word(write) -> None:
 
 
 def test_an_override_of_a_section_sets_what_it_names_and_leaves_the_rest(write) -> None:
-    loaded = load(write("train:\n  epochs: 2\n  batch_size: 3\n"), ["train={epochs: 7}"])
-    assert (loaded.config.train.epochs, loaded.config.train.batch_size) == (7, 3)
-    assert loaded.origin["train.epochs"] == OVERRIDE
-    assert loaded.origin["train.batch_size"].endswith(":3")
+    loaded = load(
+        write("train:\n  num_train_epochs: 2\n  per_device_train_batch_size: 3\n"), ["train={num_train_epochs: 7}"]
+    )
+    assert (loaded.config.train.num_train_epochs, loaded.config.train.per_device_train_batch_size) == (7, 3)
+    assert loaded.origin["train.num_train_epochs"] == OVERRIDE
+    assert loaded.origin["train.per_device_train_batch_size"].endswith(":3")
 
 
 def test_a_section_with_everything_commented_out_has_its_defaults(write) -> None:
-    path = write("train:\n  # epochs: 2\ndata:\n  statements:\n")
+    path = write("train:\n  # num_train_epochs: 2\ndata:\n  statements:\n")
     assert load(path).config.train == Config().train
-    assert load(path, ["train.epochs=9", "data.statements.size=small"]).config.data.statements.size == "small"
+    assert load(path, ["train.num_train_epochs=9", "data.statements.size=small"]).config.data.statements.size == "small"
 
 
 def test_one_name_or_several_with_commas_stand_for_a_list(write) -> None:
     path = write("export:\n  types: q4_k_m, f16\ntrain:\n  report_to: tensorboard\n")
-    config = load(path, ["predict.models=base", "adapter.targets=[q_proj]"]).config
+    config = load(path, ["predict.models=base", "adapter.target_modules=[q_proj]"]).config
     assert config.export.types == ("Q4_K_M", "F16")
     assert config.train.report_to == ("tensorboard",)
     assert config.predict.models == ("base",)
-    assert config.adapter.targets == ("q_proj",)
+    assert config.adapter.target_modules == ("q_proj",)
 
 
 @pytest.mark.parametrize(
@@ -94,8 +96,8 @@ def test_one_name_or_several_with_commas_stand_for_a_list(write) -> None:
     ],
 )
 def test_targets_are_some_layers_or_all(write, targets, told) -> None:
-    with pytest.raises(ConfigError, match=rf"adapter\.targets: {told}$"):
-        load(write("train:\n  epochs: 2\n"), [f"adapter.targets={targets}"])
+    with pytest.raises(ConfigError, match=rf"adapter\.target_modules: {told}$"):
+        load(write("train:\n  num_train_epochs: 2\n"), [f"adapter.target_modules={targets}"])
 
 
 def test_the_gguf_types_are_those_that_are_written() -> None:
@@ -105,7 +107,7 @@ def test_the_gguf_types_are_those_that_are_written() -> None:
 
 
 def test_a_configuration_named_after_data_is_a_configuration(write) -> None:
-    assert load(write("train: {epochs: 2}\n", "my.csv.yaml")).config.train.epochs == 2
+    assert load(write("train: {num_train_epochs: 2}\n", "my.csv.yaml")).config.train.num_train_epochs == 2
 
 
 def test_data_in_place_of_the_configuration_is_recognised(tmp_path: Path) -> None:
@@ -119,14 +121,17 @@ def test_data_in_place_of_the_configuration_is_recognised(tmp_path: Path) -> Non
 @pytest.mark.parametrize("text", ["", " \n", "# nothing\n", "---\n"])
 def test_an_empty_file_runs_no_demo(write, text: str) -> None:
     assert "trial.yaml is empty: write at least model and data" in refusal(write(text))
-    assert load(write(text), ["train.epochs=1"]).config.train.batch_size == Config().train.batch_size
+    assert (
+        load(write(text), ["train.num_train_epochs=1"]).config.train.per_device_train_batch_size
+        == Config().train.per_device_train_batch_size
+    )
 
 
 def test_anchors_and_merges_keep_a_place(write) -> None:
-    path = write("train: &a\n  batch_size: 4\npredict:\n  <<: *a\n  max_new_tokens: 5\n")
+    path = write("export: &a\n  threads: 4\npredict:\n  <<: *a\n  max_new_tokens: 5\n")
     loaded = load(path)
-    assert (loaded.config.predict.batch_size, loaded.config.predict.max_new_tokens) == (4, 5)
-    assert loaded.origin["predict.batch_size"].startswith(f"{path}:")
+    assert (loaded.config.predict.threads, loaded.config.predict.max_new_tokens) == (4, 5)
+    assert loaded.origin["predict.threads"].startswith(f"{path}:")
 
 
 def test_the_run_is_named_after_its_file_unless_it_says_otherwise(write) -> None:
@@ -174,14 +179,17 @@ def test_a_runs_folder_is_called_so(tmp_path: Path, made: str) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("train:\n  epochs: [1\nmodel: x\n", ":3: not valid YAML"),
-        ("train:\n  epochs: 1\n  epochs: 2\n", ":3: not valid YAML"),
+        ("train:\n  num_train_epochs: [1\nmodel: x\n", ":3: not valid YAML"),
+        ("train:\n  num_train_epochs: 1\n  num_train_epochs: 2\n", ":3: not valid YAML"),
         (
-            "train:\n  epochs: 1\n    batch_size: 2\n",
+            "train:\n  num_train_epochs: 1\n    per_device_train_batch_size: 2\n",
             ":3: not valid YAML (the indentation does not match a line above)",
         ),
-        ("train:\n  epochs: 1\n batch_size: 2\n", ":3: not valid YAML (the indentation does not match a line above)"),
-        ("train:\n\tepochs: 1\n", ":2: not valid YAML (a tab stands before it): use spaces, not a tab"),
+        (
+            "train:\n  num_train_epochs: 1\n per_device_train_batch_size: 2\n",
+            ":3: not valid YAML (the indentation does not match a line above)",
+        ),
+        ("train:\n\tnum_train_epochs: 1\n", ":2: not valid YAML (a tab stands before it): use spaces, not a tab"),
         ("- a\n- b\n", "holds no sections"),
         ("just words\n", "holds no sections"),
     ],
@@ -201,10 +209,10 @@ def test_what_is_no_tree_of_sections_is_refused_with_its_line(write, text: str, 
         ("data.statements.train_company", "data.statements.train_companies"),
         ("lr", "train.learning_rate"),
         ("lora_r", "adapter.r"),
-        ("adapter.lora_alpha", "adapter.alpha"),
-        ("per_device_train_batch_size", "train.batch_size"),
-        ("num_train_epochs", "train.epochs"),
-        ("load_in_4bit", "model.load=4bit"),
+        ("adapter.lora_alpha", "adapter.lora_alpha"),
+        ("per_device_train_batch_size", "train.per_device_train_batch_size"),
+        ("num_train_epochs", "train.num_train_epochs"),
+        ("load_in_4bit", "model.quantization=nf4"),
     ],
 )
 def test_an_unknown_key_is_answered_with_the_one_that_was_meant(key: str, meant: str | None) -> None:
@@ -214,22 +222,28 @@ def test_an_unknown_key_is_answered_with_the_one_that_was_meant(key: str, meant:
 
 
 def test_an_unknown_key_of_the_file_comes_with_its_line(write) -> None:
-    path = write("train:\n  epochs: 1\n  leaning_rate: 1\n")
+    path = write("train:\n  num_train_epochs: 1\n  leaning_rate: 1\n")
     assert refusal(path).startswith(f"{path}:3: unknown option train.leaning_rate: did you mean train.learning_rate?")
 
 
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("train.epochs=three", 'train.epochs: got "three": input should be a valid number'),
-        ("train.batch_size=2.5", "train.batch_size: got 2.5: "),
-        ('train.batch_size="2"', 'train.batch_size: got "2": input should be a valid integer'),
+        ("train.num_train_epochs=three", 'train.num_train_epochs: got "three": input should be a valid number'),
+        ("train.per_device_train_batch_size=2.5", "train.per_device_train_batch_size: got 2.5: "),
+        (
+            'train.per_device_train_batch_size="2"',
+            'train.per_device_train_batch_size: got "2": input should be a valid integer',
+        ),
         ("train.gradient_checkpointing=1", "train.gradient_checkpointing: got 1: input should be a valid boolean"),
-        ("train.epochs=", "train.epochs: got null"),
-        ("train.epochs=0", "train.epochs: got 0: input should be greater than 0"),
-        ("train.epochs=.inf", "train.epochs: got Infinity: input should be a finite number"),
+        ("train.num_train_epochs=", "train.num_train_epochs: got null"),
+        ("train.num_train_epochs=0", "train.num_train_epochs: got 0: input should be greater than 0"),
+        ("train.num_train_epochs=.inf", "train.num_train_epochs: got Infinity: input should be a finite number"),
         ("train.learning_rate=.nan", "train.learning_rate: got NaN: input should be a finite number"),
-        ("adapter.kind=qlora", "input should be 'lora', 'dora' or 'full'; QLoRA is adapter.kind=lora model.load=4bit"),
+        (
+            "adapter.kind=qlora",
+            "input should be 'lora', 'dora' or 'full'; QLoRA is adapter.kind=lora model.quantization=nf4",
+        ),
         ("packing=true", "unknown option packing: rows are never packed into one"),
         ("export.types=[Q9_K]", "export.types: unknown GGUF type 'Q9_K': did you mean Q6_K?"),
         ("export.types=zip", "export.types: unknown GGUF type 'ZIP': there are F32, F16,"),
@@ -238,7 +252,7 @@ def test_an_unknown_key_of_the_file_comes_with_its_line(write) -> None:
         ("run.seed=-1", "run.seed: got -1: input should be greater than or equal to 0"),
         ("run.seed=4294967296", "run.seed: got 4294967296: input should be less than 4294967296"),
         ("train=5", "train is a section, not a value: set for example train.objective"),
-        ("train.epochs.more=1", 'train.epochs: got {"more": 1}: input should be a valid number'),
+        ("train.num_train_epochs.more=1", 'train.num_train_epochs: got {"more": 1}: input should be a valid number'),
         ("data.source=finqa", "data.source: finqa needs data.train and data.eval"),
         ("export.types=[F16]", "predict.models asks for Q4_K_M, which export.types does not write"),
     ],
@@ -248,17 +262,17 @@ def test_a_value_that_cannot_be_is_refused_with_its_key(override: str, told: str
 
 
 def test_a_wrong_value_of_the_file_comes_with_its_line(write) -> None:
-    path = write("train:\n  batch_size: many\n")
-    assert refusal(path).startswith(f'{path}:2: train.batch_size: got "many"')
+    path = write("train:\n  per_device_train_batch_size: many\n")
+    assert refusal(path).startswith(f'{path}:2: train.per_device_train_batch_size: got "many"')
 
 
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("train.epochs", "write dotted.key=value"),
+        ("train.num_train_epochs", "write dotted.key=value"),
         ("--train.epochs", "write dotted.key=value"),
         ("=3", "write dotted.key=value"),
-        ("train.epochs=[1", "the value is not valid YAML"),
+        ("train.num_train_epochs=[1", "the value is not valid YAML"),
         ("run.name=a: b: c", "the value is not valid YAML"),
     ],
 )
@@ -269,14 +283,16 @@ def test_what_is_no_override_is_quoted(override: str, told: str) -> None:
 
 
 def test_an_override_below_a_value_of_the_file_is_refused(write) -> None:
-    assert "epochs is a value, not a section" in refusal(write("train:\n  epochs: 1\n"), "train.epochs.more=2")
+    assert "num_train_epochs is a value, not a section" in refusal(
+        write("train:\n  num_train_epochs: 1\n"), "train.num_train_epochs.more=2"
+    )
 
 
 def test_every_refusal_is_one_line(write) -> None:
     for text in (
         "train: [1\n",
         "a: b: c\n",
-        "train:\n\tepochs: 1\n",
+        "train:\n\tnum_train_epochs: 1\n",
         "x: !!python/object:os.system {}\n",
         "? [1]\n: 2\n",
     ):
@@ -298,12 +314,12 @@ def test_of_a_source_is_told_what_is_set() -> None:
 
 
 def test_what_cannot_change_a_result_stays_out_of_the_fingerprint() -> None:
-    found = effective(Config(), ["train", "data.max_eval", "run"])
-    assert "train.epochs" in found
+    found = effective(Config(), ["train", "data.max_eval_samples", "run"])
+    assert "train.num_train_epochs" in found
     assert "train.threads" not in found
     assert "run.dir" not in found
-    assert "data.max_eval" in found
-    assert "data.max_train" not in found
+    assert "data.max_eval_samples" in found
+    assert "data.max_train_samples" not in found
     neutral = {key for key, field in fields() if is_neutral(field)}
     assert not neutral & effective(Config(), list(Config.model_fields)).keys()
 

@@ -58,4 +58,4 @@ def test_each_configuration_of_the_repository_loads(path: Path) -> None:
 
 def test_options_cannot_be_changed_after_loading() -> None:
     with pytest.raises(ValidationError):
-        Config().train.epochs = 5  # type: ignore[misc]
+        Config().train.num_train_epochs = 5  # type: ignore[misc]

@@ -15,7 +15,10 @@ WITHOUT_MERGED = "predict.models=[adapter, F16]"
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (["merge.into=dequantised"], "merge.into: dequantised is about 4-bit training; set model.load: 4bit"),
+        (
+            ["merge.into=quantized_base"],
+            "merge.into: quantized_base is about 4-bit training; set model.quantization: nf4",
+        ),
         (["merge.into=4bit"], "merge.into: got"),
         (["export.source=adapter"], "writes no merged folder, which predict.models asks for; take merged out there"),
         (
@@ -24,8 +27,8 @@ WITHOUT_MERGED = "predict.models=[adapter, F16]"
         ),
         (["export.source=base"], "export.source: got"),
         (
-            ["export.types=[F16, BF16]", WITHOUT_MERGED, "export.importance=compute"],
-            "export.importance weighs quantised types, and export.types has only F16, BF16; add one, as Q4_K_M",
+            ["export.types=[F16, BF16]", WITHOUT_MERGED, "export.imatrix=compute"],
+            "export.imatrix weighs quantised types, and export.types has only F16, BF16; add one, as Q4_K_M",
         ),
         (["replay.num_examples=0"], "replay.num_examples: got 0"),
         (["replay.max_tokens=none"], "replay.max_tokens: got"),
@@ -42,10 +45,10 @@ def test_what_cannot_be_is_refused_in_a_line(overrides: list[str], told: str) ->
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["merge.into=dequantised", "model.load=4bit"],
+        ["merge.into=quantized_base", "model.quantization=nf4"],
         ["export.source=adapter", WITHOUT_MERGED],
         ["export.source=adapter", "data.source=chat", "data.sources=[{path: x.jsonl}]"],
-        ["export.importance=compute"],
+        ["export.imatrix=compute"],
     ],
 )
 def test_what_can_be_is_taken(overrides: list[str]) -> None:
@@ -54,8 +57,8 @@ def test_what_can_be_is_taken(overrides: list[str]) -> None:
 
 def test_an_importance_matrix_is_computed_or_read() -> None:
     computed, read, none = (
-        load(None, each).config.export for each in (["export.importance=compute"], ["export.importance=m.gguf"], [])
+        load(None, each).config.export for each in (["export.imatrix=compute"], ["export.imatrix=m.gguf"], [])
     )
-    assert (computed.computes_importance, computed.importance_file) == (True, None)
-    assert (read.computes_importance, read.importance_file) == (False, Path("m.gguf"))
-    assert (none.computes_importance, none.importance_file) == (False, None)
+    assert (computed.computes_imatrix, computed.imatrix_file) == (True, None)
+    assert (read.computes_imatrix, read.imatrix_file) == (False, Path("m.gguf"))
+    assert (none.computes_imatrix, none.imatrix_file) == (False, None)

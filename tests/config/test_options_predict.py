@@ -10,9 +10,9 @@ from fintune.errors import ConfigError
 @pytest.mark.parametrize(
     ("given", "constrain", "modes"),
     [
-        ("example", "example", ("example",)),
-        ("[example]", "example", ("example",)),
-        ("[none, example]", ("none", "example"), ("none", "example")),
+        ("page", "page", ("page",)),
+        ("[page]", "page", ("page",)),
+        ("[none, page]", ("none", "page"), ("none", "page")),
     ],
 )
 def test_constrain_takes_one_mode_or_several(given, constrain, modes) -> None:
@@ -27,9 +27,9 @@ def test_a_single_mode_is_stored_as_text() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("exmple", r"predict\.constrain: got \"exmple\": input should be 'none', 'general' or 'example'"),
-        ("[none, exmple]", r"predict\.constrain: got \"exmple\": input should be 'none', 'general' or 'example'"),
-        ("[[none]]", r"predict\.constrain: got \[\"none\"\]: input should be 'none', 'general' or 'example'"),
+        ("exmple", r"predict\.constrain: got \"exmple\": input should be 'none', 'general' or 'page'"),
+        ("[none, exmple]", r"predict\.constrain: got \"exmple\": input should be 'none', 'general' or 'page'"),
+        ("[[none]]", r"predict\.constrain: got \[\"none\"\]: input should be 'none', 'general' or 'page'"),
         ("[none, none]", "predict.constrain names none twice; name each mode once"),
         ("[]", "predict.constrain is an empty list; name a mode"),
     ],
@@ -45,6 +45,6 @@ def test_named_modes_give_the_first_the_kinds_own_name() -> None:
     assert [split_kind_and_mode(name) for name, _ in named] == [("Q4_K_M", ""), ("Q4_K_M", "none")]
 
 
-@pytest.mark.parametrize("name", ["a+b", "runs+1/predictions.jsonl", "+example", "merged"])
+@pytest.mark.parametrize("name", ["a+b", "runs+1/predictions.jsonl", "+page", "merged"])
 def test_a_plus_before_another_word_is_part_of_the_name(name) -> None:
     assert split_kind_and_mode(name) == (name, "")

@@ -194,7 +194,7 @@ def test_exact_and_near_duplicates_are_dropped_across_sources_and_counted_apart(
     assert found.reports[1].dropped == {"exact duplicate": 1, "near duplicate": 1}
     assert len(found.train + found.eval) == 4
     assert load(sources, "data.duplicates=exact").reports[1].dropped == {"exact duplicate": 1}
-    assert load(sources, "data.duplicates=keep").reports[1].dropped == {}
+    assert load(sources, "data.duplicates=off").reports[1].dropped == {}
 
 
 def test_a_weight_repeats_or_thins_what_is_trained_and_nothing_that_is_held_out(write):
@@ -217,7 +217,7 @@ def test_a_limit_draws_by_the_seed_and_keeps_what_it_drew_when_rows_are_moved(wr
     assert {e.digest for e in _all(load([{"path": str(path), "max_rows": 10}], seed=2))} != drawn
     write("x.jsonl", rows[::-1])
     assert {e.digest for e in _all(load([{"path": str(path), "max_rows": 10}]))} == drawn
-    few = load([path], "data.max_train=7", "data.max_eval=1")
+    few = load([path], "data.max_train_samples=7", "data.max_eval_samples=1")
     assert (len(few.train), len(few.eval)) == (7, 1)
 
 
@@ -257,15 +257,15 @@ def test_columns_and_shape_can_be_given(write):
     found = load([{"path": str(path), "columns": {"question": "Frage", "answer": "Antwort"}}])
     assert found.reports[0].shapes == {"question_answer": 4}
     with pytest.raises(DataError, match="no row can be used"):
-        load([{"path": str(path), "shape": "alpaca"}])
+        load([{"path": str(path), "format": "alpaca"}])
 
 
 @pytest.mark.parametrize(
     ("entry", "told"),
     [
         ({"path": "x", "weigth": 2}, r"unknown option data.sources\[0\].weigth: did you mean weight"),
-        ({"shape": "alpaca"}, r"data.sources\[0\].path is missing"),
-        ({"path": "x", "shape": "alpca"}, r'data.sources\[0\].shape: got "alpca"'),
+        ({"format": "alpaca"}, r"data.sources\[0\].path is missing"),
+        ({"path": "x", "format": "alpca"}, r'data.sources\[0\].format: got "alpca"'),
         ({"path": "x", "weight": 0}, r"data.sources\[0\].weight: got 0"),
     ],
 )

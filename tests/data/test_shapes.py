@@ -381,7 +381,7 @@ def test_what_is_nested_without_end_is_a_broken_row(row, reason):
         ({"prompt": ASK, "completion": "cut \ud83d"}, "not text", "completion", "cut inside an emoji"),
         ({"prompt": ASK, "completion": True}, "not text", "completion", "write it as text"),
         ({"prompt": ASK, "completion": ANSWER, "label": "ture"}, "bad label", "label", "did you mean true?"),
-        ({"prompt": ASK, "completion": ANSWER, "label": "up"}, "bad label", "label", "shape: prompt_completion"),
+        ({"prompt": ASK, "completion": ANSWER, "label": "up"}, "bad label", "label", "format: prompt_completion"),
         ({"prompt": ASK, "completion": ANSWER, "label": "👍"}, "bad label", "label", "write true for a desired"),
         ({"prompt": ASK, "completion": ANSWER, "label": -1}, "bad label", "label", "write true for a desired"),
         ({"prompt": ASK, "completion": ANSWER, "label": 4.5}, "bad label", "label", "of a rating by a threshold"),

@@ -40,7 +40,8 @@ def test_files_give_their_records_and_what_was_dropped(files: list[str]) -> None
 
 def test_a_sample_keeps_the_order_and_depends_on_the_seed_alone(files: list[str]) -> None:
     one, again, other = (
-        [r.id for r in load([*files, "data.max_train=8", f"run.seed={seed}"])["train"].records] for seed in (1, 1, 2)
+        [r.id for r in load([*files, "data.max_train_samples=8", f"run.seed={seed}"])["train"].records]
+        for seed in (1, 1, 2)
     )
     everything = [r.id for r in load(files)["train"].records]
     assert len(one) == 8
@@ -49,7 +50,7 @@ def test_a_sample_keeps_the_order_and_depends_on_the_seed_alone(files: list[str]
 
 
 def test_a_limit_comes_on_top_and_never_adds(files: list[str]) -> None:
-    found = load([*files, "data.max_train=8"], limit=9)
+    found = load([*files, "data.max_train_samples=8"], limit=9)
     assert [len(found["train"].records), len(found["eval"].records)] == [8, 9]
     assert found["train"].num_read == 20
 

@@ -75,7 +75,7 @@ def test_left_alone_it_writes_no_program(engine, tokenizer):
     assert not any(parses(each.program) for each in programs(engine, tokenizer)[1])
 
 
-@pytest.mark.parametrize("constrain", ["general", "example"])
+@pytest.mark.parametrize("constrain", ["general", "page"])
 def test_under_a_grammar_it_writes_nothing_else_and_ends_its_turn(engine, tokenizer, constrain):
     found, predictions, allowed = programs(engine, tokenizer, constrain=constrain)
     end = chat.end_of_turn_ids(tokenizer)[0]

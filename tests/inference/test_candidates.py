@@ -100,6 +100,6 @@ def test_grammars_are_one_for_all_or_one_a_page():
     assert grammars(PredictOptions(), [record]) is None
     one, other = grammars(PredictOptions(constrain="general"), [record, record])
     assert one is other
-    (page,) = grammars(PredictOptions(constrain="example"), [record])
+    (page,) = grammars(PredictOptions(constrain="page"), [record])
     assert all(f'"{number}"' in page.lark() for number in (31, 17, 7, 2019))
     assert "99" not in page.lark()

@@ -322,7 +322,7 @@ def test_an_unknown_architecture_is_one_line(folder):
 def test_four_bit_without_bitsandbytes_says_what_to_install(tiny_model, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ResourceError, match="pip install bitsandbytes"):
-        load_model(fetch(str(tiny_model)), load="4bit")
+        load_model(fetch(str(tiny_model)), quantization="nf4")
 
 
 @pytest.mark.parametrize(

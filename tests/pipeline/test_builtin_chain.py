@@ -26,7 +26,13 @@ def test_the_built_in_model_goes_through_every_stage(builtin_model, tmp_path):
     done = fintune_process(
         *("run", REPO / "configs" / "finqa.yaml", f"run.dir={tmp_path}"),
         *(f"data.train={FINQA / 'train.json.gz'}", f"data.eval={FINQA / 'dev.json.gz'}"),
-        *("data.max_train=12", "data.max_eval=2", "prompt.max_length=384", "train.max_steps=3", "train.batch_size=4"),
+        *(
+            "data.max_train_samples=12",
+            "data.max_eval_samples=2",
+            "prompt.max_length=384",
+            "train.max_steps=3",
+            "train.per_device_train_batch_size=4",
+        ),
         *("predict.max_new_tokens=40", "replay.num_examples=2"),
     )
     assert done.status == 0, done.err

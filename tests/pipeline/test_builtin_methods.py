@@ -21,21 +21,21 @@ pytestmark = [
 def config(kind: str, load: str) -> Config:
     return Config.model_validate(
         {
-            "model": {"load": load},
+            "model": {"quantization": load},
             "data": {
                 "source": "finqa",
                 "train": FINQA / "train.json.gz",
                 "eval": FINQA / "dev.json.gz",
-                "max_train": 8,
-                "max_eval": 2,
+                "max_train_samples": 8,
+                "max_eval_samples": 2,
             },
             "prompt": {"max_length": 384},
             "adapter": {"kind": kind},
             "train": {
                 "max_steps": 3,
-                "batch_size": 2,
+                "per_device_train_batch_size": 2,
                 "warmup_ratio": 0.0,
-                "schedule": "constant",
+                "lr_scheduler_type": "constant_with_warmup",
                 "learning_rate": 5e-5 if kind == "full" else 1e-3,
                 "eval_steps": 3,
                 "threads": 2,
@@ -48,12 +48,12 @@ def config(kind: str, load: str) -> Config:
 def prepared(tmp_path_factory, builtin_model):
     folder = tmp_path_factory.mktemp("finqa") / "prepare"
     folder.mkdir()
-    prepare(config("lora", "16bit"), {}, folder)
+    prepare(config("lora", "none"), {}, folder)
     return folder
 
 
 @pytest.mark.parametrize(
-    ("kind", "load"), [("lora", "16bit"), ("lora", "4bit"), ("dora", "16bit"), ("dora", "4bit"), ("full", "16bit")]
+    ("kind", "load"), [("lora", "none"), ("lora", "nf4"), ("dora", "none"), ("dora", "nf4"), ("full", "none")]
 )
 def test_each_method_learns_from_finqa(prepared, tmp_path, kind, load):
     facts = train(config(kind, load), {"prepare": prepared}, tmp_path)

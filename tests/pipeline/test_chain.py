@@ -36,13 +36,13 @@ data:
   statements: {{train_companies: 8, eval_companies: 3, pages_per_company: 1, questions_per_page: 4, size: small}}
   group_questions: 4
 prompt: {{max_length: 512}}
-adapter: {{r: 32, alpha: 64}}
+adapter: {{r: 32, lora_alpha: 64}}
 train:
   max_steps: {NUM_STEPS}
-  batch_size: 8
+  per_device_train_batch_size: 8
   learning_rate: 1e-2
-  checkpoint_steps: 5
-  precision: float32  # the same steps on every processor
+  save_steps: 5
+  dtype: float32  # the same steps on every processor
   threads: 1
 predict: {{max_new_tokens: 24, threads: 1}}
 export: {{threads: 1}}
@@ -270,7 +270,7 @@ def test_a_second_run_does_nothing(run):
 
 
 def test_options_that_change_no_result_leave_all_up_to_date(run):
-    done = run("train.threads=2", "predict.threads=2", "export.threads=2", "train.log_steps=10")
+    done = run("train.threads=2", "predict.threads=2", "export.threads=2", "train.logging_steps=10")
     assert done.status == 0
     assert "0 of 17 stages" in done.err
 
@@ -449,7 +449,7 @@ def test_rows_of_ones_own_become_a_model_file(able_model, tmp_path):
     rows = write_rows(tmp_path / "mine.jsonl", [{**row, "input": f"Page {n} of the report."} for n in range(24)])
     done = fintune(
         *("run", REPO / "configs" / "chat.yaml", f"model.name={able_model}", f"run.dir={tmp_path}"),
-        *(f"data.sources={rows}", "data.duplicates=keep", "data.eval_share=0.2", "train.max_steps=2"),
+        *(f"data.sources={rows}", "data.duplicates=off", "data.eval_share=0.2", "train.max_steps=2"),
         *("prompt.max_length=128", "guard.enabled=false", "train.threads=1", "export.threads=1"),
     )
     assert done.status == 0, done.err
@@ -463,7 +463,7 @@ def test_the_official_files_go_through_every_stage(able_model, tmp_path):
     done = fintune(
         *("run", REPO / "configs" / "finqa.yaml", f"model.name={able_model}", f"run.dir={tmp_path}"),
         *(f"data.train={FINQA / 'train.json.gz'}", f"data.eval={FINQA / 'dev.json.gz'}"),
-        *("data.max_train=12", "data.max_eval=3", "prompt.max_length=1024", "train.max_steps=3"),
+        *("data.max_train_samples=12", "data.max_eval_samples=3", "prompt.max_length=1024", "train.max_steps=3"),
         *("predict.max_new_tokens=16", "train.threads=1", "predict.threads=1", "export.threads=1"),
     )
     assert done.status == 0, done.err

@@ -82,7 +82,7 @@ def test_an_adapter_and_its_checkpoints_take_what_was_predicted(
     assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 4 * num_weights * 1.2
     # The adapter, and three checkpoints of the adapter and two moments of each of its weights.
     assert disk_estimate.train_bytes(config) - FIXED_BYTES == pytest.approx(4 * num_weights * 10 * 1.05, rel=1e-6)
-    more = configure(f"adapter.r={r}", "train.num_checkpoints=4")
+    more = configure(f"adapter.r={r}", "train.save_total_limit=4")
     assert disk_estimate.train_bytes(more) - FIXED_BYTES == pytest.approx(4 * num_weights * 16 * 1.05, rel=1e-6)
 
 

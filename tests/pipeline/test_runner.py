@@ -71,7 +71,7 @@ def test_a_manifest_says_what_the_result_was_made_from(chain: Chain) -> None:
     prepare = Slot(chain.folder, "prepare").manifest()
     assert prepare is not None
     assert written["key"]["inputs"] == {"prepare": prepare.digest}
-    assert written["key"]["options"]["train.epochs"] == 3.0
+    assert written["key"]["options"]["train.num_train_epochs"] == 3.0
     assert "train.threads" not in written["key"]["options"]
     assert written["seed"] == 17
     assert written["outputs"].keys() == {"out.json"}
@@ -82,8 +82,11 @@ def test_a_manifest_says_what_the_result_was_made_from(chain: Chain) -> None:
 def test_a_changed_option_is_named_and_nothing_is_touched(chain: Chain) -> None:
     chain.run()
     before = chain.snapshot()
-    told = refusal(chain, "train.epochs=5")
-    assert f"{chain.folder / 'train'}: settings changed since it was made: train.epochs was 3.0 and is now 5.0" in told
+    told = refusal(chain, "train.num_train_epochs=5")
+    assert (
+        f"{chain.folder / 'train'}: settings changed since it was made: train.num_train_epochs was 3.0 and is now 5.0"
+        in told
+    )
     assert "--redo train" in told
     assert "run.name=" in told
     assert chain.snapshot() == before
@@ -91,7 +94,7 @@ def test_a_changed_option_is_named_and_nothing_is_touched(chain: Chain) -> None:
 
 def test_an_option_that_cannot_change_a_result_may_change(chain: Chain) -> None:
     chain.run()
-    assert chain.run("train.threads=1", "train.log_steps=7") == []
+    assert chain.run("train.threads=1", "train.logging_steps=7") == []
 
 
 def test_a_changed_file_of_the_users_is_named(chain: Chain) -> None:
@@ -103,24 +106,24 @@ def test_a_changed_file_of_the_users_is_named(chain: Chain) -> None:
 def test_a_change_downstream_is_refused_before_what_is_upstream_runs(chain: Chain) -> None:
     chain.run()
     shutil.rmtree(chain.folder / "prepare")
-    assert "train.epochs was 3.0 and is now 5.0" in refusal(chain, "train.epochs=5")
+    assert "train.num_train_epochs was 3.0 and is now 5.0" in refusal(chain, "train.num_train_epochs=5")
 
 
 def test_redo_makes_the_step_and_what_reads_it_anew(chain: Chain) -> None:
     chain.run()
-    assert chain.run("train.epochs=5", redo=("train",)) == ["train", "predict/merged", "report"]
-    assert chain.run("train.epochs=5") == []
+    assert chain.run("train.num_train_epochs=5", redo=("train",)) == ["train", "predict/merged", "report"]
+    assert chain.run("train.num_train_epochs=5") == []
 
 
 def test_a_check_ahead_of_a_step_is_made_anew_with_it_where_its_options_changed(chain: Chain, monkeypatch) -> None:
-    check = replace(chain.step("check", (), ("train.epochs",)), about="train")
+    check = replace(chain.step("check", (), ("train.num_train_epochs",)), about="train")
     steps = [check, *chain.steps()]
     monkeypatch.setattr(chain, "steps", lambda: steps)
     chain.run()
-    told = refusal(chain, "train.epochs=5")
+    told = refusal(chain, "train.num_train_epochs=5")
     assert f"{chain.folder / 'check'}: settings changed since it was made" in told and "--redo train" in told
-    assert chain.run("train.epochs=5", redo=("train",)) == ["check", "train", "predict/merged", "report"]
-    assert chain.run("train.epochs=5", redo=("train",)) == ["train"]
+    assert chain.run("train.num_train_epochs=5", redo=("train",)) == ["check", "train", "predict/merged", "report"]
+    assert chain.run("train.num_train_epochs=5", redo=("train",)) == ["train"]
 
 
 def test_what_follows_stays_where_a_redone_step_gives_the_same_bytes(chain: Chain) -> None:
@@ -188,7 +191,7 @@ def test_a_dry_run_touches_nothing(chain: Chain) -> None:
     assert not chain.runs.exists()
     chain.run()
     before = chain.snapshot()
-    chain.preview("train.epochs=5", redo=("train",))
+    chain.preview("train.num_train_epochs=5", redo=("train",))
     assert chain.snapshot() == before
 
 
@@ -265,11 +268,11 @@ def test_unfinished_work_for_other_settings_stops_the_run(chain: Chain) -> None:
     chain.acts["train"] = interrupt
     with pytest.raises(KeyboardInterrupt):
         chain.run()
-    told = refusal(chain, "train.epochs=5")
-    assert "settings changed since it was interrupted: train.epochs was 3.0 and is now 5.0" in told
+    told = refusal(chain, "train.num_train_epochs=5")
+    assert "settings changed since it was interrupted: train.num_train_epochs was 3.0 and is now 5.0" in told
     assert (chain.folder / ".work" / "train" / "out.json").exists()
     del chain.acts["train"]
-    assert chain.run("train.epochs=5", redo=("train",))[0] == "train"
+    assert chain.run("train.num_train_epochs=5", redo=("train",))[0] == "train"
 
 
 def test_a_smaller_batch_goes_on_with_what_memory_ran_out_for_and_leaves_what_is_finished(chain: Chain) -> None:
@@ -326,13 +329,13 @@ def test_a_rename_that_was_interrupted_is_taken_up_by_the_next_run(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", stop_at_second)
         with pytest.raises(KeyboardInterrupt):
-            chain.run("train.epochs=5", redo=("train",))
+            chain.run("train.num_train_epochs=5", redo=("train",))
     assert not (chain.folder / "train").exists()
     before = chain.snapshot()
-    assert chain.preview("train.epochs=5")["train"] == "up to date"
+    assert chain.preview("train.num_train_epochs=5")["train"] == "up to date"
     assert chain.snapshot() == before
-    assert chain.run("train.epochs=5") == ["predict/merged", "report"]
-    assert '"train.epochs": 5.0' in (chain.folder / "train" / "out.json").read_text()
+    assert chain.run("train.num_train_epochs=5") == ["predict/merged", "report"]
+    assert '"train.num_train_epochs": 5.0' in (chain.folder / "train" / "out.json").read_text()
 
 
 def test_a_broken_manifest_is_made_good_by_redo(chain: Chain) -> None:
@@ -441,6 +444,6 @@ def test_every_order_of_single_stages_gives_what_the_whole_run_gives(chain: Chai
 def test_runs_of_other_names_do_not_touch_each_other(chain: Chain) -> None:
     chain.run()
     before = chain.snapshot()
-    assert chain.run("run.name=second", "train.epochs=5") == ALL
+    assert chain.run("run.name=second", "train.num_train_epochs=5") == ALL
     after = chain.snapshot()
     assert {name: after[name] for name in before if name != "."} == before

@@ -116,21 +116,21 @@ def test_another_address_makes_no_kind_of_model_stale_but_what_is_served_there()
 
 
 def test_each_way_of_constraining_is_a_step_of_its_own_behind_the_kinds_name() -> None:
-    config = load(None, ["predict.models=[base, merged]", "predict.constrain=[none, example]"]).config
+    config = load(None, ["predict.models=[base, merged]", "predict.constrain=[none, page]"]).config
     steps = {step.name: step for step in build_steps(config)}
     measured = [name for name in steps if name.startswith(("predict/", "score/"))]
     assert measured == [
-        *("predict/base", "score/base", "predict/base+example", "score/base+example"),
-        *("predict/merged", "score/merged", "predict/merged+example", "score/merged+example"),
+        *("predict/base", "score/base", "predict/base+page", "score/base+page"),
+        *("predict/merged", "score/merged", "predict/merged+page", "score/merged+page"),
     ]
-    assert steps["predict/merged+example"].inputs == ("prepare", "merge")
-    assert steps["score/merged+example"].inputs == ("prepare", "predict/merged+example")
+    assert steps["predict/merged+page"].inputs == ("prepare", "merge")
+    assert steps["score/merged+page"].inputs == ("prepare", "predict/merged+page")
     found = {name: step.view(config).predict.constrain for name, step in steps.items() if step.verb == "predict"}
     assert found == {
         "predict/base": "none",
-        "predict/base+example": "example",
+        "predict/base+page": "page",
         "predict/merged": "none",
-        "predict/merged+example": "example",
+        "predict/merged+page": "page",
     }
 
 

@@ -38,9 +38,9 @@ def test_with_a_merged_folder_export_reads_it_and_the_replay_compares_it() -> No
 
 @pytest.mark.parametrize("more", [(), ADAPTER])
 def test_a_computed_matrix_reads_the_training_texts(more: tuple[str, ...]) -> None:
-    config, found = steps("export.importance=compute", *more)
+    config, found = steps("export.imatrix=compute", *more)
     assert found["export"].inputs == ("prepare", "train" if more else "merge")
-    assert "predict.precision" in effective(config, found["export"].options)
+    assert "predict.dtype" in effective(config, found["export"].options)
 
 
 def test_how_the_adapter_is_merged_belongs_to_the_export_that_merges_it() -> None:
@@ -52,21 +52,21 @@ def test_how_the_adapter_is_merged_belongs_to_the_export_that_merges_it() -> Non
 def test_the_fingerprint_of_a_matrix_is_that_of_its_content(tiny_model: Path, tmp_path: Path) -> None:
     matrix = tmp_path / "imatrix.dat"
     matrix.write_bytes(b"1")
-    config, found = steps(f"export.importance={matrix}", f"model.name={tiny_model}")
+    config, found = steps(f"export.imatrix={matrix}", f"model.name={tiny_model}")
     before = found["export"].sources(config)
-    assert before.keys() == {"export.importance"}
+    assert before.keys() == {"export.imatrix"}
     matrix.write_bytes(b"2")
     assert found["export"].sources(config) != before
-    direct, found = steps(f"export.importance={matrix}", f"model.name={tiny_model}", *ADAPTER)
-    assert found["export"].sources(direct).keys() == {"export.importance", "model.name"}
+    direct, found = steps(f"export.imatrix={matrix}", f"model.name={tiny_model}", *ADAPTER)
+    assert found["export"].sources(direct).keys() == {"export.imatrix", "model.name"}
 
 
 def test_a_matrix_that_is_missing_or_unreadable_is_refused_before_anything_is_made(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     matrix = tmp_path / "imatrix.dat"
-    config, found = steps(f"export.importance={matrix}", f"model.name={tiny_model}")
-    with pytest.raises(ModelError, match=r"imatrix\.dat: no such file: export\.importance must name an importance"):
+    config, found = steps(f"export.imatrix={matrix}", f"model.name={tiny_model}")
+    with pytest.raises(ModelError, match=r"imatrix\.dat: no such file: export\.imatrix must name an importance"):
         found["export"].check(config)
     matrix.mkdir()
     with pytest.raises(ModelError, match=r"imatrix\.dat: is a folder, not a file"):
@@ -85,7 +85,7 @@ def test_a_matrix_of_another_model_is_refused_by_the_prediction_of_disk(tiny_mod
     matrix = tmp_path / "other.gguf"
     name = "blk.0.attn_q.weight"
     write_imatrix(matrix, {name: np.ones(128, np.float32)}, {name: 8}, datasets=["x"], chunk_size=8)
-    config, _ = steps(f"export.importance={matrix}", f"model.name={tiny_model}")
+    config, _ = steps(f"export.imatrix={matrix}", f"model.name={tiny_model}")
     with pytest.raises(ModelError, match=r"128 values for blk\.0\.attn_q\.weight, which has 64 columns"):
         disk_estimate.export_bytes(config)
 
@@ -93,7 +93,7 @@ def test_a_matrix_of_another_model_is_refused_by_the_prediction_of_disk(tiny_mod
 def test_a_computed_matrix_counts_in_the_prediction_of_disk(tiny_model: Path) -> None:
     plain, weighed = (
         disk_estimate.export_bytes(load(None, [f"model.name={tiny_model}", *more]).config)
-        for more in ([], ["export.importance=compute"])
+        for more in ([], ["export.imatrix=compute"])
     )
     assert 1000 < weighed - plain < 100_000
 

@@ -16,7 +16,7 @@ from support.example_run import records
 
 pytest.importorskip("torch")
 
-BOTH = "predict.constrain=[none, example]"
+BOTH = "predict.constrain=[none, page]"
 ONLY = [word for verb in ("prepare", "predict", "score") for word in ("--only", verb)]
 
 
@@ -48,29 +48,29 @@ def test_a_run_that_was_measured_in_one_way_goes_on_to_the_other_alone(run) -> N
     done = run(BOTH, *ONLY)
     assert done.status == 0, done.err
     assert (run.folder / "predict/base/manifest.json").read_bytes() == before
-    found = {way: manifest(run.folder, f"predict/base{way}") for way in ("", "+example")}
-    assert found["+example"].key.options == {**found[""].key.options, "predict.constrain": "example"}
-    assert found["+example"].facts["num_unparsable"] == 0
-    lines = (run.folder / "predict/base+example/predictions.jsonl").read_text().splitlines()
+    found = {way: manifest(run.folder, f"predict/base{way}") for way in ("", "+page")}
+    assert found["+page"].key.options == {**found[""].key.options, "predict.constrain": "page"}
+    assert found["+page"].facts["num_unparsable"] == 0
+    lines = (run.folder / "predict/base+page/predictions.jsonl").read_text().splitlines()
     assert len(lines) == 3
     for line in lines:
         parse(Prediction.model_validate_json(line).program)
-    assert manifest(run.folder, "score/base+example").facts["num_predictions"] == 3
-    assert done.out.splitlines()[1].split() == ["none", "example"]
+    assert manifest(run.folder, "score/base+page").facts["num_predictions"] == 3
+    assert done.out.splitlines()[1].split() == ["none", "page"]
     assert run("predict.constrain=none", *ONLY, "--dry-run").out.count("up to date") == 3
     # Which way is meant by the folder alone does not hang on the order in which its steps are read.
     assert 'predict.constrain="none"' in overrides_of(run.folder)
 
 
 def test_one_way_of_one_kind_is_made_redone_and_left_out_by_its_name(run) -> None:
-    assert run(BOTH, "--only", "prepare", "--only", "predict/base+example").status == 0
-    assert [path.name for path in (run.folder / "predict").iterdir()] == ["base+example"]
-    told = run(BOTH, *ONLY, "--redo", "predict/base+example", "--dry-run").out
-    assert "predict/base+example  run anew, as asked" in told.replace("   ", "  ")
+    assert run(BOTH, "--only", "prepare", "--only", "predict/base+page").status == 0
+    assert [path.name for path in (run.folder / "predict").iterdir()] == ["base+page"]
+    told = run(BOTH, *ONLY, "--redo", "predict/base+page", "--dry-run").out
+    assert "predict/base+page  run anew, as asked" in told.replace("   ", "  ")
     told = run(BOTH, *ONLY, "--skip", "predict/base", "--skip", "score/base", "--dry-run").out.splitlines()
     assert sum("up to date" in line for line in told) == 2
     done = run(BOTH, "--only", "predict/base+exmple")
-    assert (done.status, "did you mean predict/base+example?" in done.err) == (2, True)
+    assert (done.status, "did you mean predict/base+page?" in done.err) == (2, True)
 
 
 def test_outside_a_run_the_first_way_is_taken(tiny_model: Path, tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_outside_a_run_the_first_way_is_taken(tiny_model: Path, tmp_path: Path) 
     words = ["--model", tiny_model, "--data", tmp_path / "dev.json", "--out", tmp_path / "out.json"]
     done = fintune("predict", *words, "predict.constrain=[example, none]", "predict.max_new_tokens=6")
     assert done.status == 0, done.err
-    assert json.loads((tmp_path / "out.manifest.json").read_text())["options"]["predict"]["constrain"] == "example"
+    assert json.loads((tmp_path / "out.manifest.json").read_text())["options"]["predict"]["constrain"] == "page"
     for row in json.loads((tmp_path / "out.json").read_text()):
         parse(row["program"])
 
@@ -87,4 +87,4 @@ def test_another_first_way_is_a_changed_option_and_stops_the_run(run) -> None:
     assert run(BOTH, *ONLY).status == 0
     done = run("predict.constrain=[example, none]", *ONLY)
     assert done.status == 2
-    assert 'predict.constrain was "none" and is now "example"' in done.err
+    assert 'predict.constrain was "none" and is now "page"' in done.err

@@ -46,7 +46,7 @@ def test_its_share_stands_beside_the_invalid_rate(partly: Score) -> None:
     assert accuracy.row(measured)["invalid"] == told_invalid(partly)
     assert scored.headline(partly)[-1]["value"] == told_invalid(partly)
     assert card_row("base", partly)[-1] == told_invalid(partly)
-    both = {"base": Scored(partly, {}, None), "base+example": Scored(partly, {}, None)}
+    both = {"base": Scored(partly, {}, None), "base+page": Scored(partly, {}, None)}
     assert printed(score_tables(both, "model", first="none")[0]).count("25.00% + 50.00% no program") == 2
 
 

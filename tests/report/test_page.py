@@ -16,7 +16,7 @@ from support.outline import Outline, outline
 
 @pytest.fixture(scope="module")
 def config() -> Config:
-    return Config.model_validate({"run": {"name": "<demo>"}, "train": {"epochs": 2.0}})
+    return Config.model_validate({"run": {"name": "<demo>"}, "train": {"num_train_epochs": 2.0}})
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_the_browser_has_every_example_and_its_filters(page, parsed):
 
 
 def test_changed_options_come_with_their_default(html):
-    row = re.search(r"<code>train\.epochs</code>.*?</tr>", html, re.DOTALL)[0]
+    row = re.search(r"<code>train\.num_train_epochs</code>.*?</tr>", html, re.DOTALL)[0]
     assert "2.0" in row
     assert "3.0" in row
 
@@ -179,7 +179,7 @@ def test_any_set_of_kinds_makes_a_page(page, kinds):
 def test_a_run_with_nothing_done_still_says_how_it_is_set_up(config):
     text = outline(render(RunPage(name="empty", config=config))).text
     assert "Nothing was measured in this run yet." in text
-    assert "train.epochs" in text
+    assert "train.num_train_epochs" in text
 
 
 def test_options_are_shown_as_they_were_set_and_their_names_do_not_break():

@@ -49,7 +49,7 @@ def test_perplexity_before_and_after_comes_first(page):
 def test_without_the_base_it_is_the_loss_of_the_kept_weights(page):
     page = dataclasses.replace(page, replay={}, guard={})
     assert hero(page) == {"before": "1.875", "after": "", "words": "loss on held-out examples behind step 4"}
-    best = Config.model_validate({"train": {"keep": "best_loss", "eval_steps": 2}})
+    best = Config.model_validate({"train": {"select_checkpoint": "best_loss", "eval_steps": 2}})
     assert hero(dataclasses.replace(page, config=best))["before"] == "1.750"
 
 

@@ -14,8 +14,8 @@ from fintune.report.ways import read_scored, score_tables
 from support.example_run import records, write_run
 from support.outline import outline
 
-NAMES = ("base", "base+example", "adapter", "adapter+example", "merged")
-CONFIG = Config.model_validate({"run": {"name": "demo"}, "predict": {"constrain": ["none", "example"]}})
+NAMES = ("base", "base+page", "adapter", "adapter+page", "merged")
+CONFIG = Config.model_validate({"run": {"name": "demo"}, "predict": {"constrain": ["none", "page"]}})
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +39,10 @@ def told(tables) -> list[str]:
 def test_each_way_has_columns_of_its_own_and_the_first_is_called_by_name(folder, inputs) -> None:
     scored = read_scored(folder, NAMES)
     lines = told(score_tables(scored, "model", first="none"))
-    assert lines[0].split() == ["none", "example"]
+    assert lines[0].split() == ["none", "page"]
     assert lines[1].split().count("execution") == 2
     adapter = next(line.split() for line in lines if line.startswith("adapter"))
-    shares = [f"{scored[name].score.execution_accuracy:.2%}" for name in ("adapter", "adapter+example")]
+    shares = [f"{scored[name].score.execution_accuracy:.2%}" for name in ("adapter", "adapter+page")]
     assert [adapter[2], adapter[8]] == shares
     assert [line.split()[0] for line in lines[2:5]] == ["base", "adapter", "merged"]
 
@@ -54,11 +54,11 @@ def test_what_a_way_changes_is_told_for_the_kinds_that_were_measured_in_both(fol
 
 
 def test_without_a_kind_in_two_ways_there_is_the_one_plain_table(folder, inputs) -> None:
-    tables = score_tables(read_scored(folder, ("base", "adapter+example")), "model", first="none")
+    tables = score_tables(read_scored(folder, ("base", "adapter+page")), "model", first="none")
     lines = told(tables)
     assert len(tables) == 1
     assert lines[0].split()[:4] == ["model", "n", "execution", "accuracy"]
-    assert [line.split()[0] for line in lines[1:]] == ["base", "adapter+example"]
+    assert [line.split()[0] for line in lines[1:]] == ["base", "adapter+page"]
 
 
 def test_the_page_has_a_column_group_a_way_and_the_differences(inputs) -> None:
@@ -70,7 +70,7 @@ def test_the_page_has_a_column_group_a_way_and_the_differences(inputs) -> None:
     assert "What the constraint changes" in words
     assert "not measured" in words, "merged was measured in one way"
     other = page.other_modes[0]
-    assert (other.way, [measured.kind for measured in other.measured]) == ("example", ["base", "adapter"])
+    assert (other.way, [measured.kind for measured in other.measured]) == ("page", ["base", "adapter"])
     assert {"adapter, example", "base, example"} <= set(re.findall(r"\w+, example", words))
 
 

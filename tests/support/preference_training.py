@@ -30,7 +30,12 @@ def data_options(model: Path, *sources: Path, objective: str, more: tuple[str, .
 
 def training(model: Path, data: Path, objective: str, *more: str) -> Config:
     """Six small steps."""
-    steps = ("train.precision=float32", "train.batch_size=4", "train.max_steps=6", "train.learning_rate=2e-3")
+    steps = (
+        "train.dtype=float32",
+        "train.per_device_train_batch_size=4",
+        "train.max_steps=6",
+        "train.learning_rate=2e-3",
+    )
     return load(None, data_options(model, data, objective=objective, more=("adapter.r=4", *steps, *more))).config
 
 

@@ -15,19 +15,19 @@ from support.example_run import manifest, predictions, prepare_report, records, 
 KINDS = ("base", "adapter", "merged", "F16", "Q4_K_M")
 TRAIN_OPTIONS: dict[str, Any] = {
     "model.name": "x",
-    "model.load": "16bit",
+    "model.quantization": "none",
     "adapter.kind": "dora",
     "adapter.r": 4,
-    "adapter.alpha": 8,
-    "adapter.dropout": 0.0,
-    "adapter.init": "default",
-    "adapter.targets": ["all-linear"],
+    "adapter.lora_alpha": 8,
+    "adapter.lora_dropout": 0.0,
+    "adapter.init_lora_weights": "default",
+    "adapter.target_modules": ["all-linear"],
     "train.learning_rate": 1e-4,
-    "train.schedule": "cosine",
-    "train.batch_size": 2,
-    "train.accumulation": 4,
-    "train.epochs": 3.0,
-    "train.precision": "auto",
+    "train.lr_scheduler_type": "cosine",
+    "train.per_device_train_batch_size": 2,
+    "train.gradient_accumulation_steps": 4,
+    "train.num_train_epochs": 3.0,
+    "train.dtype": "auto",
 }
 TRAIN_FACTS: dict[str, Any] = {
     "num_steps": 120,
@@ -95,7 +95,7 @@ def save_adapter(base: Path, name: str, folder: Path) -> None:
     from fintune.models import load as models
 
     model = models.load_model(models.fetch(str(base)), dtype="float32", device="cpu")
-    adapted = adapter.attach(model, AdapterOptions(kind="dora", r=4, alpha=8))
+    adapted = adapter.attach(model, AdapterOptions(kind="dora", r=4, lora_alpha=8))
     torch.manual_seed(1)
     for weight_name, weight in adapted.named_parameters():
         if "lora_B" in weight_name:

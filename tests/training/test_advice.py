@@ -16,9 +16,13 @@ SHAPE = Shape.of(LLAMA_3B)
 QWEN_14B = Shape(5120, 13824, 48, 40, 8, 128, 152064, tied=False)
 
 
-def config(load="16bit", kind="lora", **train):
+def config(quantization="none", kind="lora", **train):
     return Config.model_validate(
-        {"model": {"name": "x", "load": load}, "adapter": {"kind": kind}, "train": {"batch_size": 16, **train}}
+        {
+            "model": {"name": "x", "quantization": quantization},
+            "adapter": {"kind": kind},
+            "train": {"per_device_train_batch_size": 16, **train},
+        }
     )
 
 
@@ -60,9 +64,9 @@ def test_with_the_written_out_layers_the_limit_is_lowered_until_the_plan_changes
 
 
 def test_transformers_layers_get_passes_that_fit_with_the_examples_of_a_step():
-    told = less_memory(config(accumulation=2, gradient_checkpointing=False), room(24))
+    told = less_memory(config(gradient_accumulation_steps=2, gradient_checkpointing=False), room(24))
     found = overrides(told)
-    size, passes = int(found["train.batch_size"]), int(found["train.accumulation"])
+    size, passes = int(found["train.per_device_train_batch_size"]), int(found["train.gradient_accumulation_steps"])
     assert size * passes == 32
     need = modules_peak_bytes(SHAPE, Method(16), tokens=size * 1024, recomputed=False, accumulates=True)
     assert need <= 0.9 * 24 * GIB
@@ -73,13 +77,13 @@ def test_transformers_layers_get_passes_that_fit_with_the_examples_of_a_step():
 def test_recomputing_comes_before_four_bits_and_four_bits_before_shorter_examples():
     # One example of 16,384 tokens a pass: there is nothing to divide.
     long = {"longest": 16384}
-    one = config(batch_size=1, gradient_checkpointing=False)
+    one = config(per_device_train_batch_size=1, gradient_checkpointing=False)
     assert overrides(less_memory(one, room(24, **long))) == {"train.gradient_checkpointing": "true"}
-    assert "model.load" in overrides(less_memory(one, room(11, **long)))
+    assert "model.quantization" in overrides(less_memory(one, room(11, **long)))
     told = less_memory(one, room(6.5, **long))
     found = overrides(told)
     assert int(found["prompt.max_length"]) < 16384
-    assert found["model.load"] == "4bit"
+    assert found["model.quantization"] == "nf4"
     assert "(longer examples fit in no way of training)" in told
     assert less_memory(one, room(1, **long)).endswith("take a smaller model or GPU")
 
@@ -87,7 +91,7 @@ def test_recomputing_comes_before_four_bits_and_four_bits_before_shorter_example
 def test_layers_that_were_recomputed_by_themselves_are_not_advised_to_be():
     told = less_memory(config(), room(24))
     assert "gradient_checkpointing" not in told
-    assert overrides(told) == {"train.batch_size": "8", "train.accumulation": "2"}
+    assert overrides(told) == {"train.per_device_train_batch_size": "8", "train.gradient_accumulation_steps": "2"}
     assert "gradient_checkpointing" not in less_memory(config(), room(24, model_type="gemma3"))
     assert "gradient_checkpointing" in less_memory(config(), None)
 
@@ -98,9 +102,9 @@ def test_whoever_forbade_to_recompute_is_told_to_allow_it():
 
 
 def test_what_ran_out_of_memory_is_not_advised():
-    told = less_memory(config(load="4bit", batch_size=1, gradient_checkpointing=True), room(60))
+    told = less_memory(config(quantization="nf4", per_device_train_batch_size=1, gradient_checkpointing=True), room(60))
     assert "gradient_checkpointing" not in told
-    assert "model.load" not in told
+    assert "model.quantization" not in told
 
 
 @pytest.mark.parametrize("gib", [3, 5, 8, 14, 24, 40, 80])
@@ -117,12 +121,16 @@ def test_every_advice_is_one_line_of_overrides_that_load(gib, followed_plan, tmp
 
 def test_the_rules_keep_the_examples_of_a_step():
     for batch_size, accumulation in ((8, 1), (4, 4), (2, 3)):
-        told = less_memory(config(batch_size=batch_size, accumulation=accumulation), None)
-        size, passes = map(int, re.search(r"batch_size=(\d+) train.accumulation=(\d+)", told).groups())
+        told = less_memory(
+            config(per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation), None
+        )
+        size, passes = map(int, re.search(r"batch_size=(\d+) train.gradient_accumulation_steps=(\d+)", told).groups())
         assert (size * passes, size) == (batch_size * accumulation, batch_size // 2)
 
 
 def test_where_the_planner_knows_nothing_the_rules_speak():
     for known in (None, room(24, model_type="gemma3")):
-        assert less_memory(config(), known).startswith("set train.batch_size=8 train.accumulation=2, or ")
+        assert less_memory(config(), known).startswith(
+            "set train.per_device_train_batch_size=8 train.gradient_accumulation_steps=2, or "
+        )
     assert "adapter.kind=lora" in less_memory(config(kind="full"), room(24))

@@ -26,7 +26,16 @@ def splits(tmp_path_factory, tiny_model):
 
 
 def run(
-    tiny_model, splits, folder, *, accuracy=None, callbacks=(), kind="lora", load="16bit", compute="float32", **opts
+    tiny_model,
+    splits,
+    folder,
+    *,
+    accuracy=None,
+    callbacks=(),
+    kind="lora",
+    quantization="none",
+    compute="float32",
+    **opts,
 ):
     """Train from scratch or resume; gives the model and the kept step."""
     from transformers import set_seed
@@ -34,13 +43,19 @@ def run(
     folder.mkdir(exist_ok=True)
     ref = models.fetch(str(tiny_model))
     set_seed(5)
-    model = models.load_model(ref, dtype="float32", device="cpu", load=load, compute=compute)
+    model = models.load_model(ref, dtype="float32", device="cpu", quantization=quantization, compute=compute)
     dropout = 0.0 if opts.get("fused_layers") == "always" else 0.1
     if kind == "full":
         model = full.prepare(model)
     else:
-        model = adapter.attach(model, AdapterOptions(kind=kind, r=4, alpha=8, dropout=dropout))
-    defaults = {"batch_size": 2, "max_steps": 8, "checkpoint_steps": 3, "learning_rate": 2e-2, "eval_steps": 2}
+        model = adapter.attach(model, AdapterOptions(kind=kind, r=4, lora_alpha=8, lora_dropout=dropout))
+    defaults = {
+        "per_device_train_batch_size": 2,
+        "max_steps": 8,
+        "save_steps": 3,
+        "learning_rate": 2e-2,
+        "eval_steps": 2,
+    }
     kept = sft.train(
         model,
         models.load_tokenizer(ref),
@@ -115,7 +130,7 @@ def test_evaluations_leave_no_trace_in_the_training(tiny_model, splits, tmp_path
 
 
 def test_four_bit_weights_are_not_disturbed_by_an_evaluation(tiny_model, splits, tmp_path):
-    common = {"load": "4bit", "compute": "bfloat16", "max_steps": 4}
+    common = {"quantization": "nf4", "compute": "bfloat16", "max_steps": 4}
     run(tiny_model, splits, tmp_path / "often", eval_steps=1, accuracy=lambda _: 0.5, **common)
     run(tiny_model, splits, tmp_path / "never", eval_steps=None, **common)
     assert losses(tmp_path / "often", "loss") == losses(tmp_path / "never", "loss")
@@ -124,7 +139,7 @@ def test_four_bit_weights_are_not_disturbed_by_an_evaluation(tiny_model, splits,
 @pytest.mark.parametrize("fused_layers", ["never", "always"])
 @pytest.mark.parametrize("stop", [3, 5, 7])
 def test_a_run_with_evaluations_resumes_bit_for_bit(tiny_model, splits, tmp_path, stop, fused_layers):
-    common = {"keep": "best_loss", "learning_rate": 0.2, "fused_layers": fused_layers, "kind": "dora"}
+    common = {"select_checkpoint": "best_loss", "learning_rate": 0.2, "fused_layers": fused_layers, "kind": "dora"}
     whole, kept = run(tiny_model, splits, tmp_path / "whole", **common)
     with pytest.raises(KeyboardInterrupt):
         run(tiny_model, splits, tmp_path / "cut", callbacks=[stop_at(stop)], **common)
@@ -150,7 +165,7 @@ def spoil_behind(step):
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_the_weights_with_the_lowest_evaluation_loss_are_the_result(tiny_model, splits, tmp_path, kind):
     spoil = [spoil_behind(4)]
-    model, kept = run(tiny_model, splits, tmp_path / "run", kind=kind, keep="best_loss", callbacks=spoil)
+    model, kept = run(tiny_model, splits, tmp_path / "run", kind=kind, select_checkpoint="best_loss", callbacks=spoil)
     found = losses(tmp_path / "run", "eval_loss")
     assert kept == min(found, key=lambda step: found[step])
     assert kept <= 4 < max(found)
@@ -165,14 +180,14 @@ def test_the_weights_with_the_highest_accuracy_are_the_result_the_first_of_equal
         assert not model.training
         return (0.1, 0.4, 0.4, 0.2)[len(seen) - 1]
 
-    model, kept = run(tiny_model, splits, tmp_path / "run", accuracy=accuracy, keep="best_accuracy")
+    model, kept = run(tiny_model, splits, tmp_path / "run", accuracy=accuracy, select_checkpoint="best_accuracy")
     assert kept == 4
     assert same(weights(model), seen[1])
     assert list(losses(tmp_path / "run", "eval_accuracy").values()) == [0.1, 0.4, 0.4, 0.2]
 
 
 def test_patience_ends_the_run_and_a_resumed_one_knows_it(tiny_model, splits, tmp_path, monkeypatch):
-    common = {"keep": "best_accuracy", "patience": 2, "max_steps": 30}
+    common = {"select_checkpoint": "best_accuracy", "early_stopping_patience": 2, "max_steps": 30}
 
     def once():
         scores = iter((0.1, 0.5, 0.2, 0.5, 0.9))
@@ -194,7 +209,9 @@ def test_patience_ends_the_run_and_a_resumed_one_knows_it(tiny_model, splits, tm
 
 def test_patience_without_keeping_ends_with_the_last_weights(tiny_model, splits, tmp_path):
     spoil = [spoil_behind(4)]
-    model, kept = run(tiny_model, splits, tmp_path / "run", patience=1, max_steps=40, eval_steps=1, callbacks=spoil)
+    model, kept = run(
+        tiny_model, splits, tmp_path / "run", early_stopping_patience=1, max_steps=40, eval_steps=1, callbacks=spoil
+    )
     found = losses(tmp_path / "run", "eval_loss")
     assert kept == max(found) < 40
     assert found[kept] >= found[kept - 1]
@@ -203,7 +220,13 @@ def test_patience_without_keeping_ends_with_the_last_weights(tiny_model, splits,
 
 @pytest.mark.parametrize("keep", ["last", "best_loss"])
 def test_the_step_at_which_patience_is_over_has_a_loss_of_its_own(tiny_model, splits, tmp_path, monkeypatch, keep):
-    common = {"keep": keep, "patience": 1, "eval_steps": 3, "log_steps": 10, "max_steps": 40}
+    common = {
+        "select_checkpoint": keep,
+        "early_stopping_patience": 1,
+        "eval_steps": 3,
+        "logging_steps": 10,
+        "max_steps": 40,
+    }
     run(tiny_model, splits, tmp_path / "run", callbacks=[spoil_behind(4)], **common)
     evaluated = losses(tmp_path / "run", "eval_loss")
     assert sorted(evaluated) == [3, 6]
@@ -219,7 +242,14 @@ def test_the_step_at_which_patience_is_over_has_a_loss_of_its_own(tiny_model, sp
 
 def test_only_the_best_weights_are_kept_on_the_disk(tiny_model, splits, tmp_path):
     scores = iter((0.1, 0.2, 0.9, 0.3))
-    run(tiny_model, splits, tmp_path / "run", accuracy=lambda _: next(scores), keep="best_accuracy", checkpoint_steps=2)
+    run(
+        tiny_model,
+        splits,
+        tmp_path / "run",
+        accuracy=lambda _: next(scores),
+        select_checkpoint="best_accuracy",
+        save_steps=2,
+    )
     assert [path.name for path in (tmp_path / "run" / "best").iterdir()] == ["step-6"]
 
 
@@ -231,14 +261,16 @@ def test_weights_that_an_older_checkpoint_may_need_stay_until_a_newer_one_is_com
             splits,
             tmp_path / "run",
             accuracy=lambda _: next(scores),
-            keep="best_accuracy",
-            checkpoint_steps=3,
+            select_checkpoint="best_accuracy",
+            save_steps=3,
             callbacks=[stop_at(5)],
         )
     assert checkpoints.step_of(checkpoints.latest(tmp_path / "run" / "checkpoints")) == 3
     assert {path.name for path in (tmp_path / "run" / "best").iterdir()} == {"step-2", "step-4"}
     scores = iter((0.05, 0.05, 0.05))
-    _, kept = run(tiny_model, splits, tmp_path / "run", accuracy=lambda _: next(scores), keep="best_accuracy")
+    _, kept = run(
+        tiny_model, splits, tmp_path / "run", accuracy=lambda _: next(scores), select_checkpoint="best_accuracy"
+    )
     assert kept == 2
 
 
@@ -265,7 +297,7 @@ def test_an_evaluation_loss_that_is_not_finite_names_step_and_examples(tiny_mode
 def test_patience_counts_evaluations_behind_the_best(accuracies, patience, expected):
     read = [{"step": step, "loss": 1.0} for step in range(1, 5)]
     read += [{"step": k, "eval_loss": 1.0, "eval_accuracy": right} for k, right in enumerate(accuracies, 1)]
-    options = TrainOptions(eval_steps=1, keep="best_accuracy", patience=patience)
+    options = TrainOptions(eval_steps=1, select_checkpoint="best_accuracy", early_stopping_patience=patience)
     assert out_of_patience(read, options) is expected
 
 

@@ -268,13 +268,13 @@ def test_our_own_training_pushes_each_epoch_and_what_it_kept_under_the_bases_nam
     config = Config.model_validate(
         {
             "model": {"name": str(tiny_model)},
-            "adapter": {"r": 2, "init": "pissa"},
-            "train": {"precision": "float32", "batch_size": 4, "epochs": 2, "checkpoint_steps": 100},
+            "adapter": {"r": 2, "init_lora_weights": "pissa"},
+            "train": {"dtype": "float32", "per_device_train_batch_size": 4, "num_train_epochs": 2, "save_steps": 100},
             "publish": {
                 "repo_id": "ann/model",
                 "each_epoch": True,
                 "base_model": "acme/tiny",
-                "what": ("adapter", "merged"),
+                "artifacts": ("adapter", "merged"),
             },
         }
     )

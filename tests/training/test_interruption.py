@@ -33,8 +33,10 @@ def run(tiny_model, rows, folder, *, callbacks=(), kind="lora", **options):
     ref = models.fetch(str(tiny_model))
     set_seed(5)
     base = models.load_model(ref, dtype="float32", device="cpu")
-    model = adapter.attach(base, AdapterOptions(kind=kind, r=4, alpha=8, dropout=0.1))
-    asked = TrainOptions(**({"batch_size": 4, "max_steps": 8, "checkpoint_steps": 3, "learning_rate": 1e-2} | options))
+    model = adapter.attach(base, AdapterOptions(kind=kind, r=4, lora_alpha=8, lora_dropout=0.1))
+    asked = TrainOptions(
+        **({"per_device_train_batch_size": 4, "max_steps": 8, "save_steps": 3, "learning_rate": 1e-2} | options)
+    )
     tokenizer = models.load_tokenizer(ref)
     sft.train(model, tokenizer, rows, asked, compute="float32", seed=5, folder=folder, extra_callbacks=callbacks)
     return {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
@@ -66,13 +68,13 @@ def signalled(step, number, times=1):
     ("number", "options"),
     [
         (signal.SIGINT, {}),
-        (signal.SIGTERM, {"fused_layers": "always", "kind": "dora", "accumulation": 2}),
+        (signal.SIGTERM, {"fused_layers": "always", "kind": "dora", "gradient_accumulation_steps": 2}),
     ],
 )
 def test_a_signal_keeps_the_step_and_the_resumed_run_equals_the_whole_one_bit_for_bit(
     tiny_model, rows, tmp_path, number, options
 ):
-    options = {"checkpoint_steps": 100, **options}
+    options = {"save_steps": 100, **options}
     whole = run(tiny_model, rows, tmp_path / "whole", **options)
     before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt, match=r"^interrupted; the same command goes on from step 5$") as ended:
@@ -87,7 +89,7 @@ def test_a_signal_keeps_the_step_and_the_resumed_run_equals_the_whole_one_bit_fo
 
 def test_a_second_signal_stops_at_once_and_says_what_is_lost(tiny_model, rows, tmp_path):
     with pytest.raises(KeyboardInterrupt, match="before the first checkpoint; the same command begins training anew"):
-        run(tiny_model, rows, tmp_path / "cut", callbacks=[signalled(4, signal.SIGINT, 2)], checkpoint_steps=100)
+        run(tiny_model, rows, tmp_path / "cut", callbacks=[signalled(4, signal.SIGINT, 2)], save_steps=100)
     assert not checkpoints.complete(tmp_path / "cut" / "checkpoints")
     with pytest.raises(KeyboardInterrupt, match="goes on from step 3"):
         run(tiny_model, rows, tmp_path / "cut", callbacks=[signalled(4, signal.SIGINT, 2)])
@@ -95,7 +97,7 @@ def test_a_second_signal_stops_at_once_and_says_what_is_lost(tiny_model, rows, t
 
 def test_losses_that_were_not_logged_yet_are_logged_ahead_of_the_end(tiny_model, rows, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        run(tiny_model, rows, tmp_path / "cut", callbacks=[signalled(4, signal.SIGINT)], log_steps=3)
+        run(tiny_model, rows, tmp_path / "cut", callbacks=[signalled(4, signal.SIGINT)], logging_steps=3)
     assert [line["step"] for line in history(tmp_path / "cut")] == [1, 3, 5]
 
 

@@ -26,13 +26,16 @@ def config(**changes):
     ("changes", "named"),
     [
         ({"adapter__kind": "full"}, "adapter.kind: full"),
-        ({"adapter__init": "pissa"}, "adapter.init: pissa"),
+        ({"adapter__init_lora_weights": "pissa"}, "adapter.init_lora_weights: pissa"),
         ({"train__backend": "unsloth"}, "train.backend: unsloth"),
-        ({"train__sharding": "full", "model__load": "4bit"}, "train.sharding: full with model.load: 4bit"),
+        (
+            {"train__sharding": "full", "model__quantization": "nf4"},
+            "train.sharding: full with model.quantization: nf4",
+        ),
         ({"train__sharding": "full", "train__fused_layers": "always"}, "with train.fused_layers: always"),
         (
-            {"train__sharding": "full", "train__keep": "best_accuracy", "train__eval_steps": 5},
-            "with train.keep: best_accuracy",
+            {"train__sharding": "full", "train__select_checkpoint": "best_accuracy", "train__eval_steps": 5},
+            "with train.select_checkpoint: best_accuracy",
         ),
     ],
 )
@@ -51,7 +54,7 @@ def test_what_is_not_proven_is_refused_by_name(changes, named):
 def test_what_is_proven_passes():
     for kind in ("lora", "dora"):
         launch.check(config(adapter__kind=kind, train__sharding="full"))
-        launch.check(config(adapter__kind=kind, model__load="4bit"))
+        launch.check(config(adapter__kind=kind, model__quantization="nf4"))
         launch.check(config(adapter__kind=kind, train__machines=4, train__fused_layers="always"))
 
 

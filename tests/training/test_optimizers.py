@@ -37,8 +37,8 @@ def run(tiny_model, rows, folder, *, stop=None, **options):
     look, ref = Look(), models.fetch(str(tiny_model))
     folder.mkdir(exist_ok=True)
     set_seed(5)
-    model = adapter.attach(models.load_model(ref, dtype="float32", device="cpu"), AdapterOptions(r=64, alpha=64))
-    defaults = {"batch_size": 2, "max_steps": 4, "checkpoint_steps": 2, "learning_rate": 1e-2}
+    model = adapter.attach(models.load_model(ref, dtype="float32", device="cpu"), AdapterOptions(r=64, lora_alpha=64))
+    defaults = {"per_device_train_batch_size": 2, "max_steps": 4, "save_steps": 2, "learning_rate": 1e-2}
     chosen = TrainOptions(**(defaults | options))
     tokenizer = models.load_tokenizer(ref)
     sft.train(model, tokenizer, rows, chosen, compute="float32", seed=5, folder=folder, extra_callbacks=[look])
@@ -48,7 +48,7 @@ def run(tiny_model, rows, folder, *, stop=None, **options):
 @pytest.mark.parametrize(
     ("name", "kind", "state"),
     [
-        ("adamw", "AdamW", torch.float32),
+        ("adamw_torch", "AdamW", torch.float32),
         ("adamw_8bit", "AdamW", torch.uint8),
         ("lion_8bit", "Lion", torch.uint8),
         ("adafactor", "Adafactor", torch.float32),
@@ -56,7 +56,7 @@ def run(tiny_model, rows, folder, *, stop=None, **options):
     ],
 )
 def test_the_chosen_optimizer_trains(tiny_model, rows, tmp_path, name, kind, state):
-    weights, used = run(tiny_model, rows, tmp_path / "run", optimizer=name, max_steps=2)
+    weights, used = run(tiny_model, rows, tmp_path / "run", optim=name, max_steps=2)
     assert type(used).__name__ == kind
     kept = {
         moment.dtype
@@ -69,15 +69,23 @@ def test_the_chosen_optimizer_trains(tiny_model, rows, tmp_path, name, kind, sta
 
 
 def test_an_interrupted_run_with_8_bit_moments_equals_the_uninterrupted_one(tiny_model, rows, tmp_path):
-    whole, _ = run(tiny_model, rows, tmp_path / "whole", optimizer="adamw_8bit")
+    whole, _ = run(tiny_model, rows, tmp_path / "whole", optim="adamw_8bit")
     with pytest.raises(KeyboardInterrupt):
-        run(tiny_model, rows, tmp_path / "cut", optimizer="adamw_8bit", stop=3)
-    resumed, _ = run(tiny_model, rows, tmp_path / "cut", optimizer="adamw_8bit")
+        run(tiny_model, rows, tmp_path / "cut", optim="adamw_8bit", stop=3)
+    resumed, _ = run(tiny_model, rows, tmp_path / "cut", optim="adamw_8bit")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def test_warm_up_steps_override_the_ratio(tiny_model, rows, tmp_path, capsys):
-    run(tiny_model, rows, tmp_path / "run", warmup_steps=2, warmup_ratio=0.9, schedule="constant", learning_rate=1e-3)
+    run(
+        tiny_model,
+        rows,
+        tmp_path / "run",
+        warmup_steps=2,
+        warmup_ratio=0.9,
+        lr_scheduler_type="constant_with_warmup",
+        learning_rate=1e-3,
+    )
     lines = metrics.read(tmp_path / "run" / "metrics.jsonl")
     assert [line["learning_rate"] for line in lines] == [0.0, 5e-4, 1e-3, 1e-3]
     assert "never reached" not in capsys.readouterr().err
@@ -90,12 +98,12 @@ def test_a_warm_up_that_never_ends_is_said(tiny_model, rows, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("paged_adamw_8bit", "set it to adamw_8bit"), ("paged_adamw_32bit", "set it to adamw,")]
+    ("name", "hint"), [("paged_adamw_8bit", "set it to adamw_8bit"), ("paged_adamw_32bit", "set it to adamw_torch,")]
 )
 def test_pages_without_a_gpu_are_refused_before_training(name, hint, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match=f"train.optimizer: {name} .*there is no GPU: {hint}"):
-        check(Config(train=TrainOptions(optimizer=name)))
+    with pytest.raises(ConfigError, match=f"train.optim: {name} .*there is no GPU: {hint}"):
+        check(Config(train=TrainOptions(optim=name)))
     optimizers.check(name, cuda=True)
 
 
@@ -109,7 +117,7 @@ def test_a_missing_package_is_named(monkeypatch):
 def test_every_optimizer_has_transformers_name_and_its_bytes():
     from transformers.training_args import OptimizerNames
 
-    (choices,) = [TrainOptions.model_fields["optimizer"].annotation.__args__]
+    (choices,) = [TrainOptions.model_fields["optim"].annotation.__args__]
     assert set(choices) == set(optimizers.NAMES) == set(optimizers.MOMENT_BYTES)
     assert set(optimizers.NAMES.values()) <= {each.value for each in OptimizerNames}
 

@@ -105,6 +105,6 @@ def test_what_never_fits_is_said_with_the_smallest_way():
 def test_whether_four_bits_are_needed_is_what_the_16_bit_plan_says(method, gib, batch_size):
     wide = {"batch_size": batch_size, "longest": 2048}
     fits = plan(gib, shape=QWEN_14B, method=replace(method, four_bit=False), **wide).fits
-    options = TrainOptions(batch_size=batch_size)
+    options = TrainOptions(per_device_train_batch_size=batch_size)
     told = planned.on_four_bits(QWEN_14B, method, options, longest=2048, limit=int(gib * GIB))
     assert told.startswith("4 bits are not needed" if fits else "4 bits are needed")

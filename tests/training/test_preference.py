@@ -68,10 +68,10 @@ def test_answers_to_one_prompt_beside_each_other_are_not_taken_for_answers_to_an
         ((50, 40), {}, (1, 1)),
         ((10, 100), {}, (10, 1)),
         ((90, 10), {}, (1, 6.75)),
-        ((90, 10), {"desired_weight": 0.5}, (0.5, 3.375)),
-        ((10, 100), {"desired_weight": 12}, (12, 1)),
-        ((10, 100), {"undesired_weight": 0.5}, (5, 0.5)),
-        ((10, 100), {"desired_weight": 1, "undesired_weight": 1}, (1, 1)),
+        ((90, 10), {"desirable_weight": 0.5}, (0.5, 3.375)),
+        ((10, 100), {"desirable_weight": 12}, (12, 1)),
+        ((10, 100), {"undesirable_weight": 0.5}, (5, 0.5)),
+        ((10, 100), {"desirable_weight": 1, "undesirable_weight": 1}, (1, 1)),
     ],
 )
 def test_labels_weigh_as_the_paper_has_it_unless_both_weights_are_given(counts, given, weights):
@@ -143,7 +143,10 @@ def test_the_last_step_of_kto_is_a_whole_one():
     from fintune.config import TrainOptions
     from fintune.training.sft import make_plan
 
-    plans = [make_plan([5] * 9, TrainOptions(objective=name, epochs=1, batch_size=4), 1) for name in ("dpo", "kto")]
+    plans = [
+        make_plan([5] * 9, TrainOptions(objective=name, num_train_epochs=1, per_device_train_batch_size=4), 1)
+        for name in ("dpo", "kto")
+    ]
     assert num_steps(9, 1, 4, None) == (9, 3)
     assert [(plan.steps, len(plan.order)) for plan in plans] == [(3, 9), (3, 12)]
 

@@ -16,7 +16,7 @@ from support.model_shapes import LLAMA_3B
 torch = pytest.importorskip("torch")
 
 SHAPE = Shape.of(LLAMA_3B)
-BATCH = TrainOptions(batch_size=16)
+BATCH = TrainOptions(per_device_train_batch_size=16)
 
 
 def test_layers_are_recomputed_where_their_activations_are_not_sure_to_fit():

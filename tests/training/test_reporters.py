@@ -21,10 +21,10 @@ def config(model, *report_to) -> Config:
             "adapter": {"r": 4},
             "run": {"name": "mine"},
             "train": {
-                "precision": "float32",
-                "batch_size": 4,
+                "dtype": "float32",
+                "per_device_train_batch_size": 4,
                 "max_steps": 4,
-                "checkpoint_steps": 2,
+                "save_steps": 2,
                 "eval_steps": 2,
                 "report_to": report_to,
             },

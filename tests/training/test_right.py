@@ -116,9 +116,11 @@ def step_losses(tiny_model, rows, folder, fused_layers, batch_size, **options):
     set_seed(5)
     ref = models.fetch(str(tiny_model))
     model = adapter.attach(
-        models.load_model(ref, dtype="float32", device="cpu"), AdapterOptions(r=4, alpha=8, **options)
+        models.load_model(ref, dtype="float32", device="cpu"), AdapterOptions(r=4, lora_alpha=8, **options)
     )
-    asked = TrainOptions(batch_size=batch_size, max_steps=3, learning_rate=1e-2, fused_layers=fused_layers)
+    asked = TrainOptions(
+        per_device_train_batch_size=batch_size, max_steps=3, learning_rate=1e-2, fused_layers=fused_layers
+    )
     sft.train(model, models.load_tokenizer(ref), rows, asked, compute="float32", seed=5, folder=folder)
     return [(line["loss"], line["grad_norm"]) for line in metrics.read(folder / "metrics.jsonl")]
 

@@ -40,11 +40,12 @@ def run(
     ref = models.fetch(str(tiny_model))
     set_seed(5)
     model = adapter.attach(
-        models.load_model(ref, dtype=dtype, device="cpu"), AdapterOptions(kind=kind, r=4, alpha=8, dropout=dropout)
+        models.load_model(ref, dtype=dtype, device="cpu"),
+        AdapterOptions(kind=kind, r=4, lora_alpha=8, lora_dropout=dropout),
     )
     if spoil:
         spoil(model)
-    defaults = {"batch_size": 4, "max_steps": 8, "checkpoint_steps": 3, "learning_rate": 1e-2}
+    defaults = {"per_device_train_batch_size": 4, "max_steps": 8, "save_steps": 3, "learning_rate": 1e-2}
     sft.train(
         model,
         models.load_tokenizer(ref),
@@ -89,15 +90,23 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tiny_model, rows
 
 
 def test_the_loss_falls(tiny_model, rows, tmp_path):
-    run(tiny_model, rows, tmp_path / "run", dropout=0.0, max_steps=40, learning_rate=5e-2, checkpoint_steps=99)
+    run(tiny_model, rows, tmp_path / "run", dropout=0.0, max_steps=40, learning_rate=5e-2, save_steps=99)
     losses = [line["loss"] for line in history(tmp_path / "run")]
     # The tiny model's small tied embeddings bound its logits: uniform is 5.99, and much below 5.6 it cannot go.
     assert sum(losses[-5:]) / 5 < sum(losses[:5]) / 5 - 0.15
 
 
 def test_eight_examples_at_once_equal_eight_accumulated(tiny_model, rows, tmp_path):
-    at_once = run(tiny_model, rows, tmp_path / "a", dropout=0.0, batch_size=8, max_steps=3)
-    accumulated = run(tiny_model, rows, tmp_path / "b", dropout=0.0, batch_size=1, accumulation=8, max_steps=3)
+    at_once = run(tiny_model, rows, tmp_path / "a", dropout=0.0, per_device_train_batch_size=8, max_steps=3)
+    accumulated = run(
+        tiny_model,
+        rows,
+        tmp_path / "b",
+        dropout=0.0,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=8,
+        max_steps=3,
+    )
     for a, b in zip(history(tmp_path / "a"), history(tmp_path / "b"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["tokens"] == b["tokens"]
@@ -128,7 +137,7 @@ def test_weights_stored_in_the_compute_type_give_the_losses_of_weights_cast_in_e
 def test_only_adapted_lora_layers_change_their_type(tiny_model):
     for kind, stored in (("lora", torch.bfloat16), ("dora", torch.float32)):
         base = models.load_model(models.fetch(str(tiny_model)), dtype="float32", device="cpu")
-        model = adapter.attach(base, AdapterOptions(kind=kind, r=4, alpha=8))
+        model = adapter.attach(base, AdapterOptions(kind=kind, r=4, lora_alpha=8))
         assert adapter.store_frozen_weights(model, "bfloat16") == (14 if kind == "lora" else 0)
         types = {name: weight.dtype for name, weight in model.named_parameters()}
         assert {dtype for name, dtype in types.items() if "base_layer" in name} == {stored}
@@ -147,7 +156,13 @@ def test_bfloat16_trains_float32_adapters_close_to_float32(tiny_model, rows, tmp
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_the_fused_layers_train_as_transformers_own(tiny_model, rows, tmp_path, kind, gradient_checkpointing):
-    common = {"dropout": 0.0, "kind": kind, "max_steps": 3, "batch_size": 2, "accumulation": 2}
+    common = {
+        "dropout": 0.0,
+        "kind": kind,
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+    }
     own = run(
         tiny_model,
         rows,
@@ -192,7 +207,7 @@ def test_the_magnitude_of_dora_moves(tiny_model, rows, tmp_path):
 
 
 @pytest.mark.parametrize("fused_layers", ["never", "always"])
-@pytest.mark.parametrize(("compute", "wider"), [("float32", ""), ("bfloat16", ", or set train.precision to float32")])
+@pytest.mark.parametrize(("compute", "wider"), [("float32", ""), ("bfloat16", ", or set train.dtype to float32")])
 def test_a_loss_that_is_not_finite_names_step_and_examples(tiny_model, rows, tmp_path, fused_layers, compute, wider):
     def spoil(model):
         next(weight for name, weight in model.named_parameters() if "lora_A" in name).data.fill_(float("nan"))
@@ -206,12 +221,12 @@ def test_a_loss_that_is_not_finite_names_step_and_examples(tiny_model, rows, tmp
 
 
 def test_the_last_step_has_a_line_though_it_is_no_multiple_of_those_that_are_logged(tiny_model, rows, tmp_path):
-    run(tiny_model, rows, tmp_path / "run", log_steps=4, max_steps=6, checkpoint_steps=99)
+    run(tiny_model, rows, tmp_path / "run", logging_steps=4, max_steps=6, save_steps=99)
     assert [line["step"] for line in history(tmp_path / "run")] == [1, 4, 6]
 
 
 def test_a_resumed_run_logs_the_losses_of_the_whole_one_though_not_every_step_has_a_line(tiny_model, rows, tmp_path):
-    options = {"log_steps": 4, "max_steps": 5, "batch_size": 2}
+    options = {"logging_steps": 4, "max_steps": 5, "per_device_train_batch_size": 2}
     run(tiny_model, rows, tmp_path / "whole", **options)
     with pytest.raises(KeyboardInterrupt):
         run(tiny_model, rows, tmp_path / "cut", callbacks=[stop_at(3)], **options)
@@ -221,14 +236,14 @@ def test_a_resumed_run_logs_the_losses_of_the_whole_one_though_not_every_step_ha
 
 
 def test_two_checkpoints_are_kept_while_training(tiny_model, rows, tmp_path):
-    run(tiny_model, rows, tmp_path / "run", checkpoint_steps=2)
+    run(tiny_model, rows, tmp_path / "run", save_steps=2)
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["checkpoint-6", "checkpoint-8"]
 
 
 def test_an_unknown_target_is_refused_with_those_there_are(tiny_model):
     model = models.load_model(models.fetch(str(tiny_model)), dtype="float32", device="cpu")
     with pytest.raises(ConfigError, match=r"no linear layer 'q_prj': it has down_proj, .*q_proj"):
-        adapter.attach(model, AdapterOptions(targets=("q_prj",)))
+        adapter.attach(model, AdapterOptions(target_modules=("q_prj",)))
 
 
 @pytest.mark.parametrize("fused_layers", ["never", "always"])
@@ -243,9 +258,9 @@ def test_a_gradient_that_is_not_finite_names_step_and_examples(tiny_model, rows,
 
         next(weight for name, weight in model.named_parameters() if "lora_B" in name).register_hook(hook)
 
-    options = {"fused_layers": fused_layers, "dropout": 0.0, "batch_size": 3}
+    options = {"fused_layers": fused_layers, "dropout": 0.0, "per_device_train_batch_size": 3}
     lengths = [len(ids) for ids in rows["input_ids"]]
-    order = sft.make_plan(lengths, TrainOptions(max_steps=8, batch_size=3), 5).order
+    order = sft.make_plan(lengths, TrainOptions(max_steps=8, per_device_train_batch_size=3), 5).order
     ids = ", ".join(rows[index]["id"] for index in order[3:6])
     with pytest.raises(FintuneError, match=f"the gradient is not finite at step 2; examples {ids}: lower"):
         run(tiny_model, rows, tmp_path / "run", spoil=spoil, **options)

@@ -21,7 +21,7 @@ def test_one_process_keeps_to_one_of_the_gpus_that_it_sees(objective, tmp_path, 
             self._n_gpu = 2  # what transformers finds on a machine with two, without torchrun
 
     monkeypatch.setattr(trl, name, SeesTwo)
-    options = TrainOptions(objective=objective, batch_size=4)
+    options = TrainOptions(objective=objective, per_device_train_batch_size=4)
     with quiet_libraries():  # as train has it
         args = make_arguments(torch.nn.Linear(2, 2), options, 3, "float32", 0, tmp_path)
     assert args.n_gpu == 1  # Trainer wraps its model in nn.DataParallel above that

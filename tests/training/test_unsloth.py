@@ -42,7 +42,8 @@ class FastLanguageModel:
     @staticmethod
     def get_peft_model(model, r, lora_alpha, lora_dropout, bias, target_modules, use_gradient_checkpointing,
                        use_rslora, use_dora, random_state):
-        options = AdapterOptions(r=r, alpha=lora_alpha, dropout=lora_dropout, targets=tuple(target_modules))
+        parts = tuple(target_modules)
+        options = AdapterOptions(r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=parts)
         return adapter.attach(model, options)
 """
 PYTHON = """#!{python}
@@ -80,11 +81,18 @@ def inputs(tmp_path_factory, tiny_model) -> dict[str, Path]:
 
 
 def config(model: Path, **options: object) -> Config:
-    chosen = {"batch_size": 2, "max_steps": 4, "checkpoint_steps": 2, "precision": "float32", "threads": 1, **options}
+    chosen = {
+        "per_device_train_batch_size": 2,
+        "max_steps": 4,
+        "save_steps": 2,
+        "dtype": "float32",
+        "threads": 1,
+        **options,
+    }
     parts = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     return Config(
         model=ModelOptions(name=str(model)),
-        adapter=AdapterOptions(r=4, alpha=8, targets=parts),
+        adapter=AdapterOptions(r=4, lora_alpha=8, target_modules=parts),
         train=TrainOptions(**chosen),
     )
 
@@ -93,7 +101,7 @@ def test_the_other_process_trains_the_same_rows_in_the_same_order(tiny_model, in
     python = stand_in(tmp_path / "site")
     for name, more in (("own", {}), ("unsloth", {"backend": "unsloth", "backend_python": python})):
         (tmp_path / name).mkdir()
-        facts = train(config(tiny_model, eval_steps=2, eval_examples=2, **more), inputs, tmp_path / name)
+        facts = train(config(tiny_model, eval_steps=2, max_eval_samples=2, **more), inputs, tmp_path / name)
     assert facts["unsloth"]["versions"]["unsloth"] == "2026.10.9"
     lines = [
         [{key: value for key, value in line.items() if key != "seconds"} for line in metrics.read(folder)]
@@ -111,7 +119,11 @@ def test_a_process_that_dies_or_runs_out_of_memory_is_one_line(tiny_model, input
     chosen = config(tiny_model, backend="unsloth", backend_python=stand_in(tmp_path / "site"))
     for trouble, told in (
         ("killed", "Unsloth's process was ended by SIGKILL: see whether the machine ran out of memory"),
-        ("memory", r"out of memory while training with Unsloth \(CUDA out of memory\. Tr.*\): lower train.batch_size"),
+        (
+            "memory",
+            r"out of memory while training with Unsloth \(CUDA out of memory\. Tr.*\): "
+            r"lower train.per_device_train_batch_size",
+        ),
     ):
         monkeypatch.setenv("STAND_IN", trouble)
         with pytest.raises(ResourceError, match=told):
@@ -154,11 +166,14 @@ def test_a_python_that_is_none_or_has_no_fintune_is_told(tiny_model, tmp_path):
     ("section", "what"),
     [
         ({"adapter": AdapterOptions(kind="full")}, "adapter.kind: full"),
-        ({"adapter": AdapterOptions(init="pissa")}, "adapter.init: pissa"),
+        ({"adapter": AdapterOptions(init_lora_weights="pissa")}, "adapter.init_lora_weights: pissa"),
         ({"model": ModelOptions(trust_remote_code=True)}, "model.trust_remote_code"),
         ({"publish": PublishOptions(repo_id="a/b", each_epoch=True)}, "publish.each_epoch"),
         ({"train": TrainOptions(backend="unsloth", fused_layers="always")}, "train.fused_layers: always"),
-        ({"train": TrainOptions(backend="unsloth", keep="best_accuracy", eval_steps=1)}, "train.keep: best_accuracy"),
+        (
+            {"train": TrainOptions(backend="unsloth", select_checkpoint="best_accuracy", eval_steps=1)},
+            "train.select_checkpoint: best_accuracy",
+        ),
     ],
 )
 def test_what_is_not_proven_with_it_is_refused_by_name(section, what):

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from fintune.data.decimal_commas import Mark
     from fintune.inference.open_model import AskedEngine
 
-CONSTRAIN = click.Choice(["none", "general", "example"])
+CONSTRAIN = click.Choice(["none", "general", "page"])
 STRATEGY = click.Choice(["greedy", "sample", "execution_guided", "vote"])
 DECIMAL = click.Choice(["point", "comma"])
 ENGINES = click.Choice(["auto", "transformers", "llama.cpp", "vllm", "openai"])
@@ -29,7 +29,7 @@ ENGINES = click.Choice(["auto", "transformers", "llama.cpp", "vllm", "openai"])
 @click.option("--adapter", type=click.Path(path_type=Path), metavar="DIR", help="PEFT adapter of the model.")
 @click.option("--engine", type=ENGINES, default="auto", show_default=True, help="What runs the model; auto: its name.")
 @click.option("--load-in-4bit", is_flag=True, help="Quantise the weights while they load (bitsandbytes).")
-@click.option("--constrain", type=CONSTRAIN, help="Write only programs; `example`: of this page's numbers and rows.")
+@click.option("--constrain", type=CONSTRAIN, help="Write only programs; `page`: of this page's numbers and rows.")
 @click.option("--strategy", type=STRATEGY, help="How the answer is chosen, as predict.strategy.")
 @click.option("--num-candidates", type=int, metavar="N", help="Completions, for execution_guided and vote.")
 @click.option("--config", type=click.Path(path_type=Path), metavar="CONFIG", help="Options of the run that trained it.")
@@ -91,8 +91,8 @@ def ask(
     out.print(
         confidence_line(answer.confidence, [each.result for each in answer.candidates], answer.result), soft_wrap=True
     )
-    if options.predict.num_shots:
-        click.echo("fintune: predict.num_shots is not read here: no solved questions were shown", err=True)
+    if options.predict.num_fewshot:
+        click.echo("fintune: predict.num_fewshot is not read here: no solved questions were shown", err=True)
     if answer.num_cut:
         click.echo(f"fintune: {answer.num_cut} sentences and rows did not fit prompt.max_length", err=True)
     if answer.finish_reason == "length":

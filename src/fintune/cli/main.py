@@ -188,7 +188,7 @@ _verb("report", "One HTML page of the run.")
 @click.option("--engine", type=ENGINES, default="auto", show_default=True, help="What runs --model; auto: its name.")
 @click.option("--load-in-4bit", is_flag=True, help="Quantise the weights of --model while they load (bitsandbytes).")
 @click.option("--data", type=FILE, help="FinQA file whose questions --model is asked.")
-@click.option("--train", type=FILE, help="FinQA file that predict.num_shots come from; else the one beside --data.")
+@click.option("--train", type=FILE, help="FinQA file that predict.num_fewshot come from; else the one beside --data.")
 @click.option("--out", type=FILE, help="JSON file for the predictions of --model.")
 @click.option(
     "--num", type=click.IntRange(min=1), metavar="N", help="Ask --model N of the questions, drawn with run.seed."
@@ -222,7 +222,7 @@ def predict(
     if model is None and data is None and out is None and config is not None:
         if num is not None or given:
             told = "--num" if num is not None else f"--{given[0][8:].partition('=')[0].replace('_', '-')}"
-            raise click.UsageError(f"{told} goes with --model; a run has data.max_eval and predict. options")
+            raise click.UsageError(f"{told} goes with --model; a run has data.max_eval_samples and predict. options")
         run_stage("predict", config, overrides, redo=redo, dry_run=dry_run)
         return
     if model is None or data is None or out is None:

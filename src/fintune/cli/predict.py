@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fintune.config.load import Loaded
     from fintune.inference.open_model import AskedEngine
 
-_NUMBER = "data.max_eval"
+_NUMBER = "data.max_eval_samples"
 _READ = (_NUMBER, "run.seed")
 _SECTIONS = ("prompt.", "predict.", "model.")
 _SPLIT = re.compile(r"(?<![A-Za-z])(test|dev|valid|validation|eval)(?![A-Za-z])", re.IGNORECASE)
@@ -47,7 +47,7 @@ def predict_plain(
         train: FinQA file that shots come from; the training file beside ``data`` where None.
         engine: What runs the model.
         load_in_4bit: Quantise the weights while they load.
-        max_questions: Ask at most so many; the override ``data.max_eval``, where there is one, where None.
+        max_questions: Ask at most so many; the override ``data.max_eval_samples``, where there is one, where None.
 
     Raises:
         ConfigError: An override that changes nothing here.
@@ -63,10 +63,10 @@ def predict_plain(
     _refuse_unread(loaded)
     options = loaded.config
     if max_questions is None and loaded.origin.get(_NUMBER) == OVERRIDE:
-        max_questions = options.data.max_eval
+        max_questions = options.data.max_eval_samples
     options = options.with_decoding_mode(options.predict.decoding_modes[0])
     named = Named.with_options(model, options, adapter=adapter, engine=engine, load_in_4bit=load_in_4bit)
-    number = options.predict.num_shots
+    number = options.predict.num_fewshot
     train = train or (training_file(data) if number else None)
     job = FileJob(named, data, out, train=train, num_shots=number, max_questions=max_questions)
     with interrupt_message(RESUME_MESSAGE):

@@ -18,7 +18,7 @@ from fintune.errors import ConfigError, FintuneError
 @config_arguments
 @click.option("--dry-run", is_flag=True, help="Write the card, say what would be pushed with bytes, push nothing.")
 def publish(config: Path | None, overrides: tuple[str, ...], dry_run: bool) -> None:
-    """What publish.what names to publish.repo_id on the Hugging Face hub, with a model card.
+    """What publish.artifacts names to publish.repo_id on the Hugging Face hub, with a model card.
 
     CONFIG may be a run's folder, too, such as the run/ of an older command's output.
     What is there with the same hash is not sent again; so an interrupted push goes on, and a second one only looks.

@@ -13,25 +13,25 @@ _FLAG = "--extra_train_args"
 RENAMED: Mapping[str, str] = {
     "adam_beta2": "train.adam_beta2",
     "eval_steps": "train.eval_steps",
-    "gradient_accumulation_steps": "train.accumulation",
+    "gradient_accumulation_steps": "train.gradient_accumulation_steps",
     "gradient_checkpointing": "train.gradient_checkpointing",
     "use_gradient_checkpointing": "train.gradient_checkpointing",
     "learning_rate": "train.learning_rate",
-    "logging_steps": "train.log_steps",
-    "lora_alpha": "adapter.alpha",
-    "lora_dropout": "adapter.dropout",
+    "logging_steps": "train.logging_steps",
+    "lora_alpha": "adapter.lora_alpha",
+    "lora_dropout": "adapter.lora_dropout",
     "lora_r": "adapter.r",
     "max_grad_norm": "train.max_grad_norm",
     "max_length": "prompt.max_length",
     "max_seq_length": "prompt.max_length",
     "max_steps": "train.max_steps",
-    "num_train_epochs": "train.epochs",
-    "per_device_train_batch_size": "train.batch_size",
+    "num_train_epochs": "train.num_train_epochs",
+    "per_device_train_batch_size": "train.per_device_train_batch_size",
     "random_state": "run.seed",
-    "save_steps": "train.checkpoint_steps",
-    "save_total_limit": "train.num_checkpoints",
+    "save_steps": "train.save_steps",
+    "save_total_limit": "train.save_total_limit",
     "seed": "run.seed",
-    "use_rslora": "adapter.rslora",
+    "use_rslora": "adapter.use_rslora",
     "warmup_ratio": "train.warmup_ratio",
     "warmup_steps": "train.warmup_steps",
     "weight_decay": "train.weight_decay",
@@ -40,32 +40,32 @@ RENAMED: Mapping[str, str] = {
 
 CALLED: Mapping[str, str] = {
     "base_model": "model.name",
-    "bf16": "train.precision=bfloat16",
+    "bf16": "train.dtype=bfloat16",
     "dataset": "data.sources",
     "eval_strategy": "train.eval_steps",
     "evaluation_strategy": "train.eval_steps",
-    "fp16": "train.precision=float16",
-    "load_best_model_at_end": "train.keep=best_loss",
-    "load_in_4bit": "model.load=4bit",
+    "fp16": "train.dtype=float16",
+    "load_best_model_at_end": "train.select_checkpoint=best_loss",
+    "load_in_4bit": "model.quantization=nf4",
     "lora_rank": "adapter.r",
     "lr": "train.learning_rate",
-    "lr_scheduler_type": "train.schedule",
+    "lr_scheduler_type": "train.lr_scheduler_type",
     "model_name": "model.name",
     "model_name_or_path": "model.name",
-    "optim": "train.optimizer",
+    "optim": "train.optim",
     "output_dir": "run.dir",
     "rank": "adapter.r",
     "report_to": "train.report_to",
-    "target_modules": "adapter.targets",
+    "target_modules": "adapter.target_modules",
     "use_dora": "adapter.kind=dora",
 }
 """Further names by which other programs call an option, for messages; ``option=value`` where the value is settled."""
 
 OPTIMIZERS: Mapping[str, str] = {
-    "adamw": "adamw",
-    "adamw_torch": "adamw",
-    "adamw_torch_fused": "adamw",
-    "adamw_hf": "adamw",
+    "adamw": "adamw_torch",
+    "adamw_torch": "adamw_torch",
+    "adamw_torch_fused": "adamw_torch",
+    "adamw_hf": "adamw_torch",
     "adamw_8bit": "adamw_8bit",
     "adamw_bnb_8bit": "adamw_8bit",
     "paged_adamw_8bit": "paged_adamw_8bit",
@@ -104,7 +104,7 @@ ELSEWHERE: Mapping[str, str] = {
 
 
 def meant(name: str) -> str | None:
-    """The option that another program calls so, as ``train.learning_rate`` or ``model.load=4bit``."""
+    """The option that another program calls so, as ``train.learning_rate`` or ``model.quantization=nf4``."""
     return RENAMED.get(name) or CALLED.get(name)
 
 
@@ -170,19 +170,24 @@ def _same(value: str, has: str) -> bool:
 
 
 def _optim(name: str, value: str, _: Mapping[str, str]) -> list[str]:
-    return [f"train.optimizer={_choice(name, value, OPTIMIZERS)}"]
+    return [f"train.optim={_choice(name, value, OPTIMIZERS)}"]
 
 
 def _schedule(name: str, value: str, _: Mapping[str, str]) -> list[str]:
-    known = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
-    return [f"train.schedule={_choice(name, value, known)}"]
+    known = {
+        "cosine": "cosine",
+        "linear": "linear",
+        "constant": "constant_with_warmup",
+        "constant_with_warmup": "constant_with_warmup",
+    }
+    return [f"train.lr_scheduler_type={_choice(name, value, known)}"]
 
 
 def _sixteen_bits(name: str, value: str, named: Mapping[str, str]) -> list[str]:
     if _truth(name, value):
-        return [f"train.precision={'bfloat16' if name == 'bf16' else 'float16'}"]
+        return [f"train.dtype={'bfloat16' if name == 'bf16' else 'float16'}"]
     others = {"bf16", "fp16"} - {name}
-    return [] if any(_truth(other, named[other]) for other in others & set(named)) else ["train.precision=float32"]
+    return [] if any(_truth(other, named[other]) for other in others & set(named)) else ["train.dtype=float32"]
 
 
 def _dora(name: str, value: str, _: Mapping[str, str]) -> list[str]:
@@ -191,11 +196,11 @@ def _dora(name: str, value: str, _: Mapping[str, str]) -> list[str]:
 
 def _targets(_: str, value: str, __: Mapping[str, str]) -> list[str]:
     names = [each.strip(" '\"") for each in value.strip("[]").split(",")]
-    return [f"adapter.targets=[{', '.join(names)}]"]
+    return [f"adapter.target_modules=[{', '.join(names)}]"]
 
 
 def _four_bit(name: str, value: str, _: Mapping[str, str]) -> list[str]:
-    return [f"model.load={'4bit' if _truth(name, value) else '16bit'}"]
+    return [f"model.quantization={'nf4' if _truth(name, value) else 'none'}"]
 
 
 def _report_to(name: str, value: str, _: Mapping[str, str]) -> list[str]:
@@ -205,7 +210,7 @@ def _report_to(name: str, value: str, _: Mapping[str, str]) -> list[str]:
 
 
 def _keep(name: str, value: str, _: Mapping[str, str]) -> list[str]:
-    return [f"train.keep={'best_loss' if _truth(name, value) else 'last'}"]
+    return [f"train.select_checkpoint={'best_loss' if _truth(name, value) else 'last'}"]
 
 
 def _eval_strategy(name: str, value: str, named: Mapping[str, str]) -> list[str]:

@@ -35,7 +35,7 @@ class SourceOptions(Options):
         description="File (JSON, JSONL, CSV, TSV, Parquet, plain or .gz), folder of such files or of a saved dataset, "
         "pattern such as `data/*.jsonl`, or `hub:OWNER/NAME`.",
     )
-    shape: Literal["auto", Shape] = Field(
+    format: Literal["auto", Shape] = Field(
         "auto", description="What a row looks like; `auto` finds it out row by row and prints what it found."
     )
     columns: dict[str, str] = Field(
@@ -54,10 +54,10 @@ class SourceOptions(Options):
     max_rows: int | None = Field(
         None, ge=1, description="Take at most so many usable rows, drawn with `run.seed`; all where empty."
     )
-    hold_out: Literal["share", "all", "none"] = Field(
-        "share", description="What is kept for evaluation: `data.eval_share` of it, all or nothing."
+    hold_out: Literal["split", "all", "none"] = Field(
+        "split", description="What is kept for evaluation: `data.eval_share` of it, all or nothing."
     )
-    licence: str = Field("", description="Its licence, where the source does not say it, as `CC-BY-4.0`.")
+    license: str = Field("", description="Its licence, where the source does not say it, as `CC-BY-4.0`.")
 
 
 def _paths_alone(value: Any) -> Any:
@@ -99,7 +99,7 @@ class DataOptions(Options):
         lt=1,
         description="Share of the conversations that is held out, chosen by a hash of the first question.",
     )
-    duplicates: Literal["near", "exact", "keep"] = Field(
+    duplicates: Literal["near", "exact", "off"] = Field(
         "near",
         description="What is left out: `exact` copies but for case and white space, or `near` ones as well.",
     )
@@ -112,10 +112,10 @@ class DataOptions(Options):
     )
     train: Path | None = Field(None, description="FinQA JSON (plain or .gz) to train on.")
     eval: Path | None = Field(None, description="FinQA JSON (plain or .gz) to score on.")
-    max_train: int | None = Field(
+    max_train_samples: int | None = Field(
         None, ge=1, description="Train on at most so many examples, drawn with `run.seed`; all where empty."
     )
-    max_eval: int | None = Field(
+    max_eval_samples: int | None = Field(
         None, ge=1, description="Score at most so many examples, drawn with `run.seed`; all where empty."
     )
     group_questions: int = Field(

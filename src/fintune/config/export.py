@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from fintune.config.base import Options, neutral
 
 COMPUTE = Path("compute")
-"""``export.importance`` that names no file."""
+"""``export.imatrix`` that names no file."""
 _NOT_QUANTISED = {"F32", "F16", "BF16"}
 GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "Q3_K_M")
 """What this package writes by itself; the quantiser of a llama.cpp checkout has its own list."""
@@ -23,10 +23,10 @@ class MergeOptions(Options):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Type of the merged weights; `auto` is the base's."
     )
-    into: Literal["16bit", "dequantised"] = Field(
+    into: Literal["16bit", "quantized_base"] = Field(
         "16bit",
-        description="Weights that the adapter is folded into: the base's own, or, with `model.load: 4bit`, those that "
-        "training saw, rounded to 4 bits and back. How far the two lie apart is in the manifest.",
+        description="Weights that the adapter is folded into: the base's own, or, with `model.quantization: nf4`, "
+        "those that training saw, rounded to 4 bits and back. How far the two lie apart is in the manifest.",
     )
 
 
@@ -41,7 +41,7 @@ class ExportOptions(Options):
         description="What is read: the merged folder; or base + `adapter`, folded while they are read: the same bytes, "
         "and no merged folder is written (then no `merged` in `predict.models`).",
     )
-    importance: Path | None = Field(
+    imatrix: Path | None = Field(
         None,
         description="Importance matrix that the quantised types are weighed with: a file of llama.cpp's (GGUF or the "
         "older binary), or `compute`: from the first 32,768 tokens of the training texts, with the whole model in "
@@ -56,14 +56,14 @@ class ExportOptions(Options):
     threads: int | None = neutral(None, "CPU threads; all cores where empty.", ge=1)
 
     @property
-    def computes_importance(self) -> bool:
+    def computes_imatrix(self) -> bool:
         """Whether the matrix is made here."""
-        return self.importance == COMPUTE
+        return self.imatrix == COMPUTE
 
     @property
-    def importance_file(self) -> Path | None:
+    def imatrix_file(self) -> Path | None:
         """The user's matrix."""
-        return None if self.computes_importance else self.importance
+        return None if self.computes_imatrix else self.imatrix
 
     @field_validator("types")
     @classmethod
@@ -85,17 +85,17 @@ class ExportOptions(Options):
             raise ValueError(
                 "export.llama_cpp_path reads the merged folder, which export.source: adapter does without; remove one"
             )
-        if self.llama_cpp_path is not None and self.computes_importance:
+        if self.llama_cpp_path is not None and self.computes_imatrix:
             raise ValueError(
-                "export.importance: compute is for this package's own export; with export.llama_cpp_path name a file"
+                "export.imatrix: compute is for this package's own export; with export.llama_cpp_path name a file"
             )
         return self
 
     @model_validator(mode="after")
     def _importance_is_used(self) -> ExportOptions:
-        if self.importance is not None and _NOT_QUANTISED.issuperset(self.types):
+        if self.imatrix is not None and _NOT_QUANTISED.issuperset(self.types):
             raise ValueError(
-                f"export.importance weighs quantised types, and export.types has only {', '.join(self.types)}; "
+                f"export.imatrix weighs quantised types, and export.types has only {', '.join(self.types)}; "
                 "add one, as Q4_K_M, or remove it"
             )
         return self

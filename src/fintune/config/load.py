@@ -20,6 +20,7 @@ from ruamel.yaml.error import YAMLError
 
 from fintune.config import Config, Options, is_neutral
 from fintune.config.aliases import FIXED, meant
+from fintune.config.other_names import RENAMED_IN_SOURCES, renamed
 from fintune.config.yaml_file import read
 from fintune.errors import ConfigError
 
@@ -27,8 +28,8 @@ DEFAULT = "default"
 OVERRIDE = "command line"
 _OPTION = re.compile(r"[a-z_]+(?:\.[a-z0-9_]+)+")
 _KINDS = {
-    "adapter.kind=qlora": "; QLoRA is adapter.kind=lora model.load=4bit",
-    "adapter.kind=qdora": "; QDoRA is adapter.kind=dora model.load=4bit",
+    "adapter.kind=qlora": "; QLoRA is adapter.kind=lora model.quantization=nf4",
+    "adapter.kind=qdora": "; QDoRA is adapter.kind=dora model.quantization=nf4",
 }
 """What is called a method elsewhere and is two options here."""
 
@@ -111,7 +112,7 @@ def told(config: Config) -> dict[str, Any]:
 
 
 def effective(config: Config, prefixes: Sequence[str]) -> dict[str, Any]:
-    """The values below any of the prefixes (``"train"``, ``"data.max_eval"``) that can change a result."""
+    """The values below any of the prefixes (``"train"``, ``"data.max_eval_samples"``) that can change a result."""
     values = flat(config)
     return {
         key: values[key]
@@ -195,15 +196,17 @@ def _refuse_unknown(
         if field is None:
             known = [key for key, _ in fields()] + ([] if path else list(Config.model_fields))
             here = {other: ".".join((*path, other)) for other in model.model_fields}
-            called = meant(name)
+            called = renamed(dotted) or meant(name)
             if name in FIXED and called is None:
                 raise ConfigError(f"{place}unknown option {dotted}", hint=f"{FIXED[name][1]}; leave it out")
             near = (
                 [called]
                 if called
-                else _initials(name, here) or [here[leaf] for leaf in difflib.get_close_matches(name, list(here), n=1)]
+                else _initials(name, here)
+                or [here[leaf] for leaf in difflib.get_close_matches(name, list(here), n=1)]
+                or [here[leaf] for leaf in here if name in leaf]
             )
-            # A section alone is no likeness: train.zzz is not train.keep.
+            # A section alone is no likeness: train.zzz is not train.select_checkpoint.
             near = near or difflib.get_close_matches(dotted, known, n=1, cutoff=0.8) or _same_leaf(name, known)
             hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(model.model_fields)}"
             raise ConfigError(f"{place}unknown option {dotted}", hint=hint)
@@ -250,6 +253,8 @@ def _explain(error: ValidationError, origin: Mapping[str, str]) -> ConfigError:
         return ConfigError(f"{place}{entry} is missing")
     key = entry or key
     hint = first["msg"][0].lower() + first["msg"][1:]
+    if key == "data.source" and isinstance(first["input"], str) and any(mark in first["input"] for mark in "./*"):
+        hint = f"data.source is finqa, chat or builtin:statements; for a file write data.sources={first['input']}"
     return ConfigError(f"{place}{key}: got {got}", hint=hint + _KINDS.get(f"{key}={first['input']}".lower(), ""))
 
 
@@ -266,5 +271,6 @@ def _near_in_entry(loc: Sequence[int | str]) -> str | None:
     if not models:
         return None
     names = list(models[0].model_fields)
-    near = difflib.get_close_matches(str(loc[-1]), names, n=1)
+    last = str(loc[-1])
+    near = [RENAMED_IN_SOURCES[last]] if last in RENAMED_IN_SOURCES else difflib.get_close_matches(last, names, n=1)
     return f"did you mean {near[0]}?" if near else f"known here: {', '.join(names)}"

@@ -17,10 +17,11 @@ class ModelOptions(Options):
         description="`builtin:smollm2-135m`, a local Hugging Face folder, or a hub id such as `Qwen/Qwen3-1.7B`.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model; its newest where empty.")
-    load: Literal["16bit", "4bit"] = Field(
-        "16bit",
-        description="How training holds the frozen base weights: `4bit` makes LoRA into QLoRA and DoRA into QDoRA (NF4 "
-        "with double quantisation, arXiv 2305.14314). Merge, export and prediction take the stored weights.",
+    quantization: Literal["none", "nf4"] = Field(
+        "none",
+        description="How training holds the frozen base weights: `nf4` makes LoRA into QLoRA and DoRA into "
+        "QDoRA (4-bit NormalFloat with double quantisation, arXiv 2305.14314). Merge, export and prediction take the "
+        "stored weights.",
     )
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with the model. Off unless you trust its author."
@@ -36,27 +37,29 @@ class AdapterOptions(Options):
         "the model is trained (the other options here have no say then; it wants a `train.learning_rate` near 1e-5).",
     )
     r: int = Field(16, ge=1, description="Rank.")
-    alpha: int = Field(32, ge=1, description="Scale; the update is multiplied by alpha / r.")
-    rslora: bool = Field(
+    lora_alpha: int = Field(32, ge=1, description="Scale; the update is multiplied by alpha / r.")
+    use_rslora: bool = Field(
         False, description="Multiply by alpha / sqrt(r) instead, which keeps high ranks learning (arXiv 2312.03732)."
     )
-    init: Literal["default", "pissa", "loftq"] = Field(
+    init_lora_weights: Literal["default", "pissa", "loftq"] = Field(
         "default",
         description="Where the adapter begins: `default` changes nothing at first; `pissa` takes the largest singular "
         "directions out of the 16-bit weights (arXiv 2404.02948); `loftq` takes up the error of 4-bit weights (arXiv "
         "2310.08659). Both are saved as a plain adapter of twice the rank for the unchanged base.",
     )
-    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout before the adapter, as a probability.")
-    targets: tuple[str, ...] = Field(
+    lora_dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout before the adapter, as a probability.")
+    target_modules: tuple[str, ...] = Field(
         ("all-linear",),
         description="Names of the layers that get an adapter; `all-linear` is every linear layer but the output head.",
     )
 
-    @field_validator("targets")
+    @field_validator("target_modules")
     @classmethod
     def _some_or_all(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
         if not targets:
-            raise ValueError("adapter.targets: name at least one layer, or all-linear")
+            raise ValueError("adapter.target_modules: name at least one layer, or all-linear")
         if "all-linear" in targets and len(targets) > 1:
-            raise ValueError("adapter.targets: all-linear is every layer and stands alone; leave it or the others out")
+            raise ValueError(
+                "adapter.target_modules: all-linear is every layer and stands alone; leave it or the others out"
+            )
         return targets

@@ -11,14 +11,14 @@ from fintune.config.base import Options, neutral
 GgufKind = Literal["F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "Q3_K_M"]
 ModelKind = Literal["base", "adapter", "adapter_4bit", "merged", "merged_4bit", GgufKind, "endpoint"]
 GGUF_KINDS: tuple[GgufKind, ...] = get_args(GgufKind)
-DecodingMode = Literal["none", "general", "example"]
+DecodingMode = Literal["none", "general", "page"]
 """What a completion may contain: anything, any program, or a program of the numbers and rows on its page."""
 MODE_SEPARATOR = "+"
-"""Separates the kind of model from the decoding mode in a step's name: ``predict/merged+example``."""
+"""Separates the kind of model from the decoding mode in a step's name: ``predict/merged+page``."""
 
 
 def split_kind_and_mode(name: str) -> tuple[str, str]:
-    """Split ``merged+example`` into ``merged`` and ``example``; the mode is "" if the name has none."""
+    """Split ``merged+page`` into ``merged`` and ``page``; the mode is "" if the name has none."""
     kind, _, mode = name.rpartition(MODE_SEPARATOR)
     return (kind, mode) if kind and mode in get_args(DecodingMode) else (name, "")
 
@@ -53,7 +53,7 @@ class PredictOptions(Options):
         "auto",
         description="What runs Hugging Face folders; `auto` is transformers. llama.cpp runs GGUF files.",
     )
-    num_shots: int = Field(
+    num_fewshot: int = Field(
         0,
         ge=0,
         description="Training questions with evidence and program that stand before each question: the most similar "
@@ -70,7 +70,7 @@ class PredictOptions(Options):
         "none",
         json_schema_extra={"shown_type": f"{' or '.join(get_args(DecodingMode))}, or a list of these"},
         description="What a completion may say: anything; only programs (`general`); or only programs of the numbers "
-        "and rows on its page and FinQA's constants (`example`). A list, as `[none, example]`, measures each kind of "
+        "and rows on its page and FinQA's constants (`page`). A list, as `[none, page]`, measures each kind of "
         "model in each of these modes; steps that are named after the kind alone use the first.",
     )
     strategy: Literal["greedy", "sample", "execution_guided", "vote"] = Field(
@@ -96,7 +96,7 @@ class PredictOptions(Options):
         gt=0,
         le=604_800,
     )
-    precision: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "float32", description="Arithmetic of the transformers engine."
     )
     threads: int | None = neutral(None, "CPU threads; all cores where empty.", ge=1)
@@ -107,7 +107,7 @@ class PredictOptions(Options):
         return self.constrain if isinstance(self.constrain, tuple) else (self.constrain,)
 
     def named_modes(self, kind: ModelKind) -> list[tuple[str, DecodingMode]]:
-        """Name each decoding mode of a kind; the first has the kind's own name: ``merged``, ``merged+example``."""
+        """Name each decoding mode of a kind; the first has the kind's own name: ``merged``, ``merged+page``."""
         first, *others = self.decoding_modes
         return [(kind, first), *((f"{kind}{MODE_SEPARATOR}{mode}", mode) for mode in others)]
 

@@ -18,38 +18,41 @@ def obstacle(config: Config) -> str | None:
     """
     train, adapter = config.train, config.adapter
     asked = f"train.objective: {train.objective}"
-    weighed = next((name for name in ("desired_weight", "undesired_weight") if getattr(train, name) is not None), None)
+    weighed = next(
+        (name for name in ("desirable_weight", "undesirable_weight") if getattr(train, name) is not None), None
+    )
     rows = "preference rows (prompt, chosen, rejected)"
     if train.objective == "kto":
         rows += " or labelled answers (prompt, completion, label)"
     if train.objective == "sft":
         if train.beta != BETA:
             return "train.beta has no say in train.objective: sft; set dpo, orpo or kto, or remove it"
-        if train.chosen_weight:
-            return "train.chosen_weight belongs to train.objective: dpo; remove it"
+        if train.rpo_alpha:
+            return "train.rpo_alpha belongs to train.objective: dpo; remove it"
         return f"train.{weighed} belongs to train.objective: kto; remove it" if weighed else None
     found = {
         f"{asked} compares answers, which data.source: {config.data.source} lacks; set data.source: chat and name "
         f"{rows} in data.sources": config.data.source != "chat",
         f"{asked} is unproven with adapter.kind: full, since its reference is the model without the adapter; use lora "
         "or dora": adapter.kind == "full",
-        f"{asked} is unproven with adapter.init: {adapter.init}, whose adapter changes the model before the first "
-        "step; use default": adapter.init != "default",
-        f"{asked} takes no adapter.dropout: model and reference must be the same at first; set it to 0": (
-            adapter.dropout > 0
+        f"{asked} is unproven with adapter.init_lora_weights: {adapter.init_lora_weights}, whose adapter changes the "
+        "model before the first step; use default": adapter.init_lora_weights != "default",
+        f"{asked} takes no adapter.lora_dropout: model and reference must be the same at first; set it to 0": (
+            adapter.lora_dropout > 0
         ),
         f"{asked} is unproven with train.fused_layers: always; set it to auto or never": train.fused_layers == "always",
-        f"{asked} is unproven with train.keep: best_accuracy, which needs gold programs; use best_loss": (
-            train.keep == "best_accuracy"
+        f"{asked} is unproven with train.select_checkpoint: best_accuracy, which needs gold programs; use best_loss": (
+            train.select_checkpoint == "best_accuracy"
         ),
-        f"train.chosen_weight belongs to train.objective: dpo, not to {train.objective}; remove it": (
-            train.chosen_weight > 0 and train.objective != "dpo"
+        f"train.rpo_alpha belongs to train.objective: dpo, not to {train.objective}; remove it": (
+            train.rpo_alpha > 0 and train.objective != "dpo"
         ),
         f"train.{weighed} belongs to train.objective: kto, not to {train.objective}; remove it": (
             weighed is not None and train.objective != "kto"
         ),
-        f"{asked} compares answers of different prompts in a forward pass; set train.batch_size to 2 or more": (
-            train.objective == "kto" and train.batch_size < 2
+        f"{asked} compares answers of different prompts in a forward pass; set "
+        "train.per_device_train_batch_size to 2 or more": (
+            train.objective == "kto" and train.per_device_train_batch_size < 2
         ),
     }
     return next((reason for reason, holds in found.items() if holds), None)

@@ -29,7 +29,7 @@ class PublishOptions(Options):
         description="Repository, `OWNER/NAME`, or `NAME` for one of yours. Made where there is none. With it, "
         "`fintune run` ends with a push; the token is that of `hf auth login` or HF_TOKEN.",
     )
-    what: Annotated[tuple[Published, ...], Field(min_length=1)] = Field(
+    artifacts: Annotated[tuple[Published, ...], Field(min_length=1)] = Field(
         ("adapter",),
         description="What is pushed: `adapter` (PEFT), `merged` (the 16-bit folder), `gguf` (the files of "
         "`export.types` and the Modelfile). Beside `merged` the adapter lies in `adapter/`.",
@@ -45,7 +45,7 @@ class PublishOptions(Options):
         description="Hub id of the base model, where `model.name` is a folder; the card and the adapter's "
         "configuration name it.",
     )
-    licence: str | None = Field(
+    license: str | None = Field(
         None,
         description="Licence of the result in the hub's form, as `apache-2.0`; where empty, the card says what base "
         "model and data ask for. None that allows what the data forbid is taken.",
@@ -65,11 +65,11 @@ class PublishOptions(Options):
             raise ValueError(f"publish.{info.field_name}: {value!r} is no name on the hub; write OWNER/NAME")
         return value
 
-    @field_validator("what")
+    @field_validator("artifacts")
     @classmethod
     def _named_once(cls, value: tuple[Published, ...]) -> tuple[Published, ...]:
         if len(set(value)) < len(value):
-            raise ValueError("publish.what names something twice; once is enough")
+            raise ValueError("publish.artifacts names something twice; once is enough")
         return value
 
     @model_validator(mode="after")
@@ -84,7 +84,7 @@ class PublishOptions(Options):
 
         transformers would put an adapter beside a model on top of it, and so a second time.
         """
-        return "adapter" if "merged" in self.what else ""
+        return "adapter" if "merged" in self.artifacts else ""
 
     def obstacle(self, kind: str, source: str) -> str | None:
         """What is asked for and never made, with what to do.
@@ -95,9 +95,11 @@ class PublishOptions(Options):
         """
         if not self.repo_id:
             return None
-        if kind == "full" and ("adapter" in self.what or self.each_epoch):
-            option = "publish.each_epoch" if self.each_epoch else "publish.what: adapter"
-            return f"{option} pushes an adapter, and adapter.kind: full has none; set publish.what to merged or gguf"
-        if source == "adapter" and "merged" in self.what:
-            return "publish.what: merged needs the merged folder, which export.source: adapter does not write"
+        if kind == "full" and ("adapter" in self.artifacts or self.each_epoch):
+            option = "publish.each_epoch" if self.each_epoch else "publish.artifacts: adapter"
+            return (
+                f"{option} pushes an adapter, and adapter.kind: full has none; set publish.artifacts to merged or gguf"
+            )
+        if source == "adapter" and "merged" in self.artifacts:
+            return "publish.artifacts: merged needs the merged folder, which export.source: adapter does not write"
         return None

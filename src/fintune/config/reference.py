@@ -24,7 +24,7 @@ fintune run configs/demo.yaml train.learning_rate=1e-4 run.name=lower-rate
 `fintune config show CONFIG` prints every value and where it came from. An unknown key is an error. Options marked °
 cannot change a result; all others belong to the fingerprint that decides whether a stage is up to date.
 
-This page is written by `fintune config reference` from `src/fintune/options/`.
+This page is written by `fintune config reference` from `src/fintune/config/`.
 """
 
 

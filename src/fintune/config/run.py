@@ -45,30 +45,37 @@ class Config(Options):
 
     @model_validator(mode="after")
     def _method_is_one(self) -> Config:
-        kind, init, load = self.adapter.kind, self.adapter.init, self.model.load
+        kind, init, quantization = self.adapter.kind, self.adapter.init_lora_weights, self.model.quantization
         if kind == "full":
-            if load == "4bit":
+            if quantization == "nf4":
                 raise ValueError(
-                    "adapter.kind: full trains the weights themselves, which model.load: 4bit freezes; use lora"
+                    "adapter.kind: full trains the weights themselves, which model.quantization: nf4 freezes; use lora"
                 )
-            if init != "default" or self.adapter.rslora:
-                option = "adapter.rslora" if self.adapter.rslora else f"adapter.init: {init}"
+            if init != "default" or self.adapter.use_rslora:
+                option = "adapter.use_rslora" if self.adapter.use_rslora else f"adapter.init_lora_weights: {init}"
                 raise ValueError(f"{option} is about an adapter, and adapter.kind: full has none; remove it")
             if self.export.source == "adapter":
                 raise ValueError("export.source: adapter needs an adapter, which adapter.kind: full lacks; use merged")
             if self.train.fused_layers == "always":
                 raise ValueError("train.fused_layers: always freezes the base weights, which adapter.kind: full trains")
-        if init == "pissa" and load == "4bit":
-            raise ValueError("adapter.init: pissa takes from 16-bit weights; use loftq with model.load: 4bit")
-        if init == "loftq" and load == "16bit":
-            raise ValueError("adapter.init: loftq takes up the error of 4-bit weights; set model.load: 4bit")
-        if init == "loftq" and kind == "dora":
-            raise ValueError("adapter.init: loftq is unproven with adapter.kind: dora; use lora")
-        if self.merge.into == "dequantised" and load == "16bit":
-            raise ValueError("merge.into: dequantised is about 4-bit training; set model.load: 4bit, or remove it")
-        if self.train.keep == "best_accuracy" and self.data.source not in ("builtin:statements", "finqa"):
+        if init == "pissa" and quantization == "nf4":
             raise ValueError(
-                f"train.keep: best_accuracy needs gold programs, which data.source: {self.data.source} lacks"
+                "adapter.init_lora_weights: pissa takes from 16-bit weights; use loftq with model.quantization: nf4"
+            )
+        if init == "loftq" and quantization == "none":
+            raise ValueError(
+                "adapter.init_lora_weights: loftq takes up the error of 4-bit weights; set model.quantization: nf4"
+            )
+        if init == "loftq" and kind == "dora":
+            raise ValueError("adapter.init_lora_weights: loftq is unproven with adapter.kind: dora; use lora")
+        if self.merge.into == "quantized_base" and quantization == "none":
+            raise ValueError(
+                "merge.into: quantized_base is about 4-bit training; set model.quantization: nf4, or remove it"
+            )
+        if self.train.select_checkpoint == "best_accuracy" and self.data.source not in ("builtin:statements", "finqa"):
+            raise ValueError(
+                "train.select_checkpoint: best_accuracy needs gold programs, which "
+                f"data.source: {self.data.source} lacks"
             )
         return self
 

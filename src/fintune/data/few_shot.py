@@ -155,7 +155,7 @@ def examples_with_shots(
     """The evaluation examples of a run with shots from its training data.
 
     Args:
-        config: The run; ``predict.num_shots`` is not 0.
+        config: The run; ``predict.num_fewshot`` is not 0.
         prepare: Its finished folder.
         examples: All evaluation examples.
         count: Tokens of rendered messages.
@@ -174,7 +174,7 @@ def examples_with_shots(
         )
     gold = json.loads((prepare / "gold.json").read_text(encoding="utf-8"))
     questions = {each.id: each.qa.question for each in map(FinQARecord.model_validate, gold)}
-    shots = Shots(records, [each.id for each in examples], config.predict.num_shots)
+    shots = Shots(records, [each.id for each in examples], config.predict.num_fewshot)
     budget = prompt_budget(config.prompt.max_length)
     made = [
         each.model_copy(

@@ -9,7 +9,7 @@ from fintune.data.rows import BrokenRowError
 
 _WORDS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 _MEANT = "write true for a desired answer and false for an undesired one"
-_ELSE = "where the column says something else, name the source's shape, as shape: prompt_completion"
+_ELSE = "where the column says something else, name the source's format, as format: prompt_completion"
 
 
 def label_of(value: object) -> bool:

@@ -59,7 +59,8 @@ def load(
     Args:
         data: ``sources`` and what belongs to them.
         seed: Of samples and fractional weights.
-        limit: At most so many conversations a split, on top of ``data.max_train`` and ``data.max_eval``.
+        limit: At most so many conversations a split, on top of ``data.max_train_samples`` and
+            ``data.max_eval_samples``.
         wanted: Which rows the objective learns from; others are counted as dropped. A rejected answer or a label that
             is learned from belongs to what tells duplicates.
         usable: Whether a conversation can be encoded; where no held-out one can, the next one by its hash that can is
@@ -102,8 +103,8 @@ def load(
     ]
     weighted = [copy for entry in train for copy in _copies(entry, data.sources[entry.source].weight, seed)]
     return Mixture(
-        train=_draw(weighted, _least(data.max_train, limit), seed),
-        eval=_draw(evaluation, _least(data.max_eval, limit), seed),
+        train=_draw(weighted, _least(data.max_train_samples, limit), seed),
+        eval=_draw(evaluation, _least(data.max_eval_samples, limit), seed),
         reports=reports,
         unused=[row for _, row in problems],
         problems=_firsts_first([(reason, row.told()) for reason, row in problems]),
@@ -136,7 +137,7 @@ def _divide(
 ) -> tuple[list[Entry], list[Entry]]:
     """Train and eval: held out is whose first question's hash is below the share, at the least the lowest."""
     hashed = [(chance(digest([_question(entry)]), "hold out"), entry) for each in found for entry in each.entries]
-    open_ones = [value for value, entry in hashed if data.sources[entry.source].hold_out == "share"]
+    open_ones = [value for value, entry in hashed if data.sources[entry.source].hold_out == "split"]
     held = any(data.sources[entry.source].hold_out == "all" for _, entry in hashed)
     bound = max(int(data.eval_share * NUM_CHANCES), 0 if held or not open_ones else min(open_ones) + 1)
     train, evaluation = _below(bound, hashed, data)
@@ -153,7 +154,7 @@ def _divide(
             hint=f"add conversations, or set hold_out of a source to something else than {other}",
         )
     if usable is not None and not any(map(usable, evaluation)):
-        further = [each for each in hashed if data.sources[each[1].source].hold_out == "share" and each[0] >= bound]
+        further = [each for each in hashed if data.sources[each[1].source].hold_out == "split" and each[0] >= bound]
         tried = heapq.nsmallest(_TRIES, further, key=lambda each: each[0])
         bound = next((value + 1 for value, entry in tried if usable(entry)), bound)
         rest, more = _below(bound, hashed, data)
@@ -167,7 +168,7 @@ def _below(bound: int, hashed: Sequence[tuple[int, Entry]], data: DataOptions) -
     evaluation: list[Entry] = []
     for value, entry in hashed:
         rule = data.sources[entry.source].hold_out
-        (evaluation if rule == "all" or (rule == "share" and value < bound) else train).append(entry)
+        (evaluation if rule == "all" or (rule == "split" and value < bound) else train).append(entry)
     return train, evaluation
 
 

@@ -94,7 +94,7 @@ def read(
     found = Found()
     sample: list[tuple[int, int, Entry]] = []  # a heap of what was drawn so far, the last to be drawn first
     own: set[bytes] = set()
-    shape = None if source.shape == "auto" else source.shape
+    shape = None if source.format == "auto" else source.format
     for label, row in _rows(source, number):
         found.num_rows += 1
         shapes = found.files.setdefault(label, Counter())
@@ -113,7 +113,7 @@ def read(
         found.num_thoughts += conversation.num_thoughts
         digest = digest_of(said(conversation, wanted))
         entry = Entry(f"{label}:{row.number}", row.place, row.number, number, conversation, digest)
-        if data.duplicates != "keep":
+        if data.duplicates != "off":
             if digest in seen or digest in own:
                 found.dropped[_EXACT] += 1
                 continue
@@ -127,7 +127,7 @@ def read(
         first = f"; the first: {problems[-sum(found.dropped.values())][1].told()}" if found.dropped else ""
         raise DataError(f"no row can be used ({counts or 'it holds none'}){first}", path=source.path)
     found.entries = [entry for _, _, entry in sorted(sample, key=lambda item: -item[1])]
-    if data.duplicates != "keep":
+    if data.duplicates != "off":
         seen.update(entry.digest for entry in found.entries)  # a copy of what was not drawn may still come
     return found
 
@@ -158,9 +158,9 @@ def hub_split(source: SourceOptions) -> hub.HubSplit:
 def licence(source: SourceOptions) -> Licence:
     """What a source may be used for: as the user says, else as it says itself."""
     if not source.path.startswith(hub.PREFIX):
-        return licence_of(source.licence, path=Path(source.path).expanduser(), files=files.local_files(source))
+        return licence_of(source.license, path=Path(source.path).expanduser(), files=files.local_files(source))
     wanted = hub_split(source)
-    known = licence_of(source.licence, hub_name=wanted.name)
+    known = licence_of(source.license, hub_name=wanted.name)
     return known if known.origin else licence_of("", card=hub.licence(wanted))
 
 

@@ -148,7 +148,7 @@ class PrepareReport(Record):
         A training without an evaluation set has a single record of what it trains on in its place.
         """
         is_same = "data.eval" in self.options and self.options["data.eval"] == self.options.get("data.train")
-        stands_in = is_same and self.options.get("data.max_eval") == "1"
+        stands_in = is_same and self.options.get("data.max_eval_samples") == "1"
         if not self.num_shared_pages or stands_in:
             return ""
         number = self.num_shared_pages

@@ -35,7 +35,7 @@ def load(config: Config, *, limit: int | None = None) -> dict[str, Split]:
 
     Args:
         config: Its ``data`` and ``run.seed`` are read.
-        limit: At most so many records a split, on top of ``data.max_train`` and ``data.max_eval``.
+        limit: At most so many records a split, on top of ``data.max_train_samples`` and ``data.max_eval_samples``.
 
     Raises:
         DataError: A file that cannot be used, or with ``data.strict`` a record.
@@ -43,8 +43,8 @@ def load(config: Config, *, limit: int | None = None) -> dict[str, Split]:
     data = config.data
     train, evaluation = _generated(data, config.run.seed) if data.source == "builtin:statements" else _files(data)
     return {
-        "train": _draw(train, _least(data.max_train, limit), config.run.seed),
-        "eval": _draw(evaluation, _least(data.max_eval, limit), config.run.seed),
+        "train": _draw(train, _least(data.max_train_samples, limit), config.run.seed),
+        "eval": _draw(evaluation, _least(data.max_eval_samples, limit), config.run.seed),
     }
 
 

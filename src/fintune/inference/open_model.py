@@ -90,7 +90,7 @@ class Named:
             engine=config.predict.engine if engine == "auto" else engine,
             context_tokens=config.prompt.max_length + config.predict.max_new_tokens,
             load_in_4bit=load_in_4bit,
-            precision=config.predict.precision,
+            precision=config.predict.dtype,
             batch_size=config.predict.batch_size,
             timeout_seconds=config.predict.timeout_seconds,
             threads=config.predict.threads,
@@ -276,7 +276,7 @@ def _in_transformers(named: Named, ref: models.ModelFolder, tokenizer: PreTraine
     model = models.load_model(
         ref,
         dtype=named.precision,
-        load="4bit" if named.load_in_4bit else "16bit",
+        quantization="nf4" if named.load_in_4bit else "none",
         trust_remote_code=named.trust_remote_code,
     )
     if named.adapter is not None:

@@ -110,7 +110,7 @@ def check_unquantised(folder: Path) -> None:
         raise ModelError(
             f"{folder} is quantised{f' ({method})' if method else ''}: it can neither be trained nor have an adapter "
             "merged into it",
-            hint="use the 16-bit model that it was made from; model.load: 4bit quantises that model while it loads",
+            hint="use the 16-bit model that it was made from; model.quantization: nf4 quantises it while it loads",
         )
 
 

@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
-Load = Literal["16bit", "4bit"]
+Quantization = Literal["none", "nf4"]
 
 # Special tokens that models carry for padding, or carry unused; the first in the vocabulary that nothing uses wins.
 _PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|padding|>", "<|endoftext|>", "<|dummy_0|>")
@@ -139,7 +139,7 @@ def load_model(
     *,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     device: str = "auto",
-    load: Load = "16bit",
+    quantization: Quantization = "none",
     compute: DtypeName | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
@@ -147,10 +147,11 @@ def load_model(
 
     Args:
         folder: The model, from ``fetch``.
-        dtype: Type of the weights, with ``load="4bit"`` of those that are not packed; "auto" takes
+        dtype: Type of the weights, with ``quantization="nf4"`` of those that are not packed; "auto" takes
             ``detect_precision``'s.
         device: A torch device, or "auto": the first CUDA GPU, else the processor.
-        load: "4bit" stores the linear layers as 4-bit NormalFloat with double quantisation (QLoRA, arXiv 2305.14314).
+        quantization: "nf4" stores the linear layers as 4-bit NormalFloat with double quantisation (QLoRA, arXiv
+            2305.14314).
         compute: Type in which products with 4-bit weights are taken; ``dtype``'s where None.
         trust_remote_code: Whether the model's own Python code may run.
 
@@ -166,9 +167,9 @@ def load_model(
     if device == "auto":
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
     in_products = stored if compute is None else getattr(torch, compute)
-    options = {"quantization_config": _four_bit(in_products)} if load == "4bit" else {}
+    options = {"quantization_config": _four_bit(in_products)} if quantization == "nf4" else {}
     try:
-        with _no_progress_bar(), advice_on_memory(_less_memory(load), during=f"loading {path}"):
+        with _no_progress_bar(), advice_on_memory(_less_memory(quantization), during=f"loading {path}"):
             model, loading = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=stored,
@@ -190,9 +191,9 @@ def load_model(
     return loaded
 
 
-def _less_memory(load: Load) -> str:
+def _less_memory(quantization: Quantization) -> str:
     smaller = "take a smaller model or a machine with more memory"
-    return smaller if load == "4bit" else f"load it in 4 bits, or {smaller}"
+    return smaller if quantization == "nf4" else f"load it in 4 bits, or {smaller}"
 
 
 def check_four_bit() -> None:
@@ -203,7 +204,7 @@ def check_four_bit() -> None:
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ResourceError(
-            "4-bit loading needs bitsandbytes", hint="pip install bitsandbytes, or set model.load: 16bit"
+            "4-bit loading needs bitsandbytes", hint="pip install bitsandbytes, or set model.quantization: none"
         )
 
 

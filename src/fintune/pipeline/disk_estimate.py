@@ -78,8 +78,8 @@ def _source_bytes(source: SourceOptions) -> int:
 
 def train_bytes(config: Config) -> int:
     """What is trained, its checkpoints and a new one with Adam's two moments, in float32; and the best of it."""
-    written = 3 * (config.train.num_checkpoints + 1)
-    best = 2 if config.train.keep != "last" else 0
+    written = 3 * (config.train.save_total_limit + 1)
+    best = 2 if config.train.select_checkpoint != "last" else 0
     if config.adapter.kind == "full":
         all_weights = sum(tensor.num_weights for tensor in _base(config).values())
         return int(4 * all_weights * (1 + written + best) * _MARGIN) + 20_000_000
@@ -108,10 +108,10 @@ def export_bytes(config: Config) -> int:
 
     if config.export.llama_cpp_path is not None:
         return _checkout_bytes(config)
-    file = config.export.importance_file
+    file = config.export.imatrix_file
     importance = None if file is None else read_imatrix(file)
     matrix = 0
-    if config.export.computes_importance:
+    if config.export.computes_imatrix:
         # A float32 number for each column of each matrix, beside their names.
         shapes = [tensor.shape for tensor in _base(config).values() if len(tensor.shape) == 2]
         matrix = sum(4 * columns + 500 for _, columns in shapes)

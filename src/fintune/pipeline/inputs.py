@@ -121,12 +121,12 @@ def _data_files(config: Config) -> Iterator[tuple[str, Path]]:
 
 
 def _importance_file(config: Config) -> Iterator[tuple[str, Path]]:
-    path = config.export.importance_file
+    path = config.export.imatrix_file
     if path is not None:
         if not path.is_file():
             what = "is a folder, not a file" if path.is_dir() else "no such file"
-            raise ModelError(f"{path}: {what}", hint="export.importance must name an importance matrix, or be compute")
-        yield "export.importance", path
+            raise ModelError(f"{path}: {what}", hint="export.imatrix must name an importance matrix, or be compute")
+        yield "export.imatrix", path
 
 
 def _hash_content(path: Path) -> str:

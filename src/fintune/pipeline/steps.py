@@ -54,7 +54,7 @@ def build_steps(config: Config) -> list[Step]:
         Step(
             "train",
             ("prepare",),
-            ("run.seed", *_MODEL, "model.load", "adapter", "train"),
+            ("run.seed", *_MODEL, "model.quantization", "adapter", "train"),
             _run_train,
             inputs.model_source,
             disk_estimate.train_bytes,
@@ -72,7 +72,7 @@ def build_steps(config: Config) -> list[Step]:
         Step(
             "replay",
             ("prepare", "train", *_merge_input(config), "export"),
-            (*_MODEL, "merge.into", "predict.precision", "replay"),
+            (*_MODEL, "merge.into", "predict.dtype", "replay"),
             _run_replay,
             inputs.model_source,
             lambda _: _FIGURES_BYTES,
@@ -92,7 +92,7 @@ def _guard(config: Config) -> list[Step]:
     is_enabled = config.guard.enabled
     if not (config.data.source == "chat" if is_enabled is None else is_enabled):
         return []
-    options = (*_MODEL, "model.load", "train.precision", "guard")
+    options = (*_MODEL, "model.quantization", "train.dtype", "guard")
     check, size = inputs.check_model, _FIGURES_BYTES
     return [
         Step("guard", ("train",), options, _run_guard, inputs.model_source, lambda _: size, check=check, about="train")
@@ -112,14 +112,14 @@ def _merge(config: Config) -> list[Step]:
 
 def _export(config: Config) -> Step:
     """Without a merged folder, export reads the base; it reads the data only to compute an importance matrix."""
-    is_direct, computes_matrix = config.export.source == "adapter", config.export.computes_importance
+    is_direct, computes_matrix = config.export.source == "adapter", config.export.computes_imatrix
     return Step(
         "export",
         (*(["prepare"] if computes_matrix else []), *(_merge_input(config) or ("train",))),
         (
             *("export", "prompt.max_length"),  # the Modelfile states the context's length
             *((*_MODEL, "merge") if is_direct else ()),
-            *(("model.trust_remote_code", "predict.precision") if computes_matrix else ()),
+            *(("model.trust_remote_code", "predict.dtype") if computes_matrix else ()),
         ),
         _run_export,
         inputs.base_and_importance_sources if is_direct else inputs.importance_source,
@@ -167,7 +167,7 @@ def _predict_and_score(kind: ModelKind, name: str, mode: DecodingMode) -> tuple[
 def _predict_options(kind: ModelKind) -> tuple[str, ...]:
     # Adding a kind to predict.models must not make the predictions of the others stale.
     assert kind in get_args(ModelKind)
-    unused = {"precision" if kind == "endpoint" else "endpoint"}
+    unused = {"dtype" if kind == "endpoint" else "endpoint"}
     unused |= {"engine"} if kind == "endpoint" or kind in GGUF_KINDS else set()
     names = set(PredictOptions.model_fields) - {"models", "threads", "timeout_seconds"} - unused
     return tuple(f"predict.{name}" for name in sorted(names))

@@ -32,10 +32,10 @@ _OWN_LICENCE = "Apache-2.0"
 """Of the pages that this package generates."""
 _FINQA_ID = re.compile(r"[A-Z.]{1,6}/\d{4}/page_\d+\.pdf-\d+")
 _METHODS = {
-    ("lora", "16bit"): "LoRA",
-    ("lora", "4bit"): "QLoRA",
-    ("dora", "16bit"): "DoRA",
-    ("dora", "4bit"): "QDoRA",
+    ("lora", "none"): "LoRA",
+    ("lora", "nf4"): "QLoRA",
+    ("dora", "none"): "DoRA",
+    ("dora", "nf4"): "QDoRA",
 }
 
 
@@ -50,19 +50,19 @@ def card_of(config: Config, repo: str, made: Publication, inputs: Mapping[str, P
 
     Raises:
         ArtifactError: A file of a finished stage that cannot be read.
-        ConfigError: ``publish.licence`` allows what the data forbid.
+        ConfigError: ``publish.license`` allows what the data forbid.
     """
     options = config.publish
     sources = list(_sources(config, inputs["prepare"], made.manifests["prepare"])) if "prepare" in inputs else []
     origins: list[Base | Source] = [made.base, *sources]
     restricted = {each.name: each.licence for each in origins if each.non_commercial}
-    refuse_licence(options.licence, restricted)
+    refuse_licence(options.license, restricted)
     asked_for = combined(made.base.licence, [each.licence for each in sources])
-    licence = hub_name(options.licence) if options.licence else asked_for
+    licence = hub_name(options.license) if options.license else asked_for
     scores = _scores(inputs)
     replay = made.manifests["replay"].facts if "replay" in made.manifests else {}
     pushed = {each.name for each in made.uploads}
-    has_adapter, has_gguf = "adapter" in options.what, "gguf" in options.what
+    has_adapter, has_gguf = "adapter" in options.artifacts, "gguf" in options.artifacts
     return Card(
         repo=repo,
         branch=options.branch,
@@ -83,7 +83,7 @@ def card_of(config: Config, repo: str, made: Publication, inputs: Mapping[str, P
         replayed=_replayed(replay),
         num_replayed=int(replay.get("num_positions", 0)),
         adapter=options.adapter_folder if has_adapter else None,
-        merged="merged" in options.what,
+        merged="merged" in options.artifacts,
         gguf=[name for name in gguf_names(config) if name in pushed] if has_gguf else [],
         modelfile="Modelfile" in pushed,
         files=[(each.name, each.num_bytes) for each in made.uploads if each.name != CARD],
@@ -139,7 +139,7 @@ def _scored(config: Config) -> str:
     data = config.data
     pages = "generated pages of companies that it was not trained on"
     on = pages if data.source == "builtin:statements" else f"questions of {data.eval.name if data.eval else 'a file'}"
-    shots = config.predict.num_shots
+    shots = config.predict.num_fewshot
     told = decoded(RunPage(config.run.name, config))
     return " ".join(
         part
@@ -166,25 +166,28 @@ def _method(manifests: Mapping[str, Manifest]) -> Iterator[tuple[str, str]]:
         return
     manifest = manifests["train"]
     told = {key: str(value) for key, value in manifest.key.options.items() if value is not None}
-    kind, load = told["adapter.kind"], told.get("model.load", "16bit")
+    kind, quantization = told["adapter.kind"], told.get("model.quantization", "none")
     if told.get("train.objective", "sft") != "sft":
         yield "objective", told["train.objective"].upper()
-    yield "method", _METHODS.get((kind, load), "every weight is trained")
+    yield "method", _METHODS.get((kind, quantization), "every weight is trained")
     if kind != "full":
-        init = told.get("adapter.init", "default")
+        init = told.get("adapter.init_lora_weights", "default")
         start = "" if init == "default" else f", begun by {init} and so stored with twice the rank"
-        yield "rank, alpha, dropout", f"{told['adapter.r']}, {told['adapter.alpha']}, {told['adapter.dropout']}{start}"
-        yield "adapted layers", ", ".join(manifest.key.options["adapter.targets"])
-    yield "precision", str(manifest.facts.get("precision", told.get("train.precision")))
-    yield "learning rate", f"{float(told['train.learning_rate']):g}, {told['train.schedule']}"
+        yield (
+            "rank, alpha, dropout",
+            f"{told['adapter.r']}, {told['adapter.lora_alpha']}, {told['adapter.lora_dropout']}{start}",
+        )
+        yield "adapted layers", ", ".join(manifest.key.options["adapter.target_modules"])
+    yield "precision", str(manifest.facts.get("precision", told.get("train.dtype")))
+    yield "learning rate", f"{float(told['train.learning_rate']):g}, {told['train.lr_scheduler_type']}"
     yield "passes, examples a step", _passes(manifest.key.options, manifest.facts)
 
 
 def _passes(options: Mapping[str, Any], facts: Facts) -> str:
-    """As many as were made: ``train.max_steps`` and patience end a training before ``train.epochs``."""
-    factors = ("train.batch_size", "train.accumulation", "train.gpus", "train.machines")
+    """As many as were made: ``train.max_steps`` and patience end a training before ``train.num_train_epochs``."""
+    factors = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps", "train.gpus", "train.machines")
     examples = prod(int(options.get(name) or 1) for name in factors)
-    asked, rows = float(options["train.epochs"]), facts.get("num_examples")
+    asked, rows = float(options["train.num_train_epochs"]), facts.get("num_examples")
     made = int(facts["num_steps"]) * examples / rows if rows else asked
     # The last step of a training that came to its end may hold fewer.
     passes = made if options.get("train.max_steps") else min(made, asked)

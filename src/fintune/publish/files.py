@@ -56,10 +56,10 @@ def gather(config: Config, inputs: Mapping[str, Path], folder: Path) -> Publicat
         ModelError: The base model's folder is damaged.
     """
     manifests = {step: _manifest(path) for step, path in inputs.items()}
-    for what in config.publish.what:
+    for what in config.publish.artifacts:
         if _STEPS[what] not in inputs:
             raise ArtifactError(
-                f"publish.what asks for {what}, and {_STEPS[what]} has no result in {config.folder}",
+                f"publish.artifacts asks for {what}, and {_STEPS[what]} has no result in {config.folder}",
                 hint="make it first: fintune run CONFIG",
             )
     if "prepare" not in manifests:
@@ -70,7 +70,7 @@ def gather(config: Config, inputs: Mapping[str, Path], folder: Path) -> Publicat
     _refuse_stale(manifests)
     base, base_folder = base_of(config)
     found = dict(_files(config, inputs, manifests))
-    if "adapter" in config.publish.what:
+    if "adapter" in config.publish.artifacts:
         name = _below(config.publish.adapter_folder, "adapter_config.json")
         path = folder / "adapter_config.json"
         adapter = read_json(inputs["train"] / "adapter" / "adapter_config.json", ModelError)
@@ -88,7 +88,7 @@ def _files(
 ) -> Iterator[tuple[str, Upload]]:
     chosen: list[tuple[str, str, str]] = []
     gguf = {*gguf_names(config), "Modelfile"}
-    for what in config.publish.what:
+    for what in config.publish.artifacts:
         step = _STEPS[what]
         for name in manifests[step].outputs:
             if name == f"adapter/{adapters.BASE_FILE}":
@@ -173,7 +173,7 @@ def refuse_licence(asked: str | None, restricted: Mapping[str, str]) -> None:
     """A licence that the user gives must not allow what the origin of the model forbids.
 
     Args:
-        asked: ``publish.licence``.
+        asked: ``publish.license``.
         restricted: What forbids commercial use, with its licence.
 
     Raises:
@@ -182,6 +182,6 @@ def refuse_licence(asked: str | None, restricted: Mapping[str, str]) -> None:
     if asked and restricted and not is_non_commercial(asked) and asked.lower() != "other":
         names = ", ".join(f"{name} ({licence})" for name, licence in restricted.items())
         raise ConfigError(
-            f"publish.licence: {asked} allows commercial use, which {names} forbids",
+            f"publish.license: {asked} allows commercial use, which {names} forbids",
             hint="leave it out, and the card says what they ask for",
         )

@@ -28,7 +28,7 @@ _COLOURS = {kind: number for number, kind in enumerate([*_USUAL, *(kind for kind
 WAYS: Mapping[DecodingMode, str] = {
     "none": "free",
     "general": "programs only",
-    "example": "only programs of the page's numbers and rows",
+    "page": "only programs of the page's numbers and rows",
 }
 """What completions may say, with the words of the page for it."""
 

@@ -1,6 +1,6 @@
 """One kind of model measured in several ways, for the terminal: a column group a way, and what each gains and loses.
 
-Predictions are named as the steps of a run are: ``merged`` is the first way, ``merged+example`` another.
+Predictions are named as the steps of a run are: ``merged`` is the first way, ``merged+page`` another.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def read_scored(run: Path, names: Iterable[str]) -> dict[str, Scored]:
 
     Args:
         run: The run's folder.
-        names: ``merged``, ``merged+example``.
+        names: ``merged``, ``merged+page``.
 
     Raises:
         ArtifactError: A file that is missing or cannot be read.

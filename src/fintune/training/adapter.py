@@ -35,20 +35,20 @@ def attach(model: PreTrainedModel, options: AdapterOptions) -> PeftModel:
     """
     from peft import LoraConfig, get_peft_model
 
-    targets: str | list[str] = list(options.targets)
+    targets: str | list[str] = list(options.target_modules)
     if targets == ["all-linear"]:
         targets = "all-linear"
     else:
-        check_targets(model, options.targets)
+        check_targets(model, options.target_modules)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=options.r,
-        lora_alpha=options.alpha,
-        lora_dropout=options.dropout,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
         target_modules=targets,
         use_dora=options.kind == "dora",
-        use_rslora=options.rslora,
-        init_lora_weights="pissa" if options.init == "pissa" else True,
+        use_rslora=options.use_rslora,
+        init_lora_weights="pissa" if options.init_lora_weights == "pissa" else True,
     )
     with quiet_libraries():
         adapted: PeftModel = get_peft_model(model, config)
@@ -157,7 +157,7 @@ def check_targets(model: nn.Module, targets: tuple[str, ...]) -> None:
     for target in targets:
         if target not in known:
             raise ConfigError(
-                f"adapter.targets: the model has no linear layer {target!r}",
+                f"adapter.target_modules: the model has no linear layer {target!r}",
                 hint=f"it has {', '.join(sorted(known))}; or use all-linear",
             )
 

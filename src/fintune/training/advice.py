@@ -53,8 +53,8 @@ def less_memory(config: Config, room: Room | None) -> str:
     if room is None or not known:
         return _by_rule(config, on_gpu=room is not None)
     shape = Shape.of(room.model_config)
-    method = method_of(config.adapter, four_bit=config.model.load == "4bit")
-    method = replace(method, moment_bytes=MOMENT_BYTES[config.train.optimizer])
+    method = method_of(config.adapter, four_bit=config.model.quantization == "nf4")
+    method = replace(method, moment_bytes=MOMENT_BYTES[config.train.optim])
     if room.followed_plan:
         return _tighter_plan(config, room, shape, method)
     return _smaller_passes(config, room, shape, method)
@@ -67,7 +67,7 @@ def _tighter_plan(config: Config, room: Room, shape: Shape, method: Method) -> s
     allowed = ["train.gradient_checkpointing=true"] if train.gradient_checkpointing is False else []
 
     def plan(limit: int, method: Method, longest: int, *, recompute: bool | None) -> TrainingPlan:
-        asked = {"batch_size": train.batch_size, "accumulation": train.accumulation}
+        asked = {"batch_size": train.per_device_train_batch_size, "accumulation": train.gradient_accumulation_steps}
         return make_plan(shape, method, **asked, longest=longest, limit_bytes=limit, recompute=recompute)
 
     before = plan(room.limit_bytes, method, room.longest, recompute=train.gradient_checkpointing)
@@ -76,7 +76,7 @@ def _tighter_plan(config: Config, room: Room, shape: Shape, method: Method) -> s
         for share in _SHARES:
             made = plan(int(share * room.limit_bytes), wanted, room.longest, recompute=recompute)
             if made.fits and made.predicted_bytes < before.predicted_bytes:
-                told = [*allowed] if wanted == method else [*allowed, "model.load=4bit"]
+                told = [*allowed] if wanted == method else [*allowed, "model.quantization=nf4"]
                 told.append(f"train.max_memory_gib={int(10 * made.limit_bytes / GIB) / 10}")
                 what = f"{made.setting.num_checkpointed} of {shape.layers} layers recomputed, {_passes(made)}"
                 return _sentence(told, f"{what}, {made.predicted_bytes / GIB:.1f} GiB predicted")
@@ -92,7 +92,7 @@ def _smaller_passes(config: Config, room: Room, shape: Shape, method: Method) ->
     asked = config.train
     recomputed = must_recompute(shape, method, asked, longest=room.longest, limit=room.limit_bytes)
     for way in _ways(config, room, method, recomputed=recomputed):
-        passes = asked.accumulation * (asked.batch_size // way.batch_size)
+        passes = asked.gradient_accumulation_steps * (asked.per_device_train_batch_size // way.batch_size)
         peak = modules_peak_bytes(
             shape,
             way.method,
@@ -103,16 +103,23 @@ def _smaller_passes(config: Config, room: Room, shape: Shape, method: Method) ->
         if peak > SHARE * room.limit_bytes:
             continue
         if way.longest < room.longest:
-            told = ["train.batch_size=1", f"train.accumulation={passes}"] if asked.batch_size > 1 else []
+            told = (
+                ["train.per_device_train_batch_size=1", f"train.gradient_accumulation_steps={passes}"]
+                if asked.per_device_train_batch_size > 1
+                else []
+            )
             told += [] if recomputed else ["train.gradient_checkpointing=true"]
             return _shortened(way.longest, method, told)
         told = []
-        if way.batch_size != asked.batch_size:
-            told += [f"train.batch_size={way.batch_size}", f"train.accumulation={passes}"]
+        if way.batch_size != asked.per_device_train_batch_size:
+            told += [
+                f"train.per_device_train_batch_size={way.batch_size}",
+                f"train.gradient_accumulation_steps={passes}",
+            ]
         if way.recomputed and not recomputed:
             told.append("train.gradient_checkpointing=true")
         if way.method != method:
-            told.append("model.load=4bit")
+            told.append("model.quantization=nf4")
         if told:  # else it is what ran out of memory
             limit = f"{room.limit_bytes / GIB:.1f} that may be used"
             return _sentence(told, f"about {peak / GIB:.1f} GiB of {limit}, the same examples a step")
@@ -123,7 +130,7 @@ def _ways(config: Config, room: Room, method: Method, *, recomputed: bool) -> It
     """From the fastest to the smallest."""
     for wanted in dict.fromkeys((method, replace(method, four_bit=True))):
         for again in (True,) if recomputed else (False, True):
-            for size in divisors(config.train.batch_size):
+            for size in divisors(config.train.per_device_train_batch_size):
                 yield _Way(size, again, wanted, room.longest)
     for longest in _shorter(room.longest):
         yield _Way(1, True, replace(method, four_bit=True), longest)
@@ -148,7 +155,7 @@ def _behind(overrides: list[str]) -> str:
 
 
 def _shortened(longest: int, method: Method, besides: list[str]) -> str:
-    told = [f"prompt.max_length={longest}", *besides] + ([] if method.four_bit else ["model.load=4bit"])
+    told = [f"prompt.max_length={longest}", *besides] + ([] if method.four_bit else ["model.quantization=nf4"])
     return f"add {' '.join(told)} (longer examples fit in no way of training), and --redo prepare"
 
 
@@ -161,16 +168,16 @@ def _by_rule(config: Config, *, on_gpu: bool) -> str:
     # Where empty, a GPU recomputes all layers of a model that the planner does not know.
     recomputed = on_gpu if options.gradient_checkpointing is None else options.gradient_checkpointing
     choices = []
-    if options.batch_size > 1:
-        half = options.batch_size // 2
+    if options.per_device_train_batch_size > 1:
+        half = options.per_device_train_batch_size // 2
         # As many examples a step; an odd batch becomes a little more than that.
-        more = -(-options.batch_size * options.accumulation // half)
-        choices.append(f"train.batch_size={half} train.accumulation={more}")
+        more = -(-options.per_device_train_batch_size * options.gradient_accumulation_steps // half)
+        choices.append(f"train.per_device_train_batch_size={half} train.gradient_accumulation_steps={more}")
     if not recomputed:
         choices.append("train.gradient_checkpointing=true")
     if config.adapter.kind == "full":
         choices.append("adapter.kind=lora")
-    elif config.model.load == "16bit":
-        choices.append("model.load=4bit")
+    elif config.model.quantization == "none":
+        choices.append("model.quantization=nf4")
     choices.append(f"prompt.max_length below {config.prompt.max_length}")
     return f"set {', or '.join(choices)}; the same command then goes on from the last checkpoint where that is allowed"

@@ -70,10 +70,10 @@ def make_callback(
             last = step == len(plan_tokens) - 1
             if options.eval_steps is not None and (last or step % options.eval_steps == 0):
                 control.should_evaluate = True
-            may_end = last or (control.should_evaluate and options.patience is not None)
-            # Beside the multiples of train.log_steps: the run's figures are read from the line of its last step, and
-            # the losses since the last line are no part of a checkpoint.
-            if may_end or step % options.checkpoint_steps == 0:
+            may_end = last or (control.should_evaluate and options.early_stopping_patience is not None)
+            # Beside the multiples of train.logging_steps: the run's figures are read from the line of its last step,
+            # and the losses since the last line are no part of a checkpoint.
+            if may_end or step % options.save_steps == 0:
                 control.should_log = True
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
@@ -117,8 +117,8 @@ def make_callback(
                 return
             where = folder / "checkpoints"
             checkpoints.mark_complete(where / f"checkpoint-{state.global_step}")
-            checkpoints.drop_old(where, options.num_checkpoints)
-            if options.keep != "last":
-                drop_others(folder / BEST, best_step(metrics.read(folder / "metrics.jsonl"), options.keep))
+            checkpoints.drop_old(where, options.save_total_limit)
+            if options.select_checkpoint != "last":
+                drop_others(folder / BEST, best_step(metrics.read(folder / "metrics.jsonl"), options.select_checkpoint))
 
     return Recorder()

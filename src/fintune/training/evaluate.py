@@ -50,7 +50,7 @@ def best_step(lines: Sequence[Mapping[str, Any]], keep: str) -> int | None:
 
     Args:
         lines: Of ``metrics.jsonl``.
-        keep: ``train.keep``; ``last`` goes by the loss.
+        keep: ``train.select_checkpoint``; ``last`` goes by the loss.
     """
     evaluated = [line for line in lines if "eval_loss" in line]
     if not evaluated:
@@ -61,12 +61,12 @@ def best_step(lines: Sequence[Mapping[str, Any]], keep: str) -> int | None:
 
 
 def out_of_patience(lines: Sequence[Mapping[str, Any]], options: TrainOptions) -> bool:
-    """Whether the last ``train.patience`` evaluations were no better than one before them."""
-    best = best_step(lines, options.keep)
-    if options.patience is None or best is None:
+    """Whether the last ``train.early_stopping_patience`` evaluations were no better than one before them."""
+    best = best_step(lines, options.select_checkpoint)
+    if options.early_stopping_patience is None or best is None:
         return False
     behind = [line for line in lines if "eval_loss" in line and line["step"] > best]
-    return len(behind) >= options.patience
+    return len(behind) >= options.early_stopping_patience
 
 
 class Evaluator:
@@ -112,7 +112,9 @@ class Evaluator:
             if self._measure is None:
                 found = {"eval_loss": self._loss(model)}
             else:
-                found = self._measure(model, self._evaluation.rows, self._order, self._options.batch_size)
+                found = self._measure(
+                    model, self._evaluation.rows, self._order, self._options.per_device_train_batch_size
+                )
             if self._evaluation.accuracy is not None:
                 found["eval_accuracy"] = self._accuracy(self._evaluation.accuracy)
             self.seconds += time.monotonic() - started
@@ -121,7 +123,11 @@ class Evaluator:
             model.train()
         ranks.wait()  # the line is written
         lines = metrics.read(self._folder / "metrics.jsonl")
-        if self._options.keep != "last" and best_step(lines, self._options.keep) == step and ranks.leads():
+        if (
+            self._options.select_checkpoint != "last"
+            and best_step(lines, self._options.select_checkpoint) == step
+            and ranks.leads()
+        ):
             save_best(trainer.model, self._folder / BEST, step)
         if out_of_patience(lines, self._options):
             # The checkpoint makes sure that a resumed run knows that it is over.
@@ -133,7 +139,7 @@ class Evaluator:
         import torch
 
         total, num_tokens = 0.0, 0
-        rows, size = self._evaluation.rows, self._options.batch_size
+        rows, size = self._evaluation.rows, self._options.per_device_train_batch_size
         for start, counts in ranks.padded_share(range(0, len(self._order), size)):
             members = [rows[index] for index in self._order[start : start + size]]
             batch = self._trainer.data_collator(members)
@@ -165,7 +171,7 @@ def not_finite(what: str, examples: Sequence[str], args: TrainingArguments) -> F
     """
     told = ", ".join(examples[:_NUM_NAMED])
     more = f" and {len(examples) - _NUM_NAMED} more" if len(examples) > _NUM_NAMED else ""
-    wider = ", or set train.precision to float32" if args.bf16 or args.fp16 else ""
+    wider = ", or set train.dtype to float32" if args.bf16 or args.fp16 else ""
     return FintuneError(f"{what}; examples {told}{more}", hint=f"lower train.learning_rate{wider}")
 
 

@@ -44,9 +44,9 @@ def trained_facts(config: Config, folder: Path, result: Path) -> dict[str, Any]:
         if margins:
             facts["reward_margin"] = margins[-1]
             told += f", {config.train.objective} reward margin {margins[0]:.2f} to {margins[-1]:.2f}"
-    best = best_step(lines, config.train.keep)
+    best = best_step(lines, config.train.select_checkpoint)
     if best is not None:
-        kept = best if config.train.keep != "last" else last["step"]
+        kept = best if config.train.select_checkpoint != "last" else last["step"]
         at_kept = next(line for line in lines if "eval_loss" in line and line["step"] == kept)
         facts |= {"kept_step": kept, "eval_loss": at_kept["eval_loss"]}
         held_out = f"step {kept} kept with eval loss {at_kept['eval_loss']:.3f}"

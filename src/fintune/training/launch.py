@@ -45,12 +45,13 @@ def check(config: Config) -> None:
     sharded = train.sharding == "full"
     refused = {
         "adapter.kind: full": config.adapter.kind == "full",
-        f"adapter.init: {config.adapter.init}": config.adapter.init != "default",
+        f"adapter.init_lora_weights: {config.adapter.init_lora_weights}": config.adapter.init_lora_weights != "default",
         f"train.objective: {train.objective}": train.objective != "sft",
-        f"train.backend: {train.backend}": train.backend != "own",
-        "train.sharding: full with model.load: 4bit": sharded and config.model.load == "4bit",
+        f"train.backend: {train.backend}": train.backend != "builtin",
+        "train.sharding: full with model.quantization: nf4": sharded and config.model.quantization == "nf4",
         "train.sharding: full with train.fused_layers: always": sharded and train.fused_layers == "always",
-        "train.sharding: full with train.keep: best_accuracy": sharded and train.keep == "best_accuracy",
+        "train.sharding: full with train.select_checkpoint: best_accuracy": sharded
+        and train.select_checkpoint == "best_accuracy",
     }
     for what, here in refused.items():
         if here:
@@ -120,7 +121,8 @@ def _launch(config: Config, order: Path) -> None:
         monitor_interval=0.2,
     )
     what = f"{train.gpus} processes" + (f" on each of {train.machines} machines" if train.machines > 1 else "")
-    say(f"train: {what}, {train.batch_size * train.accumulation * train.gpus * train.machines} examples a step")
+    examples = train.per_device_train_batch_size * train.gradient_accumulation_steps * train.gpus * train.machines
+    say(f"train: {what}, {examples} examples a step")
     if train.machines > 1:
         say(f"run this on each of the {train.machines - 1} other machines: {torchrun_line(config, host, port, order)}")
     # The agent tells of a dead process in forty lines; here it becomes one.

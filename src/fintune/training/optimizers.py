@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from fintune.errors import ConfigError, ResourceError
 
 NAMES: Mapping[str, str] = {
-    "adamw": "adamw_torch_fused",
+    "adamw_torch": "adamw_torch_fused",
     "adamw_8bit": "adamw_8bit",
     "paged_adamw_8bit": "paged_adamw_8bit",
     "paged_adamw_32bit": "paged_adamw_32bit",
@@ -16,11 +16,11 @@ NAMES: Mapping[str, str] = {
     "adafactor": "adafactor",
     "sgd": "sgd",
 }
-"""``train.optimizer`` and what transformers' ``TrainingArguments.optim`` calls it."""
+"""``train.optim`` and what transformers' ``TrainingArguments.optim`` calls it."""
 
 _BYTE = 1 + 4 / 256  # bitsandbytes scales every 256 numbers
 MOMENT_BYTES: Mapping[str, float] = {
-    "adamw": 8,
+    "adamw_torch": 8,
     "adamw_8bit": 2 * _BYTE,
     "paged_adamw_8bit": 2 * _BYTE,
     "paged_adamw_32bit": 8,
@@ -35,7 +35,7 @@ def check(name: str, *, cuda: bool) -> None:
     """Refuse an optimiser whose package or machine is missing; loads nothing.
 
     Args:
-        name: ``train.optimizer``.
+        name: ``train.optim``.
         cuda: Whether there is a CUDA GPU to train on.
 
     Raises:
@@ -46,11 +46,11 @@ def check(name: str, *, cuda: bool) -> None:
         return
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ResourceError(
-            f"train.optimizer: {name} needs bitsandbytes", hint="pip install bitsandbytes, or set it to adamw"
+            f"train.optim: {name} needs bitsandbytes", hint="pip install bitsandbytes, or set it to adamw_torch"
         )
     if name.startswith("paged") and not cuda:
         # bitsandbytes would warn and go on without the paging that was asked for.
         raise ConfigError(
-            f"train.optimizer: {name} pages its moments between a CUDA GPU and main memory, and there is no GPU",
-            hint=f"set it to {'adamw_8bit' if name.endswith('8bit') else 'adamw'}, which computes the same",
+            f"train.optim: {name} pages its moments between a CUDA GPU and main memory, and there is no GPU",
+            hint=f"set it to {'adamw_8bit' if name.endswith('8bit') else 'adamw_torch'}, which computes the same",
         )

@@ -60,7 +60,7 @@ def method_of_model(model: PeftModel, options: TrainOptions) -> Method:
         targets=tuple(adapted),
         dora=name in first.lora_magnitude_vector,
         four_bit=getattr(first.get_base_layer().weight, "quant_state", None) is not None,
-        moment_bytes=MOMENT_BYTES[options.optimizer],
+        moment_bytes=MOMENT_BYTES[options.optim],
         dropout=any(getattr(drop, "p", 0) > 0 for drop in first.lora_dropout.values()),
     )
 
@@ -69,8 +69,8 @@ def _plan(shape: Shape, method: Method, options: TrainOptions, *, longest: int, 
     return make_plan(
         shape,
         method,
-        batch_size=options.batch_size,
-        accumulation=options.accumulation,
+        batch_size=options.per_device_train_batch_size,
+        accumulation=options.gradient_accumulation_steps,
         longest=longest,
         limit_bytes=limit,
         recompute=options.gradient_checkpointing,
@@ -106,7 +106,7 @@ def choose(shape: Shape, method: Method, options: TrainOptions, *, longest: int,
         advice.insert(0, "train.gradient_checkpointing=true")
         layers = "no layer recomputed"
     if not method.four_bit:
-        advice.insert(0, "model.load=4bit")
+        advice.insert(0, "model.quantization=nf4")
     needed, room = told_apart(made.predicted_bytes, limit)
     raise ResourceError(
         f"training needs {needed} for one example of {longest} tokens with {layers}, and {room} may be used",
@@ -132,8 +132,8 @@ def plan_config(
         ResourceError: Not even one example a pass fits.
     """
     shape = Shape.of(model_config)
-    method = method_of(config.adapter, four_bit=config.model.load == "4bit")
-    method = replace(method, moment_bytes=MOMENT_BYTES[config.train.optimizer])
+    method = method_of(config.adapter, four_bit=config.model.quantization == "nf4")
+    method = replace(method, moment_bytes=MOMENT_BYTES[config.train.optim])
     advice = on_four_bits(shape, method, config.train, longest=longest, limit=limit)
     return choose(shape, method, config.train, longest=longest, limit=limit), advice
 
@@ -164,8 +164,8 @@ def must_recompute(
     """
     if options.gradient_checkpointing is not None:
         return options.gradient_checkpointing
-    tokens = options.batch_size * longest
-    accumulates = options.accumulation > 1
+    tokens = options.per_device_train_batch_size * longest
+    accumulates = options.gradient_accumulation_steps > 1
     peak = modules_peak_bytes(shape, method, tokens=tokens, recomputed=False, accumulates=accumulates, parts=parts)
     return peak > SHARE * limit
 
@@ -186,22 +186,26 @@ def by_modules(
         ResourceError: The batch does not fit.
     """
     train = config.train
-    shape, method = Shape.of(model_config), method_of(config.adapter, four_bit=config.model.load == "4bit")
-    method = replace(method, moment_bytes=MOMENT_BYTES[train.optimizer])
+    shape, method = Shape.of(model_config), method_of(config.adapter, four_bit=config.model.quantization == "nf4")
+    method = replace(method, moment_bytes=MOMENT_BYTES[train.optim])
     parts = train.gpus * train.machines if divided else 1
     recomputed = must_recompute(shape, method, train, longest=longest, limit=limit, parts=parts)
     peak = modules_peak_bytes(
         shape,
         method,
-        tokens=train.batch_size * longest,
+        tokens=train.per_device_train_batch_size * longest,
         recomputed=recomputed,
-        accumulates=train.accumulation > 1,
+        accumulates=train.gradient_accumulation_steps > 1,
         parts=parts,
     )
     where = f"on each of {parts} GPUs, the frozen weights divided (FSDP2)" if divided else "with transformers' layers"
     where += ", all layers recomputed" if recomputed else ""
     if peak > limit:
-        hint = "a smaller train.batch_size with more train.accumulation" if train.batch_size > 1 else "model.load=4bit"
+        hint = (
+            "a smaller train.per_device_train_batch_size with more train.gradient_accumulation_steps"
+            if train.per_device_train_batch_size > 1
+            else "model.quantization=nf4"
+        )
         hint += "" if recomputed else ", train.gradient_checkpointing=true"
         needed, room = told_apart(peak, limit)
         raise ResourceError(
@@ -213,8 +217,12 @@ def by_modules(
 
 def method_of(options: AdapterOptions, *, four_bit: bool) -> Method:
     """What the options train."""
-    targets = PARTS if "all-linear" in options.targets else tuple(part for part in PARTS if part in options.targets)
-    return Method(options.r, targets, dora=options.kind == "dora", four_bit=four_bit, dropout=options.dropout > 0)
+    targets = (
+        PARTS
+        if "all-linear" in options.target_modules
+        else tuple(part for part in PARTS if part in options.target_modules)
+    )
+    return Method(options.r, targets, dora=options.kind == "dora", four_bit=four_bit, dropout=options.lora_dropout > 0)
 
 
 def limit_bytes(max_memory_gib: float | None, free_bytes: int) -> int:

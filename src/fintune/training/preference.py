@@ -60,16 +60,16 @@ def arguments(options: TrainOptions) -> Callable[..., TrainingArguments]:
             KTOConfig,
             max_length=None,
             beta=options.beta,
-            desirable_weight=options.desired_weight,
-            undesirable_weight=options.undesired_weight,
+            desirable_weight=options.desirable_weight,
+            undesirable_weight=options.undesirable_weight,
         )
-    with_chosen = options.chosen_weight > 0
+    with_chosen = options.rpo_alpha > 0
     return partial(
         DPOConfig,
         max_length=None,
         beta=options.beta,
         loss_type=["sigmoid", "sft"] if with_chosen else ["sigmoid"],
-        loss_weights=[1.0, options.chosen_weight] if with_chosen else None,
+        loss_weights=[1.0, options.rpo_alpha] if with_chosen else None,
     )
 
 

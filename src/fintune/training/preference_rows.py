@@ -55,12 +55,12 @@ def label_weights(options: TrainOptions, num_desired: int, num_undesired: int) -
     undesired ones, or up to a third more; of two open weights, that of the fewer answers is raised.
 
     Args:
-        options: ``desired_weight`` and ``undesired_weight``.
+        options: ``desirable_weight`` and ``undesirable_weight``.
         num_desired: Desired answers, at least one.
         num_undesired: Undesired answers, at least one.
     """
     ratio = num_desired / num_undesired
-    desired, undesired = options.desired_weight, options.undesired_weight
+    desired, undesired = options.desirable_weight, options.undesirable_weight
     if desired is None and undesired is None:
         desired = max(1.0, 1 / ratio)
     if desired is None:
@@ -80,7 +80,7 @@ def with_label_weights(options: TrainOptions, rows: Dataset) -> TrainOptions:
     if options.objective != "kto":
         return options
     desired, undesired = label_weights(options, *count_labels(rows))
-    return options.model_copy(update={"desired_weight": desired, "undesired_weight": undesired})
+    return options.model_copy(update={"desirable_weight": desired, "undesirable_weight": undesired})
 
 
 def label_facts(options: TrainOptions, rows: Dataset) -> dict[str, float]:
@@ -97,19 +97,17 @@ def label_facts(options: TrainOptions, rows: Dataset) -> dict[str, float]:
     return {
         "num_desired": num_desired,
         "num_undesired": num_undesired,
-        "desired_weight": round(desired, 6),
-        "undesired_weight": round(undesired, 6),
+        "desirable_weight": round(desired, 6),
+        "undesirable_weight": round(undesired, 6),
     }
 
 
 def told_labels(facts: Mapping[str, float]) -> str:
     """A line for the user of what :func:`label_facts` gave."""
-    share = facts["num_desired"] * facts["desired_weight"] / (facts["num_undesired"] * facts["undesired_weight"])
+    share = facts["num_desired"] * facts["desirable_weight"] / (facts["num_undesired"] * facts["undesirable_weight"])
     outside = "" if 0.995 < share < MOST_DESIRED + 0.005 else "; the paper keeps it within 1 and 1.33"
-    desired, undesired = (
-        f"{facts[f'num_{label}']} {label} answers of weight {facts[f'{label}_weight']:.3g}"
-        for label in ("desired", "undesired")
-    )
+    desired = f"{facts['num_desired']} desired answers of weight {facts['desirable_weight']:.3g}"
+    undesired = f"{facts['num_undesired']} undesired answers of weight {facts['undesirable_weight']:.3g}"
     return f"kto: {desired}, {undesired}, together {share:.2f} to 1{outside}"
 
 

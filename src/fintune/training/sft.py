@@ -54,8 +54,8 @@ def make_plan(
         seed: Seed of the order.
         labels: Of answers that are desired or not, which every step mixes.
     """
-    batch_size = options.batch_size * options.accumulation * ranks.count()
-    num_examples, steps = num_steps(len(lengths), options.epochs, batch_size, options.max_steps)
+    batch_size = options.per_device_train_batch_size * options.gradient_accumulation_steps * ranks.count()
+    num_examples, steps = num_steps(len(lengths), options.num_train_epochs, batch_size, options.max_steps)
     if options.objective == "kto":
         num_examples = steps * batch_size  # it compares answers of different prompts, and a rest may be a single one
     if ranks.count() > 1:  # every process has a part of every step, so the last one is filled up
@@ -97,7 +97,7 @@ def train(
         extra_callbacks: Further callbacks of transformers' Trainer.
 
     Returns:
-        The step whose weights the model has now, according to ``train.keep``.
+        The step whose weights the model has now, according to ``train.select_checkpoint``.
 
     Raises:
         FintuneError: Loss or gradient is not finite; with the step and the examples.
@@ -116,11 +116,14 @@ def train(
         if ranks.leads():
             planned.write(memory, folder)
         # The same examples a step, in as many passes as memory demands.
-        passes = {"batch_size": memory.batch_size, "accumulation": memory.accumulation}
+        passes = {
+            "per_device_train_batch_size": memory.batch_size,
+            "gradient_accumulation_steps": memory.accumulation,
+        }
         options = options.model_copy(update=passes)
     elif not fused:
         options = recompute.settle(model, options, lengths)
-    step_size = options.batch_size * options.accumulation * ranks.count()
+    step_size = options.per_device_train_batch_size * options.gradient_accumulation_steps * ranks.count()
 
     def examples_of(step: int) -> list[str]:
         return [str(rows[index]["id"]) for index in plan.order[(step - 1) * step_size : step * step_size]]
@@ -165,7 +168,11 @@ def train(
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if trainer.args.device.type == "cuda" and ranks.leads():
         planned.write_peak(folder)
-    best = best_step(metrics.read(folder / "metrics.jsonl"), options.keep) if options.keep != "last" else None
+    best = (
+        best_step(metrics.read(folder / "metrics.jsonl"), options.select_checkpoint)
+        if options.select_checkpoint != "last"
+        else None
+    )
     if best is None:
         return int(trainer.state.global_step)
     load_best(trainer.model, folder / BEST, best)

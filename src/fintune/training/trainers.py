@@ -145,7 +145,6 @@ def make_arguments(
     from trl import SFTConfig
 
     weights = next(model.parameters())
-    schedule = "constant_with_warmup" if options.schedule == "constant" else options.schedule
     made = preference.arguments(options)
     if options.objective == "sft":
         made = partial(SFTConfig, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None)
@@ -154,15 +153,15 @@ def make_arguments(
         use_cpu=weights.device.type == "cpu" and not (shard.is_divided(options) and torch.cuda.is_available()),
         max_steps=num_steps,
         num_train_epochs=1,
-        per_device_train_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.accumulation,
+        per_device_train_batch_size=options.per_device_train_batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
         learning_rate=options.learning_rate,
-        lr_scheduler_type=schedule,
+        lr_scheduler_type=options.lr_scheduler_type,
         warmup_steps=_warmup_steps(options, num_steps),
         weight_decay=options.weight_decay,
         adam_beta2=options.adam_beta2,
         max_grad_norm=options.max_grad_norm,
-        optim=optimizers.NAMES[options.optimizer],
+        optim=optimizers.NAMES[options.optim],
         bf16=compute == "bfloat16",
         fp16=compute == "float16",
         gradient_checkpointing=bool(options.gradient_checkpointing),
@@ -172,11 +171,11 @@ def make_arguments(
         dataloader_num_workers=0,
         dataloader_pin_memory=False,
         logging_strategy="steps",
-        logging_steps=options.log_steps,
+        logging_steps=options.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,
         save_strategy="steps",
-        save_steps=options.checkpoint_steps,
+        save_steps=options.save_steps,
         save_total_limit=None,  # the callback removes old ones, after the new one is known to be complete
         seed=seed,
         data_seed=seed,

@@ -45,9 +45,9 @@ def check(config: Config) -> None:
     train, adapter = config.train, config.adapter
     refused = {
         "adapter.kind: full": adapter.kind == "full",
-        f"adapter.init: {adapter.init}": adapter.init != "default",
+        f"adapter.init_lora_weights: {adapter.init_lora_weights}": adapter.init_lora_weights != "default",
         f"train.objective: {train.objective}": train.objective != "sft",
-        "train.keep: best_accuracy": train.keep == "best_accuracy",
+        "train.select_checkpoint: best_accuracy": train.select_checkpoint == "best_accuracy",
         "train.fused_layers: always": train.fused_layers == "always",
         f"train.gpus: {train.gpus}": train.gpus * train.machines > 1,
         "publish.each_epoch": config.publish.each_epoch,
@@ -172,5 +172,5 @@ def _told(place: Path, status: int) -> Exception:
         name = signal.Signals(-status).name
         hint = "see whether the machine ran out of memory; the same command goes on from the last checkpoint"
         return ResourceError(f"Unsloth's process was ended by {name}", hint=hint)
-    hint = "its last lines stand above; train.backend: own trains without it"
+    hint = "its last lines stand above; train.backend: builtin trains without it"
     return ResourceError(f"Unsloth's process failed with status {status}", hint=hint)

@@ -121,7 +121,7 @@ def run(order: dict[str, Any]) -> None:
     eval_rows = _drawn(load_from_disk(order["eval_tokens"]), config)
     if config.train.eval_steps is not None:
         evaluation = Evaluation(eval_rows)
-    hint = "lower train.batch_size and raise train.accumulation"
+    hint = "lower train.per_device_train_batch_size and raise train.gradient_accumulation_steps"
     hint += "" if _recomputes(config) else ", or leave train.gradient_checkpointing empty"
     with advice_on_memory(hint, during="training with Unsloth"):
         longest = max(len(ids) for split in (rows, eval_rows) for ids in split["input_ids"])
@@ -156,7 +156,7 @@ def _model(config: Config, folder: str, compute: str, longest: int) -> Any:
         # Unsloth cuts what is longer, but not its labels, and batches are padded to a multiple.
         max_seq_length=max(-(-longest // WIDTHS) * WIDTHS, 64),
         dtype=getattr(torch, compute),
-        load_in_4bit=config.model.load == "4bit",
+        load_in_4bit=config.model.quantization == "nf4",
         use_exact_model_name=True,
         local_files_only=True,
     )
@@ -164,12 +164,12 @@ def _model(config: Config, folder: str, compute: str, longest: int) -> Any:
     return FastLanguageModel.get_peft_model(
         model,
         r=options.r,
-        lora_alpha=options.alpha,
-        lora_dropout=options.dropout,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
         bias="none",
-        target_modules=parts if "all-linear" in options.targets else list(options.targets),
+        target_modules=parts if "all-linear" in options.target_modules else list(options.target_modules),
         use_gradient_checkpointing="unsloth" if _recomputes(config) else False,
-        use_rslora=options.rslora,
+        use_rslora=options.use_rslora,
         use_dora=options.kind == "dora",
         random_state=config.run.seed,
     )
@@ -182,7 +182,7 @@ def _recomputes(config: Config) -> bool:
 
 def _drawn(rows: Dataset, config: Config) -> Dataset:
     """The examples that this package's own training would evaluate on."""
-    number = config.train.eval_examples
+    number = config.train.max_eval_samples
     if number is None or number >= len(rows):
         return rows
     return rows.select(sorted(random.Random(config.run.seed).sample(range(len(rows)), number)))  # noqa: S311

@@ -189,7 +189,7 @@ def record(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "constrain"), [("page", "general"), ("html", "example"), ("markdown", "example"), ("record", "example")]
+    ("kind", "constrain"), [("page", "general"), ("html", "page"), ("markdown", "page"), ("record", "page")]
 )
 def test_under_a_grammar_any_page_is_answered_with_a_program(request, tiny_model, kind, constrain):
     file = request.getfixturevalue(kind)
@@ -198,12 +198,12 @@ def test_under_a_grammar_any_page_is_answered_with_a_program(request, tiny_model
     assert parse(found["program"])
     assert 0 < found["confidence"] <= 1
     operands = [each for step in found["steps"] for each in step["operands"]]
-    if constrain == "example":
+    if constrain == "page":
         assert all(each["from"] != "elsewhere" or each["text"] in QUESTION for each in operands)
 
 
 def test_candidates_vote_and_their_agreement_is_told(page, tiny_model):
-    several = ["--strategy", "vote", "--num-candidates", "4", "--constrain", "example", "predict.max_new_tokens=40"]
+    several = ["--strategy", "vote", "--num-candidates", "4", "--constrain", "page", "predict.max_new_tokens=40"]
     words = ["ask", tiny_model, "--page", page, QUESTION, *several]
     found = json.loads(fintune(*words, "--json").out)
     same = sum(each["result"] is not None and each["result"] == found["answer"] for each in found["candidates"])
@@ -213,7 +213,7 @@ def test_candidates_vote_and_their_agreement_is_told(page, tiny_model):
 
 
 def test_a_file_runs_in_llama_cpp_under_a_grammar(page, tiny_model, tmp_path):
-    words = ["--constrain", "example", "--strategy", "execution_guided", "--num-candidates", "2"]
+    words = ["--constrain", "page", "--strategy", "execution_guided", "--num-candidates", "2"]
     limits = ["prompt.max_length=300", "predict.max_new_tokens=12"]
     file = make_tiny_gguf(tiny_model, tmp_path / "m.gguf")
     done = fintune("ask", file, "--page", page, QUESTION, *words, *limits, "--json")

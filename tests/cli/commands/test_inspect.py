@@ -50,7 +50,7 @@ def chat(tmp_path: Path, tiny_model: Path) -> Config:
 
     rows = [*(turns(number) for number in range(30)), turns(31, role="usr"), turns(3), turns(32, content="")]
     (tmp_path / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    source = f"data.sources=[{{path: {tmp_path / 'sft.jsonl'}, licence: CC-BY-NC-4.0}}]"
+    source = f"data.sources=[{{path: {tmp_path / 'sft.jsonl'}, license: CC-BY-NC-4.0}}]"
     options = ["data.source=chat", source, "data.eval_share=0.2", "data.duplicates=exact", f"model.name={tiny_model}"]
     return load(None, [*options, f"run.dir={tmp_path}", "run.name=c"]).config
 

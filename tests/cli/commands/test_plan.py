@@ -25,7 +25,9 @@ def lines(tmp_path, tiny_model):
         config = json.loads((tiny_model / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "head_dim": 128, **model}))
         path = tmp_path / "run.yaml"
-        path.write_text(f"model: {{name: {folder}}}\ntrain: {{batch_size: 16}}\nprompt: {{max_length: 1024}}\n")
+        path.write_text(
+            f"model: {{name: {folder}}}\ntrain: {{per_device_train_batch_size: 16}}\nprompt: {{max_length: 1024}}\n"
+        )
         return plan(load(path, overrides).config, gib=gib, **options)
 
     return run
@@ -51,30 +53,31 @@ def test_several_gpus_hold_whole_copies_where_they_fit_and_parts_where_not(lines
     said = lines(80, "train.gpus=4")
     assert "64 examples a step" in said[0]
     assert said[2] == "a step: one pass over a batch of 16 on each of 4 GPUs, which hold the whole model"
-    small = ("train.gpus=8", "train.batch_size=1")
+    small = ("train.gpus=8", "train.per_device_train_batch_size=1")
     assert said[1].startswith("fits: 39.1 GiB")
     for asked in ((), ("train.gradient_checkpointing=true",)):
         divided = lines(5, *small, *asked)[1]
         assert divided.endswith("on each of 8 GPUs, the frozen weights divided (FSDP2), all layers recomputed")
     kept = lines(10, *small, "train.sharding=full")[1]
     assert kept.endswith("of 8.8 on each of 8 GPUs, the frozen weights divided (FSDP2)")
-    with pytest.raises(ResourceError, match=r"on each of 2 GPUs, .*: use a smaller train\.batch_size"):
+    with pytest.raises(ResourceError, match=r"on each of 2 GPUs, .*: use a smaller train\.per_device_train_batch_size"):
         lines(6, "train.gpus=2")
-    with pytest.raises(ConfigError, match=r"adapter\.init: pissa is not proven on several GPUs"):
-        lines(80, "train.gpus=2", "adapter.init=pissa")
+    with pytest.raises(ConfigError, match=r"adapter\.init_lora_weights: pissa is not proven on several GPUs"):
+        lines(80, "train.gpus=2", "adapter.init_lora_weights=pissa")
 
 
 def test_transformers_layers_are_planned_as_they_are_run(lines):
     fused, modules = (
-        lines(40, "train.batch_size=4")[1:],
-        lines(40, "train.batch_size=4", "train.fused_layers=never")[1:],
+        lines(40, "train.per_device_train_batch_size=4")[1:],
+        lines(40, "train.per_device_train_batch_size=4", "train.fused_layers=never")[1:],
     )
     assert len(modules) == 1
     assert modules[0].endswith("of 38.8 with transformers' layers")
     assert fused[0].split()[1] != modules[0].split()[2]
     assert lines(16, "train.fused_layers=never")[1].endswith("of 14.8 with transformers' layers, all layers recomputed")
     with pytest.raises(
-        ResourceError, match=r"layers recomputed, and 7\.8 GiB may be used: use a smaller train.batch_s"
+        ResourceError,
+        match=r"layers recomputed, and 7\.8 GiB may be used: use a smaller train.per_device_train_batch_s",
     ):
         lines(9, "train.fused_layers=never")
 
@@ -96,7 +99,9 @@ def test_sizes_below_a_gib_and_sizes_near_each_other_are_told_apart(lines):
 
 
 def test_what_does_not_fit_is_refused_with_what_would(lines):
-    with pytest.raises(ResourceError, match=r"needs .* GiB for one example of 1024 tokens .*: use model.load=4bit"):
+    with pytest.raises(
+        ResourceError, match=r"needs .* GiB for one example of 1024 tokens .*: use model.quantization=nf4"
+    ):
         lines(6)
 
 
@@ -108,7 +113,7 @@ def test_models_and_methods_without_a_plan_are_refused(lines):
     with pytest.raises(ConfigError, match=r"knows train\.backend: own, not unsloth"):
         lines(24, "train.backend=unsloth")
     with pytest.raises(ConfigError, match=r"knows adapters of q_proj, .*, not of nonsense"):
-        lines(24, "adapter.targets=[nonsense]")
+        lines(24, "adapter.target_modules=[nonsense]")
     with pytest.raises(ConfigError, match=r"knows train\.objective: sft, not dpo"):
         lines(24, "data.source=chat", "data.sources=[pairs.jsonl]", "train.objective=dpo")
 
@@ -153,7 +158,7 @@ def test_a_folder_with_a_configuration_alone_is_planned(tiny_model, tmp_path):
     folder.mkdir()
     config = json.loads((tiny_model / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "head_dim": 128, **LLAMA_3B}))
-    said = plan(load(None, [f"model.name={folder}", "train.batch_size=1"]).config, gib=24)
+    said = plan(load(None, [f"model.name={folder}", "train.per_device_train_batch_size=1"]).config, gib=24)
     assert said[0].startswith(f"{folder}, lora r=16 on 16bit weights, 1 example a step")
     assert said[1].startswith("fits: ")
 

@@ -108,7 +108,7 @@ def test_the_manifest_lists_the_shots_none_of_them_from_a_scored_page(data, tiny
     train[1]["id"] = scored[0]["id"]
     (data.parent / "FinQA_train.json").write_text(json.dumps(train))
     words = ["--model", tiny_model, "--data", data, "--out", data.parent / "out.json"]
-    done = fintune("predict", *words, "predict.num_shots=3", "predict.max_new_tokens=2")
+    done = fintune("predict", *words, "predict.num_fewshot=3", "predict.max_new_tokens=2")
     assert (done.status, done.err) == (0, "")
     manifest = json.loads((data.parent / "out.manifest.json").read_text())
     shown = {shot for shots in manifest["shots"].values() for shot in shots}
@@ -313,14 +313,14 @@ def predicted(model, data, *words, name="out.json"):
 
 
 def test_so_many_questions_are_asked_as_are_wanted(data, tiny_model):
-    done, ids = predicted(tiny_model, data, "data.max_eval=2")
+    done, ids = predicted(tiny_model, data, "data.max_eval_samples=2")
     assert (done.out.split(": ")[1].split(",")[0], len(ids)) == ("2 predictions", 2)
     assert predicted(tiny_model, data, "--num", "2")[1] == ids
     manifest = json.loads((data.parent / "out.manifest.json").read_text())
     assert (manifest["max_questions"], manifest["facts"]["num_predictions"]) == (2, 2)
 
 
-@pytest.mark.parametrize("override", ["data.max_train=5", "train.epochs=2", "run.name=x"])
+@pytest.mark.parametrize("override", ["data.max_train_samples=5", "train.num_train_epochs=2", "run.name=x"])
 def test_an_override_that_changes_nothing_is_refused(data, override):
     done = fintune("predict", "--model", "acme/m", "--data", data, "--out", data.parent / "out.json", override)
     assert done.status == 2

@@ -110,9 +110,9 @@ def test_the_guides_commands_are_understood(line, here, monkeypatch):
     call(command, *words[1:])
     (config, flags), *_ = runs
     assert config.model.name == "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B"
-    assert (config.train.schedule, config.run.seed) == ("cosine", 3407)
-    assert (config.train.checkpoint_steps, config.train.num_checkpoints) == (500, 3)
-    assert config.train.accumulation == flags["gradient_accumulation_steps"]
+    assert (config.train.lr_scheduler_type, config.run.seed) == ("cosine", 3407)
+    assert (config.train.save_steps, config.train.save_total_limit) == (500, 3)
+    assert config.train.gradient_accumulation_steps == flags["gradient_accumulation_steps"]
     assert config.export.llama_cpp_path == flags.get("llama_cpp_path")
 
 

@@ -111,7 +111,11 @@ def test_the_finqa_guide_runs_from_its_first_command_to_its_last(folder, model, 
     assert (config["use_dora"], config["r"], config["lora_alpha"], config["lora_dropout"]) == (True, 16, 32, 0.05)
     manifest = json.loads((adapter / "run" / "train" / "manifest.json").read_text())
     options = manifest["key"]["options"]
-    assert (options["model.load"], options["train.precision"], options["train.epochs"]) == ("4bit", "bfloat16", 3.0)
+    assert (options["model.quantization"], options["train.dtype"], options["train.num_train_epochs"]) == (
+        "4bit",
+        "bfloat16",
+        3.0,
+    )
     assert pushed == ["ann/llama-3b-finqa-dora"]
     assert wandb.logged
     with (folder / "outputs" / "metrics.csv").open(newline="") as file:

@@ -17,7 +17,8 @@ from fintune.errors import ArtifactError, ConfigError, ResourceError
     ("text", "told"),
     [
         (
-            "set train.batch_size=4 train.accumulation=2, or model.load=4bit, or prompt.max_length below 4096",
+            "set train.per_device_train_batch_size=4 train.gradient_accumulation_steps=2, or model.quantization=nf4, "
+            "or prompt.max_length below 4096",
             "set --per_device_train_batch_size 4 --gradient_accumulation_steps 2, or --training_quantization 4bit, "
             "or --max_seq_length below 4096",
         ),
@@ -30,7 +31,7 @@ from fintune.errors import ArtifactError, ConfigError, ResourceError
         ),
         ("wait for it, or set run.name to another name", "wait for it, or give another --out"),
         ("train.learning_rate was 1e-05 and is now 2e-05", "--learning_rate was 1e-05 and is now 2e-05"),
-        ('train.optimizer was "sgd"', 'train.optimizer was "sgd"'),
+        ('train.optim was "sgd"', 'train.optim was "sgd"'),
         (
             "export.llama_cpp_path tools: no such folder: leave the option out",
             "--llama_cpp_path tools: no such folder: leave the flag out",
@@ -39,7 +40,7 @@ from fintune.errors import ArtifactError, ConfigError, ResourceError
         ("data/train.batch_size/x", "data/train.batch_size/x"),
         ("command line: data.sources[1].max_rows: got 0", "--investopedia_rows: got 0"),
         ('data.sources[0].path was "a" and is now "b"', '--dataset_folder was "a" and is now "b"'),
-        ("data.sources[1].shape: got 0", "--investopedia.shape: got 0"),
+        ("data.sources[1].format: got 0", "--investopedia.format: got 0"),
         (
             "data.sources had 1 entry and now has 2",
             "--dataset_folder and --investopedia had 1 entry and now has 2",
@@ -92,18 +93,30 @@ def test_the_command_that_only_trains_sends_to_the_one_that_does_the_rest():
     ("text", "told"),
     [
         ("command line: adapter.r: got 0", "--lora_r: got 0"),
-        ("add train.batch_size=4 train.seed=1, or adapter.r=8.", "add --batch 4 train.seed=1, or --lora_r 8."),
-        ("lower adapter.r, or model.load=4bit, or model.load", "lower --lora_r, or --use_4bit true, or model.load"),
         (
-            "data/adapter.r/x and adapter.rslora and adapter.r.txt",
-            "data/adapter.r/x and adapter.rslora and adapter.r.txt",
+            "add train.per_device_train_batch_size=4 train.seed=1, or adapter.r=8.",
+            "add --batch 4 train.seed=1, or --lora_r 8.",
+        ),
+        (
+            "lower adapter.r, or model.quantization=nf4, or model.quantization",
+            "lower --lora_r, or --use_4bit true, or model.quantization",
+        ),
+        (
+            "data/adapter.r/x and adapter.use_rslora and adapter.r.txt",
+            "data/adapter.r/x and adapter.use_rslora and adapter.r.txt",
         ),
     ],
 )
 def test_a_script_is_told_in_its_own_flags(text, told):
     with (
         pytest.raises(ConfigError) as raised,
-        told_in({"adapter.r": "--lora_r", "train.batch_size": "--batch", "model.load=4bit": "--use_4bit true"}),
+        told_in(
+            {
+                "adapter.r": "--lora_r",
+                "train.per_device_train_batch_size": "--batch",
+                "model.quantization=nf4": "--use_4bit true",
+            }
+        ),
     ):
         raise ConfigError(text, hint=text)
     assert (raised.value.message, raised.value.hint) == (told, told)

@@ -92,17 +92,17 @@ def test_the_script_writes_an_adapter_where_it_is_looked_for(tiny_model, process
 @pytest.mark.parametrize(
     ("others", "use_dora", "expected"),
     [
-        ({}, True, ("dora", "16bit")),
-        ({}, False, ("lora", "16bit")),
-        ({"use_dora": "false", "use_4bit": "true"}, True, ("lora", "4bit")),
-        ({"use_dora": "true", "use_4bit": "true"}, False, ("dora", "4bit")),
+        ({}, True, ("dora", "none")),
+        ({}, False, ("lora", "none")),
+        ({"use_dora": "false", "use_4bit": "true"}, True, ("lora", "nf4")),
+        ({"use_dora": "true", "use_4bit": "true"}, False, ("dora", "nf4")),
     ],
 )
 def test_flags_choose_the_method(tiny_model, processed, tmp_path, others, use_dora, expected):
     call(flags(tiny_model, processed / "train", tmp_path / "out", **others), use_dora=use_dora)
     manifest = json.loads((tmp_path / "out" / "run" / "train" / "manifest.json").read_text())
     options = manifest["key"]["options"]
-    assert (options["adapter.kind"], options["model.load"]) == expected
+    assert (options["adapter.kind"], options["model.quantization"]) == expected
     assert adapter_config(tmp_path / "out")["use_dora"] is (expected[0] == "dora")
 
 
@@ -130,10 +130,15 @@ def test_every_flag_reaches_its_option(tiny_model, processed, tmp_path, monkeypa
     }
     call(flags(tiny_model, processed, tmp_path / "out", **others))
     train = seen["config"].train
-    assert (train.epochs, train.learning_rate, train.weight_decay, train.accumulation) == (0.5, 3e-4, 0.1, 2)
-    assert (train.gradient_checkpointing, train.report_to, train.precision) == (True, ("tensorboard",), "float32")
-    assert (train.checkpoint_steps, train.eval_steps) == (2, 1)
-    assert (seen["config"].adapter.dropout, seen["config"].run.seed) == (0.05, 5)
+    assert (train.num_train_epochs, train.learning_rate, train.weight_decay, train.gradient_accumulation_steps) == (
+        0.5,
+        3e-4,
+        0.1,
+        2,
+    )
+    assert (train.gradient_checkpointing, train.report_to, train.dtype) == (True, ("tensorboard",), "float32")
+    assert (train.save_steps, train.eval_steps) == (2, 1)
+    assert (seen["config"].adapter.lora_dropout, seen["config"].run.seed) == (0.05, 5)
     lines = metrics.read(tmp_path / "out" / "run" / "train" / "metrics.jsonl")
     assert [line["step"] for line in lines if "eval_loss" in line] == [1]
 

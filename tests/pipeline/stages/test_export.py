@@ -136,7 +136,7 @@ def test_speed_and_memory_are_recorded_and_an_excess_is_told(tiny_model, tmp_pat
 def test_a_computed_matrix_gives_the_same_bytes_with_and_without_a_merged_folder(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "IMPORTANCE_TOKENS", 100)
     inputs = trained(tmp_path, tiny_model)
-    options = config(types=("Q4_K_M",), importance="compute").model_dump(exclude={"model", "merge"})
+    options = config(types=("Q4_K_M",), imatrix="compute").model_dump(exclude={"model", "merge"})
     run = Config.model_validate(options | {"model": {"name": str(tiny_model)}, "merge": {"dtype": "bfloat16"}})
     for name in ("merge", "through", "direct"):
         (tmp_path / name).mkdir()
@@ -151,7 +151,7 @@ def test_an_importance_matrix_is_computed_from_the_training_texts(tiny_model, tm
     inputs = trained(tmp_path, tiny_model)
 
     def run(importance):
-        options = config(types=("Q4_K_M",), importance=importance).model_dump(exclude={"model"})
+        options = config(types=("Q4_K_M",), imatrix=importance).model_dump(exclude={"model"})
         return Config.model_validate(options | {"model": {"name": str(tiny_model)}})
 
     for name in ("weighed", "plain"):

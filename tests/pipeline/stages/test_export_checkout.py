@@ -85,7 +85,7 @@ def test_quantised_files_are_made_from_one_that_holds_the_weights_exactly(
 def test_an_importance_matrix_goes_to_the_quantiser(other, checkout, tmp_path):
     out = tmp_path / "export"
     out.mkdir()
-    export(config(checkout, "Q4_K_M", importance=tmp_path / "i.gguf"), {"merge": other}, out)
+    export(config(checkout, "Q4_K_M", imatrix=tmp_path / "i.gguf"), {"merge": other}, out)
     assert calls(checkout)[-1] == "quantise Q4_K_M weighed"
 
 
@@ -129,7 +129,7 @@ def test_a_type_that_the_quantiser_does_not_list_is_refused_before_the_run_begin
     check_checkout(make_checkout(tmp_path / "silent"), ("Q4_M",))  # lists none, so it is asked when it is run
 
 
-@pytest.mark.parametrize("more", [{"source": "adapter"}, {"importance": "compute"}])
+@pytest.mark.parametrize("more", [{"source": "adapter"}, {"imatrix": "compute"}])
 def test_options_that_do_not_go_with_a_checkout_are_refused(tmp_path, more):
     with pytest.raises(ValueError, match=r"export\.llama_cpp_path"):
         config(tmp_path, "Q4_K_M", **more)

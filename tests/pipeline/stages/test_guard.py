@@ -46,7 +46,7 @@ def trained(tiny_model, tmp_path_factory):
 
 
 def config(model, *more):
-    return load(None, [f"model.name={model}", "predict.threads=1", "train.precision=float32", *more]).config
+    return load(None, [f"model.name={model}", "predict.threads=1", "train.dtype=float32", *more]).config
 
 
 def test_the_set_is_whole_and_its_programs_give_their_results():
@@ -174,7 +174,9 @@ def test_out_of_memory_names_a_smaller_batch_and_the_way_without(tiny_model, tra
 
 def test_a_chat_run_guards_itself_and_its_page_shows_it(tiny_model, tmp_path):
     data = write_rows(tmp_path / "d.jsonl", pair_rows(12))
-    (tmp_path / "c.yaml").write_text("train: {max_steps: 1, batch_size: 2, objective: dpo}\n", encoding="utf-8")
+    (tmp_path / "c.yaml").write_text(
+        "train: {max_steps: 1, per_device_train_batch_size: 2, objective: dpo}\n", encoding="utf-8"
+    )
     words = ["data.source=chat", f"data.sources={data}", f"model.name={tiny_model}", f"run.dir={tmp_path}"]
     words += ["predict.threads=1", "guard.threshold=1e-9"]
     steps = ["prepare", "train", "guard", "report"]

@@ -96,7 +96,7 @@ def test_an_adapter_that_rounding_swallows_is_refused(tiny_model, tmp_path):
 
 def test_an_adapter_can_be_merged_into_what_training_in_four_bits_saw(tiny_model, tmp_path):
     pytest.importorskip("bitsandbytes")
-    options = {"model": {"name": str(tiny_model), "load": "4bit"}, "merge": {"into": "dequantised"}}
+    options = {"model": {"name": str(tiny_model), "quantization": "nf4"}, "merge": {"into": "quantized_base"}}
     facts = merge(Config.model_validate(options), inputs(tmp_path, tiny_model), tmp_path / "merge")
     assert facts["describe_merge_base"] == "base dequantised from 4 bits"
     # NormalFloat's error on normal weights in blocks of 64 is near a tenth; the answers differ accordingly.

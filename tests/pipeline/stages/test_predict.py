@@ -190,7 +190,7 @@ def test_adapter_and_merged_folder_predict_the_same_and_not_as_the_base(tiny_mod
         {
             "model": {"name": str(tiny_model)},
             "adapter": {"r": 4},
-            "train": {"precision": "float32", "batch_size": 4, "max_steps": 10, "learning_rate": 3e-2},
+            "train": {"dtype": "float32", "per_device_train_batch_size": 4, "max_steps": 10, "learning_rate": 3e-2},
             "predict": {"max_new_tokens": 6, "batch_size": 2},
         }
     )
@@ -230,7 +230,7 @@ def test_four_bit_kinds_pack_the_weights_of_the_adapters_base_and_of_the_merged_
 
 
 @pytest.mark.parametrize("strategy", [{}, {"strategy": "vote", "num_candidates": 3, "temperature": 1.0}])
-@pytest.mark.parametrize("constrain", ["general", "example"])
+@pytest.mark.parametrize("constrain", ["general", "page"])
 def test_under_a_grammar_every_program_is_one_even_where_the_limit_cuts(
     tiny_model, inputs, tmp_path, constrain, strategy
 ):
@@ -243,7 +243,7 @@ def test_under_a_grammar_every_program_is_one_even_where_the_limit_cuts(
 
 
 def test_a_vote_leaves_all_candidates_and_their_agreement(tiny_model, inputs, tmp_path):
-    several = {"constrain": "example", "strategy": "vote", "num_candidates": 4, "max_new_tokens": 30}
+    several = {"constrain": "page", "strategy": "vote", "num_candidates": 4, "max_new_tokens": 30}
     facts, predictions = run(tiny_model, inputs, tmp_path / "p", **several)
     for each in predictions:
         results = [candidate.result for candidate in each.candidates]
@@ -305,7 +305,7 @@ def test_shots_of_the_training_data_stand_before_each_question_and_in_the_manife
     inputs = {"prepare": tmp_path / "prepare"}
     inputs["prepare"].mkdir()
     prepare(plain, {}, inputs["prepare"])
-    shown = Config.model_validate({**options, "predict": {"max_new_tokens": 3, "num_shots": 2}})
+    shown = Config.model_validate({**options, "predict": {"max_new_tokens": 3, "num_fewshot": 2}})
     counts = {}
     for name, each in (("plain", plain), ("shown", shown)):
         (tmp_path / name).mkdir()

@@ -109,9 +109,9 @@ def test_the_report_counts_drops_cuts_evidence_and_shared_pages(config: Config, 
     more = report.model_copy(update={"num_shared_pages": 1200})
     assert "1,200 eval examples ask about a page that is also trained on" in more.notes()
     same = {"data.train": '"a.json"', "data.eval": '"a.json"'}
-    trained = report.model_copy(update={"options": {**same, "data.max_eval": "null"}})
+    trained = report.model_copy(update={"options": {**same, "data.max_eval_samples": "null"}})
     assert "1 eval example asks about a page that is also trained on" in trained.notes()
-    stand_in = report.model_copy(update={"options": {**same, "data.max_eval": "1"}})
+    stand_in = report.model_copy(update={"options": {**same, "data.max_eval_samples": "1"}})
     assert "also trained on" not in "".join(stand_in.notes()), "nothing is evaluated"
 
 
@@ -158,7 +158,12 @@ def test_importing_the_stage_needs_neither_torch_nor_transformers() -> None:
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no FinQA files beside the repository")
 def test_real_records_are_prepared_with_their_evidence(config: Config, tmp_path: Path) -> None:
     data = config.data.model_copy(
-        update={"train": SHARED / "train.json.gz", "eval": SHARED / "dev.json.gz", "max_train": 20, "max_eval": 20}
+        update={
+            "train": SHARED / "train.json.gz",
+            "eval": SHARED / "dev.json.gz",
+            "max_train_samples": 20,
+            "max_eval_samples": 20,
+        }
     )
     prompt = config.prompt.model_copy(update={"max_length": 2048})
     prepare(config.model_copy(update={"data": data, "prompt": prompt}), {}, tmp_path)

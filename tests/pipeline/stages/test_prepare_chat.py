@@ -48,8 +48,8 @@ def trader_data(folder: Path) -> Path:
 def options(tmp_path, tiny_model) -> list[str]:
     data = trader_data(tmp_path / "data")
     sources = [
-        {"path": str(data / "trader_*.jsonl"), "licence": "MIT"},
-        {"path": str(data / "investopedia.csv"), "licence": "CC-BY-NC-4.0"},
+        {"path": str(data / "trader_*.jsonl"), "license": "MIT"},
+        {"path": str(data / "investopedia.csv"), "license": "CC-BY-NC-4.0"},
     ]
     return [
         "data.source=chat",
@@ -140,7 +140,9 @@ def test_nothing_is_predicted_or_scored_without_gold(options):
 
 
 def test_a_run_trains_on_conversations_and_reports_them_and_a_second_one_does_nothing(options, tmp_path):
-    (tmp_path / "c.yaml").write_text("train: {max_steps: 2, batch_size: 2, eval_steps: 1}\n", encoding="utf-8")
+    (tmp_path / "c.yaml").write_text(
+        "train: {max_steps: 2, per_device_train_batch_size: 2, eval_steps: 1}\n", encoding="utf-8"
+    )
     skip = ["--skip", "merge", "--skip", "export"]
     done = fintune("run", tmp_path / "c.yaml", *options, *skip)
     assert done.status == 0, done.err

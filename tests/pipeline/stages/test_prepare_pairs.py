@@ -124,7 +124,7 @@ def test_the_oldest_turns_go_first_and_question_and_answers_never():
 def test_a_pair_that_is_too_long_is_dropped_and_counted(tiny_model, tmp_path):
     rows = [*pair_rows(10), {"prompt": "cash?", "chosen": "yes", "rejected": "no " * 300}]
     data = write_rows(tmp_path / "d.jsonl", rows)
-    prepare(load(None, [*options(tiny_model, data), "data.duplicates=keep"]).config, {}, tmp_path)
+    prepare(load(None, [*options(tiny_model, data), "data.duplicates=off"]).config, {}, tmp_path)
     report = read_report(tmp_path)
     assert report.train.dropped.get("too long", 0) + report.eval.dropped.get("too long", 0) == 1
     assert any("d.jsonl, row 11: " in problem for problem in (*report.train.problems, *report.eval.problems))

@@ -22,7 +22,7 @@ from support.published_run import finish, write_run
 
 pytest.importorskip("peft")
 pytestmark = LIBRARY_WARNS
-ALL = "publish.what=[adapter,merged,gguf]"
+ALL = "publish.artifacts=[adapter,merged,gguf]"
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +218,7 @@ def test_the_token_is_in_no_file_and_no_output(run, hub):
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
-        (lambda demo: shutil.rmtree(demo / "merge"), "publish.what asks for merged, and merge has no result in"),
+        (lambda demo: shutil.rmtree(demo / "merge"), "publish.artifacts asks for merged, and merge has no result in"),
         (lambda demo: (demo / "merge" / "config.json").write_text("{}"), "is not what merge wrote: it was changed"),
         (lambda demo: (demo / "merge" / "LICENSE").unlink(), "is not what merge wrote: it was removed"),
         (lambda demo: finish(demo / "merge", "merge", inputs={"train": "0" * 64}), "was made from an older result of"),
@@ -246,7 +246,7 @@ def test_a_licence_that_allows_what_the_data_forbid_is_refused(run, hub):
     counts = {"num_rows": 9, "shapes": {}, "dropped": {}, "num_train": 8, "num_eval": 1, "weight": 1.0}
     report["sources"] = [{"path": "hub:FinLang/investopedia", "licence": licence, **counts}]
     (run.demo / "prepare" / "report.json").write_text(json.dumps(report), encoding="utf-8")
-    done = run.publish("publish.licence=apache-2.0")
+    done = run.publish("publish.license=apache-2.0")
     assert done.status == 2
     assert "apache-2.0 allows commercial use, which FinLang/investopedia (CC-BY-NC-4.0) forbids" in done.err
     assert run.publish().status == 0
@@ -257,7 +257,7 @@ def test_a_licence_that_allows_what_the_data_forbid_is_refused(run, hub):
 
 
 def test_what_is_to_be_made_anew_is_told_with_what_was_given_a_folder_has_no_configuration(run, hub):
-    folder = ("publish", run.demo, f"model.name={run.model}", "publish.repo_id=ann/demo", "publish.what=[merged]")
+    folder = ("publish", run.demo, f"model.name={run.model}", "publish.repo_id=ann/demo", "publish.artifacts=[merged]")
     (run.demo / "merge" / "config.json").write_text("{}", encoding="utf-8")
     assert f": the command that made {run.demo}, with --redo merge makes it anew\n" in fintune(*folder).err
     assert f": fintune run {run.yaml} run.name=demo " in run.publish(ALL).err
@@ -271,7 +271,7 @@ def test_what_is_to_be_made_anew_is_told_with_what_was_given_a_folder_has_no_con
 def test_without_the_result_of_prepare_nothing_is_published_as_no_licence_of_the_data_would_be_named(run, hub):
     shutil.rmtree(run.demo / "prepare")
     for flag in ((), ("--dry-run",)):
-        done = run.publish("publish.licence=apache-2.0", *flag)
+        done = run.publish("publish.license=apache-2.0", *flag)
         assert done.status == 2
         assert "has no result of prepare, without which the card cannot name the data and their licences" in done.err
         assert "make it anew first: fintune prepare" in done.err
@@ -286,10 +286,10 @@ def test_mistakes_are_one_line_each(run, hub):
     for wrong, told in (
         ("publish.repo_id=", "publish.repo_id is empty"),
         ("publish.repo_id=a/b/c", "is no name on the hub; write OWNER/NAME"),
-        ("publish.what=[lora]", "publish.what"),
-        ("publish.what=[gguf,gguf]", "names something twice"),
+        ("publish.artifacts=[lora]", "publish.artifacts"),
+        ("publish.artifacts=[gguf,gguf]", "names something twice"),
         ("publish.branch=a b", "publish.branch"),
-        ("adapter.kind=full", "set publish.what to merged or gguf"),
+        ("adapter.kind=full", "set publish.artifacts to merged or gguf"),
     ):
         done = run.publish(wrong)
         assert done.status == 2, wrong

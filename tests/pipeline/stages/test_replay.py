@@ -60,7 +60,7 @@ def test_the_base_stands_beside_what_was_trained_and_fails_no_stage(run, tiny_mo
     facts = replay(config, inputs, tmp_path)
     base, trained = (facts["replayed"][kind] for kind in ("base", "adapter"))
     rows = module._rows(config, models.load_tokenizer(models.fetch(str(tiny_model))), inputs["prepare"] / "eval.jsonl")
-    plain = models.load_model(models.fetch(str(tiny_model)), dtype=config.predict.precision, device="cpu")
+    plain = models.load_model(models.fetch(str(tiny_model)), dtype=config.predict.dtype, device="cpu")
     with torch.inference_mode():
         losses = [
             -plain(torch.tensor([row.ids])).logits[0, position - 1].log_softmax(-1)[row.ids[position]].item()
@@ -186,8 +186,8 @@ def test_an_adapter_in_dequantised_weights_is_compared_with_what_was_trained(run
         path.mkdir()
     config = plain.model_copy(
         update={
-            "model": plain.model.model_copy(update={"load": "4bit"}),
-            "merge": plain.merge.model_copy(update={"into": "dequantised"}),
+            "model": plain.model.model_copy(update={"quantization": "nf4"}),
+            "merge": plain.merge.model_copy(update={"into": "quantized_base"}),
         }
     )
     merge(config, inputs, folders["merge"])

@@ -22,8 +22,8 @@ def config(model, **options) -> Config:
     return Config.model_validate(
         {
             "model": {"name": str(model)},
-            "adapter": {"r": 4, "dropout": 0.1},
-            "train": {"precision": "float32", "batch_size": 4, "max_steps": 6, "checkpoint_steps": 2, **options},
+            "adapter": {"r": 4, "lora_dropout": 0.1},
+            "train": {"dtype": "float32", "per_device_train_batch_size": 4, "max_steps": 6, "save_steps": 2, **options},
         }
     )
 
@@ -69,7 +69,7 @@ def test_an_attempt_that_ended_after_the_adapter_is_only_finished(tiny_model, in
 
 
 def test_a_killed_run_goes_on_and_equals_the_uninterrupted_one(tiny_model, inputs, tmp_path):
-    asked = config(tiny_model, max_steps=60, checkpoint_steps=1)
+    asked = config(tiny_model, max_steps=60, save_steps=1)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir()
     cut.mkdir()
@@ -98,7 +98,13 @@ def test_a_killed_run_goes_on_and_equals_the_uninterrupted_one(tiny_model, input
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_killed_again_and_again_equals_the_uninterrupted_one(tiny_model, inputs, tmp_path, seed):
     asked = config(
-        tiny_model, max_steps=24, checkpoint_steps=2, eval_steps=3, keep="best_loss", learning_rate=2e-2, threads=1
+        tiny_model,
+        max_steps=24,
+        save_steps=2,
+        eval_steps=3,
+        select_checkpoint="best_loss",
+        learning_rate=2e-2,
+        threads=1,
     )
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir()
@@ -131,11 +137,18 @@ def test_a_run_killed_again_and_again_equals_the_uninterrupted_one(tiny_model, i
     ("options", "advice"),
     [
         (
-            {"batch_size": 8},
-            "set train.batch_size=4 train.accumulation=2, or train.gradient_checkpointing=true, or model",
+            {"per_device_train_batch_size": 8},
+            "set train.per_device_train_batch_size=4 train.gradient_accumulation_steps=2, or "
+            "train.gradient_checkpointing=true, or model",
         ),
-        ({"batch_size": 3, "accumulation": 2}, "train.batch_size=1 train.accumulation=6, or"),
-        ({"batch_size": 1, "gradient_checkpointing": True}, "set model.load=4bit, or prompt.max_length below 2048"),
+        (
+            {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2},
+            "train.per_device_train_batch_size=1 train.gradient_accumulation_steps=6, or",
+        ),
+        (
+            {"per_device_train_batch_size": 1, "gradient_checkpointing": True},
+            "set model.quantization=nf4, or prompt.max_length below 2048",
+        ),
     ],
 )
 def test_out_of_memory_is_one_line_with_what_to_change(tiny_model, inputs, tmp_path, monkeypatch, options, advice):
@@ -162,8 +175,8 @@ def test_memory_that_runs_out_on_a_cpu_is_one_line_with_the_same_advice(tiny_mod
     monkeypatch.setattr(sft, "train", lambda *_, **__: torch.empty(1 << 50, dtype=torch.uint8))
     (tmp_path / "train").mkdir()
     with pytest.raises(ResourceError, match=r"^out of memory \(DefaultCPUAllocator: can't allocate memory") as raised:
-        train(config(tiny_model, batch_size=8), inputs, tmp_path / "train")
-    assert "set train.batch_size=4 train.accumulation=2, or" in str(raised.value)
+        train(config(tiny_model, per_device_train_batch_size=8), inputs, tmp_path / "train")
+    assert "set train.per_device_train_batch_size=4 train.gradient_accumulation_steps=2, or" in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
@@ -193,9 +206,10 @@ def test_out_of_memory_on_a_gpu_names_the_overrides_that_fit(tiny_model, inputs,
     monkeypatch.setattr(sft, "train", full)
     (tmp_path / "train").mkdir()
     with pytest.raises(
-        ResourceError, match=r"out of memory .*: add train\.batch_size=\d+ train\.accumulation=\d+ "
+        ResourceError,
+        match=r"out of memory .*: add train\.per_device_train_batch_size=\d+ train\.gradient_accumulation_steps=\d+ ",
     ) as raised:
-        train(config(tiny_model, batch_size=8), inputs, tmp_path / "train")
+        train(config(tiny_model, per_device_train_batch_size=8), inputs, tmp_path / "train")
     assert "the same examples a step), and --redo train" in str(raised.value)
 
 
@@ -207,9 +221,14 @@ def test_accuracy_decides_by_the_programs_that_the_model_writes(
     from fintune.evaluation.questions import GoldQuestion
 
     asked = config(
-        tiny_model, max_steps=4, eval_steps=2, keep="best_accuracy", eval_new_tokens=8, fused_layers=fused_layers
+        tiny_model,
+        max_steps=4,
+        eval_steps=2,
+        select_checkpoint="best_accuracy",
+        eval_new_tokens=8,
+        fused_layers=fused_layers,
     )
-    asked = asked.model_copy(update={"adapter": asked.adapter.model_copy(update={"dropout": 0.0})})
+    asked = asked.model_copy(update={"adapter": asked.adapter.model_copy(update={"lora_dropout": 0.0})})
     said = []
     monkeypatch.setattr(GoldQuestion, "is_correct", lambda self, text: said.append(text) or len(said) > 12 + 6)
     (tmp_path / "train").mkdir()
@@ -242,7 +261,7 @@ def test_evaluation_draws_the_same_examples_every_time(tiny_model, inputs, tmp_p
     losses = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        train(config(tiny_model, max_steps=2, eval_steps=1, eval_examples=5), inputs, tmp_path / name)
+        train(config(tiny_model, max_steps=2, eval_steps=1, max_eval_samples=5), inputs, tmp_path / name)
         losses.append(
             [line["eval_loss"] for line in metrics.read(tmp_path / name / "metrics.jsonl") if "eval_loss" in line]
         )

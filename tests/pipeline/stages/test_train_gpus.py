@@ -24,22 +24,27 @@ torch = pytest.importorskip("torch")
 
 SCRIPT = ROOT / "tests/support/trainings_in_ranks.py"
 WAYS = {
-    "lora": {"batch_size": 2},
-    "fused": {"batch_size": 1, "accumulation": 2, "kind": "dora", "fused_layers": "always"},
-    "qlora": {"batch_size": 2, "load": "4bit"},
-    "divided": {"batch_size": 2, "kind": "dora", "sharding": "full", "gradient_checkpointing": True},
-    "divided bfloat16": {"batch_size": 2, "precision": "bfloat16", "sharding": "full"},
+    "lora": {"per_device_train_batch_size": 2},
+    "fused": {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 2,
+        "kind": "dora",
+        "fused_layers": "always",
+    },
+    "qlora": {"per_device_train_batch_size": 2, "quantization": "nf4"},
+    "divided": {"per_device_train_batch_size": 2, "kind": "dora", "sharding": "full", "gradient_checkpointing": True},
+    "divided bfloat16": {"per_device_train_batch_size": 2, "dtype": "bfloat16", "sharding": "full"},
 }
 """In two processes; every one trains on four examples a step."""
 
 
-def config(model, *, kind="lora", load="16bit", gpus=2, **train):
-    common = {"precision": "float32", "max_steps": 4, "checkpoint_steps": 2, "learning_rate": 1e-2, "threads": 1}
+def config(model, *, kind="lora", quantization="none", gpus=2, **train):
+    common = {"dtype": "float32", "max_steps": 4, "save_steps": 2, "learning_rate": 1e-2, "threads": 1}
     return Config.model_validate(
         {
-            "model": {"name": str(model), "load": load},
+            "model": {"name": str(model), "quantization": quantization},
             "adapter": {"kind": kind, "r": 4},
-            "train": {**common, "gpus": gpus, "eval_steps": 2, "keep": "best_loss", **train},
+            "train": {**common, "gpus": gpus, "eval_steps": 2, "select_checkpoint": "best_loss", **train},
         }
     )
 
@@ -94,8 +99,8 @@ def in_two(tiny_model, prepare, tmp_path_factory):
 @pytest.mark.parametrize("name", WAYS)
 def test_two_processes_give_the_losses_of_one(tiny_model, prepare, in_two, tmp_path, name):
     options = WAYS[name]
-    one = {key: options[key] for key in ("kind", "load", "precision") if key in options}
-    train(config(tiny_model, gpus=1, batch_size=4, **one), {"prepare": prepare}, tmp_path)
+    one = {key: options[key] for key in ("kind", "quantization", "dtype") if key in options}
+    train(config(tiny_model, gpus=1, per_device_train_batch_size=4, **one), {"prepare": prepare}, tmp_path)
     check_alike(in_two / name, tmp_path, near=3e-2 if name == "divided bfloat16" else 1e-5)
 
 
@@ -142,8 +147,8 @@ def kill_one_rank(folder, steps):
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are found below /proc")
 def test_a_killed_process_ends_all_and_the_same_command_goes_on(tiny_model, prepare, tmp_path):
     before = signal.getsignal(signal.SIGINT)
-    plain = {"max_steps": 16, "eval_steps": None, "keep": "last", "learning_rate": 1e-3}
-    asked = config(tiny_model, batch_size=2, **plain)
+    plain = {"max_steps": 16, "eval_steps": None, "select_checkpoint": "last", "learning_rate": 1e-3}
+    asked = config(tiny_model, per_device_train_batch_size=2, **plain)
     cut, whole = tmp_path / "cut", tmp_path / "whole"
     cut.mkdir()
     whole.mkdir()
@@ -156,6 +161,6 @@ def test_a_killed_process_ends_all_and_the_same_command_goes_on(tiny_model, prep
     facts = train(asked, {"prepare": prepare}, cut)
     assert signal.getsignal(signal.SIGINT) is before, "the stages behind the training are interrupted as ever"
     assert facts["num_steps"] == 16
-    train(config(tiny_model, gpus=1, batch_size=4, **plain), {"prepare": prepare}, whole)
+    train(config(tiny_model, gpus=1, per_device_train_batch_size=4, **plain), {"prepare": prepare}, whole)
     check_alike(cut, whole, near=1e-4)
     assert sorted(path.name for path in cut.iterdir()) == ["adapter", "metrics.jsonl"]

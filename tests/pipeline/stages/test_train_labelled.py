@@ -59,7 +59,7 @@ def test_desired_answers_gain_over_undesired_ones_and_the_figures_are_those_of_t
     trained = [row.label for row in read_tokens(answers, "train", 99)]
     ratio = trained.count(False) / trained.count(True)
     assert (facts["num_desired"], facts["num_undesired"]) == (trained.count(True), trained.count(False))
-    assert (facts["desired_weight"], facts["undesired_weight"]) == (pytest.approx(ratio, rel=1e-5), 1.0)
+    assert (facts["desirable_weight"], facts["undesirable_weight"]) == (pytest.approx(ratio, rel=1e-5), 1.0)
     assert "undesired answers of weight 1, together 1.00 to 1" in capsys.readouterr().err
 
     held_out = [
@@ -93,7 +93,7 @@ def test_the_first_loss_is_that_of_equal_models_times_the_weights_of_its_labels(
     found = {}
     for name, more in {"plain": (1.0, 1.0), "weighed": (3.0, 0.5)}.items():
         (tmp_path / name).mkdir()
-        set_weights = (f"train.desired_weight={more[0]}", f"train.undesired_weight={more[1]}", "train.max_steps=1")
+        set_weights = (f"train.desirable_weight={more[0]}", f"train.undesirable_weight={more[1]}", "train.max_steps=1")
         train(options(tiny_model, data, *set_weights), {"prepare": answers}, tmp_path / name)
         (found[name],) = lines(tmp_path / name)
     assert found["plain"]["loss"] == pytest.approx(0.5, rel=1e-6)
@@ -103,7 +103,7 @@ def test_the_first_loss_is_that_of_equal_models_times_the_weights_of_its_labels(
 
 
 def test_an_interrupted_run_goes_on_and_equals_the_uninterrupted_one(tiny_model, data, answers, tmp_path, monkeypatch):
-    asked = options(tiny_model, data, "train.checkpoint_steps=2", "train.eval_steps=2", "train.keep=best_loss")
+    asked = options(tiny_model, data, "train.save_steps=2", "train.eval_steps=2", "train.select_checkpoint=best_loss")
     check_that_an_interrupted_run_equals_the_uninterrupted_one(asked, answers, tmp_path, monkeypatch)
 
 
@@ -112,7 +112,12 @@ def test_held_out_answers_are_measured_one_by_one_whatever_the_batch(tiny_model,
     for size in (3, 8):
         folder = tmp_path / str(size)
         folder.mkdir()
-        more = ("train.max_steps=1", "train.eval_steps=1", f"train.batch_size={size}", "train.learning_rate=1e-12")
+        more = (
+            "train.max_steps=1",
+            "train.eval_steps=1",
+            f"train.per_device_train_batch_size={size}",
+            "train.learning_rate=1e-12",
+        )
         train(options(tiny_model, data, *more), {"prepare": answers}, folder)
         (line,) = (line for line in lines(folder) if "eval_loss" in line)
         found.append(line)
@@ -141,11 +146,14 @@ def test_pairs_and_answers_without_a_partner_train_together(tiny_model, data, tm
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        (["train.objective=dpo", "train.desired_weight=2"], "train.desired_weight belongs to train.objective: kto"),
-        (["train.objective=sft", "train.undesired_weight=2"], "train.undesired_weight belongs to train.objective: kto"),
-        (["train.desired_weight=0"], "train.desired_weight"),
+        (["train.objective=dpo", "train.desirable_weight=2"], "train.desirable_weight belongs to train.objective: kto"),
+        (
+            ["train.objective=sft", "train.undesirable_weight=2"],
+            "train.undesirable_weight belongs to train.objective: kto",
+        ),
+        (["train.desirable_weight=0"], "train.desirable_weight"),
         (["data.source=builtin:statements", "data.sources=[]"], r"labelled answers \(prompt, completion, label\)"),
-        (["train.batch_size=1"], "set train.batch_size to 2 or more"),
+        (["train.per_device_train_batch_size=1"], "set train.per_device_train_batch_size to 2 or more"),
     ],
 )
 def test_options_that_do_not_fit_are_refused_by_name(tiny_model, data, changed, told):

@@ -17,11 +17,11 @@ from support.prepared_rows import prepared
 torch = pytest.importorskip("torch")
 
 METHODS = {
-    "lora": ("lora", "16bit"),
-    "qlora": ("lora", "4bit"),
-    "dora": ("dora", "16bit"),
-    "qdora": ("dora", "4bit"),
-    "full": ("full", "16bit"),
+    "lora": ("lora", "none"),
+    "qlora": ("lora", "nf4"),
+    "dora": ("dora", "none"),
+    "qdora": ("dora", "nf4"),
+    "full": ("full", "none"),
 }
 
 
@@ -29,13 +29,13 @@ def config(model, method, *, adapter=None, precision="float32", **options) -> Co
     kind, load = METHODS[method]
     return Config.model_validate(
         {
-            "model": {"name": str(model), "load": load},
-            "adapter": {"kind": kind, "r": 4, "dropout": 0.0, **(adapter or {})},
+            "model": {"name": str(model), "quantization": load},
+            "adapter": {"kind": kind, "r": 4, "lora_dropout": 0.0, **(adapter or {})},
             "train": {
-                "precision": precision,
-                "batch_size": 4,
+                "dtype": precision,
+                "per_device_train_batch_size": 4,
                 "max_steps": 12,
-                "checkpoint_steps": 5,
+                "save_steps": 5,
                 "learning_rate": 2e-2,
                 "warmup_ratio": 0.0,
                 "threads": 2,
@@ -113,7 +113,7 @@ def test_base_weights_in_four_bits_change_the_losses_and_take_half_a_byte(tiny_m
     exact, packed = losses(tmp_path / "lora"), losses(tmp_path / "qlora")
     assert exact[0] != packed[0]
     assert exact[0] == pytest.approx(packed[0], rel=0.05)
-    layer = base(tiny_model, load="4bit").model.layers[0].mlp.up_proj
+    layer = base(tiny_model, quantization="nf4").model.layers[0].mlp.up_proj
     assert layer.weight.numel() * layer.weight.element_size() == layer.in_features * layer.out_features // 2
 
 
@@ -133,7 +133,7 @@ def test_an_adapter_that_begins_at_something_is_saved_for_the_unchanged_base(
         save(model, *arguments, **options)
 
     monkeypatch.setattr(adapter, "save", look)
-    asked = config(tiny_model, method, adapter={"init": init, "rslora": rslora}, max_steps=6)
+    asked = config(tiny_model, method, adapter={"init_lora_weights": init, "use_rslora": rslora}, max_steps=6)
     train(asked, {"prepare": prepare}, tmp_path)
     written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (written["r"], written["init_lora_weights"], written["use_rslora"]) == (8, True, rslora)
@@ -150,7 +150,7 @@ def test_loftq_begins_nearer_to_the_exact_weights_than_four_bits_alone(tiny_mode
     from fintune.training import adapter
 
     exact = logits(base(tiny_model))
-    model = adapter.attach(base(tiny_model, load="4bit"), AdapterOptions(r=16, alpha=8)).eval()
+    model = adapter.attach(base(tiny_model, quantization="nf4"), AdapterOptions(r=16, lora_alpha=8)).eval()
     before = float((logits(model) - exact).square().mean())
     assert adapter.take_up_quantisation_error(model, tiny_model) == 14
     assert 0 < float((logits(model) - exact).square().mean()) < before * 0.8
@@ -164,7 +164,7 @@ def test_a_look_at_four_bit_weights_in_evaluation_leaves_the_gradients_as_they_w
     grads = []
     for looks in (False, True):
         torch.manual_seed(1)
-        model = adapter.attach(base(tiny_model, load="4bit", compute="bfloat16"), AdapterOptions(r=4)).eval()
+        model = adapter.attach(base(tiny_model, quantization="nf4", compute="bfloat16"), AdapterOptions(r=4)).eval()
         if looks:
             logits(model)
         model.train()(input_ids=ids, labels=ids).loss.backward()
@@ -177,7 +177,7 @@ def test_rslora_scales_by_the_root_of_the_rank(tiny_model):
     from fintune.training import adapter
 
     for rslora, scale in ((False, 2.0), (True, 4.0)):
-        model = adapter.attach(base(tiny_model), AdapterOptions(r=4, alpha=8, rslora=rslora))
+        model = adapter.attach(base(tiny_model), AdapterOptions(r=4, lora_alpha=8, use_rslora=rslora))
         layer = model.get_base_model().model.layers[0].self_attn.q_proj
         assert layer.scaling["default"] == scale
 
@@ -185,15 +185,27 @@ def test_rslora_scales_by_the_root_of_the_rank(tiny_model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"adapter": {"kind": "full"}, "model": {"load": "4bit"}}, "full trains the weights themselves"),
-        ({"adapter": {"kind": "full", "init": "pissa"}}, "adapter.init: pissa is about an adapter"),
-        ({"adapter": {"kind": "full", "rslora": True}}, "adapter.rslora is about an adapter"),
+        ({"adapter": {"kind": "full"}, "model": {"quantization": "nf4"}}, "full trains the weights themselves"),
+        (
+            {"adapter": {"kind": "full", "init_lora_weights": "pissa"}},
+            "adapter.init_lora_weights: pissa is about an adapter",
+        ),
+        ({"adapter": {"kind": "full", "use_rslora": True}}, "adapter.use_rslora is about an adapter"),
         ({"adapter": {"kind": "full"}, "train": {"fused_layers": "always"}}, "freezes the base weights"),
-        ({"adapter": {"init": "pissa"}, "model": {"load": "4bit"}}, "pissa takes from 16-bit weights"),
-        ({"adapter": {"init": "loftq"}}, "set model.load: 4bit"),
-        ({"adapter": {"init": "loftq", "kind": "dora"}, "model": {"load": "4bit"}}, "unproven"),
-        ({"train": {"keep": "best_loss"}}, "train.keep: best_loss needs evaluations; set train.eval_steps"),
-        ({"train": {"patience": 2}}, "train.patience needs evaluations; set train.eval_steps"),
+        (
+            {"adapter": {"init_lora_weights": "pissa"}, "model": {"quantization": "nf4"}},
+            "pissa takes from 16-bit weights",
+        ),
+        ({"adapter": {"init_lora_weights": "loftq"}}, "set model.quantization: nf4"),
+        ({"adapter": {"init_lora_weights": "loftq", "kind": "dora"}, "model": {"quantization": "nf4"}}, "unproven"),
+        (
+            {"train": {"select_checkpoint": "best_loss"}},
+            "train.select_checkpoint: best_loss needs evaluations; set train.eval_steps",
+        ),
+        (
+            {"train": {"early_stopping_patience": 2}},
+            "train.early_stopping_patience needs evaluations; set train.eval_steps",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused_by_name(options, message):
@@ -262,7 +274,12 @@ def test_a_small_step_on_four_bit_weights_is_not_rounded_away(tiny_model, prepar
     for rate in (1e-5, 1e-30):
         folder = tmp_path / str(rate)
         folder.mkdir()
-        options = {"learning_rate": rate, "schedule": "constant", "max_steps": 3, "fused_layers": fused_layers}
+        options = {
+            "learning_rate": rate,
+            "lr_scheduler_type": "constant_with_warmup",
+            "max_steps": 3,
+            "fused_layers": fused_layers,
+        }
         train(config(tiny_model, "qlora", **options), {"prepare": prepare}, folder)
         found.append(load_file(folder / "adapter" / "adapter_model.safetensors"))
     for name, weight in found[0].items():

@@ -82,7 +82,7 @@ def test_dpo_raises_the_margin_of_held_out_pairs_and_leaves_the_reference_alone(
 
 
 @pytest.mark.parametrize(("objective", "first"), [("dpo", math.log(2)), ("kto", 0.5)])
-@pytest.mark.parametrize("method", ["model.load=16bit", "model.load=4bit", "adapter.kind=dora"])
+@pytest.mark.parametrize("method", ["model.quantization=none", "model.quantization=nf4", "adapter.kind=dora"])
 def test_the_first_loss_is_that_of_equal_models_on_any_weights(
     tiny_model, data, pairs, tmp_path, objective, first, method
 ):
@@ -107,7 +107,7 @@ def test_the_reference_is_the_model_without_its_adapter_and_no_checkpoint_holds_
         kept.add(num_kept)
 
     monkeypatch.setattr(checkpoints, "drop_old", look)
-    asked = options(tiny_model, data, "dpo", "train.checkpoint_steps=3", "train.num_checkpoints=5")
+    asked = options(tiny_model, data, "dpo", "train.save_steps=3", "train.save_total_limit=5")
     train(asked, {"prepare": pairs}, tmp_path)
     assert kept == {5}
     assert seen
@@ -119,7 +119,7 @@ def test_an_interrupted_run_goes_on_and_equals_the_uninterrupted_one(
     tiny_model, data, pairs, tmp_path, objective, monkeypatch
 ):
     asked = options(
-        tiny_model, data, objective, "train.checkpoint_steps=2", "train.eval_steps=2", "train.keep=best_loss"
+        tiny_model, data, objective, "train.save_steps=2", "train.eval_steps=2", "train.select_checkpoint=best_loss"
     )
     check_that_an_interrupted_run_equals_the_uninterrupted_one(asked, pairs, tmp_path, monkeypatch)
 
@@ -130,7 +130,7 @@ def test_a_run_killed_again_and_again_equals_the_uninterrupted_one(tiny_model, d
         tiny_model,
         data,
         "dpo",
-        *("train.max_steps=12", "train.checkpoint_steps=2", "train.eval_steps=4", "train.keep=best_loss"),
+        *("train.max_steps=12", "train.save_steps=2", "train.eval_steps=4", "train.select_checkpoint=best_loss"),
         "train.threads=1",
     )
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -160,7 +160,12 @@ def test_held_out_pairs_are_measured_one_by_one_whatever_the_batch(tiny_model, d
             tiny_model,
             data,
             "dpo",
-            *("train.max_steps=1", "train.eval_steps=1", f"train.batch_size={size}", "train.learning_rate=1e-12"),
+            *(
+                "train.max_steps=1",
+                "train.eval_steps=1",
+                f"train.per_device_train_batch_size={size}",
+                "train.learning_rate=1e-12",
+            ),
         )
         train(asked, {"prepare": pairs}, folder)
         (line,) = (line for line in lines(folder) if "eval_loss" in line)
@@ -177,7 +182,7 @@ def test_rows_that_are_no_pairs_are_refused_by_training(tiny_model, data, tmp_pa
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_pairs(tiny_model, data, pairs, tmp_path):
-    config = options(tiny_model, data, "dpo", "train.learning_rate=1e30", "train.precision=float32")
+    config = options(tiny_model, data, "dpo", "train.learning_rate=1e30", "train.dtype=float32")
     with pytest.raises(FintuneError, match=r"not finite at step \d+") as raised:
         train(config, {"prepare": pairs}, tmp_path)
     assert "trader_dpo_data.jsonl:" in str(raised.value)
@@ -189,15 +194,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_pairs(tiny_model,
     [
         (["data.source=builtin:statements", "data.sources=[]"], "lacks; set data.source: chat"),
         (["adapter.kind=full"], "unproven with adapter.kind: full"),
-        (["adapter.init=pissa"], "unproven with adapter.init: pissa"),
-        (["adapter.init=loftq", "model.load=4bit"], "unproven with adapter.init: loftq"),
-        (["adapter.dropout=0.1"], "takes no adapter.dropout"),
+        (["adapter.init_lora_weights=pissa"], "unproven with adapter.init_lora_weights: pissa"),
+        (
+            ["adapter.init_lora_weights=loftq", "model.quantization=nf4"],
+            "unproven with adapter.init_lora_weights: loftq",
+        ),
+        (["adapter.lora_dropout=0.1"], "takes no adapter.lora_dropout"),
         (["train.fused_layers=always"], "unproven with train.fused_layers: always"),
-        (["train.keep=best_accuracy", "train.eval_steps=1"], "best_accuracy"),
-        (["train.objective=orpo", "train.chosen_weight=1"], "belongs to train.objective: dpo"),
-        (["train.objective=kto", "train.batch_size=1"], "set train.batch_size to 2 or more"),
+        (["train.select_checkpoint=best_accuracy", "train.eval_steps=1"], "best_accuracy"),
+        (["train.objective=orpo", "train.rpo_alpha=1"], "belongs to train.objective: dpo"),
+        (
+            ["train.objective=kto", "train.per_device_train_batch_size=1"],
+            "set train.per_device_train_batch_size to 2 or more",
+        ),
         (["train.objective=sft", "train.beta=0.3"], "train.beta has no say"),
-        (["train.objective=sft", "train.chosen_weight=1"], "belongs to train.objective: dpo"),
+        (["train.objective=sft", "train.rpo_alpha=1"], "belongs to train.objective: dpo"),
         (["train.beta=0"], "train.beta"),
         (["train.objective=ppo"], "train.objective"),
     ],
@@ -213,7 +224,7 @@ def test_the_chosen_answers_loss_is_added_where_asked(tiny_model, data, pairs, t
     for weight in (0, 0.5):
         folder = tmp_path / str(weight)
         folder.mkdir()
-        asked = options(tiny_model, data, "dpo", "train.max_steps=1", f"train.chosen_weight={weight}")
+        asked = options(tiny_model, data, "dpo", "train.max_steps=1", f"train.rpo_alpha={weight}")
         train(asked, {"prepare": pairs}, folder)
         (found[weight],) = lines(folder)
     added = found[0.5]["loss"] - found[0]["loss"]

@@ -18,16 +18,18 @@ torch = pytest.importorskip("torch")
 KINDS = {
     "full, best loss": {
         "adapter": {"kind": "full"},
-        "train": {"precision": "bfloat16", "learning_rate": 1e-3, "eval_steps": 2, "keep": "best_loss"},
+        "train": {"dtype": "bfloat16", "learning_rate": 1e-3, "eval_steps": 2, "select_checkpoint": "best_loss"},
     },
-    "qlora": {"model": {"load": "4bit"}},
-    "qdora": {"model": {"load": "4bit"}, "adapter": {"kind": "dora"}, "train": {"precision": "bfloat16"}},
-    "pissa": {"adapter": {"init": "pissa"}},
-    "loftq": {"model": {"load": "4bit"}, "adapter": {"init": "loftq"}},
+    "qlora": {"model": {"quantization": "nf4"}},
+    "qdora": {"model": {"quantization": "nf4"}, "adapter": {"kind": "dora"}, "train": {"dtype": "bfloat16"}},
+    "pissa": {"adapter": {"init_lora_weights": "pissa"}},
+    "loftq": {"model": {"quantization": "nf4"}, "adapter": {"init_lora_weights": "loftq"}},
     "best accuracy": {
-        "train": {"eval_steps": 2, "keep": "best_accuracy", "eval_new_tokens": 2, "eval_examples": 2},
+        "train": {"eval_steps": 2, "select_checkpoint": "best_accuracy", "eval_new_tokens": 2, "max_eval_samples": 2},
     },
-    "recomputed, accumulated": {"train": {"gradient_checkpointing": True, "batch_size": 2, "accumulation": 2}},
+    "recomputed, accumulated": {
+        "train": {"gradient_checkpointing": True, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    },
 }
 KILLED = """
 import os, signal, sys
@@ -57,11 +59,11 @@ def inputs(tiny_model, tmp_path_factory):
 
 def config(model, kind) -> Config:
     asked = KINDS[kind]
-    common = {"threads": 1, "precision": "float32", "batch_size": 4, "max_steps": 5, "checkpoint_steps": 2}
+    common = {"threads": 1, "dtype": "float32", "per_device_train_batch_size": 4, "max_steps": 5, "save_steps": 2}
     return Config.model_validate(
         {
             "model": {"name": str(model), **asked.get("model", {})},
-            "adapter": {"r": 4, "dropout": 0.1, **asked.get("adapter", {})},
+            "adapter": {"r": 4, "lora_dropout": 0.1, **asked.get("adapter", {})},
             "train": {**common, "learning_rate": 1e-2, **asked.get("train", {})},
         }
     )
@@ -89,7 +91,7 @@ def folders(tmp_path):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("full")])
 def test_an_interrupted_run_goes_on_to_the_same_bits(tiny_model, inputs, tmp_path, monkeypatch, kind):
-    if KINDS[kind].get("model", {}).get("load") == "4bit":
+    if KINDS[kind].get("model", {}).get("quantization") == "nf4":
         pytest.importorskip("bitsandbytes")
     asked, append = config(tiny_model, kind), metrics.append
     whole, cut = folders(tmp_path)

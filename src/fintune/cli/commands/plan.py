@@ -28,26 +28,28 @@ def plan(config: Config, *, gib: float | None = None, longest: int | None = None
     if config.train.objective != "sft":
         raise ConfigError(
             f"the planner knows train.objective: sft, not {config.train.objective}",
-            hint="lower train.batch_size and raise train.accumulation where memory does not suffice",
+            hint="lower train.per_device_train_batch_size and raise train.gradient_accumulation_steps "
+            "if memory does not suffice",
         )
     model_config = read_model_config(models.fetch_config(config.model.name, revision=config.model.revision))
     if model_config.get("model_type") not in FAMILIES:
         raise ConfigError(
             f"the planner knows {', '.join(FAMILIES)}, not {model_config.get('model_type')}",
-            hint="train with transformers' layers, and lower train.batch_size where memory does not suffice",
+            hint="train with transformers' layers, and lower train.per_device_train_batch_size "
+            "if memory does not suffice",
         )
     _check_way(config)
     total = _total_bytes() if gib is None else int(gib * GIB)
     limit = planned.limit_bytes(config.train.max_memory_gib, total)
     longest = longest or config.prompt.max_length
     gpus = config.train.gpus * config.train.machines
-    examples = config.train.batch_size * config.train.accumulation * gpus
+    examples = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps * gpus
     head = (
-        f"{config.model.name}, {config.adapter.kind} r={config.adapter.r} on {config.model.load} weights, "
+        f"{config.model.name}, {config.adapter.kind} r={config.adapter.r} on {config.model.quantization} weights, "
         f"{examples} example{'s' if examples > 1 else ''} a step of at most {longest} tokens"
     )
     launch.check(config)
-    may_divide = gpus > 1 and config.train.sharding == "auto" and config.model.load == "16bit"
+    may_divide = gpus > 1 and config.train.sharding == "auto" and config.model.quantization == "none"
     if config.train.sharding == "full" or (may_divide and not planned.fits_whole(config, model_config, longest, limit)):
         return [head, planned.by_modules(config, model_config, longest=longest, limit=limit, divided=True)]
     if config.train.fused_layers == "never":
@@ -64,16 +66,17 @@ def plan(config: Config, *, gib: float | None = None, longest: int | None = None
 
 
 def _check_way(config: Config) -> None:
-    if config.train.backend != "own":
+    if config.train.backend != "builtin":
         raise ConfigError(
-            f"the planner knows train.backend: own, not {config.train.backend}",
-            hint="lower train.batch_size and raise train.accumulation where memory does not suffice",
+            f"the planner knows train.backend: builtin, not {config.train.backend}",
+            hint="lower train.per_device_train_batch_size and raise train.gradient_accumulation_steps "
+            "if memory does not suffice",
         )
-    unknown = sorted(set(config.adapter.targets) - {"all-linear", *PARTS})
+    unknown = sorted(set(config.adapter.target_modules) - {"all-linear", *PARTS})
     if unknown:
         raise ConfigError(
             f"the planner knows adapters of {', '.join(PARTS)}, not of {', '.join(unknown)}",
-            hint="name some of these, or all-linear, in adapter.targets",
+            hint="name some of these, or all-linear, in adapter.target_modules",
         )
 
 

@@ -230,7 +230,7 @@ def _tell_resuming(run: Path, checkpoint: str, resume_word: Callable[[Path], str
 def _investopedia(flags: Mapping[str, Any]) -> list[dict[str, Any]]:
     path = flags["investopedia"]
     rows = flags["investopedia_rows"]
-    return [] if path.lower() == "none" else [{"path": path, "shape": "question_answer", "max_rows": rows}]
+    return [] if path.lower() == "none" else [{"path": path, "format": "question_answer", "max_rows": rows}]
 
 
 def _config(
@@ -253,22 +253,22 @@ def _config(
         "run.dir": str(output),
         "run.seed": 3407,
         "model.name": name,
-        "model.load": bits,
+        "model.quantization": "nf4" if bits == "4bit" else "none",
         "data.source": "chat",
         "data.sources": sources,
         "data.strict": flags["strict"],
         "prompt.max_length": flags["max_seq_length"],
         "adapter.r": flags["lora_r"],
-        "adapter.alpha": flags["lora_alpha"],
-        "adapter.targets": list(_TARGETS),
+        "adapter.lora_alpha": flags["lora_alpha"],
+        "adapter.target_modules": list(_TARGETS),
         "train.learning_rate": flags["learning_rate"],
-        "train.epochs": flags["num_train_epochs"],
-        "train.batch_size": flags["per_device_train_batch_size"],
-        "train.accumulation": flags["gradient_accumulation_steps"],
+        "train.num_train_epochs": flags["num_train_epochs"],
+        "train.per_device_train_batch_size": flags["per_device_train_batch_size"],
+        "train.gradient_accumulation_steps": flags["gradient_accumulation_steps"],
         "train.warmup_steps": 5,
-        "train.optimizer": "adamw_8bit",
-        "train.checkpoint_steps": 500,
-        "train.num_checkpoints": 3,
+        "train.optim": "adamw_8bit",
+        "train.save_steps": 500,
+        "train.save_total_limit": 3,
     }
     overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
     return load(None, [*overrides, *more, *cli_extra_args.overrides(flags["extra_train_args"])]).config

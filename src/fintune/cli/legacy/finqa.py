@@ -126,7 +126,7 @@ def train(flags: Mapping[str, Any]) -> None:
             f"--eval_strategy {flags['eval_strategy']}: {flags['dataset_dir']} has no evaluation split",
             hint="give --eval_dataset_dir, or a folder with train and validation",
         )
-    first = _config(flags, data, repo, checkpoint_steps=1, eval_steps=None)
+    first = _config(flags, data, repo, save_steps=1, eval_steps=None)
     anew = bool(flags[OVERWRITE])
     # Alone, so that a train folder that cannot be read does not stop what is to replace it.
     steps = [step for step in build_steps(first) if step.name == "prepare"]
@@ -140,7 +140,7 @@ def train(flags: Mapping[str, Any]) -> None:
         flags,
         data,
         repo,
-        checkpoint_steps={"no": _NEVER, "steps": flags["save_steps"], "epoch": epoch}[flags["save_strategy"]],
+        save_steps={"no": _NEVER, "steps": flags["save_steps"], "epoch": epoch}[flags["save_strategy"]],
         eval_steps={"no": None, "steps": flags["eval_steps"], "epoch": epoch}[flags["eval_strategy"]],
     )
     list(Pipeline(config, build_steps(config), Selection(only=("train",), redo=("train",) if anew else ())).run())
@@ -158,37 +158,37 @@ def _data(flags: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
         eval_folder = dataset_folder.split_folders(flags["eval_dataset_dir"])[0]
     train_file = dataset_folder.finqa_file(train_folder, output / "data" / "train.jsonl")
     if train_file is None:
-        sources = [{"path": str(train_folder), "hold_out": "none" if eval_folder else "share"}]
+        sources = [{"path": str(train_folder), "hold_out": "none" if eval_folder else "split"}]
         sources += [{"path": str(eval_folder), "hold_out": "all"}] if eval_folder else []
         return {"source": "chat", "sources": sources}, True
     eval_file = dataset_folder.finqa_file(eval_folder, output / "data" / "eval.jsonl") if eval_folder else None
     if eval_file is None:
         # The chain wants a question to show; nothing is measured on it.
-        return {"source": "finqa", "train": train_file, "eval": train_file, "max_eval": 1}, False
+        return {"source": "finqa", "train": train_file, "eval": train_file, "max_eval_samples": 1}, False
     return {"source": "finqa", "train": train_file, "eval": eval_file}, True
 
 
 def _config(flags: Mapping[str, Any], data: Mapping[str, Any], repo: str | None, **steps: int | None) -> Config:
     sections = {
         "run": {"name": _RUN, "dir": flags["output_dir"], "seed": flags["seed"]},
-        "model": {"name": flags["base_model"], "load": "4bit" if flags["use_4bit"] else "16bit"},
+        "model": {"name": flags["base_model"], "quantization": "nf4" if flags["use_4bit"] else "none"},
         "data": dict(data),
         "prompt": {"max_length": flags["max_length"]},
         "adapter": {
             "kind": "dora" if flags["use_dora"] else "lora",
             "r": flags["lora_r"],
-            "alpha": flags["lora_alpha"],
-            "dropout": flags["lora_dropout"],
+            "lora_alpha": flags["lora_alpha"],
+            "lora_dropout": flags["lora_dropout"],
         },
         "train": {
-            "epochs": flags["epochs"],
-            "batch_size": flags["per_device_train_batch_size"],
-            "accumulation": flags["gradient_accumulation_steps"],
+            "num_train_epochs": flags["epochs"],
+            "per_device_train_batch_size": flags["per_device_train_batch_size"],
+            "gradient_accumulation_steps": flags["gradient_accumulation_steps"],
             "learning_rate": flags["lr"],
             "weight_decay": flags["weight_decay"],
             "gradient_checkpointing": flags["gradient_checkpointing"],
-            "log_steps": flags["logging_steps"],
-            "precision": _precision(flags["use_bf16"]),
+            "logging_steps": flags["logging_steps"],
+            "dtype": _precision(flags["use_bf16"]),
             "report_to": _report_to(flags),
             **steps,
         },

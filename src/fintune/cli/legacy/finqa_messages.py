@@ -9,29 +9,29 @@ from contextlib import contextmanager
 from fintune.cli.legacy.messages import told_in
 
 FLAGS: Mapping[str, str] = {
-    "adapter.alpha": "--lora_alpha",
-    "adapter.dropout": "--lora_dropout",
+    "adapter.lora_alpha": "--lora_alpha",
+    "adapter.lora_dropout": "--lora_dropout",
     "adapter.kind": "--use_dora",
     "adapter.r": "--lora_r",
     "data.eval": "--eval_dataset_dir",
     "data.train": "--dataset_dir",
-    "model.load=4bit": "--use_4bit true",
-    "model.load: 16bit": "--use_4bit false",
-    "model.load": "--use_4bit",
+    "model.quantization=nf4": "--use_4bit true",
+    "model.quantization: none": "--use_4bit false",
+    "model.quantization": "--use_4bit",
     "model.name": "--base_model",
     "prompt.max_length": "--max_length",
     "run.dir": "--output_dir",
     "run.name": "--output_dir",
     "run.seed": "--seed",
-    "train.accumulation": "--gradient_accumulation_steps",
-    "train.batch_size": "--per_device_train_batch_size",
-    "train.checkpoint_steps": "--save_steps",
-    "train.epochs": "--epochs",
+    "train.gradient_accumulation_steps": "--gradient_accumulation_steps",
+    "train.per_device_train_batch_size": "--per_device_train_batch_size",
+    "train.save_steps": "--save_steps",
+    "train.num_train_epochs": "--epochs",
     "train.eval_steps": "--eval_steps",
     "train.gradient_checkpointing": "--gradient_checkpointing",
     "train.learning_rate": "--lr",
-    "train.log_steps": "--logging_steps",
-    "train.precision": "--use_bf16",
+    "train.logging_steps": "--logging_steps",
+    "train.dtype": "--use_bf16",
     "train.report_to": "--report_to",
     "train.weight_decay": "--weight_decay",
 }
@@ -73,5 +73,5 @@ def told_in_script(given: Mapping[str, object]) -> Iterator[None]:
 
     phrases: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [*_ADVICE]
     evaluated = {} if given.get("eval_dataset_dir") is not None else {"data.eval": "--dataset_dir"}
-    with told_in({**FLAGS, **evaluated}, [*phrases, (r", or set train\.precision to float32", wider)]):
+    with told_in({**FLAGS, **evaluated}, [*phrases, (r", or set train\.dtype to float32", wider)]):
         yield

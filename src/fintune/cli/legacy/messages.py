@@ -9,18 +9,18 @@ from contextlib import contextmanager
 from fintune.errors import FintuneError
 
 FLAGS: Mapping[str, str] = {
-    "adapter.alpha": "--lora_alpha",
+    "adapter.lora_alpha": "--lora_alpha",
     "adapter.r": "--lora_r",
     "data.sources": "--dataset_folder and --investopedia",
     "data.strict": "--strict",
     "export.llama_cpp_path": "--llama_cpp_path",
     "export.types": "--quantization_target",
-    "model.load": "--training_quantization",
+    "model.quantization": "--training_quantization",
     "model.name": "--model_name",
     "prompt.max_length": "--max_seq_length",
-    "train.accumulation": "--gradient_accumulation_steps",
-    "train.batch_size": "--per_device_train_batch_size",
-    "train.epochs": "--num_train_epochs",
+    "train.gradient_accumulation_steps": "--gradient_accumulation_steps",
+    "train.per_device_train_batch_size": "--per_device_train_batch_size",
+    "train.num_train_epochs": "--num_train_epochs",
     "train.learning_rate": "--learning_rate",
 }
 """Options that have a flag."""
@@ -66,7 +66,7 @@ def told_in_flags(output_flag: str) -> Iterator[None]:
 
 
 def in_flags(text: str, output_flag: str) -> str:
-    """``train.batch_size=4`` as ``--per_device_train_batch_size 4``; an option without a flag as --extra_train_args."""
+    """``train.learning_rate=1e-4`` as ``--learning_rate 1e-4``; an option without a flag as --extra_train_args."""
     text = text.removeprefix("command line: ")  # where a YAML file would be named
     text = re.sub(r"\bfintune (\w+) CONFIG first, or fintune run CONFIG for everything", _without_skip, text)
     text = re.sub(r"\bmake it anew first: fintune prepare CONFIG$", f"leave out {_SKIPS['prepare']}", text)
@@ -104,6 +104,7 @@ def _not_redone(steps: Sequence[str], output_flag: str) -> tuple[str, str]:
 
 def _setting(found: re.Match[str]) -> str:
     option, _, value = found[0].partition("=")
+    value = {"model.quantization=nf4": "4bit", "model.quantization=none": "16bit"}.get(found[0], value)
     return f"{FLAGS[option]} {value}" if option in FLAGS else f"--extra_train_args '{found[0]}'"
 
 

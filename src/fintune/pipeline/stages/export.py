@@ -52,7 +52,7 @@ def gguf_path(config: Config, folder: Path, kind: str) -> Path:
 def export(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
     """Write every type of ``export.types`` in one reading of the weights, or by the user's llama.cpp checkout.
 
-    The quantised types are weighed with the matrix that ``export.importance`` names, or with one computed from the
+    The quantised types are weighed with the matrix that ``export.imatrix`` names, or with one computed from the
     beginning of the training texts of ``prepare``, which becomes ``NAME-imatrix.gguf``.
 
     Args:
@@ -70,8 +70,8 @@ def export(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
     if config.export.llama_cpp_path is not None:
         return _by_checkout(config, config.export.llama_cpp_path, inputs["merge"], folder)
     facts: Facts = {}
-    importance = config.export.importance_file
-    if config.export.computes_importance:
+    importance = config.export.imatrix_file
+    if config.export.computes_imatrix:
         importance = folder / f"{config.run.name}-imatrix.gguf"
         facts["importance_tokens"] = _compute_importance(config, inputs, importance)
         facts["importance_peak_memory_bytes"] = peak_memory_bytes()
@@ -91,12 +91,12 @@ def export_model(config: Config, folder: Path, *, adapter: Path | None = None) -
         adapter: PEFT folder, folded in while the base is read.
 
     Raises:
-        ConfigError: ``export.importance: compute``, for which there are no texts.
+        ConfigError: ``export.imatrix: compute``, for which there are no texts.
         FintuneError: As for :func:`export`.
     """
-    if config.export.computes_importance:
+    if config.export.computes_imatrix:
         raise ConfigError(
-            "export.importance: compute reads the training texts of a run", hint="name a file, or export the run"
+            "export.imatrix: compute reads the training texts of a run", hint="name a file, or export the run"
         )
     ref = models.fetch_base(config)
     if config.export.llama_cpp_path is not None:
@@ -109,7 +109,7 @@ def export_model(config: Config, folder: Path, *, adapter: Path | None = None) -
     if adapter is not None:
         adapters.check_base_name(config.model.name, adapter)
         adapters.check_adapter_base(ref.path, adapter, name=config.model.name)
-    importance = config.export.importance_file
+    importance = config.export.imatrix_file
     weighed = None if importance is None else read_imatrix(importance)
     return _stream(config, None if adapter is not None else ref.path, adapter, folder, weighed)
 
@@ -119,7 +119,7 @@ def _stream(
 ) -> Facts:
     """One reading of a folder, or of the configuration's model with an adapter."""
     facts: Facts = {}
-    seen = NormalFloat() if config.merge.into == "dequantised" else None
+    seen = NormalFloat() if config.merge.into == "quantized_base" else None
     before = resident_memory_bytes()
     if adapter is None:
         assert model is not None, "one of them is given"
@@ -161,9 +161,9 @@ def _compute_importance(config: Config, inputs: Mapping[str, Path], path: Path) 
     trust = config.model.trust_remote_code
     base = models.fetch_base(config)
     ref = base if merged is None else models.fetch(str(merged))
-    model: Any = models.load_model(ref, dtype=config.predict.precision, trust_remote_code=trust)
+    model: Any = models.load_model(ref, dtype=config.predict.dtype, trust_remote_code=trust)
     if merged is None:
-        seen = NormalFloat() if config.merge.into == "dequantised" else None
+        seen = NormalFloat() if config.merge.into == "quantized_base" else None
         with MergedWeights(base.path, inputs["train"] / "adapter", transform=seen) as weights:
             rounded = RoundedWeights(weights, config.merge.dtype)
             load_merged_weights(model, rounded, track(rounded.tensors.values(), "merge", len(rounded.tensors)))
@@ -213,7 +213,7 @@ def _by_checkout(config: Config, path: Path, model: Path, folder: Path) -> Facts
         name=config.run.name,
         dtype=str(merged.get("dtype") or merged.get("torch_dtype")),
         threads=config.export.threads or os.cpu_count(),
-        imatrix=config.export.importance_file,
+        imatrix=config.export.imatrix_file,
     )
     notes = _write_modelfile(config, model, outputs[config.export.types[-1]])
     for note in notes:
@@ -222,7 +222,7 @@ def _by_checkout(config: Config, path: Path, model: Path, folder: Path) -> Facts
     return {
         "source": "merged folder, by a llama.cpp checkout",
         "file_bytes": sizes,
-        "importance": None if config.export.importance_file is None else str(config.export.importance_file),
+        "importance": None if config.export.imatrix_file is None else str(config.export.imatrix_file),
         "tools_seconds": round(time.monotonic() - started, 1),
         "notes": notes,
         "summary": ", ".join(f"{kind} {format_bytes(num)}" for kind, num in sizes.items())

@@ -155,8 +155,8 @@ def _load(config: Config, ref: models.ModelFolder) -> PreTrainedModel:
     # As training held it: a model that was trained in 4 bits may fit no other way.
     return models.load_model(
         ref,
-        dtype=config.train.precision,
-        load=config.model.load,
+        dtype=config.train.dtype,
+        quantization=config.model.quantization,
         trust_remote_code=config.model.trust_remote_code,
     )
 
@@ -263,5 +263,5 @@ def _judge(report: GuardReport, max_rise: float | None) -> None:
             raise FintuneError(
                 f"the {group.name} prompts lost {rise:.3f} nats a token by training ({group.before:.3f} to "
                 f"{group.after:.3f}), guard.max_rise allows {max_rise:g}",
-                hint="lower train.learning_rate or train.epochs and --redo train, or raise guard.max_rise",
+                hint="lower train.learning_rate or train.num_train_epochs and --redo train, or raise guard.max_rise",
             )

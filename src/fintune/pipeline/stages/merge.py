@@ -35,8 +35,8 @@ NUM_GOLDEN = 4
 def merge(config: Config, inputs: Mapping[str, Path], folder: Path) -> dict[str, Any]:
     """Merge in float32 and save in ``merge.dtype``, row by row; then compare the result with what was trained.
 
-    With ``merge.into: dequantised`` the adapter goes into the weights that training in 4 bits saw, else into the base's
-    own, whatever it was trained on.
+    With ``merge.into: quantized_base`` the adapter goes into the weights that training in 4 bits saw, else into the
+    base's own, whatever it was trained on.
 
     Args:
         config: The run.
@@ -51,7 +51,7 @@ def merge(config: Config, inputs: Mapping[str, Path], folder: Path) -> dict[str,
     Raises:
         ArtifactError: A weight that the adapter should change and does not, or logits that are not finite.
         ModelError: The base model cannot be used, or is not the adapter's.
-        ResourceError: The disk is too small, or bitsandbytes is missing for ``merge.into: dequantised``.
+        ResourceError: The disk is too small, or bitsandbytes is missing for ``merge.into: quantized_base``.
     """
     ref = models.fetch_base(config)
     whole = full.result(inputs["train"])
@@ -84,7 +84,7 @@ def merge_adapter(config: Config, adapter: Path, folder: Path) -> dict[str, Any]
 def _fold(config: Config, base: Path, adapter: Path, folder: Path, golden: Sequence[Turns]) -> dict[str, Any]:
     """Base and adapter to a folder, and the proof on golden prompts."""
     trust = config.model.trust_remote_code
-    seen = NormalFloat() if config.merge.into == "dequantised" else None
+    seen = NormalFloat() if config.merge.into == "quantized_base" else None
     with bar("merge", 1.0) as shown:
         report = merge_folders(
             base,

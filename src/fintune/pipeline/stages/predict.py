@@ -64,7 +64,7 @@ def predict(config: Config, inputs: Mapping[str, Path], folder: Path, *, kind: M
     examples = _examples(inputs["prepare"] / "eval.jsonl")
     tokenizer = _tokenizer(config)
     shots = None
-    if config.predict.num_shots:
+    if config.predict.num_fewshot:
         examples, shots = examples_with_shots(
             config, inputs["prepare"], examples, lambda turns: len(chat.encode_prompt(tokenizer, turns))
         )
@@ -225,7 +225,7 @@ def _open_engine(config: Config, inputs: Mapping[str, Path], kind: str, tokenize
             tokenizer,
             adapter=adapter,
             context_tokens=config.prompt.max_length + config.predict.max_new_tokens,
-            dtype=config.predict.precision,
+            dtype=config.predict.dtype,
             load_in_4bit=four_bit,
             trust_remote_code=config.model.trust_remote_code,
         )
@@ -237,8 +237,8 @@ def _open_engine(config: Config, inputs: Mapping[str, Path], kind: str, tokenize
     torch.set_num_threads(threads)
     model = models.load_model(
         ref,
-        dtype=config.predict.precision,
-        load="4bit" if four_bit else "16bit",
+        dtype=config.predict.dtype,
+        quantization="nf4" if four_bit else "none",
         trust_remote_code=config.model.trust_remote_code,
     )
     if adapter is not None:

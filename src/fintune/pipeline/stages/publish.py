@@ -40,11 +40,12 @@ def _know_token() -> None:
 
 
 def publish(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
-    """Push what ``publish.what`` names.
+    """Push what ``publish.artifacts`` names.
 
     Args:
         config: The run.
-        inputs: Finished folders by step name; those that ``publish.what`` needs, and for the card all that are there.
+        inputs: Finished folders by step name; those that ``publish.artifacts`` needs, and for the card all that
+            are there.
         folder: Gets the card.
 
     Returns:
@@ -63,7 +64,7 @@ def publish(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
     done = hub_push.send(
         target,
         uploads,
-        message=f"{', '.join(options.what)} of run {config.run.name}",
+        message=f"{', '.join(options.artifacts)} of run {config.run.name}",
         remove=_earlier(config, repo) - names,
         what=f"{repo} was not published",
     )
@@ -108,7 +109,7 @@ def _prepare(config: Config, repo: str, inputs: Mapping[str, Path], folder: Path
     card = card_of(config, repo, made, inputs)
     write_atomically(folder / CARD, render_card(card))
     if card.licence == "unknown":
-        say("the card says licence unknown: neither base model nor data state one; set publish.licence if you know it")
+        say("the card says licence unknown: neither base model nor data state one; set publish.license if you know it")
     if not card.base.hub_id:
         say("the card cannot say where the base model is: set publish.base_model to its name on the hub")
     return [*made.uploads, Upload(CARD, folder / CARD)]

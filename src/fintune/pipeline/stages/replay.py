@@ -54,7 +54,7 @@ def replay(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
         folder: Gets ``replay.json``.
 
     Returns:
-        By kind, the base without its adapter first: mean KL divergence from base + adapter in ``predict.precision``
+        By kind, the base without its adapter first: mean KL divergence from base + adapter in ``predict.dtype``
         (nats), share of positions with the same likeliest token, perplexity of the completions. Where the adapter was
         merged into dequantised weights, the reference is the adapter on the base in 4 bits, as training had it.
 
@@ -101,10 +101,10 @@ def replay(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
                 for each in file.distributions(row.ids, row.positions)
             ]
         found[kind] = compare_distributions(references, answers)
-    dequantised = config.merge.into == "dequantised"
+    dequantised = config.merge.into == "quantized_base"
     facts: Facts = {
         "reference": f"{'what was trained' if whole else 'base + adapter'}{' in 4 bits' if dequantised else ''}",
-        "precision": config.predict.precision,
+        "precision": config.predict.dtype,
         "num_examples": len(rows),
     }
     return _judged(facts, found, config, folder)
@@ -169,7 +169,7 @@ def _check_finite(kind: str, found: TokenAgreement, config: Config) -> None:
     if kind in _REFERENCES:
         raise ArtifactError(
             f"what was trained gives probabilities that are not finite ({', '.join(lost)})",
-            hint="the training diverged, look at train/metrics.jsonl; or predict.precision=float32",
+            hint="the training diverged, look at train/metrics.jsonl; or predict.dtype=float32",
         )
     raise ArtifactError(
         f"{_called(kind, config)} gives probabilities that are not finite ({', '.join(lost)})",
@@ -196,15 +196,17 @@ def _rows(config: Config, tokenizer: Any, path: Path) -> list[_Row]:
             positions = positions[: config.replay.max_tokens]
             rows.append(_Row(list(encoded.input_ids[: positions[-1] + 1]), positions))
     if not rows:
-        raise ArtifactError(f"{path} holds no example to replay", hint="prepare with data.max_eval of at least 1")
+        raise ArtifactError(
+            f"{path} holds no example to replay", hint="prepare with data.max_eval_samples of at least 1"
+        )
     return rows
 
 
 def _load(config: Config, ref: models.ModelFolder, adapter: Path | None) -> Any:
     model = models.load_model(
         ref,
-        dtype=config.predict.precision,
-        load="4bit" if adapter is not None and config.merge.into == "dequantised" else "16bit",
+        dtype=config.predict.dtype,
+        quantization="nf4" if adapter is not None and config.merge.into == "quantized_base" else "none",
         trust_remote_code=config.model.trust_remote_code,
     )
     if adapter is not None:

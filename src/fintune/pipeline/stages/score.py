@@ -21,7 +21,7 @@ def score(config: Config, inputs: Mapping[str, Path], folder: Path, *, kind: str
         config: The run's options.
         inputs: Finished folders by step name.
         folder: The folder to write into.
-        kind: The kind of model, such as ``merged``; with a decoding mode ``merged+example``.
+        kind: The kind of model, such as ``merged``; with a decoding mode ``merged+page``.
     """
     predictions, gold = inputs[f"predict/{kind}"] / "predictions.jsonl", inputs["prepare"] / "gold.json"
     result = score_predictions(predictions, gold, strict=True)

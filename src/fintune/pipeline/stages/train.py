@@ -105,11 +105,11 @@ def check(config: Config) -> None:
         hub_push.require_token()
     if config.train.backend == "unsloth":
         unsloth.check(config)
-    if config.train.optimizer != "adamw":  # the others ask torch about a GPU, which takes seconds
+    if config.train.optim != "adamw_torch":  # the others ask torch about a GPU, which takes seconds
         import torch
 
-        optimizers.check(config.train.optimizer, cuda=torch.cuda.is_available())
-    if config.model.load == "4bit":
+        optimizers.check(config.train.optim, cuda=torch.cuda.is_available())
+    if config.model.quantization == "nf4":
         models.check_four_bit()
 
 
@@ -119,7 +119,7 @@ def _train(config: Config, prepare: Path, rows: Dataset, folder: Path, result: P
 
     torch.set_num_threads(config.train.threads or ranks.threads())
     precision = _precision(config)
-    four_bit = "; base weights in 4 bits (NF4)" if config.model.load == "4bit" else ""
+    four_bit = "; base weights in 4 bits (NF4)" if config.model.quantization == "nf4" else ""
     say(f"precision {precision.dtype}: {precision.reason}{four_bit}")
     ref = models.fetch_base(config)
     if config.train.backend == "unsloth":
@@ -142,7 +142,7 @@ def _train(config: Config, prepare: Path, rows: Dataset, folder: Path, result: P
         dtype=stored,
         # A model in parts is divided layer by layer, so that no GPU ever holds it whole.
         device="cpu" if sharded else ranks.device(),
-        load=config.model.load,
+        quantization=config.model.quantization,
         compute=precision.dtype,
         trust_remote_code=config.model.trust_remote_code,
     )
@@ -172,10 +172,10 @@ def _train(config: Config, prepare: Path, rows: Dataset, folder: Path, result: P
         full.save(base, tokenizer, ref.path, result)
         return
     model = adapter.attach(base, config.adapter)
-    if config.adapter.init == "loftq":
+    if config.adapter.init_lora_weights == "loftq":
         adapter.take_up_quantisation_error(model, ref.path)
     start = None
-    if config.adapter.init != "default":
+    if config.adapter.init_lora_weights != "default":
         start = folder / "checkpoints" / "start"
         adapter.save_start(model, start)
     pushes = _pushes(config, model, start, len(rows))
@@ -196,7 +196,10 @@ def _pushes(config: Config, model: PeftModel, start: Path | None, num_rows: int)
     return EpochPushes(
         config.publish,
         lambda folder: adapter.save(model, name, revision, folder, start=start),
-        -(-num_rows // (config.train.batch_size * config.train.accumulation * ranks.count())),
+        -(
+            -num_rows
+            // (config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps * ranks.count())
+        ),
     )
 
 
@@ -204,7 +207,7 @@ def _is_sharded(config: Config, ref: models.ModelFolder, rows: Dataset) -> bool:
     """Whether the base is divided among the GPUs; whole copies are faster, so only where they do not fit."""
     import torch
 
-    if ranks.count() == 1 or config.train.sharding == "none" or config.model.load == "4bit":
+    if ranks.count() == 1 or config.train.sharding == "none" or config.model.quantization == "nf4":
         return False
     if config.train.sharding == "full" or not torch.cuda.is_available():
         return config.train.sharding == "full"
@@ -217,17 +220,17 @@ def _evaluation(config: Config, prepare: Path, tokenizer: PreTrainedTokenizerBas
     if options.eval_steps is None:
         return None
     rows = _rows(prepare / "tokens" / "eval", "evaluate")
-    if options.eval_examples is not None and options.eval_examples < len(rows):
-        drawn = random.Random(config.run.seed).sample(range(len(rows)), options.eval_examples)  # noqa: S311
+    if options.max_eval_samples is not None and options.max_eval_samples < len(rows):
+        drawn = random.Random(config.run.seed).sample(range(len(rows)), options.max_eval_samples)  # noqa: S311
         rows = rows.select(sorted(drawn))
-    if options.keep != "best_accuracy":
+    if options.select_checkpoint != "best_accuracy":
         return Evaluation(rows)
     asked = set(rows["id"])
     questions = read_questions(prepare, asked)
     if len(questions) != len(asked):
         raise ArtifactError(
             f"{prepare}: {len(asked) - len(questions)} evaluation examples have no gold program",
-            hint="run prepare again, or set train.keep to best_loss",
+            hint="run prepare again, or set train.select_checkpoint to best_loss",
         )
     prompts = [chat.render(tokenizer, question.messages) for question in questions]
 
@@ -263,9 +266,9 @@ def _room(config: Config, rows: Dataset, folder: Path) -> advice.Room | None:
 
 
 def _precision(config: Config) -> models.Precision:
-    if config.train.precision == "auto":
+    if config.train.dtype == "auto":
         return models.detect_precision()
-    return models.Precision(config.train.precision, "train.precision says so")
+    return models.Precision(config.train.dtype, "train.dtype says so")
 
 
 def _rows(folder: Path, what: str = "train") -> Dataset:

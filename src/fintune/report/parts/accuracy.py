@@ -51,7 +51,7 @@ def decoded(page: RunPage) -> str:
     kept = {
         "none": "",
         "general": "Completions were kept to the program language.",
-        "example": "Completions were kept to programs of the numbers and rows on their page.",
+        "page": "Completions were kept to programs of the numbers and rows on their page.",
     }
     chosen = {
         "greedy": "",

@@ -23,7 +23,7 @@ def hero(page: RunPage) -> dict[str, str]:
             "words": f"perplexity of {number:,} held-out completions before and after training, lower is better{tail}",
         }
     if evaluated:
-        best = page.config.train.keep == "best_loss"
+        best = page.config.train.select_checkpoint == "best_loss"
         line = min(evaluated, key=lambda each: each["eval_loss"]) if best else evaluated[-1]
         words = f"loss on held-out examples behind step {line['step']:,}{tail}"
         return {"before": f"{line['eval_loss']:.3f}", "after": "", "words": words}
