@@ -1,12 +1,13 @@
-# make demo   the whole chain on the built-in model and generated pages; prints where its page lies
+# make demo   train, merge, export and score the built-in model on generated pages
 # make test   ruff, mypy and all tests
+# make docs   docs/options.md from the typed options, and the documentation as a site in site/
+# The first of them installs the pinned packages in .venv. PYTHON names another interpreter (3.10 to 3.13).
 # ARGS passes overrides to the demo: make demo ARGS="train.num_train_epochs=2 run.name=longer"
-# Both make .venv with the pinned packages first; PYTHON names another interpreter (3.10 to 3.13).
 
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-# A process a core; files stay whole, since the tests of one share what they trained.
+# One process a core. Files stay whole, since the tests of one file share what they trained.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test quick lint format docs lock clean
@@ -32,16 +33,19 @@ format: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/fintune config reference > docs/options.md
+	$(BIN)/mkdocs build --quiet
 
-# The stamp is written last: an interrupted installation is begun again.
+# The stamp is written last, so an interrupted installation starts over.
 $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 10) <= sys.version_info < (3, 14) else "fintune needs Python 3.10 to 3.13, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@echo "Installing the pinned packages in .venv: 1 GB, and 3 GB more if pip takes torch with its CUDA libraries (Linux)."
+	@echo "For a CPU alone, install PyTorch's CPU build in .venv first, then run make again."
+	$(BIN)/python -m pip install --disable-pip-version-check --requirement requirements.lock
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $(STAMP)
 
-# The first install gives torch its pinned build, so that nothing pulls another.
+# torch is installed first in its pinned build, so that nothing pulls another.
 lock:
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/pip install --quiet "$$(grep '^torch==' requirements.lock)"
@@ -50,4 +54,4 @@ lock:
 	.venv-lock/bin/pip freeze --exclude-editable | sed 's/+cpu$$//'
 
 clean:
-	rm -rf .venv .venv-lock .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-lock site .pytest_cache .mypy_cache .ruff_cache
