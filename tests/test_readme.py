@@ -89,6 +89,12 @@ def test_the_rooms_table_names_files_that_exist():
         assert (ROOT / "src" / "fintune" / name).is_file() or (ROOT / name).is_file(), name
 
 
+def test_the_site_builds_without_a_broken_link(tmp_path):
+    done = run(sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", tmp_path / "site")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "site" / "results" / "train_speed_h100.json").is_file()
+
+
 def test_ci_runs_the_readmes_test_command():
     assert "exec make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert run("make", "--dry-run", "test", "demo").returncode == 0

@@ -5,13 +5,19 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fintune.config.load import load_config
     from fintune.evaluation.scoring import score_predictions as score
+    from fintune.pipeline.runner import run
 
-__all__ = ["__version__", "score"]
+__all__ = ["__version__", "load_config", "run", "score"]
 
 __version__ = "0.1.0"
 
-_LAZY = {"score": ("fintune.evaluation.scoring", "score_predictions")}
+_LAZY = {
+    "load_config": ("fintune.config.load", "load_config"),
+    "run": ("fintune.pipeline.runner", "run"),
+    "score": ("fintune.evaluation.scoring", "score_predictions"),
+}
 """Public functions by name, each with its module and its name there. They are imported at the first use."""
 
 

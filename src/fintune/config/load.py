@@ -49,6 +49,19 @@ class Loaded:
     path: Path | None
 
 
+def load_config(path: Path | str | None = None, *overrides: str) -> Config:
+    """Load a configuration.
+
+    Args:
+        path: A YAML file; None for the defaults alone.
+        overrides: ``dotted.key=value``, with values in YAML.
+
+    Raises:
+        ConfigError: As :func:`load`.
+    """
+    return load(None if path is None else Path(path), overrides).config
+
+
 def load(path: Path | None, overrides: Sequence[str] = ()) -> Loaded:
     """Read a file and apply overrides.
 
