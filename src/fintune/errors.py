@@ -2,53 +2,96 @@
 
 ::
 
-    FintuneError            a user's mistake or the outside world; the command line prints one line, status 2
-    ├── ConfigError         the YAML file or an override: unknown key, wrong type, impossible combination
-    ├── DataError           a data file: missing, truncated, a bad row (carries file, row and id)
-    ├── ModelError          a model reference: no such folder or id, no weights, no tokenizer, wrong family
-    │   └── PromptError     a prompt that a model cannot take (carries its number)
-    ├── ArtifactError       a run folder: stale, unfinished, or held by another process
+    FintuneError            a user's mistake or the outside world; the command line prints one line, exit status 2
+    ├── ConfigError         a configuration: unknown option, wrong type, impossible combination
+    ├── DataError           a data file: missing, truncated, a bad row; carries the file, row and id
+    ├── ModelError          a model: no such folder or id, no weights, no tokenizer, unsupported architecture
+    │   └── PromptError     a prompt that a model cannot take; carries its number
+    ├── ArtifactError       a stage's folder: stale, unfinished, or held by another process
     └── ResourceError       the machine: disk too small, network unreachable, no GPU, package missing
 
-A message says what is wrong and where; ``hint`` says what to do. Anything else that escapes is a bug of ours and
-keeps its traceback.
+A message says what happened and where. ``hint`` says how to fix it. ``option`` names the option at fault, so that a
+command with its own flags can print its flag instead (:meth:`FintuneError.renamed`). Any other exception that escapes
+is a bug of this package and keeps its traceback.
 """
 
 from __future__ import annotations
 
+import copy
+import re
 from pathlib import Path
+from typing import TypeVar
+
+Error = TypeVar("Error", bound="FintuneError")
 
 
 class FintuneError(Exception):
-    """Base of the tree.
+    """Base class of all errors of this package.
 
     Args:
-        message: What is wrong and where, without a final full stop.
-        hint: What the reader can do about it, or None where the message already says so.
+        message: What happened and where, without a final full stop.
+        hint: How to fix it, in one sentence, or None if the message already says so.
+        option: Dotted key of the option at fault, such as ``train.learning_rate``, or None.
     """
 
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
+    def __init__(self, message: str, *, hint: str | None = None, option: str | None = None) -> None:
         super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message, self.hint, self.option = message, hint, option
 
     def __str__(self) -> str:
         return f"{self.message}: {self.hint}" if self.hint else self.message
 
+    def renamed(self: Error, name: str) -> Error:
+        """Return a copy that calls the option by another name.
+
+        Args:
+            name: What the user typed, such as ``--lr``.
+        """
+        error = copy.copy(self)
+        if self.option is not None:
+            # Whole keys only: train.eval is not part of train.eval_steps.
+            key = re.compile(rf"(?<![\w.]){re.escape(self.option)}(?![\w]|\.\w)")
+            error.message = key.sub(name, self.message)
+            error.hint = None if self.hint is None else key.sub(name, self.hint)
+        error.option = name
+        return error
+
 
 class ConfigError(FintuneError):
-    """A configuration that cannot be used."""
+    """A configuration that cannot be used.
+
+    Args:
+        message: What is wrong, without the location.
+        hint: How to fix it.
+        option: Dotted key of the option at fault.
+        location: Where the option was set, such as ``configs/chat.yaml:12`` or ``command line``.
+    """
+
+    def __init__(
+        self, message: str, *, hint: str | None = None, option: str | None = None, location: str | None = None
+    ) -> None:
+        super().__init__(f"{location}: {message}" if location else message, hint=hint, option=option)
+        self.location = location
+
+    def renamed(self, name: str) -> ConfigError:
+        """Return a copy that calls the option by another name and leaves its location out."""
+        error = super().renamed(name)
+        if self.location:
+            error.message = error.message.removeprefix(f"{self.location}: ")
+            error.location = None
+        return error
 
 
 class DataError(FintuneError):
     """A data file that cannot be read, or a row of it.
 
     Args:
-        message: What is wrong, without the place.
+        message: What is wrong, without the location.
         path: The file.
-        row: 1-based row (line of a JSONL, element of a JSON list), or None where the whole file is meant.
-        record_id: The record's id, where it has one.
-        hint: What to do.
+        row: 1-based row (line of a JSONL file, element of a JSON list), or None if the error concerns the whole file.
+        record_id: Id of the record, if it has one.
+        hint: How to fix it.
+        option: Dotted key of the option at fault.
     """
 
     def __init__(
@@ -59,8 +102,9 @@ class DataError(FintuneError):
         row: int | None = None,
         record_id: str | None = None,
         hint: str | None = None,
+        option: str | None = None,
     ) -> None:
-        place = ", ".join(
+        location = ", ".join(
             part
             for part in (
                 str(path) if path is not None else "",
@@ -69,7 +113,7 @@ class DataError(FintuneError):
             )
             if part
         )
-        super().__init__(f"{place}: {message}" if place else message, hint=hint)
+        super().__init__(f"{location}: {message}" if location else message, hint=hint, option=option)
         self.path, self.row, self.record_id = path, row, record_id
 
 
@@ -81,9 +125,9 @@ class PromptError(ModelError):
     """One of several prompts that a model cannot take.
 
     Args:
-        number: Which, from 1.
-        problem: What is wrong with it, as it follows "prompt 3".
-        hint: What to do.
+        number: Number of the prompt, from 1.
+        problem: What is wrong with it, as text that follows "prompt 3".
+        hint: How to fix it.
     """
 
     def __init__(self, number: int, problem: str, *, hint: str | None = None) -> None:
@@ -91,7 +135,7 @@ class PromptError(ModelError):
         self.number, self.problem = number, problem
 
     def of(self, name: str) -> ModelError:
-        """The same about a prompt whose name the caller knows."""
+        """Return the same error with the prompt's name instead of its number."""
         return ModelError(f"the prompt of {name}{self.problem}", hint=self.hint)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fintune.config import Config, is_neutral
+from fintune.config import Config, is_neutral, other_names
 from fintune.config.export import GGUF_TYPES
 from fintune.config.load import OVERRIDE, effective, fields, flat, load, told
 from fintune.errors import ConfigError
@@ -209,7 +209,7 @@ def test_what_is_no_tree_of_sections_is_refused_with_its_line(write, text: str, 
         ("data.statements.train_company", "data.statements.train_companies"),
         ("lr", "train.learning_rate"),
         ("lora_r", "adapter.r"),
-        ("adapter.lora_alpha", "adapter.lora_alpha"),
+        ("adapter.alpha", "adapter.lora_alpha"),
         ("per_device_train_batch_size", "train.per_device_train_batch_size"),
         ("num_train_epochs", "train.num_train_epochs"),
         ("load_in_4bit", "model.quantization=nf4"),
@@ -219,6 +219,23 @@ def test_an_unknown_key_is_answered_with_the_one_that_was_meant(key: str, meant:
     told = refusal(None, f"{key}=1")
     assert "unknown option" in told
     assert (f"did you mean {meant}?" if meant else "known here: objective,") in told
+
+
+@pytest.mark.parametrize("old", other_names.RENAMED)
+def test_load_hints_at_the_new_name(old: str) -> None:
+    new = other_names.RENAMED[old]
+    assert new in dict(fields())
+    assert f"did you mean {new}?" in refusal(None, f"{old}=1")
+
+
+@pytest.mark.parametrize("old", other_names.RENAMED_IN_SOURCES)
+def test_load_hints_at_the_new_name_in_a_source(old: str) -> None:
+    sources = f"data.sources=[{{path: a.csv, {old}: x}}]"
+    assert f"did you mean {other_names.RENAMED_IN_SOURCES[old]}?" in refusal(None, "data.source=chat", sources)
+
+
+def test_load_of_a_file_as_data_source_hints_at_sources() -> None:
+    assert "write data.sources=rows.jsonl" in refusal(None, "data.source=rows.jsonl")
 
 
 def test_an_unknown_key_of_the_file_comes_with_its_line(write) -> None:

@@ -134,7 +134,7 @@ def test_a_process_that_dies_or_runs_out_of_memory_is_one_line(tiny_model, input
 @pytest.mark.parametrize(
     ("there", "told"),
     [
-        ({"cuda": False}, "cannot work: there is no CUDA GPU: set train.backend to own"),
+        ({"cuda": False}, "cannot work: there is no CUDA GPU: set train.backend to builtin"),
         ({"needs": "transformers<=5.17; extra == 'huggingface'"}, "unsloth 2026.10.9 does not take transformers 5"),
         (None, "cannot work: unsloth is not installed: pip install unsloth, or name the python of an environment"),
     ],
@@ -179,7 +179,7 @@ def test_a_python_that_is_none_or_has_no_fintune_is_told(tiny_model, tmp_path):
 def test_what_is_not_proven_with_it_is_refused_by_name(section, what):
     chosen = Config(**{"train": TrainOptions(backend="unsloth"), **section})
     with pytest.raises(
-        ConfigError, match=f"train.backend: unsloth is not proven with {what}: set train.backend to own"
+        ConfigError, match=f"train.backend: unsloth is not proven with {what}: set train.backend to builtin"
     ):
         unsloth.check(chosen)
 

@@ -95,6 +95,7 @@ def _refuse_unread(loaded: Loaded) -> None:
         if origin == OVERRIDE and key not in _READ and not key.startswith(_SECTIONS):
             raise ConfigError(
                 f"{key} changes nothing in predict --model",
+                option=key,
                 hint=f"it reads prompt., predict. and model. options, {' and '.join(_READ)}",
             )
 

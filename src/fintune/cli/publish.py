@@ -33,7 +33,11 @@ def publish(config: Path | None, overrides: tuple[str, ...], dry_run: bool) -> N
         overrides, config = (*overrides_of(config, with_data=True), *overrides), None
     loaded = load(config, overrides).config
     if not loaded.publish.repo_id:
-        raise ConfigError("publish.repo_id is empty", hint="say where to push, as publish.repo_id=OWNER/NAME")
+        raise ConfigError(
+            "publish.repo_id is empty",
+            hint="say where to push, as publish.repo_id=OWNER/NAME",
+            option="publish.repo_id",
+        )
     with _told_of(given, given_overrides):
         if dry_run:
             _preview(config, overrides)

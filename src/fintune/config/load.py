@@ -97,7 +97,10 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> Loaded:
             origin["run.name"] = f"{path}, its name"
     if Path(config.run.name).name != config.run.name or config.run.name.startswith("."):
         raise ConfigError(
-            f"run.name: {config.run.name!r} is not a folder name", hint="set run.dir for the path before it"
+            f"run.name: {config.run.name!r} is not a folder name",
+            hint="set run.dir for the path before it",
+            option="run.name",
+            location=origin.get("run.name"),
         )
     return Loaded(config, origin, path)
 
@@ -187,7 +190,7 @@ def _put(values: dict[str, Any], key: str, value: Any, override: str) -> None:
     for parent in parents:
         child = node.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"{override!r}: {parent} is a value, not a section")
+            raise ConfigError(f"{override!r}: {parent} is a value, not a section", option=key)
         node = child
     node[last] = value
 
@@ -204,14 +207,19 @@ def _refuse_unknown(
 ) -> None:
     for name, value in values.items():
         dotted = ".".join((*path, name))
-        place = f"{origin[dotted]}: " if dotted in origin else ""
+        location = origin.get(dotted)
         field = model.model_fields.get(name)
         if field is None:
             known = [key for key, _ in fields()] + ([] if path else list(Config.model_fields))
             here = {other: ".".join((*path, other)) for other in model.model_fields}
             called = renamed(dotted) or meant(name)
             if name in FIXED and called is None:
-                raise ConfigError(f"{place}unknown option {dotted}", hint=f"{FIXED[name][1]}; leave it out")
+                raise ConfigError(
+                    f"unknown option {dotted}",
+                    hint=f"{FIXED[name][1]}; leave it out",
+                    option=dotted,
+                    location=location,
+                )
             near = (
                 [called]
                 if called
@@ -222,13 +230,16 @@ def _refuse_unknown(
             # A section alone is no likeness: train.zzz is not train.select_checkpoint.
             near = near or difflib.get_close_matches(dotted, known, n=1, cutoff=0.8) or _same_leaf(name, known)
             hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(model.model_fields)}"
-            raise ConfigError(f"{place}unknown option {dotted}", hint=hint)
+            raise ConfigError(f"unknown option {dotted}", hint=hint, option=dotted, location=location)
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Options):
             if not isinstance(value, Mapping):
                 example = next(iter(kind.model_fields))
                 raise ConfigError(
-                    f"{place}{dotted} is a section, not a value", hint=f"set for example {dotted}.{example}"
+                    f"{dotted} is a section, not a value",
+                    hint=f"set for example {dotted}.{example}",
+                    option=dotted,
+                    location=location,
                 )
             _refuse_unknown(value, kind, (*path, name), origin)
 
@@ -249,26 +260,29 @@ def _explain(error: ValidationError, origin: Mapping[str, str]) -> ConfigError:
     known = {name for name, _ in fields()}
     while key and key not in known and key not in origin and "." in key:
         key = key.rsplit(".", 1)[0]
-    place = f"{origin[key]}: " if key in origin else ""
+    location = origin.get(key)
     if first["type"] == "value_error":
         text = str(first["ctx"]["error"])
         # A check of several options belongs to a section; which of them it is about, it says itself.
-        named = next((each for each in _OPTION.findall(text) if each in known and each in origin), None)
-        if key not in known and named is not None:
-            place = f"{origin[named]}: "
-        return ConfigError(f"{place}{text}")
+        named = [name for name in _OPTION.findall(text) if name in known]
+        chosen = next((name for name in named if name in origin), None)
+        if key not in known and chosen is not None:
+            location = origin[chosen]
+        option = key if key in known else chosen or next(iter(named), None)
+        return ConfigError(text, option=option, location=location)
     got = json.dumps(first["input"], default=str)
     entry = _entry(first["loc"])
     if first["type"] == "extra_forbidden":
         near = _near_in_entry(first["loc"])
-        return ConfigError(f"{place}unknown option {entry or key}", hint=near)
+        return ConfigError(f"unknown option {entry or key}", hint=near, option=entry or key, location=location)
     if first["type"] == "missing" and entry:
-        return ConfigError(f"{place}{entry} is missing")
+        return ConfigError(f"{entry} is missing", option=entry, location=location)
     key = entry or key
     hint = first["msg"][0].lower() + first["msg"][1:]
     if key == "data.source" and isinstance(first["input"], str) and any(mark in first["input"] for mark in "./*"):
         hint = f"data.source is finqa, chat or builtin:statements; for a file write data.sources={first['input']}"
-    return ConfigError(f"{place}{key}: got {got}", hint=hint + _KINDS.get(f"{key}={first['input']}".lower(), ""))
+    hint += _KINDS.get(f"{key}={first['input']}".lower(), "")
+    return ConfigError(f"{key}: got {got}", hint=hint, option=key, location=location)
 
 
 def _entry(loc: Sequence[int | str]) -> str:

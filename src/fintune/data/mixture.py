@@ -148,10 +148,12 @@ def _divide(
             raise DataError(
                 f"data.sources: of {len(hashed)} conversations none is left to be {which}",
                 hint=few if len(open_ones) == 1 else f"lower data.eval_share, which is {data.eval_share:g}",
+                option="data.sources",
             )
         raise DataError(
             f"data.sources: of {len(hashed)} conversations none is left to be {which}",
             hint=f"add conversations, or set hold_out of a source to something else than {other}",
+            option="data.sources",
         )
     if usable is not None and not any(map(usable, evaluation)):
         further = [each for each in hashed if data.sources[each[1].source].hold_out == "split" and each[0] >= bound]

@@ -50,7 +50,7 @@ def load(config: Config, *, limit: int | None = None) -> dict[str, Split]:
 
 def _files(data: DataOptions) -> tuple[ReadResult, ReadResult]:
     if data.train is None or data.eval is None:
-        raise DataError("data.source: finqa needs data.train and data.eval")
+        raise DataError("data.source: finqa needs data.train and data.eval", option="data.source")
     return read_finqa(data.train, strict=data.strict), read_finqa(data.eval, strict=data.strict)
 
 

@@ -204,7 +204,9 @@ def check_four_bit() -> None:
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ResourceError(
-            "4-bit loading needs bitsandbytes", hint="pip install bitsandbytes, or set model.quantization: none"
+            "4-bit loading needs bitsandbytes",
+            hint="pip install bitsandbytes, or set model.quantization: none",
+            option="model.quantization",
         )
 
 

@@ -184,4 +184,5 @@ def refuse_licence(asked: str | None, restricted: Mapping[str, str]) -> None:
         raise ConfigError(
             f"publish.license: {asked} allows commercial use, which {names} forbids",
             hint="leave it out, and the card says what they ask for",
+            option="publish.license",
         )

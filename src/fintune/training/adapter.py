@@ -159,6 +159,7 @@ def check_targets(model: nn.Module, targets: tuple[str, ...]) -> None:
             raise ConfigError(
                 f"adapter.target_modules: the model has no linear layer {target!r}",
                 hint=f"it has {', '.join(sorted(known))}; or use all-linear",
+                option="adapter.target_modules",
             )
 
 

@@ -172,7 +172,9 @@ def not_finite(what: str, examples: Sequence[str], args: TrainingArguments) -> F
     told = ", ".join(examples[:_NUM_NAMED])
     more = f" and {len(examples) - _NUM_NAMED} more" if len(examples) > _NUM_NAMED else ""
     wider = ", or set train.dtype to float32" if args.bf16 or args.fp16 else ""
-    return FintuneError(f"{what}; examples {told}{more}", hint=f"lower train.learning_rate{wider}")
+    return FintuneError(
+        f"{what}; examples {told}{more}", hint=f"lower train.learning_rate{wider}", option="train.learning_rate"
+    )
 
 
 def check_loss(loss: float, step: int, rows: Sequence[Mapping[str, Any]], args: TrainingArguments) -> None:

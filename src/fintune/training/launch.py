@@ -40,7 +40,11 @@ def check(config: Config) -> None:
     train = config.train
     if train.gpus * train.machines == 1:
         if train.sharding == "full":
-            raise ConfigError("train.sharding: full divides weights among GPUs", hint="set train.gpus to 2 or more")
+            raise ConfigError(
+                "train.sharding: full divides weights among GPUs",
+                hint="set train.gpus to 2 or more",
+                option="train.sharding",
+            )
         return
     sharded = train.sharding == "full"
     refused = {
@@ -56,7 +60,9 @@ def check(config: Config) -> None:
     for what, here in refused.items():
         if here:
             hint = "train.sharding to none" if "train.sharding" in what else "train.gpus and train.machines to 1"
-            raise ConfigError(f"{what} is not proven on several GPUs", hint=f"set {hint}")
+            raise ConfigError(
+                f"{what} is not proven on several GPUs", hint=f"set {hint}", option=what.partition(":")[0]
+            )
 
 
 def run(config: Config, prepare: Path, folder: Path) -> None:
@@ -98,7 +104,11 @@ def require_gpus(wanted: int) -> None:
 
     found = torch.cuda.device_count()
     if 0 < found < wanted:
-        raise ResourceError(f"train.gpus is {wanted}, but this machine has {found}", hint=f"set train.gpus to {found}")
+        raise ResourceError(
+            f"train.gpus is {wanted}, but this machine has {found}",
+            hint=f"set train.gpus to {found}",
+            option="train.gpus",
+        )
 
 
 def _launch(config: Config, order: Path) -> None:

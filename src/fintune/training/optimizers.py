@@ -46,11 +46,14 @@ def check(name: str, *, cuda: bool) -> None:
         return
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ResourceError(
-            f"train.optim: {name} needs bitsandbytes", hint="pip install bitsandbytes, or set it to adamw_torch"
+            f"train.optim: {name} needs bitsandbytes",
+            hint="pip install bitsandbytes, or set it to adamw_torch",
+            option="train.optim",
         )
     if name.startswith("paged") and not cuda:
         # bitsandbytes would warn and go on without the paging that was asked for.
         raise ConfigError(
             f"train.optim: {name} pages its moments between a CUDA GPU and main memory, and there is no GPU",
             hint=f"set it to {'adamw_8bit' if name.endswith('8bit') else 'adamw_torch'}, which computes the same",
+            option="train.optim",
         )

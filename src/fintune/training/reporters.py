@@ -29,6 +29,7 @@ def check(names: Sequence[str]) -> None:
             raise ResourceError(
                 f"train.report_to: {name} is not installed",
                 hint=f"pip install {name}, or remove it from train.report_to",
+                option="train.report_to",
             )
 
 
@@ -115,6 +116,7 @@ class _Wandb:
             raise ResourceError(
                 f"train.report_to: wandb does not start ({str(error).splitlines()[0]})",
                 hint="run `wandb login`, or set WANDB_MODE=offline",
+                option="train.report_to",
             ) from None
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:

@@ -203,7 +203,9 @@ def _is_fused(model: PeftModel | PreTrainedModel, choice: str) -> bool:
     found = obstacle(model) if isinstance(model, PeftModel) else "every weight is trained"
     if choice == "always":
         if found is not None:
-            raise ConfigError(f"train.fused_layers: always, but {found}", hint="set it to auto or never")
+            raise ConfigError(
+                f"train.fused_layers: always, but {found}", hint="set it to auto or never", option="train.fused_layers"
+            )
         return True
     if model.device.type != "cuda":
         return False

@@ -68,5 +68,6 @@ def _layers(model: PeftModel) -> list[Any]:
         raise ConfigError(
             f"train.sharding: full, but the layers of {type(model.get_base_model()).__name__} are not known",
             hint="set train.sharding to none",
+            option="train.sharding",
         )
     return list(found)

@@ -55,10 +55,18 @@ def check(config: Config) -> None:
     }
     for what, here in refused.items():
         if here:
-            raise ConfigError(f"train.backend: unsloth is not proven with {what}", hint="set train.backend to own")
+            raise ConfigError(
+                f"train.backend: unsloth is not proven with {what}",
+                hint="set train.backend to builtin",
+                option="train.backend",
+            )
     found = _ask(_python(config))
     if found["obstacle"]:
-        raise ResourceError(f"train.backend: unsloth cannot work: {found['obstacle']}", hint=_remedy(found["obstacle"]))
+        raise ResourceError(
+            f"train.backend: unsloth cannot work: {found['obstacle']}",
+            hint=_remedy(found["obstacle"]),
+            option="train.backend",
+        )
 
 
 def train(config: Config, *, model: Path, prepare: Path, folder: Path, compute: str) -> None:
@@ -105,7 +113,11 @@ def read(folder: Path) -> dict[str, Any]:
 def _python(config: Config) -> str:
     given = config.train.backend_python
     if given is not None and not given.is_file():
-        raise ConfigError(f"train.backend_python: there is no {given}", hint="name the python of an environment")
+        raise ConfigError(
+            f"train.backend_python: there is no {given}",
+            hint="name the python of an environment",
+            option="train.backend_python",
+        )
     return str(given) if given is not None else sys.executable
 
 
@@ -117,17 +129,23 @@ def _ask(python: str) -> dict[str, Any]:
         )
         found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise ResourceError(f"train.backend_python: {python} does not run ({error})") from None
+        raise ResourceError(
+            f"train.backend_python: {python} does not run ({error})", option="train.backend_python"
+        ) from None
     except (ValueError, IndexError):
         last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
         hint = "fintune and its training packages must be installed there, too"
-        raise ResourceError(f"train.backend_python: {python} cannot run fintune ({last[:200]})", hint=hint) from None
+        raise ResourceError(
+            f"train.backend_python: {python} cannot run fintune ({last[:200]})",
+            hint=hint,
+            option="train.backend_python",
+        ) from None
     return found
 
 
 def _remedy(obstacle: str) -> str:
     if "CUDA" in obstacle:
-        return "set train.backend to own, which trains on a CPU, too"
+        return "set train.backend to builtin, which trains on a CPU, too"
     if "not installed" in obstacle:
         return "pip install unsloth, or name the python of an environment that has it in train.backend_python"
     return "give Unsloth an environment of its own and name its python in train.backend_python"

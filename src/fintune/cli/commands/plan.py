@@ -24,10 +24,15 @@ def plan(config: Config, *, gib: float | None = None, longest: int | None = None
         ResourceError: No GPU and no ``gib``, or not even one example a pass fits.
     """
     if config.adapter.kind == "full":
-        raise ConfigError("the planner knows adapters, not adapter.kind: full", hint="set adapter.kind to lora or dora")
+        raise ConfigError(
+            "the planner knows adapters, not adapter.kind: full",
+            hint="set adapter.kind to lora or dora",
+            option="adapter.kind",
+        )
     if config.train.objective != "sft":
         raise ConfigError(
             f"the planner knows train.objective: sft, not {config.train.objective}",
+            option="train.objective",
             hint="lower train.per_device_train_batch_size and raise train.gradient_accumulation_steps "
             "if memory does not suffice",
         )
@@ -69,6 +74,7 @@ def _check_way(config: Config) -> None:
     if config.train.backend != "builtin":
         raise ConfigError(
             f"the planner knows train.backend: builtin, not {config.train.backend}",
+            option="train.backend",
             hint="lower train.per_device_train_batch_size and raise train.gradient_accumulation_steps "
             "if memory does not suffice",
         )
@@ -77,6 +83,7 @@ def _check_way(config: Config) -> None:
         raise ConfigError(
             f"the planner knows adapters of {', '.join(PARTS)}, not of {', '.join(unknown)}",
             hint="name some of these, or all-linear, in adapter.target_modules",
+            option="adapter.target_modules",
         )
 
 

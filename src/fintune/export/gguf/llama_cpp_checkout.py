@@ -70,7 +70,9 @@ def check_checkout(folder: Path, kinds: Sequence[str] = ()) -> Checkout:
         if known and kind.upper() not in {*known, *UNQUANTISED.values()}:
             near = difflib.get_close_matches(kind.upper(), known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"its types are {', '.join(known)}"
-            raise ConfigError(f"export.types: the llama-quantize of {folder} has no type {kind}", hint=hint)
+            raise ConfigError(
+                f"export.types: the llama-quantize of {folder} has no type {kind}", hint=hint, option="export.types"
+            )
     return Checkout(converter, quantizer)
 
 

@@ -96,13 +96,17 @@ def export_model(config: Config, folder: Path, *, adapter: Path | None = None) -
     """
     if config.export.computes_imatrix:
         raise ConfigError(
-            "export.imatrix: compute reads the training texts of a run", hint="name a file, or export the run"
+            "export.imatrix: compute reads the training texts of a run",
+            hint="name a file, or export the run",
+            option="export.imatrix",
         )
     ref = models.fetch_base(config)
     if config.export.llama_cpp_path is not None:
         if adapter is not None:
             raise ConfigError(
-                "export.llama_cpp_path reads a merged folder", hint="make one with fintune merge --model --adapter"
+                "export.llama_cpp_path reads a merged folder",
+                hint="make one with fintune merge --model --adapter",
+                option="export.llama_cpp_path",
             )
         require_space(folder, disk_estimate.export_bytes(config), "the GGUF files")
         return _by_checkout(config, config.export.llama_cpp_path, ref.path, folder)

@@ -72,4 +72,5 @@ def _check_context(config: Config, base: models.ModelFolder, made: prepared.Prep
             f"prompt.max_length is {config.prompt.max_length} and the longest row has {num_tokens} tokens (id {name}), "
             f"but {config.model.name} reads at most {context}",
             hint=f"set prompt.max_length to {context} or less",
+            option="prompt.max_length",
         )
