@@ -1,4 +1,4 @@
-"""How much disk each stage will take, predicted from the sizes of the base model before anything is loaded."""
+"""The disk space of each stage, predicted from the base model's sizes before anything is loaded."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from fintune.models.folder import TensorEntry, read_safetensors_header, weight_f
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _STORED_BYTES = {"F64": 8, "F32": 4, "F8_E4M3": 1, "F8_E5M2": 1}
 _GGUF_BYTES = {"F32": 4.0, "F16": 2.0, "BF16": 2.0}
-"""Bytes a weight; a quantised one has at most those of Q8_0, 34 for 32 weights."""
+"""Bytes per weight. A quantised type has at most those of Q8_0: 34 bytes for 32 weights."""
 _MARGIN = 1.05
 
 _EXAMPLE_BYTES = 24_000
-"""A prepared FinQA example: prompt text, gold record and tokens; the largest page of dev makes 21 kB."""
+"""A prepared FinQA example with prompt, gold record and tokens. The largest page of dev needs 21 kB."""
 _ROW_BYTES = 20_000
-"""A prepared conversation of a thousand words."""
+"""A prepared conversation of a thousand words, in bytes."""
 _HUB_ROWS = 100_000
-"""Rows of a hub dataset whose size is not known before it is fetched."""
+"""Assumed rows of a hub dataset, whose size is unknown before it is fetched."""
 
 
 class Tensor(NamedTuple):
@@ -34,15 +34,15 @@ class Tensor(NamedTuple):
 
     @property
     def num_weights(self) -> int:
-        """Numbers in it."""
+        """The number of weights in the tensor."""
         return math.prod(self.shape)
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    """Every weight of a model folder, from the headers of its safetensors files alone.
+    """Return every weight of a model folder by name, from the headers of its safetensors files.
 
     Raises:
-        ModelError: An index that cannot be read.
+        ModelError: The index cannot be read.
     """
     entries: list[TensorEntry] = []
     for path in weight_files(folder):
@@ -53,11 +53,11 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def prepare_bytes(config: Config) -> int:
-    """Examples, gold records and tokens."""
+    """Predict the size of examples, gold records and tokens."""
     if config.data.source == "finqa":
         files = [path for path in (config.data.train, config.data.eval) if path is not None and path.is_file()]
-        # JSON shrinks fivefold under gzip. Text and gold record are each about as large as the JSON, and the tokens, at
-        # five bytes each, as two or three of it where a tokenizer cuts short.
+        # gzip shrinks JSON fivefold. Text and gold record are each about as large as the JSON. Tokens, at five bytes
+        # each, take two or three times as much with a tokenizer of short tokens.
         return int(sum(path.stat().st_size * (25 if path.suffix == ".gz" else 5) for path in files) * _MARGIN)
     if config.data.source == "chat":
         return sum(_source_bytes(source) for source in config.data.sources)
@@ -69,7 +69,7 @@ def prepare_bytes(config: Config) -> int:
 def _source_bytes(source: SourceOptions) -> int:
     if source.path.startswith("hub:"):
         return (source.max_rows or _HUB_ROWS) * _ROW_BYTES
-    # Text, tokens at five bytes each; Parquet shrinks as gzip does.
+    # Text, and tokens at five bytes each. Parquet shrinks text as gzip does.
     packed = (".gz", ".parquet")
     stored = sum(path.stat().st_size * (25 if path.suffix in packed else 5) for path in local_files(source))
     rows = source.max_rows * _ROW_BYTES if source.max_rows is not None else stored
@@ -77,7 +77,7 @@ def _source_bytes(source: SourceOptions) -> int:
 
 
 def train_bytes(config: Config) -> int:
-    """What is trained, its checkpoints and a new one with Adam's two moments, in float32; and the best of it."""
+    """Predict the size of trained weights, best weights, and checkpoints with Adam's two moments (float32)."""
     written = 3 * (config.train.save_total_limit + 1)
     best = 2 if config.train.select_checkpoint != "last" else 0
     if config.adapter.kind == "full":
@@ -89,7 +89,7 @@ def train_bytes(config: Config) -> int:
 
 
 def merge_bytes(config: Config) -> int:
-    """The merged folder."""
+    """Predict the size of the merged folder."""
     stored = sum(
         tensor.num_weights * _BYTES.get(config.merge.dtype, _STORED_BYTES.get(tensor.dtype, 2))
         for tensor in _base(config).values()
@@ -98,10 +98,11 @@ def merge_bytes(config: Config) -> int:
 
 
 def export_bytes(config: Config) -> int:
-    """All GGUF files together, and a computed importance matrix; the merged model has the base's shapes.
+    """Predict the size of all GGUF files and of a computed importance matrix, from the shapes of the base.
 
     Raises:
-        ModelError: A base that cannot become a GGUF or a matrix that is not its, found out before hours of training.
+        ModelError: The base cannot become a GGUF file, or the importance matrix does not fit it. This is found before
+            hours of training.
     """
     from fintune.export.gguf.imatrix import read_imatrix
     from fintune.export.gguf.writer import predict_gguf_bytes
@@ -112,21 +113,21 @@ def export_bytes(config: Config) -> int:
     importance = None if file is None else read_imatrix(file)
     matrix = 0
     if config.export.computes_imatrix:
-        # A float32 number for each column of each matrix, beside their names.
+        # A float32 number for each column of each matrix, and the names.
         shapes = [tensor.shape for tensor in _base(config).values() if len(tensor.shape) == 2]
         matrix = sum(4 * columns + 500 for _, columns in shapes)
     return predict_gguf_bytes(_base_folder(config), config.export.types, importance) + matrix
 
 
 def _checkout_bytes(config: Config) -> int:
-    """What a llama.cpp checkout writes, of families that may be unknown here: the files, and one in 16 or 32 bits."""
+    """Predict what a llama.cpp checkout writes, for families unknown here too: the files, and one in 16 or 32 bits."""
     weights = sum(tensor.num_weights for tensor in _base(config).values())
     kinds = [*config.export.types, "F32" if config.merge.dtype == "float32" else "F16"]
     return int(sum(weights * _GGUF_BYTES.get(kind.upper(), 1.1) for kind in kinds) * _MARGIN) + 20_000_000
 
 
 def predict_bytes(config: Config) -> int:
-    """Predictions, or their scores."""
+    """Predict the size of predictions or of their scores."""
     return 20_000_000
 
 
@@ -135,6 +136,6 @@ def _base(config: Config) -> dict[str, Tensor]:
 
 
 def _base_folder(config: Config) -> Path:
-    from fintune.models import load as models
+    from fintune.models.load import fetch_base
 
-    return models.fetch_base(config).path
+    return fetch_base(config).path
