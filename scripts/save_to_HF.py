@@ -1,4 +1,4 @@
-"""`PushToHubEachEpoch`, a callback for transformers' Trainer: pushes the adapter behind each epoch and at the end.
+"""`PushToHubEachEpoch`, a callback for transformers' Trainer: it pushes the adapter after every epoch and at the end.
 
 from save_to_HF import PushToHubEachEpoch
 trainer.add_callback(PushToHubEachEpoch(repo_id="your-username/llama-finqa-dora"))
@@ -6,6 +6,6 @@ trainer.add_callback(PushToHubEachEpoch(repo_id="your-username/llama-finqa-dora"
 
 from __future__ import annotations
 
-from fintune.training.hub_callback import callback_class
+from fintune.publish.push import push_callback_class
 
-PushToHubEachEpoch = callback_class()
+PushToHubEachEpoch = push_callback_class()

@@ -184,11 +184,7 @@ class ModelHub:
             answer_json(request, [_entry(each, files[each]) for each in wanted if each in files])
         elif verb == "preupload":
             asked = json.loads(body)["files"]
-            modes = {each["path"]: "lfs" if each["size"] >= LARGE_BYTES else "regular" for each in asked}
-            answer_json(
-                request,
-                {"files": [{"path": p, "uploadMode": mode, "shouldIgnore": False} for p, mode in modes.items()]},
-            )
+            answer_json(request, {"files": [_upload_mode(file, repo.branches[branch]) for file in asked]})
         elif verb == "commit":
             self._commit(request, name, branch, [json.loads(line) for line in body.splitlines()])
         else:
@@ -261,6 +257,16 @@ def _entry(path: str, data: bytes) -> dict[str, Any]:
     if len(data) >= LARGE_BYTES:
         about["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
     return about
+
+
+def _upload_mode(file: Mapping[str, Any], files: Mapping[str, bytes]) -> dict[str, Any]:
+    """How a file is to be sent, and the hash of the file that has its name now, as the hub knows that one."""
+    mode = {"path": file["path"], "uploadMode": "lfs" if file["size"] >= LARGE_BYTES else "regular"}
+    present = files.get(file["path"])
+    if present is not None:
+        entry = _entry(file["path"], present)
+        mode["oid"] = entry["lfs"]["oid"] if "lfs" in entry else entry["oid"]
+    return {**mode, "shouldIgnore": False}
 
 
 def _blob_id(data: bytes) -> str:

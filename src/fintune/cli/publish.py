@@ -48,10 +48,10 @@ def publish(config: Path | None, overrides: tuple[str, ...], dry_run: bool) -> N
 
 @contextmanager
 def _told_of(given: Path | None, overrides: tuple[str, ...]) -> Iterator[None]:
-    """Hints with what was given in the place of CONFIG; a folder is none, and another program may have made it.
+    """Replace CONFIG in hints by the user's arguments. For a run's folder, name the command that made it.
 
     Raises:
-        FintuneError: The same, with another hint.
+        FintuneError: The error of the block, with another hint.
     """
     try:
         yield
@@ -59,14 +59,14 @@ def _told_of(given: Path | None, overrides: tuple[str, ...]) -> Iterator[None]:
         if error.hint is None or given is None:
             raise
         if given.is_dir():
-            made = f"the command that made {given}"
-            error.hint = re.sub(r"\bfintune (run|prepare) CONFIG$", lambda _: f"{made} does", error.hint)
-            again = f"{made}, with"
+            command = f"the command that made {given}"
+            pattern = r"\bfintune (?:run|prepare) CONFIG( --redo \w+)?$"
+            error.hint = re.sub(
+                pattern, lambda found: f"{command}{f', with{found[1]}' if found[1] else ''}", error.hint
+            )
         else:
-            called = shlex.join([str(given), *overrides])
-            again = f"fintune run {called}"
-            error.hint = re.sub(r"\bCONFIG$", lambda _: called, error.hint)
-        error.hint = re.sub(r"^--redo (?=\w+ makes it anew$)", lambda _: f"{again} --redo ", error.hint)
+            arguments = shlex.join([str(given), *overrides])
+            error.hint = re.sub(r"\bCONFIG\b", lambda _: arguments, error.hint)
         raise
 
 

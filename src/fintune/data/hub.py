@@ -19,7 +19,7 @@ from fintune.data.rows import Row
 from fintune.errors import DataError, ResourceError
 from fintune.util.console import say
 from fintune.util.disk import disk_full_error, is_disk_full
-from fintune.util.hub_errors import chain, is_passing, status_of
+from fintune.util.hub import error_chain, is_transient, status_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -85,7 +85,7 @@ def _load(wanted: HubSplit) -> Dataset:
         except (DataError, ResourceError):
             raise
         except Exception as error:  # the libraries below raise their network's own, of several kinds
-            if not is_passing(error):
+            if not is_transient(error):
                 raise _refusal(wanted, error) from error
             if pause is None:
                 raise _unreachable(wanted, error, attempt) from error
@@ -121,12 +121,12 @@ def _once(wanted: HubSplit) -> Dataset:
 def _refusal(wanted: HubSplit, error: BaseException) -> DataError | ResourceError:
     import datasets
 
-    kinds = {type(each).__name__ for each in chain(error)}
-    if any(map(_lacks_room, chain(error))):
+    kinds = {type(each).__name__ for each in error_chain(error)}
+    if any(map(_lacks_room, error_chain(error))):
         # Its files have come by then, into other folders: this is the table that is made of them.
         folder = Path(datasets.config.HF_DATASETS_CACHE)
         return disk_full_error(folder, wanted.place, way_out=hub_files.another_disk("HF_DATASETS_CACHE"))
-    text = " ".join(str(each) for each in chain(error)).lower()
+    text = " ".join(str(each) for each in error_chain(error)).lower()
     if "GatedRepoError" in kinds or "gated dataset" in text:
         hint = "accept its terms on its page and log in with `hf auth login`"
         return ResourceError(f"the hub gives {wanted.name} only to those who accepted its terms", hint=hint)
@@ -154,7 +154,7 @@ def _unreachable(wanted: HubSplit, error: BaseException, attempts: int) -> Resou
 
 def _reason(error: BaseException) -> str:
     status = status_of(error)
-    causes = list(chain(error))
+    causes = list(error_chain(error))
     if type(error).__name__ == "DatasetGenerationError":  # it says no more than that there was one
         causes.reverse()
     lines = (line.strip() for each in causes for line in str(each).splitlines())

@@ -18,7 +18,7 @@ from fintune.config import Config
 from fintune.errors import ModelError, ResourceError
 from fintune.models import builtin
 from fintune.models.folder import MODEL_FILES, check_model_folder, stated_licence
-from fintune.util.hub_errors import quiet_hub
+from fintune.util.hub import quiet_hub
 
 
 @dataclass(frozen=True)

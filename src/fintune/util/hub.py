@@ -1,135 +1,27 @@
-"""Files to a repository of the Hugging Face hub, through ``huggingface_hub``; no token is ever shown.
-
-A push is one commit: the repository shows all of it or none. What lies there with the same hash is not sent again,
-neither are large files that an interrupted push has brought to the hub's store, so the same call goes on.
-"""
+"""Access to the Hugging Face hub: token, retries, and errors as one line. A token is never printed."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
 
-from fintune.errors import ResourceError
-from fintune.util.console import bar
-from fintune.util.hub_errors import attempted, quiet_hub
+from fintune.errors import FintuneError, ResourceError
+from fintune.util.console import say
 
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi, RepoFile
+_Result = TypeVar("_Result")
 
-PAUSES = (1.0, 4.0, 15.0)
+RETRY_PAUSES = (1.0, 4.0, 15.0)
 """Seconds before each further attempt."""
-LARGE_BYTES = 5_000_000
-"""A file of this size goes to the hub's store by itself, so that an interruption loses no other."""
-MAIN = "main"
 
-
-@dataclass(frozen=True)
-class Target:
-    """Where files go.
-
-    Attributes:
-        repo: ``OWNER/NAME``.
-        private: Whether the repository is private where it is made now.
-        branch: Made from the main one where it is not there.
-        must_be_private: Refuse a repository that everybody can read.
-    """
-
-    repo: str
-    private: bool = True
-    branch: str = MAIN
-    must_be_private: bool = False
-
-
-@dataclass(frozen=True)
-class Upload:
-    """A file.
-
-    Attributes:
-        name: Path in the repository.
-        path: The file here.
-        sha256: Its hash, where it is known.
-    """
-
-    name: str
-    path: Path
-    sha256: str | None = None
-
-    @property
-    def num_bytes(self) -> int:
-        """Its size."""
-        return self.path.stat().st_size
-
-
-@dataclass(frozen=True)
-class Pushed:
-    """What a push did.
-
-    Attributes:
-        commit: The hub's id of it.
-        address: Its page.
-        sent: Files that it brought; of large ones the hub may have had the content already.
-        kept: Files that were there already.
-        removed: Files that were deleted there.
-        num_sent_bytes: Sum over ``sent``.
-    """
-
-    commit: str
-    address: str
-    sent: tuple[str, ...]
-    kept: tuple[str, ...]
-    removed: tuple[str, ...]
-    num_sent_bytes: int
-
-
-def check(name: str | None, folder: Path) -> str:
-    """Ask the hub who the user is.
-
-    Args:
-        name: ``OWNER/NAME``, or ``NAME``, or None for the folder's name.
-        folder: What will be pushed.
-
-    Returns:
-        ``OWNER/NAME``.
-
-    Raises:
-        ResourceError: No token, the hub refuses it, or it cannot be reached.
-    """
-    user = owner()
-    wanted = name or folder.resolve().name
-    return wanted if "/" in wanted else f"{user}/{wanted}"
-
-
-def owner(pauses: Sequence[float] = ()) -> str:
-    """Whose token it is.
-
-    Args:
-        pauses: Seconds before each further attempt.
-
-    Raises:
-        ResourceError: No token, the hub refuses it, or it cannot be reached.
-    """
-    from huggingface_hub import HfApi
-
-    require_token()
-    what = "the hub does not say whose token this is"
-    return str(attempted(lambda: HfApi().whoami()["name"], what, pauses))
-
-
-def full_name(name: str) -> str:
-    """``OWNER/NAME`` of a name that may lack its owner, who is then the user.
-
-    Raises:
-        ResourceError: No token, the hub refuses it, or it cannot be reached.
-    """
-    require_token()
-    return name if "/" in name else f"{owner(PAUSES)}/{name}"
+_XET_REFUSAL = "XetAuthenticationError"
+_TRANSIENT = {"ConnectionError", "TransportError", "TimeoutError", "HTTPError", "HTTPException", "URLError"}
 
 
 def require_token() -> None:
-    """Refuse at once what needs a token; asks nobody.
+    """Check that there is a token, without asking the hub.
 
     Raises:
         ResourceError: There is none.
@@ -142,115 +34,142 @@ def require_token() -> None:
         )
 
 
-def push(repo: str, files: Sequence[Path]) -> str:
-    """Upload files under their names, and nothing else that lies beside them; a repository made now is private.
+def full_repo_name(name: str, *, pauses: Sequence[float] = ()) -> str:
+    """Check the token with the hub, and complete the name of a repository with its owner.
 
     Args:
-        repo: From :func:`check`.
-        files: What is pushed, all in one folder.
+        name: ``OWNER/NAME``, or ``NAME`` for a repository of the user.
+        pauses: Seconds before each further attempt.
 
     Returns:
-        The commit's address.
+        ``OWNER/NAME``.
 
     Raises:
-        ResourceError: The hub refuses it, or cannot be reached; the folder is as it was.
-    """
-    what = f"{repo} was not pushed; everything is in {files[0].parent}"
-    return send(
-        Target(repo), [Upload(path.name, path) for path in files], message="Upload with fintune", what=what
-    ).address
-
-
-def files_of(folder: Path) -> list[Upload]:
-    """Every file below a folder, under its path there."""
-    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return [Upload(path.relative_to(folder).as_posix(), path) for path in paths]
-
-
-def send(
-    target: Target,
-    uploads: Sequence[Upload],
-    *,
-    message: str,
-    remove: Collection[str] = (),
-    what: str = "",
-    pauses: Sequence[float] = PAUSES,
-) -> Pushed:
-    """Bring files to a repository, which is made where there is none.
-
-    Args:
-        target: Where to.
-        uploads: Files that it shall have.
-        message: First line of the commit.
-        remove: Files that it shall no longer have; those that it lacks are passed over.
-        what: Beginning of the line that tells a failure.
-        pauses: Seconds before each further attempt after the network has failed; every attempt sends what is missing.
-
-    Raises:
-        ResourceError: The hub refuses it, cannot be reached, or shows to everybody what was to be private.
+        ResourceError: There is no token, the hub refuses it, or the hub cannot be reached.
     """
     from huggingface_hub import HfApi
 
-    what = what or f"{target.repo} was not pushed"
-    api = HfApi()
-    with quiet_hub():
-        attempted(lambda: _open(api, target), what, pauses)
-        return attempted(lambda: _send(api, target, uploads, message, remove), what, pauses)
+    require_token()
+    user = call_hub(lambda: HfApi().whoami()["name"], "the hub does not say whose token this is", pauses)
+    return name if "/" in name else f"{user}/{name}"
 
 
-def _open(api: HfApi, target: Target) -> None:
-    api.create_repo(target.repo, private=target.private, exist_ok=True)
-    if target.must_be_private and not api.repo_info(target.repo).private:
-        raise ResourceError(
-            f"{target.repo} can be read by everybody, and what is pushed was to be private",
-            hint="make it private in its settings on the hub, or ask for a public one",
+def error_chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and the errors from which it was raised."""
+    visited: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in visited:
+        visited.add(id(current))
+        yield current
+        current = current.__cause__ or current.__context__
+
+
+def status_of(error: BaseException) -> int | None:
+    """Return the HTTP status of the server's answer, or None if the server did not answer."""
+    for cause in error_chain(error):
+        status = getattr(getattr(cause, "response", None), "status_code", getattr(cause, "code", None))
+        if isinstance(status, int):
+            return status
+    return None
+
+
+def is_transient(error: BaseException) -> bool:
+    """Return whether another attempt may help: the network or the server failed, and nothing was refused."""
+    status = status_of(error)
+    if status is not None:
+        return status >= 500 or status in (408, 429)
+    return bool(_TRANSIENT & {kind.__name__ for cause in error_chain(error) for kind in type(cause).__mro__})
+
+
+def call_hub(call: Callable[[], _Result], what: str, pauses: Sequence[float]) -> _Result:
+    """Call the hub, and repeat the call after errors of the network.
+
+    huggingface_hub repeats only some of its requests by itself, and a commit is not among them.
+
+    Args:
+        call: The call. It must start from the state that it finds.
+        what: Beginning of the message of an error.
+        pauses: Seconds before each further attempt.
+
+    Raises:
+        ResourceError: The hub refuses the call or cannot be reached.
+    """
+    for attempt, pause in enumerate((*pauses, None), 1):
+        try:
+            return call()
+        except FintuneError:
+            raise
+        except Exception as error:  # of huggingface_hub, of its network library, or of hf_xet
+            if not _is_hub_error(error):
+                raise
+            if pause is None or not _is_transient_upload(error):
+                attempts = f" {attempt} times" if attempt > 1 else ""
+                raise _hub_error(error, what, attempts) from None
+            say(f"the hub: {_short_reason(error)}; attempt {attempt + 1} of {len(pauses) + 1} in {pause:g} s")
+            time.sleep(pause)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _is_hub_error(error: Exception) -> bool:
+    """Return whether the hub or the network failed. Any other error is a bug and keeps its traceback."""
+    causes = list(error_chain(error))
+    has_known_cause = any(isinstance(cause, OSError) or type(cause).__name__ == _XET_REFUSAL for cause in causes)
+    return has_known_cause or status_of(error) is not None or _is_transient_upload(error)
+
+
+def _is_transient_upload(error: Exception) -> bool:
+    # hf_xet raises a plain RuntimeError for an error of the network.
+    return is_transient(error) or (status_of(error) is None and type(list(error_chain(error))[-1]) is RuntimeError)
+
+
+def _hub_error(error: Exception, what: str, attempts: str) -> FintuneError:
+    """Describe an error of the hub in one line. Only the server's message is quoted, because it holds no secret."""
+    status = status_of(error)
+    message = _server_message(error)
+    if status in (401, 403) or type(error).__name__ == _XET_REFUSAL:
+        return ResourceError(
+            f"{what}: the hub refuses the token (status {status or 401}){message}",
+            hint="run `hf auth login` with a token that may write there",
         )
-    if target.branch != MAIN:
-        api.create_branch(target.repo, branch=target.branch, exist_ok=True)
-
-
-def _send(api: HfApi, target: Target, uploads: Sequence[Upload], message: str, remove: Collection[str]) -> Pushed:
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, RepoFile
-
-    asked = [*(each.name for each in uploads), *remove]
-    found = api.get_paths_info(target.repo, asked, revision=target.branch)
-    there = {each.path: each for each in found if isinstance(each, RepoFile)}
-    missing = [each for each in uploads if not _is_there(each, there.get(each.name))]
-    removed = sorted(set(remove) & there.keys())
-    kept = tuple(each.name for each in uploads if each not in missing)
-    if not missing and not removed:
-        commit = api.repo_info(target.repo, revision=target.branch).sha or ""
-        return Pushed(commit, f"{api.endpoint}/{target.repo}/commit/{commit}", (), kept, (), 0)
-    additions = [CommitOperationAdd(each.name, str(each.path)) for each in missing]
-    num_bytes = sum(each.num_bytes for each in missing)
-    with bar("push (MB)", num_bytes / 1e6) as shown:
-        for each, addition in zip(missing, additions, strict=True):
-            shown.note(each.name)
-            if each.num_bytes >= LARGE_BYTES:
-                api.preupload_lfs_files(target.repo, [addition], revision=target.branch, free_memory=False)
-            shown.advance(each.num_bytes / 1e6)
-        done = api.create_commit(
-            target.repo,
-            [*additions, *(CommitOperationDelete(name) for name in removed)],
-            commit_message=message,
-            revision=target.branch,
+    if status == 404:
+        return ResourceError(
+            f"{what}: the hub has no such repository or branch, or hides it from this token (status 404)",
+            hint="check the spelling, or run `hf auth login` with a token that may write there",
         )
-    sent = tuple(each.name for each in missing)
-    return Pushed(done.oid, str(done.commit_url), sent, kept, tuple(removed), num_bytes)
+    if status is not None:
+        return ResourceError(f"{what}: the hub answers with status {status}{attempts}{message}", hint="try again later")
+    return ResourceError(
+        f"{what}: the hub cannot be reached{attempts} ({_short_reason(error)})",
+        hint="check the network and try again",
+    )
 
 
-def _is_there(upload: Upload, remote: RepoFile | None) -> bool:
-    """Large files are known on the hub by their SHA-256, others by git's hash of them."""
-    if remote is None or remote.size != upload.num_bytes:
-        return False
-    if remote.lfs is not None:
-        return bool(remote.lfs.sha256 == (upload.sha256 or _hash(upload.path, hashlib.sha256())))
-    blob = hashlib.sha1(b"blob %d\0" % remote.size, usedforsecurity=False)
-    return bool(remote.blob_id == _hash(upload.path, blob))
+def _server_message(error: Exception) -> str:
+    from huggingface_hub import get_token
+
+    message = next((text for cause in error_chain(error) if (text := getattr(cause, "server_message", None))), "")
+    lines = str(message).strip().splitlines()
+    return f": {lines[0][:160].replace(get_token() or chr(0), '***')}" if lines else ""
 
 
-def _hash(path: Path, digest: Any) -> str:
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return str(digest.hexdigest())
+def _short_reason(error: BaseException) -> str:
+    status = status_of(error)
+    return f"status {status}" if status is not None else type(list(error_chain(error))[-1]).__name__
+
+
+@contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Silence bars and warnings of huggingface_hub, because warnings may hold signed addresses of its store."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    library = logging.getLogger("huggingface_hub")
+    level, has_bars = library.level, not are_progress_bars_disabled()
+    library.setLevel(logging.CRITICAL)
+    if has_bars:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        library.setLevel(level)
+        if has_bars:
+            enable_progress_bars()

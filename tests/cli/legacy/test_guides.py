@@ -98,8 +98,8 @@ def test_the_finqa_guide_runs_from_its_first_command_to_its_last(folder, model, 
     wandb, pushed = FakeWandb(), []
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setattr("fintune.training.reporters.check", lambda _names: None)
-    monkeypatch.setattr(cli_train.hub_push, "check", lambda repo, output: f"ann/{output.name}")
-    monkeypatch.setattr(cli_train.hub_push, "push", lambda repo, *_, **__: pushed.append(repo) or f"pushed to {repo}")
+    monkeypatch.setattr(cli_train, "full_repo_name", lambda name: f"ann/{name}")
+    monkeypatch.setattr(cli_train, "push_files", lambda repo, *_, **__: pushed.append(repo) or f"pushed to {repo}")
     adapter = folder / "models" / "llama-3b-finqa-dora-adapter"
     for name in ("preprocess", "train", "predict, merged", "predict, adapter", "score"):
         if name == "predict, adapter":  # the guide has the adapter lie beside the model that came of it

@@ -24,8 +24,9 @@ from fintune.data.synthetic import generate
 from fintune.errors import ArtifactError, ConfigError, DataError, FintuneError, ResourceError
 from fintune.pipeline import steps
 from fintune.pipeline.steps import build_steps
+from fintune.publish.push import push_files
 from fintune.training import evaluate, metrics
-from fintune.util import hub as hub_push
+from fintune.util.hub import full_repo_name
 from support.model_hub import LIBRARY_WARNS, connected
 from support.paths import ROOT
 
@@ -361,7 +362,7 @@ def test_a_missing_token_says_how_to_get_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     with pytest.raises(ResourceError, match="needs a token, and there is none: run `hf auth login`"):
-        hub_push.check(None, tmp_path)
+        full_repo_name("model")
 
 
 @LIBRARY_WARNS
@@ -397,7 +398,8 @@ def test_a_push_that_fails_says_where_everything_is_and_not_what_was_sent(tmp_pa
             raise OSError(f"could not send Bearer {SECRET}")
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setenv("HF_TOKEN", SECRET)
     with pytest.raises(ResourceError) as raised:
-        hub_push.push("ann/out", [tmp_path / "adapter_config.json"])
+        push_files("ann/out", [tmp_path / "adapter_config.json"])
     assert "ann/out was not pushed; everything is in" in str(raised.value)
     assert SECRET not in str(raised.value)

@@ -72,7 +72,7 @@ def run(finished, tiny_model, tmp_path) -> Run:
 
 @pytest.fixture
 def hub(monkeypatch) -> Iterator[ModelHub]:
-    stage._know_token.cache_clear()
+    stage._check_token.cache_clear()
     with connected(monkeypatch) as running:
         yield running
 
@@ -180,7 +180,7 @@ def test_a_second_push_only_looks_and_takes_back_what_is_no_longer_asked_for(run
 
 
 def test_a_network_that_fails_gives_one_line_and_the_same_command_goes_on(run, hub, monkeypatch):
-    monkeypatch.setattr(stage.hub_push, "PAUSES", ())
+    monkeypatch.setattr(stage, "RETRY_PAUSES", ())
     hub.drop = {"commit/": 99}
     done = run.publish(ALL)
     assert done.status == 2
@@ -218,7 +218,7 @@ def test_the_token_is_in_no_file_and_no_output(run, hub):
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
-        (lambda demo: shutil.rmtree(demo / "merge"), "publish.artifacts asks for merged, and merge has no result in"),
+        (lambda demo: shutil.rmtree(demo / "merge"), "publish.artifacts names merged, but merge has no result in"),
         (lambda demo: (demo / "merge" / "config.json").write_text("{}"), "is not what merge wrote: it was changed"),
         (lambda demo: (demo / "merge" / "LICENSE").unlink(), "is not what merge wrote: it was removed"),
         (lambda demo: finish(demo / "merge", "merge", inputs={"train": "0" * 64}), "was made from an older result of"),
@@ -259,12 +259,12 @@ def test_a_licence_that_allows_what_the_data_forbid_is_refused(run, hub):
 def test_what_is_to_be_made_anew_is_told_with_what_was_given_a_folder_has_no_configuration(run, hub):
     folder = ("publish", run.demo, f"model.name={run.model}", "publish.repo_id=ann/demo", "publish.artifacts=[merged]")
     (run.demo / "merge" / "config.json").write_text("{}", encoding="utf-8")
-    assert f": the command that made {run.demo}, with --redo merge makes it anew\n" in fintune(*folder).err
-    assert f": fintune run {run.yaml} run.name=demo " in run.publish(ALL).err
+    assert f": rerun it: the command that made {run.demo}, with --redo merge\n" in fintune(*folder).err
+    assert f": rerun it: fintune run {run.yaml} run.name=demo " in run.publish(ALL).err
     finish(run.demo / "merge", "merge", inputs={"train": "0" * 64})
-    assert f": make it anew first: the command that made {run.demo} does\n" in fintune(*folder).err
+    assert f": rerun it first: the command that made {run.demo}\n" in fintune(*folder).err
     told = run.publish(ALL).err
-    assert f": make it anew first: fintune run {run.yaml} run.name=demo " in told
+    assert f": rerun it first: fintune run {run.yaml} run.name=demo " in told
     assert "CONFIG" not in told
 
 
@@ -274,10 +274,10 @@ def test_without_the_result_of_prepare_nothing_is_published_as_no_licence_of_the
         done = run.publish("publish.license=apache-2.0", *flag)
         assert done.status == 2
         assert "has no result of prepare, without which the card cannot name the data and their licences" in done.err
-        assert "make it anew first: fintune prepare" in done.err
+        assert "rerun it: fintune prepare" in done.err
     done = fintune("publish", run.demo, f"model.name={run.model}", "publish.repo_id=ann/demo")
     assert done.status == 2
-    assert "has no result of prepare, so what its data are is not known: put it back, or name the run's" in done.err
+    assert "has no result of prepare, so its data are unknown: put it back, or name the run's" in done.err
     assert not hub.repositories
     assert not (run.demo / "publish-preview" / "README.md").exists()
 

@@ -21,7 +21,8 @@ from fintune.cli.legacy.pasted import PastedCommand
 from fintune.config import Config
 from fintune.errors import ConfigError
 from fintune.models import adapter as adapters
-from fintune.util import hub as hub_push
+from fintune.publish.push import push_files
+from fintune.util.hub import full_repo_name
 from fintune.util.signals import RESUME_MESSAGE, interrupt_message
 
 _RUN = "run"
@@ -119,7 +120,7 @@ def train(flags: Mapping[str, Any]) -> None:
 
     output: Path = flags["output_dir"]
     reporters.check(_report_to(flags))
-    repo = hub_push.check(flags["hub_model_id"], output) if flags["push_to_hub"] else None
+    repo = full_repo_name(flags["hub_model_id"] or output.resolve().name) if flags["push_to_hub"] else None
     data, has_eval = _data(flags)
     if flags["eval_strategy"] != "no" and not has_eval:
         raise ConfigError(
@@ -147,7 +148,7 @@ def train(flags: Mapping[str, Any]) -> None:
     files = _lay_out(config.folder / "train" / "adapter", output)
     click.echo(f"{output}: the adapter; its losses are in {config.folder / 'train' / 'metrics.jsonl'}")
     if repo is not None:
-        click.echo(hub_push.push(repo, [path for path in files if path.name != adapters.BASE_FILE]))
+        click.echo(push_files(repo, [path for path in files if path.name != adapters.BASE_FILE]))
 
 
 def _data(flags: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:

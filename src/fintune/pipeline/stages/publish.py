@@ -1,4 +1,4 @@
-"""``fintune publish``: results to the Hugging Face hub, with a model card made from the manifests."""
+"""``fintune publish``: push results to the Hugging Face hub, with a model card made from the manifests."""
 
 from __future__ import annotations
 
@@ -9,120 +9,120 @@ from pathlib import Path
 from fintune.config import Config
 from fintune.errors import ArtifactError, ResourceError
 from fintune.manifest import MANIFEST, Facts, Manifest
-from fintune.publish.card_facts import card_of
-from fintune.publish.files import CARD, gather
+from fintune.publish.card import card_of, unstated_licences
+from fintune.publish.files import CARD, gather_files
+from fintune.publish.push import PushTarget, Upload, push
 from fintune.report.card import render_card
-from fintune.util import hub as hub_push
 from fintune.util.console import say
 from fintune.util.files import write_atomically
-from fintune.util.hub import Target, Upload
+from fintune.util.hub import RETRY_PAUSES, full_repo_name, require_token
 from fintune.util.text import format_bytes
 
 
 def check(config: Config) -> None:
-    """Refuse before any work what is sure to fail later: no token, or one that the hub does not know.
+    """Check before any work that there is a token, and that the hub accepts it.
 
     Raises:
-        ResourceError: With what to do.
+        ResourceError: There is no token, or the hub refuses it.
     """
-    hub_push.require_token()
-    _know_token()
+    require_token()
+    _check_token()
 
 
 @lru_cache(maxsize=1)
-def _know_token() -> None:
+def _check_token() -> None:
     try:
-        hub_push.owner()
+        full_repo_name("")
     except ResourceError as error:
         if "refuses the token" in error.message:
             raise
-        # A hub that cannot be reached now may be there when training is over.
+        # A hub that cannot be reached now may be back after training.
 
 
 def publish(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
-    """Push what ``publish.artifacts`` names.
+    """Push the results that ``publish.artifacts`` names.
 
     Args:
         config: The run.
-        inputs: Finished folders by step name; those that ``publish.artifacts`` needs, and for the card all that
-            are there.
-        folder: Gets the card.
+        inputs: Step name -> finished folder: the steps of ``publish.artifacts``, and for the card all other finished steps.
+        folder: Folder for the card.
 
     Returns:
-        Repository, branch, commit, and what became of each file.
+        Repository, branch, commit, and the names of new and removed files.
 
     Raises:
-        ArtifactError: A result that is missing, stale or was changed.
-        ConfigError: A licence that allows what the data forbid.
-        ResourceError: The hub refuses it or cannot be reached.
+        ArtifactError: A result is missing, older than its inputs, or was changed.
+        ConfigError: The licence allows what the data forbid.
+        ResourceError: The hub refuses the push or cannot be reached.
     """
     options = config.publish
-    repo = hub_push.full_name(options.repo_id or "")
+    name = options.repo_id or ""
+    repo = name if "/" in name else full_repo_name(name, pauses=RETRY_PAUSES)
     uploads = _prepare(config, repo, inputs, folder)
-    target = Target(repo, options.private, options.branch, must_be_private=options.private)
-    names = {each.name for each in uploads}
-    done = hub_push.send(
-        target,
+    names = {upload.name for upload in uploads}
+    result = push(
+        PushTarget(repo, options.private, options.branch, must_be_private=options.private),
         uploads,
         message=f"{', '.join(options.artifacts)} of run {config.run.name}",
-        remove=_earlier(config, repo) - names,
+        remove=_pushed_before(config, repo) - names,
         what=f"{repo} was not published",
+        pauses=RETRY_PAUSES,
     )
-    say(done.address)
+    say(result.address)
     return {
         "repo": repo,
         "branch": options.branch,
         "private": options.private,
-        "commit": done.commit,
-        "address": done.address,
-        "file_bytes": {each.name: each.num_bytes for each in uploads},
-        "sent": list(done.sent),
-        "removed": list(done.removed),
-        "num_sent_bytes": done.num_sent_bytes,
-        "summary": f"{repo} at {done.commit[:8]}: {len(done.sent)} of {len(uploads)} files new, "
-        f"{format_bytes(done.num_sent_bytes)}",
+        "commit": result.commit,
+        "address": result.address,
+        "file_bytes": {upload.name: upload.num_bytes for upload in uploads},
+        "sent": list(result.sent),
+        "removed": list(result.removed),
+        "num_sent_bytes": result.num_sent_bytes,
+        "summary": f"{repo} at {result.commit[:8]}: {len(result.sent)} of {len(uploads)} files new, "
+        f"{format_bytes(result.num_sent_bytes)}",
     }
 
 
 def preview(config: Config, inputs: Mapping[str, Path], folder: Path) -> list[tuple[str, int]]:
-    """Write the card and say what would be pushed; asks nobody.
+    """Write the card and list the files of a push, without a request to the hub.
 
     Args:
         config: The run.
         inputs: As for :func:`publish`.
-        folder: Gets the card, and the adapter's configuration as it would be pushed.
+        folder: Folder for the card and for the adapter's configuration.
 
     Returns:
-        Name and bytes of each file.
+        Name and bytes of every file.
 
     Raises:
-        ArtifactError: As :func:`publish`.
-        ConfigError: Likewise.
+        ArtifactError: A result is missing, older than its inputs, or was changed.
+        ConfigError: The licence allows what the data forbid.
     """
     folder.mkdir(parents=True, exist_ok=True)
     uploads = _prepare(config, config.publish.repo_id or "", inputs, folder)
-    return [(each.name, each.num_bytes) for each in uploads]
+    return [(upload.name, upload.num_bytes) for upload in uploads]
 
 
 def _prepare(config: Config, repo: str, inputs: Mapping[str, Path], folder: Path) -> Sequence[Upload]:
-    made = gather(config, inputs, folder)
-    card = card_of(config, repo, made, inputs)
+    publication = gather_files(config, inputs, folder)
+    card = card_of(config, repo, publication, inputs)
     write_atomically(folder / CARD, render_card(card))
-    if card.licence == "unknown":
-        say("the card says licence unknown: neither base model nor data state one; set publish.license if you know it")
+    for line in unstated_licences(config, card):
+        say(line)
     if not card.base.hub_id:
-        say("the card cannot say where the base model is: set publish.base_model to its name on the hub")
-    return [*made.uploads, Upload(CARD, folder / CARD)]
+        say("the card does not name the base model on the hub: set publish.base_model=OWNER/NAME")
+    return [*publication.uploads, Upload(CARD, folder / CARD)]
 
 
-def _earlier(config: Config, repo: str) -> set[str]:
-    """What an earlier push of this run has left there; nothing of others is ever removed."""
+def _pushed_before(config: Config, repo: str) -> set[str]:
+    """Return the files that an earlier push of this run left in the repository. Only these may be removed."""
     path = config.folder / "publish" / MANIFEST
     try:
         facts = Manifest.model_validate_json(path.read_bytes()).facts
     except OSError:
         return set()
     except ValueError:
-        raise ArtifactError(f"{path}: not a manifest", hint="remove the folder; what was pushed stays") from None
-    there = facts.get("repo") == repo and facts.get("branch") == config.publish.branch
-    return set(facts.get("file_bytes", {})) if there else set()
+        raise ArtifactError(f"{path}: not a manifest", hint="remove the folder; the pushed files stay") from None
+    is_same_target = facts.get("repo") == repo and facts.get("branch") == config.publish.branch
+    return set(facts.get("file_bytes", {})) if is_same_target else set()

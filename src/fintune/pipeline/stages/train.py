@@ -19,6 +19,7 @@ from fintune.models import chat_template as chat
 from fintune.models import load as models
 from fintune.models.folder import read_model_config
 from fintune.publish import files as publication
+from fintune.publish.push import EpochPushes
 from fintune.training import (
     adapter,
     advice,
@@ -34,9 +35,8 @@ from fintune.training import (
 )
 from fintune.training.evaluate import BEST, Evaluation
 from fintune.training.facts import trained_facts
-from fintune.training.hub_callback import EpochPushes
-from fintune.util import hub as hub_push
 from fintune.util.console import say
+from fintune.util.hub import require_token
 from fintune.util.memory import advice_on_memory
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def check(config: Config) -> None:
     launch.require_gpus(config.train.gpus)
     reporters.check(config.train.report_to)
     if config.publish.each_epoch:
-        hub_push.require_token()
+        require_token()
     if config.train.backend == "unsloth":
         unsloth.check(config)
     if config.train.optim != "adamw_torch":  # the others ask torch about a GPU, which takes seconds

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from fintune.config.load import load
-from fintune.publish import card_facts
-from fintune.publish.card_facts import card_of
+from fintune.publish import card as module
+from fintune.publish.card import card_of, unstated_licences
 from fintune.publish.files import Publication
-from fintune.report.card import Base
+from fintune.report.card import Base, Source
 from support.example_run import manifest
 from support.published_run import TRAIN_FACTS, TRAIN_OPTIONS
 
@@ -55,12 +55,31 @@ def test_the_guards_share_of_right_programs_has_its_interval():
     assert not any(name.startswith("finance right") for name in rows)
 
 
+@pytest.mark.parametrize(
+    ("source", "base", "given", "lines"),
+    [
+        ("chat", "mit", None, ["license: rows.jsonl states none: set `license` of its entry in data.sources, or "]),
+        ("finqa", "mit", None, ["license: rows.jsonl states none: set publish.license"]),
+        ("chat", "not stated", "mit", []),
+        ("finqa", "not stated", None, ["license: the base model mine states none: set publish", "rows.jsonl states"]),
+    ],
+)
+def test_unstated_licences_name_file_and_option(source, base, given, lines):
+    data = ["data.sources=[{path: rows.jsonl}]"] if source == "chat" else ["data.train=rows.jsonl", "data.eval=b.jsonl"]
+    options = [f"data.source={source}", *data, *([f"publish.license={given}"] if given else [])]
+    rows, known = Source("rows.jsonl", False, "not stated", False, 1, 0), Source("b.jsonl", False, "mit", False, 1, 0)
+    card = SimpleNamespace(base=Base("mine", "", base), sources=[rows, known])
+    found = unstated_licences(load(None, options).config, card)
+    assert len(found) == len(lines)
+    assert all(line in text for line, text in zip(lines, found, strict=True))
+
+
 def test_what_could_not_be_encoded_is_told_beside_the_sources_that_still_count_it(monkeypatch, tmp_path):
     train = SimpleNamespace(num_examples=97, dropped={"not encodable": 1})
     held = SimpleNamespace(num_examples=5, dropped={})
     report = SimpleNamespace(train=train, eval=held, sources=[SimpleNamespace(dropped={"exact duplicate": 2})])
-    monkeypatch.setattr(card_facts.prepared, "read_report", lambda _: report)
-    assert card_facts._used(tmp_path) == (
+    monkeypatch.setattr(module.prepared, "read_report", lambda _: report)
+    assert module._used(tmp_path) == (
         "97 examples were trained on, 5 held out; left out: 1 not encodable, 2 exact duplicate. "
         "Of the examples above, 1 could not be encoded."
     )

@@ -1,4 +1,4 @@
-"""What the model card says, from the manifests of a run."""
+"""The contents of the model card, from the manifests of a run."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fintune import __version__
 from fintune.config import Config
 from fintune.data import prepared
 from fintune.data.hub import PREFIX
-from fintune.data.licences import combined, hub_name, is_on_hub, licence_of
+from fintune.data.licences import NOT_STATED, combined, hub_name, is_on_hub, licence_of
 from fintune.evaluation.metrics import Score
 from fintune.evaluation.scoring import read_score
 from fintune.evaluation.statistics import wilson
 from fintune.finqa.prompt import build_messages
 from fintune.manifest import Facts, Manifest
-from fintune.publish.files import CARD, Publication, gguf_names, refuse_licence
+from fintune.publish.files import CARD, Publication, check_licence, gguf_file_names
 from fintune.records import FinQAQuestion, FinQARecord, Message
 from fintune.report.card import Base, Card, Replayed, Source
 from fintune.report.parts.accuracy import decoded
@@ -29,7 +29,7 @@ from fintune.report.run_page import KINDS, RunPage, span
 from fintune.util.text import format_duration
 
 _OWN_LICENCE = "Apache-2.0"
-"""Of the pages that this package generates."""
+"""Licence of the pages that this package generates."""
 _FINQA_ID = re.compile(r"[A-Z.]{1,6}/\d{4}/page_\d+\.pdf-\d+")
 _METHODS = {
     ("lora", "none"): "LoRA",
@@ -39,29 +39,29 @@ _METHODS = {
 }
 
 
-def card_of(config: Config, repo: str, made: Publication, inputs: Mapping[str, Path]) -> Card:
-    """Collect it.
+def card_of(config: Config, repo: str, publication: Publication, inputs: Mapping[str, Path]) -> Card:
+    """Collect the contents of the card.
 
     Args:
         config: The run.
         repo: ``OWNER/NAME``.
-        made: What is pushed.
-        inputs: Finished folders by step name.
+        publication: The files of the push and their manifests.
+        inputs: Step name -> finished folder.
 
     Raises:
-        ArtifactError: A file of a finished stage that cannot be read.
+        ArtifactError: A file of a finished stage cannot be read.
         ConfigError: ``publish.license`` allows what the data forbid.
     """
     options = config.publish
-    sources = list(_sources(config, inputs["prepare"], made.manifests["prepare"])) if "prepare" in inputs else []
-    origins: list[Base | Source] = [made.base, *sources]
-    restricted = {each.name: each.licence for each in origins if each.non_commercial}
-    refuse_licence(options.license, restricted)
-    asked_for = combined(made.base.licence, [each.licence for each in sources])
-    licence = hub_name(options.license) if options.license else asked_for
+    sources = list(_sources(config, inputs["prepare"], publication.manifests["prepare"])) if "prepare" in inputs else []
+    origins: list[Base | Source] = [publication.base, *sources]
+    restricted = {origin.name: origin.licence for origin in origins if origin.non_commercial}
+    check_licence(options.license, restricted)
+    binding = combined(publication.base.licence, [source.licence for source in sources])
+    licence = hub_name(options.license) if options.license else binding
     scores = _scores(inputs)
-    replay = made.manifests["replay"].facts if "replay" in made.manifests else {}
-    pushed = {each.name for each in made.uploads}
+    replay = publication.manifests["replay"].facts if "replay" in publication.manifests else {}
+    pushed = {upload.name for upload in publication.uploads}
     has_adapter, has_gguf = "adapter" in options.artifacts, "gguf" in options.artifacts
     return Card(
         repo=repo,
@@ -69,12 +69,12 @@ def card_of(config: Config, repo: str, made: Publication, inputs: Mapping[str, P
         private=options.private,
         licence=licence,
         licence_known=is_on_hub(licence),
-        base=made.base,
+        base=publication.base,
         sources=sources,
         used=_used(inputs["prepare"]) if "prepare" in inputs else "",
         program=config.data.source != "chat",
-        method=list(_method(made.manifests)),
-        training=list(_training(made.manifests)),
+        method=list(_method(publication.manifests)),
+        training=list(_training(publication.manifests)),
         messages=_messages(config),
         max_new_tokens=config.predict.max_new_tokens if config.data.source != "chat" else 256,
         context_tokens=config.prompt.max_length,
@@ -84,11 +84,30 @@ def card_of(config: Config, repo: str, made: Publication, inputs: Mapping[str, P
         num_replayed=int(replay.get("num_positions", 0)),
         adapter=options.adapter_folder if has_adapter else None,
         merged="merged" in options.artifacts,
-        gguf=[name for name in gguf_names(config) if name in pushed] if has_gguf else [],
+        gguf=[name for name in gguf_file_names(config) if name in pushed] if has_gguf else [],
         modelfile="Modelfile" in pushed,
-        files=[(each.name, each.num_bytes) for each in made.uploads if each.name != CARD],
-        origin=list(_origin(made.manifests)),
+        files=[(upload.name, upload.num_bytes) for upload in publication.uploads if upload.name != CARD],
+        origin=list(_origin(publication.manifests)),
     )
+
+
+def unstated_licences(config: Config, card: Card) -> list[str]:
+    """Return a line for the base model and for each source whose licence is not stated, with what to set.
+
+    Args:
+        config: The run.
+        card: Its card.
+    """
+    if config.publish.license:
+        return []
+    lines = []
+    if NOT_STATED in card.base.licence:
+        lines.append(f"license: the base model {card.base.name} states none: set publish.license")
+    entry = "`license` of its entry in data.sources, or " if config.data.source == "chat" else ""
+    for source in card.sources:
+        if NOT_STATED in source.licence:
+            lines.append(f"license: {source.name} states none: set {entry}publish.license")
+    return lines
 
 
 def _sources(config: Config, folder: Path, manifest: Manifest) -> Iterator[Source]:
@@ -97,18 +116,18 @@ def _sources(config: Config, folder: Path, manifest: Manifest) -> Iterator[Sourc
     if config.data.source == "builtin:statements":
         yield Source("report pages generated by fintune", False, _OWN_LICENCE, False, *counts)
         return
-    for each in report.sources:
-        on_hub = each.path.startswith(PREFIX)
-        # A path of this machine is nobody's business.
-        name = each.path.removeprefix(PREFIX) if on_hub else Path(each.path).name
-        licence = each.licence
-        yield Source(name, on_hub, licence.name, licence.non_commercial, each.num_train, each.num_eval)
+    for source in report.sources:
+        on_hub = source.path.startswith(PREFIX)
+        # Only the name, because a path of this machine must not be published.
+        name = source.path.removeprefix(PREFIX) if on_hub else Path(source.path).name
+        licence = source.licence
+        yield Source(name, on_hub, licence.name, licence.non_commercial, source.num_train, source.num_eval)
     if not report.sources:
         for option, train, held_out in (("data.train", counts[0], 0), ("data.eval", 0, counts[1])):
             path = Path(str(manifest.key.options.get(option)))
-            found = licence_of("", path=path)
-            told = found.name if found.origin or not _is_finqa(folder) else "MIT"
-            yield Source(path.name, False, told, found.non_commercial, train, held_out)
+            licence = licence_of("", path=path)
+            name = licence.name if licence.origin or not _is_finqa(folder) else "MIT"
+            yield Source(path.name, False, name, licence.non_commercial, train, held_out)
 
 
 def _used(folder: Path) -> str:
@@ -118,19 +137,19 @@ def _used(folder: Path) -> str:
         kinds.update(source.dropped)
     left_out = f"; left out: {', '.join(f'{number:,} {reason}' for reason, number in kinds.items())}" if kinds else ""
     lost = sum(sum(split.dropped.values()) for split in (report.train, report.eval)) if report.sources else 0
-    told = f"{report.train.num_examples:,} examples were trained on, {report.eval.num_examples:,} held out{left_out}."
-    return f"{told} Of the examples above, {lost:,} could not be encoded." if lost else told
+    text = f"{report.train.num_examples:,} examples were trained on, {report.eval.num_examples:,} held out{left_out}."
+    return f"{text} Of the examples above, {lost:,} could not be encoded." if lost else text
 
 
 def _is_finqa(folder: Path) -> bool:
-    """Whether the examples have FinQA's own ids, of whose files the licence is known."""
+    """Return whether the examples have FinQA's own ids, so that their licence is known."""
     with (folder / "train.jsonl").open(encoding="utf-8") as lines:
         ids = [str(json.loads(line).get("id")) for line in islice(lines, 100)]
-    return bool(ids) and all(_FINQA_ID.fullmatch(each) for each in ids)
+    return bool(ids) and all(_FINQA_ID.fullmatch(example_id) for example_id in ids)
 
 
 def _scores(inputs: Mapping[str, Path]) -> dict[str, Score]:
-    """Of what is pushed and what it came from; a served model may be any other."""
+    """Read the scores of the run's models. A served model is left out, because it may be any other model."""
     steps = {kind: inputs.get(f"score/{kind}") for kind in KINDS if kind != "endpoint"}
     return {kind: read_score(folder / "score.json") for kind, folder in steps.items() if folder is not None}
 
@@ -140,69 +159,69 @@ def _scored(config: Config) -> str:
     pages = "generated pages of companies that it was not trained on"
     on = pages if data.source == "builtin:statements" else f"questions of {data.eval.name if data.eval else 'a file'}"
     shots = config.predict.num_fewshot
-    told = decoded(RunPage(config.run.name, config))
+    decoding = decoded(RunPage(config.run.name, config))
     return " ".join(
         part
         for part in (
             f"FinQA's official verdicts on {on}.",
-            f"{shots} solved questions stood before each." if shots else "",
-            told,
+            f"Every question had {shots} solved questions before it." if shots else "",
+            decoding,
         )
         if part
     )
 
 
 def _replayed(facts: Facts) -> dict[str, Replayed]:
-    found: Mapping[str, Mapping[str, Any]] = facts.get("replayed", {})
+    replayed: Mapping[str, Mapping[str, Any]] = facts.get("replayed", {})
     return {
-        kind: Replayed(each["same_best_token_share"], each["mean_kl"], each["perplexity"])
-        for kind, each in found.items()
+        kind: Replayed(figures["same_best_token_share"], figures["mean_kl"], figures["perplexity"])
+        for kind, figures in replayed.items()
     }
 
 
 def _method(manifests: Mapping[str, Manifest]) -> Iterator[tuple[str, str]]:
-    """As training was done, which the present options need not say."""
+    """Yield the rows on the method, from the options of the training and not from the present ones."""
     if "train" not in manifests:
         return
     manifest = manifests["train"]
-    told = {key: str(value) for key, value in manifest.key.options.items() if value is not None}
-    kind, quantization = told["adapter.kind"], told.get("model.quantization", "none")
-    if told.get("train.objective", "sft") != "sft":
-        yield "objective", told["train.objective"].upper()
+    options = {key: str(value) for key, value in manifest.key.options.items() if value is not None}
+    kind, quantization = options["adapter.kind"], options.get("model.quantization", "none")
+    if options.get("train.objective", "sft") != "sft":
+        yield "objective", options["train.objective"].upper()
     yield "method", _METHODS.get((kind, quantization), "every weight is trained")
     if kind != "full":
-        init = told.get("adapter.init_lora_weights", "default")
-        start = "" if init == "default" else f", begun by {init} and so stored with twice the rank"
+        init = options.get("adapter.init_lora_weights", "default")
+        start = "" if init == "default" else f", initialised by {init} and therefore stored with twice the rank"
         yield (
             "rank, alpha, dropout",
-            f"{told['adapter.r']}, {told['adapter.lora_alpha']}, {told['adapter.lora_dropout']}{start}",
+            f"{options['adapter.r']}, {options['adapter.lora_alpha']}, {options['adapter.lora_dropout']}{start}",
         )
         yield "adapted layers", ", ".join(manifest.key.options["adapter.target_modules"])
-    yield "precision", str(manifest.facts.get("precision", told.get("train.dtype")))
-    yield "learning rate", f"{float(told['train.learning_rate']):g}, {told['train.lr_scheduler_type']}"
+    yield "precision", str(manifest.facts.get("precision", options.get("train.dtype")))
+    yield "learning rate", f"{float(options['train.learning_rate']):g}, {options['train.lr_scheduler_type']}"
     yield "passes, examples a step", _passes(manifest.key.options, manifest.facts)
 
 
 def _passes(options: Mapping[str, Any], facts: Facts) -> str:
-    """As many as were made: ``train.max_steps`` and patience end a training before ``train.num_train_epochs``."""
+    """Return passes and examples a step. Training may end before all epochs: by max_steps or early stopping."""
     factors = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps", "train.gpus", "train.machines")
     examples = prod(int(options.get(name) or 1) for name in factors)
-    asked, rows = float(options["train.num_train_epochs"]), facts.get("num_examples")
-    made = int(facts["num_steps"]) * examples / rows if rows else asked
-    # The last step of a training that came to its end may hold fewer.
-    passes = made if options.get("train.max_steps") else min(made, asked)
+    epochs, rows = float(options["train.num_train_epochs"]), facts.get("num_examples")
+    passes = int(facts["num_steps"]) * examples / rows if rows else epochs
+    # The last step of a complete training may hold fewer examples.
+    passes = passes if options.get("train.max_steps") else min(passes, epochs)
     return f"{passes:.2g}, {examples:,}" if passes < 1 else f"{round(passes, 2):g}, {examples:,}"
 
 
 def _guarded(facts: Facts) -> Iterator[tuple[str, str]]:
-    """The guard's line, and between what the shares of right programs lie: twelve are few."""
+    """Yield the guard's summary, and the shares of right programs with intervals, because twelve prompts are few."""
     yield "fixed prompts, before and after", str(facts.get("summary", ""))
     for group in facts.get("groups", ()):
         number = group["num_prompts"]
         if group["right_before"] is not None:
             rights = (group["right_before"], group["right_after"])
-            told = ", ".join(f"{right} of {number} ({span(wilson(right, number))} %)" for right in rights)
-            yield f"{group['name']} right, before and after, 95 % intervals", told
+            shares = ", ".join(f"{right} of {number} ({span(wilson(right, number))} %)" for right in rights)
+            yield f"{group['name']} right, before and after, 95 % intervals", shares
 
 
 def _training(manifests: Mapping[str, Manifest]) -> Iterator[tuple[str, str]]:
@@ -215,24 +234,24 @@ def _training(manifests: Mapping[str, Manifest]) -> Iterator[tuple[str, str]]:
     yield "trained parameters", f"{facts['num_trainable']:,}"
     if "eval_loss" in facts:
         yield "loss on held-out examples", f"{facts['eval_loss']:.3f} at step {facts['kept_step']:,}"
-    if "mean_first_loss" in facts:  # runs of older versions have the losses of single steps only
+    if "mean_first_loss" in facts:  # older manifests have only losses of single steps
         ends = f"{facts['mean_first_loss']:.3f} to {facts['mean_last_loss']:.3f}"
         yield "training loss, first to last steps", f"{ends}, means of {facts['num_mean_losses']:,}"
     if "guard" in manifests:
         yield from _guarded(manifests["guard"].facts)
-    told = f"{format_duration(facts['train_seconds'])}, {facts['tokens_per_second']:,.0f} tokens a second"
+    speed = f"{format_duration(facts['train_seconds'])}, {facts['tokens_per_second']:,.0f} tokens a second"
     machine = manifest.machine
-    where = machine.get("gpu") or f"{machine.get('cores')} cores of {machine.get('processor')}"
-    yield "time", f"{told}, on {where}"
+    device = machine.get("gpu") or f"{machine.get('cores')} cores of {machine.get('processor')}"
+    yield "time", f"{speed}, on {device}"
 
 
 def _origin(manifests: Mapping[str, Manifest]) -> Iterator[tuple[str, str]]:
     yield "made with", f"fintune {__version__}"
     last = manifests.get("train") or next(iter(manifests.values()))
-    if commits := dict.fromkeys(each.commit for each in manifests.values() if each.commit):
+    if commits := dict.fromkeys(manifest.commit for manifest in manifests.values() if manifest.commit):
         yield (
             "commit",
-            ", ".join(commits) + (" (+: files were changed)" if any("+" in each for each in commits) else ""),
+            ", ".join(commits) + (" (+: files were changed)" if any("+" in commit for commit in commits) else ""),
         )
     yield "seed", str(last.seed)
     yield "finished", last.finished[:10]
@@ -244,7 +263,7 @@ def _origin(manifests: Mapping[str, Manifest]) -> Iterator[tuple[str, str]]:
 
 
 def _messages(config: Config) -> list[Message]:
-    """A conversation as the model knows them."""
+    """Return a conversation in the format of the training data."""
     if config.data.source == "chat":
         question = Message(role="user", content="What does a bond's price do when interest rates rise, and why?")
         return [*([Message(role="system", content=config.data.system)] if config.data.system else []), question]

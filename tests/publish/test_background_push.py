@@ -1,4 +1,4 @@
-"""The adapter goes to the hub behind each epoch, in the background, and no trouble there stops training."""
+"""Pushes in the background of training: no error of the hub stops training."""
 
 from __future__ import annotations
 
@@ -15,10 +15,8 @@ from safetensors import SafetensorError
 
 from fintune.config import Config
 from fintune.errors import ConfigError
-from fintune.training.hub_callback import EpochPushes
-from fintune.util import hub_background
-from fintune.util.hub import Target
-from fintune.util.hub_background import BackgroundPush
+from fintune.publish import push as module
+from fintune.publish.push import BackgroundPush, EpochPushes, PushTarget
 from support.model_hub import LIBRARY_WARNS, TOKEN, ModelHub, Repository, connected
 from support.paths import ROOT
 from support.prepared_rows import prepared
@@ -71,21 +69,19 @@ def train(tiny_model: Path, folder: Path, callback: object, epochs: int = 2, **m
     return trainer
 
 
-def test_the_guides_callback_pushes_each_epoch_and_what_it_pushed_last_is_the_end(
-    tiny_model, hub, push_class, tmp_path, capsys, caplog
-):
+def test_callback_pushes_every_epoch(tiny_model, hub, push_class, tmp_path, capsys, caplog):
     caplog.set_level(logging.DEBUG)
     assert train(tiny_model, tmp_path, push_class(repo_id="ann/llama-finqa-dora")).state.global_step == 4
     repo = hub.repositories["ann/llama-finqa-dora"]
     assert repo.private
     assert repo.commits["main"] == ["initial commit", "epoch 1, step 2", "epoch 2, step 4"]
     assert set(repo.branches["main"]) == ADAPTER
-    told = capsys.readouterr()
-    assert told.err.count("step 4 pushed: http") == 2  # behind the epoch, and at the end, where nothing was new
-    assert TOKEN not in told.err + told.out + caplog.text
+    message = capsys.readouterr()
+    assert message.err.count("step 4 pushed: http") == 2  # behind the epoch, and at the end, where nothing was new
+    assert TOKEN not in message.err + message.out + caplog.text
 
 
-def test_at_the_end_the_hub_has_the_best_weights_that_the_trainer_loaded_again(tiny_model, hub, push_class, tmp_path):
+def test_callback_pushes_best_weights_at_the_end(tiny_model, hub, push_class, tmp_path):
     from peft import get_peft_model_state_dict
     from safetensors.torch import load
 
@@ -107,47 +103,45 @@ def test_at_the_end_the_hub_has_the_best_weights_that_the_trainer_loaded_again(t
 
 
 @pytest.mark.parametrize("name", ["ann/bad name", "a/b/c", ""])
-def test_a_name_that_no_repository_can_have_is_refused_before_training(push_class, name):
-    with pytest.raises(ConfigError, match="is no name on the hub: write OWNER/NAME"):
+def test_callback_refuses_an_invalid_name(push_class, name):
+    with pytest.raises(ConfigError, match="is no valid name on the hub: write OWNER/NAME"):
         push_class(repo_id=name)
 
 
-def test_a_failure_is_told_once_training_goes_on_and_the_next_epoch_is_tried(
-    tiny_model, hub, push_class, tmp_path, capsys
-):
+def test_callback_pushes_next_epoch_after_a_failure(tiny_model, hub, push_class, tmp_path, capsys):
     hub.fail = {"repos/create": [500]}
     assert train(tiny_model, tmp_path, push_class(repo_id="ann/model")).state.global_step == 4
-    told = capsys.readouterr().err
-    assert told.count("was not pushed, and training goes on: ") == 1
-    assert "epoch 1, step 2 was not pushed, and training goes on: ann/model was not pushed: " in told
+    message = capsys.readouterr().err
+    assert message.count(", training continues: ") == 1
+    assert "could not push epoch 1, step 2, training continues: ann/model was not pushed: " in message
     assert hub.repositories["ann/model"].commits["main"] == ["initial commit", "epoch 2, step 4"]
 
 
-def test_a_last_epoch_that_failed_is_tried_once_more_at_the_end(tiny_model, hub, push_class, tmp_path, capsys):
+def test_callback_repeats_a_failed_last_epoch_at_the_end(tiny_model, hub, push_class, tmp_path, capsys):
     hub.fail = {"repos/create": [500]}
     train(tiny_model, tmp_path, push_class(repo_id="ann/model"), epochs=1)
     assert hub.repositories["ann/model"].commits["main"] == ["initial commit", "end of training, step 2"]
 
 
 @pytest.mark.parametrize("trouble", ["no token", "wrong token", "public", "away"])
-def test_training_ends_whatever_the_hub_says(tiny_model, hub, push_class, tmp_path, capsys, monkeypatch, trouble):
-    told = "the hub refuses the token (status 401)"
+def test_training_ends_whatever_the_hub_answers(tiny_model, hub, push_class, tmp_path, capsys, monkeypatch, trouble):
+    message = "the hub refuses the token (status 401)"
     if trouble == "no token":
         monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-        told = "needs a token, and there is none"
+        message = "needs a token, and there is none"
     elif trouble == "wrong token":
         monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     elif trouble == "public":
         hub.repositories["ann/model"] = Repository(private=False)
-        told = "can be read by everybody"
+        message = "can be read by everybody"
     else:
         hub.drop = {"": 99}
-        told = "the hub cannot be reached"
+        message = "the hub cannot be reached"
     assert train(tiny_model, tmp_path, push_class(repo_id="ann/model"), epochs=1).state.global_step == 2
     err = capsys.readouterr().err
-    assert told in err
-    assert "epoch 1, step 2 was not pushed, and training goes on: " in err
-    assert "what training ended with was not pushed: " in err
+    assert message in err
+    assert "could not push epoch 1, step 2, training continues: " in err
+    assert "could not push the weights at the end of training: " in err
     assert "hf_wrong" not in err
     assert not any(repo.branches["main"] for repo in hub.repositories.values())
 
@@ -160,15 +154,15 @@ def writer(content: str) -> Callable[[Path], None]:
     return save
 
 
-def test_a_slow_hub_blocks_nothing_and_of_what_waits_only_the_newest_is_sent(hub, monkeypatch, capsys):
-    opened, real = threading.Event(), hub_background.send
+def test_slow_hub_gets_only_the_newest_waiting_snapshot(hub, monkeypatch, capsys):
+    opened, real = threading.Event(), module.push
 
     def slow(*args: object, **kwargs: object) -> object:
         opened.wait(30)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(hub_background, "send", slow)
-    pushes = BackgroundPush(Target("model"), "adapter")
+    monkeypatch.setattr(module, "push", slow)
+    pushes = BackgroundPush(PushTarget("model"), "adapter")
     for epoch in (1, 2, 3):
         pushes.push(writer(f"{epoch}"), f"epoch {epoch}")
         while epoch == 1 and pushes._waiting is not None:
@@ -179,32 +173,32 @@ def test_a_slow_hub_blocks_nothing_and_of_what_waits_only_the_newest_is_sent(hub
     pushes.finish()
     assert hub.repositories["ann/model"].commits["main"] == ["initial commit", "epoch 1", "epoch 3"]
     assert hub.files("ann/model") == {"adapter/adapter.json": b"3"}
-    told = capsys.readouterr().err
-    assert "epoch 2 was not pushed: an earlier one is still on its way" in told
-    assert "is not done after 0.01 s" in told
+    message = capsys.readouterr().err
+    assert "epoch 2 was not pushed: an earlier push is still running" in message
+    assert "is not done after 0.01 s" in message
 
 
-def test_an_error_nobody_foresaw_is_told_by_its_kind_and_the_next_snapshot_is_pushed(hub, monkeypatch, capsys):
-    real, errors = hub_background.send, [RuntimeError(f"Authorization: Bearer {TOKEN}")]
+def test_unexpected_error_shows_its_class_only(hub, monkeypatch, capsys):
+    real, errors = module.push, [RuntimeError(f"Authorization: Bearer {TOKEN}")]
 
     def once(*args: object, **kwargs: object) -> object:
         if errors:
             raise errors.pop()
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(hub_background, "send", once)
-    pushes = BackgroundPush(Target("ann/model"))
+    monkeypatch.setattr(module, "push", once)
+    pushes = BackgroundPush(PushTarget("ann/model"))
     for epoch in (1, 2):
         pushes.push(writer(f"{epoch}"), f"epoch {epoch}")
         pushes.finish()
     assert hub.repositories["ann/model"].commits["main"] == ["initial commit", "epoch 2"]
-    told = capsys.readouterr().err
-    assert "epoch 1 was not pushed, and training goes on: RuntimeError\n" in told
-    assert TOKEN not in told
+    message = capsys.readouterr().err
+    assert "could not push epoch 1, training continues: RuntimeError\n" in message
+    assert TOKEN not in message
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [
         (OSError(28, "No space left on device"), "No space left on device"),
         (
@@ -214,8 +208,8 @@ def test_an_error_nobody_foresaw_is_told_by_its_kind_and_the_next_snapshot_is_pu
         (AssertionError(f"Bearer {TOKEN}"), "AssertionError)"),
     ],
 )
-def test_a_snapshot_that_cannot_be_saved_is_told_in_a_line_and_passed_over(hub, capsys, error, told):
-    pushes, folders = BackgroundPush(Target("ann/model")), []
+def test_snapshot_that_cannot_be_saved_is_skipped(hub, capsys, error, message):
+    pushes, folders = BackgroundPush(PushTarget("ann/model")), []
 
     def full(folder: Path) -> None:
         folders.append(folder.parent)
@@ -224,28 +218,28 @@ def test_a_snapshot_that_cannot_be_saved_is_told_in_a_line_and_passed_over(hub, 
     pushes.push(full, "epoch 1")
     pushes.finish()
     err = capsys.readouterr().err
-    assert f"epoch 1 was not pushed, and training goes on: it could not be saved ({told}" in err
+    assert f"could not push epoch 1, training continues: it could not be saved ({message}" in err
     assert err.count("\n") == 1
     assert not folders[0].exists()
     assert not hub.asked
 
 
-def test_a_snapshot_for_which_there_is_no_folder_is_told_and_passed_over(hub, capsys, monkeypatch):
+def test_snapshot_without_temporary_folder_is_skipped(hub, capsys, monkeypatch):
     def full(**_: object) -> str:
         raise FileNotFoundError(2, "No usable temporary directory found")
 
-    monkeypatch.setattr(hub_background.tempfile, "mkdtemp", full)
-    BackgroundPush(Target("ann/model")).push(writer("1"), "epoch 1")
-    told = capsys.readouterr().err
+    monkeypatch.setattr(module.tempfile, "mkdtemp", full)
+    BackgroundPush(PushTarget("ann/model")).push(writer("1"), "epoch 1")
+    message = capsys.readouterr().err
     assert (
-        "epoch 1 was not pushed, and training goes on: it could not be saved (No usable temporary directory found)"
-        in told
+        "could not push epoch 1, training continues: it could not be saved (No usable temporary directory found)"
+        in message
     )
     assert not hub.asked
 
 
 @pytest.mark.parametrize("is_full", [False, True])
-def test_at_the_end_of_our_own_training_a_failure_says_where_the_adapter_is(hub, capsys, monkeypatch, is_full):
+def test_failure_at_the_end_of_a_run_says_where_the_adapter_is(hub, capsys, monkeypatch, is_full):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
 
     def save(folder: Path) -> None:
@@ -254,14 +248,14 @@ def test_at_the_end_of_our_own_training_a_failure_says_where_the_adapter_is(hub,
         writer("1")(folder)
 
     EpochPushes(Config.model_validate({"publish": {"repo_id": "ann/model"}}).publish, save, 2).finish()
-    told = capsys.readouterr().err
+    message = capsys.readouterr().err
     why = "it could not be saved (No space left on device)" if is_full else "pushing to the hub needs a token, and"
-    assert f"the adapter was not pushed: {why}" in told
-    assert "; it is in the run's folder, push it with `fintune publish`" in told
-    assert "training goes on" not in told
+    assert f"could not push the adapter: {why}" in message
+    assert "; it is in the run's folder and can be pushed with `fintune publish`" in message
+    assert "training continues" not in message
 
 
-def test_our_own_training_pushes_each_epoch_and_what_it_kept_under_the_bases_name(tiny_model, hub, tmp_path, capsys):
+def test_run_pushes_every_epoch_and_the_selected_weights(tiny_model, hub, tmp_path, capsys):
     from fintune.pipeline.stages.train import train as stage
 
     (tmp_path / "train").mkdir()
