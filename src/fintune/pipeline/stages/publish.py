@@ -44,7 +44,7 @@ def publish(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
 
     Args:
         config: The run.
-        inputs: Step name -> finished folder: the steps of ``publish.artifacts``, and all other finished steps for the card.
+        inputs: Step name -> finished folder. The card uses every finished step, not only those that are pushed.
         folder: Folder for the card.
 
     Returns:
