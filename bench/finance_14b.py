@@ -76,7 +76,7 @@ def _measure(options: argparse.Namespace) -> None:
 
 
 def _command(model: Path, length: int, steps: int) -> list[object]:
-    from fintune.training.plan import GIB, RESERVE_BYTES
+    from fintune.training.memory.model import GIB, RESERVE_BYTES
 
     limit = CARD_GIB - CONTEXT_GIB
     planned = round(limit - RESERVE_BYTES / GIB, 2)  # what is left for tensors on such a card

@@ -361,22 +361,21 @@ def _own_trainer(variant: dict, shape: dict, model, tokenizer, rows, clock):
     from datasets import Dataset
 
     from fintune.config import AdapterOptions
-    from fintune.training import adapter
     from fintune.training.fused.batch import PackedCollator
     from fintune.training.fused.trainer import FusedTrainer
-    from fintune.training.memory import Method, Shape
-    from fintune.training.plan import GIB, RESERVE_BYTES, make_plan
+    from fintune.training.lora import attach_adapter
+    from fintune.training.memory.model import GIB, RESERVE_BYTES, AdapterMethod, DecoderShape, choose_plan
 
     kind = "dora" if variant.get("dora") else "lora"
-    model = adapter.attach(model, AdapterOptions(kind=kind, r=shape["rank"], lora_alpha=2 * shape["rank"]))
+    model = attach_adapter(model, AdapterOptions(kind=kind, r=shape["rank"], lora_alpha=2 * shape["rank"]))
     cuda = torch.cuda.is_available()
     limit = torch.cuda.get_device_properties(0).total_memory - RESERVE_BYTES if cuda else 8 * GIB
     if variant.get("limit_gib"):
         limit = variant["limit_gib"] * GIB
     longest = max(map(len, rows))
-    plan = make_plan(
-        Shape.of(model.get_base_model().config.to_dict()),
-        Method(shape["rank"], dora=kind == "dora", four_bit=bool(shape.get("four_bit"))),
+    plan = choose_plan(
+        DecoderShape.from_config(model.get_base_model().config.to_dict()),
+        AdapterMethod(shape["rank"], dora=kind == "dora", four_bit=bool(shape.get("four_bit"))),
         batch_size=shape["batch"],
         accumulation=1,
         longest=longest,

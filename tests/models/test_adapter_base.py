@@ -13,7 +13,7 @@ from fintune.inference.open_model import Named, open_model
 from fintune.models import adapter as adapters
 from fintune.models import load as models
 from fintune.pipeline.stages.merge import merge
-from fintune.training import adapter
+from fintune.training import lora
 from support.prepared_rows import prepared
 from support.tiny import make_tiny_model, patch_json
 
@@ -30,12 +30,12 @@ def trained(tiny_model, tmp_path_factory) -> Path:
     import torch
 
     base = models.load_model(models.fetch(str(tiny_model)), dtype="float32", device="cpu")
-    adapted = adapter.attach(base, AdapterOptions(r=4))
+    adapted = lora.attach_adapter(base, AdapterOptions(r=4))
     for name, weight in adapted.named_parameters():
         if "lora_B" in name:
             weight.data = torch.full_like(weight, 0.01)
     folder = tmp_path_factory.mktemp("train") / "adapter"
-    adapter.save(adapted, str(tiny_model), None, folder, base=tiny_model)
+    lora.save_adapter(adapted, str(tiny_model), None, folder, base=tiny_model)
     return folder
 
 

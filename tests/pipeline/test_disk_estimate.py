@@ -72,13 +72,13 @@ def test_an_adapter_and_its_checkpoints_take_what_was_predicted(
     configure, tiny_model: Path, tmp_path: Path, r: int
 ) -> None:
     from fintune.models import load as models
-    from fintune.training import adapter
+    from fintune.training import lora
 
     config = configure(f"adapter.r={r}")
     base = models.load_model(models.fetch(str(tiny_model)), dtype="float32", device="cpu")
-    adapted = adapter.attach(base, config.adapter)
+    adapted = lora.attach_adapter(base, config.adapter)
     num_weights = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
-    adapter.save(adapted, str(tiny_model), None, tmp_path / "adapter")
+    lora.save_adapter(adapted, str(tiny_model), None, tmp_path / "adapter")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 4 * num_weights * 1.2
     # The adapter, and three checkpoints of the adapter and two moments of each of its weights.
     assert disk_estimate.train_bytes(config) - FIXED_BYTES == pytest.approx(4 * num_weights * 10 * 1.05, rel=1e-6)

@@ -21,7 +21,7 @@ import torch
 
 from fintune.config import Config
 from fintune.pipeline.stages.train import train
-from fintune.training import checkpoints, evaluate, metrics
+from fintune.training import checkpoints, metrics
 
 
 def die() -> None:
@@ -100,13 +100,13 @@ def while_the_old_one_is_removed(number: int) -> None:
 
 def before_the_best_appears(number: int) -> None:
     """Behind the line of an evaluation, before its weights are kept."""
-    count, original = after(number, die), evaluate.save_best
+    count, original = after(number, die), checkpoints.save_best
 
     def save(*arguments: object) -> None:
         count()
         original(*arguments)
 
-    evaluate.save_best = save
+    checkpoints.save_best = save
 
 
 def at_a_random_moment(draw: random.Random) -> None:

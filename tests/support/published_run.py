@@ -9,7 +9,7 @@ from typing import Any
 
 from fintune.config import Config
 from fintune.manifest import Key, Manifest, hash_files
-from fintune.training import adapter
+from fintune.training import lora
 from support.example_run import manifest, predictions, prepare_report, records, write_score
 
 KINDS = ("base", "adapter", "merged", "F16", "Q4_K_M")
@@ -95,13 +95,13 @@ def save_adapter(base: Path, name: str, folder: Path) -> None:
     from fintune.models import load as models
 
     model = models.load_model(models.fetch(str(base)), dtype="float32", device="cpu")
-    adapted = adapter.attach(model, AdapterOptions(kind="dora", r=4, lora_alpha=8))
+    adapted = lora.attach_adapter(model, AdapterOptions(kind="dora", r=4, lora_alpha=8))
     torch.manual_seed(1)
     for weight_name, weight in adapted.named_parameters():
         if "lora_B" in weight_name:
             torch.nn.init.normal_(weight, std=0.2)
     folder.parent.mkdir(parents=True)
-    adapter.save(adapted, name, None, folder, base=base)
+    lora.save_adapter(adapted, name, None, folder, base=base)
 
 
 def finish(

@@ -11,16 +11,16 @@ from pathlib import Path
 
 from fintune.config import Config
 from fintune.pipeline.stages.train import train_as_rank
-from fintune.training import ranks
+from fintune.training import distributed
 from fintune.util.console import console
 
 
 def main() -> None:
-    ranks.join()
+    distributed.init_process_group()
     console.quiet = True
     for order in json.loads(Path(sys.argv[1]).read_text()):
         train_as_rank(Config.model_validate(order["config"]), Path(order["prepare"]), Path(order["folder"]))
-    ranks.leave()
+    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ import pytest
 from fintune.config import AdapterOptions, Config, TrainOptions
 from fintune.errors import FintuneError
 from fintune.models import load as models
-from fintune.training import adapter, checkpoints, full, metrics, sft
-from fintune.training.evaluate import Evaluation, best_step, out_of_patience
-from fintune.training.facts import trained_facts
+from fintune.training import checkpoints, full, lora, metrics, sft
+from fintune.training.evaluate import Evaluation
+from fintune.training.metrics import best_step, is_out_of_patience, training_facts
 from support.prepared_rows import prepared
 
 torch = pytest.importorskip("torch")
@@ -46,9 +46,9 @@ def run(
     model = models.load_model(ref, dtype="float32", device="cpu", quantization=quantization, compute=compute)
     dropout = 0.0 if opts.get("fused_layers") == "always" else 0.1
     if kind == "full":
-        model = full.prepare(model)
+        model = full.train_all_weights(model)
     else:
-        model = adapter.attach(model, AdapterOptions(kind=kind, r=4, lora_alpha=8, lora_dropout=dropout))
+        model = lora.attach_adapter(model, AdapterOptions(kind=kind, r=4, lora_alpha=8, lora_dropout=dropout))
     defaults = {
         "per_device_train_batch_size": 2,
         "max_steps": 8,
@@ -197,7 +197,7 @@ def test_patience_ends_the_run_and_a_resumed_one_knows_it(tiny_model, splits, tm
     assert kept == 4
     assert max(losses(tmp_path / "whole", "loss")) == 8
     # Killed behind the last checkpoint, before the result was written.
-    monkeypatch.setattr(sft, "load_best", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(checkpoints, "load_best", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run(tiny_model, splits, tmp_path / "cut", accuracy=once(), **common)
     monkeypatch.undo()
@@ -219,7 +219,7 @@ def test_patience_without_keeping_ends_with_the_last_weights(tiny_model, splits,
 
 
 @pytest.mark.parametrize("keep", ["last", "best_loss"])
-def test_the_step_at_which_patience_is_over_has_a_loss_of_its_own(tiny_model, splits, tmp_path, monkeypatch, keep):
+def test_the_step_at_which_patience_is_over_has_a_loss_of_its_own(tiny_model, splits, tmp_path, keep):
     common = {
         "select_checkpoint": keep,
         "early_stopping_patience": 1,
@@ -231,8 +231,7 @@ def test_the_step_at_which_patience_is_over_has_a_loss_of_its_own(tiny_model, sp
     evaluated = losses(tmp_path / "run", "eval_loss")
     assert sorted(evaluated) == [3, 6]
     assert sorted(losses(tmp_path / "run", "loss"))[-1] == 6
-    monkeypatch.setattr(adapter, "num_saved", lambda _: 1)
-    facts = trained_facts(Config(train=common), tmp_path / "run", tmp_path / "run")
+    facts = training_facts(Config(train=common), tmp_path / "run", 1)
     kept = {"last": 6, "best_loss": 3}[keep]
     assert (facts["num_steps"], facts["kept_step"], facts["eval_loss"]) == (6, kept, evaluated[kept])
     assert facts["stopped_early"]
@@ -265,7 +264,7 @@ def test_weights_that_an_older_checkpoint_may_need_stay_until_a_newer_one_is_com
             save_steps=3,
             callbacks=[stop_at(5)],
         )
-    assert checkpoints.step_of(checkpoints.latest(tmp_path / "run" / "checkpoints")) == 3
+    assert checkpoints.step_of(checkpoints.latest_checkpoint(tmp_path / "run" / "checkpoints")) == 3
     assert {path.name for path in (tmp_path / "run" / "best").iterdir()} == {"step-2", "step-4"}
     scores = iter((0.05, 0.05, 0.05))
     _, kept = run(
@@ -285,7 +284,7 @@ def test_an_evaluation_loss_that_is_not_finite_names_step_and_examples(tiny_mode
 
     longest = sorted(splits[1], key=lambda row: -len(row["input_ids"]))[:2]
     ids = ", ".join(row["id"] for row in longest)
-    with pytest.raises(FintuneError, match=f"the evaluation loss is not finite behind step 2; examples {ids}: lower"):
+    with pytest.raises(FintuneError, match=f"the evaluation loss is not finite after step 2; examples {ids}: lower"):
         run(tiny_model, splits, tmp_path / "run", callbacks=[Spoil()], fused_layers=fused_layers)
     assert "eval_loss" not in lines(tmp_path / "run")[-1]
 
@@ -298,7 +297,7 @@ def test_patience_counts_evaluations_behind_the_best(accuracies, patience, expec
     read = [{"step": step, "loss": 1.0} for step in range(1, 5)]
     read += [{"step": k, "eval_loss": 1.0, "eval_accuracy": right} for k, right in enumerate(accuracies, 1)]
     options = TrainOptions(eval_steps=1, select_checkpoint="best_accuracy", early_stopping_patience=patience)
-    assert out_of_patience(read, options) is expected
+    assert is_out_of_patience(read, options) is expected
 
 
 def test_the_best_step_goes_by_what_is_kept():

@@ -7,13 +7,13 @@ def test_lines_behind_the_checkpoint_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     for step in (1, 2, 3):
         metrics.append(path, {"step": step})
-    assert metrics.cut(path, 2) == [{"step": 1}, {"step": 2}] == metrics.read(path)
+    assert metrics.truncate(path, 2) == [{"step": 1}, {"step": 2}] == metrics.read(path)
 
 
 def test_a_torn_last_line_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"st')
     assert metrics.read(path) == [{"step": 1}]
-    metrics.cut(path, 1)
+    metrics.truncate(path, 1)
     metrics.append(path, {"step": 2})
     assert metrics.read(path) == [{"step": 1}, {"step": 2}]

@@ -10,8 +10,8 @@ from fintune.config import AdapterOptions, Config, TrainOptions
 from fintune.errors import ConfigError, ResourceError
 from fintune.models import load as models
 from fintune.pipeline.stages.train import check
-from fintune.training import adapter, metrics, optimizers, sft
-from fintune.training.memory import Method, Setting, Shape, standing_bytes
+from fintune.training import lora, metrics, optimizers, sft
+from fintune.training.memory.model import AdapterMethod, DecoderShape, StepSetting, static_bytes
 from support.prepared_rows import prepared
 
 torch = pytest.importorskip("torch")
@@ -37,7 +37,9 @@ def run(tiny_model, rows, folder, *, stop=None, **options):
     look, ref = Look(), models.fetch(str(tiny_model))
     folder.mkdir(exist_ok=True)
     set_seed(5)
-    model = adapter.attach(models.load_model(ref, dtype="float32", device="cpu"), AdapterOptions(r=64, lora_alpha=64))
+    model = lora.attach_adapter(
+        models.load_model(ref, dtype="float32", device="cpu"), AdapterOptions(r=64, lora_alpha=64)
+    )
     defaults = {"per_device_train_batch_size": 2, "max_steps": 4, "save_steps": 2, "learning_rate": 1e-2}
     chosen = TrainOptions(**(defaults | options))
     tokenizer = models.load_tokenizer(ref)
@@ -102,29 +104,29 @@ def test_a_warm_up_that_never_ends_is_said(tiny_model, rows, tmp_path, capsys):
 )
 def test_pages_without_a_gpu_are_refused_before_training(name, hint, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match=f"train.optim: {name} .*there is no GPU: {hint}"):
+    with pytest.raises(ConfigError, match=f"train.optimizer: {name} .*there is no GPU: {hint}"):
         check(Config(train=TrainOptions(optim=name)))
-    optimizers.check(name, cuda=True)
+    optimizers.check_optimizer(name, cuda=True)
 
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ResourceError, match="adamw_8bit needs bitsandbytes: pip install bitsandbytes, or set it"):
-        optimizers.check("adamw_8bit", cuda=True)
-    optimizers.check("adafactor", cuda=False)
+        optimizers.check_optimizer("adamw_8bit", cuda=True)
+    optimizers.check_optimizer("adafactor", cuda=False)
 
 
 def test_every_optimizer_has_transformers_name_and_its_bytes():
     from transformers.training_args import OptimizerNames
 
     (choices,) = [TrainOptions.model_fields["optim"].annotation.__args__]
-    assert set(choices) == set(optimizers.NAMES) == set(optimizers.MOMENT_BYTES)
-    assert set(optimizers.NAMES.values()) <= {each.value for each in OptimizerNames}
+    assert set(choices) == set(optimizers.TRANSFORMERS_NAMES) == set(optimizers.MOMENT_BYTES)
+    assert set(optimizers.TRANSFORMERS_NAMES.values()) <= {each.value for each in OptimizerNames}
 
 
 def test_the_planner_counts_the_moments_of_the_chosen_optimizer():
-    shape = Shape(5120, 13824, 48, 40, 8, 128, 152064, tied=False)
-    setting, whole = Setting(48, False, 4096), Method(32, four_bit=True)
-    small = Method(32, four_bit=True, moment_bytes=optimizers.MOMENT_BYTES["adamw_8bit"])
-    spared = standing_bytes(shape, whole, setting) - standing_bytes(shape, small, setting)
+    shape = DecoderShape(5120, 13824, 48, 40, 8, 128, 152064, tied=False)
+    setting, whole = StepSetting(48, False, 4096), AdapterMethod(32, four_bit=True)
+    small = AdapterMethod(32, four_bit=True, moment_bytes=optimizers.MOMENT_BYTES["adamw_8bit"])
+    spared = static_bytes(shape, whole, setting) - static_bytes(shape, small, setting)
     assert spared == pytest.approx(whole.num_trained(shape) * (8 - 2 * (1 + 4 / 256)), abs=2)

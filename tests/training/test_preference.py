@@ -7,10 +7,15 @@ from types import SimpleNamespace
 import pytest
 
 from fintune.errors import ArtifactError, DataError
-from fintune.training.answer_figures import AnswerFigures, told_right_sides
-from fintune.training.collate import num_steps
-from fintune.training.preference import odds_ratio_loss
-from fintune.training.preference_rows import PairCollator, batches, count_labels, label_weights, lengths
+from fintune.training.batches import PreferenceCollator, batch_preference_rows, num_steps
+from fintune.training.metrics import format_correct_sides
+from fintune.training.preference import (
+    AnswerFigures,
+    count_labels,
+    label_weights,
+    odds_ratio_loss,
+    preference_lengths,
+)
 
 torch = pytest.importorskip("torch")
 
@@ -24,7 +29,7 @@ ROWS = [row("a", [1, 2], [3], [4, 5, 6]), row("b", [7], [8, 9], [10])]
 
 
 def test_chosen_answers_stand_above_rejected_ones_behind_the_same_prompt():
-    batch = PairCollator(0, multiple=8)(ROWS)
+    batch = PreferenceCollator(0, multiple=8)(ROWS)
     assert batch["ids"] == ["a", "b"]
     assert batch["input_ids"].shape == (4, 8)
     assert batch["input_ids"][:, :5].tolist() == [[1, 2, 3, 0, 0], [7, 8, 9, 0, 0], [1, 2, 4, 5, 6], [7, 10, 0, 0, 0]]
@@ -33,7 +38,7 @@ def test_chosen_answers_stand_above_rejected_ones_behind_the_same_prompt():
 
 
 def test_kto_compares_each_prompt_with_an_answer_to_another():
-    batch = PairCollator(0, single=True)(ROWS)
+    batch = PreferenceCollator(0, unpaired=True)(ROWS)
     assert batch["label"].tolist() == [True, True, False, False]
     answers = {tuple(ROWS[n]["input_ids"][len(p) :]): n for n, p in enumerate(([1, 2], [7]))}
     answers |= {tuple(each["rejected_ids"]): n for n, each in enumerate(ROWS)}
@@ -48,7 +53,7 @@ def answer(id_: str, prompt: list[int], completion: list[int], label: bool) -> d
 
 def test_answers_without_a_partner_keep_their_label_and_are_compared_with_one_to_another_prompt():
     rows = [answer("a", [1, 2], [3], True), answer("b", [1, 2], [4, 5], False), answer("c", [7], [8], True)]
-    batch = PairCollator(0, single=True)([*rows, {**ROWS[0], "label": True}])
+    batch = PreferenceCollator(0, unpaired=True)([*rows, {**ROWS[0], "label": True}])
     assert batch["label"].tolist() == [True, False, True, True, False]
     assert batch["input_ids"][1:3, :4].tolist() == [[1, 2, 4, 5], [7, 8, 0, 0]]
     assert batch["input_ids"][4, :5].tolist() == [1, 2, 4, 5, 6]
@@ -56,7 +61,7 @@ def test_answers_without_a_partner_keep_their_label_and_are_compared_with_one_to
 
 def test_answers_to_one_prompt_beside_each_other_are_not_taken_for_answers_to_another():
     rows = [answer(f"{p}{n}", [p], [10 * p + n], n > 0) for p in (1, 2, 3) for n in (0, 1)]
-    batch = PairCollator(0, single=True)(rows)
+    batch = PreferenceCollator(0, unpaired=True)(rows)
     assert [int(own[0]) for own in batch["KL_input_ids"]] == [1, 1, 2, 2, 3, 3]
     assert all(int(ids[1]) // 10 != int(ids[0]) for ids in batch["KL_input_ids"])
 
@@ -109,42 +114,42 @@ def test_held_out_answers_are_counted_by_label_and_a_label_without_any_is_not_sp
         "rewards/rejected_right": 0.0,
         "logps/rejected": -5.0,
     }
-    assert told_right_sides({"desired": 0.5, "undesired": 1.0}) == (
+    assert format_correct_sides({"desired": 0.5, "undesired": 1.0}) == (
         "50.0% of the desired answers above, 100.0% of the undesired answers below the reference"
     )
 
 
 def test_a_row_that_trains_nothing_is_refused_with_its_id():
     with pytest.raises(DataError, match="id a: no token of this example is trained"):
-        PairCollator(0)([{**ROWS[0], "completion_mask": [0, 0, 0]}])
+        PreferenceCollator(0)([{**ROWS[0], "completion_mask": [0, 0, 0]}])
 
 
 def test_the_length_of_a_pair_counts_its_prompt_twice():
     from datasets import Dataset
 
-    assert lengths(Dataset.from_list(ROWS)) == [3 + 2 + 3, 3 + 1 + 1]
+    assert preference_lengths(Dataset.from_list(ROWS)) == [3 + 2 + 3, 3 + 1 + 1]
     alone = Dataset.from_list([answer("a", [1, 2], [3], True), {**ROWS[0], "label": True}])
-    assert lengths(alone) == [3, 3 + 2 + 3]
+    assert preference_lengths(alone) == [3, 3 + 2 + 3]
     assert count_labels(alone) == (2, 1)
     assert count_labels(Dataset.from_list(ROWS)) == (2, 2)
     with pytest.raises(ArtifactError, match="no preference pairs"):
-        lengths(Dataset.from_list([{"input_ids": [1], "completion_mask": [1]}]))
+        preference_lengths(Dataset.from_list([{"input_ids": [1], "completion_mask": [1]}]))
 
 
 @pytest.mark.parametrize(("num_rows", "size"), [(7, 3), (6, 3), (1, 2), (9, 2), (2, 4)])
 def test_no_pair_is_measured_alone_beside_others(num_rows, size):
     order = list(range(num_rows))[::-1]
-    made = batches([{"n": n} for n in range(num_rows)], order, size)
+    made = batch_preference_rows([{"n": n} for n in range(num_rows)], order, size)
     assert [each["n"] for batch in made for each in batch] == order
     assert all(len(batch) > 1 for batch in made) or num_rows == 1
 
 
 def test_the_last_step_of_kto_is_a_whole_one():
     from fintune.config import TrainOptions
-    from fintune.training.sft import make_plan
+    from fintune.training.sft import make_schedule
 
     plans = [
-        make_plan([5] * 9, TrainOptions(objective=name, num_train_epochs=1, per_device_train_batch_size=4), 1)
+        make_schedule([5] * 9, TrainOptions(objective=name, num_train_epochs=1, per_device_train_batch_size=4), 1)
         for name in ("dpo", "kto")
     ]
     assert num_steps(9, 1, 4, None) == (9, 3)
@@ -166,7 +171,7 @@ def test_orpo_weighs_the_odds_as_trl_does_and_learns_the_chosen_answer(monkeypat
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     from trl.experimental.orpo import ORPOTrainer
 
-    batch = PairCollator(0)(ROWS)
+    batch = PreferenceCollator(0)(ROWS)
     log_probs = -scale * torch.rand(4, 4, generator=torch.Generator().manual_seed(0))
     loss, figures = odds_ratio_loss(Model(log_probs), batch, 0.25)
     mask = batch["completion_mask"][:, 1:]
@@ -179,7 +184,7 @@ def test_orpo_weighs_the_odds_as_trl_does_and_learns_the_chosen_answer(monkeypat
 
 
 def test_orpo_stays_finite_for_an_answer_that_is_certain():
-    batch = PairCollator(0)(ROWS)
+    batch = PreferenceCollator(0)(ROWS)
     sure = torch.zeros(4, 4, requires_grad=True)
     loss, _ = odds_ratio_loss(Model(sure), batch, 0.1)
     loss.backward()

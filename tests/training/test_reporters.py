@@ -8,7 +8,8 @@ import pytest
 from fintune.config import Config
 from fintune.errors import ResourceError
 from fintune.pipeline.stages.train import train
-from fintune.training import metrics, reporters
+from fintune.training import callbacks, metrics
+from fintune.training.callbacks import make_reporters
 from support.prepared_rows import prepared
 
 pytest.importorskip("torch")
@@ -64,7 +65,7 @@ def test_tensorboard_forgets_what_a_resumed_run_does_again(tmp_path):
     logs = {"loss": 1.0}
     state = SimpleNamespace(global_step=0)
     for done, steps in ((0, (1, 2, 3)), (2, (3, 4))):
-        (callback,) = reporters.make_callbacks(("tensorboard",), folder=tmp_path, run_name="", options={}, done=done)
+        (callback,) = make_reporters(("tensorboard",), folder=tmp_path, run_name="", options={}, done=done)
         for state.global_step in steps:
             logs["loss"] = float(10 * done + state.global_step)
             callback.on_log(None, state, None, logs)
@@ -73,7 +74,7 @@ def test_tensorboard_forgets_what_a_resumed_run_does_again(tmp_path):
 
 
 def test_a_missing_package_is_named_before_anything_is_read(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(reporters.importlib.util, "find_spec", lambda name: None if name == "wandb" else object())
+    monkeypatch.setattr(callbacks.importlib.util, "find_spec", lambda name: None if name == "wandb" else object())
     with pytest.raises(ResourceError, match=r"train.report_to: wandb is not installed: pip install wandb"):
         train(config(tiny_model, "wandb"), {"prepare": tmp_path / "none"}, tmp_path)
 
@@ -105,7 +106,7 @@ class FakeWandb:
 
 def use(monkeypatch, fake):
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(reporters, "check", lambda _names: None)
+    monkeypatch.setattr(callbacks, "check_reporters", lambda _names: None)
 
 
 def test_wandb_is_given_name_options_and_every_figure_and_a_resumed_run_its_id(
@@ -120,7 +121,7 @@ def test_wandb_is_given_name_options_and_every_figure_and_a_resumed_run_its_id(
     assert (begun["name"], begun["project"], begun["resume"]) == ("mine", "fintune", "allow")
     assert begun["config"]["train"]["max_steps"] == 4
     assert fake.finished == 1
-    reporters.make_callbacks(("wandb",), folder=tmp_path / "train", run_name="mine", options={}, done=2)
+    make_reporters(("wandb",), folder=tmp_path / "train", run_name="mine", options={}, done=2)
     assert fake.begun[1]["id"] == begun["id"]
 
 

@@ -9,8 +9,8 @@ from fintune.data.tokenize_chat import ConversationEncoder
 from fintune.models import chat_template as chat
 from fintune.models import load as models
 from fintune.records import Message
-from fintune.training import adapter, metrics, sft
-from fintune.training.collate import IGNORED, CompletionCollator
+from fintune.training import lora, metrics, sft
+from fintune.training.batches import IGNORED, CompletionCollator
 from support.prepared_rows import examples, prepared
 
 torch = pytest.importorskip("torch")
@@ -115,7 +115,7 @@ def step_losses(tiny_model, rows, folder, fused_layers, batch_size, **options):
     folder.mkdir()
     set_seed(5)
     ref = models.fetch(str(tiny_model))
-    model = adapter.attach(
+    model = lora.attach_adapter(
         models.load_model(ref, dtype="float32", device="cpu"), AdapterOptions(r=4, lora_alpha=8, **options)
     )
     asked = TrainOptions(
@@ -141,7 +141,7 @@ def test_rows_behind_each_other_do_not_see_each_other(tiny_model, rows):
     from fintune.training.fused.model import FusedModel
 
     ref = models.fetch(str(tiny_model))
-    model = adapter.attach(models.load_model(ref, dtype="float32", device="cpu"), AdapterOptions(r=4))
+    model = lora.attach_adapter(models.load_model(ref, dtype="float32", device="cpu"), AdapterOptions(r=4))
     fused = FusedModel(model, dtype=torch.float32)
 
     def losses(part):

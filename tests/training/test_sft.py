@@ -7,7 +7,7 @@ import pytest
 from fintune.config import AdapterOptions, TrainOptions
 from fintune.errors import ConfigError, FintuneError
 from fintune.models import load as models
-from fintune.training import adapter, metrics, sft, trainers
+from fintune.training import evaluate, lora, metrics, sft, trainers
 from support.prepared_rows import prepared
 
 torch = pytest.importorskip("torch")
@@ -39,7 +39,7 @@ def run(
     folder.mkdir(exist_ok=True)
     ref = models.fetch(str(tiny_model))
     set_seed(5)
-    model = adapter.attach(
+    model = lora.attach_adapter(
         models.load_model(ref, dtype=dtype, device="cpu"),
         AdapterOptions(kind=kind, r=4, lora_alpha=8, lora_dropout=dropout),
     )
@@ -116,7 +116,7 @@ def test_eight_examples_at_once_equal_eight_accumulated(tiny_model, rows, tmp_pa
 
 def test_the_head_over_trained_positions_gives_trls_loss_and_gradients(tiny_model, rows, tmp_path, monkeypatch):
     own = run(tiny_model, rows, tmp_path / "own", dropout=0.0, max_steps=2)
-    monkeypatch.setattr(trainers, "score_trained_positions", lambda _model: False)
+    monkeypatch.setattr(trainers, "use_label_only_head", lambda _model: False)
     trl = run(tiny_model, rows, tmp_path / "trl", dropout=0.0, max_steps=2)
     for a, b in zip(history(tmp_path / "own"), history(tmp_path / "trl"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
@@ -137,8 +137,8 @@ def test_weights_stored_in_the_compute_type_give_the_losses_of_weights_cast_in_e
 def test_only_adapted_lora_layers_change_their_type(tiny_model):
     for kind, stored in (("lora", torch.bfloat16), ("dora", torch.float32)):
         base = models.load_model(models.fetch(str(tiny_model)), dtype="float32", device="cpu")
-        model = adapter.attach(base, AdapterOptions(kind=kind, r=4, lora_alpha=8))
-        assert adapter.store_frozen_weights(model, "bfloat16") == (14 if kind == "lora" else 0)
+        model = lora.attach_adapter(base, AdapterOptions(kind=kind, r=4, lora_alpha=8))
+        assert lora.store_frozen_weights(model, "bfloat16") == (14 if kind == "lora" else 0)
         types = {name: weight.dtype for name, weight in model.named_parameters()}
         assert {dtype for name, dtype in types.items() if "base_layer" in name} == {stored}
         assert {dtype for name, dtype in types.items() if "base_layer" not in name} == {torch.float32}
@@ -194,7 +194,7 @@ def test_fused_layers_that_cannot_be_had_are_refused_with_the_reason(tiny_model,
         model.get_base_model().config.use_sliding_window = True
         model.get_base_model().config.sliding_window = 64
 
-    with pytest.raises(ConfigError, match=r"fused_layers: always, but it attends through a sliding window"):
+    with pytest.raises(ConfigError, match=r"fused_layers: always is not possible: it attends through a sliding window"):
         run(tiny_model, rows, tmp_path / "run", spoil=attend_through_a_window, fused_layers="always")
 
 
@@ -242,8 +242,8 @@ def test_two_checkpoints_are_kept_while_training(tiny_model, rows, tmp_path):
 
 def test_an_unknown_target_is_refused_with_those_there_are(tiny_model):
     model = models.load_model(models.fetch(str(tiny_model)), dtype="float32", device="cpu")
-    with pytest.raises(ConfigError, match=r"no linear layer 'q_prj': it has down_proj, .*q_proj"):
-        adapter.attach(model, AdapterOptions(target_modules=("q_prj",)))
+    with pytest.raises(ConfigError, match=r"no linear layer 'q_prj': use some of down_proj, .*q_proj"):
+        lora.attach_adapter(model, AdapterOptions(targets=("q_prj",)))
 
 
 @pytest.mark.parametrize("fused_layers", ["never", "always"])
@@ -260,7 +260,7 @@ def test_a_gradient_that_is_not_finite_names_step_and_examples(tiny_model, rows,
 
     options = {"fused_layers": fused_layers, "dropout": 0.0, "per_device_train_batch_size": 3}
     lengths = [len(ids) for ids in rows["input_ids"]]
-    order = sft.make_plan(lengths, TrainOptions(max_steps=8, per_device_train_batch_size=3), 5).order
+    order = sft.make_schedule(lengths, TrainOptions(max_steps=8, per_device_train_batch_size=3), 5).order
     ids = ", ".join(rows[index]["id"] for index in order[3:6])
     with pytest.raises(FintuneError, match=f"the gradient is not finite at step 2; examples {ids}: lower"):
         run(tiny_model, rows, tmp_path / "run", spoil=spoil, **options)
@@ -268,6 +268,6 @@ def test_a_gradient_that_is_not_finite_names_step_and_examples(tiny_model, rows,
 
 
 def test_many_examples_are_counted_and_not_all_named():
-    told = str(trainers.bad_loss(3, [f"x{i}" for i in range(40)], SimpleNamespace(bf16=True, fp16=False)))
+    told = str(evaluate.bad_loss_error(3, [f"x{i}" for i in range(40)], SimpleNamespace(bf16=True, fp16=False)))
     assert "x31 and 8 more: lower" in told
     assert "x32" not in told

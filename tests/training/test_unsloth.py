@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fintune.config import AdapterOptions, Config, ModelOptions, PublishOptions, TrainOptions
+from fintune.config import AdapterOptions, Config, ModelOptions, TrainOptions
 from fintune.errors import ConfigError, ResourceError
 from fintune.pipeline.stages.train import train
 from fintune.training import metrics, unsloth
@@ -23,9 +23,9 @@ torch = pytest.importorskip("torch")
 STAND_IN = """
 import os, signal
 import torch
-from fintune import models
+from fintune.models import load as models
 from fintune.config import AdapterOptions
-from fintune.training import adapter
+from fintune.training import lora
 
 class FastLanguageModel:
     @staticmethod
@@ -42,9 +42,9 @@ class FastLanguageModel:
     @staticmethod
     def get_peft_model(model, r, lora_alpha, lora_dropout, bias, target_modules, use_gradient_checkpointing,
                        use_rslora, use_dora, random_state):
-        parts = tuple(target_modules)
-        options = AdapterOptions(r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=parts)
-        return adapter.attach(model, options)
+        targets = tuple(target_modules)
+        options = AdapterOptions(r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=targets)
+        return lora.attach_adapter(model, options)
 """
 PYTHON = """#!{python}
 import os
@@ -53,11 +53,11 @@ import sys
 import threading
 import time
 sys.path.insert(0, {place!r})
-from fintune import train_unsloth
-train_unsloth._cuda = lambda: {cuda}
+from fintune.training import unsloth_worker
+unsloth_worker._has_cuda = lambda: {cuda}
 assert sys.argv[1:3] == ["-m", "fintune.training.unsloth_worker"]
 del sys.argv[1:3]
-train_unsloth.main()
+unsloth_worker.main()
 """
 
 
@@ -115,15 +115,11 @@ def test_the_other_process_trains_the_same_rows_in_the_same_order(tiny_model, in
 
 
 def test_a_process_that_dies_or_runs_out_of_memory_is_one_line(tiny_model, inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(unsloth, "_ask", lambda _python: {"obstacle": ""})
+    monkeypatch.setattr(unsloth, "_ask_worker", lambda _python: {"unsupported_reason": ""})
     chosen = config(tiny_model, backend="unsloth", backend_python=stand_in(tmp_path / "site"))
     for trouble, told in (
-        ("killed", "Unsloth's process was ended by SIGKILL: see whether the machine ran out of memory"),
-        (
-            "memory",
-            r"out of memory while training with Unsloth \(CUDA out of memory\. Tr.*\): "
-            r"lower train.per_device_train_batch_size",
-        ),
+        ("killed", "Unsloth's process was ended by SIGKILL"),
+        ("memory", r"out of memory while training with Unsloth \(CUDA out of memory\. Tr.*\): lower train.batch_size"),
     ):
         monkeypatch.setenv("STAND_IN", trouble)
         with pytest.raises(ResourceError, match=told):
@@ -134,9 +130,9 @@ def test_a_process_that_dies_or_runs_out_of_memory_is_one_line(tiny_model, input
 @pytest.mark.parametrize(
     ("there", "told"),
     [
-        ({"cuda": False}, "cannot work: there is no CUDA GPU: set train.backend to builtin"),
-        ({"needs": "transformers<=5.17; extra == 'huggingface'"}, "unsloth 2026.10.9 does not take transformers 5"),
-        (None, "cannot work: unsloth is not installed: pip install unsloth, or name the python of an environment"),
+        ({"cuda": False}, "there is no CUDA GPU: set train.backend to"),
+        ({"needs": "transformers<=5.17; extra == 'huggingface'"}, "unsloth 2026.10.9 does not support transformers 5"),
+        (None, "unsloth is not installed"),
     ],
 )
 def test_where_unsloth_cannot_work_is_told_before_training(tiny_model, tmp_path, there, told):
@@ -144,7 +140,7 @@ def test_where_unsloth_cannot_work_is_told_before_training(tiny_model, tmp_path,
     if there is None and _installed():
         pytest.skip("Unsloth is installed here")
     with pytest.raises(ResourceError, match=told):
-        unsloth.check(config(tiny_model, backend="unsloth", backend_python=python))
+        unsloth.check_environment(config(tiny_model, backend="unsloth", backend_python=python))
 
 
 def _installed() -> bool:
@@ -154,44 +150,22 @@ def _installed() -> bool:
 
 
 def test_a_python_that_is_none_or_has_no_fintune_is_told(tiny_model, tmp_path):
-    with pytest.raises(ConfigError, match=r"train\.backend_python: there is no .*nowhere: name the python"):
-        unsloth.check(config(tiny_model, backend="unsloth", backend_python=tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match=r"train\.backend_python: .*nowhere does not exist"):
+        unsloth.check_environment(config(tiny_model, backend="unsloth", backend_python=tmp_path / "nowhere"))
     (tmp_path / "broken").write_text("#!/bin/sh\necho no module named fintune >&2\nexit 1\n", encoding="utf-8")
     (tmp_path / "broken").chmod(0o755)
-    with pytest.raises(ResourceError, match=r"broken cannot run fintune \(no module named fintune\): fintune and its"):
-        unsloth.check(config(tiny_model, backend="unsloth", backend_python=tmp_path / "broken"))
-
-
-@pytest.mark.parametrize(
-    ("section", "what"),
-    [
-        ({"adapter": AdapterOptions(kind="full")}, "adapter.kind: full"),
-        ({"adapter": AdapterOptions(init_lora_weights="pissa")}, "adapter.init_lora_weights: pissa"),
-        ({"model": ModelOptions(trust_remote_code=True)}, "model.trust_remote_code"),
-        ({"publish": PublishOptions(repo_id="a/b", each_epoch=True)}, "publish.each_epoch"),
-        ({"train": TrainOptions(backend="unsloth", fused_layers="always")}, "train.fused_layers: always"),
-        (
-            {"train": TrainOptions(backend="unsloth", select_checkpoint="best_accuracy", eval_steps=1)},
-            "train.select_checkpoint: best_accuracy",
-        ),
-    ],
-)
-def test_what_is_not_proven_with_it_is_refused_by_name(section, what):
-    chosen = Config(**{"train": TrainOptions(backend="unsloth"), **section})
-    with pytest.raises(
-        ConfigError, match=f"train.backend: unsloth is not proven with {what}: set train.backend to builtin"
-    ):
-        unsloth.check(chosen)
+    with pytest.raises(ResourceError, match=r"broken cannot run fintune \(no module named fintune\)"):
+        unsloth.check_environment(config(tiny_model, backend="unsloth", backend_python=tmp_path / "broken"))
 
 
 def test_the_check_is_one_line_of_json():
     import subprocess
 
-    command = [sys.executable, "-m", unsloth.CHILD, "--check"]
+    command = [sys.executable, "-m", unsloth.WORKER, "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
     assert found["versions"]["torch"]
-    assert set(found) == {"versions", "obstacle"}
+    assert set(found) == {"versions", "unsupported_reason"}
 
 
 def test_an_interruption_is_passed_on_once_and_waited_for(tmp_path):

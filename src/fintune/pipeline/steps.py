@@ -178,7 +178,7 @@ def _describe_resumed_training(folder: Path) -> str:
         return "resume"  # training is finished, and only what follows it was interrupted
     from fintune.training import checkpoints
 
-    complete = checkpoints.complete(folder / "checkpoints")
+    complete = checkpoints.complete_checkpoints(folder / "checkpoints")
     return f"resume from step {checkpoints.step_of(complete[-1])}" if complete else "run"
 
 

@@ -1,6 +1,6 @@
 """One process of a training on several GPUs, started by torchrun's agent.
 
-The command is ``python -m fintune.pipeline.train_worker ORDER``.
+The command is ``python -m fintune.pipeline.train_worker JOB``.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from fintune.util.system import configure_environment
 
 
 def main() -> None:
-    """Join the others, train, leave what stopped it for the process that started it."""
+    """Join the other processes and train; write the error that stopped it for the process that started this one."""
     configure_environment()
     from fintune.pipeline.stages.train import train_as_rank
-    from fintune.training import launch, ranks
+    from fintune.training import distributed
 
-    order = Path(sys.argv[1])
-    launch.end_with_parent()
-    ranks.join()
-    console.quiet = not ranks.leads()
-    config, prepare, folder = launch.read_order(order)
+    job_file = Path(sys.argv[1])
+    distributed.exit_with_parent()
+    distributed.init_process_group()
+    console.quiet = not distributed.is_main()
+    config, prepare, folder = distributed.read_job(job_file)
     try:
         train_as_rank(config, prepare, folder)
     except FintuneError as error:
-        launch.write_error(order, ranks.number(), error)
+        distributed.write_error(job_file, distributed.rank(), error)
         sys.exit(2)
-    ranks.leave()
+    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

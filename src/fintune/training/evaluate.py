@@ -1,13 +1,11 @@
-"""Evaluations while training: loss and accuracy on the evaluation split, the best weights, the end of patience.
+"""Evaluations during training: loss and accuracy on the evaluation split, the best weights, early stopping.
 
-What has been evaluated stands in ``metrics.jsonl`` alone, which a resumed run cuts behind its checkpoint; so it decides
-as the uninterrupted run does.
+The record of the evaluations is ``metrics.jsonl`` alone. A resumed run truncates it after its checkpoint, and so it
+decides as the uninterrupted run does.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,68 +15,40 @@ from typing import TYPE_CHECKING, Any
 
 from fintune.config import TrainOptions
 from fintune.errors import FintuneError
-from fintune.training import metrics, ranks
-from fintune.training.collate import IGNORED
+from fintune.training import checkpoints, distributed, metrics
+from fintune.training.batches import IGNORED
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import nn
     from transformers import Trainer, TrainingArguments
 
-BEST = "best"
-"""Folder of the best weights so far, below that of ``train``, while it works."""
-
-_WEIGHTS = "weights.safetensors"
-_NUM_NAMED = 32
+_MAX_NAMED_EXAMPLES = 32
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is evaluated.
+    """The evaluation data.
 
     Attributes:
-        rows: Columns ``id``, ``input_ids``, ``completion_mask``.
-        accuracy: Execution accuracy of a model, from 0 to 1; None where it is not asked for.
+        rows: Rows with the columns ``id``, ``input_ids``, ``completion_mask``.
+        accuracy: Computes the execution accuracy of a model, from 0 to 1; None if the loss is enough.
     """
 
     rows: Dataset
     accuracy: Callable[[Any], float] | None = None
 
 
-def best_step(lines: Sequence[Mapping[str, Any]], keep: str) -> int | None:
-    """Step of the best evaluation, the first of equals; None before the first.
-
-    Args:
-        lines: Of ``metrics.jsonl``.
-        keep: ``train.select_checkpoint``; ``last`` goes by the loss.
-    """
-    evaluated = [line for line in lines if "eval_loss" in line]
-    if not evaluated:
-        return None
-    if keep == "best_accuracy":
-        return int(max(evaluated, key=lambda line: line["eval_accuracy"])["step"])
-    return int(min(evaluated, key=lambda line: line["eval_loss"])["step"])
-
-
-def out_of_patience(lines: Sequence[Mapping[str, Any]], options: TrainOptions) -> bool:
-    """Whether the last ``train.early_stopping_patience`` evaluations were no better than one before them."""
-    best = best_step(lines, options.select_checkpoint)
-    if options.early_stopping_patience is None or best is None:
-        return False
-    behind = [line for line in lines if "eval_loss" in line and line["step"] > best]
-    return len(behind) >= options.early_stopping_patience
-
-
 class Evaluator:
-    """Takes the place of the trainer's own ``evaluate``, whose loss is a mean of the batches' means.
+    """Replaces the trainer's own ``evaluate``, whose loss is a mean of the batches' means.
 
     Args:
-        trainer: Whose model and collator are used.
-        evaluation: What is evaluated.
-        options: Batch size, what to keep, patience.
-        folder: Holds ``metrics.jsonl``; gets ``best/``.
-        measure: ``eval_loss`` and other figures of a model on rows in an order, so many a pass; the loss of the
-            completions where None.
+        trainer: Its model and collator are used.
+        evaluation: The evaluation data.
+        options: Batch size, which weights to keep, patience.
+        folder: Folder with ``metrics.jsonl``, which also gets ``best/``.
+        measure: Computes ``eval_loss`` and other figures from a model, rows, their order and the rows of a forward
+            pass. Default: the loss of the completions.
     """
 
     def __init__(
@@ -91,65 +61,60 @@ class Evaluator:
         measure: Callable[[nn.Module, Dataset, Sequence[int], int], dict[str, float]] | None = None,
     ) -> None:
         self._trainer, self._evaluation, self._options, self._folder = trainer, evaluation, options, folder
-        self._measure = measure
+        self._measure, self._batch_size = measure, options.per_device_train_batch_size
         lengths = [len(ids) for ids in evaluation.rows["input_ids"]]
         self._order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         self.seconds = 0.0
-        """Time of all evaluations since the start."""
+        """Time of all evaluations in this process."""
 
     def __call__(self, *_: object, **__: object) -> dict[str, float]:
-        """Evaluate, log, keep the weights where they are the best so far, stop training where patience is over.
+        """Evaluate and log; save the weights if they are the best so far, and stop if patience has run out.
 
         Raises:
             FintuneError: The loss is not finite.
         """
         started = time.monotonic()
         trainer, step = self._trainer, self._trainer.state.global_step
-        trainer.control.should_evaluate = False  # else the end of the epoch evaluates once more
+        trainer.control.should_evaluate = False  # otherwise the end of the epoch evaluates once more
         model = trainer.model_wrapped
         model.eval()
         try:
             if self._measure is None:
-                found = {"eval_loss": self._loss(model)}
+                figures = {"eval_loss": self._loss(model)}
             else:
-                found = self._measure(
-                    model, self._evaluation.rows, self._order, self._options.per_device_train_batch_size
-                )
+                figures = self._measure(model, self._evaluation.rows, self._order, self._batch_size)
             if self._evaluation.accuracy is not None:
-                found["eval_accuracy"] = self._accuracy(self._evaluation.accuracy)
+                figures["eval_accuracy"] = self._accuracy(self._evaluation.accuracy)
             self.seconds += time.monotonic() - started
-            trainer.log(dict(found))
+            trainer.log(dict(figures))
         finally:
             model.train()
-        ranks.wait()  # the line is written
+        distributed.barrier()  # until the line is written
         lines = metrics.read(self._folder / "metrics.jsonl")
-        if (
-            self._options.select_checkpoint != "last"
-            and best_step(lines, self._options.select_checkpoint) == step
-            and ranks.leads()
-        ):
-            save_best(trainer.model, self._folder / BEST, step)
-        if out_of_patience(lines, self._options):
-            # The checkpoint makes sure that a resumed run knows that it is over.
+        select = self._options.select_checkpoint
+        if select != "last" and metrics.best_step(lines, select) == step and distributed.is_main():
+            checkpoints.save_best(trainer.model, self._folder / checkpoints.BEST_FOLDER, step)
+        if metrics.is_out_of_patience(lines, self._options):
+            # With a checkpoint, a resumed run knows that training is over.
             trainer.control.should_training_stop = trainer.control.should_save = True
-        return found
+        return figures
 
     def _loss(self, model: nn.Module) -> float:
-        """Mean over all trained tokens of the split."""
+        """Return the mean loss over all trained tokens of the split."""
         import torch
 
         total, num_tokens = 0.0, 0
-        rows, size = self._evaluation.rows, self._options.per_device_train_batch_size
-        for start, counts in ranks.padded_share(range(0, len(self._order), size)):
+        rows, size = self._evaluation.rows, self._batch_size
+        for start, counts in distributed.padded_rank_share(range(0, len(self._order), size)):
             members = [rows[index] for index in self._order[start : start + size]]
             batch = self._trainer.data_collator(members)
             num_labels = int((batch["labels"][:, 1:] != IGNORED).sum())
             with torch.no_grad():
                 loss = self._trainer.prediction_step(model, batch, prediction_loss_only=True)[0]
-            check_loss(float(loss), self._trainer.state.global_step, members, self._trainer.args)
+            check_eval_loss(float(loss), self._trainer.state.global_step, members, self._trainer.args)
             total += float(loss) * num_labels * counts
             num_tokens += num_labels * counts
-        total, num_all = ranks.total([total, num_tokens])
+        total, num_all = distributed.all_reduce_sum([total, num_tokens])
         return total / num_all
 
     def _accuracy(self, accuracy: Callable[[Any], float]) -> float:
@@ -161,78 +126,39 @@ class Evaluator:
             return accuracy(model)
 
 
-def not_finite(what: str, examples: Sequence[str], args: TrainingArguments) -> FintuneError:
-    """What stops a run whose figures are not finite.
+def non_finite_error(problem: str, examples: Sequence[str], args: TrainingArguments) -> FintuneError:
+    """Make the error for figures that are not finite.
 
     Args:
-        what: That they are not, and when.
-        examples: Ids of those that the figures are from.
-        args: The trainer's, which name a type of 16 bits where it computes in one.
+        problem: Which figure is not finite, and at which step.
+        examples: Ids of the examples that the figure is computed from.
+        args: Arguments of the trainer, which show whether it computes in 16 bits.
     """
-    told = ", ".join(examples[:_NUM_NAMED])
-    more = f" and {len(examples) - _NUM_NAMED} more" if len(examples) > _NUM_NAMED else ""
+    names = ", ".join(examples[:_MAX_NAMED_EXAMPLES])
+    more = f" and {len(examples) - _MAX_NAMED_EXAMPLES} more" if len(examples) > _MAX_NAMED_EXAMPLES else ""
     wider = ", or set train.dtype to float32" if args.bf16 or args.fp16 else ""
     return FintuneError(
-        f"{what}; examples {told}{more}", hint=f"lower train.learning_rate{wider}", option="train.learning_rate"
+        f"{problem}; examples {names}{more}", hint=f"lower train.learning_rate{wider}", option="train.learning_rate"
     )
 
 
-def check_loss(loss: float, step: int, rows: Sequence[Mapping[str, Any]], args: TrainingArguments) -> None:
+def bad_loss_error(step: int, examples: Sequence[str], args: TrainingArguments) -> FintuneError:
+    """Make the error for a training loss that is not finite; arguments as for :func:`non_finite_error`."""
+    return non_finite_error(f"the loss is not finite at step {step}", examples, args)
+
+
+def check_eval_loss(loss: float, step: int, rows: Sequence[Mapping[str, Any]], args: TrainingArguments) -> None:
     """Stop at an evaluation loss that is not finite.
 
     Args:
-        loss: Of one batch.
-        step: Behind which it is taken.
-        rows: Of the batch, with their ``id``.
-        args: The trainer's.
+        loss: Loss of one batch.
+        step: Steps that were trained before the evaluation.
+        rows: Rows of the batch, with their ``id``.
+        args: Arguments of the trainer.
 
     Raises:
         FintuneError: With the step and the ids.
     """
     if not isfinite(loss):
         ids = [str(row["id"]) for row in rows]
-        raise not_finite(f"the evaluation loss is not finite behind step {step}", ids, args)
-
-
-def save_best(model: nn.Module, folder: Path, step: int) -> None:
-    """Keep the trained weights of a step.
-
-    Args:
-        model: Those of its weights that take a gradient are kept.
-        folder: Gets ``step-N``, which appears at once.
-        step: N.
-    """
-    from safetensors.torch import save_file
-
-    beside, there = folder / f".step-{step}.tmp", folder / f"step-{step}"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    weights = {name: weight.detach().contiguous() for name, weight in model.named_parameters() if weight.requires_grad}
-    save_file(weights, beside / _WEIGHTS)
-    with (beside / _WEIGHTS).open("rb") as file:
-        os.fsync(file.fileno())
-    shutil.rmtree(there, ignore_errors=True)
-    beside.replace(there)
-
-
-def load_best(model: nn.Module, folder: Path, step: int) -> None:
-    """Put the kept weights of a step back into the model."""
-    import torch
-    from safetensors.torch import load_file
-
-    kept = load_file(folder / f"step-{step}" / _WEIGHTS)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.requires_grad:
-                weight.copy_(kept[name])
-
-
-def drop_others(folder: Path, step: int | None) -> None:
-    """Remove all kept weights but those of a step.
-
-    To be called when a checkpoint at or behind that step is complete: from an older one, a resumed run may need older
-    weights.
-    """
-    for path in folder.glob("*"):
-        if path.name != f"step-{step}":
-            shutil.rmtree(path)
+        raise non_finite_error(f"the evaluation loss is not finite after step {step}", ids, args)

@@ -1,27 +1,31 @@
-"""Full fine-tuning: every weight is trained, and the result is a model folder of its own."""
+"""Full fine-tuning: every weight is trained, and the result is a model folder."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fintune.errors import ModelError
+from fintune.models.folder import read_safetensors_header
+from fintune.training.checkpoints import replaced_folder
 from fintune.util.console import quiet_libraries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-FOLDER = "model"
-"""Where the result lies below that of ``train``; an adapter lies in ``adapter``."""
+MODEL_FOLDER = "model"
+"""Folder of the result below that of ``train``. An adapter is in ``adapter``."""
 
 
-def prepare(model: PreTrainedModel) -> PreTrainedModel:
+def train_all_weights(model: PreTrainedModel) -> PreTrainedModel:
     """Let every weight be trained.
 
     Args:
-        model: With float32 weights, in which small updates are not rounded away.
+        model: A model with float32 weights, in which small updates are not rounded away.
 
     Returns:
         The same object.
@@ -31,55 +35,35 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def result(folder: Path) -> Path | None:
-    """The model folder that full fine-tuning left in a folder of ``train``; None where it holds an adapter."""
-    found = folder / FOLDER
-    return found if found.is_dir() else None
-
-
-def num_saved(folder: Path) -> int:
-    """Numbers in a model folder."""
-    from math import prod
-
-    from safetensors import safe_open
-
-    total = 0
-    for path in sorted(folder.glob("model*.safetensors")):
-        with safe_open(path, framework="pt") as tensors:
-            total += sum(prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
-    return total
+def full_model_folder(train_folder: Path) -> Path | None:
+    """Return the model folder that full fine-tuning wrote below that of ``train``; None if there is an adapter."""
+    folder = train_folder / MODEL_FOLDER
+    return folder if folder.is_dir() else None
 
 
 def stored_dtype(folder: Path) -> str:
-    """Type of most of a model folder's numbers, by its torch name.
+    """Return the torch name of the type that most numbers of a model folder have.
 
     Raises:
         ModelError: It is none of float32, bfloat16 and float16.
     """
-    from collections import Counter
-    from math import prod
-
-    from safetensors import safe_open
-
     sizes: Counter[str] = Counter()
     for path in sorted(folder.glob("model*.safetensors")):
-        with safe_open(path, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 - the handle is no mapping
-                piece = tensors.get_slice(key)
-                sizes[piece.get_dtype()] += prod(piece.get_shape())
+        for tensor in read_safetensors_header(path):
+            sizes[tensor.dtype] += prod(tensor.shape)
     most = max(sizes, key=lambda name: sizes[name], default="nothing")
     names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
     if most not in names:
-        raise ModelError(f"{folder}: weights of type {most}", hint="set merge.dtype")
+        raise ModelError(f"{folder}: most weights have the type {most}", hint="set merge.dtype")
     return names[most]
 
 
-def store(trained: Path, base: Path, folder: Path, dtype: str) -> int:
-    """Write the trained model's weights in another type, with everything else of its folder.
+def convert_full_model(trained: Path, base: Path, folder: Path, dtype: str) -> int:
+    """Write the trained model's weights in another type, with all other files of its folder.
 
     Args:
-        trained: From :func:`save`.
-        base: The model folder that training began with.
+        trained: Folder that :func:`save_full_model` wrote.
+        base: Model folder that training started from.
         folder: An existing folder to write into.
         dtype: Name of the torch type.
 
@@ -90,17 +74,17 @@ def store(trained: Path, base: Path, folder: Path, dtype: str) -> int:
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
-    wanted = getattr(torch, dtype)
-    where: dict[str, Path] = {}
+    target = getattr(torch, dtype)
+    base_files: dict[str, Path] = {}
     for path in sorted(base.glob("model*.safetensors")):
         with safe_open(path, framework="pt") as tensors:
-            where |= dict.fromkeys(tensors.keys(), path)
+            base_files |= dict.fromkeys(tensors.keys(), path)
     num_moved = 0
     for path in sorted(trained.glob("model*.safetensors")):
-        shard = {name: weight.to(wanted) for name, weight in load_file(path).items()}
+        shard = {name: weight.to(target) for name, weight in load_file(path).items()}
         for name, weight in shard.items():
-            with safe_open(where[name], framework="pt") as tensors:
-                num_moved += not torch.equal(tensors.get_tensor(name).to(wanted), weight)
+            with safe_open(base_files[name], framework="pt") as tensors:
+                num_moved += not torch.equal(tensors.get_tensor(name).to(target), weight)
         save_file(shard, folder / path.name, metadata={"format": "pt"})
     for path in sorted(trained.iterdir()):
         if path.suffix != ".safetensors" and path.is_file() and path.name != "config.json":
@@ -115,35 +99,32 @@ def store(trained: Path, base: Path, folder: Path, dtype: str) -> int:
     return num_moved
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: Path, folder: Path) -> None:
-    """Write a model folder in float32, as it was trained; it appears at once, with everything in it.
+def save_full_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: Path, folder: Path) -> None:
+    """Write a model folder in float32, as it was trained; it appears when it is complete.
 
     Args:
         model: The trained model.
-        tokenizer: Is saved beside.
-        base: The model folder that training began with; its licences go along.
-        folder: Where to; an older one is replaced.
+        tokenizer: The tokenizer, which is saved with it.
+        base: Model folder that training started from. Its licence files are copied.
+        folder: Folder to write. An older one is replaced.
     """
-    beside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    with quiet_libraries():
-        model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-    _end_as_before(base, beside)
-    for path in sorted(base.iterdir()):
-        if path.is_file() and path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")):
-            shutil.copyfile(path, beside / path.name)
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.replace(folder)
+    with replaced_folder(folder) as temporary:
+        with quiet_libraries():
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+        _restore_special_tokens(base, temporary)
+        for path in sorted(base.iterdir()):
+            if path.is_file() and path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")):
+                shutil.copyfile(path, temporary / path.name)
 
 
-def _end_as_before(base: Path, folder: Path) -> None:
-    # The trainer puts the tokenizer's own end token into the configurations.
+def _restore_special_tokens(base: Path, folder: Path) -> None:
+    """Undo that the trainer puts the tokenizer's own end token into the configurations."""
     for name in ("config.json", "generation_config.json"):
         if (base / name).is_file() and (folder / name).is_file():
             before = json.loads((base / name).read_text(encoding="utf-8"))
-            here = json.loads((folder / name).read_text(encoding="utf-8"))
+            config = json.loads((folder / name).read_text(encoding="utf-8"))
             for key in ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache"):
-                here.pop(key, None)
-                here |= {key: before[key]} if key in before else {}
-            (folder / name).write_text(json.dumps(here, indent=2) + "\n", encoding="utf-8")
+                config.pop(key, None)
+                config |= {key: before[key]} if key in before else {}
+            (folder / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,14 +1,21 @@
-"""metrics.jsonl: one JSON object a line, in order of steps."""
+"""metrics.jsonl, one JSON object per line in the order of the steps, and what it says about a training."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fintune.config import Config, TrainOptions
+from fintune.evaluation.statistics import summarize_losses
+from fintune.training import unsloth
+from fintune.training.memory.planner import read_plan
+from fintune.util.files import write_atomically
+
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All whole lines; a torn last one is left out. An absent file has none."""
+    """Read all whole lines. A torn last line is left out, and a missing file has no lines."""
     if not path.exists():
         return []
     lines = []
@@ -20,20 +27,123 @@ def read(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def cut(path: Path, last_step: int) -> list[dict[str, Any]]:
-    """Drop the lines behind a step, atomically.
+def truncate(path: Path, last_step: int) -> list[dict[str, Any]]:
+    """Drop the lines after a step, atomically.
 
     Returns:
-        The lines that stay.
+        The remaining lines.
     """
-    kept = [line for line in read(path) if line["step"] <= last_step]
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    beside.replace(path)
-    return kept
+    lines = [line for line in read(path) if line["step"] <= last_step]
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
+    return lines
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
-    """Add a line and hand it to the operating system at once."""
+    """Append a line and pass it to the operating system at once."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
+
+
+def best_step(lines: Sequence[Mapping[str, Any]], keep: str) -> int | None:
+    """Return the step of the best evaluation (the first of equal ones); None before the first evaluation.
+
+    Args:
+        lines: Lines of ``metrics.jsonl``.
+        keep: Value of ``train.select_checkpoint``. ``last`` compares the losses.
+    """
+    evaluations = [line for line in lines if "eval_loss" in line]
+    if not evaluations:
+        return None
+    if keep == "best_accuracy":
+        return int(max(evaluations, key=lambda line: line["eval_accuracy"])["step"])
+    return int(min(evaluations, key=lambda line: line["eval_loss"])["step"])
+
+
+def is_out_of_patience(lines: Sequence[Mapping[str, Any]], options: TrainOptions) -> bool:
+    """Whether the last ``train.early_stopping_patience`` evaluations were not better than an earlier one."""
+    best = best_step(lines, options.select_checkpoint)
+    if options.early_stopping_patience is None or best is None:
+        return False
+    later = [line for line in lines if "eval_loss" in line and line["step"] > best]
+    return len(later) >= options.early_stopping_patience
+
+
+def correct_side_shares(line: Mapping[str, Any]) -> dict[str, float]:
+    """Return the shares of held-out labelled answers on the right side of the reference, by label.
+
+    Args:
+        line: An evaluation in ``metrics.jsonl``.
+    """
+    names = (("desired", "eval_rewards/chosen_right"), ("undesired", "eval_rewards/rejected_right"))
+    return {label: float(line[name]) for label, name in names if name in line}
+
+
+def format_correct_sides(shares: Mapping[str, float]) -> str:
+    """Return for example ``90.0% of the desired answers above, 80.0% of the undesired answers below the reference``."""
+    sides = {"desired": "above", "undesired": "below"}
+    parts = ", ".join(f"{share:.1%} of the {label} answers {sides[label]}" for label, share in shares.items())
+    return f"{parts} the reference"
+
+
+def training_facts(config: Config, folder: Path, num_trainable: int) -> dict[str, Any]:
+    """Summarise a finished training for its manifest.
+
+    Args:
+        config: The run.
+        folder: Folder with ``metrics.jsonl`` and the files of the planner and of Unsloth.
+        num_trainable: Trained parameters.
+
+    Returns:
+        Steps, tokens, losses, speed, the evaluation of the selected step, memory, and ``summary``, a line of text.
+    """
+    lines = read(folder / "metrics.jsonl")
+    trained = [line for line in lines if "loss" in line]
+    last, ends = trained[-1], summarize_losses([line["loss"] for line in trained])
+    rate = last["tokens"] / max(last["seconds"], 1e-9)
+    facts = {
+        "num_steps": last["step"],
+        "num_tokens": last["tokens"],
+        "num_trainable": num_trainable,
+        "mean_first_loss": ends.first,
+        "mean_last_loss": ends.last,
+        "num_mean_losses": ends.num,
+        "train_seconds": last["seconds"],
+        "tokens_per_second": round(rate, 1),
+    }
+    summary = f"loss {ends.first:.2f} (first steps) to {ends.last:.2f} (last), {rate:.0f} tok/s"
+    if config.train.objective != "sft":
+        facts["objective"] = config.train.objective
+        # A step of KTO may hold answers of one label only. It then has no margin.
+        margins = [line["rewards/margins"] for line in trained if "rewards/margins" in line]
+        if margins:
+            facts["reward_margin"] = margins[-1]
+            summary += f", {config.train.objective} reward margin {margins[0]:.2f} to {margins[-1]:.2f}"
+    best = best_step(lines, config.train.select_checkpoint)
+    if best is not None:
+        selected = best if config.train.select_checkpoint != "last" else last["step"]
+        evaluation = next(line for line in lines if "eval_loss" in line and line["step"] == selected)
+        evaluation_facts, text = _evaluation_facts(evaluation)
+        facts |= evaluation_facts
+        summary = f"{text}, {summary}"
+    facts |= read_plan(folder) | unsloth.read_versions(folder)
+    facts |= {"stopped_early": is_out_of_patience(lines, config.train)}
+    return facts | {"summary": f"{last['step']} steps, {summary}"}
+
+
+def _evaluation_facts(line: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """Return the facts of the selected evaluation, and a line of text."""
+    facts: dict[str, Any] = {"kept_step": line["step"], "eval_loss": line["eval_loss"]}
+    text = f"step {line['step']} kept with eval loss {line['eval_loss']:.3f}"
+    if "eval_accuracy" in line:
+        facts["eval_accuracy"] = line["eval_accuracy"]
+        text += f" and {line['eval_accuracy']:.1%} right"
+    if "eval_rewards/accuracies" in line:
+        ranked = line["eval_rewards/accuracies"]
+        facts |= {"eval_reward_accuracy": ranked, "eval_reward_margin": line["eval_rewards/margins"]}
+        text += f" and {ranked:.1%} of held-out pairs ranked right"
+    elif shares := correct_side_shares(line):
+        facts |= {f"eval_{label}_right": share for label, share in shares.items()}
+        if "eval_rewards/margins" in line:
+            facts["eval_reward_margin"] = line["eval_rewards/margins"]
+        text += f" and {format_correct_sides(shares)}"
+    return facts, text

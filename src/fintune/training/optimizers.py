@@ -1,4 +1,4 @@
-"""The optimisers that a run may choose, and where each of them works."""
+"""The optimizers that a run may choose, their memory, and where they work."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from fintune.errors import ConfigError, ResourceError
 
-NAMES: Mapping[str, str] = {
+TRANSFORMERS_NAMES: Mapping[str, str] = {
     "adamw_torch": "adamw_torch_fused",
     "adamw_8bit": "adamw_8bit",
     "paged_adamw_8bit": "paged_adamw_8bit",
@@ -16,9 +16,9 @@ NAMES: Mapping[str, str] = {
     "adafactor": "adafactor",
     "sgd": "sgd",
 }
-"""``train.optim`` and what transformers' ``TrainingArguments.optim`` calls it."""
+"""``TrainingArguments.optim`` of transformers by ``train.optim``."""
 
-_BYTE = 1 + 4 / 256  # bitsandbytes scales every 256 numbers
+_BYTE = 1 + 4 / 256  # bitsandbytes has one scale for 256 numbers
 MOMENT_BYTES: Mapping[str, float] = {
     "adamw_torch": 8,
     "adamw_8bit": 2 * _BYTE,
@@ -28,15 +28,15 @@ MOMENT_BYTES: Mapping[str, float] = {
     "adafactor": 0,
     "sgd": 0,
 }
-"""What each keeps for a trained number, in bytes; pages that could leave the GPU are counted."""
+"""Bytes that each optimizer keeps for a trained number. Pages that could leave the GPU are counted."""
 
 
-def check(name: str, *, cuda: bool) -> None:
-    """Refuse an optimiser whose package or machine is missing; loads nothing.
+def check_optimizer(name: str, *, cuda: bool) -> None:
+    """Refuse an optimizer whose package or GPU is missing; loads nothing.
 
     Args:
-        name: ``train.optim``.
-        cuda: Whether there is a CUDA GPU to train on.
+        name: Value of ``train.optim``.
+        cuda: Whether there is a CUDA GPU.
 
     Raises:
         ResourceError: Its package is missing.
@@ -51,7 +51,7 @@ def check(name: str, *, cuda: bool) -> None:
             option="train.optim",
         )
     if name.startswith("paged") and not cuda:
-        # bitsandbytes would warn and go on without the paging that was asked for.
+        # bitsandbytes would print a warning and train without paging.
         raise ConfigError(
             f"train.optim: {name} pages its moments between a CUDA GPU and main memory, and there is no GPU",
             hint=f"set it to {'adamw_8bit' if name.endswith('8bit') else 'adamw_torch'}, which computes the same",

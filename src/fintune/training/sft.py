@@ -1,7 +1,7 @@
-"""Supervised fine-tuning: TRL's SFTTrainer on rows that are tokenised already.
+"""The training run: TRL's trainer of the objective on rows that are tokenised already.
 
-TRL owns the loop. What is added: the order of the examples, the collator, callbacks that log, checkpoint, evaluate and
-stop on a loss that is not finite.
+TRL owns the loop. This package adds the order of the examples, the collators, the memory plan, and callbacks that log,
+evaluate, write checkpoints and stop at a loss that is not finite.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from fintune.config import TrainOptions
 from fintune.errors import ConfigError
-from fintune.training import checkpoints, metrics, planned, preference_rows, ranks, recompute, shard
-from fintune.training.adapter import in_float32
-from fintune.training.callbacks import make_callback
-from fintune.training.collate import num_steps, training_order
-from fintune.training.evaluate import BEST, Evaluation, Evaluator, best_step, load_best, out_of_patience
-from fintune.training.interruption import Stop, behind_the_step
+from fintune.training import checkpoints, distributed, metrics, preference
+from fintune.training.batches import num_steps, training_order
+from fintune.training.callbacks import make_recorder
+from fintune.training.evaluate import Evaluation, Evaluator
+from fintune.training.interrupt import StopAfterStep, stopping_after_step
+from fintune.training.lora import adapter_in_float32
+from fintune.training.memory import planner
+from fintune.training.memory.model import MemoryPlan
 from fintune.training.trainers import make_arguments, make_fused_trainer, make_trainer, stop_at_bad_losses
 from fintune.util.console import bar, quiet_libraries, say
 
@@ -29,13 +31,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A run in numbers.
+class TrainingSchedule:
+    """The examples of a run, step by step.
 
     Attributes:
         order: Indices of the examples, in the order of training.
-        steps: Optimiser steps.
-        tokens: Tokens (padding not counted) behind each step, from step 0; length ``steps + 1``.
+        steps: Number of optimizer steps.
+        tokens: Tokens without padding that are trained up to each step, from step 0; length ``steps + 1``.
     """
 
     order: list[int]
@@ -43,28 +45,33 @@ class Plan:
     tokens: list[int]
 
 
-def make_plan(
+def make_schedule(
     lengths: Sequence[int], options: TrainOptions, seed: int, *, labels: Sequence[bool] | None = None
-) -> Plan:
-    """Lay the whole run out.
+) -> TrainingSchedule:
+    """Fix the examples of every step of the run.
 
     Args:
         lengths: Tokens of each example.
         options: Epochs, batch size and accumulation.
         seed: Seed of the order.
-        labels: Of answers that are desired or not, which every step mixes.
+        labels: For KTO, whether each answer is desired. Every step then mixes the labels.
     """
-    batch_size = options.per_device_train_batch_size * options.gradient_accumulation_steps * ranks.count()
+    batch_size = examples_per_step(options)
     num_examples, steps = num_steps(len(lengths), options.num_train_epochs, batch_size, options.max_steps)
-    if options.objective == "kto":
-        num_examples = steps * batch_size  # it compares answers of different prompts, and a rest may be a single one
-    if ranks.count() > 1:  # every process has a part of every step, so the last one is filled up
+    if options.objective == "kto" or distributed.world_size() > 1:
+        # The last step is filled up. KTO compares answers to different prompts, and a rest may be a single answer. And
+        # every process needs its share of every step.
         num_examples = steps * batch_size
     order = training_order(lengths, num_examples, batch_size, seed, labels=labels)
     tokens = [0]
     for step in range(steps):
         tokens.append(tokens[-1] + sum(lengths[i] for i in order[step * batch_size : (step + 1) * batch_size]))
-    return Plan(order, steps, tokens)
+    return TrainingSchedule(order, steps, tokens)
+
+
+def examples_per_step(options: TrainOptions) -> int:
+    """Return the examples of an optimizer step, over all processes."""
+    return options.per_device_train_batch_size * options.gradient_accumulation_steps * distributed.world_size()
 
 
 def train(
@@ -80,134 +87,145 @@ def train(
     reporters: Callable[[int], Sequence[object]] | None = None,
     extra_callbacks: Sequence[object] = (),
 ) -> int:
-    """Train the model in place, going on from the last complete checkpoint in ``folder/checkpoints``.
+    """Train the model in place, resuming from the last complete checkpoint in ``folder/checkpoints``.
 
     Args:
-        model: From :func:`fintune.training.adapter.attach` or :func:`fintune.training.full.prepare`, on the device
-            to train on.
-        tokenizer: With a padding token.
-        rows: Columns ``id``, ``input_ids``, ``completion_mask``.
-        options: How to train.
-        compute: Type in which products are taken, ``float32``, ``bfloat16`` or ``float16``; weights of another type are
-            cast as they are used (autocast).
+        model: A model from :func:`fintune.training.lora.attach_adapter` or
+            :func:`fintune.training.full.train_all_weights`, on the device to train on.
+        tokenizer: A tokenizer with a padding token.
+        rows: Rows with the columns ``id``, ``input_ids``, ``completion_mask``.
+        options: Training options.
+        compute: Type of matrix products, ``float32``, ``bfloat16`` or ``float16``. Autocast casts weights of another
+            type when they are used.
         seed: Seed of the order and of dropout.
-        folder: Gets ``metrics.jsonl``, ``checkpoints/`` and, where the best weights are kept, ``best/``.
-        evaluation: Needed where ``train.eval_steps`` is set.
-        reporters: Makes callbacks that hand the figures on, given the steps of earlier attempts.
-        extra_callbacks: Further callbacks of transformers' Trainer.
+        folder: Gets ``metrics.jsonl``, ``checkpoints/`` and, if the best weights are kept, ``best/``.
+        evaluation: Evaluation data, which ``train.eval_steps`` requires.
+        reporters: Makes callbacks for TensorBoard and W&B from the number of steps of earlier attempts.
+        extra_callbacks: More callbacks for transformers' Trainer.
 
     Returns:
-        The step whose weights the model has now, according to ``train.select_checkpoint``.
+        The step whose weights the model has now, as selected by ``train.select_checkpoint``.
 
     Raises:
         FintuneError: Loss or gradient is not finite; with the step and the examples.
-        DataError: A row in which nothing or everything is trained.
-        ConfigError: ``train.fused_layers: always`` for a model or adapter that they do not know.
-        KeyboardInterrupt: SIGINT or SIGTERM; behind a checkpoint, where one process trains.
+        DataError: A row trains nothing or everything.
+        ConfigError: ``train.fused_layers: always`` with a model or adapter that the fused layers do not support.
+        KeyboardInterrupt: SIGINT or SIGTERM. A single process writes a checkpoint first.
     """
-    from transformers import PrinterCallback
-
     supervised = options.objective == "sft"
-    lengths = [len(ids) for ids in rows["input_ids"]] if supervised else preference_rows.lengths(rows)
-    plan = make_plan(lengths, options, seed, labels=preference_rows.labels_of(rows))
-    fused, memory = supervised and _is_fused(model, options.fused_layers), None
-    if fused and model.device.type == "cuda":
-        memory = planned.plan_model(model, options, lengths)
-        if ranks.leads():
-            planned.write(memory, folder)
-        # The same examples a step, in as many passes as memory demands.
-        passes = {
-            "per_device_train_batch_size": memory.batch_size,
-            "gradient_accumulation_steps": memory.accumulation,
-        }
-        options = options.model_copy(update=passes)
-    elif not fused:
-        options = recompute.settle(model, options, lengths)
-    step_size = options.per_device_train_batch_size * options.gradient_accumulation_steps * ranks.count()
+    lengths = [len(ids) for ids in rows["input_ids"]] if supervised else preference.preference_lengths(rows)
+    schedule = make_schedule(lengths, options, seed, labels=preference.row_labels(rows))
+    fused = supervised and _uses_fused_layers(model, options.fused_layers)
+    options, plan = _fit_memory(model, options, lengths, folder, fused=fused)
+    step_size = examples_per_step(options)
 
     def examples_of(step: int) -> list[str]:
-        return [str(rows[index]["id"]) for index in plan.order[(step - 1) * step_size : step * step_size]]
+        return [str(rows[index]["id"]) for index in schedule.order[(step - 1) * step_size : step * step_size]]
 
-    resume, earlier = _where_it_stopped(folder)
-    done = checkpoints.step_of(resume) if resume else 0
-    with quiet_libraries(), bar("train", plan.steps, done=done) as shown:
-        args = make_arguments(model, options, plan.steps, compute, seed, folder / "checkpoints")
-        order = plan.order
-        if out_of_patience(earlier, options):  # it was over; only what comes behind training is left to do
+    checkpoint, earlier = _read_progress(folder)
+    done = checkpoints.step_of(checkpoint) if checkpoint else 0
+    with quiet_libraries(), bar("train", schedule.steps, done=done) as progress:
+        args = make_arguments(model, options, schedule.steps, compute, seed, folder / "checkpoints")
+        order = schedule.order
+        if metrics.is_out_of_patience(earlier, options):  # training was over; only the work after it is left
             args.max_steps, order = done, order[: done * step_size]
-        callback = make_callback(
+        recorder = make_recorder(
             options,
             folder=folder,
-            plan_tokens=plan.tokens,
-            bar=shown,
+            plan_tokens=schedule.tokens,
+            bar=progress,
             seconds=earlier[-1]["seconds"] if earlier else 0.0,
             examples_of=examples_of,
         )
-        stop = Stop()
-        callbacks = [callback, stop.callback(), *(reporters(done) if reporters else ()), *extra_callbacks]
-        trained = rows.select(order)
-        with in_float32(model):
+        stop = StopAfterStep()
+        callbacks = [recorder, stop.callback(), *(reporters(done) if reporters else ()), *extra_callbacks]
+        ordered_rows = rows.select(order)
+        with adapter_in_float32(model):
             if fused:
-                trainer = make_fused_trainer(model, tokenizer, trained, args, callbacks, memory)
+                trainer = make_fused_trainer(model, tokenizer, ordered_rows, args, callbacks, plan)
             else:
-                trainer = make_trainer(model, tokenizer, trained, args, callbacks, options)
+                trainer = make_trainer(model, tokenizer, ordered_rows, args, callbacks, options)
         if supervised and not fused:
             stop_at_bad_losses(trainer, rows)
         if options.eval_steps is not None:
             assert evaluation is not None, "train.eval_steps needs an evaluation split"
-            callback.evaluator = trainer.evaluate = Evaluator(
+            recorder.evaluator = trainer.evaluate = Evaluator(
                 trainer, evaluation, options, folder, measure=None if supervised else trainer.measure
             )
-        # One would be written for every checkpoint, of which nobody reads any.
-        trainer.create_model_card = lambda *_args, **_kwargs: None
-        trainer.remove_callback(PrinterCallback)
-        if shard.is_divided(options):
-            shard.divide(trainer.model)
-        ranks.train_together(trainer)
-        with behind_the_step(stop, folder / "checkpoints"):
-            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    if trainer.args.device.type == "cuda" and ranks.leads():
-        planned.write_peak(folder)
-    best = (
-        best_step(metrics.read(folder / "metrics.jsonl"), options.select_checkpoint)
-        if options.select_checkpoint != "last"
-        else None
-    )
+        _run(trainer, options, stop, folder, checkpoint)
+    if trainer.args.device.type == "cuda" and distributed.is_main():
+        planner.record_peak(folder)
+    lines = metrics.read(folder / "metrics.jsonl")
+    best = metrics.best_step(lines, options.select_checkpoint) if options.select_checkpoint != "last" else None
     if best is None:
         return int(trainer.state.global_step)
-    load_best(trainer.model, folder / BEST, best)
+    checkpoints.load_best(trainer.model, folder / checkpoints.BEST_FOLDER, best)
     return best
 
 
-def _where_it_stopped(folder: Path) -> tuple[Path | None, list[dict[str, Any]]]:
-    """The last complete checkpoint, and the lines of the steps before it; what lies behind it is removed."""
-    if ranks.leads():
-        found = checkpoints.latest(folder / "checkpoints")
-        metrics.cut(folder / "metrics.jsonl", checkpoints.step_of(found) if found else 0)
-    ranks.wait()
-    return checkpoints.latest(folder / "checkpoints"), metrics.read(folder / "metrics.jsonl")
+def _run(trainer: Any, options: TrainOptions, stop: StopAfterStep, folder: Path, checkpoint: Path | None) -> None:
+    from transformers import PrinterCallback
+
+    # Otherwise every checkpoint would get a model card, which nobody reads.
+    trainer.create_model_card = lambda *_args, **_kwargs: None
+    trainer.remove_callback(PrinterCallback)
+    if distributed.is_sharded(options):
+        distributed.shard_frozen_weights(trainer.model)
+    distributed.average_gradients(trainer)
+    with stopping_after_step(stop, folder / "checkpoints"):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
-def _is_fused(model: PeftModel | PreTrainedModel, choice: str) -> bool:
-    """Whether to train through this package's layers; says so where the choice was left to it.
+def _fit_memory(
+    model: PeftModel | PreTrainedModel, options: TrainOptions, lengths: Sequence[int], folder: Path, *, fused: bool
+) -> tuple[TrainOptions, MemoryPlan | None]:
+    """Choose recomputed layers and, with the fused layers on a GPU, the passes of a step; the step stays the same."""
+    if not fused:
+        return planner.resolve_checkpointing(model, options, lengths), None
+    if model.device.type != "cuda":
+        return options, None
+    plan = planner.plan_for_model(model, options, lengths)
+    if distributed.is_main():
+        planner.write_plan(plan, folder)
+    passes = {
+        "per_device_train_batch_size": plan.batch_size,
+        "gradient_accumulation_steps": plan.accumulation,
+    }
+    return options.model_copy(update=passes), plan
+
+
+def _read_progress(folder: Path) -> tuple[Path | None, list[dict[str, Any]]]:
+    """Return the last complete checkpoint and the log lines up to it. Later lines and checkpoints are removed."""
+    checkpoints_folder, metrics_file = folder / "checkpoints", folder / "metrics.jsonl"
+    if distributed.is_main():
+        checkpoint = checkpoints.latest_checkpoint(checkpoints_folder)
+        metrics.truncate(metrics_file, checkpoints.step_of(checkpoint) if checkpoint else 0)
+    distributed.barrier()
+    return checkpoints.latest_checkpoint(checkpoints_folder), metrics.read(metrics_file)
+
+
+def _uses_fused_layers(model: PeftModel | PreTrainedModel, choice: str) -> bool:
+    """Whether to train through the fused layers; prints the choice if it was left open.
 
     Raises:
-        ConfigError: They are asked for, and the model or its adapter does not allow it.
+        ConfigError: The option requires them, and they do not support the model or its adapter.
     """
     if choice == "never":
         return False
     from peft import PeftModel
 
-    from fintune.training.fused.model import obstacle
+    from fintune.training.fused.model import unsupported_reason
 
-    found = obstacle(model) if isinstance(model, PeftModel) else "every weight is trained"
+    reason = unsupported_reason(model) if isinstance(model, PeftModel) else "every weight is trained"
     if choice == "always":
-        if found is not None:
+        if reason is not None:
             raise ConfigError(
-                f"train.fused_layers: always, but {found}", hint="set it to auto or never", option="train.fused_layers"
+                f"train.fused_layers: always is not possible: {reason}",
+                hint="set it to auto or never",
+                option="train.fused_layers",
             )
         return True
     if model.device.type != "cuda":
         return False
-    say("layers: fused" if found is None else f"layers: transformers' own, since {found}")
-    return found is None
+    say("layers: fused" if reason is None else f"layers: those of transformers, because {reason}")
+    return reason is None

@@ -1,24 +1,18 @@
-"""The trainers of the libraries, with this package's batches, losses and checks.
-
-TRL's SFTTrainer over transformers' layers or over the fused ones, and its preference trainers, from one set of options.
-"""
+"""The trainers of TRL with this package's batches, losses and checks, made from one set of options."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fintune.config import TrainOptions
-from fintune.errors import FintuneError
-from fintune.training import optimizers, preference, shard
-from fintune.training.adapter import compute_in_base_type, store_frozen_weights
-from fintune.training.attention import use_short_causal_attention
-from fintune.training.collate import CompletionCollator
-from fintune.training.evaluate import not_finite
-from fintune.training.head import score_trained_positions
-from fintune.training.plan import TrainingPlan
+from fintune.training import distributed, optimizers, preference
+from fintune.training.batches import WIDTH_MULTIPLE, CompletionCollator
+from fintune.training.cpu_layers import use_cpu_attention, use_label_only_head
+from fintune.training.evaluate import bad_loss_error
+from fintune.training.lora import compute_in_base_type, store_frozen_weights
+from fintune.training.memory.model import MemoryPlan
 from fintune.util.console import say
 
 if TYPE_CHECKING:
@@ -29,8 +23,74 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
     from trl import SFTConfig, SFTTrainer
 
-WIDTHS = 32
-"""Batches are padded to multiples of so many tokens."""
+
+def make_arguments(
+    model: PeftModel | PreTrainedModel, options: TrainOptions, num_steps: int, compute: str, seed: int, folder: Path
+) -> TrainingArguments:
+    """Make the arguments of the objective's trainer.
+
+    Args:
+        model: A model on the device to train on.
+        options: Training options.
+        num_steps: Optimizer steps of the whole run.
+        compute: Name of the torch type of matrix products.
+        seed: Seed of dropout.
+        folder: Gets the checkpoints.
+    """
+    import torch
+    from trl import SFTConfig
+
+    weights = next(model.parameters())
+    is_sharded_on_gpu = distributed.is_sharded(options) and torch.cuda.is_available()
+    arguments = preference.partial_arguments(options)
+    if options.objective == "sft":
+        arguments = partial(SFTConfig, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None)
+    args = arguments(
+        output_dir=str(folder),
+        use_cpu=weights.device.type == "cpu" and not is_sharded_on_gpu,
+        max_steps=num_steps,
+        num_train_epochs=1,
+        per_device_train_batch_size=options.per_device_train_batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type=options.lr_scheduler_type,
+        warmup_steps=_warmup_steps(options, num_steps),
+        weight_decay=options.weight_decay,
+        adam_beta2=options.adam_beta2,
+        max_grad_norm=options.max_grad_norm,
+        optim=optimizers.TRANSFORMERS_NAMES[options.optim],
+        bf16=compute == "bfloat16",
+        fp16=compute == "float16",
+        gradient_checkpointing=bool(options.gradient_checkpointing),
+        # The rows are in the order of training already. A sampler of the trainer would shuffle them again.
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=False,
+        logging_strategy="steps",
+        logging_steps=options.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=options.save_steps,
+        save_total_limit=None,  # the recorder removes old checkpoints, after the new one is known to be complete
+        seed=seed,
+        data_seed=seed,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    if args.n_gpu > 1:
+        # Otherwise one process would use all GPUs that it sees (nn.DataParallel), which is what train.gpus is for.
+        args._n_gpu = 1
+    return args
+
+
+def _warmup_steps(options: TrainOptions, num_steps: int) -> int:
+    if options.warmup_steps is None:
+        return round(options.warmup_ratio * num_steps)
+    if options.warmup_steps >= num_steps:
+        say(f"train.warmup_steps is {options.warmup_steps} of {num_steps} steps: train.learning_rate is never reached")
+    return options.warmup_steps
 
 
 def make_fused_trainer(
@@ -39,17 +99,17 @@ def make_fused_trainer(
     rows: Dataset,
     args: SFTConfig,
     callbacks: list[Any],
-    memory: TrainingPlan | None,
+    plan: MemoryPlan | None,
 ) -> SFTTrainer:
-    """TRL's loop over this package's own layers.
+    """Make TRL's SFTTrainer over the fused layers.
 
     Args:
-        model: With an adapter, one that the fused layers know.
-        tokenizer: With a padding token.
-        rows: In the order of training.
-        args: From :func:`make_arguments`.
-        callbacks: The first is told to check the losses behind each step.
-        memory: What the planner chose, on a GPU.
+        model: A model with an adapter that the fused layers support.
+        tokenizer: A tokenizer with a padding token.
+        rows: Rows in the order of training.
+        args: Arguments from :func:`make_arguments`.
+        callbacks: Callbacks. The first is the recorder, which gets the check of the losses.
+        plan: Choice of the memory planner; None on a CPU.
     """
     import torch
 
@@ -58,15 +118,15 @@ def make_fused_trainer(
 
     base = model.get_base_model()
     compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    num_checkpointed = 0 if memory is None else memory.setting.num_checkpointed
+    num_checkpointed = 0 if plan is None else plan.setting.num_checkpointed
     if args.gradient_checkpointing:
         num_checkpointed = base.config.num_hidden_layers
-    # The layers recompute by themselves; the trainer would switch on transformers' way of it.
+    # The fused layers recompute by themselves. The trainer would switch on recomputation in transformers.
     args.gradient_checkpointing = False
     trainer = FusedTrainer(
         options={
             "dtype": compute,
-            "keep": memory is None or memory.setting.unpacked,
+            "keep": plan is None or plan.setting.unpacked,
             "num_checkpointed": num_checkpointed,
         },
         model=model,
@@ -77,12 +137,12 @@ def make_fused_trainer(
         callbacks=callbacks,
     )
 
-    def check(step: int) -> None:
-        bad = trainer.examples_of_bad_losses()
-        if bad:
-            raise bad_loss(step, bad, args)
+    def check_losses(step: int) -> None:
+        bad_examples = trainer.examples_of_bad_losses()
+        if bad_examples:
+            raise bad_loss_error(step, bad_examples, args)
 
-    callbacks[0].check_losses = check
+    callbacks[0].check_losses = check_losses
     return trainer
 
 
@@ -94,132 +154,61 @@ def make_trainer(
     callbacks: list[Any],
     options: TrainOptions,
 ) -> Trainer:
-    """The trainer of the objective over transformers' layers; arguments as for :func:`make_fused_trainer`."""
+    """Make the objective's trainer over the layers of transformers; arguments as for :func:`make_fused_trainer`."""
     from trl import SFTTrainer
 
     if options.objective == "sft":
-        trainer = (shard.undivided(SFTTrainer) if shard.is_divided(options) else SFTTrainer)(
+        is_sharded = distributed.is_sharded(options)
+        trainer = (distributed.without_device_placement(SFTTrainer) if is_sharded else SFTTrainer)(
             model=model,
             args=args,
-            data_collator=CompletionCollator(tokenizer.pad_token_id, multiple=WIDTHS),
+            data_collator=CompletionCollator(tokenizer.pad_token_id, multiple=WIDTH_MULTIPLE),
             train_dataset=rows,
             processing_class=tokenizer,
             callbacks=callbacks,
         )
     else:
-        trainer = preference.make_trainer(
-            model, tokenizer, rows, args, options, callbacks, multiple=WIDTHS, bad_loss=bad_loss
+        trainer = preference.make_preference_trainer(
+            model, tokenizer, rows, args, options, callbacks, multiple=WIDTH_MULTIPLE
         )
     if args.bf16 or args.fp16:
         compute_in_base_type(model)
     if args.device.type == "cpu":
-        score_trained_positions(_base(model))
-        use_short_causal_attention(_base(model))
-        if args.bf16 and _base(model) is not model:
+        base = _base_model(model)
+        use_label_only_head(base)
+        use_cpu_attention(base)
+        if args.bf16 and base is not model:
             store_frozen_weights(model, "bfloat16")
     return trainer
 
 
-def _warmup_steps(options: TrainOptions, num_steps: int) -> int:
-    if options.warmup_steps is None:
-        return round(options.warmup_ratio * num_steps)
-    if options.warmup_steps >= num_steps:
-        say(f"train.warmup_steps is {options.warmup_steps} of {num_steps} steps: train.learning_rate is never reached")
-    return options.warmup_steps
-
-
-def make_arguments(
-    model: PeftModel | PreTrainedModel, options: TrainOptions, num_steps: int, compute: str, seed: int, folder: Path
-) -> TrainingArguments:
-    """Arguments of the objective's trainer.
-
-    Args:
-        model: On the device to train on.
-        options: How to train.
-        num_steps: Optimiser steps of the whole run.
-        compute: Type in which products are taken.
-        seed: Seed of dropout.
-        folder: Gets the checkpoints.
-    """
-    import torch
-    from trl import SFTConfig
-
-    weights = next(model.parameters())
-    made = preference.arguments(options)
-    if options.objective == "sft":
-        made = partial(SFTConfig, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None)
-    args = made(
-        output_dir=str(folder),
-        use_cpu=weights.device.type == "cpu" and not (shard.is_divided(options) and torch.cuda.is_available()),
-        max_steps=num_steps,
-        num_train_epochs=1,
-        per_device_train_batch_size=options.per_device_train_batch_size,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
-        learning_rate=options.learning_rate,
-        lr_scheduler_type=options.lr_scheduler_type,
-        warmup_steps=_warmup_steps(options, num_steps),
-        weight_decay=options.weight_decay,
-        adam_beta2=options.adam_beta2,
-        max_grad_norm=options.max_grad_norm,
-        optim=optimizers.NAMES[options.optim],
-        bf16=compute == "bfloat16",
-        fp16=compute == "float16",
-        gradient_checkpointing=bool(options.gradient_checkpointing),
-        # The order is laid out already; a sampler of the trainer's would shuffle it again.
-        train_sampling_strategy="sequential",
-        remove_unused_columns=False,
-        dataloader_num_workers=0,
-        dataloader_pin_memory=False,
-        logging_strategy="steps",
-        logging_steps=options.logging_steps,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=options.save_steps,
-        save_total_limit=None,  # the callback removes old ones, after the new one is known to be complete
-        seed=seed,
-        data_seed=seed,
-        report_to="none",
-        disable_tqdm=True,
-    )
-    if args.n_gpu > 1:
-        # Else a single process would spread over all GPUs that it sees (nn.DataParallel); that is train.gpus' matter.
-        args._n_gpu = 1
-    return args
-
-
-def _base(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
+def _base_model(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
     from peft import PeftModel
 
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def bad_loss(step: int, examples: Sequence[str], args: TrainingArguments) -> FintuneError:
-    """What stops a run whose loss is not finite; arguments as for :func:`~fintune.training.evaluate.not_finite`."""
-    return not_finite(f"the loss is not finite at step {step}", examples, args)
-
-
 def stop_at_bad_losses(trainer: SFTTrainer, rows: Dataset) -> None:
-    """Let the run end at a loss that is not finite, before the optimiser takes the step.
+    """Stop the run at a loss that is not finite, before the optimizer takes the step.
 
     Args:
-        trainer: Over transformers' layers.
-        rows: The examples, to name those in the batch.
+        trainer: Trainer over the layers of transformers.
+        rows: All rows, from which the examples of the batch are named.
     """
-    trainer.model.register_forward_hook(_LossGuard(rows, trainer), with_kwargs=True)
+    trainer.model.register_forward_hook(_LossHook(rows, trainer), with_kwargs=True)
 
 
-class _LossGuard:
+class _LossHook:
     """Forward hook; arguments as for :func:`stop_at_bad_losses`."""
 
     def __init__(self, rows: Dataset, trainer: SFTTrainer) -> None:
         self._rows, self._trainer = rows, trainer
 
     def __call__(self, model: nn.Module, _args: object, kwargs: dict[str, Any], output: Any) -> None:
-        log_probs = getattr(output, "log_probs", None) if model.training else None  # evaluations name their own rows
+        log_probs = getattr(output, "log_probs", None) if model.training else None  # evaluations check their own rows
         if log_probs is None or bool(log_probs.isfinite().all()):
             return
-        raise bad_loss(self._trainer.state.global_step + 1, self._ids(kwargs), self._trainer.args)
+        raise bad_loss_error(self._trainer.state.global_step + 1, self._ids(kwargs), self._trainer.args)
 
     def _ids(self, inputs: dict[str, torch.Tensor]) -> list[str]:
         batch = [

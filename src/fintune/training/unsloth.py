@@ -1,15 +1,15 @@
-"""Unsloth as the trainer: a process of its own, because Unsloth changes the libraries that are imported after it.
+"""Unsloth as the trainer, in its own process, because Unsloth changes the libraries that are imported after it.
 
-The process is ``PYTHON -m fintune.training.unsloth_worker ORDER``, where PYTHON is ``train.backend_python``. Its
-files::
+The process is ``PYTHON -m fintune.training.unsloth_worker JOB``, where PYTHON is ``train.backend_python``. The files
+in the stage's folder::
 
-    unsloth/order.json    to it: {config, model, tokens, eval_tokens, folder, compute}; paths are absolute
-    unsloth/error-0.json  from it: {kind, message}, with status 2, for what the user can change
-    unsloth.json          from it: {versions, peak_gib}
-    metrics.jsonl, checkpoints/, best/, adapter/   as this package's own training leaves them
+    unsloth/job.json      for the process: {config, model, tokens, eval_tokens, folder, compute}, with absolute paths
+    unsloth/error-0.json  from the process, with status 2: an error that the user can fix
+    unsloth.json          from the process: {versions, peak_gib}
+    metrics.jsonl, checkpoints/, best/, adapter/   as the builtin training writes them
 
-``PYTHON -m fintune.training.unsloth_worker --check`` prints one line of JSON: {versions, obstacle}, obstacle empty
-where Unsloth can work.
+``PYTHON -m fintune.training.unsloth_worker --check`` prints one line of JSON, {versions, unsupported_reason}. The
+reason is empty if Unsloth can train.
 """
 
 from __future__ import annotations
@@ -23,69 +23,53 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fintune import errors
 from fintune.config import Config
-from fintune.errors import ConfigError, FintuneError, ResourceError
+from fintune.errors import ConfigError, ResourceError
+from fintune.training import distributed
 from fintune.util.console import say
 
-CHILD = "fintune.training.unsloth_worker"
-FILE = "unsloth.json"
-"""In the stage's folder: with which versions it trained, and the memory that it took."""
+WORKER = "fintune.training.unsloth_worker"
+VERSIONS_FILE = "unsloth.json"
+"""Name of the file in the stage's folder with the versions of the libraries and the peak memory."""
 _FOLDER = "unsloth"
 _CHECK_SECONDS = 300
 
 
-def check(config: Config) -> None:
-    """Refuse what this backend cannot do, and where it cannot work.
+def check_environment(config: Config) -> None:
+    """Refuse to train where Unsloth cannot work.
 
     Raises:
-        ConfigError: An option that it does not have here.
-        ResourceError: No CUDA GPU, Unsloth missing, or beside versions that it does not take.
+        ConfigError: ``train.backend_python`` does not exist.
+        ResourceError: There is no CUDA GPU, or Unsloth is missing, or installed libraries are too new or old for it.
     """
-    train, adapter = config.train, config.adapter
-    refused = {
-        "adapter.kind: full": adapter.kind == "full",
-        f"adapter.init_lora_weights: {adapter.init_lora_weights}": adapter.init_lora_weights != "default",
-        f"train.objective: {train.objective}": train.objective != "sft",
-        "train.select_checkpoint: best_accuracy": train.select_checkpoint == "best_accuracy",
-        "train.fused_layers: always": train.fused_layers == "always",
-        f"train.gpus: {train.gpus}": train.gpus * train.machines > 1,
-        "publish.each_epoch": config.publish.each_epoch,
-        "model.trust_remote_code": config.model.trust_remote_code,
-    }
-    for what, here in refused.items():
-        if here:
-            raise ConfigError(
-                f"train.backend: unsloth is not proven with {what}",
-                hint="set train.backend to builtin",
-                option="train.backend",
-            )
-    found = _ask(_python(config))
-    if found["obstacle"]:
-        raise ResourceError(
-            f"train.backend: unsloth cannot work: {found['obstacle']}",
-            hint=_remedy(found["obstacle"]),
-            option="train.backend",
-        )
+    reason = _ask_worker(_python(config))["unsupported_reason"]
+    if not reason:
+        return
+    hint = (
+        "install Unsloth in an environment with versions that it supports, and set train.backend_python to its python"
+    )
+    if "CUDA" in reason:
+        hint = "set train.backend to builtin, which also trains on a CPU"
+    raise ResourceError(f"train.backend: unsloth cannot work here: {reason}", hint=hint, option="train.backend")
 
 
 def train(config: Config, *, model: Path, prepare: Path, folder: Path, compute: str) -> None:
-    """Train in the other process; it goes on from the last complete checkpoint in ``folder/checkpoints``.
+    """Train in the other process; resumes from the last complete checkpoint in ``folder/checkpoints``.
 
     Args:
-        config: The run; :func:`check` has passed.
+        config: The run. :func:`check_environment` has passed.
         model: Folder of the base model.
         prepare: Folder with ``tokens/train`` and ``tokens/eval``.
-        folder: The stage's.
-        compute: Name of the type in which products are taken.
+        folder: The stage's folder.
+        compute: Name of the torch type of matrix products.
 
     Raises:
-        FintuneError: What stopped the process.
+        FintuneError: The error that stopped the process.
     """
-    place = folder / _FOLDER
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True)
-    order = {
+    job_folder = folder / _FOLDER
+    shutil.rmtree(job_folder, ignore_errors=True)
+    job_folder.mkdir(parents=True)
+    job = {
         "config": config.model_dump(mode="json"),
         "model": str(model.resolve()),
         "tokens": str((prepare / "tokens" / "train").resolve()),
@@ -93,78 +77,73 @@ def train(config: Config, *, model: Path, prepare: Path, folder: Path, compute: 
         "folder": str(folder.resolve()),
         "compute": compute,
     }
-    path = place / "order.json"
-    path.write_text(json.dumps(order), encoding="utf-8")
-    say("train: by Unsloth, in a process of its own")
+    job_file = job_folder.resolve() / "job.json"
+    job_file.write_text(json.dumps(job), encoding="utf-8")
+    say("train: by Unsloth, in its own process")
+    environment = _environment() | {"UNSLOTH_COMPILE_LOCATION": str(job_file.parent / "compiled")}
     try:
-        status = _wait([_python(config), "-m", CHILD, str(path.resolve())], _environment(place))
+        status = _wait([_python(config), "-m", WORKER, str(job_file)], environment)
         if status != 0:
-            raise _told(place, status)
+            raise _error_of_worker(job_folder, status)
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(job_folder, ignore_errors=True)
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """What the process left about itself, for the manifest; nothing where this package's own training ran."""
-    path = folder / FILE
+def read_versions(folder: Path) -> dict[str, Any]:
+    """Read what the process recorded for the manifest; an empty dictionary if Unsloth did not train."""
+    path = folder / VERSIONS_FILE
     return {"unsloth": json.loads(path.read_text(encoding="utf-8"))} if path.is_file() else {}
 
 
 def _python(config: Config) -> str:
-    given = config.train.backend_python
-    if given is not None and not given.is_file():
+    python = config.train.backend_python
+    if python is not None and not python.is_file():
         raise ConfigError(
-            f"train.backend_python: there is no {given}",
-            hint="name the python of an environment",
+            f"train.backend_python: {python} does not exist",
+            hint="set it to the python of an environment",
             option="train.backend_python",
         )
-    return str(given) if given is not None else sys.executable
+    return str(python) if python is not None else sys.executable
 
 
-def _ask(python: str) -> dict[str, Any]:
-    command = [python, "-m", CHILD, "--check"]
+def _ask_worker(python: str) -> dict[str, Any]:
+    command = [python, "-m", WORKER, "--check"]
     try:
         done = subprocess.run(  # noqa: S603
-            command, capture_output=True, text=True, timeout=_CHECK_SECONDS, check=False, env=_environment(None)
+            command, capture_output=True, text=True, timeout=_CHECK_SECONDS, check=False, env=_environment()
         )
-        found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ResourceError(
             f"train.backend_python: {python} does not run ({error})", option="train.backend_python"
         ) from None
     except (ValueError, IndexError):
         last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
-        hint = "fintune and its training packages must be installed there, too"
+        hint = "install fintune and its training packages in that environment"
         raise ResourceError(
             f"train.backend_python: {python} cannot run fintune ({last[:200]})",
             hint=hint,
             option="train.backend_python",
         ) from None
-    return found
+    return answer
 
 
-def _remedy(obstacle: str) -> str:
-    if "CUDA" in obstacle:
-        return "set train.backend to builtin, which trains on a CPU, too"
-    if "not installed" in obstacle:
-        return "pip install unsloth, or name the python of an environment that has it in train.backend_python"
-    return "give Unsloth an environment of its own and name its python in train.backend_python"
-
-
-def _environment(place: Path | None) -> dict[str, str]:
+def _environment() -> dict[str, str]:
     source = str(Path(__file__).resolve().parents[2])
     path = os.environ.get("PYTHONPATH", "")
-    found = {**os.environ, "PYTHONPATH": os.pathsep.join([source, *([path] if path else [])])}
-    # Model and tokenizer lie in a folder; Unsloth would count its users and look for other copies of the model.
-    found |= {"UNSLOTH_DISABLE_STATISTICS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    if place is not None:
-        found["UNSLOTH_COMPILE_LOCATION"] = str(place.resolve() / "compiled")  # else it writes where the user stands
-    return found
+    # The model is in a folder. Without these variables, Unsloth would report its use and look for copies of the model.
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([source, *([path] if path else [])]),
+        "UNSLOTH_DISABLE_STATISTICS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+    }
 
 
 def _wait(command: list[str], environment: dict[str, str]) -> int:
-    # Its words go where this process's own notes go. It has a session of its own, so that a terminal's Ctrl-C reaches
-    # it once, from here: a second one would stop it before it has kept its step.
+    # The process prints to standard error, as this one does. In its own session, it does not get a terminal's Ctrl-C
+    # directly but once, from here: a second one would stop it before it has saved a checkpoint.
     with subprocess.Popen(command, stdout=2, env=environment, start_new_session=True) as process:  # noqa: S603
         try:
             try:
@@ -179,16 +158,13 @@ def _wait(command: list[str], environment: dict[str, str]) -> int:
             raise
 
 
-def _told(place: Path, status: int) -> Exception:
-    path = place / "error-0.json"
+def _error_of_worker(job_folder: Path, status: int) -> Exception:
+    path = job_folder / "error-0.json"
     if path.is_file():
-        told = json.loads(path.read_text(encoding="utf-8"))
-        kind = getattr(errors, told["kind"], FintuneError)
-        found: Exception = kind(told["message"])
-        return found
+        return distributed.read_error(path)
     if status < 0:
         name = signal.Signals(-status).name
-        hint = "see whether the machine ran out of memory; the same command goes on from the last checkpoint"
+        hint = "check whether the machine ran out of memory, and rerun to resume from the last checkpoint"
         return ResourceError(f"Unsloth's process was ended by {name}", hint=hint)
-    hint = "its last lines stand above; train.backend: builtin trains without it"
+    hint = "read its last lines above, or set train.backend to builtin to train without it"
     return ResourceError(f"Unsloth's process failed with status {status}", hint=hint)

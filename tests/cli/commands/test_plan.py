@@ -8,7 +8,7 @@ import pytest
 from fintune.cli.commands.plan import plan
 from fintune.config.load import load
 from fintune.errors import ConfigError, ModelError, ResourceError
-from fintune.training.plan import GIB, told_apart, told_of
+from fintune.training.memory.model import GIB, format_distinct, format_usage
 from support.hub_server import HubServer
 from support.model_shapes import LLAMA_3B
 
@@ -91,11 +91,11 @@ def test_the_limit_is_told_where_it_comes_from(lines):
 def test_sizes_below_a_gib_and_sizes_near_each_other_are_told_apart(lines):
     with pytest.raises(ResourceError, match=r"needs .* GiB for .*, and 512 MiB may be used"):
         lines(24, "train.max_memory_gib=0.5")
-    assert told_apart(600 * 2**20, 512 * 2**20) == ("600 MiB", "512 MiB")
-    assert told_apart(int(7.84 * GIB), int(7.81 * GIB)) == ("7.84 GiB", "7.81 GiB")
-    assert told_apart(2**20 + 1, 2**20) == ("1,048,577 bytes", "1,048,576 bytes")
-    assert told_of(2**29, 8 * GIB, " predicted") == "512 MiB predicted of 8.0 GiB"
-    assert told_of(2**29, 2**29 + 2**20) == "512 MiB of 513"
+    assert format_distinct(600 * 2**20, 512 * 2**20) == ("600 MiB", "512 MiB")
+    assert format_distinct(int(7.84 * GIB), int(7.81 * GIB)) == ("7.84 GiB", "7.81 GiB")
+    assert format_distinct(2**20 + 1, 2**20) == ("1,048,577 bytes", "1,048,576 bytes")
+    assert format_usage(2**29, 8 * GIB, " predicted") == "512 MiB predicted of 8.0 GiB"
+    assert format_usage(2**29, 2**29 + 2**20) == "512 MiB of 513"
 
 
 def test_what_does_not_fit_is_refused_with_what_would(lines):

@@ -97,7 +97,7 @@ def test_the_finqa_guide_runs_from_its_first_command_to_its_last(folder, model, 
     assert trl.SFTTrainer  # what it imports must not meet the stand-in
     wandb, pushed = FakeWandb(), []
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setattr("fintune.training.reporters.check", lambda _names: None)
+    monkeypatch.setattr("fintune.training.callbacks.check_reporters", lambda _names: None)
     monkeypatch.setattr(cli_train, "full_repo_name", lambda name: f"ann/{name}")
     monkeypatch.setattr(cli_train, "push_files", lambda repo, *_, **__: pushed.append(repo) or f"pushed to {repo}")
     adapter = folder / "models" / "llama-3b-finqa-dora-adapter"

@@ -145,10 +145,10 @@ def test_every_flag_reaches_its_option(tiny_model, processed, tmp_path, monkeypa
 
 
 def test_the_same_command_goes_on_and_then_has_nothing_to_do(tiny_model, processed, tmp_path, monkeypatch):
-    from fintune.training import adapter
+    from fintune.training import lora
 
     arguments = flags(tiny_model, processed / "train", tmp_path / "out", save_strategy="steps", save_steps=1)
-    monkeypatch.setattr(adapter, "save", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(lora, "save_adapter", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(click.Abort):
         call(arguments)
     monkeypatch.undo()

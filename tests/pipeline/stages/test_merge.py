@@ -14,7 +14,7 @@ from fintune.export.merge.safetensors_files import SafetensorFolder
 from fintune.models import adapter as adapters
 from fintune.models import load as models
 from fintune.pipeline.stages.merge import merge, merge_adapter
-from fintune.training import adapter
+from fintune.training import lora
 from fintune.util.console import quiet_libraries
 from support.prepared_rows import prepared
 from support.tiny import make_tiny_model, patch_json
@@ -25,13 +25,13 @@ torch = pytest.importorskip("torch")
 def inputs(tmp_path, model, *, kind="lora", scale=0.05):
     """A prepared folder and an adapter with random weights of the given size."""
     base = models.load_model(models.fetch(str(model)), dtype="float32", device="cpu")
-    adapted = adapter.attach(base, AdapterOptions(kind=kind, r=4))
+    adapted = lora.attach_adapter(base, AdapterOptions(kind=kind, r=4))
     torch.manual_seed(1)
     for name, weight in adapted.named_parameters():
         if "lora_B" in name:
             weight.data = torch.randn_like(weight) * scale
     (tmp_path / "train").mkdir()
-    adapter.save(adapted, str(model), None, tmp_path / "train" / "adapter")
+    lora.save_adapter(adapted, str(model), None, tmp_path / "train" / "adapter")
     (tmp_path / "merge").mkdir()
     return {"prepare": prepared(tmp_path / "prepare", model, 6), "train": tmp_path / "train"}
 

@@ -15,7 +15,7 @@ from fintune.pipeline.stages import replay as module
 from fintune.pipeline.stages.export import export
 from fintune.pipeline.stages.merge import merge
 from fintune.pipeline.stages.replay import replay
-from fintune.training import adapter
+from fintune.training import lora
 from support.prepared_rows import prepared
 
 torch = pytest.importorskip("torch")
@@ -30,14 +30,14 @@ def run(tiny_model, tmp_path_factory):
     config = Config.model_validate(options | {"predict": {"models": ["base"]}})
     base = models.load_model(models.fetch(str(tiny_model)), dtype="float32", device="cpu")
     torch.manual_seed(1)  # for both matrices: a share of ten positions is asked for below
-    adapted = adapter.attach(base, AdapterOptions(r=4))
+    adapted = lora.attach_adapter(base, AdapterOptions(r=4))
     for name, weight in adapted.named_parameters():
         if "lora_B" in name:
             weight.data = torch.randn_like(weight) * 0.05
     inputs = {name: folder / name for name in ("train", "merge", "export")}
     for path in inputs.values():
         path.mkdir()
-    adapter.save(adapted, str(tiny_model), None, inputs["train"] / "adapter")
+    lora.save_adapter(adapted, str(tiny_model), None, inputs["train"] / "adapter")
     inputs["prepare"] = prepared(folder / "prepare", tiny_model, 6)
     merge(config, inputs, inputs["merge"])
     export(config, inputs, inputs["export"])

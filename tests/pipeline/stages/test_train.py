@@ -195,12 +195,13 @@ def test_a_model_that_does_not_fit_the_memory_is_told_with_what_to_do(tiny_model
 
 def test_out_of_memory_on_a_gpu_names_the_overrides_that_fit(tiny_model, inputs, tmp_path, monkeypatch):
     from fintune.errors import ResourceError
-    from fintune.training import planned, sft
+    from fintune.training import sft
+    from fintune.training.memory import planner
 
     def full(*_, **__):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         # The tiny model's need beyond the planner's reserve.
-        monkeypatch.setattr(planned, "free_bytes", lambda *_: planned.RESERVE_BYTES + 2_500_000)
+        monkeypatch.setattr(planner, "free_bytes", lambda *_: planner.RESERVE_BYTES + 2_500_000)
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(sft, "train", full)

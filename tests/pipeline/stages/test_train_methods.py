@@ -122,17 +122,17 @@ def test_base_weights_in_four_bits_change_the_losses_and_take_half_a_byte(tiny_m
 def test_an_adapter_that_begins_at_something_is_saved_for_the_unchanged_base(
     tiny_model, prepare, tmp_path, monkeypatch, method, init, rslora
 ):
-    from fintune.training import adapter
+    from fintune.training import lora
     from fintune.util.console import quiet_libraries
 
     seen = {}
-    save = adapter.save
+    save = lora.save_adapter
 
     def look(model, *arguments, **options):
         seen["trained"] = logits(model.eval())
         save(model, *arguments, **options)
 
-    monkeypatch.setattr(adapter, "save", look)
+    monkeypatch.setattr(lora, "save_adapter", look)
     asked = config(tiny_model, method, adapter={"init_lora_weights": init, "use_rslora": rslora}, max_steps=6)
     train(asked, {"prepare": prepare}, tmp_path)
     written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
@@ -147,24 +147,26 @@ def test_an_adapter_that_begins_at_something_is_saved_for_the_unchanged_base(
 
 def test_loftq_begins_nearer_to_the_exact_weights_than_four_bits_alone(tiny_model):
     from fintune.config import AdapterOptions
-    from fintune.training import adapter
+    from fintune.training import lora
 
     exact = logits(base(tiny_model))
-    model = adapter.attach(base(tiny_model, quantization="nf4"), AdapterOptions(r=16, lora_alpha=8)).eval()
+    model = lora.attach_adapter(base(tiny_model, quantization="nf4"), AdapterOptions(r=16, lora_alpha=8)).eval()
     before = float((logits(model) - exact).square().mean())
-    assert adapter.take_up_quantisation_error(model, tiny_model) == 14
+    assert lora.init_from_quantization_error(model, tiny_model) == 14
     assert 0 < float((logits(model) - exact).square().mean()) < before * 0.8
 
 
 def test_a_look_at_four_bit_weights_in_evaluation_leaves_the_gradients_as_they_were(tiny_model):
     from fintune.config import AdapterOptions
-    from fintune.training import adapter
+    from fintune.training import lora
 
     ids = torch.arange(5, 40)[None]
     grads = []
     for looks in (False, True):
         torch.manual_seed(1)
-        model = adapter.attach(base(tiny_model, quantization="nf4", compute="bfloat16"), AdapterOptions(r=4)).eval()
+        model = lora.attach_adapter(
+            base(tiny_model, quantization="nf4", compute="bfloat16"), AdapterOptions(r=4)
+        ).eval()
         if looks:
             logits(model)
         model.train()(input_ids=ids, labels=ids).loss.backward()
@@ -174,10 +176,10 @@ def test_a_look_at_four_bit_weights_in_evaluation_leaves_the_gradients_as_they_w
 
 def test_rslora_scales_by_the_root_of_the_rank(tiny_model):
     from fintune.config import AdapterOptions
-    from fintune.training import adapter
+    from fintune.training import lora
 
     for rslora, scale in ((False, 2.0), (True, 4.0)):
-        model = adapter.attach(base(tiny_model), AdapterOptions(r=4, lora_alpha=8, use_rslora=rslora))
+        model = lora.attach_adapter(base(tiny_model), AdapterOptions(r=4, lora_alpha=8, use_rslora=rslora))
         layer = model.get_base_model().model.layers[0].self_attn.q_proj
         assert layer.scaling["default"] == scale
 
@@ -241,7 +243,7 @@ def test_a_full_fine_tuning_that_moved_nothing_is_not_merged(tiny_model, prepare
     from fintune.training import full
 
     ref = models.fetch(str(tiny_model))
-    full.save(base(tiny_model), models.load_tokenizer(ref), tiny_model, tmp_path / "train" / "model")
+    full.save_full_model(base(tiny_model), models.load_tokenizer(ref), tiny_model, tmp_path / "train" / "model")
     (tmp_path / "merge").mkdir()
     inputs = {"prepare": prepare, "train": tmp_path / "train"}
     with pytest.raises(ArtifactError, match="differs from the base model in no weight"):

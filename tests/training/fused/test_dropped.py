@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 
 from fintune.training.fused import plain_kernels  # noqa: E402
 from fintune.training.fused.dropped import drop_of  # noqa: E402
-from fintune.training.fused.model import FusedModel, obstacle  # noqa: E402
+from fintune.training.fused.model import FusedModel, unsupported_reason  # noqa: E402
 from training.fused.test_layers import (  # noqa: E402
     LENGTHS,
     gradients,
@@ -51,7 +51,7 @@ def with_masks(model):
 
 def trained(family, *, dora=False, num_checkpointed=0, **lora):
     model = make(family, dora=dora, lora_dropout=SHARE, **lora)
-    assert obstacle(model) is None
+    assert unsupported_reason(model) is None
     torch.manual_seed(SEED)
     loss = loss_of_layers(FusedModel(model, dtype=torch.float32, num_checkpointed=num_checkpointed))
     loss.mean.backward()
@@ -108,4 +108,4 @@ def test_a_mask_keeps_its_share_and_the_mean():
 def test_adapters_with_different_dropouts_are_named():
     model = make("llama", lora_dropout=SHARE)
     model.get_base_model().model.layers[0].mlp.up_proj.lora_dropout["default"].p = 0.1
-    assert obstacle(model) == "its adapters have different dropouts"
+    assert unsupported_reason(model) == "its adapters have different dropouts"

@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 
 from fintune.training.fused.attend import Sequences  # noqa: E402
 from fintune.training.fused.batch import PackedCollator  # noqa: E402
-from fintune.training.fused.model import FusedModel, obstacle  # noqa: E402
+from fintune.training.fused.model import FusedModel, unsupported_reason  # noqa: E402
 from fintune.util.console import quiet_libraries  # noqa: E402
 
 LENGTHS = (9, 17, 5)
@@ -101,7 +101,7 @@ def test_loss_and_gradients_are_those_of_the_modules(family, dora, targets, num_
     theirs, own = (make(family, dora=dora, targets=targets) for _ in range(2))
     expected = loss_of_modules(theirs)
     expected.backward()
-    assert obstacle(own) is None
+    assert unsupported_reason(own) is None
     loss = loss_of_layers(FusedModel(own, dtype=torch.float32, num_checkpointed=num_checkpointed))
     loss.mean.backward()
     assert loss.mean.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -191,11 +191,11 @@ def test_evaluation_takes_no_gradient():
 )
 def test_what_cannot_be_run_is_named(spoil, reason):
     model = make("llama")
-    assert obstacle(model) is None
+    assert unsupported_reason(model) is None
     spoil(model)
-    assert reason in obstacle(model)
+    assert reason in unsupported_reason(model)
 
 
 def test_adapters_that_differ_from_layer_to_layer_are_named():
-    assert "different ranks" in obstacle(make("llama", rank_pattern={"layers.0.self_attn.q_proj": 8}))
-    assert "not every layer's q_proj" in obstacle(make("llama", targets=["q_proj"], layers_to_transform=[1]))
+    assert "different ranks" in unsupported_reason(make("llama", rank_pattern={"layers.0.self_attn.q_proj": 8}))
+    assert "not every layer's q_proj" in unsupported_reason(make("llama", targets=["q_proj"], layers_to_transform=[1]))

@@ -6,9 +6,16 @@ from fintune.config import Config
 from fintune.errors import ConfigError, ResourceError
 from fintune.models import load as models
 from fintune.models.folder import read_model_config
-from fintune.training import launch, planned
-from fintune.training.memory import FAMILIES, PARTS
-from fintune.training.plan import GIB, RESERVE_BYTES, TrainingPlan, told_of
+from fintune.training.combinations import check_combinations
+from fintune.training.memory import planner
+from fintune.training.memory.model import (
+    FUSED_FAMILIES,
+    GIB,
+    LINEAR_LAYERS,
+    RESERVE_BYTES,
+    MemoryPlan,
+    format_usage,
+)
 
 
 def plan(config: Config, *, gib: float | None = None, longest: int | None = None) -> list[str]:
@@ -37,15 +44,15 @@ def plan(config: Config, *, gib: float | None = None, longest: int | None = None
             "if memory does not suffice",
         )
     model_config = read_model_config(models.fetch_config(config.model.name, revision=config.model.revision))
-    if model_config.get("model_type") not in FAMILIES:
+    if model_config.get("model_type") not in FUSED_FAMILIES:
         raise ConfigError(
-            f"the planner knows {', '.join(FAMILIES)}, not {model_config.get('model_type')}",
+            f"the planner knows {', '.join(FUSED_FAMILIES)}, not {model_config.get('model_type')}",
             hint="train with transformers' layers, and lower train.per_device_train_batch_size "
             "if memory does not suffice",
         )
     _check_way(config)
     total = _total_bytes() if gib is None else int(gib * GIB)
-    limit = planned.limit_bytes(config.train.max_memory_gib, total)
+    limit = planner.usable_bytes(config.train.max_memory_gib, total)
     longest = longest or config.prompt.max_length
     gpus = config.train.gpus * config.train.machines
     examples = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps * gpus
@@ -53,17 +60,22 @@ def plan(config: Config, *, gib: float | None = None, longest: int | None = None
         f"{config.model.name}, {config.adapter.kind} r={config.adapter.r} on {config.model.quantization} weights, "
         f"{examples} example{'s' if examples > 1 else ''} a step of at most {longest} tokens"
     )
-    launch.check(config)
+    check_combinations(config)
     may_divide = gpus > 1 and config.train.sharding == "auto" and config.model.quantization == "none"
-    if config.train.sharding == "full" or (may_divide and not planned.fits_whole(config, model_config, longest, limit)):
-        return [head, planned.by_modules(config, model_config, longest=longest, limit=limit, divided=True)]
+    if config.train.sharding == "full" or (
+        may_divide and not planner.fits_one_gpu(config, model_config, longest, limit)
+    ):
+        return [
+            head,
+            planner.describe_transformers_plan(config, model_config, longest=longest, limit=limit, sharded=True),
+        ]
     if config.train.fused_layers == "never":
-        return [head, planned.by_modules(config, model_config, longest=longest, limit=limit)]
-    made, advice = planned.plan_config(config, model_config, longest=longest, limit=limit)
+        return [head, planner.describe_transformers_plan(config, model_config, longest=longest, limit=limit)]
+    made, advice = planner.plan_for_config(config, model_config, longest=longest, limit=limit)
     on_each = f" on each of {gpus} GPUs, which hold the whole model" if gpus > 1 else ""
     return [
         head,
-        f"fits: {told_of(made.predicted_bytes, limit, ' predicted')} ({_limit_told(limit, total)})",
+        f"fits: {format_usage(made.predicted_bytes, limit, ' predicted')} ({_limit_told(limit, total)})",
         f"a step: {_passes(made)}{on_each}",
         *(f"- {reason}" for reason in made.reasons),
         f"- {advice}",
@@ -78,16 +90,16 @@ def _check_way(config: Config) -> None:
             hint="lower train.per_device_train_batch_size and raise train.gradient_accumulation_steps "
             "if memory does not suffice",
         )
-    unknown = sorted(set(config.adapter.target_modules) - {"all-linear", *PARTS})
+    unknown = sorted(set(config.adapter.target_modules) - {"all-linear", *LINEAR_LAYERS})
     if unknown:
         raise ConfigError(
-            f"the planner knows adapters of {', '.join(PARTS)}, not of {', '.join(unknown)}",
+            f"the planner knows adapters of {', '.join(LINEAR_LAYERS)}, not of {', '.join(unknown)}",
             hint="name some of these, or all-linear, in adapter.target_modules",
             option="adapter.target_modules",
         )
 
 
-def _passes(made: TrainingPlan) -> str:
+def _passes(made: MemoryPlan) -> str:
     if made.accumulation == 1:
         return f"one pass over a batch of {made.batch_size}"
     return f"{made.accumulation} accumulated passes over batches of {made.batch_size}"

@@ -116,10 +116,10 @@ def train(flags: Mapping[str, Any]) -> None:
     from fintune.pipeline.runner import Pipeline
     from fintune.pipeline.step import Selection
     from fintune.pipeline.steps import build_steps
-    from fintune.training import reporters
+    from fintune.training.callbacks import check_reporters
 
     output: Path = flags["output_dir"]
-    reporters.check(_report_to(flags))
+    check_reporters(_report_to(flags))
     repo = full_repo_name(flags["hub_model_id"] or output.resolve().name) if flags["push_to_hub"] else None
     data, has_eval = _data(flags)
     if flags["eval_strategy"] != "no" and not has_eval:

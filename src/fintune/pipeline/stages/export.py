@@ -239,7 +239,7 @@ def _merged_while_read(
     config: Config, adapter: Path, folder: Path, seen: NormalFloat | None
 ) -> Iterator[tuple[Path, RoundedWeights]]:
     """A folder of all that a merged model holds but its weights, and the weights, which lie nowhere."""
-    if full.result(adapter.parent) is not None:
+    if full.full_model_folder(adapter.parent) is not None:
         raise ArtifactError(
             f"{adapter.parent} holds all weights of a model and no adapter", hint="export it from the merge stage"
         )

@@ -131,7 +131,7 @@ def guard(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
     with advice_on_memory(_less_memory(config, prompts), during="asking the guard's prompts"):
         model: PreTrainedModel | PeftModel = _load(config, ref)
         before = _measure(config, model, tokenizer, prompts, rows, "before")
-        whole = full.result(inputs["train"])
+        whole = full.full_model_folder(inputs["train"])
         if whole is None:
             with quiet_libraries():
                 model = adapters.load_adapter(model, inputs["train"] / "adapter")

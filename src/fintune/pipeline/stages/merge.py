@@ -54,7 +54,7 @@ def merge(config: Config, inputs: Mapping[str, Path], folder: Path) -> dict[str,
         ResourceError: The disk is too small, or bitsandbytes is missing for ``merge.into: quantized_base``.
     """
     ref = models.fetch_base(config)
-    whole = full.result(inputs["train"])
+    whole = full.full_model_folder(inputs["train"])
     if whole is not None:
         return _convert(config, inputs, ref.path, whole, folder)
     return _fold(config, ref.path, inputs["train"] / "adapter", folder, _golden_of(inputs["prepare"] / "eval.jsonl"))
@@ -112,7 +112,7 @@ def _fold(config: Config, base: Path, adapter: Path, folder: Path, golden: Seque
 def _convert(config: Config, inputs: Mapping[str, Path], base: Path, trained: Path, folder: Path) -> dict[str, Any]:
     """Full fine-tuning left nothing to fold in: its weights are stored in ``merge.dtype``."""
     dtype = full.stored_dtype(base) if config.merge.dtype == "auto" else config.merge.dtype
-    num_moved = full.store(trained, base, folder, dtype)
+    num_moved = full.convert_full_model(trained, base, folder, dtype)
     if num_moved == 0:
         raise ArtifactError(
             f"{trained} differs from the base model in no weight", hint="it is untrained; look at train/metrics.jsonl"

@@ -192,7 +192,9 @@ def _fingerprint(config: Config, inputs: Mapping[str, Path], kind: str) -> str:
         base = models.model_fingerprint(ref.path)
         if kind == "base":
             return base
-        return f"{base} {models.model_fingerprint(full.result(inputs['train']) or inputs['train'] / 'adapter')}"
+        return (
+            f"{base} {models.model_fingerprint(full.full_model_folder(inputs['train']) or inputs['train'] / 'adapter')}"
+        )
     if kind == "merged":
         return models.model_fingerprint(inputs["merge"])
     stat = _gguf(config, inputs, kind).stat()
@@ -212,7 +214,7 @@ def _open_engine(config: Config, inputs: Mapping[str, Path], kind: str, tokenize
         )
 
     name, revision = (str(inputs["merge"]), None) if kind == "merged" else (config.model.name, config.model.revision)
-    whole = full.result(inputs["train"]) if kind == "adapter" else None
+    whole = full.full_model_folder(inputs["train"]) if kind == "adapter" else None
     if whole is not None:
         name, revision = str(whole), None
     ref = models.fetch(name, revision=revision)

@@ -67,7 +67,7 @@ def replay(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
     ref = models.fetch_base(config)
     tokenizer = models.load_tokenizer(ref, trust_remote_code=config.model.trust_remote_code)
     rows = _rows(config, tokenizer, inputs["prepare"] / "eval.jsonl")
-    whole = full.result(inputs["train"])
+    whole = full.full_model_folder(inputs["train"])
     trained = ref if whole is None else models.fetch(str(whole))
     adapter = inputs["train"] / "adapter" if whole is None else None
     model = _load(config, trained, adapter)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fintune.training.attention import short_causal
+from fintune.training.cpu_layers import cpu_attention
 
 # cuDNN's kernel is 1.8 times as fast as FlashAttention-2 on an H100 (4,096 tokens, 40 heads).
 _BACKENDS = [
@@ -77,7 +77,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, sequences: Sequences, 
 
 def _even(queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
     if not queries.is_cuda and queries.dtype == torch.bfloat16:
-        return short_causal(queries, keys, values, scaling)
+        return cpu_attention(queries, keys, values, scaling)
     grouped = keys.shape[1] != queries.shape[1]
     if not queries.is_cuda:
         return torch.nn.functional.scaled_dot_product_attention(

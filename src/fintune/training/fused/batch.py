@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fintune.training.collate import IGNORED, check_mask
+from fintune.training.batches import IGNORED, check_mask
 
 
 class PackedCollator:

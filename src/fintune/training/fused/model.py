@@ -19,7 +19,7 @@ from fintune.training.fused.head import Loss, loss_of
 from fintune.training.fused.kernels import HeadParts
 from fintune.training.fused.layer import Layer
 from fintune.training.fused.stack import Stack
-from fintune.training.memory import FAMILIES
+from fintune.training.memory.model import FUSED_FAMILIES
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
 _PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def obstacle(model: PeftModel) -> str | None:
+def unsupported_reason(model: PeftModel) -> str | None:
     """Why a model cannot be trained through these layers; None where it can.
 
     Args:
         model: With LoRA or DoRA adapters.
     """
-    return next(_obstacles(model), None)
+    return next(_unsupported_reasons(model), None)
 
 
-def _obstacles(model: PeftModel) -> Iterator[str]:
+def _unsupported_reasons(model: PeftModel) -> Iterator[str]:
     config = model.get_base_model().config
-    if config.model_type not in FAMILIES:
-        yield f"the layers of {config.model_type} are not written out (those of {', '.join(FAMILIES)} are)"
+    if config.model_type not in FUSED_FAMILIES:
+        yield f"the layers of {config.model_type} are not written out (those of {', '.join(FUSED_FAMILIES)} are)"
         return
     if config.hidden_act not in ("silu", "swish"):
         yield f"its activation is {config.hidden_act}"
@@ -53,10 +53,10 @@ def _obstacles(model: PeftModel) -> Iterator[str]:
         yield "its attention has a bias at its output"
     if getattr(config, "attention_dropout", 0):
         yield "its attention has dropout"
-    yield from _obstacles_of_adapters(model, config.num_hidden_layers)
+    yield from _unsupported_adapters(model, config.num_hidden_layers)
 
 
-def _obstacles_of_adapters(model: PeftModel, num_layers: int) -> Iterator[str]:
+def _unsupported_adapters(model: PeftModel, num_layers: int) -> Iterator[str]:
     from peft.tuners.lora import LoraLayer
 
     ranks: dict[str, list[int]] = {}
@@ -84,7 +84,7 @@ class FusedModel:
     """The way through a model.
 
     Args:
-        model: For which :func:`obstacle` finds nothing.
+        model: For which :func:`unsupported_reason` finds nothing.
         dtype: Type of the products; the hidden states have the embeddings' type.
         keep: Hold 16-bit copies of 4-bit weights instead of unpacking them at every use.
         num_checkpointed: Layers, from the first, that keep their input only.

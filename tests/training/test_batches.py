@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from fintune.errors import DataError
-from fintune.training.collate import IGNORED, CompletionCollator, num_steps, training_order
+from fintune.training.batches import IGNORED, CompletionCollator, num_steps, training_order
 
 LENGTHS = [5 + (i * 7) % 40 for i in range(100)]
 

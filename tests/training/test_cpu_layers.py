@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from fintune.models import load as models
-from fintune.training import attention
+from fintune.training import cpu_layers
 
 torch = pytest.importorskip("torch")
 
@@ -29,7 +29,7 @@ def close(a, b):
 @pytest.mark.parametrize("length", [2, 65])
 def test_logits_and_gradients_are_those_of_torchs_kernel(model, length):
     torchs = logits_and_gradient(model, length)
-    assert attention.use_short_causal_attention(model)
+    assert cpu_layers.use_cpu_attention(model)
     own = logits_and_gradient(model, length)
     assert close(own[0], torchs[0])
     assert close(own[1], torchs[1])
@@ -39,7 +39,7 @@ def test_logits_and_gradients_are_those_of_torchs_kernel(model, length):
 def test_torchs_kernel_is_not_called_in_bfloat16_nor_under_autocast(tiny_model, monkeypatch, autocast):
     dtype = "float32" if autocast else "bfloat16"
     model = models.load_model(models.fetch(str(tiny_model)), dtype=dtype, device="cpu")
-    attention.use_short_causal_attention(model)
+    cpu_layers.use_cpu_attention(model)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         logits = model(input_ids=torch.arange(3, 43)[None]).logits
@@ -47,7 +47,7 @@ def test_torchs_kernel_is_not_called_in_bfloat16_nor_under_autocast(tiny_model, 
 
 
 def test_a_later_token_changes_nothing_before_it(model):
-    attention.use_short_causal_attention(model)
+    cpu_layers.use_cpu_attention(model)
     ids = torch.arange(3, 43)[None]
     before = model(input_ids=ids).logits
     ids[0, 30] = 7
@@ -61,13 +61,13 @@ def test_padding_masks_and_long_sequences_go_to_torchs_kernel(model, monkeypatch
     mask[0, :5] = 0
     torchs = logits_and_gradient(model, 20, mask)[0]
     long = logits_and_gradient(model, 30)[0]
-    attention.use_short_causal_attention(model)
+    cpu_layers.use_cpu_attention(model)
     assert torch.equal(logits_and_gradient(model, 20, mask)[0], torchs)
-    monkeypatch.setattr(attention, "_MAX_SCORES", 100)
+    monkeypatch.setattr(cpu_layers, "_MAX_SCORES", 100)
     assert torch.equal(logits_and_gradient(model, 30)[0], long)
 
 
 def test_a_model_that_attends_otherwise_is_left_alone(model):
     model.set_attn_implementation("eager")
-    assert not attention.use_short_causal_attention(model)
+    assert not cpu_layers.use_cpu_attention(model)
     assert model.config._attn_implementation == "eager"

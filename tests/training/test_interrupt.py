@@ -10,8 +10,8 @@ import pytest
 from fintune.config import AdapterOptions, Config, TrainOptions
 from fintune.models import load as models
 from fintune.pipeline.steps import build_steps
-from fintune.training import adapter, checkpoints, metrics, sft
-from fintune.training.interruption import Stop, behind_the_step
+from fintune.training import checkpoints, lora, metrics, sft
+from fintune.training.interrupt import StopAfterStep, stopping_after_step
 from fintune.util.signals import Terminated
 from support.prepared_rows import prepared
 
@@ -33,7 +33,7 @@ def run(tiny_model, rows, folder, *, callbacks=(), kind="lora", **options):
     ref = models.fetch(str(tiny_model))
     set_seed(5)
     base = models.load_model(ref, dtype="float32", device="cpu")
-    model = adapter.attach(base, AdapterOptions(kind=kind, r=4, lora_alpha=8, lora_dropout=0.1))
+    model = lora.attach_adapter(base, AdapterOptions(kind=kind, r=4, lora_alpha=8, lora_dropout=0.1))
     asked = TrainOptions(
         **({"per_device_train_batch_size": 4, "max_steps": 8, "save_steps": 3, "learning_rate": 1e-2} | options)
     )
@@ -77,7 +77,9 @@ def test_a_signal_keeps_the_step_and_the_resumed_run_equals_the_whole_one_bit_fo
     options = {"save_steps": 100, **options}
     whole = run(tiny_model, rows, tmp_path / "whole", **options)
     before = signal.getsignal(number)
-    with pytest.raises(KeyboardInterrupt, match=r"^interrupted; the same command goes on from step 5$") as ended:
+    with pytest.raises(
+        KeyboardInterrupt, match=r"^interrupted; rerun the same command to resume from step 5$"
+    ) as ended:
         run(tiny_model, rows, tmp_path / "cut", callbacks=[signalled(4, number)], **options)
     assert isinstance(ended.value, Terminated) == (number == signal.SIGTERM), "the process ends with its status"
     assert signal.getsignal(number) is before
@@ -88,10 +90,10 @@ def test_a_signal_keeps_the_step_and_the_resumed_run_equals_the_whole_one_bit_fo
 
 
 def test_a_second_signal_stops_at_once_and_says_what_is_lost(tiny_model, rows, tmp_path):
-    with pytest.raises(KeyboardInterrupt, match="before the first checkpoint; the same command begins training anew"):
+    with pytest.raises(KeyboardInterrupt, match="before the first checkpoint"):
         run(tiny_model, rows, tmp_path / "cut", callbacks=[signalled(4, signal.SIGINT, 2)], save_steps=100)
-    assert not checkpoints.complete(tmp_path / "cut" / "checkpoints")
-    with pytest.raises(KeyboardInterrupt, match="goes on from step 3"):
+    assert not checkpoints.complete_checkpoints(tmp_path / "cut" / "checkpoints")
+    with pytest.raises(KeyboardInterrupt, match="resume from step 3"):
         run(tiny_model, rows, tmp_path / "cut", callbacks=[signalled(4, signal.SIGINT, 2)])
 
 
@@ -102,9 +104,9 @@ def test_losses_that_were_not_logged_yet_are_logged_ahead_of_the_end(tiny_model,
 
 
 def test_several_processes_are_left_to_the_one_that_started_them(tmp_path, monkeypatch):
-    monkeypatch.setattr("fintune.training.ranks.count", lambda: 2)
+    monkeypatch.setattr("fintune.training.distributed.world_size", lambda: 2)
     before = signal.getsignal(signal.SIGTERM)
-    with behind_the_step(Stop(), tmp_path):
+    with stopping_after_step(StopAfterStep(), tmp_path):
         assert signal.getsignal(signal.SIGTERM) is before
 
 

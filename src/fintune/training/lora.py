@@ -1,0 +1,252 @@
+"""LoRA and DoRA adapters through PEFT, on 16-bit or 4-bit weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fintune.config import AdapterOptions
+from fintune.errors import ConfigError
+from fintune.models.adapter import record_base
+from fintune.training.checkpoints import replaced_folder
+from fintune.util.console import quiet_libraries
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import nn
+    from transformers import PreTrainedModel
+
+
+def attach_adapter(model: PreTrainedModel, options: AdapterOptions) -> PeftModel:
+    """Put a new adapter on a model. Its weights are float32, in which small updates are not rounded away.
+
+    Args:
+        model: The base model. It is frozen by this.
+        options: Kind, rank, scale, dropout and targets.
+
+    Raises:
+        ConfigError: A target is not a layer of the model; with the names of its layers.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    targets: str | list[str] = list(options.target_modules)
+    if targets == ["all-linear"]:
+        targets = "all-linear"
+    else:
+        check_targets(model, options.target_modules)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=options.r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=targets,
+        use_dora=options.kind == "dora",
+        use_rslora=options.use_rslora,
+        init_lora_weights="pissa" if options.init_lora_weights == "pissa" else True,
+    )
+    with quiet_libraries():
+        adapted: PeftModel = get_peft_model(model, config)
+    for module in adapted.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # Otherwise the first evaluation reorders 4-bit weights, and the backward pass cannot read that order.
+            module.support_avx512bf16_for_cpu = False
+    return adapted
+
+
+@contextmanager
+def adapter_in_float32(model: nn.Module) -> Iterator[None]:
+    """Keep the adapter of 4-bit weights in float32 while a trainer is made: TRL rounds it to bfloat16.
+
+    In bfloat16, a step of 1e-5 would not change a weight above 0.005.
+    """
+    saved = {}
+    if getattr(model, "is_loaded_in_4bit", False):
+        saved = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+    yield
+    for name, weight in model.named_parameters():
+        if name in saved:
+            weight.data = saved[name]
+
+
+def init_from_quantization_error(model: PeftModel, folder: Path) -> int:
+    """Initialise the adapters with the best low-rank approximation of the 4-bit rounding error.
+
+    This is one pass of LoftQ (arXiv 2310.08659). PEFT's ``replace_lora_weights_loftq`` does the same, but needs a GPU
+    and leaves out the scale alpha / r.
+
+    Args:
+        model: A model from :func:`attach_adapter`, on 4-bit weights.
+        folder: Folder of the base model with the exact weights.
+
+    Returns:
+        Number of adapted layers.
+    """
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+    from peft.tuners.lora import LoraLayer
+    from safetensors import safe_open
+
+    files: dict[str, Path] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safe_open(path, framework="pt") as tensors:
+            files |= dict.fromkeys(tensors.keys(), path)
+    num_layers = 0
+    for name, layer in model.get_base_model().named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        packed = layer.get_base_layer().weight
+        key = f"{name}.weight"
+        with safe_open(files[key], framework="pt") as tensors:
+            exact = tensors.get_tensor(key).to(packed.device, torch.float32)
+        error = exact - dequantize_4bit(packed.data, packed.quant_state).float()  # [out, in]
+        left, sizes, right = torch.linalg.svd(error, full_matrices=False)
+        (adapter,) = layer.active_adapters
+        rank = layer.r[adapter]
+        root = (sizes[:rank] / layer.scaling[adapter]).sqrt()
+        layer.lora_A[adapter].weight.data.copy_(root[:, None] * right[:rank])
+        layer.lora_B[adapter].weight.data.copy_(left[:, :rank] * root)
+        num_layers += 1
+    return num_layers
+
+
+def compute_in_base_type(model: nn.Module) -> None:
+    """Let autocast choose the type of the adapter's products. Call it only if training runs under autocast.
+
+    By itself, PEFT casts the activations up to the adapter's type, which costs a third of the speed on a CPU.
+    """
+    for module in model.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False
+
+
+def store_frozen_weights(model: PeftModel, dtype: str) -> int:
+    """Store the weights of adapted linear layers in the type in which autocast computes their products.
+
+    Autocast would cast them to the same numbers in every step. Embeddings, norms and a tied head keep their type.
+    DoRA computes its norms from the weights, so DoRA layers keep their type too.
+
+    Args:
+        model: A model from :func:`attach_adapter`, with float32 weights.
+        dtype: Name of the torch type.
+
+    Returns:
+        Number of weights that changed their type.
+    """
+    import torch
+    from peft.tuners.lora import Linear
+
+    num_stored = 0
+    for layer in model.modules():
+        if isinstance(layer, Linear) and not any(layer.use_dora.values()):
+            weight = layer.get_base_layer().weight
+            weight.data = weight.data.to(getattr(torch, dtype))
+            num_stored += 1
+    return num_stored
+
+
+def check_targets(model: nn.Module, targets: tuple[str, ...]) -> None:
+    """Refuse a target that is not the name of a linear layer.
+
+    Raises:
+        ConfigError: With the names of the model's layers.
+    """
+    names = linear_names(model)
+    for target in targets:
+        if target not in names:
+            raise ConfigError(
+                f"adapter.target_modules: the model has no linear layer {target!r}",
+                hint=f"use some of {', '.join(sorted(names))}, or all-linear",
+                option="adapter.target_modules",
+            )
+
+
+def linear_names(model: nn.Module) -> set[str]:
+    """Return the last names of the linear layers without the output head: ``q_proj``, ``down_proj`` ..."""
+    from torch import nn
+
+    return {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != "lm_head"
+    }
+
+
+def save_adapter_start(model: PeftModel, folder: Path) -> None:
+    """Save the start of an adapter that does not start at zero, so that :func:`save_adapter` can subtract it.
+
+    Args:
+        model: The model before training.
+        folder: Folder to write. An older one is replaced.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    with quiet_libraries():
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+
+
+def save_adapter(
+    model: PeftModel,
+    base_name: str,
+    revision: str | None,
+    folder: Path,
+    *,
+    start: Path | None = None,
+    base: Path | None = None,
+) -> None:
+    """Write the adapter in PEFT's format. The folder appears when it is complete.
+
+    Args:
+        model: The trained model.
+        base_name: Name of the base model as the user wrote it, for ``base_model_name_or_path``.
+        revision: Revision of the base model on the hub.
+        folder: Folder to write. An older one is replaced.
+        start: Folder from :func:`save_adapter_start`. The adapter is saved as the difference to it, with twice the
+            rank, for the base model as it is stored: PiSSA and LoftQ change the base weights in memory.
+        base: Folder of the base model, whose weights' hash is noted beside the adapter.
+    """
+    config = model.peft_config["default"]
+    config.base_model_name_or_path, config.revision = base_name, revision
+    with replaced_folder(folder) as temporary:
+        # Without an explicit False, PEFT looks the base model up on the hub to see whether its vocabulary grew.
+        with quiet_libraries():
+            model.save_pretrained(str(temporary), save_embedding_layers=False)
+        _sort_targets(temporary / "adapter_config.json")
+        if start is not None:
+            _subtract_start(start, temporary)
+        if base is not None:
+            record_base(temporary, base)
+        (temporary / "README.md").unlink(missing_ok=True)  # an empty form; the run's own card says more
+
+
+def _sort_targets(path: Path) -> None:
+    """Sort the target modules. PEFT writes a set in the order of this process, and equal trainings give equal files."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(config.get("target_modules"), list):
+        config["target_modules"].sort()
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _subtract_start(start: Path, folder: Path) -> None:
+    """Replace a saved adapter by the difference to its start: BA - B'A' = [B, -B'][A; A'], with the same scale.
+
+    PEFT's own conversion loses DoRA's magnitudes. They do not change, because the sum of base and update is the same.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    end, begin = (load_file(path / "adapter_model.safetensors") for path in (folder, start))
+    difference = dict(end)
+    for name, weight in end.items():
+        if name.endswith("lora_A.weight"):
+            difference[name] = torch.cat([weight, begin[name]], dim=0)
+        elif name.endswith("lora_B.weight"):
+            difference[name] = torch.cat([weight, -begin[name]], dim=1)
+    save_file(difference, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    growth = 2**0.5 if config["use_rslora"] else 2
+    config |= {"r": config["r"] * 2, "lora_alpha": config["lora_alpha"] * growth, "init_lora_weights": True}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""GPU memory: how many bytes a training step needs, and which settings fit."""
