@@ -6,8 +6,6 @@ from fintune.finqa.execute import Execution, execute
 from fintune.finqa.program import tokenize
 from fintune.finqa.verdict import agrees_with_answer
 from fintune.records import FinQAQuestion, FinQARecord
-from fintune.report.parts.accuracy import breakdowns
-from fintune.report.run_page import Measured
 
 TABLE = (("", "2019", "2018"), ("sales", "120", "100"))
 
@@ -72,14 +70,13 @@ def test_the_headline_is_over_the_predictions_and_the_whole_file_beside_it() -> 
     assert figures.outcomes == dict.fromkeys((verdict.outcome for verdict in verdicts), 1)
 
 
-def test_steps_of_programs_stand_in_the_order_of_their_number() -> None:
+def test_by_num_steps_is_in_numeric_order() -> None:
     gold = [
         record(str(number), ", ".join(["add(1, 2)", *(f"add(#{step}, 1)" for step in range(number - 1))]))
         for number in (10, 2, 1)
     ]
     figures, _ = compute_scores(gold, _tokens(*((each.id, each.qa.program) for each in gold)))
-    tables = breakdowns([(Measured("base", figures, 0, 1.0, None), "base")])
-    assert [row["name"] for row in tables[0]["rows"]] == ["1", "2", "10"]
+    assert list(figures.by_num_steps) == [1, 2, 10]
 
 
 def test_breakdowns_are_by_the_gold_program_and_its_evidence() -> None:

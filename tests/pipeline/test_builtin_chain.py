@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fintune.evaluation.agreement import compare
+from fintune.evaluation.agreement import compare_predictions
 from fintune.records import Prediction
 from support.command import fintune_process
 from support.paths import ROOT
@@ -50,7 +50,7 @@ def test_the_built_in_model_goes_through_every_stage(builtin_model, tmp_path):
 
     said = {kind: _predictions(run, kind) for kind in KINDS}
     for one, other in (("adapter", "merged"), ("merged", "F16")):
-        agreement = compare(said[one], said[other])
+        agreement = compare_predictions(said[one], said[other])
         assert [each for each in agreement.differences if not each.near_tie] == [], f"{one} and {other}"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fintune.config.load import load
-from fintune.evaluation.agreement import compare
+from fintune.evaluation.agreement import compare_predictions
 from fintune.manifest import Manifest
 from fintune.records import Prediction
 from support.command import Done, fintune, fintune_killed, fintune_process
@@ -196,7 +196,7 @@ def test_the_model_learns_the_form_of_a_program(finished):
 
 @pytest.mark.parametrize(("one", "other"), [("adapter", "merged"), ("merged", "F16"), ("adapter", "F16")])
 def test_copies_of_a_model_part_at_near_ties_at_most(finished, one, other):
-    agreement = compare(finished.predictions(one), finished.predictions(other))
+    agreement = compare_predictions(finished.predictions(one), finished.predictions(other))
     assert agreement.num_common == NUM_EVAL
     assert agreement.faithful
     assert [each for each in agreement.differences if not each.near_tie] == []

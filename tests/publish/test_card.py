@@ -11,7 +11,7 @@ from fintune.config.load import load
 from fintune.publish import card as module
 from fintune.publish.card import card_of, unstated_licences
 from fintune.publish.files import Publication
-from fintune.report.card import Base, Source
+from fintune.report.card import CardBase, CardSource
 from support.example_run import manifest
 from support.published_run import TRAIN_FACTS, TRAIN_OPTIONS
 
@@ -24,7 +24,7 @@ def training(options: dict[str, Any], facts: dict[str, Any], guard: dict[str, An
     if guard is not None:
         manifests["guard"] = manifest("guard").model_copy(update={"facts": guard})
     config = load(None, ["data.source=chat", "data.sources=[{path: rows.jsonl}]"]).config
-    card = card_of(config, "ann/demo", Publication([], manifests, Base("mine", "", "mit")), {})
+    card = card_of(config, "ann/demo", Publication([], manifests, CardBase("mine", "", "mit")), {})
     return dict([*card.method, *card.training])
 
 
@@ -67,8 +67,11 @@ def test_the_guards_share_of_right_programs_has_its_interval():
 def test_unstated_licences_name_file_and_option(source, base, given, lines):
     data = ["data.sources=[{path: rows.jsonl}]"] if source == "chat" else ["data.train=rows.jsonl", "data.eval=b.jsonl"]
     options = [f"data.source={source}", *data, *([f"publish.license={given}"] if given else [])]
-    rows, known = Source("rows.jsonl", False, "not stated", False, 1, 0), Source("b.jsonl", False, "mit", False, 1, 0)
-    card = SimpleNamespace(base=Base("mine", "", base), sources=[rows, known])
+    rows, known = (
+        CardSource("rows.jsonl", False, "not stated", False, 1, 0),
+        CardSource("b.jsonl", False, "mit", False, 1, 0),
+    )
+    card = SimpleNamespace(base=CardBase("mine", "", base), sources=[rows, known])
     found = unstated_licences(load(None, options).config, card)
     assert len(found) == len(lines)
     assert all(line in text for line, text in zip(lines, found, strict=True))

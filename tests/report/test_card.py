@@ -9,7 +9,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from fintune.records import Message
-from fintune.report.card import Base, Card, Source, plain, render_card
+from fintune.report.card import Card, CardBase, CardSource, escape_markdown, render_card
 
 CARD = Card(
     repo="ann/model",
@@ -17,8 +17,11 @@ CARD = Card(
     private=True,
     licence="apache-2.0",
     licence_known=True,
-    base=Base("acme/base", "acme/base", "apache-2.0"),
-    sources=[Source("FinLang/inv", True, "CC-BY-NC-4.0", True, 1200, 30), Source("own.csv", False, "mit", False, 5, 1)],
+    base=CardBase("acme/base", "acme/base", "apache-2.0"),
+    sources=[
+        CardSource("FinLang/inv", True, "CC-BY-NC-4.0", True, 1200, 30),
+        CardSource("own.csv", False, "mit", False, 5, 1),
+    ],
     used="1,205 examples were trained on.",
     program=False,
     method=[("method", "QLoRA")],
@@ -50,28 +53,28 @@ def test_the_yaml_block_says_what_the_hub_reads():
     block = front(joined)
     assert (block["license"], block["license_name"]) == ("other", "llama3.2-and-cc-by-nc-4.0")
     assert (block["library_name"], block["base_model_relation"]) == ("transformers", "finetune")
-    assert "base_model" not in front(replace(CARD, base=Base("mine", "", "mit")))
+    assert "base_model" not in front(replace(CARD, base=CardBase("mine", "", "mit")))
 
 
 def test_a_non_commercial_source_or_base_stands_at_the_top():
     text = render_card(CARD)
-    assert "> **Not for commercial use.** It was made from FinLang/inv (CC-BY-NC-4.0)." in text
+    assert "> **Not for commercial use.** The model was trained with FinLang/inv (CC-BY-NC-4.0)." in text
     assert text.index("Not for commercial use") < text.index("## Base model and data")
     assert "| [FinLang/inv](https://huggingface.co/datasets/FinLang/inv): 1,200 examples" in text
     free = replace(CARD, sources=CARD.sources[1:])
     assert "Not for commercial use" not in render_card(free)
-    assert "made from acme/base (x-nc)" in render_card(
-        replace(free, base=Base("acme/base", "acme/base", "x-nc", non_commercial=True))
+    assert "trained with acme/base (x-nc)" in render_card(
+        replace(free, base=CardBase("acme/base", "acme/base", "x-nc", non_commercial=True))
     )
 
 
 def test_what_others_wrote_means_nothing_in_markdown_or_html():
     nasty = "a|b <img src=x>\n# head [x](y) `code` *bold*_"
-    card = replace(CARD, sources=[Source(nasty, False, nasty, False, 1, 1)], method=[("x", nasty)])
+    card = replace(CARD, sources=[CardSource(nasty, False, nasty, False, 1, 1)], method=[("x", nasty)])
     text = render_card(card)
     assert nasty not in text
     assert r"a\|b \<img src=x\> \# head \[x\](y) \`code\` \*bold\*\_" in text
-    assert plain("two\nlines") == "two lines"
+    assert escape_markdown("two\nlines") == "two lines"
 
 
 @pytest.mark.parametrize("adapter", [None, "", "adapter"])
@@ -101,7 +104,7 @@ def test_a_conversation_stands_in_the_snippet_as_it_is():
 
 
 def test_remote_code_is_asked_for_where_the_base_brings_it():
-    base = Base("acme/base", "acme/base", "mit", remote_code=True)
+    base = CardBase("acme/base", "acme/base", "mit", remote_code=True)
     text = render_card(replace(CARD, base=base, merged=True))
     assert text.count("trust_remote_code=True") == 4
     assert "trust_remote_code" not in render_card(CARD)

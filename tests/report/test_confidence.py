@@ -6,9 +6,9 @@ import pytest
 
 from fintune.config import Config
 from fintune.pipeline.stages.report import collect
-from fintune.report.page import render
-from fintune.report.parts import confidence
-from fintune.report.run_page import KINDS, colour
+from fintune.report.formatting import KIND_LABELS, kind_colour
+from fintune.report.run_page import render_run
+from fintune.report.sections.accuracy import confidence_section
 from support.example_run import records, write_run
 from support.outline import outline
 
@@ -20,17 +20,17 @@ def page(tmp_path_factory):
 
 
 def test_every_kind_is_drawn_in_a_colour_that_the_page_has(tmp_path):
-    kinds = tuple(KINDS)
+    kinds = tuple(KIND_LABELS)
     page = collect(Config(), write_run(tmp_path, Config(), records(4), kinds))
-    html = render(sure(page, kinds))
-    numbers = {colour(kind) for kind in KINDS}
+    html = render_run(sure(page, kinds))
+    numbers = {kind_colour(kind) for kind in KIND_LABELS}
     assert {f"var(--s{number})" for number in numbers} == set(re.findall(r"var\(--s\d+\)", html))
     assert all(html.count(f"--s{number}: #") == 2 for number in numbers)
     assert 'id="agreement"' in html
 
 
 def test_drawn_tokens_are_not_compared(page):
-    assert 'id="agreement"' not in render(page)
+    assert 'id="agreement"' not in render_run(page)
 
 
 def sure(page, kinds):
@@ -43,19 +43,19 @@ def sure(page, kinds):
 
 
 def test_a_page_without_confidences_has_no_such_part(page):
-    assert confidence.context(page) == {}
-    assert 'id="confidence"' not in render(page)
+    assert confidence_section(page) == {}
+    assert 'id="confidence"' not in render_run(page)
 
 
 def test_the_page_shows_the_accuracy_of_what_is_answered(page):
-    html = render(sure(page, ["adapter"]))
-    (row,) = confidence.context(page)["rows"]
-    assert row["label"] == "adapter"
-    assert row["cells"][0] == f"{100 * sum(v.exe_correct for v in page.verdicts['adapter'].values()) / 8:.1f}\u00a0%"
-    assert row["cells"][3] == "100.0\u00a0%"
+    html = render_run(sure(page, ["adapter"]))
+    (row,) = confidence_section(page)["table"].texts()
+    assert row[0] == "adapter"
+    assert row[2] == f"{100 * sum(v.exe_correct for v in page.verdicts['adapter'].values()) / 8:.1f}\u00a0%"
+    assert row[5] == "100.0\u00a0%"
     text = " ".join(outline(html).text.split())
-    assert "share of 4 drawn programs that execute to it" in text
-    assert "4 drawn programs voted on the result." in text
+    assert "share of 4 sampled programs that execute to it" in text
+    assert "4 sampled programs voted on the result." in text
     assert '<a href="#confidence">Confidence</a>' in html
 
 
@@ -63,4 +63,4 @@ def test_a_kind_with_an_unknown_confidence_is_left_out(page):
     sure(page, ["adapter", "base"])
     first = next(iter(page.predictions["base"]))
     page.predictions["base"][first] = page.predictions["base"][first].model_copy(update={"confidence": None})
-    assert [row["label"] for row in confidence.context(page)["rows"]] == ["adapter"]
+    assert [row[0] for row in confidence_section(page)["table"].texts()] == ["adapter"]

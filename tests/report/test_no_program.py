@@ -8,12 +8,9 @@ from rich.table import Table
 
 from fintune.evaluation.metrics import Score, compute_scores
 from fintune.finqa.program import tokenize
-from fintune.report.card import _score as card_row
-from fintune.report.parts import accuracy, scored
-from fintune.report.run_page import Measured, told_invalid
-from fintune.report.score_table import headline_table
-from fintune.report.tables import score_table
-from fintune.report.ways import Scored, score_tables
+from fintune.report.card import score_row
+from fintune.report.formatting import format_invalid
+from fintune.report.tables import ScoredSet, headline_table, score_table, score_tables
 from support.example_run import records
 
 
@@ -40,13 +37,10 @@ def test_its_share_stands_beside_the_invalid_rate(partly: Score) -> None:
     header, row, *_ = printed(score_table({"base": partly})).splitlines()
     assert header.endswith("invalid  no program")
     assert row.split()[-2:] == ["25.00%", "50.00%"]
-    assert told_invalid(partly) == "25.0\u00a0% + 50.0\u00a0% no program"
+    assert format_invalid(partly) == "25.0\u00a0% + 50.0\u00a0% no program"
     assert "no program, not invalid       50.00%" in printed(headline_table(partly, "p.json"))
-    measured = Measured("base", partly, 0, 1.0, None)
-    assert accuracy.row(measured)["invalid"] == told_invalid(partly)
-    assert scored.headline(partly)[-1]["value"] == told_invalid(partly)
-    assert card_row("base", partly)[-1] == told_invalid(partly)
-    both = {"base": Scored(partly, {}, None), "base+page": Scored(partly, {}, None)}
+    assert score_row("base", partly)[-1] == format_invalid(partly)
+    both = {"base": ScoredSet(partly, {}, None), "base+page": ScoredSet(partly, {}, None)}
     assert printed(score_tables(both, "model", first="none")[0]).count("25.00% + 50.00% no program") == 2
 
 
@@ -54,4 +48,4 @@ def test_where_every_completion_is_a_program_nothing_is_added() -> None:
     figures = scores("add(1, 2)", "divide(1, 0)")
     assert "no program" not in printed(score_table({"base": figures}))
     assert "no program" not in printed(headline_table(figures, "p.json"))
-    assert told_invalid(figures) == "50.0\u00a0%"
+    assert format_invalid(figures) == "50.0\u00a0%"

@@ -6,8 +6,17 @@ from xml.etree import ElementTree
 
 import pytest
 
-from fintune.report import svg
-from fintune.report.plots import Curve, Dot, dot_plot, length_plot, loss_plot, share_plot, smooth, too_few
+from fintune.report.plots import (
+    WIDTH,
+    Curve,
+    Dot,
+    dot_plot,
+    is_too_small,
+    length_plot,
+    loss_plot,
+    moving_average,
+    share_plot,
+)
 
 STEPS = list(range(1, 101))
 
@@ -33,11 +42,12 @@ def plot(request) -> str:
     return drawn()[request.param]
 
 
-def test_a_plot_is_well_formed_and_comes_for_a_desk_and_for_a_phone(plot):
+def test_plot_is_one_well_formed_svg_that_scales(plot):
     root = ElementTree.fromstring(f"<div>{plot.replace('xlink:href', 'href')}</div>")
-    assert [child.get("class") for child in root] == ["plot wide", "plot narrow"]
-    widths = [float(svg.get("viewBox").split()[2]) for svg in root.iter("svg")]
-    assert widths == [svg.WIDE_PIXELS, svg.NARROW_PIXELS]
+    assert [child.get("class") for child in root] == ["plot"]
+    [svg] = root.iter("svg")
+    assert float(svg.get("viewBox").split()[2]) == WIDTH
+    assert (svg.get("width"), svg.get("height")) == (None, None)
 
 
 def test_colours_are_the_pages_own(plot):
@@ -82,11 +92,11 @@ def test_a_loss_that_falls_far_gets_a_logarithmic_axis_with_its_name():
 
 def test_smoothing_keeps_length_ends_and_straight_lines():
     line = [float(step) for step in STEPS]
-    assert smooth(line) == pytest.approx(line)
+    assert moving_average(line) == pytest.approx(line)
     bumpy = [float(step % 2) for step in STEPS]
-    assert len(smooth(bumpy)) == len(bumpy)
-    assert max(smooth(bumpy)[5:-5]) < 0.7
-    assert smooth([4.0]) == [4.0]
+    assert len(moving_average(bumpy)) == len(bumpy)
+    assert max(moving_average(bumpy)[5:-5]) < 0.7
+    assert moving_average([4.0]) == [4.0]
 
 
 def test_a_single_held_out_example_does_not_flatten_the_lengths_of_training():
@@ -94,5 +104,5 @@ def test_a_single_held_out_example_does_not_flatten_the_lengths_of_training():
     alone = length_plot("lengths", "Lengths", [train])
     few = length_plot("lengths", "Lengths", [train, [(700, 800, 19)]])
     many = length_plot("lengths", "Lengths", [train, [(700, 800, 20)]])
-    assert too_few([(700, 800, 19)])
+    assert is_too_small([(700, 800, 19)])
     assert few == alone != many

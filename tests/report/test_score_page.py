@@ -8,11 +8,12 @@ from urllib.parse import unquote
 import pytest
 
 from fintune.evaluation.metrics import compute_scores
+from fintune.evaluation.scoring import ScoreResult
 from fintune.finqa.program import tokenize
 from fintune.finqa.verdict import judge
 from fintune.records import FinQARecord
-from fintune.report.parts import errors
-from fintune.report.score_page import ScorePage, render_score
+from fintune.report.score_page import render_score
+from fintune.report.sections import errors
 from support.browser import needs_chromium, opened
 from support.example_run import NASTY, records
 from support.outline import Outline, outline
@@ -39,17 +40,19 @@ def record(*, table, post_text, program, gold_inds):
     return base.model_copy(update={"pre_text": (), "table": table, "post_text": post_text, "qa": qa})
 
 
-def page(programs: list[list[str]] = PREDICTED, items: list[FinQARecord] = RECORDS, **more) -> ScorePage:
-    figures, verdicts = compute_scores(
-        items, [(item.id, tokens) for item, tokens in zip(items, programs, strict=False)]
-    )
+def scored(programs: list[list[str]] = PREDICTED, items: list[FinQARecord] = RECORDS, **more) -> ScoreResult:
+    score, verdicts = compute_scores(items, [(item.id, tokens) for item, tokens in zip(items, programs, strict=False)])
+    return ScoreResult(score, verdicts, records=items, tokens=programs, **more)
+
+
+def page(*args, **more) -> str:
     digests = {"<p>.json": "ab" * 32, "gold.json": "cd" * 32}
-    return ScorePage("<p>.json", "gold.json", figures, verdicts, items, programs, digests, **more)
+    return render_score(scored(*args, **more), "<p>.json", "gold.json", digests)
 
 
 @pytest.fixture(scope="module")
 def html() -> str:
-    return render_score(page(num_unscored={"no <id>": 2}, problems=["<p>.json, row 9: no id"]))
+    return page(num_unscored={"no <id>": 2}, problems=["<p>.json, row 9: no id"])
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +61,7 @@ def parsed(html) -> Outline:
 
 
 def test_headline_has_both_denominators_with_intervals_and_n(parsed):
-    figures = page().score
+    figures = scored().score
     for words in (
         "50.0\u00a0%",
         "37.5\u00a0%",
@@ -73,7 +76,7 @@ def test_headline_has_both_denominators_with_intervals_and_n(parsed):
 
 
 def test_tolerant_views_stand_under_their_own_names(parsed):
-    assert "no official figures" in parsed.text
+    assert "not official" in parsed.text
     for name in ("sign-insensitive", "times or divided by 100", "within 1 %", "agrees with answer"):
         assert name in parsed.text
 
@@ -99,14 +102,15 @@ def test_only_questions_with_a_prediction_are_shown_and_of_two_the_first(parsed)
     assert len(json.loads(parsed.blocks["example-index"])["examples"]) == len(PREDICTED)
     items = [RECORDS[0], RECORDS[0]]
     figures, verdicts = compute_scores(RECORDS, [(item.id, PREDICTED[k]) for k, item in enumerate(items)])
-    shown = outline(render_score(ScorePage("p", "g", figures, verdicts, RECORDS, PREDICTED[:2])))
+    result = ScoreResult(figures, verdicts, records=RECORDS, tokens=PREDICTED[:2])
+    shown = outline(render_score(result, "p", "g"))
     [example] = json.loads(shown.blocks["example-index"])["examples"]
     assert example["m"][0]["p"] == RIGHT
-    assert "1 are second ones" in shown.text
+    assert "1 are duplicates" in shown.text
 
 
 def test_all_right_leaves_the_errors_out():
-    shown = outline(render_score(page([tokenize(item.qa.program) for item in RECORDS])))
+    shown = outline(page([tokenize(item.qa.program) for item in RECORDS]))
     assert "errors" not in [attrs["id"] for tag, attrs in shown.tags if tag == "section"]
     assert not [attrs for tag, attrs in shown.tags if attrs.get("value") == "noresult"]
 
@@ -136,7 +140,7 @@ def test_all_right_leaves_the_errors_out():
 )
 def test_each_error_has_a_kind(program, kind):
     verdict, _ = judge(RECORDS[0], tokenize(program))
-    assert errors.kind(verdict) == kind
+    assert errors.error_kind(verdict) == kind
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/finqa beside the repository")
@@ -145,7 +149,7 @@ def test_every_error_of_the_official_vectors_has_a_kind():
         gold = {row["id"]: FinQARecord.model_validate(row) for row in json.load(file)}
     with gzip.open(SHARED / "evaluator_vectors_dev.jsonl.gz", "rt", encoding="utf-8") as file:
         rows = [row for line in file if not (row := json.loads(line))["exe_correct"]][::5]
-    kinds = Counter(errors.kind(judge(gold[row["id"]], row["tokens"])[0]) for row in rows)
+    kinds = Counter(errors.error_kind(judge(gold[row["id"]], row["tokens"])[0]) for row in rows)
     assert errors.OTHER_REASON not in kinds
     assert len(kinds) >= 12
 
@@ -171,7 +175,7 @@ def test_in_a_browser_a_number_from_the_wrong_cell_or_from_nowhere_is_told_from_
         gold_inds={"table_1": "", "table_2": ""},
     )
     file = tmp_path / "page.html"
-    file.write_text(render_score(page([tokenize("subtract(50, 20), add(#0, 7), add(#1, 99)")], [item])), "utf-8")
+    file.write_text(page([tokenize("subtract(50, 20), add(#0, 7), add(#1, 99)")], [item]), "utf-8")
     shown = opened(file, f"example:{item.id}", tmp_path / "profile")
     assert '<td class="used read" title="read by both">50</td>' in shown
     assert '<td class="used" title="read by the gold program">30</td>' in shown
@@ -194,7 +198,9 @@ def test_in_a_browser_the_examples_of_a_kind_of_error_are_listed(html, tmp_path)
 @needs_chromium
 def test_in_a_browser_filters_count_what_the_score_counts_on_a_file_as_large_as_the_test_set(tmp_path):
     items = records(1147)
-    figures = page([PREDICTED[k % 6] if k % 6 > 3 else tokenize(RECORDS[k % 2].qa.program) for k in range(1147)], items)
+    result = scored(
+        [PREDICTED[k % 6] if k % 6 > 3 else tokenize(RECORDS[k % 2].qa.program) for k in range(1147)], items
+    )
     click = """<script>
       const found = [];
       for (const input of document.querySelectorAll("input[name=filter]")) {
@@ -204,9 +210,9 @@ def test_in_a_browser_filters_count_what_the_score_counts_on_a_file_as_large_as_
       document.title = found.join("; ");
     </script></body>"""
     file = tmp_path / "page.html"
-    file.write_text(render_score(figures).replace("</body>", click), encoding="utf-8")
+    file.write_text(render_score(result, "p", "g").replace("</body>", click), encoding="utf-8")
     title = opened(file, "", tmp_path / "profile").split("<title>")[1].split("</title>")[0]
-    outcomes = figures.score.outcomes
+    outcomes = result.score.outcomes
     expected = {
         "all": 1147,
         "executable": outcomes["wrong_result"],

@@ -84,7 +84,7 @@ def ask(
 
     out = Console()
     lines = answer_lines(
-        record, answer.program, answer.traced, answer.result, answer.elsewhere, of_constants=answer.of_constants
+        record, answer.program, answer.traced, answer.result, answer.elsewhere, has_only_constants=answer.of_constants
     )
     for line in lines:
         out.print(line, soft_wrap=True)

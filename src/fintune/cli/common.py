@@ -86,8 +86,7 @@ def run_stages(path: Path | None, overrides: tuple[str, ...], selection: Selecti
     from fintune.config.load import load
     from fintune.pipeline.runner import Pipeline
     from fintune.pipeline.steps import build_steps
-    from fintune.report.tables import plan_table
-    from fintune.report.ways import read_scored, score_tables
+    from fintune.report.tables import plan_table, read_scored, score_tables
 
     loaded = load(path, overrides)
     called = shlex.join([*([str(path)] if path is not None else []), *overrides])

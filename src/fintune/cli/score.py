@@ -67,12 +67,12 @@ def _split_name(text: str) -> tuple[str, Path]:
 def print_scores(paths: Mapping[str, Path], gold: Path, *, strict: bool = False) -> None:
     """Score several files: tables to standard output, the number of unscored rows to standard error."""
     from fintune.evaluation.scoring import score_predictions
-    from fintune.report.ways import Scored, score_tables
+    from fintune.report.tables import ScoredSet, score_tables
 
     scored = {}
     for name, path in paths.items():
         result = score_predictions(path, gold, strict=strict)
-        scored[name] = Scored(result.score, result.correct, result.seconds)
+        scored[name] = ScoredSet(result.score, result.correct, result.seconds)
         _print_unscored(name, result.num_unscored)
     print_tables(score_tables(scored, "predictions"))
 
@@ -88,8 +88,8 @@ def print_score(
 ) -> None:
     """Score one file: remarks go to standard error, figures to standard output and to the named files."""
     from fintune.evaluation.scoring import score_predictions
-    from fintune.report.score_page import ScorePage, render_score
-    from fintune.report.score_table import headline_table, views_table
+    from fintune.report.score_page import render_score
+    from fintune.report.tables import headline_table, views_table
     from fintune.util import files
     from fintune.util.text import abridge_remarks
 
@@ -101,22 +101,17 @@ def print_score(
         files.write_output(json, result.to_json())
     if html is not None:
         digests = {path.name: files.sha256_file(path) for path in (predictions, gold)}
-        page = ScorePage(
-            predictions.name,
-            gold.name,
-            result.score,
-            result.verdicts,
-            result.records,
-            result.tokens,
-            digests,
-            result.num_unscored,
-            result.problems,
-        )
-        files.write_output(html, render_score(page))
+        files.write_output(html, render_score(result, _page_name(predictions), gold.name, digests))
     for problem in abridge_remarks(result.problems, "--json writes all of them"):
         sys.stderr.write(f"fintune: {problem}\n")
     _print_unscored(predictions, result.num_unscored)
     stdout().print(headline_table(result.score, predictions.name), "", views_table(result.score), sep="\n")
+
+
+def _page_name(predictions: Path) -> str:
+    """The name of a file of predictions; ``predictions.jsonl``, the name in every run, gets those of its folders."""
+    path = predictions.resolve()
+    return "/".join(path.parts[-4 if path.parent.parent.name == "predict" else -1 :])
 
 
 def _print_unscored(name: object, num_unscored: Mapping[str, int]) -> None:

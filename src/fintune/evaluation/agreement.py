@@ -1,9 +1,9 @@
-"""Do two copies of one model give the same programs, example by example, and where do they part?
+"""Compare the answers of two copies of one model, example by example.
 
-Merging, a 16-bit GGUF and another engine should change nothing but the last bits of the arithmetic. Greedy decoding
-shows such a change only where the two best tokens are nearly as likely; anything else that differs is a fault in the
-chain (a template, a stop token, a weight). So each difference carries the log-probability gap at the token where the
-two completions part. Standard library only.
+Merging, a 16-bit GGUF file or another engine should change only the last bits of the arithmetic. Greedy decoding shows
+such a change only if the two best tokens are almost equally probable. Any other difference is a fault in the chain: a
+template, a stop token, a weight. So every difference carries the log-probability gap at the token where the two
+completions diverge. Standard library only.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ NEAR_TIE_NATS = 0.1
 
 @dataclass(frozen=True)
 class Difference:
-    """One example on which two models do not say the same.
+    """An example with different completions of the two models.
 
     Attributes:
-        id: The example.
-        position: 0-based index of the first generated token that differs, or None where token ids are not known.
-        token_a: Token id of the first model there, or None where its completion had ended.
-        token_b: The same of the second model.
-        margin_a: The first model's natural-log probability gap between its best and second-best token there.
-        margin_b: The same of the second model. The prefix is the same for both, so the two gaps together say by how
-            much the log-probabilities of the two tokens moved at least.
-        near_tie: Whether both gaps lie below the threshold; None where one of them is not known.
+        id: The example's id.
+        position: 0-based index of the first generated token that differs, or None if token ids are not known.
+        token_a: Token id of the first model at that position, or None if its completion has ended.
+        token_b: Token id of the second model at that position, or None if its completion has ended.
+        margin_a: The first model's gap between its best and second-best token there, in nats.
+        margin_b: The second model's gap there, in nats. Both models have the same prefix, so the sum of the gaps is
+            the least by which the log-probabilities of the two tokens moved.
+        near_tie: Whether both gaps are below the threshold; None if one of them is not known.
         program_a: Program of the first model.
         program_b: Program of the second model.
-        correct_a: Official execution verdict of the first model, or None where it was not scored.
-        correct_b: The same of the second model.
+        correct_a: Official execution verdict on the first model, or None if it was not scored.
+        correct_b: Official execution verdict on the second model, or None if it was not scored.
     """
 
     id: str
@@ -54,24 +54,24 @@ class Difference:
 
     @property
     def same_program(self) -> bool:
-        """Whether the difference lies only outside the program (other text, another end)."""
+        """Whether only the text outside the program differs, or the end."""
         return self.program_a == self.program_b
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """Two models side by side.
+class ModelAgreement:
+    """The comparison of two models.
 
     Attributes:
-        num_common: Examples that both answered.
-        num_only_a: Examples that only the first answered.
-        num_only_b: Examples that only the second answered.
-        num_same_completion: Of the common ones, with identical tokens (identical text where token ids are missing).
-        num_same_program: Of the common ones, with identical programs.
-        num_same_verdict: Of those that were scored on both sides, with the same execution verdict.
+        num_common: Number of examples that both answered.
+        num_only_a: Number of examples that only the first answered.
+        num_only_b: Number of examples that only the second answered.
+        num_same_completion: Common examples with identical tokens (identical text if token ids are missing).
+        num_same_program: Common examples with identical programs.
+        num_same_verdict: Common, scored examples with the same execution verdict.
         num_scored: Common examples that were scored on both sides.
-        threshold_nats: Gap below which a difference is called a near-tie.
-        differences: The common examples whose completions are not identical, in the order of the first model.
+        threshold_nats: Gap below which a difference is a near-tie.
+        differences: The common examples with different completions, in the order of the first model.
     """
 
     num_common: int
@@ -91,34 +91,34 @@ class Agreement:
 
     @property
     def unexplained(self) -> tuple[Difference, ...]:
-        """The changed programs that no near-tie explains (an unknown gap explains nothing)."""
+        """The changed programs that no near-tie explains. An unknown gap explains nothing."""
         return tuple(difference for difference in self.program_differences if difference.near_tie is not True)
 
     @property
     def faithful(self) -> bool:
-        """Whether both answered the same examples and every changed program began at a near-tie."""
+        """Whether both answered the same examples and every changed program starts at a near-tie."""
         return not (self.num_only_a or self.num_only_b or self.unexplained)
 
 
-def compare(
+def compare_predictions(
     a: Sequence[Prediction],
     b: Sequence[Prediction],
     *,
     verdicts_a: Mapping[str, bool] | None = None,
     verdicts_b: Mapping[str, bool] | None = None,
     threshold_nats: float = NEAR_TIE_NATS,
-) -> Agreement:
+) -> ModelAgreement:
     """Compare two sets of predictions by example id.
 
     Args:
-        a: Predictions of the model that is the reference.
+        a: Predictions of the reference model.
         b: Predictions of its copy.
         verdicts_a: Execution verdicts of ``a`` by id.
         verdicts_b: Execution verdicts of ``b`` by id.
-        threshold_nats: A difference is a near-tie where both models hold their two best tokens closer than this.
+        threshold_nats: A difference is a near-tie if the gap of both models is below this.
 
     Raises:
-        DataError: One id occurs twice on one side.
+        DataError: An id occurs twice on one side.
     """
     by_id_a, by_id_b = _by_id(a), _by_id(b)
     right_a, right_b = verdicts_a or {}, verdicts_b or {}
@@ -129,7 +129,7 @@ def compare(
         for id_ in common
         if not _same_completion(by_id_a[id_], by_id_b[id_])
     )
-    return Agreement(
+    return ModelAgreement(
         num_common=len(common),
         num_only_a=len(by_id_a) - len(common),
         num_only_b=len(by_id_b) - len(common),
@@ -143,19 +143,19 @@ def compare(
 
 
 def _by_id(predictions: Sequence[Prediction]) -> dict[str, Prediction]:
-    found: dict[str, Prediction] = {}
+    by_id: dict[str, Prediction] = {}
     for row, prediction in enumerate(predictions, start=1):
-        if prediction.id in found:
+        if prediction.id in by_id:
             raise DataError(
-                "predicted twice", row=row, record_id=prediction.id, hint="keep one prediction for each example"
+                "a second prediction for this id", row=row, record_id=prediction.id, hint="keep one prediction per id"
             )
-        found[prediction.id] = prediction
-    return found
+        by_id[prediction.id] = prediction
+    return by_id
 
 
 def _same_completion(a: Prediction, b: Prediction) -> bool:
     if a.token_ids and b.token_ids:
-        # Engines differ in whether they hand over the end token, so a shared text and end also count.
+        # Some engines return the end token and others do not, so the same text and end also count.
         return a.token_ids == b.token_ids or (a.text == b.text and a.finish_reason == b.finish_reason)
     return a.text == b.text
 

@@ -17,7 +17,7 @@ from fintune.models import adapter as adapters
 from fintune.models import builtin
 from fintune.models import resolve as model_ref
 from fintune.publish.push import Upload
-from fintune.report.card import Base
+from fintune.report.card import CardBase
 from fintune.util.console import track
 from fintune.util.files import read_json, sha256_file
 
@@ -38,7 +38,7 @@ class Publication:
 
     uploads: list[Upload]
     manifests: Mapping[str, Manifest]
-    base: Base
+    base: CardBase
 
 
 def gather_files(config: Config, inputs: Mapping[str, Path], folder: Path) -> Publication:
@@ -135,7 +135,7 @@ def _manifest(folder: Path) -> Manifest:
         ) from None
 
 
-def base_of(config: Config) -> tuple[Base, Path | None]:
+def base_of(config: Config) -> tuple[CardBase, Path | None]:
     """Return the base model for the card, and its folder if it is on this machine. No weights are downloaded."""
     name, stated_id = config.model.name, config.publish.base_model or ""
     note = ""
@@ -156,7 +156,7 @@ def base_of(config: Config) -> tuple[Base, Path | None]:
         named = re.search(r"^license_name:\s*(\S+)", (folder / CARD).read_text("utf-8", "replace"), re.MULTILINE)
         licence = named[1].strip("\"'") if named else licence
     shown = hub_id or ref.base_name
-    base = Base(shown, hub_id, licence, note, is_non_commercial(licence), config.model.trust_remote_code)
+    base = CardBase(shown, hub_id, licence, note, is_non_commercial(licence), config.model.trust_remote_code)
     return base, folder
 
 

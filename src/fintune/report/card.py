@@ -1,6 +1,6 @@
-"""The model card: ``README.md`` of what is pushed to the hub, with the YAML block that the hub reads.
+"""The model card: the ``README.md`` of a model repository, with the YAML block that the hub reads.
 
-:func:`render_card` is a function of :class:`Card` alone; the snippets name the files that are really there.
+:func:`render_card` depends on :class:`Card` alone. The code snippets name files that exist in the repository.
 """
 
 from __future__ import annotations
@@ -13,21 +13,20 @@ from dataclasses import dataclass, field
 
 from fintune.evaluation.metrics import Score
 from fintune.records import Message
-from fintune.report.run_page import KINDS, percent, span, told_invalid
-from fintune.report.templating import fill
+from fintune.report.formatting import KIND_LABELS, fill_template, format_interval, format_invalid, format_percent
 
 
 @dataclass(frozen=True)
-class Base:
+class CardBase:
     """The base model.
 
     Attributes:
-        name: For people.
-        hub_id: ``OWNER/NAME``; empty where it is not on the hub.
+        name: Name for people.
+        hub_id: ``OWNER/NAME``; empty if the model is not on the hub.
         licence: Its licence, or ``not stated``.
-        note: What else there is to say.
+        note: A remark to print after the name.
         non_commercial: Whether its licence forbids commercial use.
-        remote_code: Whether it brings Python code of its own.
+        remote_code: Whether it needs its own Python code.
     """
 
     name: str
@@ -39,16 +38,16 @@ class Base:
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where training data come from.
+class CardSource:
+    """A source of training data.
 
     Attributes:
         name: File name, or ``OWNER/NAME`` of a hub dataset.
-        on_hub: Whether it is the latter.
+        on_hub: Whether it is a hub dataset.
         licence: Its licence, or ``not stated``.
-        non_commercial: Whether that forbids commercial use.
-        num_train: Examples to train on.
-        num_eval: Examples held out.
+        non_commercial: Whether its licence forbids commercial use.
+        num_train: Number of training examples.
+        num_eval: Number of held-out examples.
     """
 
     name: str
@@ -60,13 +59,13 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Replayed:
-    """How near a form of the model is to base + adapter.
+class CardReplay:
+    """How close a form of the model is to base + adapter.
 
     Attributes:
-        same: Share of positions with the same likeliest token.
-        kl: Mean Kullback-Leibler divergence, in nats.
-        perplexity: Of the completions.
+        same: Share of the positions with the same most probable token.
+        kl: Mean Kullback-Leibler divergence in nats.
+        perplexity: Perplexity of the completions.
     """
 
     same: float
@@ -76,33 +75,33 @@ class Replayed:
 
 @dataclass(frozen=True)
 class Card:
-    """All that the card says.
+    """The content of a model card.
 
     Attributes:
-        repo: ``OWNER/NAME``, whose letters mean nothing to a shell.
-        branch: Where it lies there.
-        private: Whether one must log in to read it.
-        licence: Of the model, in the hub's form.
-        licence_known: Whether the hub knows that name.
+        repo: ``OWNER/NAME``; its characters have no meaning to a shell.
+        branch: Branch of the repository.
+        private: Whether readers must log in.
+        licence: Licence of the model, as the hub writes it.
+        licence_known: Whether the hub knows that licence.
         base: The base model.
-        sources: Of the training data.
-        used: What became of the data, a sentence.
-        program: Whether it answers with programs of FinQA's language.
-        method: Name and value of each option worth telling.
+        sources: Sources of the training data.
+        used: A sentence about the examples that were used.
+        program: Whether the model answers with programs of FinQA's language.
+        method: Name and value of each option of the training method.
         training: Name and value of each figure of training.
-        scores: By kind of model.
-        scored: What they were measured on, and how.
-        replayed: By kind of model.
-        num_replayed: Positions of the replay.
-        adapter: Folder of the adapter in the repository ("" for its root), or None where it is not there.
-        merged: Whether the merged model is there.
+        scores: Scores by kind of model.
+        scored: Sentences about the questions and the decoding of the scores.
+        replayed: Agreement with the trained model by kind of model.
+        num_replayed: Number of positions that were compared.
+        adapter: Folder of the adapter in the repository ("" for its root), or None without an adapter.
+        merged: Whether the repository has the merged model.
         gguf: GGUF files, the smallest last.
-        modelfile: Whether there is one for Ollama.
-        context_tokens: Tokens of prompt and completion in training.
-        messages: A conversation to try.
-        max_new_tokens: Tokens of an answer.
+        modelfile: Whether the repository has a Modelfile for Ollama.
+        context_tokens: Maximum tokens of prompt and completion in training.
+        messages: A conversation for the code snippets.
+        max_new_tokens: Maximum tokens of an answer.
         files: Name and bytes of each file.
-        origin: Name and value of each fact about how it was made.
+        origin: Name and value of each fact about provenance.
     """
 
     repo: str
@@ -110,8 +109,8 @@ class Card:
     private: bool
     licence: str
     licence_known: bool
-    base: Base
-    sources: Sequence[Source]
+    base: CardBase
+    sources: Sequence[CardSource]
     used: str
     program: bool
     method: Sequence[tuple[str, str]]
@@ -121,7 +120,7 @@ class Card:
     context_tokens: int
     scores: Mapping[str, Score] = field(default_factory=dict)
     scored: str = ""
-    replayed: Mapping[str, Replayed] = field(default_factory=dict)
+    replayed: Mapping[str, CardReplay] = field(default_factory=dict)
     num_replayed: int = 0
     adapter: str | None = None
     merged: bool = False
@@ -132,21 +131,21 @@ class Card:
 
     @property
     def title(self) -> str:
-        """Name of the model."""
+        """The model's name."""
         return self.repo.rpartition("/")[2]
 
 
 def render_card(card: Card) -> str:
-    """The card as Markdown."""
-    origins: list[Base | Source] = [card.base, *card.sources]
-    return fill(
+    """Render the card as Markdown."""
+    origins: list[CardBase | CardSource] = [card.base, *card.sources]
+    return fill_template(
         "card.md.j2",
         card=card,
         front=_front(card),
-        restricted=[f"{plain(each.name)} ({plain(each.licence)})" for each in origins if each.non_commercial],
-        scores=[_score(kind, score) for kind, score in card.scores.items()],
-        plain=plain,
-        kinds={**KINDS, "trained": "trained weights"},
+        restricted=[f"{escape_markdown(o.name)} ({escape_markdown(o.licence)})" for o in origins if o.non_commercial],
+        scores=[score_row(kind, score) for kind, score in card.scores.items()],
+        plain=escape_markdown,
+        kinds={**KIND_LABELS, "trained": "trained weights"},
         conversation=_python(card.messages),
         smallest=shlex.quote(card.gguf[-1]) if card.gguf else "",
         at="" if card.branch == "main" else f', revision="{card.branch}"',
@@ -157,14 +156,14 @@ def render_card(card: Card) -> str:
 
 
 def _front(card: Card) -> str:
-    """The YAML block, without its rules."""
+    """Return the YAML block without its ``---`` lines."""
     from ruamel.yaml import YAML
 
     only_adapter = card.adapter is not None and not card.merged and not card.gguf
     block: dict[str, object] = {}
     if card.base.hub_id:
         block |= {"base_model": card.base.hub_id, "base_model_relation": "adapter" if only_adapter else "finetune"}
-    if datasets := [each.name for each in card.sources if each.on_hub]:
+    if datasets := [source.name for source in card.sources if source.on_hub]:
         block["datasets"] = datasets
     block["license"] = card.licence if card.licence_known else "other"
     if not card.licence_known:
@@ -181,23 +180,24 @@ def _front(card: Card) -> str:
     return out.getvalue().rstrip()
 
 
-def _score(kind: str, score: Score) -> list[str]:
+def score_row(kind: str, score: Score) -> list[str]:
+    """Return the cells of a row of the accuracy table."""
     return [
-        KINDS[kind],
+        KIND_LABELS[kind],
         f"{score.num_predictions:,}",
-        percent(score.execution_accuracy),
-        span(score.execution_accuracy_interval),
-        percent(score.program_accuracy),
-        span(score.program_accuracy_interval),
-        told_invalid(score),
+        format_percent(score.execution_accuracy),
+        format_interval(score.execution_accuracy_interval),
+        format_percent(score.program_accuracy),
+        format_interval(score.program_accuracy_interval),
+        format_invalid(score),
     ]
 
 
-def plain(text: object) -> str:
-    """Text that is not ours, as one line in which Markdown and HTML mean nothing."""
+def escape_markdown(text: object) -> str:
+    """Return text from outside as one line without Markdown or HTML markup."""
     return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(str(text).split()))
 
 
 def _python(messages: Sequence[Message]) -> str:
-    lines = [f'    {{"role": "{each.role}", "content": {each.content!r}}},' for each in messages]
+    lines = [f'    {{"role": "{message.role}", "content": {message.content!r}}},' for message in messages]
     return "\n".join(["messages = [", *lines, "]"])

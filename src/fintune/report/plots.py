@@ -1,28 +1,49 @@
-"""The plots of the pages: what each draws; :mod:`fintune.report.svg` makes it fit for a page."""
+"""The plots of the pages: matplotlib drawings as one responsive inline SVG each.
+
+matplotlib draws with placeholder colours, which become CSS variables of the page (``--ink``, ``--s1``), so that light
+and dark both work. The SVG has a viewBox and scales with its column. Text stays text, in the page's font.
+"""
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from fintune.report import svg
+from typing import TYPE_CHECKING, Literal, TypeAlias
+from xml.sax.saxutils import escape
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_FEWEST = 20
-"""Examples of a histogram beside another."""
+Histogram: TypeAlias = Sequence[tuple[int, int, int]]
+"""(from, up to but without, count) of each bin, without gaps."""
+
+WIDTH = 440
+"""Width of the drawing in pixels: readable at the 340 pixels of a phone and at the 540 of a desktop column."""
+_MAX_WIDTH = 560
+_DPI = 72  # matplotlib's SVG unit is the point; at 72 dots per inch a point is a pixel
+_MIN_HISTOGRAM_EXAMPLES = 20
+
+_INK, _MUTED, _LINE = "#010203", "#020304", "#030405"
+_SERIES = ("#040506", "#050607", "#060708", "#070809", "#08090a", "#090a0b", "#0a0b0c", "#0b0c0d")
+_VARIABLES: Mapping[str, str] = {
+    _INK: "var(--ink)",
+    _MUTED: "var(--muted)",
+    _LINE: "var(--line)",
+    **{colour: f"var(--s{index})" for index, colour in enumerate(_SERIES)},
+}
 
 
 @dataclass(frozen=True)
 class Dot:
-    """One row of :func:`dot_plot`, all values as fractions.
+    """One row of :func:`dot_plot`; all values are fractions.
 
     Attributes:
         label: Name of the row.
-        value: The dot.
+        value: Position of the dot.
         low: Lower end of the interval.
         high: Upper end of the interval.
         second: A second value, drawn as a hollow diamond, or None.
@@ -39,193 +60,246 @@ class Dot:
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a plot: values over optimiser steps, or over what the plot says."""
+    """One line of a plot: values over optimizer steps, or over another horizontal axis."""
 
     steps: Sequence[float]
     values: Sequence[float]
 
 
 def dot_plot(name: str, title: str, rows: Sequence[Dot], axis: str) -> str:
-    """Values with intervals, one row each, from top to bottom, on a percent axis.
+    """Draw values with intervals, one row each, from top to bottom, on a percent axis.
 
     Args:
         name: Unique on the page; prefix of all ids.
-        title: What a screen reader says about the plot.
+        title: Description for a screen reader.
         rows: The rows.
-        axis: Label of the percent axis; say what n is.
+        axis: Label of the percent axis, with n.
     """
 
-    def draw(figure: Figure, wide: bool) -> None:
+    def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
-        places = range(len(rows))
-        for place, row in zip(places, rows, strict=True):
-            colour = svg.SERIES[row.series]
-            axes.plot([100 * row.low, 100 * row.high], [place, place], color=colour, linewidth=3, alpha=0.45)
-            axes.plot([100 * row.value], [place], "o", color=colour, markersize=9)
+        for index, row in enumerate(rows):
+            colour = _SERIES[row.series]
+            axes.plot([100 * row.low, 100 * row.high], [index, index], color=colour, linewidth=3, alpha=0.45)
+            axes.plot([100 * row.value], [index], "o", color=colour, markersize=8)
             if row.second is not None:
-                axes.plot([100 * row.second], [place], "D", color=svg.INK, markersize=5, markerfacecolor="none")
+                axes.plot([100 * row.second], [index], "D", color=_INK, markersize=5, markerfacecolor="none")
             axes.annotate(
                 f"{100 * row.value:.1f} %",
-                (100 * row.value, place),
+                (100 * row.value, index),
                 # Centred over the dot, but not over the row's name.
                 xytext=(0 if row.value > 0.04 else -5, 8),
                 textcoords="offset points",
                 ha="center" if row.value > 0.04 else "left",
-                color=svg.INK,
+                color=_INK,
                 fontweight="bold",
             )
-        axes.set_yticks(list(places), [row.label for row in rows])
+        axes.set_yticks(range(len(rows)), [row.label for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.75)
         axes.set_xlim(-3, 103)
-        axes.set_xticks(range(0, 101, 20 if wide else 25))
+        axes.set_xticks(range(0, 101, 25))
         axes.set_xlabel(axis)
-        svg.plain(axes, grid="x")
+        _style(axes, grid="x")
 
-    return svg.figure(name, title, draw, height=56 + 44 * len(rows))
+    return _svg(name, title, draw, height=56 + 44 * len(rows))
 
 
-def loss_plot(name: str, title: str, train: Curve, evaluated: Curve, rate: Curve) -> str:
-    """Training and evaluation loss over steps, with the learning rate below on the same axis.
+def loss_plot(name: str, title: str, train: Curve, evaluation: Curve, rate: Curve) -> str:
+    """Draw training and evaluation loss over steps, with the learning rate below on the same axis.
 
-    The loss axis is logarithmic where the largest loss is more than 20 times the smallest.
+    The loss axis is logarithmic if the largest loss is more than 20 times the smallest.
     """
     from matplotlib.ticker import LogLocator
 
-    def draw(figure: Figure, wide: bool) -> None:
+    def draw(figure: Figure) -> None:
         loss, below = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
         if train.steps:
-            thin = len(train.steps) > 60
-            loss.plot(
-                train.steps, train.values, color=svg.SERIES[1], linewidth=1 if thin else 1.8, alpha=0.4 if thin else 1
-            )
-            if thin:
-                loss.plot(train.steps, smooth(train.values), color=svg.SERIES[1], linewidth=2)
-        if evaluated.steps:
-            loss.plot(evaluated.steps, evaluated.values, "o-", color=svg.SERIES[4], linewidth=1.8, markersize=5)
-        values = [value for value in (*train.values, *evaluated.values) if value > 0]
-        logarithmic = bool(values) and max(values) > 20 * min(values)
-        if logarithmic:
+            is_long = len(train.steps) > 60
+            width, alpha = (1.0, 0.4) if is_long else (1.8, 1.0)
+            loss.plot(train.steps, train.values, color=_SERIES[1], linewidth=width, alpha=alpha)
+            if is_long:
+                loss.plot(train.steps, moving_average(train.values), color=_SERIES[1], linewidth=2)
+        if evaluation.steps:
+            loss.plot(evaluation.steps, evaluation.values, "o-", color=_SERIES[4], linewidth=1.8, markersize=5)
+        values = [value for value in (*train.values, *evaluation.values) if value > 0]
+        is_logarithmic = bool(values) and max(values) > 20 * min(values)
+        if is_logarithmic:
             loss.set_yscale("log")
             loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             loss.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             loss.yaxis.set_minor_formatter("")
-        loss.set_ylabel("loss, nats" + (" (log scale)" if logarithmic else ""))
-        svg.plain(loss, grid="y")
-        below.plot(rate.steps, rate.values, color=svg.MUTED, linewidth=1.5)
+        loss.set_ylabel("loss, nats" + (" (log scale)" if is_logarithmic else ""))
+        _style(loss, grid="y")
+        below.plot(rate.steps, rate.values, color=_MUTED, linewidth=1.5)
         below.set_ylabel("learning\nrate")
         below.set_ylim(bottom=0)
         below.locator_params(axis="y", nbins=2)
         below.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}".replace("e-0", "e-") if value else "0")
-        below.set_xlabel("optimiser step")
-        below.xaxis.get_major_locator().set_params(integer=True, nbins=8 if wide else 5)
-        svg.plain(below, grid="y")
+        below.set_xlabel("optimizer step")
+        below.xaxis.get_major_locator().set_params(integer=True, nbins=6)
+        _style(below, grid="y")
 
-    return svg.figure(name, title, draw, height=330)
+    return _svg(name, title, draw, height=310)
 
 
-def share_plot(name: str, title: str, ours: Mapping[str, float], other: Mapping[str, float], axis: str) -> str:
-    """Shares of named parts, this run's (bar) beside another's (hollow diamond), as fractions of 1."""
-    labels = [*ours, *(label for label in other if label not in ours)]
+def share_plot(name: str, title: str, shares: Mapping[str, float], reference: Mapping[str, float], axis: str) -> str:
+    """Draw shares of named parts as bars, and the shares of a reference as hollow diamonds; all are fractions."""
+    labels = [*shares, *(label for label in reference if label not in shares)]
 
-    def draw(figure: Figure, wide: bool) -> None:
+    def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
-        places = list(range(len(labels)))
-        axes.barh(places, [100 * ours.get(label, 0) for label in labels], height=0.58, color=svg.SERIES[1], alpha=0.75)
-        if other:
-            axes.plot(
-                [100 * other.get(label, 0) for label in labels],
-                places,
-                "D",
-                color=svg.INK,
-                markerfacecolor="none",
-                markersize=6,
-                clip_on=False,
-            )
-        axes.set_yticks(places, labels)
+        rows = list(range(len(labels)))
+        axes.barh(rows, [100 * shares.get(label, 0) for label in labels], height=0.58, color=_SERIES[1], alpha=0.75)
+        if reference:
+            values = [100 * reference.get(label, 0) for label in labels]
+            axes.plot(values, rows, "D", color=_INK, markerfacecolor="none", markersize=6, clip_on=False)
+        axes.set_yticks(rows, labels)
         axes.set_ylim(len(labels) - 0.4, -0.6)
-        axes.set_xlim(0, 105 * max([0.01, *ours.values(), *other.values()]))
+        axes.set_xlim(0, 105 * max([0.01, *shares.values(), *reference.values()]))
         axes.set_xlabel(axis)
-        axes.locator_params(axis="x", nbins=7 if wide else 5)
-        svg.plain(axes, grid="x")
+        axes.locator_params(axis="x", nbins=6)
+        _style(axes, grid="x")
 
-    return svg.figure(name, title, draw, height=48 + 24 * len(labels))
+    return _svg(name, title, draw, height=48 + 24 * len(labels))
 
 
-def too_few(histogram: Sequence[tuple[int, int, int]]) -> bool:
-    """Whether a second histogram would be a few spikes that flatten the first."""
-    return sum(count for _, _, count in histogram) < _FEWEST
+def is_too_small(histogram: Histogram) -> bool:
+    """Whether a second histogram has too few examples to draw: its spikes would flatten the first."""
+    return sum(count for _, _, count in histogram) < _MIN_HISTOGRAM_EXAMPLES
 
 
 def length_plot(
     name: str,
     title: str,
-    histograms: Sequence[Sequence[tuple[int, int, int]]],
+    histograms: Sequence[Histogram],
     limit: int | None = None,
     axis: str = "tokens of the prompt",
 ) -> str:
-    """Histograms of lengths in tokens, each as the share of its examples per 1, 10, 100 ... tokens.
+    """Draw histograms of lengths in tokens: the share of the examples per 1, 10, 100, ... tokens.
 
     Args:
-        name: Unique on the page.
-        title: For a screen reader.
-        histograms: Lists of (from, up to but without, count), without gaps; coloured ``--s1``, ``--s4``. All but the
-            first are left out where they are :func:`too_few`.
-        limit: A length that none may pass, drawn as a line.
+        name: Unique on the page; prefix of all ids.
+        title: Description for a screen reader.
+        histograms: Histograms in the colours ``--s1`` and ``--s4``. All but the first are left out if they are
+            :func:`is_too_small`.
+        limit: A length that no example exceeds, drawn as a dashed line.
         axis: What is counted.
     """
-    histograms = [*histograms[:1], *(bins for bins in histograms[1:] if not too_few(bins))]
+    histograms = [*histograms[:1], *(bins for bins in histograms[1:] if not is_too_small(bins))]
     narrowest = min(end - start for bins in histograms for start, end, _ in bins)
     unit = 10 ** round(math.log10(narrowest))
 
-    def draw(figure: Figure, wide: bool) -> None:
+    def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
-        for bins, colour in zip(histograms, (svg.SERIES[1], svg.SERIES[4]), strict=False):
+        for bins, colour in zip(histograms, (_SERIES[1], _SERIES[4]), strict=False):
             total = sum(count for _, _, count in bins) or 1
             heights = [100 * count / total * unit / (end - start) for start, end, count in bins]
             edges = [bins[0][0], *(end for _, end, _ in bins)]
             axes.stairs(heights, edges, color=colour, fill=True, alpha=0.18)
             axes.stairs(heights, edges, color=colour, linewidth=1.8)
         if limit is not None:
-            axes.axvline(limit, color=svg.MUTED, linewidth=1.2, linestyle="--")
+            axes.axvline(limit, color=_MUTED, linewidth=1.2, linestyle="--")
         axes.set_ylim(bottom=0)
         axes.set_xlim(left=0)
         axes.set_xlabel(axis)
         axes.set_ylabel(f"% of examples\nper {unit:,} tokens" if unit > 1 else "% of examples\nper token")
-        axes.locator_params(axis="x", nbins=8 if wide else 5)
-        axes.locator_params(axis="y", nbins=5)
-        svg.plain(axes, grid="y")
+        axes.locator_params(nbins=5)
+        _style(axes, grid="y")
 
-    return svg.figure(name, title, draw, height=230)
+    return _svg(name, title, draw, height=220)
 
 
-def coverage_plot(name: str, title: str, curves: Sequence[tuple[str, int, Curve]]) -> str:
-    """Accuracy over the share of questions that are answered, both as fractions.
+def coverage_plot(name: str, title: str, curves: Sequence[tuple[int, Curve]]) -> str:
+    """Draw accuracy over the share of questions that are answered, both as fractions.
 
     Args:
-        name: Unique on the page.
-        title: For a screen reader.
-        curves: Label, number of the colour, and the curve, whose ``steps`` are the shares.
+        name: Unique on the page; prefix of all ids.
+        title: Description for a screen reader.
+        curves: Number of the colour, and the curve; its ``steps`` are the shares.
     """
 
-    def draw(figure: Figure, wide: bool) -> None:
+    def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
-        for _, series, curve in curves:
-            steps, values = ([100 * each for each in side] for side in (curve.steps, curve.values))
-            axes.plot(steps, values, color=svg.SERIES[series], linewidth=2, drawstyle="steps-post")
-            axes.plot(steps[-1:], values[-1:], "o", color=svg.SERIES[series], markersize=6, clip_on=False)
+        for series, curve in curves:
+            steps, values = ([100 * value for value in side] for side in (curve.steps, curve.values))
+            axes.plot(steps, values, color=_SERIES[series], linewidth=2, drawstyle="steps-post")
+            axes.plot(steps[-1:], values[-1:], "o", color=_SERIES[series], markersize=6, clip_on=False)
         axes.set_xlim(0, 100)
         axes.set_ylim(0, 103)
-        axes.set_xticks(range(0, 101, 20 if wide else 25))
+        axes.set_xticks(range(0, 101, 25))
         axes.set_xlabel("questions answered, %")
         axes.set_ylabel("execution accuracy, %")
-        svg.plain(axes, grid="y")
+        _style(axes, grid="y")
 
-    return svg.figure(name, title, draw, height=270)
+    return _svg(name, title, draw, height=250)
 
 
-def smooth(values: Sequence[float]) -> list[float]:
-    """Mean over a window around each value, a twentieth of the whole wide and narrower at both ends."""
+def moving_average(values: Sequence[float]) -> list[float]:
+    """Average over a window around each value. It is a twentieth of the whole, and narrower at both ends."""
     half = max(1, len(values) // 40)
     reaches = [min(half, index, len(values) - 1 - index) for index in range(len(values))]
     windows = [values[index - reach : index + reach + 1] for index, reach in enumerate(reaches)]
     return [sum(window) / len(window) for window in windows]
+
+
+def _style(axes: Axes, *, grid: Literal["x", "y"]) -> None:
+    """Axes without a frame, in the page's colours, with grid lines in one direction."""
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(_LINE)
+    axes.tick_params(color=_LINE, labelcolor=_INK, length=0, which="both")
+    axes.xaxis.label.set_color(_MUTED)
+    axes.yaxis.label.set_color(_MUTED)
+    axes.grid(axis=grid, color=_LINE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.set_facecolor("none")
+
+
+def _svg(name: str, title: str, draw: Callable[[Figure], None], *, height: float) -> str:
+    """Draw into a figure of this height in pixels, and make matplotlib's SVG fit for a page."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    settings = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        "font.size": 12,
+        "axes.unicode_minus": False,
+        "path.simplify": True,
+    }
+    with mpl.rc_context(settings):
+        figure = Figure(figsize=(WIDTH / _DPI, height / _DPI), dpi=_DPI, layout="constrained")
+        figure.patch.set_visible(False)
+        FigureCanvasSVG(figure)
+        draw(figure)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return f'<div class="plot">{_adapt(file.getvalue(), name, title)}</div>'
+
+
+def _adapt(svg: str, name: str, title: str) -> str:
+    """Drop matplotlib's prologue and style sheet, make ids unique, and set CSS colours, a title and the page's font."""
+    svg = svg[svg.index("<svg") :]
+    # matplotlib's style sheet would apply to the whole page; the page's own has the same rule for its plots.
+    svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
+    svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", svg)
+    svg = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', svg)
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, variable)
+    # Keep the size and drop the font; older versions write `font: 700 12px 'DejaVu Sans', ...` as one property.
+    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
+    svg = re.sub(r"font: (?:(\d{3}|bold) )?([\d.]+)px [^;\"]*", _font_without_family, svg)
+    svg = re.sub(r"\n\s*", "\n", svg)
+    view = re.search(r'viewBox="[^"]+"', svg)
+    assert view is not None, "matplotlib writes a viewBox"
+    body = svg[svg.index(">") + 1 :].strip()
+    opening = f'<svg role="img" aria-labelledby="{name}-title" {view[0]} style="max-width:{_MAX_WIDTH}px">'
+    return f'{opening}<title id="{name}-title">{escape(title)}</title>{body}'
+
+
+def _font_without_family(match: re.Match[str]) -> str:
+    weight = f"; font-weight: {match[1]}" if match[1] else ""
+    return f"font-size: {match[2]}px{weight}"

@@ -1,59 +1,215 @@
-"""Tables for the terminal."""
+"""Tables for the terminal: the plan and options of a run, scores, and audits of FinQA files."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from fintune.config import split_kind_and_mode
 from fintune.config.load import DEFAULT, Loaded, told
+from fintune.evaluation.scoring import read_score, read_verdicts
+from fintune.evaluation.statistics import Interval, PairedComparison, compare_paired
+from fintune.manifest import Slot
 
 if TYPE_CHECKING:
-    from fintune.evaluation.metrics import Rates
+    from fintune.evaluation.metrics import Rates, Score
+
+_FIGURES = ("execution", "95 % interval", "program", "invalid", "seconds")
+
+
+def make_table(*columns: str, left: Iterable[str] = ()) -> Table:
+    """Make a table without lines; all columns but the first and those of ``left`` are aligned to the right."""
+    table = Table(*columns, box=None, pad_edge=False)
+    for column, name in zip(table.columns[1:], columns[1:], strict=True):
+        column.justify = "left" if name in left else "right"
+        column.no_wrap = name in left
+    return table
 
 
 def plan_table(lines: Sequence[tuple[str, str, Sequence[str]]]) -> Table:
-    """What a run would do: name, what, and the stages that are read."""
-    table = Table("stage", "what", "reads", box=None, pad_edge=False)
-    for name, what, inputs in lines:
-        style = "dim" if what.startswith(("up to date", "skipped")) else ""
-        table.add_row(name, what, ", ".join(inputs) if len(inputs) < 4 else "all of them", style=style)
+    """What a run would do: name of the stage, action, and the stages that it reads."""
+    table = Table("stage", "action", "reads", box=None, pad_edge=False)
+    for name, action, inputs in lines:
+        style = "dim" if action.startswith(("up to date", "skipped")) else ""
+        table.add_row(name, action, ", ".join(inputs) if len(inputs) < 4 else "all of them", style=style)
     return table
 
 
 def config_table(loaded: Loaded) -> Table:
-    """Every option, its value and where that came from."""
-    table = Table("option", "value", "from", box=None, pad_edge=False)
+    """Every option, its value and where it was set."""
+    table = Table("option", "value", "set in", box=None, pad_edge=False)
     for column in table.columns:
-        column.overflow = "fold"  # a cut value or place would be no answer
+        column.overflow = "fold"  # a truncated value or path would be useless
     for key, value in told(loaded.config).items():
-        origin = _origin(key, loaded.origin)
+        origin = loaded.origin.get(key, DEFAULT)
         table.add_row(key, json.dumps(value), origin, style="dim" if origin == DEFAULT else "")
     return table
 
 
-def _origin(key: str, origins: Mapping[str, str]) -> str:
-    return origins.get(key, DEFAULT)
+@dataclass(frozen=True)
+class ScoredSet:
+    """The score of one set of predictions.
+
+    Attributes:
+        score: The official figures.
+        correct: Whether the program executes to the gold result, by id.
+        seconds: Time of all completions; None if not known.
+    """
+
+    score: Rates
+    correct: Mapping[str, bool]
+    seconds: float | None
+
+
+def read_scored(run: Path, names: Iterable[str]) -> dict[str, ScoredSet]:
+    """Read ``score/NAME`` and ``predict/NAME`` of a run.
+
+    Args:
+        run: The run's folder.
+        names: Kinds of model, as ``merged`` or, with a decoding mode, ``merged+page``.
+
+    Raises:
+        ArtifactError: A file is missing or cannot be read.
+    """
+    scored = {}
+    for name in names:
+        folder = run / "score" / name
+        manifest = Slot(run, f"predict/{name}").manifest()
+        correct = {id_: verdict.exe_correct for id_, verdict in read_verdicts(folder / "score.csv").items()}
+        seconds = manifest.facts.get("predict_seconds") if manifest is not None else None
+        scored[name] = ScoredSet(read_score(folder / "score.json"), correct, seconds)
+    return scored
+
+
+def score_tables(scored: Mapping[str, ScoredSet], what: str, first: str = "plain") -> list[Table]:
+    """Official figures, one row for each kind of model.
+
+    Args:
+        scored: Scores by kind, or by kind and decoding mode (``merged+page``).
+        what: Heading of the names.
+        first: Heading of the mode of names without one.
+
+    Returns:
+        One plain table if no kind was measured in two modes. Else one table with a column group for each mode, and one
+        table of differences for each mode but the first.
+    """
+    kinds: dict[str, dict[str, ScoredSet]] = {}
+    for name, one in scored.items():
+        kind, mode = split_kind_and_mode(name)
+        kinds.setdefault(kind, {})[mode] = one
+    if all(len(by_mode) == 1 for by_mode in kinds.values()):
+        return [score_table({name: one.score for name, one in scored.items()}, what)]
+    modes = sorted(dict.fromkeys(mode for by_mode in kinds.values() for mode in by_mode), key=bool)  # "" first
+    titles = {mode: mode or first for mode in modes}
+    differences = (_difference_table(kinds, mode, modes[0], what, titles) for mode in modes[1:])
+    return [_mode_table(kinds, modes, what, titles), *(table for table in differences if table.row_count)]
 
 
 def score_table(scores: Mapping[str, Rates], what: str = "predictions") -> Table:
-    """Official figures, a row a set of predictions; and completions without a program where there are any."""
+    """Official figures, one row for each set of predictions, and the share without a program if there is one."""
     columns = (what, "n", "execution accuracy", "95 % interval", "program accuracy", "invalid")
-    without = any(score.no_program_rate for score in scores.values())
-    table = Table(*columns, *(["no program"] if without else []), box=None, pad_edge=False)
+    has_no_program = any(score.no_program_rate for score in scores.values())
+    table = make_table(*columns, *(["no program"] if has_no_program else []))
     for name, score in scores.items():
-        low, high = score.execution_accuracy_interval
         table.add_row(
             name,
             str(score.num_predictions),
             f"{score.execution_accuracy:.2%}",
-            f"{100 * low:.1f} to {high:.1%}",
+            _format_range(score.execution_accuracy_interval),
             f"{score.program_accuracy:.2%}",
             f"{score.invalid_rate:.2%}",
-            *([f"{score.no_program_rate:.2%}"] if without else []),
+            *([f"{score.no_program_rate:.2%}"] if has_no_program else []),
         )
-    for column in table.columns[1:]:
-        column.justify = "right"
+    return table
+
+
+def _format_range(interval: Interval) -> str:
+    return f"{100 * interval[0]:.1f} to {interval[1]:.1%}"
+
+
+def _mode_table(
+    kinds: Mapping[str, Mapping[str, ScoredSet]], modes: Sequence[str], what: str, titles: Mapping[str, str]
+) -> Table:
+    heads = [f"{'' if index else titles[mode]}\n{name}" for mode in modes for index, name in enumerate(_FIGURES)]
+    table = make_table(f"\n{what}", "\nn", *heads)
+    for kind, by_mode in kinds.items():
+        numbers = dict.fromkeys(str(one.score.num_predictions) for one in by_mode.values())
+        cells = [cell for mode in modes for cell in _mode_cells(by_mode.get(mode))]
+        table.add_row(kind, ", ".join(numbers), *cells)
+    return table
+
+
+def _mode_cells(scored: ScoredSet | None) -> list[str]:
+    if scored is None:
+        return [""] * len(_FIGURES)
+    score = scored.score
+    no_program = f" + {score.no_program_rate:.2%} no program" if score.no_program_rate else ""
+    return [
+        f"{score.execution_accuracy:.2%}",
+        _format_range(score.execution_accuracy_interval),
+        f"{score.program_accuracy:.2%}",
+        f"{score.invalid_rate:.2%}{no_program}",
+        "" if scored.seconds is None else f"{scored.seconds:.1f}",
+    ]
+
+
+def _difference_table(
+    kinds: Mapping[str, Mapping[str, ScoredSet]], mode: str, first: str, what: str, titles: Mapping[str, str]
+) -> Table:
+    heading = f"{titles[mode]} against {titles[first]}"
+    table = make_table(
+        f"{heading}\n{what}", "\nn", "\npoints", "\n95 % interval", "answers\ngained", "\nlost", "times the\nseconds"
+    )
+    for kind, by_mode in kinds.items():
+        if mode in by_mode and first in by_mode:
+            before, after = by_mode[first], by_mode[mode]
+            is_timed = before.seconds and after.seconds is not None
+            ratio = f"{after.seconds / before.seconds:.2f}" if is_timed else ""  # type: ignore[operator]
+            table.add_row(kind, *_difference_cells(compare_paired(before.correct, after.correct)), ratio)
+    return table
+
+
+def _difference_cells(compared: PairedComparison) -> list[str]:
+    """Common questions, difference and its interval in percentage points, answers gained and lost."""
+    low, high = compared.interval
+    interval = f"{100 * low:+.1f} to {100 * high:+.1f}"
+    return [str(compared.num_common), compared.points, interval, str(compared.num_gained), str(compared.num_lost)]
+
+
+def headline_table(score: Score, name: str) -> Table:
+    """The official figures over the predictions and over the whole gold file, each with its interval."""
+    whole = score.whole_file
+    table = make_table(name, "predictions", "95 % interval", "whole file", "95 % interval")
+    for words, field in (("execution accuracy", "execution_accuracy"), ("program accuracy", "program_accuracy")):
+        cells = [
+            cell
+            for side in (score, whole)
+            for cell in (f"{getattr(side, field):.2%}", _format_range(getattr(side, f"{field}_interval")))
+        ]
+        table.add_row(words, *cells)
+    table.add_row("invalid", f"{score.invalid_rate:.2%}", _format_range(score.invalid_rate_interval))
+    if score.no_program_rate:
+        table.add_row("no program, not invalid", f"{score.no_program_rate:.2%}", "", "", "")
+    missing = f"{whole.num_missing} without a prediction" if whole.num_missing else ""
+    table.add_row("n", str(score.num_predictions), "", str(whole.num_gold), missing)
+    return table
+
+
+def views_table(score: Score) -> Table:
+    """The views that are no official figure."""
+    views = score.tolerant
+    table = make_table("other views, not official", "share", "n")
+    for words, value in (
+        ("right up to the sign", views.sign_insensitive),
+        ("right up to a factor of 100", views.scale_100),
+        ("within 1 %", views.within_1_percent),
+    ):
+        table.add_row(words, f"{value:.2%}", str(score.num_predictions))
+    if views.answer_agreement is not None:
+        table.add_row("agrees with the annotator's answer", f"{views.answer_agreement:.2%}", str(views.num_with_answer))
     return table

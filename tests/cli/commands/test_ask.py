@@ -6,7 +6,7 @@ import json
 import pytest
 
 from fintune.finqa.parse import parse
-from fintune.report.answer_text import confidence_words
+from fintune.report.answer_text import describe_confidence
 from inference.test_vllm_engine import make_adapter
 from support.command import fintune
 from support.example_run import records
@@ -67,7 +67,8 @@ def test_text_that_breaks_off_is_refused(page, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("question", "where"), [(QUESTION, "stands nowhere"), ("and if it grew by 999?", "stands in the question alone")]
+    ("question", "where"),
+    [(QUESTION, "is not on the page"), ("and if it grew by 999?", "is in the question, but not on the page")],
 )
 def test_numbers_that_are_not_on_the_page_are_marked(page, question, where):
     done, _ = asked(page, "add(5829, 999)", question=question)
@@ -79,7 +80,7 @@ def test_numbers_that_are_not_on_the_page_are_marked(page, question, where):
 def test_an_answer_of_constants_alone_is_marked(page):
     done, _ = asked(page, "add(const_m1, const_m1), multiply(#0, const_100)")
     assert done.out.startswith("-200  ungrounded\n")
-    assert "  ungrounded made of constants alone, of no number of the page\n" in done.out
+    assert "  ungrounded the program uses only constants, and no number of the page\n" in done.out
     found = json.loads(asked(page, "add(const_m1, const_m1)", "--json")[0].out)
     assert (found["answer"], found["grounded"]) == (-2.0, False)
     assert "ungrounded" not in asked(page, "divide(5829, const_100)")[0].out
@@ -102,7 +103,7 @@ def test_a_question_without_a_page_is_told_where_free_chat_is():
     ("confidence", "told"), [(1e-21, "< 0.01 %"), (0.002, "0.2 %"), (0.416, "42 %"), (1.0, "100 %")]
 )
 def test_a_small_confidence_is_not_called_none(confidence, told):
-    assert confidence_words(confidence, [], None)[0] == told
+    assert describe_confidence(confidence, [], None)[0] == told
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""``fintune report``: one HTML page of a run, from whatever its stages have left."""
+"""The stage ``report``: one HTML page of a run, from the results of its finished stages."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from fintune.errors import ArtifactError
 from fintune.evaluation.scoring import read_score, read_verdicts
 from fintune.manifest import MANIFEST, Facts, Manifest
 from fintune.records import Example, FinQARecord, Prediction
-from fintune.report.page import render
-from fintune.report.run_page import KINDS, Made, Measured, ModeResults, RunPage
+from fintune.report.formatting import KIND_LABELS
+from fintune.report.run_data import Measured, ModeResults, Provenance, RunData
+from fintune.report.run_page import render_run
 from fintune.util.files import write_atomically
+from fintune.util.text import first_line
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -25,59 +27,61 @@ def report(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
     """Write ``index.html`` into ``folder``.
 
     Args:
-        config: The run.
-        inputs: Finished folders by step name; every one is optional, its part of the page is left out without it.
-        folder: Gets the page.
+        config: The run's options.
+        inputs: Finished folders by step name. Every step is optional; without it, its section is left out.
+        folder: The folder to write into.
 
     Returns:
-        Number of examples and models shown, and the size of the page.
+        Number of examples and models on the page, and its size.
 
     Raises:
-        ArtifactError: A file of a finished stage that cannot be read.
+        ArtifactError: A file of a finished stage cannot be read.
     """
-    page = collect(config, inputs)
-    html = render(page)
+    run = collect(config, inputs)
+    html = render_run(run)
     write_atomically(folder / "index.html", html)
     num_bytes = len(html.encode())
     return {
-        "num_examples": len(page.records),
-        "num_kinds": len(page.predictions),
+        "num_examples": len(run.records),
+        "num_kinds": len(run.predictions),
         "page_bytes": num_bytes,
         "summary": f"index.html, {num_bytes / 1e6:.1f} MB",
     }
 
 
-def collect(config: Config, inputs: Mapping[str, Path]) -> RunPage:
-    """Read what the page needs from the folders of the finished stages.
+def collect(config: Config, inputs: Mapping[str, Path]) -> RunData:
+    """Read the data of the page from the folders of the finished stages.
 
     Raises:
-        ArtifactError: A file that is missing or cannot be read.
+        ArtifactError: A file is missing or cannot be read.
     """
-    first, *others = (_way(way, place, inputs) for place, way in enumerate(config.predict.decoding_modes))
+    first, *others = (_mode_results(mode, index, inputs) for index, mode in enumerate(config.predict.decoding_modes))
     prepare, train = inputs.get("prepare"), inputs.get("train")
-    return RunPage(
+    return RunData(
         name=config.run.name,
         config=config,
         measured=first.measured,
-        metrics=list(_objects(train / "metrics.jsonl")) if train else [],
-        replay=_object(inputs["replay"] / "replay.json") if "replay" in inputs else {},
-        guard=_object(inputs["guard"] / "guard.json") if "guard" in inputs else {},
-        data=_object(prepare / "report.json") if prepare else {},
+        metrics=list(_json_lines(train / "metrics.jsonl")) if train else [],
+        replay=_json_object(inputs["replay"] / "replay.json") if "replay" in inputs else {},
+        guard=_json_object(inputs["guard"] / "guard.json") if "guard" in inputs else {},
+        data=_json_object(prepare / "report.json") if prepare else {},
         records=_records(prepare / "gold.json") if prepare else [],
-        num_cut={e.id: e.num_cut for e in _lines(prepare / "eval.jsonl", Example)} if prepare else {},
+        num_cut={example.id: example.num_cut for example in _models(prepare / "eval.jsonl", Example)}
+        if prepare
+        else {},
         predictions=first.predictions,
         verdicts=first.verdicts,
-        made=[_made(step, path) for step, path in inputs.items()],
+        provenance=[_provenance(step, path) for step, path in inputs.items()],
         token_names=_token_names(inputs),
         other_modes=[other for other in others if other.predictions],
     )
 
 
-def _way(way: DecodingMode, place: int, inputs: Mapping[str, Path]) -> ModeResults:
-    """One way of ``predict.constrain``, by its place there: the first has the kinds' own names."""
-    names = {kind: f"{kind}{MODE_SEPARATOR}{way}" if place else kind for kind in KINDS}
+def _mode_results(mode: DecodingMode, index: int, inputs: Mapping[str, Path]) -> ModeResults:
+    """Read the results of one decoding mode. Steps of the first mode have the kinds' own names."""
+    names = {kind: f"{kind}{MODE_SEPARATOR}{mode}" if index else kind for kind in KIND_LABELS}
     predictions = {
-        kind: {prediction.id: prediction for prediction in _lines(inputs[step] / "predictions.jsonl", Prediction)}
+        kind: {prediction.id: prediction for prediction in _models(inputs[step] / "predictions.jsonl", Prediction)}
         for kind, name in names.items()
         if (step := f"predict/{name}") in inputs
     }
@@ -87,41 +91,37 @@ def _way(way: DecodingMode, place: int, inputs: Mapping[str, Path]) -> ModeResul
         if (step := f"score/{name}") in inputs
     }
     measured = [
-        _measured(kind, inputs, inputs[f"score/{names[kind]}"] / "score.json", predictions[kind])
+        Measured(
+            kind=kind,
+            score=read_score(inputs[f"score/{names[kind]}"] / "score.json"),
+            num_unended=sum(prediction.finish_reason == "length" for prediction in predictions[kind].values()),
+            predict_seconds=sum(prediction.seconds for prediction in predictions[kind].values()),
+            weights_bytes=_weights_bytes(kind, inputs),
+        )
         for kind in verdicts
         if kind in predictions
     ]
-    return ModeResults(way, measured, predictions, verdicts)
-
-
-def _measured(kind: str, inputs: Mapping[str, Path], score: Path, predictions: Mapping[str, Prediction]) -> Measured:
-    return Measured(
-        kind=kind,
-        score=read_score(score),
-        num_unended=sum(prediction.finish_reason == "length" for prediction in predictions.values()),
-        predict_seconds=sum(prediction.seconds for prediction in predictions.values()),
-        weights_bytes=_weights_bytes(kind, inputs),
-    )
+    return ModeResults(mode, measured, predictions, verdicts)
 
 
 def _weights_bytes(kind: str, inputs: Mapping[str, Path]) -> int | None:
-    places: dict[str, tuple[str, str]] = {
-        "adapter": ("train", "[am]*/*model*.safetensors"),  # adapter/, or model/ where all weights were trained
+    patterns: dict[str, tuple[str, str]] = {
+        "adapter": ("train", "[am]*/*model*.safetensors"),  # adapter/, or model/ after full fine-tuning
         "merged": ("merge", "*.safetensors"),
         **{gguf: ("export", f"*-{gguf}.gguf") for gguf in GGUF_KINDS},
     }
-    step, pattern = places.get(kind, ("", ""))
+    step, pattern = patterns.get(kind, ("", ""))
     files = list(inputs[step].glob(pattern)) if step in inputs else []
     return sum(file.stat().st_size for file in files) if files else None
 
 
-def _made(step: str, folder: Path) -> Made:
+def _provenance(step: str, folder: Path) -> Provenance:
     path = folder / MANIFEST
     try:
         manifest = Manifest.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
-        raise _unreadable(path, str(error).splitlines()[0]) from None
-    return Made(
+        raise _unreadable(path, error) from None
+    return Provenance(
         step=step,
         finished=manifest.finished,
         fingerprint=manifest.fingerprint,
@@ -135,16 +135,17 @@ def _made(step: str, folder: Path) -> Made:
 
 
 def _token_names(inputs: Mapping[str, Path]) -> dict[int, str]:
-    """Tokens by id from a ``tokenizer.json`` of the run, read as plain JSON so that no tokenizer library is needed."""
-    places = [inputs[step] / below for step, below in (("merge", "."), ("train", "adapter")) if step in inputs]
-    file = next((place / "tokenizer.json" for place in places if (place / "tokenizer.json").is_file()), None)
+    """Read tokens by id from a ``tokenizer.json`` of the run, as plain JSON: no tokenizer library is needed."""
+    folders = [inputs[step] / below for step, below in (("merge", "."), ("train", "adapter")) if step in inputs]
+    files = (folder / "tokenizer.json" for folder in folders)
+    file = next((file for file in files if file.is_file()), None)
     if file is None:
         return {}
-    tokenizer = _object(file)
+    tokenizer = _json_object(file)
     vocabulary = tokenizer.get("model", {}).get("vocab", {})
     names = {number: token for token, number in vocabulary.items()} if isinstance(vocabulary, dict) else {}
     names |= {added["id"]: added["content"] for added in tokenizer.get("added_tokens", [])}
-    # Byte-level BPE writes space and newline with these letters, SentencePiece writes a space with the third.
+    # Byte-level BPE writes space and newline with the first two letters, SentencePiece writes a space with the third.
     return {number: token.translate({0x120: " ", 0x10A: "\n", 0x2581: " "}) for number, token in names.items()}
 
 
@@ -152,37 +153,37 @@ def _records(path: Path) -> list[FinQARecord]:
     try:
         return [FinQARecord.model_validate(row) for row in json.loads(path.read_bytes())]
     except (OSError, ValueError) as error:
-        raise _unreadable(path, str(error).splitlines()[0]) from None
+        raise _unreadable(path, error) from None
 
 
-def _lines(path: Path, kind: type[M]) -> Iterator[M]:
-    for row in _objects(path):
+def _models(path: Path, model: type[M]) -> Iterator[M]:
+    for row in _json_lines(path):
         try:
-            yield kind.model_validate(row)
+            yield model.model_validate(row)
         except ValidationError as error:
-            raise _unreadable(path, str(error).splitlines()[0]) from None
+            raise _unreadable(path, error) from None
 
 
-def _objects(path: Path) -> Iterator[dict[str, Any]]:
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
     try:
         with path.open(encoding="utf-8") as file:
             for line in file:
                 yield json.loads(line)
     except (OSError, ValueError) as error:
-        raise _unreadable(path, str(error).splitlines()[0]) from None
+        raise _unreadable(path, error) from None
 
 
-def _object(path: Path) -> dict[str, Any]:
+def _json_object(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise _unreadable(path, str(error).splitlines()[0]) from None
-    if not isinstance(found, dict):
-        raise _unreadable(path, "not a JSON object")
-    return found
+        raise _unreadable(path, error) from None
+    if not isinstance(content, dict):
+        raise _unreadable(path, ValueError("not a JSON object"))
+    return content
 
 
-def _unreadable(path: Path, reason: str) -> ArtifactError:
+def _unreadable(path: Path, error: Exception) -> ArtifactError:
     name, above = path.parent.name, path.parent.parent.name
-    step = f"{above}/{name}" if split_kind_and_mode(name)[0] in KINDS else name
-    return ArtifactError(f"{path}: cannot be read ({reason})", hint=f"--redo {step} makes it anew")
+    step = f"{above}/{name}" if split_kind_and_mode(name)[0] in KIND_LABELS else name
+    return ArtifactError(f"{path} cannot be read ({first_line(error)})", hint=f"rerun the step with --redo {step}")

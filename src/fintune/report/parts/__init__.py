@@ -1,1 +1,0 @@
-"""The parts of a page: each turns data into what its template prints."""

@@ -1,0 +1,88 @@
+"""Free and constrained results side by side: the terminal's tables and the page's."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from rich.console import Console
+
+from fintune.config import Config
+from fintune.pipeline.stages.report import collect
+from fintune.report.run_page import render_run
+from fintune.report.tables import read_scored, score_tables
+from support.example_run import records, write_run
+from support.outline import outline
+
+NAMES = ("base", "base+page", "adapter", "adapter+page", "merged")
+CONFIG = Config.model_validate({"run": {"name": "demo"}, "predict": {"constrain": ["none", "page"]}})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("modes") / "run"
+
+
+@pytest.fixture(scope="module")
+def inputs(folder):
+    return write_run(folder, CONFIG, records(24), NAMES)
+
+
+def printed_lines(tables) -> list[str]:
+    console = Console(width=300)
+    with console.capture() as captured:
+        for table in tables:
+            console.print(table)
+    return captured.get().splitlines()
+
+
+def test_score_tables_have_a_column_group_for_each_mode(folder, inputs) -> None:
+    scored = read_scored(folder, NAMES)
+    lines = printed_lines(score_tables(scored, "model", first="none"))
+    assert lines[0].split() == ["none", "page"]
+    assert lines[1].split().count("execution") == 2
+    adapter = next(line.split() for line in lines if line.startswith("adapter"))
+    shares = [f"{scored[name].score.execution_accuracy:.2%}" for name in ("adapter", "adapter+page")]
+    assert [adapter[2], adapter[8]] == shares
+    assert [line.split()[0] for line in lines[2:5]] == ["base", "adapter", "merged"]
+
+
+def test_difference_table_has_kinds_measured_in_both_modes(folder, inputs) -> None:
+    lines = printed_lines(score_tables(read_scored(folder, NAMES), "model", first="none"))
+    start = next(place for place, line in enumerate(lines) if line.startswith("page against none"))
+    assert [line.split()[0] for line in lines[start + 2 :]] == ["base", "adapter"]
+
+
+def test_score_tables_without_two_modes_is_one_table(folder, inputs) -> None:
+    tables = score_tables(read_scored(folder, ("base", "adapter+page")), "model", first="none")
+    lines = printed_lines(tables)
+    assert len(tables) == 1
+    assert lines[0].split()[:4] == ["model", "n", "execution", "accuracy"]
+    assert [line.split()[0] for line in lines[1:]] == ["base", "adapter+page"]
+
+
+def test_page_has_column_groups_and_differences(inputs) -> None:
+    page = collect(CONFIG, inputs)
+    parsed = outline(render_run(page))
+    groups = [attrs for tag, attrs in parsed.tags if tag == "th" and attrs.get("scope") == "colgroup"]
+    assert len(groups) == 2
+    words = re.sub(r"\s+", " ", parsed.text)
+    assert "What the constraint changes" in words
+    assert "not measured" in words, "merged was measured in one mode"
+    other = page.other_modes[0]
+    assert (other.mode, [measured.kind for measured in other.measured]) == ("page", ["base", "adapter"])
+    assert {"adapter, page", "base, page"} <= set(re.findall(r"\w+, page", words))
+
+
+def test_rest_of_the_page_is_about_the_first_mode(inputs) -> None:
+    both = collect(CONFIG, inputs)
+    alone = collect(CONFIG.with_decoding_mode("none"), inputs)
+    assert both.measured == alone.measured
+    assert [pair[:2] for pair in both.agreements] == [("adapter", "merged")]
+    assert alone.other_modes == []
+    assert "colgroup" not in render_run(alone)
+
+
+def test_browser_compares_models_of_the_first_mode(inputs) -> None:
+    html = render_run(collect(CONFIG, inputs))
+    assert '"kinds":["base","adapter","merged","base, page","adapter, page"],"num_compared":3' in html
