@@ -105,10 +105,10 @@ def questions(finqa: Path, num: int) -> list[Any]:
 def rendered(tokenizer: Any, records: list[Any]) -> list[str]:
     """The prompts of a run."""
     from fintune.config import PromptOptions
-    from fintune.data.tokenize_finqa import Encoder
+    from fintune.data.tokenize_finqa import FinqaEncoder
     from fintune.models import chat_template as chat
 
-    encoder = Encoder(tokenizer, system=PromptOptions().system, max_length=MAX_LENGTH)
+    encoder = FinqaEncoder(tokenizer, system=PromptOptions().system, max_length=MAX_LENGTH)
     return [chat.render(tokenizer, encoder.encode(record).example.messages) for record in records]
 
 

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fintune.data.csv_page import csv_page
-from fintune.data.page_files import read_page
+from fintune.data.page_file import csv_page, read_page
 from fintune.errors import DataError
 
 TABLE = [["Item", "2019", "2018"], ["Revenue", "1,234", "1,100"], ["Costs", "900", "800"]]

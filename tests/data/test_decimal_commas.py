@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fintune.data.page_files import read_page
+from fintune.data.page_file import read_page
 from fintune.errors import DataError
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fintune.data.html_page import HtmlPage
+from fintune.data.page_markup import HtmlPage
 
 PAGE = (
     "<p>{text}</p><table><tr><th>in millions</th><th>{header}</th><th>2018</th></tr>"

@@ -31,8 +31,8 @@ from fintune.data import hub
 hub.PAUSES = (0.01, 0.01)
 wanted = hub.HubSplit(*sys.argv[1:])
 try:
-    rows = [row.value for row in hub.read(wanted)]
-    print(json.dumps({"num": len(rows), "last": rows[-1], "licence": hub.licence(wanted)}))
+    rows = [row.value for row in hub.read_split(wanted)]
+    print(json.dumps({"num": len(rows), "last": rows[-1], "licence": hub.read_licence(wanted)}))
 except FintuneError as error:
     print(json.dumps({"kind": type(error).__name__, "told": str(error)}))
 """
@@ -180,6 +180,7 @@ def test_what_stops_the_making_of_a_dataset_is_told_and_not_that_something_did(
                 "An error occurred while generating the dataset"
             ) from error
 
+    monkeypatch.setattr(hub, "_resolves", lambda _: True)
     builder = SimpleNamespace(config=SimpleNamespace(data_files={}), download_and_prepare=prepare)
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: builder)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/tables")
@@ -187,17 +188,17 @@ def test_what_stops_the_making_of_a_dataset_is_told_and_not_that_something_did(
     monkeypatch.setattr(logging.getLogger("datasets"), "propagate", True)
     verbosity = datasets.logging.get_verbosity()
     with pytest.raises(kind) as caught:
-        list(hub.read(hub.HubSplit(NAME)))
+        list(hub.read_split(hub.HubSplit(NAME)))
     assert str(caught.value).startswith(told)
     assert not caplog.records
     assert datasets.logging.get_verbosity() == verbosity
 
 
 def test_what_came_damaged_is_thrown_away_and_told(tmp_path):
-    from fintune.data.hub_files import _place
+    from fintune.data.hub import _move_to_cache
 
     part = tmp_path / "x.part"
     part.write_bytes(b"wrong")
     with pytest.raises(ResourceError, match=r"train\.csv came damaged"):
-        _place(part, tmp_path / "blobs" / "x", "0" * 64, "train.csv")
+        _move_to_cache(part, tmp_path / "blobs" / "x", "0" * 64, "train.csv")
     assert not list(Path(tmp_path).rglob("*x*"))

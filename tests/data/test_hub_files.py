@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fintune.data import hub_files
+from fintune.data import hub
 from fintune.errors import ResourceError
 
 CONTENT = b"Question,Answer\n" * 1000
@@ -29,11 +29,11 @@ def fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     answer.status = 200  # type: ignore[attr-defined]
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda _: about)
-    monkeypatch.setattr(hub_files, "_open", lambda *_: answer)
+    monkeypatch.setattr(hub, "_open_url", lambda *_: answer)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
     monkeypatch.setenv("FINTUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
-    return lambda: hub_files.fetch(ADDRESS)
+    return lambda: hub.fetch_file(ADDRESS)
 
 
 def test_a_file_becomes_the_blob_of_the_hubs_own_cache(fetch, tmp_path):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fintune.config import SourceOptions
-from fintune.data.licences import combined, hub_name, is_non_commercial, is_on_hub, licence_of
-from fintune.data.one_source import licence
+from fintune.data.licences import combine_licences, hub_name, is_non_commercial, is_on_hub, licence_of
+from fintune.data.load import source_licence
 
 
 @pytest.mark.parametrize("name", ["CC-BY-NC-4.0", "cc-by-nc-sa-4.0", "Non-Commercial use only", "noncommercial"])
@@ -67,7 +67,7 @@ def datasets(tmp_path):
     ],
 )
 def test_every_folder_that_is_read_is_asked_for_its_licence(datasets, pattern, name):
-    found = licence(SourceOptions(path=str(datasets / pattern)))
+    found = source_licence(SourceOptions(path=str(datasets / pattern)))
     assert (found.name, found.non_commercial) == (name, "nc" in name)
 
 
@@ -75,12 +75,12 @@ def test_what_forbids_commercial_use_in_a_subfolder_binds_beside_what_stands_abo
     (datasets / "README.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
     (datasets / "own" / "README.md").unlink()
     (datasets / "own" / "LICENSE").write_text("Apache License\n", encoding="utf-8")
-    assert licence(SourceOptions(path=str(datasets))).model_dump() == {
+    assert source_licence(SourceOptions(path=str(datasets))).model_dump() == {
         "name": "mit and cc-by-nc-4.0 and Apache License",
         "origin": "README.md, investopedia/README.md, own/LICENSE",
         "non_commercial": True,
     }
-    assert licence(SourceOptions(path=str(datasets / "own" / "*.csv"))).name == "not stated", (
+    assert source_licence(SourceOptions(path=str(datasets / "own" / "*.csv"))).name == "not stated", (
         "above the pattern's folder"
     )
 
@@ -115,7 +115,7 @@ def test_a_card_may_name_several_licences_or_one_of_its_own(tmp_path, front, nam
     ],
 )
 def test_a_model_has_its_bases_licence_and_those_of_its_data_that_ask_for_more(base, data, expected):
-    assert combined(base, data) == expected
+    assert combine_licences(base, data) == expected
 
 
 def test_names_are_written_as_the_hub_writes_them_and_known_where_it_knows_them():

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from fintune.data.markdown_page import markdown_page
-from fintune.data.page_files import read_page
+from fintune.data.page_file import read_page
+from fintune.data.page_markup import markdown_page
 from fintune.errors import DataError
 
 FIGURES = "| a | 2019 |\n|---|---|\n| {name} | {cell} |\n"

@@ -8,8 +8,8 @@ from operator import methodcaller
 
 import pytest
 
-from fintune.data.rows_of_tokens import Sequenced
-from fintune.data.tokenize_chat import ConversationEncoder, EncodedConversation
+from fintune.data.tokenize import TokenizedExample, TokenRow
+from fintune.data.tokenize_chat import ConversationEncoder, _tokenized
 from fintune.errors import DataError, FintuneError
 from fintune.finqa.prompt import TooLongError
 from fintune.models import chat_cache as chat_writer
@@ -127,15 +127,15 @@ class Straightforward(ConversationEncoder):
                 mask = rows[-1].completion_mask + turn.completion_mask[len(rows[-1].input_ids) :]
                 rows[-1] = replace(rows[-1], input_ids=turn.input_ids, completion_mask=mask)
             else:
-                rows.append(Sequenced(f"{id_}/{place}" if rows else id_, turn.input_ids, turn.completion_mask))
+                rows.append(TokenRow(f"{id_}/{place}" if rows else id_, turn.input_ids, turn.completion_mask))
             last = place
         if last is None:
-            raise TooLongError(f"the first answer ends behind token {self._max_length}")
+            raise TooLongError(f"the first answer ends after token {self._max_length}")
         answer = self._answer(turns[last].content)
         example = Example(id=id_, messages=turns[:last], completion=answer, num_cut=len(turns) - 1 - last)
-        return EncodedConversation(example, rows)
+        return _tokenized(example, rows)
 
-    def _fitted(self, before, answers):
+    def _fit(self, before, answers):
         turns = [*self._head(before), *before]
         head = int(turns[0].role == "system")
         for start in (head, *(p for p, each in enumerate(turns) if each.role == "user" and p > head)):
@@ -177,7 +177,7 @@ def test_every_conversation_has_the_rows_and_errors_of_the_straightforward_way(t
                 found = outcome(work, quick)
                 assert found == outcome(work, plain), (number, talk)
                 seen.add(found[0] if isinstance(found, tuple) else type(found))
-    assert EncodedConversation in seen
+    assert TokenizedExample in seen
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fintune.config import Config
-from fintune.data.report import Evidence, PrepareReport, SplitReport, lengths
+from fintune.data.report import Evidence, PrepareReport, SplitReport, summarize_lengths
 from fintune.evaluation.metrics import compute_scores
 from fintune.evaluation.scoring import ScoreResult
 from fintune.finqa.distribution import FINQA_TEST
@@ -199,8 +199,8 @@ def split_report(number: int) -> SplitReport:
         num_cut_examples=number // 4,
         num_cut_units=number,
         num_units=31 * number,
-        prompt_tokens=lengths([700 + 13 * (k * k % 101) for k in range(number)]),
-        completion_tokens=lengths([18 + k % 23 for k in range(number)]),
+        prompt_tokens=summarize_lengths([700 + 13 * (k * k % 101) for k in range(number)]),
+        completion_tokens=summarize_lengths([18 + k % 23 for k in range(number)]),
         num_rows=number,
         num_row_tokens=730 * number,
         evidence=Evidence(num_examples=number, num_complete=number - 1, num_units=2 * number, num_kept=2 * number - 1),

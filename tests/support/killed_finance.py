@@ -22,9 +22,9 @@ from support.killed_at import stop_after
 STOPS = (
     # The connection breaks in the middle of a file, and then the process ends.
     ("download", "fintune.data.hub:_reason", 1, "SIGKILL"),
-    ("download", "fintune.data.mixture:load", 1, "SIGINT"),
+    ("download", "fintune.data.dataset:load_sources", 1, "SIGINT"),
     ("prepare", "datasets:Dataset.save_to_disk", 1, "SIGKILL"),
-    ("prepare", "fintune.data.prepared:write", 1, "SIGINT"),
+    ("prepare", "fintune.data.prepared:write_prepared", 1, "SIGINT"),
     ("train", "fintune.training.checkpoints:mark_complete", 1, "SIGKILL"),
     ("train", "fintune.training.metrics:append", 1, "SIGINT"),
     ("merge", "fintune.pipeline.stages.merge:merge_folders", 1, "SIGKILL"),

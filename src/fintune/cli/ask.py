@@ -60,8 +60,8 @@ def ask(
     from fintune.cli.commands.ask import ask as stage
     from fintune.cli.run_models import model_of
     from fintune.config.load import load
-    from fintune.data.json_files import read_whole_text
-    from fintune.data.page_files import read_page
+    from fintune.data.files import read_whole_text
+    from fintune.data.page_file import read_page
     from fintune.inference.open_model import Named, engine_of
     from fintune.report.answer_text import answer_lines, confidence_line
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from fintune.config.base import Options
+from fintune.config.base import Options, neutral
 
 Shape = Literal[
     "messages", "sharegpt", "preference", "unpaired_preference", "alpaca", "question_answer", "prompt_completion"
@@ -126,6 +126,12 @@ class DataOptions(Options):
     )
     strict: bool = Field(
         False, description="Stop at the first record that cannot be used instead of dropping and counting it."
+    )
+    num_proc: int | None = neutral(
+        None,
+        "Processes that tokenize the data; 0 tokenizes in the main process. Where empty, as many as there are cores, "
+        "if there is enough data to be worth their start.",
+        ge=0,
     )
     statements: StatementsOptions = Field(default_factory=StatementsOptions, description="Generated pages.")
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fintune.config import Config
-from fintune.data import splits
+from fintune.data.dataset import load_finqa_splits
 from fintune.errors import ArtifactError, DataError
 from fintune.finqa.evidence import derive
 from fintune.finqa.execute import execute
@@ -166,7 +166,7 @@ def examples_with_shots(
     """
     with (prepare / "train.jsonl").open(encoding="utf-8") as lines:
         trained = {each.id for each in map(Example.model_validate_json, lines)}
-    records = [each for each in splits.load(config)["train"].records if each.id in trained]
+    records = [each for each in load_finqa_splits(config)["train"].records if each.id in trained]
     if len(records) != len(trained):
         raise ArtifactError(
             f"{prepare} was made from other training data: {len(trained) - len(records)} of its examples are not there",

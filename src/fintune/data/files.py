@@ -1,115 +1,184 @@
-"""Which files a path in ``data.sources`` means."""
+"""Local data files: which files a path in ``data.sources`` names, and the text of a JSON file, plain or gzip."""
 
 from __future__ import annotations
 
 import glob
+import zlib
 from pathlib import Path
 
 from fintune.config import SourceOptions
 from fintune.errors import DataError
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
-"""Files that are read in a folder, also with ``.gz`` behind."""
+"""Suffixes of the files that are read in a folder, also with ``.gz`` after them."""
 WORKBOOKS = (".xlsx", ".xlsm", ".xlsb", ".xls", ".ods", ".numbers")
-"""Files of spreadsheet programs, which are not read."""
-_KNOWN = f"known are {' '.join(SUFFIXES)}, also .gz"
-_NO_DATA = ("readme", "license", "licence", "copying", "makefile", "dockerfile")
-"""Files beside the data, of which nobody thinks that they are rows."""
+"""Suffixes of spreadsheet programs' files, which are not read."""
+KNOWN_SUFFIXES = f"the known suffixes are {' '.join(SUFFIXES)}, also with .gz"
+"""The hint of a message about a file of another kind."""
+COPY_AGAIN = "copy or download it again"
+"""The hint of a message about a damaged file."""
+_BESIDE_DATA = ("readme", "license", "licence", "copying", "makefile", "dockerfile")
+"""Beginnings of the names of files that nobody takes for data."""
 _NUM_NAMED = 5
+_GZIP_MAGIC = b"\x1f\x8b"
+_CHUNK_BYTES = 1 << 16
 
 
-def find(path: str) -> list[Path]:
-    """The files or the saved dataset that a path names: itself, what a pattern matches, what a folder holds.
+def find_files(path: str) -> list[Path]:
+    """Find the data files that a path means: itself, the matches of a pattern, or the files of a folder.
+
+    A folder that ``datasets.save_to_disk`` wrote counts as one file.
 
     Raises:
-        DataError: There is none.
+        DataError: There is no such file.
     """
-    named = Path(path).expanduser()
-    if named.is_file() or is_saved_dataset(named):
-        return [named]
-    if named.is_dir():
-        found = [each for each in _visible(named) if suffix_of(each) in SUFFIXES]
-        if not found:
-            raise DataError(f"the folder holds no data file{_but(named)}", path=path, hint=_KNOWN)
-        return found
-    matched = sorted(Path(each) for each in glob.glob(str(named), recursive=True))  # noqa: PTH207 - may be absolute
-    if files := [each for each in matched if each.is_file()]:
+    target = Path(path).expanduser()
+    if target.is_file() or is_saved_dataset(target):
+        return [target]
+    if target.is_dir():
+        files = [file for file in _visible_files(target) if data_suffix(file) in SUFFIXES]
+        if not files:
+            others = _other_files(target)
+            only = f", only {_list_names(target, others)}" if others else ""
+            raise DataError(f"the folder holds no data file{only}", path=path, hint=KNOWN_SUFFIXES)
         return files
-    raise DataError("no such file or folder", path=path, hint=_instead(path))
+    matches = sorted(Path(match) for match in glob.glob(str(target), recursive=True))  # noqa: PTH207 - may be absolute
+    if files := [match for match in matches if match.is_file()]:
+        return files
+    raise DataError("no such file or folder", path=path, hint=_missing_hint(path))
 
 
-def unread(path: str) -> str:
-    """What a folder holds beside its data, for the user; empty where nothing is worth a word, and for all but folders.
+def describe_unread(path: str) -> str:
+    """Describe the files of a folder that are not read, for the user. Empty if there is nothing to say.
 
     Args:
-        path: As in an entry of ``data.sources``.
+        path: The path of an entry of ``data.sources``.
     """
-    named = Path(path).expanduser()
-    others = _others(named) if named.is_dir() and not is_saved_dataset(named) else []
+    folder = Path(path).expanduser()
+    others = _other_files(folder) if folder.is_dir() and not is_saved_dataset(folder) else []
     if not others:
         return ""
     files = "1 file" if len(others) == 1 else f"{len(others):,} files"
-    return f"{files} not read: {_named(named, others)} ({_KNOWN})"
-
-
-def _visible(folder: Path) -> list[Path]:
-    below = sorted(each for each in folder.rglob("*") if each.is_file())
-    return [each for each in below if not any(part.startswith(".") for part in each.relative_to(folder).parts)]
-
-
-def _others(folder: Path) -> list[Path]:
-    found = (each for each in _visible(folder) if suffix_of(each) not in SUFFIXES)
-    # A text that is called readme.txt may well be meant as data.
-    return [each for each in found if suffix_of(each) == ".txt" or not each.name.lower().startswith(_NO_DATA)]
-
-
-def _but(folder: Path) -> str:
-    others = _others(folder)
-    return f", only {_named(folder, others)}" if others else ""
-
-
-def _named(folder: Path, files: list[Path]) -> str:
-    more = f" and {len(files) - _NUM_NAMED:,} more" if len(files) > _NUM_NAMED else ""
-    return ", ".join(each.relative_to(folder).as_posix() for each in files[:_NUM_NAMED]) + more
+    return f"{files} not read: {_list_names(folder, others)} ({KNOWN_SUFFIXES})"
 
 
 def local_files(source: SourceOptions) -> list[Path]:
-    """Every file that an entry of ``data.sources`` reads here; none for a hub dataset.
+    """List every local file that an entry of ``data.sources`` reads; none for a hub dataset.
 
     Raises:
-        DataError: There is none of that name.
+        DataError: There is no such file.
     """
     if source.path.startswith("hub:"):
         return []
-    found = find(source.path)
-    return [
-        below for path in found for below in (sorted(path.rglob("*")) if path.is_dir() else [path]) if below.is_file()
-    ]
-
-
-def _instead(path: str) -> str:
-    if any(letter in path for letter in "*?["):
-        return f"nothing matches the pattern{tried(path)}"
-    if path.endswith("/"):
-        return f"put files there, or set data.sources=YOUR_FILE{tried(path)}"
-    if path.count("/") == 1 and not path.startswith((".", "/", "~")):
-        return f"check its name{tried(path)}; a dataset of the hub is written hub:{path}"
-    return f"check its name{tried(path)}"
-
-
-def tried(path: Path | str) -> str:
-    """For a message: where a relative path was looked for; nothing for an absolute one."""
-    full = Path(path).expanduser()
-    return "" if full.is_absolute() else f", {full.absolute()} was tried"
+    files: list[Path] = []
+    for path in find_files(source.path):
+        files += sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    return files
 
 
 def is_saved_dataset(folder: Path) -> bool:
-    """Whether ``datasets.save_to_disk`` wrote it."""
+    """Whether ``datasets.save_to_disk`` wrote a folder."""
     return (folder / "dataset_dict.json").is_file() or (
         (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
     )
 
 
-def suffix_of(path: Path) -> str:
-    """In small letters, without a ``.gz`` behind it."""
+def data_suffix(path: Path) -> str:
+    """Return the suffix in lower case, without a ``.gz`` after it."""
     return Path(path.name.removesuffix(".gz")).suffix.lower()
+
+
+def describe_tried(path: Path | str) -> str:
+    """Say where a relative path was looked for, as the end of a message. Empty for an absolute path."""
+    full = Path(path).expanduser()
+    return "" if full.is_absolute() else f", {full.absolute()} was tried"
+
+
+def _visible_files(folder: Path) -> list[Path]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+
+
+def _other_files(folder: Path) -> list[Path]:
+    others = (file for file in _visible_files(folder) if data_suffix(file) not in SUFFIXES)
+    # A text called readme.txt may well be meant as data.
+    return [file for file in others if data_suffix(file) == ".txt" or not file.name.lower().startswith(_BESIDE_DATA)]
+
+
+def _list_names(folder: Path, files: list[Path]) -> str:
+    more = f" and {len(files) - _NUM_NAMED:,} more" if len(files) > _NUM_NAMED else ""
+    return ", ".join(file.relative_to(folder).as_posix() for file in files[:_NUM_NAMED]) + more
+
+
+def _missing_hint(path: str) -> str:
+    tried = describe_tried(path)
+    if any(letter in path for letter in "*?["):
+        return f"nothing matches the pattern{tried}"
+    if path.endswith("/"):
+        return f"put files there, or set data.sources=YOUR_FILE{tried}"
+    if path.count("/") == 1 and not path.startswith((".", "/", "~")):
+        return f"check its name{tried}; a dataset of the hub is written hub:{path}"
+    return f"check its name{tried}"
+
+
+def read_text(path: Path, *, hint: str, encoding_hint: str | None = None) -> tuple[str, str | None]:
+    """Read a text file, plain or gzip. Of a damaged gzip file, read what comes before the damage.
+
+    Args:
+        path: The file. Its content decides whether it is gzip, not its name.
+        hint: Hint of an error about the form of the file.
+        encoding_hint: Hint of an error about its encoding; ``hint`` if None.
+
+    Returns:
+        The text, which is not blank, and a description of the damage, or None.
+
+    Raises:
+        DataError: The file is missing, unreadable, empty or not UTF-8.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError("no such file", path=path, hint="check its name") from None
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror or error})", path=path) from None
+    damage = None
+    if data.startswith(_GZIP_MAGIC):
+        data, damage = _unzip(data)
+    try:
+        text = data.decode("utf-8-sig", errors="strict" if damage is None else "ignore")
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8 text (byte {error.start})", path=path, hint=encoding_hint or hint) from None
+    if not text.strip():
+        raise DataError(damage or "the file is empty", path=path, hint=COPY_AGAIN if damage else hint)
+    return text, damage
+
+
+def read_whole_text(path: Path, *, hint: str, encoding_hint: str | None = None) -> str:
+    """Read a text file as :func:`read_text` does, but refuse a damaged one.
+
+    Raises:
+        DataError: The file is missing, unreadable, empty, not UTF-8 or damaged.
+    """
+    text, damage = read_text(path, hint=hint, encoding_hint=encoding_hint)
+    if damage:
+        raise DataError(damage, path=path, hint=COPY_AGAIN)
+    return text
+
+
+def _unzip(data: bytes) -> tuple[bytes, str | None]:
+    parts: list[bytes] = []
+    while data:
+        unzip = zlib.decompressobj(wbits=31)
+        try:
+            # Chunks keep what comes before damage.
+            for start in range(0, len(data), _CHUNK_BYTES):
+                parts.append(unzip.decompress(data[start : start + _CHUNK_BYTES]))
+                if unzip.eof:
+                    break
+        except zlib.error as error:
+            return b"".join(parts), f"damaged gzip file ({error})"
+        if not unzip.eof:
+            return b"".join(parts), "truncated gzip file"
+        rest = unzip.unused_data + data[start + _CHUNK_BYTES :]
+        data = rest.lstrip(b"\0")
+    return b"".join(parts), None

@@ -1,7 +1,7 @@
 """FinQA files: the official JSON list (github.com/czyssrs/FinQA) or one record a line, plain or gzip.
 
-What a file is, is read from its content: a ``.json`` that holds gzip or lines is taken as such. Whatever cannot be used
-is dropped under a short reason and told in one line; a file that cannot be read at all is an error.
+The form of a file is detected from its content, not from its name. A record that cannot be used is dropped, counted by
+a short reason and reported in one line. A file that cannot be read raises an error.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from fintune.data.json_files import read_whole_text
-from fintune.data.source_report import UnusedRow
+from fintune.data.files import COPY_AGAIN, read_whole_text
+from fintune.data.tokenize import DroppedRow
 from fintune.errors import DataError
 from fintune.records import FinQARecord
 
@@ -28,53 +28,53 @@ _TABLE_HINT = (
 )
 _NOT_STRICT = "set data.strict: false"
 WITHOUT_STRICT = "leave out --strict"
-"""How a command's user has records dropped that cannot be used."""
+"""How the user of a command can have unusable records dropped."""
 
 
 @dataclass(frozen=True)
-class ReadResult:
-    """What a file gave.
+class FinqaFile:
+    """The records of a FinQA file.
 
     Attributes:
-        records: Usable records in file order; ids are unique.
-        dropped: Number of records left out, by reason.
-        unused: They, with row, id and why.
+        records: Usable records in file order. Their ids are unique.
+        dropped: Number of records that cannot be used, by reason.
+        broken: Those records, with row, id and reason.
     """
 
     records: list[FinQARecord]
     dropped: Counter[str] = field(default_factory=Counter)
-    unused: list[UnusedRow] = field(default_factory=list)
+    broken: list[DroppedRow] = field(default_factory=list)
 
     @property
     def problems(self) -> list[str]:
-        """One line for each record left out: file, row, id, field, why."""
-        return [row.told() for row in self.unused]
+        """One line for each record that cannot be used: file, row, id, field, reason."""
+        return [str(row) for row in self.broken]
 
 
 class _BrokenError(Exception):
-    """One record that cannot be used: a reason to count by, and what exactly is wrong."""
+    """One record cannot be used: a reason to count by, and what exactly is wrong."""
 
     def __init__(self, reason: str, why: str) -> None:
         super().__init__(why)
         self.reason, self.why = reason, why
 
 
-def read_finqa(path: Path, *, strict: bool = False, instead: str = _NOT_STRICT, needs_gold: bool = True) -> ReadResult:
+def read_finqa(path: Path, *, strict: bool = False, instead: str = _NOT_STRICT, needs_gold: bool = True) -> FinqaFile:
     """Read a FinQA file.
 
     Args:
         path: JSON list or JSON lines, plain or gzip.
-        strict: Stop at the first record that cannot be used, instead of dropping and counting it.
-        instead: How the user would have it dropped, for the hint of that error.
-        needs_gold: Whether a record without a program and its result is none that can be used; else both are "".
+        strict: Whether to stop at the first record that cannot be used, instead of dropping and counting it.
+        instead: How the user can have such records dropped, for the hint of that error.
+        needs_gold: Whether a record needs a program and its result. If not, missing ones are empty.
 
     Raises:
         DataError: The file is missing, unreadable, truncated, no list or empty; no record of it can be used; or, with
-            ``strict``, one cannot.
+            ``strict``, one of them cannot.
     """
     records: list[FinQARecord] = []
     dropped: Counter[str] = Counter()
-    unused: list[UnusedRow] = []
+    broken_rows: list[DroppedRow] = []
     rows: dict[str, int] = {}
     for row, raw in _rows(path, read_whole_text(path, hint=_HINT)):
         record_id = _id(raw)
@@ -83,27 +83,25 @@ def read_finqa(path: Path, *, strict: bool = False, instead: str = _NOT_STRICT, 
             if record.id in rows:
                 raise _BrokenError("duplicate id", f"the same id as row {rows[record.id]}")
         except _BrokenError as broken:
-            one = UnusedRow(file=str(path), row=row, id=record_id or "", reason=broken.why)
+            broken_row = DroppedRow(
+                file=str(path), row=row, id=record_id or "", reason=broken.why, category=broken.reason
+            )
             if strict:
-                error = one.error()
-                error.hint = f"mend or remove the record, or {instead} to drop and count such records"
-                raise error from None
+                hint = f"repair or remove the record, or {instead} to drop and count such records"
+                raise broken_row.error(hint) from None
             dropped[broken.reason] += 1
-            unused.append(one)
+            broken_rows.append(broken_row)
             continue
         rows[record.id] = row
         records.append(record)
     if not records:
         counts = ", ".join(f"{reason}: {number}" for reason, number in dropped.most_common())
-        raise DataError(f"no record can be used ({counts}); the first: {unused[0].told()}", path=path, hint=_HINT)
-    return ReadResult(records, dropped, unused)
+        raise DataError(f"no record can be used ({counts}); the first: {broken_rows[0]}", path=path, hint=_HINT)
+    return FinqaFile(records, dropped, broken_rows)
 
 
 def read_objects(path: Path) -> dict[str, dict[str, object]]:
-    """What `read_finqa` makes its records of, by id, as it stands in the file.
-
-    They hold what a record leaves out: keys that this package has no use for.
-    """
+    """Return the JSON objects of the usable records by id, with the keys that :func:`read_finqa` ignores."""
     objects: dict[str, dict[str, object]] = {}
     for _, raw in _rows(path, read_whole_text(path, hint=_HINT)):
         try:
@@ -116,7 +114,7 @@ def read_objects(path: Path) -> dict[str, dict[str, object]]:
 
 
 def _rows(path: Path, text: str) -> Iterator[tuple[int, object]]:
-    """1-based row and its parsed value; a line that is no JSON gives a ``_BrokenError`` in its place."""
+    """Yield rows, counted from 1, and their parsed values. A line that is no JSON yields a ``_BrokenError``."""
     start = text.lstrip()[0]
     if start == "[":
         try:
@@ -135,17 +133,17 @@ def _rows(path: Path, text: str) -> Iterator[tuple[int, object]]:
 
 
 def _lines(path: Path, text: str) -> Iterator[tuple[int, object]]:
-    # Not splitlines: a record's text may hold U+2028 and its like, which do not end a line of JSON.
+    # Not splitlines: a record's text may have U+2028 and similar characters, which do not end a line of JSON.
     lines = [(row, line) for row, line in enumerate(text.split("\n"), 1) if line.strip()]
     for row, line in lines:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
             if line is lines[0][1]:
-                # A first line that is no record: an object over many lines, or no JSON at all.
+                # The first line is no record: the file is an object over many lines, or no JSON at all.
                 raise _not_list(path, text, error) from None
             if line is lines[-1][1] and not text.endswith("\n"):
-                raise DataError(f"truncated in row {row}", path=path, hint="copy or download it again") from None
+                raise DataError(f"truncated in row {row}", path=path, hint=COPY_AGAIN) from None
             yield row, _BrokenError("not JSON", f"not JSON ({error})")
             continue
         yield row, value
@@ -155,7 +153,7 @@ def _not_json(path: Path, text: str, error: Exception) -> DataError:
     if isinstance(error, json.JSONDecodeError):
         if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string"):
             why = f"truncated JSON: it ends in line {error.lineno}, inside a value"
-            return DataError(why, path=path, hint="copy or download it again")
+            return DataError(why, path=path, hint=COPY_AGAIN)
         return DataError(f"not JSON (line {error.lineno}, column {error.colno}: {error.msg})", path=path)
     return DataError(f"not JSON ({error})", path=path)
 
@@ -191,15 +189,15 @@ def _record(raw: object, *, needs_gold: bool = True) -> FinQARecord:
         if value is None or (isinstance(value, str) and not value.strip()):
             raise _BrokenError(f"no {key}", f"qa.{key} is missing or empty")
     if isinstance(qa.get("answer"), (int, float)):
-        # Free text that no score reads: a number in it is no reason to lose a question.
+        # No score reads this free text, so a number in it is no reason to drop the question.
         qa = {**qa, "answer": str(qa["answer"])}
     try:
         record = FinQARecord.model_validate({**raw, "qa": qa})
     except ValidationError as error:
         first = error.errors()[0]
-        where = [str(part) for part in first["loc"] if part not in {"float", "str"}]
-        name = where[1] if where[0] == "qa" and len(where) > 1 else where[0]
-        raise _BrokenError(f"bad {name}", f"{'.'.join(where)}: {_plain(first['msg'])}") from None
+        location = [str(part) for part in first["loc"] if part not in {"float", "str"}]
+        name = location[1] if location[0] == "qa" and len(location) > 1 else location[0]
+        raise _BrokenError(f"bad {name}", f"{'.'.join(location)}: {_plain(first['msg'])}") from None
     answer = record.qa.exe_ans
     if has_gold and answer not in {"yes", "no"} and (isinstance(answer, str) or not math.isfinite(answer)):
         raise _BrokenError("bad exe_ans", f"qa.exe_ans is {answer!r}, which is neither a number nor 'yes' or 'no'")

@@ -65,8 +65,8 @@ def is_non_commercial(name: str) -> bool:
     return bool(_NON_COMMERCIAL.search(name))
 
 
-def joined(names: Iterable[str]) -> str:
-    """Licences that hold together, as :func:`combined` takes them apart again; each is named once."""
+def join_licences(names: Iterable[str]) -> str:
+    """Licences that hold together, as :func:`combine_licences` takes them apart again; each is named once."""
     return _AND.join(dict.fromkeys(name for name in names if name))
 
 
@@ -85,7 +85,7 @@ def _beside(path: Path, files: Sequence[Path]) -> tuple[str, str]:
         found.update(dict.fromkeys(stated or [(NOT_STATED, "")]))
     if not any(origin for _, origin in found):
         return "", ""
-    return joined(name for name, _ in found), ", ".join(dict.fromkeys(origin for _, origin in found if origin))
+    return join_licences(name for name, _ in found), ", ".join(dict.fromkeys(origin for _, origin in found if origin))
 
 
 def _root(path: Path) -> Path:
@@ -118,20 +118,20 @@ def _in_card(front: str) -> str:
     said = _CARD_LICENCE.search(front)
     text = said[1].strip() if said else ""
     listed = text.strip("[]").split(",") if text.startswith("[") else text.splitlines()
-    name = joined(each.strip().removeprefix("- ").strip("\"' ") for each in listed)
+    name = join_licences(each.strip().removeprefix("- ").strip("\"' ") for each in listed)
     named = _CARD_NAME.search(front) if name == "other" else None
     return named[1].strip("\"' ") if named else name
 
 
-def combined(base: str, data: Iterable[str]) -> str:
+def combine_licences(base: str, data: Iterable[str]) -> str:
     """The licence of a model: its base's where the data ask for nothing more, else all that ask for something.
 
     Args:
         base: Licence of the base model, or ``not stated``.
-        data: Licence of each source of the training data, likewise; of several, as :func:`joined` writes them.
+        data: Licence of each source of the training data, likewise; of several, as :func:`join_licences` writes them.
 
     Returns:
-        In the hub's form: ``apache-2.0``; joined as in ``llama3.2-and-cc-by-nc-4.0``; what is not stated is
+        In the hub's form: ``apache-2.0``; join_licences as in ``llama3.2-and-cc-by-nc-4.0``; what is not stated is
         ``unknown``.
     """
     names = [hub_name(part) for name in (base, *data) for part in name.split(_AND)]

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fintune.data.json_files import read_text
+from fintune.data.files import read_text
 from fintune.errors import DataError
 from fintune.finqa.program import tokenize
 

@@ -1,4 +1,4 @@
-"""What ``prepare`` did, in figures: of each split, of each source, and what of it the user is told."""
+"""The report of ``prepare``: figures of each split and source, and the notes that the user sees."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Literal
 
 from pydantic import Field
 
-from fintune.data.source_report import SourceReport
+from fintune.data.licences import Licence
 from fintune.records import Record
 
 NOT_USED = "not_used.jsonl"
-"""Of the folder: every row that could not be used."""
-NUM_PROBLEMS = 20
-"""Problems that a report quotes; all are counted."""
-NUM_SHOWN = 5
-"""Rows that could not be used, of which the terminal tells."""
-NUM_BINS = 12
+"""File of a prepared folder that lists every row that could not be used."""
+MAX_PROBLEMS = 20
+"""Maximum number of problems that a report quotes. All of them are counted."""
+_MAX_PRINTED = 5
+"""Maximum number of unused rows that the terminal shows."""
+_NUM_BINS = 12
 _WIDTHS = [step * 10**power for power in range(10) for step in (1, 2, 5)]
 
 
@@ -25,7 +25,7 @@ class Lengths(Record):
     """Token counts of examples.
 
     Attributes:
-        histogram: (from, up to but without, examples), equally wide.
+        histogram: Bins as (first, last + 1, number of examples), all of one width.
     """
 
     mean: float
@@ -37,45 +37,46 @@ class Lengths(Record):
 
 
 class Evidence(Record):
-    """How much of the gold evidence is still in the prompts.
+    """How much of the gold evidence is in the prompts.
 
     Attributes:
         num_examples: Examples whose evidence is known.
-        num_complete: Those of them with all of it.
+        num_complete: Examples with all of their evidence in the prompt.
         num_units: Sentences and rows of evidence.
-        num_kept: Those of them that a prompt holds.
+        num_kept: Sentences and rows of evidence in the prompts.
     """
 
-    num_examples: int
-    num_complete: int
-    num_units: int
-    num_kept: int
+    num_examples: int = 0
+    num_complete: int = 0
+    num_units: int = 0
+    num_kept: int = 0
 
-    def told(self) -> str:
-        """``; 97.3% of the gold evidence is kept``, or nothing where none is known."""
+    def describe(self) -> str:
+        """Return ``; 97.3% of the gold evidence is kept``, or nothing if none is known."""
         return f"; {self.num_kept / self.num_units:.1%} of the gold evidence is kept" if self.num_units else ""
 
 
 class SplitReport(Record):
-    """What became of a split.
+    """The figures of a split.
 
     Attributes:
         num_read: Usable records of the source.
-        num_sampled: Those of them that were drawn.
-        num_examples: Those of them that became examples.
-        dropped: Records left out, by reason: in reading and in encoding.
-        problems: The first of them in words.
-        num_cut_examples: Examples whose page was cut.
-        num_cut_units: Sentences and rows that were cut.
-        num_units: Sentences and rows of all pages.
-        cleaned: Changes of their texts by rule of `fintune.finqa.cleaning_rules`, the frequent first.
-        prompt_tokens: Template included.
-        completion_tokens: End-of-turn token included.
-        num_rows: Rows of the tokens; fewer than examples where questions of a page share one (data.group_questions).
-        num_row_tokens: Tokens of all rows, which is what one pass over the split reads.
+        num_sampled: Records that were drawn from them.
+        num_examples: Examples that the drawn records became.
+        dropped: Records that were left out in reading or tokenizing, by reason.
+        problems: The first of those records, one line each.
+        num_cut_examples: Examples whose page, or conversation, was cut.
+        num_cut_units: Sentences and table rows, or turns, that were cut.
+        num_units: Sentences and table rows of all pages, or turns of all conversations.
+        cleaned: Changes of the texts by rule of `fintune.finqa.cleaning_rules`, the most frequent first.
+        prompt_tokens: Tokens of the prompts, template included.
+        completion_tokens: Tokens of the completions, end of turn included.
+        num_rows: Rows of tokens. Questions about one page may share a row (``data.group_questions``).
+        num_row_tokens: Tokens of all rows, which one pass over the split reads.
+        evidence: Evidence in the prompts.
         steps: Share of programs by number of steps.
         operations: Share of steps by operation.
-        labels: Answers that are ``desired`` and ``undesired``, where training tells them apart.
+        labels: Number of ``desired`` and ``undesired`` answers, if the objective trains on labels.
     """
 
     num_read: int
@@ -97,34 +98,88 @@ class SplitReport(Record):
     labels: dict[str, int] = Field(default_factory=dict)
 
     @property
-    def one_sided(self) -> str:
-        """``desired`` or ``undesired`` where all answers are that; else empty."""
-        found = [name for name, number in self.labels.items() if number]
-        return found[0] if len(found) == 1 else ""
+    def only_label(self) -> str:
+        """``desired`` or ``undesired`` if all answers have that label; else empty."""
+        names = [name for name, number in self.labels.items() if number]
+        return names[0] if len(names) == 1 else ""
+
+
+class SourceReport(Record):
+    """What became of an entry of ``data.sources``.
+
+    Attributes:
+        path: The path as the user wrote it.
+        licence: Its licence.
+        num_rows: Number of its rows.
+        shapes: Usable rows by format.
+        files: Usable rows by file and format, if there are several files.
+        dropped: Rows that were left out, by reason.
+        num_trailing: Turns after the last answer of their conversation, which were left out.
+        num_thoughts: Thoughts in a field of their own, which were left out.
+        unread: A description of the files of a folder that are not read; empty if there are none.
+        num_train: Conversations to train on, before the weight.
+        num_eval: Conversations that are held out.
+        weight: How often one pass trains on each of them.
+    """
+
+    path: str
+    licence: Licence
+    num_rows: int
+    shapes: dict[str, int]
+    files: dict[str, dict[str, int]] = Field(default_factory=dict)
+    dropped: dict[str, int]
+    num_trailing: int = 0
+    num_thoughts: int = 0
+    unread: str = ""
+    num_train: int
+    num_eval: int
+    weight: float
+
+    def notes(self) -> list[str]:
+        """Describe the source for the user in one line, with further lines for several files and for unread files."""
+        shapes = ", ".join(f"{number} {shape}" for shape, number in self.shapes.items())
+        dropped = ", ".join(f"{number} {reason}" for reason, number in self.dropped.items())
+        times = f", each {self.weight:g} times" if self.weight != 1 else ""
+        lines = [
+            f"{self.path}: {self.num_rows} rows: {shapes}"
+            + (f"; dropped {dropped}" if dropped else "")
+            + (f"; left out {self.num_trailing} turns without an answer" if self.num_trailing else "")
+            + (f"; left out {self.num_thoughts} thoughts in a field of their own" if self.num_thoughts else "")
+            + f"; {self.num_train} to train on{times}, {self.num_eval} held out; licence {self.licence.name}"
+        ]
+        for file, formats in self.files.items():
+            counts = ", ".join(f"{number} {name}" for name, number in formats.items()) or "no usable row"
+            lines.append(f"  {file}: {counts}")
+        if self.unread:
+            lines.append(f"{self.path}: {self.unread}")
+        return lines
 
 
 class PrepareReport(Record):
-    """What ``prepare`` did.
+    """The report of ``prepare``.
 
     Attributes:
-        template_hash: sha256 of the chat template.
-        max_length: Tokens of prompt and completion together.
-        num_shared_pages: Evaluation examples whose page is also trained on.
+        template_hash: SHA-256 of the chat template.
+        max_length: Maximum number of tokens of prompt and completion together.
+        num_shared_pages: Evaluation examples about a page that is also trained on.
+        num_shared_questions: Evaluation examples whose question about a page is itself trained on.
         train: The training split.
         eval: The evaluation split.
-        finqa_test_steps: Shares in FinQA's test set, to compare with.
-        finqa_test_operations: Likewise.
-        options: Options that decided it, by dotted key, as JSON text.
-        kind: Questions about pages, answered by programs, or conversations. A conversation counts as a page of turns,
-            and has no program.
+        finqa_test_steps: Shares of ``steps`` in FinQA's test set, for comparison.
+        finqa_test_operations: Shares of ``operations`` in FinQA's test set.
+        options: Options that decided the result, by dotted key, as JSON text.
+        kind: ``program`` for questions about pages that are answered by programs; ``chat`` for conversations.
         sources: What became of each entry of ``data.sources``.
-        unused_rows: The first rows of them that could not be used: where, which field, why, what to do.
-        num_unused: Rows that could not be used, in reading or in encoding; not_used.jsonl lists all.
+        unused_rows: The first rows that could not be used: location, reason and hint.
+        num_unused: Number of rows that could not be used. ``not_used.jsonl`` lists all of them.
+        has_eval_stand_in: Whether there is no evaluation set, and a training record stands in for it.
+        eval_warning: Why the evaluation says little about new questions; empty if it does not.
     """
 
     template_hash: str
     max_length: int
     num_shared_pages: int
+    num_shared_questions: int = 0
     train: SplitReport
     eval: SplitReport
     finqa_test_steps: dict[str, float]
@@ -134,64 +189,84 @@ class PrepareReport(Record):
     sources: tuple[SourceReport, ...] = ()
     unused_rows: tuple[str, ...] = ()
     num_unused: int = 0
+    has_eval_stand_in: bool = False
+    eval_warning: str = ""
 
     @property
     def non_commercial(self) -> str:
-        """The sources that forbid commercial use, with their licences; empty where none does."""
-        found = (f"{each.path} ({each.licence.name})" for each in self.sources if each.licence.non_commercial)
-        return ", ".join(dict.fromkeys(found))
+        """The sources that forbid commercial use, with their licences; empty if none does."""
+        names = (f"{source.path} ({source.licence.name})" for source in self.sources if source.licence.non_commercial)
+        return ", ".join(dict.fromkeys(names))
 
     @property
-    def shared_pages(self) -> str:
-        """That evaluation asks about pages that are also trained on; empty where it does not, or nothing is evaluated.
-
-        A training without an evaluation set has a single record of what it trains on in its place.
-        """
-        is_same = "data.eval" in self.options and self.options["data.eval"] == self.options.get("data.train")
-        stands_in = is_same and self.options.get("data.max_eval_samples") == "1"
-        if not self.num_shared_pages or stands_in:
-            return ""
-        number = self.num_shared_pages
-        asks = "1 eval example asks" if number == 1 else f"{number:,} eval examples ask"
-        return f"{asks} about a page that is also trained on"
+    def eval_count(self) -> str:
+        """``200 eval``, or that there is no evaluation set."""
+        if self.has_eval_stand_in:
+            return "no evaluation set (one training record stands in for it)"
+        return f"{self.eval.num_examples} eval"
 
     def notes(self) -> list[str]:
-        """What a user should know, a line each; none where all went in whole."""
-        lines = [line for source in self.sources for line in source.told()]
+        """Return what the user should know, one line each; nothing if all data was used whole."""
+        lines = [line for source in self.sources for line in source.notes()]
         if self.non_commercial:
-            lines.append(f"not for commercial use, and so what is trained on it: {self.non_commercial}")
-        lines += [f"not used: {problem}" for problem in self.unused_rows[:NUM_SHOWN]]
+            lines.append(f"not for commercial use, and neither is a model trained on it: {self.non_commercial}")
+        lines += [f"not used: {problem}" for problem in self.unused_rows[:_MAX_PRINTED]]
         if self.num_unused:
             rows = "1 row" if self.num_unused == 1 else f"{self.num_unused:,} rows"
-            lines.append(f"not used: {rows} in all; prepare/{NOT_USED} lists each with its place and what to do")
-        whole, units = ("conversations", "turns") if self.kind == "chat" else ("pages", "sentences and rows")
+            lines.append(f"not used: {rows} in all; prepare/{NOT_USED} lists each with its location and what to do")
         for name, split in (("train", self.train), ("eval", self.eval)):
-            if split.dropped:
-                reasons = ", ".join(f"{number} {reason}" for reason, number in split.dropped.items())
-                lines.append(f"{name}: dropped {reasons}; the first: {split.problems[0]}")
-            if split.num_cut_examples:
-                share = f"{split.num_cut_units} of {split.num_units} {units}"
-                wholes = f"{split.num_cut_examples} of {split.num_examples} {whole}"
-                lines.append(f"{name}: {wholes} cut to fit {self.max_length} tokens ({share}){split.evidence.told()}")
-            if split.labels:
-                lines.append(
-                    f"{name}: {split.labels['desired']} desired, {split.labels['undesired']} undesired answers"
-                )
-        if self.eval.one_sided:
+            lines += self._split_notes(name, split)
+        if self.eval.only_label:
             lines.append(
-                f"all held-out answers are {self.eval.one_sided}, so that no margin is measured; raise data.eval_share"
+                f"all held-out answers are {self.eval.only_label}, so no margin is measured; raise data.eval_share"
             )
-        if self.shared_pages:
-            lines.append(self.shared_pages)
+        if self.has_eval_stand_in:
+            lines.append("there is no evaluation set: one training record stands in for it, and nothing is evaluated")
+        if self.eval_warning:
+            lines.append(f"WARNING: {self.eval_warning}")
+        return lines
+
+    def _split_notes(self, name: str, split: SplitReport) -> list[str]:
+        lines = []
+        if split.dropped:
+            reasons = ", ".join(f"{number} {reason}" for reason, number in split.dropped.items())
+            lines.append(f"{name}: dropped {reasons}; the first: {split.problems[0]}")
+        if split.num_cut_examples:
+            whole, units = ("conversations", "turns") if self.kind == "chat" else ("pages", "sentences and rows")
+            share = f"{split.num_cut_units} of {split.num_units} {units}"
+            wholes = f"{split.num_cut_examples} of {split.num_examples} {whole}"
+            lines.append(f"{name}: {wholes} cut to fit {self.max_length} tokens ({share}){split.evidence.describe()}")
+        if split.labels:
+            lines.append(f"{name}: {split.labels['desired']} desired, {split.labels['undesired']} undesired answers")
         return lines
 
 
-def lengths(numbers: Sequence[int]) -> Lengths:
-    """Sum up token counts (at least one)."""
+def warn_about_eval(num_examples: int, num_shared_questions: int, num_shared_pages: int) -> str:
+    """Say why an evaluation measures memory instead of skill; empty if it shares nothing with the training split.
+
+    Args:
+        num_examples: Evaluation examples.
+        num_shared_questions: Examples whose question is trained on.
+        num_shared_pages: Examples about a page that is trained on.
+    """
+    if num_shared_questions:
+        verb = "is" if num_shared_questions == 1 else "are"
+        return (
+            f"{num_shared_questions:,} of {num_examples:,} evaluation questions {verb} also trained on, so the "
+            "evaluation does not measure how the model answers new questions; set data.eval to another file"
+        )
+    if num_shared_pages:
+        asks = "1 eval example asks" if num_shared_pages == 1 else f"{num_shared_pages:,} eval examples ask"
+        return f"{asks} about a page that is also trained on"
+    return ""
+
+
+def summarize_lengths(numbers: Sequence[int]) -> Lengths:
+    """Summarize token counts, of which there is at least one."""
     ordered = sorted(numbers)
     last = len(ordered) - 1
     span = ordered[-1] - ordered[0] + 1
-    width = next(w for w in _WIDTHS if span <= w * (NUM_BINS - 1))
+    width = next(width for width in _WIDTHS if span <= width * (_NUM_BINS - 1))
     bins = Counter(number // width for number in ordered)
     return Lengths(
         mean=round(sum(ordered) / len(ordered), 1),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from fintune.errors import DataError
 from fintune.finqa.cleaning_rules import RULES, Kind, Rule
@@ -37,6 +38,7 @@ _BY_KIND: dict[Kind, tuple[Rule, ...]] = {
 }
 
 
+@lru_cache(50_000)  # a page is cleaned for its prompt and for the report
 def clean(text: str, kind: Kind = "sentence") -> tuple[str, tuple[Edit, ...]]:
     """A text as a prompt shows it, and what was changed, in order.
 

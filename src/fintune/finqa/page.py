@@ -6,8 +6,10 @@ the header as row 0: the keys of ``gold_inds``. Follows the preprocessing of git
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from fintune.errors import DataError
@@ -52,11 +54,33 @@ def table_row_to_text(header: Sequence[str], row: Sequence[str]) -> str:
 
 def page_units(record: FinQARecord) -> tuple[PageUnit, ...]:
     """All units in the order of the page: text before, table with its header, text after."""
-    num_before = len(record.pre_text)
-    before = [PageUnit("text", k, text) for k, text in enumerate(record.pre_text)]
-    rows = [PageUnit("table", k, table_row_to_text(record.table[0], row)) for k, row in enumerate(record.table)]
-    after = [PageUnit("text", num_before + k, text) for k, text in enumerate(record.post_text)]
+    return units_of_page(record.pre_text, record.table, record.post_text)
+
+
+def units_of_page(
+    pre_text: Sequence[str], table: Sequence[Sequence[str]], post_text: Sequence[str]
+) -> tuple[PageUnit, ...]:
+    """Return what :func:`page_units` returns, for the parts of a page."""
+    num_before = len(pre_text)
+    before = [PageUnit("text", k, text) for k, text in enumerate(pre_text)]
+    rows = [PageUnit("table", k, table_row_to_text(table[0], row)) for k, row in enumerate(table)]
+    after = [PageUnit("text", num_before + k, text) for k, text in enumerate(post_text)]
     return (*before, *rows, *after)
+
+
+def count_edits(record: FinQARecord) -> Counter[str]:
+    """Count the changes that :func:`clean_record` makes, by rule, in the order in which the rules are met."""
+    rules = Counter(_page_rules(record.pre_text, record.table, record.post_text))
+    rules.update(edit.rule for edit in clean(record.qa.question, "question")[1])
+    return rules
+
+
+@lru_cache(64)  # several questions are asked about a page
+def _page_rules(
+    pre_text: tuple[str, ...], table: tuple[tuple[str, ...], ...], post_text: tuple[str, ...]
+) -> tuple[str, ...]:
+    texts = _page_texts(pre_text, table, post_text)
+    return tuple(edit.rule for kind, text in texts if kind is not None for edit in clean(text, kind)[1])
 
 
 def clean_record(record: FinQARecord) -> tuple[FinQARecord, tuple[tuple[Edit, ...], ...]]:
@@ -83,12 +107,17 @@ def restore_record(cleaned: FinQARecord, edits: Sequence[Sequence[Edit]]) -> Fin
 
 def _texts(record: FinQARecord) -> list[tuple[Kind | None, str]]:
     """All texts with their kinds; None for a row's name."""
-    cells: list[tuple[Kind | None, str]] = [
-        ("cell" if k else None, c) for row in record.table for k, c in enumerate(row)
-    ]
-    before: list[tuple[Kind | None, str]] = [("sentence", text) for text in record.pre_text]
-    after: list[tuple[Kind | None, str]] = [("sentence", text) for text in record.post_text]
-    return [*before, *cells, *after, ("question", record.qa.question)]
+    page = _page_texts(record.pre_text, record.table, record.post_text)
+    return [*page, ("question", record.qa.question)]
+
+
+def _page_texts(
+    pre_text: Sequence[str], table: Sequence[Sequence[str]], post_text: Sequence[str]
+) -> list[tuple[Kind | None, str]]:
+    cells: list[tuple[Kind | None, str]] = [("cell" if k else None, c) for row in table for k, c in enumerate(row)]
+    before: list[tuple[Kind | None, str]] = [("sentence", text) for text in pre_text]
+    after: list[tuple[Kind | None, str]] = [("sentence", text) for text in post_text]
+    return [*before, *cells, *after]
 
 
 def _filled(record: FinQARecord, texts: Sequence[str]) -> FinQARecord:

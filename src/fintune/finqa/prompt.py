@@ -19,17 +19,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import zip_longest
 
 from fintune.errors import DataError
 from fintune.finqa.cleaning import clean_cell, clean_question, clean_sentence
-from fintune.finqa.page import PageUnit, page_units
+from fintune.finqa.page import PageUnit, units_of_page
 from fintune.finqa.relevance import rank
 from fintune.records import FinQARecord, Message
 
 TokenCount = Callable[[str], int]
 PromptCount = Callable[[Sequence[Message]], int]
 
+QUESTION_HEADING = "Question:"
+"""The beginning of a prompt's last line."""
 COMPLETION_TOKENS = 96
 """Room kept for the program; FinQA's longest gold needs about 90 tokens where every digit is one."""
 
@@ -150,12 +153,18 @@ def _cut(
     return empty, build(empty), measure(build(empty))
 
 
-def page_lines(record: FinQARecord) -> list[tuple[PageUnit, str]]:
-    """The units of a page with the lines that stand for them in a prompt."""
-    rows = table_lines(record.table)
-    return [
-        (unit, rows[unit.index] if unit.kind == "table" else clean_sentence(unit.text)) for unit in page_units(record)
-    ]
+def page_lines(record: FinQARecord) -> Sequence[tuple[PageUnit, str]]:
+    """Return the units of a page with their lines in a prompt."""
+    return _page_lines(record.pre_text, record.table, record.post_text)
+
+
+@lru_cache(64)  # several questions are asked about a page
+def _page_lines(
+    pre_text: tuple[str, ...], table: tuple[tuple[str, ...], ...], post_text: tuple[str, ...]
+) -> tuple[tuple[PageUnit, str], ...]:
+    rows = table_lines(table)
+    units = units_of_page(pre_text, table, post_text)
+    return tuple((unit, rows[unit.index] if unit.kind == "table" else clean_sentence(unit.text)) for unit in units)
 
 
 def table_lines(table: Sequence[Sequence[str]]) -> list[str]:
@@ -227,4 +236,4 @@ def ask(question: str) -> str:
 
 
 def _asking(question: str) -> str:
-    return f"Question: {question}"
+    return f"{QUESTION_HEADING} {question}"

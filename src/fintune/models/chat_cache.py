@@ -2,14 +2,17 @@
 
 The token that ends a turn splits a text before anything else is done to it, so the text between two of them has the
 same ids wherever it occurs. A conversation is therefore tokenised once, and every prefix of it is assembled from its
-turns. Every prefix is still rendered, because a template may write an earlier turn differently once there is a later
-one. Rendering skips ``apply_chat_template``, which copies all messages first.
+turns. A turn can be split once more, before a heading such as ``Question:``, so that questions about one page share
+the page's ids. Every prefix is still rendered, because a template may write an earlier turn differently once there is a
+later one. Rendering skips ``apply_chat_template``, which copies all messages first.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from fintune.errors import DataError
 from fintune.models import chat_template as chat
@@ -22,6 +25,15 @@ _MAX_CACHED_IDS = 1_500_000
 """Maximum number of cached token ids (about 60 MB). The cache is cleared when it is full."""
 
 
+_LOCAL_PRE_TOKENIZERS = {"ByteLevel", "Digits", "Punctuation", "Split", "Whitespace", "WhitespaceSplit"}
+"""Pre-tokenizers that cut a text into words, scanning it from left to right."""
+_CHARACTER_CLASS = re.compile(r"\[(?:\\.|[^\]\\])*\]")
+_LOOKS_FAR = re.compile(r"\(\?<|\\[bBAGKzZ\d]|[.^$]")
+"""Parts of a pattern, outside of character classes, that may look behind a word or far ahead of it."""
+_BEFORE_HEADING = ("a\n\n", ".\n\n", "1\n\n", " \n\n", "|\n", ")\n\n", "\n\n")
+"""Ends of a text before a heading, with which it is checked that the heading begins a word."""
+
+
 class _EdgePiece(NamedTuple):
     """The first or last piece of a text. A piece between two ends of turns is a plain str."""
 
@@ -30,19 +42,33 @@ class _EdgePiece(NamedTuple):
     is_last: bool
 
 
+class _HeadPiece(NamedTuple):
+    """The part of a piece before its heading."""
+
+    text: str
+    is_first: bool
+
+
+_Piece: TypeAlias = "str | _EdgePiece | _HeadPiece"
+
+
 class CachedChatTokenizer:
     """Return what :func:`chat.render` and :func:`chat.encode_text` return, and cache the ids of turns.
 
     Args:
         tokenizer: A tokenizer with a chat template. Neither may change while this object is used.
+        heading: The beginning of a line at which turns are split; it begins with an ASCII letter. Empty for no split.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, heading: str = "") -> None:
         self._tokenizer = tokenizer
         self._render_fast = _compile(tokenizer)
+        self._checked_roles: set[tuple[str, ...]] = set()
         self._end: tuple[int, str] | None = None
         self._is_splittable = True
-        self._ids: dict[str | _EdgePiece, list[int]] = {}
+        self._heading = heading
+        self._heading_ids: list[int] = []
+        self._ids: dict[_Piece, list[int]] = {}
         self._num_ids = 0
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
@@ -55,7 +81,14 @@ class CachedChatTokenizer:
         return chat.render(self._tokenizer, messages, add_generation_prompt) if text is None else text
 
     def check(self, messages: Sequence[Message]) -> None:
-        """Compare the fast rendering of a conversation with ``apply_chat_template``. If it differs, stop using it."""
+        """Compare the fast rendering of a conversation with ``apply_chat_template``. If it differs, stop using it.
+
+        Conversations with the same order of roles are compared once.
+        """
+        roles = tuple(message.role for message in messages)
+        if roles in self._checked_roles:
+            return
+        self._checked_roles.add(roles)
         try:
             expected = chat.render(self._tokenizer, messages, add_generation_prompt=False)
         except DataError:
@@ -98,11 +131,13 @@ class CachedChatTokenizer:
     def encode(self, text: str) -> list[int]:
         """Return the ids of a rendered text."""
         self._limit_cache()
-        pieces = _pieces(text, self._end_of_turn()[1])
+        end_text = self._end_of_turn()[1]
+        pieces: list[_Piece] = []
         if self._is_splittable:
+            pieces = self._split_headings(_pieces(text, end_text))
             missing = [piece for piece in dict.fromkeys(pieces) if piece not in self._ids]
-            if missing:
-                self._cache_pieces(missing)
+            if missing and not self._cache_pieces(missing):
+                return self.encode(text)
         if not self._is_splittable:
             return chat.encode_text(self._tokenizer, text)
         ids: list[int] = []
@@ -115,19 +150,53 @@ class CachedChatTokenizer:
             end_id = chat.end_of_turn_ids(self._tokenizer)[0]
             self._end = end_id, str(self._tokenizer.convert_ids_to_tokens(end_id))
             self._is_splittable = _always_splits(self._tokenizer, *self._end)
+            if not (self._is_splittable and self._heading and _begins_word(self._tokenizer, self._heading)):
+                self._heading = ""
+            if self._heading:
+                self._heading_ids = self._tokenise([self._heading])[0]
         return self._end
 
-    def _cache_pieces(self, pieces: Sequence[str | _EdgePiece]) -> None:
-        """Tokenise pieces, each between the end-of-turn tokens beside it."""
-        end_id, end_text = self._end_of_turn()
-        edges = [piece if isinstance(piece, _EdgePiece) else _EdgePiece(piece, False, False) for piece in pieces]
-        texts = [("" if edge.is_first else end_text) + edge.text + ("" if edge.is_last else end_text) for edge in edges]
-        for piece, edge, ids in zip(pieces, edges, self._tokenise(texts), strict=True):
-            if ids.count(end_id) != 2 - edge.is_first - edge.is_last:
-                self._is_splittable = False
-            self._cache(piece, ids[1 - edge.is_first :])
+    def _split_headings(self, turns: Sequence[str | _EdgePiece]) -> list[_Piece]:
+        if not self._heading:
+            return list(turns)
+        pieces: list[_Piece] = []
+        for turn in turns:
+            edge = turn if isinstance(turn, _EdgePiece) else _EdgePiece(turn, False, False)
+            start = edge.text.rfind(f"\n{self._heading}") + 1
+            if start and turn not in self._ids:
+                head, rest = edge.text[:start], edge.text[start:]
+                pieces += (_HeadPiece(head, edge.is_first), _EdgePiece(rest, True, edge.is_last))
+            else:
+                pieces.append(turn)
+        return pieces
 
-    def _cache(self, piece: str | _EdgePiece, ids: list[int]) -> None:
+    def _cache_pieces(self, pieces: Sequence[_Piece]) -> bool:
+        """Tokenise pieces, each between the end-of-turn tokens, or before the heading, beside it.
+
+        Returns:
+            Whether all are cached. If not, texts are no longer split at headings.
+        """
+        end_id, end_text = self._end_of_turn()
+        edges = [_EdgePiece(piece, False, False) if isinstance(piece, str) else piece for piece in pieces]
+        texts = []
+        for edge in edges:
+            after = self._heading if isinstance(edge, _HeadPiece) else "" if edge.is_last else end_text
+            texts.append(f"{'' if edge.is_first else end_text}{edge.text}{after}")
+        for piece, edge, ids in zip(pieces, edges, self._tokenise(texts), strict=True):
+            num_ends, stop = int(not edge.is_first), len(ids)
+            if isinstance(edge, _EdgePiece):
+                num_ends += not edge.is_last
+            else:
+                stop -= len(self._heading_ids)
+                if ids[stop:] != self._heading_ids:
+                    self._heading = ""
+                    return False
+            if ids.count(end_id) != num_ends:
+                self._is_splittable = False
+            self._cache(piece, ids[1 - edge.is_first : stop])
+        return True
+
+    def _cache(self, piece: _Piece, ids: list[int]) -> None:
         before = self._ids.setdefault(piece, ids)
         if before is ids:
             self._num_ids += len(ids) + 20
@@ -140,9 +209,11 @@ class CachedChatTokenizer:
             self._num_ids = 0
 
     def _tokenise(self, texts: Sequence[str]) -> list[list[int]]:
-        encoded = self._tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
-        ids: list[list[int]] = encoded["input_ids"]
-        return ids
+        # The tokenizers library itself: for a short text, its wrapper in transformers costs more than the work.
+        backend = self._tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
 def _prefix(text: str, end_text: str, num_letters: int) -> str:
@@ -181,6 +252,34 @@ def _overlap(end: str, other: str) -> bool:
     """Whether another token contains the end, or one of the two begins with the last letters of the other."""
     sizes = range(1, min(len(end), len(other)))
     return end in other or any(end[-size:] == other[:size] or other[-size:] == end[:size] for size in sizes)
+
+
+def _begins_word(tokenizer: PreTrainedTokenizerBase, heading: str) -> bool:
+    """Whether a text can be tokenised in two parts, before and from a line that begins with the heading.
+
+    This needs a model that merges letters within words alone, as BPE does. It also needs words before the heading that
+    do not depend on what comes after it, and words after it that do not depend on what comes before. Both hold if words
+    are found from left to right by patterns without a lookbehind or a far lookahead, and if the heading begins a word.
+    """
+    backend = tokenizer.backend_tokenizer
+    normalizer, pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+    if type(backend.model).__name__ != "BPE" or backend.model.dropout or pre_tokenizer is None:
+        return False
+    if normalizer is not None and json.loads(normalizer.__getstate__())["type"] != "NFC":
+        return False
+    settings = json.loads(pre_tokenizer.__getstate__())
+    parts = settings.get("pretokenizers", [settings])
+    if any(part["type"] not in _LOCAL_PRE_TOKENIZERS or part.get("add_prefix_space") for part in parts):
+        return False
+    patterns = [next(iter(part["pattern"].values())) for part in parts if part["type"] == "Split"]
+    if any(_LOOKS_FAR.search(_CHARACTER_CLASS.sub("", pattern)) for pattern in patterns):
+        return False
+    if any(f"\n{heading[0]}" in token.content for token in tokenizer.added_tokens_decoder.values()):
+        return False
+    return heading[0].isascii() and all(
+        any(start == len(text) for _, (start, _) in pre_tokenizer.pre_tokenize_str(text + heading))
+        for text in _BEFORE_HEADING
+    )
 
 
 def _compile(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, str]], bool], str] | None:

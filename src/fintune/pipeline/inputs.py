@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from fintune.config import Config
-from fintune.data.files import local_files, tried
+from fintune.data.files import describe_tried, local_files
 from fintune.errors import DataError, ModelError
 from fintune.export.gguf import llama_cpp_checkout
 from fintune.util.files import sha256_file
@@ -116,7 +116,7 @@ def _data_files(config: Config) -> Iterator[tuple[str, Path]]:
         if config.data.source == "finqa" and path is not None:
             if not path.is_file():
                 what = "is a folder, not a file" if path.is_dir() else "no such file"
-                raise DataError(what, path=path, hint=f"data.{name} must name a FinQA JSON file{tried(path)}")
+                raise DataError(what, path=path, hint=f"data.{name} must name a FinQA JSON file{describe_tried(path)}")
             yield f"data.{name}", path
 
 

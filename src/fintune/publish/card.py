@@ -15,7 +15,7 @@ from fintune import __version__
 from fintune.config import Config
 from fintune.data import prepared
 from fintune.data.hub import PREFIX
-from fintune.data.licences import NOT_STATED, combined, hub_name, is_on_hub, licence_of
+from fintune.data.licences import NOT_STATED, combine_licences, hub_name, is_on_hub, licence_of
 from fintune.evaluation.metrics import Score
 from fintune.evaluation.scoring import read_score
 from fintune.evaluation.statistics import wilson
@@ -52,7 +52,7 @@ def card_of(config: Config, repo: str, publication: Publication, inputs: Mapping
     origins: list[CardBase | CardSource] = [publication.base, *sources]
     restricted = {origin.name: origin.licence for origin in origins if origin.non_commercial}
     check_licence(options.license, restricted)
-    binding = combined(publication.base.licence, [source.licence for source in sources])
+    binding = combine_licences(publication.base.licence, [source.licence for source in sources])
     licence = hub_name(options.license) if options.license else binding
     scores = _scores(inputs)
     replay = publication.manifests["replay"].facts if "replay" in publication.manifests else {}

@@ -12,7 +12,7 @@ from rich.console import Console
 from fintune.cli.commands.inspect import TRAINED_SPECIAL_STYLE, inspect, render, shown
 from fintune.config import Config
 from fintune.config.load import load
-from fintune.data.rows_of_tokens import Sequenced
+from fintune.data.tokenize import TokenRow
 from fintune.errors import FintuneError
 from fintune.models.load import fetch, load_tokenizer
 from fintune.pipeline.stages.prepare import prepare
@@ -166,7 +166,7 @@ def test_a_runs_folder_without_the_result_of_prepare_shows_no_other_data_in_its_
 def test_characters_spread_over_several_tokens_are_shown_whole(tiny_model: Path) -> None:
     tokenizer = load_tokenizer(fetch(str(tiny_model)))
     ids = tokenizer("é€<|im_end|>", add_special_tokens=False)["input_ids"]
-    text = render(shown(tokenizer, Sequenced("A", ids, [1] * len(ids))))
+    text = render(shown(tokenizer, TokenRow("A", ids, [1] * len(ids))))
     assert text.plain == "é€<|im_end|>"
     assert text.spans[-1].style == TRAINED_SPECIAL_STYLE
 
@@ -229,7 +229,7 @@ def test_files_and_thoughts_that_are_left_out_are_told(tmp_path: Path, tiny_mode
     config = load(None, [*options, f"run.dir={tmp_path}", "run.name=c"]).config
     for text in (printed(config, num_examples=0), outline(page(config, tmp_path)).text):
         assert f"{tmp_path / 'data'}: 2 thoughts in a field of their own left out" in text
-        assert f"{tmp_path / 'data'}: 1 file not read: faq.xlsx (known are " in text
+        assert f"{tmp_path / 'data'}: 1 file not read: faq.xlsx (the known suffixes are " in text
 
 
 def test_without_examples_the_page_has_no_place_for_them(config: Config, tmp_path: Path) -> None:

@@ -62,8 +62,8 @@ def failed_download(here: Path, model: Path, monkeypatch: pytest.MonkeyPatch) ->
     def fail(*_: object) -> None:
         raise ConnectionError("refused")
 
-    monkeypatch.setattr("fintune.data.hub._once", fail)
-    monkeypatch.setattr("fintune.data.hub.licence", lambda *_: "")
+    monkeypatch.setattr("fintune.data.hub._load_once", fail)
+    monkeypatch.setattr("fintune.data.hub.read_licence", lambda *_: "")
     monkeypatch.setattr("fintune.data.hub.PAUSES", (0.0, 0.0, 0.0))
     return told(model, investopedia="hub:FinLang/x")
 

@@ -12,9 +12,9 @@ import pytest
 from fintune.config import Config
 from fintune.config.load import load
 from fintune.data.finqa_json import read_finqa
-from fintune.data.prepare_finqa import page_of
+from fintune.data.prepare import page_of
 from fintune.data.prepared import read_report, read_tokens
-from fintune.data.report import lengths
+from fintune.data.report import summarize_lengths, warn_about_eval
 from fintune.errors import ConfigError, DataError
 from fintune.models.chat_template import encode_prompt
 from fintune.models.folder import context_tokens
@@ -100,19 +100,30 @@ def test_the_report_counts_drops_cuts_evidence_and_shared_pages(config: Config, 
     assert report.train.cleaned == {"currency": 4}
     assert report.train.evidence.num_units == 8
     assert 4 <= report.train.evidence.num_kept <= 8
-    assert report.num_shared_pages == 1
+    assert report.num_shared_pages == report.num_shared_questions == 1
     assert report.eval.operations["greater"] == 0.5
     assert report.eval.steps == {"1": 1.0, "2": 0.0, "3": 0.0, "4+": 0.0}
-    notes = "\n".join(report.notes())
-    assert "1 no program" in notes
-    assert "1 eval example asks about a page that is also trained on" in notes
-    more = report.model_copy(update={"num_shared_pages": 1200})
-    assert "1,200 eval examples ask about a page that is also trained on" in more.notes()
-    same = {"data.train": '"a.json"', "data.eval": '"a.json"'}
-    trained = report.model_copy(update={"options": {**same, "data.max_eval_samples": "null"}})
-    assert "1 eval example asks about a page that is also trained on" in trained.notes()
-    stand_in = report.model_copy(update={"options": {**same, "data.max_eval_samples": "1"}})
-    assert "also trained on" not in "".join(stand_in.notes()), "nothing is evaluated"
+    assert "1 no program" in "\n".join(report.notes())
+
+
+def test_prepare_warns_if_eval_questions_are_trained(config: Config, tmp_path: Path) -> None:
+    facts = prepare(config, {}, tmp_path)
+    report = read_report(tmp_path)
+    assert "1 of 2 evaluation questions is also trained on" in report.eval_warning
+    assert f"WARNING: {report.eval_warning}" in report.notes()
+    assert facts["eval_warning"] == report.eval_warning
+    assert "1,200 eval examples ask about a page" in warn_about_eval(2000, 0, 1200)
+    assert warn_about_eval(2000, 0, 0) == ""
+
+
+def test_prepare_says_that_a_training_record_stands_in(config: Config, tmp_path: Path) -> None:
+    data = config.data.model_copy(update={"eval": config.data.train, "max_eval_samples": 1})
+    facts = prepare(config.model_copy(update={"data": data}), {}, tmp_path)
+    report = read_report(tmp_path)
+    assert report.has_eval_stand_in
+    assert report.eval_warning == ""
+    assert "no evaluation set" in facts["summary"]
+    assert any("one training record stands in" in note for note in report.notes())
 
 
 def test_the_same_configuration_gives_the_same_bytes(config: Config, tmp_path: Path) -> None:
@@ -137,11 +148,11 @@ def test_strict_stops_at_the_first_broken_record(config: Config, tmp_path: Path)
 
 
 def test_lengths_are_summed_up_in_bins_that_hold_them_all() -> None:
-    found = lengths([5, 7, 100, 130])
+    found = summarize_lengths([5, 7, 100, 130])
     assert (found.p50, found.max, found.total) == (7, 130, 242)
     assert sum(number for _, _, number in found.histogram) == 4
     assert found.histogram[0] == (0, 20, 2)
-    assert lengths([3]).histogram == ((3, 4, 1),)
+    assert summarize_lengths([3]).histogram == ((3, 4, 1),)
 
 
 def test_a_page_is_the_id_without_the_question() -> None:

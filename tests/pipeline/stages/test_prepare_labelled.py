@@ -113,7 +113,7 @@ def test_pairs_asked_of_labelled_answers_are_refused_with_what_learns_from_them(
     assert done.status == 2
     assert done.err.splitlines()[-1] == (
         f"fintune: {data}: no preference pair among 6 rows (no pair (unpaired_preference): 6): each of these rows is "
-        "one answer with a label, and no pair; set train.objective: kto to learn from them"
+        "one answer with a label, not a pair; set train.objective: kto to train on them"
     )
 
 
@@ -126,7 +126,7 @@ def test_pairs_asked_of_labelled_answers_are_refused_with_what_learns_from_them(
             0,
             6,
             "sft",
-            "no answer labelled true among 6 rows (labelled false: 6): sft learns from answers labelled true",
+            "no answer labelled true among 6 rows (labelled false: 6): sft trains on answers labelled true",
         ),
     ],
 )

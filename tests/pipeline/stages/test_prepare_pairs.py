@@ -133,7 +133,7 @@ def test_a_pair_that_is_too_long_is_dropped_and_counted(tiny_model, tmp_path):
 def test_a_rejected_answer_that_ends_a_turn_inside_is_dropped_or_stops_a_strict_run(tiny_model, tmp_path):
     rows = [*pair_rows(10), {"prompt": "cash?", "chosen": "yes", "rejected": "no<|im_end|>"}]
     data = write_rows(tmp_path / "d.jsonl", rows)
-    with pytest.raises(DataError, match=r"d\.jsonl, row 11: rejected: the text holds <\|im_end\|>"):
+    with pytest.raises(DataError, match=r"d\.jsonl, row 11: rejected: the text contains <\|im_end\|>"):
         prepare(load(None, [*options(tiny_model, data), "data.strict=true"]).config, {}, tmp_path)
 
 

@@ -17,11 +17,11 @@ from rich.table import Table
 from rich.text import Text
 
 from fintune.config import Config
-from fintune.data import prepare_finqa as preparation
 from fintune.data import prepared
 from fintune.data.files import local_files
+from fintune.data.prepare import prepare_data
 from fintune.data.report import NOT_USED, Lengths, PrepareReport
-from fintune.data.rows_of_tokens import Sequenced
+from fintune.data.tokenize import TokenRow
 from fintune.manifest import MANIFEST
 from fintune.models import load as models
 from fintune.report.inspect_page import (
@@ -108,8 +108,8 @@ def _print(page: InspectPage, report: PrepareReport, console: Console) -> None:
         console.print(Text.assemble(("  not used ", "red"), escape_control_chars(problem)))
     if more := num_more(page.report):
         console.print(Text(f"  ... and {more:,} more; prepare lists all in {NOT_USED}"), soft_wrap=True)
-    if report.shared_pages:
-        console.print(Text(f"  {report.shared_pages}"))
+    if report.eval_warning:
+        console.print(Text(f"  {report.eval_warning}", style="yellow"))
     limit = f"at most {report.max_length} with the completion"
     _histogram(console, "train: tokens of a prompt", report.train.prompt_tokens, limit)
     _histogram(console, "eval: tokens of a prompt", report.eval.prompt_tokens, limit)
@@ -123,20 +123,20 @@ def _print(page: InspectPage, report: PrepareReport, console: Console) -> None:
         console.print(_legend() if coloured else Text(f"{OPEN}trained{CLOSE}"))
 
 
-def _stored(config: Config, folder: Path, number: int) -> tuple[PrepareReport, list[Sequenced], str] | None:
+def _stored(config: Config, folder: Path, number: int) -> tuple[PrepareReport, list[TokenRow], str] | None:
     if not (folder / MANIFEST).is_file():
         return None
     report = prepared.read_report(folder)
-    if report.options != prepared.options_of(config):
+    if report.options != prepared.deciding_options(config):
         return None
     return report, prepared.read_tokens(folder, "train", number), f"{folder}, all examples"
 
 
 def _fresh(
     config: Config, tokenizer: PreTrainedTokenizerBase, number: int
-) -> tuple[PrepareReport, list[Sequenced], str]:
-    made = preparation.make(config, tokenizer, limit=SAMPLE)
-    rows = made.rows["train"]
+) -> tuple[PrepareReport, list[TokenRow], str]:
+    made = prepare_data(config, tokenizer, limit=SAMPLE)
+    rows = made.rows("train")
     return (
         made.report,
         [rows[place] for place in stratified_indices([(file_of_row(row.id), row.label) for row in rows], number)],
@@ -144,7 +144,7 @@ def _fresh(
     )
 
 
-def shown(tokenizer: PreTrainedTokenizerBase, row: Sequenced) -> Shown:
+def shown(tokenizer: PreTrainedTokenizerBase, row: TokenRow) -> Shown:
     """A row of the tokens in pieces of equal fate; a special token is one by itself."""
     pieces = _pieces(tokenizer, row.input_ids, row.completion_mask)
     rejected = row.rejected_ids or []

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from fintune.config import Config
+from fintune.data.dataset import draw_records
 from fintune.data.few_shot import Shots
 from fintune.data.finqa_json import read_finqa
-from fintune.data.splits import draw
 from fintune.errors import ArtifactError, DataError
 from fintune.finqa.program import tokenize
 from fintune.finqa.prompt import TooLongError, build_messages, prompt_budget
@@ -116,7 +116,7 @@ def predict_file(job: FileJob, config: Config) -> FilePredictions:
     with _advice_on_memory(job, config), bar("load the model", 1, slow=True):
         answerer = open_model(job.named)
     try:
-        asked = draw(read.records, job.max_questions, config.run.seed)
+        asked = draw_records(read.records, job.max_questions, config.run.seed)
         prompts = _prompts(asked, answerer, config, shots)
         prompts.dropped = {**read.dropped, **prompts.dropped}
         prompts.problems = [*read.problems, *prompts.problems]

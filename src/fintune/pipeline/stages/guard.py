@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fintune.config import Config
-from fintune.data.rows_of_tokens import Sequenced
+from fintune.data.tokenize import TokenRow
 from fintune.data.tokenize_chat import ConversationEncoder
 from fintune.errors import FintuneError
 from fintune.evaluation.questions import GoldQuestion, RegressionPrompt, regression_prompts
@@ -161,10 +161,10 @@ def _load(config: Config, ref: models.ModelFolder) -> PreTrainedModel:
     )
 
 
-def _rows(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[RegressionPrompt]) -> list[Sequenced]:
+def _rows(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[RegressionPrompt]) -> list[TokenRow]:
     """Each prompt with its reference answer, as training would encode it."""
     encoder = ConversationEncoder(tokenizer, system="", train_on="last", max_length=_MAX_TOKENS)
-    rows = []
+    rows: list[TokenRow] = []
     for each in prompts:
         turns = [*each.messages, Message(role="assistant", content=each.answer)]
         rows += encoder.encode(each.id, turns).rows
@@ -176,7 +176,7 @@ def _measure(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[RegressionPrompt],
-    rows: Sequence[Sequenced],
+    rows: Sequence[TokenRow],
     when: str,
 ) -> tuple[list[Loss], dict[str, bool]]:
     """Loss of every reference answer, and which pages' questions the model answers right, by id."""

@@ -1,4 +1,4 @@
-"""``fintune prepare``: records to examples, tokens and gold file."""
+"""``fintune prepare``: data files to examples, tokens and a gold file."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fintune.config import Config
-from fintune.data import prepare_finqa as preparation
-from fintune.data import prepared
+from fintune.data.prepare import prepare_data
+from fintune.data.prepared import Prepared, write_prepared
 from fintune.errors import ConfigError
 from fintune.manifest import Facts
 from fintune.models import load as models
@@ -16,37 +16,38 @@ from fintune.util.console import say
 
 
 def prepare(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
-    """Fill ``folder`` with what training and prediction read; the files are listed in :mod:`fintune.data.prepared`.
+    """Fill ``folder`` with what training and prediction read; :mod:`fintune.data.prepared` lists the files.
 
     Args:
-        config: ``data``, ``prompt``, ``model.name`` and ``run.seed`` decide the result.
-        inputs: None are needed.
-        folder: Empty.
+        config: The configuration; ``data``, ``prompt``, ``model.name`` and ``run.seed`` decide the result.
+        inputs: Not used, because no stage comes before.
+        folder: An empty folder.
 
     Returns:
         Counts for the manifest, and a line for the summary table.
 
     Raises:
-        DataError: A data file, or every record of it, cannot be used.
+        DataError: A data file cannot be used, or none of its rows.
         ModelError: The model has no usable tokenizer.
-        ConfigError: ``prompt.max_length`` lets through rows that are longer than the model's context.
-        ResourceError: A hub dataset that cannot be fetched.
+        ConfigError: ``prompt.max_length`` allows rows that are longer than the model's context.
+        ResourceError: A hub dataset cannot be fetched.
     """
     base = models.fetch_base(config)
     tokenizer = models.load_tokenizer(base, trust_remote_code=config.model.trust_remote_code)
-    made = preparation.make(config, tokenizer)
-    _check_context(config, base, made)
-    prepared.write(folder, made)
-    report = made.report
+    prepared = prepare_data(config, tokenizer)
+    _check_context(config, base, prepared)
+    write_prepared(folder, prepared)
+    report = prepared.report
     for note in report.notes():
         say(note)
     restricted = f"; not for commercial use: {report.non_commercial}" if report.non_commercial else ""
     what = "examples" if config.train.objective == "sft" else "preference pairs"
-    if any(made.labelled.values()):
+    if any(prepared.labelled.values()):
         labels = report.train.labels
         what = f"preference rows; {labels['desired']} desired, {labels['undesired']} undesired answers to train on"
-    facts = {
-        "summary": f"{report.train.num_examples} train, {report.eval.num_examples} eval {what}{restricted}",
+    counts = f"{report.train.num_examples} train, {report.eval_count}"
+    facts: Facts = {
+        "summary": f"{counts}{'' if report.has_eval_stand_in else f' {what}'}{restricted}",
         "template_hash": report.template_hash,
         "num_train": report.train.num_examples,
         "num_eval": report.eval.num_examples,
@@ -55,22 +56,23 @@ def prepare(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
         "num_train_rows": report.train.num_rows,
         "num_train_tokens": report.train.num_row_tokens,
     }
+    if report.eval_warning:
+        facts["eval_warning"] = report.eval_warning
     if report.train.labels:
         facts["num_labels"] = {"train": report.train.labels, "eval": report.eval.labels}
     if report.sources:
-        facts["licences"] = {each.path: each.licence.name for each in report.sources}
+        facts["licences"] = {source.path: source.licence.name for source in report.sources}
     return facts
 
 
-def _check_context(config: Config, base: models.ModelFolder, made: prepared.Prepared) -> None:
+def _check_context(config: Config, base: models.ModelFolder, prepared: Prepared) -> None:
     context = context_tokens(read_model_config(base.path))
-    name, num_tokens = max(
-        ((row.id, row.num_at_once) for rows in made.rows.values() for row in rows), key=lambda row: row[1]
-    )
-    if context is not None and num_tokens > context:
+    rows = (row for split in prepared.examples for row in prepared.rows(split))
+    longest = max(rows, key=lambda row: row.num_context_tokens)
+    if context is not None and longest.num_context_tokens > context:
         raise ConfigError(
-            f"prompt.max_length is {config.prompt.max_length} and the longest row has {num_tokens} tokens (id {name}), "
-            f"but {config.model.name} reads at most {context}",
+            f"prompt.max_length is {config.prompt.max_length} and the longest row has {longest.num_context_tokens} "
+            f"tokens (id {longest.id}), but {config.model.name} reads at most {context}",
             hint=f"set prompt.max_length to {context} or less",
             option="prompt.max_length",
         )

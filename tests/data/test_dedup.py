@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from fintune.data.duplicates import NearDuplicates, digest_of, jaccard, near
+from fintune.data.dedup import NearDuplicates, are_near_duplicates, digest_messages, jaccard
 from fintune.records import Message
 
 WORDS = ["".join(random.Random(n).choices("abcdefghijklmnopqrstuvwxyz", k=3 + n % 7)) for n in range(3000)]
@@ -30,7 +30,7 @@ def changed(draw: random.Random, said: str, num_words: int) -> str:
 
 def test_case_and_white_space_do_not_make_a_conversation_another():
     a, b = conversation("What is  yield?", "Income."), conversation("what is yield?\n", "income.")
-    assert digest_of(a) == digest_of(b)
+    assert digest_messages(a) == digest_messages(b)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_case_and_white_space_do_not_make_a_conversation_another():
     ],
 )
 def test_another_word_turn_or_role_makes_it_another(other):
-    assert digest_of(conversation("What is yield?", "Income.")) != digest_of(other)
+    assert digest_messages(conversation("What is yield?", "Income.")) != digest_messages(other)
 
 
 @pytest.mark.parametrize("similarity", [0.7, 0.9])
@@ -55,10 +55,12 @@ def test_what_is_found_is_what_comparing_every_pair_finds(similarity):
         for number, said in enumerate(base)
     ]
     finder = NearDuplicates(similarity, 200)
-    assert [finder.repeats(said) for said in base] == [None] * 60
-    expected = [number if near(base[number], said, similarity) else None for number, said in enumerate(edited)]
+    assert [finder.find(said) for said in base] == [None] * 60
+    expected = [
+        number if are_near_duplicates(base[number], said, similarity) else None for number, said in enumerate(edited)
+    ]
     assert 10 < sum(number is not None for number in expected) < 55
-    assert [finder.repeats(said) for said in edited] == expected
+    assert [finder.find(said) for said in edited] == expected
 
 
 def test_conversations_that_differ_in_a_number_alone_are_both_kept():
@@ -66,7 +68,7 @@ def test_conversations_that_differ_in_a_number_alone_are_both_kept():
     question, answer = text(draw), text(draw)
     a, b = (conversation(f"{question} in {year}?", f"{answer} {year}") for year in (2018, 2019))
     assert jaccard(a[0].content, b[0].content) > 0.97
-    assert not near(a, b, 0.9)
+    assert not are_near_duplicates(a, b, 0.9)
 
 
 def test_questions_about_one_long_context_are_all_kept():
@@ -74,19 +76,19 @@ def test_questions_about_one_long_context_are_all_kept():
     context = text(draw, 2000)
     finder = NearDuplicates(0.9, 20)
     said = [conversation(f"{context} {text(draw, 5)}", text(draw, 20)) for _ in range(20)]
-    assert [finder.repeats(each) for each in said] == [None] * 20
+    assert [finder.find(each) for each in said] == [None] * 20
 
 
 def test_short_texts_are_compared_too():
     finder = NearDuplicates(0.9, 4)
-    assert finder.repeats(conversation("a", "b")) is None
-    assert finder.repeats(conversation("A", "b")) == 0
-    assert finder.repeats(conversation("a", "c")) is None
+    assert finder.find(conversation("a", "b")) is None
+    assert finder.find(conversation("A", "b")) == 0
+    assert finder.find(conversation("a", "c")) is None
 
 
 def test_another_persona_is_another_conversation():
     draw = random.Random(8)
     question, answer = text(draw), text(draw)
     finder = NearDuplicates(0.9, 2)
-    assert finder.repeats(conversation(question, answer, "You are Dana.")) is None
-    assert finder.repeats(conversation(question, answer, "You are Max.")) is None
+    assert finder.find(conversation(question, answer, "You are Dana.")) is None
+    assert finder.find(conversation(question, answer, "You are Max.")) is None

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from fintune.data.page_files import read_page, sentences
+from fintune.data.page_file import read_page, sentences
 from fintune.errors import DataError
 from fintune.finqa.execute import execute
 from fintune.finqa.program import tokenize

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fintune.data.files import find, unread
-from fintune.data.rows import BrokenRowError, Row, read_rows
+from fintune.data.files import describe_unread, find_files
+from fintune.data.readers import BrokenRowError, Row, read_rows
 from fintune.errors import DataError
 
 ROWS = [{"question": f"what is {n}, in\nwords?", "answer": f"{n}"} for n in range(3)]
@@ -91,7 +91,7 @@ def test_parquet_and_saved_datasets_give_the_same_rows(tmp_path):
     made.save_to_disk(tmp_path / "saved")
     datasets.DatasetDict({"train": made, "test": made.select([0])}).save_to_disk(tmp_path / "splits")
     assert values(tmp_path / "rows.parquet") == ROWS
-    assert values(find(str(tmp_path / "saved"))[0]) == ROWS
+    assert values(find_files(str(tmp_path / "saved"))[0]) == ROWS
     assert values(tmp_path / "splits") == ROWS
     assert [row.value for row in read_rows(tmp_path / "splits", split="test")] == ROWS[:1]
     with pytest.raises(DataError, match=r"no split 'dev'.*train, test"):
@@ -102,28 +102,36 @@ def test_a_folder_gives_its_data_files_in_order_and_no_others(tmp_path):
     for name in ("b.jsonl", "a.csv", "deep/c.json.gz", "README.md", ".hidden/d.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
-    assert [str(path.relative_to(tmp_path)) for path in find(str(tmp_path))] == ["a.csv", "b.jsonl", "deep/c.json.gz"]
-    assert [path.name for path in find(f"{tmp_path}/*.jsonl")] == ["b.jsonl"]
+    assert [str(path.relative_to(tmp_path)) for path in find_files(str(tmp_path))] == [
+        "a.csv",
+        "b.jsonl",
+        "deep/c.json.gz",
+    ]
+    assert [path.name for path in find_files(f"{tmp_path}/*.jsonl")] == ["b.jsonl"]
 
 
 def test_what_a_folder_holds_beside_its_data_is_told(tmp_path):
     for name in ("a.csv", "LICENSE", "README.md", ".git/config"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
-    assert unread(str(tmp_path)) == "", "nothing that could be meant as rows"
-    known = "(known are .json .jsonl .ndjson .csv .tsv .parquet, also .gz)"
+    assert describe_unread(str(tmp_path)) == "", "nothing that could be meant as rows"
+    known = "(the known suffixes are .json .jsonl .ndjson .csv .tsv .parquet, also with .gz)"
     (tmp_path / "faq.xlsx").write_bytes(b"x")
-    assert unread(str(tmp_path)) == f"1 file not read: faq.xlsx {known}"
+    assert describe_unread(str(tmp_path)) == f"1 file not read: faq.xlsx {known}"
     for name in ("readme.txt", "b.docx", "c.pdf", "d.pdf", "e.pdf", "f.pdf"):
         (tmp_path / name).write_bytes(b"x")
-    assert unread(str(tmp_path)) == f"7 files not read: b.docx, c.pdf, d.pdf, e.pdf, f.pdf and 2 more {known}"
-    assert unread(f"{tmp_path}/*.csv") == unread(f"{tmp_path}/a.csv") == unread("hub:a/b") == ""
+    assert describe_unread(str(tmp_path)) == f"7 files not read: b.docx, c.pdf, d.pdf, e.pdf, f.pdf and 2 more {known}"
+    assert (
+        describe_unread(f"{tmp_path}/*.csv") == describe_unread(f"{tmp_path}/a.csv") == describe_unread("hub:a/b") == ""
+    )
 
 
 def test_a_folder_without_data_names_what_it_holds(tmp_path):
     (tmp_path / "faq.xlsx").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"the folder holds no data file, only faq\.xlsx: known are \.json "):
-        find(str(tmp_path))
+    with pytest.raises(
+        DataError, match=r"the folder holds no data file, only faq\.xlsx: the known suffixes are \.json "
+    ):
+        find_files(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -139,7 +147,7 @@ def test_a_workbook_says_how_to_save_it(tmp_path, name, kind):
 def test_what_is_not_there_is_said_with_its_name(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="no such file or folder") as caught:
-        find(path)
+        find_files(path)
     assert path in str(caught.value)
     assert f", {tmp_path / path} was tried" in str(caught.value)
 
@@ -151,13 +159,13 @@ def test_a_broken_line_is_told_without_the_parsers_own_line(tmp_path):
 
 def test_the_name_of_a_hub_dataset_without_its_mark_is_answered_with_it():
     with pytest.raises(DataError, match="is written hub:FinLang/some-set"):
-        find("FinLang/some-set")
+        find_files("FinLang/some-set")
 
 
 def test_a_folder_that_is_not_there_is_no_hub_dataset(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError) as caught:
-        find("datasets/")
+        find_files("datasets/")
     assert "no such file or folder: put files there, or set data.sources=YOUR_FILE, " in str(caught.value)
     assert "hub:" not in str(caught.value)
 

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fintune.config import DataOptions, SourceOptions
 from fintune.config.load import load as load_config
-from fintune.data import mixture, one_source
-from fintune.data.mixture import Mixture
+from fintune.data import dataset
+from fintune.data.dataset import Copy, FinqaSplit, load_finqa_splits
+from fintune.data.load import load_source
+from fintune.data.prepare import _one_of_each_first
+from fintune.data.report import SourceReport
+from fintune.data.synthetic import company_of
+from fintune.data.tokenize import DroppedRow
 from fintune.errors import ConfigError, DataError
 
 TURNS = [{"role": "user", "content": "Beta?"}, {"role": "assistant", "content": "A slope."}]
@@ -31,9 +39,30 @@ def write(tmp_path):
     return write
 
 
+@dataclass
+class Mixture:
+    train: list[Copy]
+    eval: list[Copy]
+    reports: list[SourceReport]
+    broken: list[DroppedRow]
+    problems: list[str]
+
+
+def mix(data: DataOptions, seed: int = 1, usable: Callable[[str], bool] | None = None) -> Mixture:
+    """Load, split and draw. ``usable`` says which questions can be tokenized."""
+    loaded = dataset.load_sources(data, seed)
+    rows = [row for source in loaded for row in source.conversations]
+    holdout = dataset.split_holdout(rows, data)
+    if usable and not any(usable(row.messages[0].content) for row in holdout.eval):
+        holdout = holdout.widen({row.id for row in rows if usable(row.messages[0].content)})
+    train, evaluation = dataset.draw_train(holdout, data, seed), dataset.draw_eval(holdout, data, seed)
+    broken = [row for source in loaded for row in source.broken]
+    return Mixture(train, evaluation, dataset.report_sources(data, loaded, holdout), broken, _one_of_each_first(broken))
+
+
 def load(sources: list, *options: str, seed: int = 1) -> Mixture:
     entries = json.dumps([{"path": str(each)} if isinstance(each, Path) else each for each in sources])
-    return mixture.load(load_config(None, ["data.source=chat", f"data.sources={entries}", *options]).config.data, seed)
+    return mix(load_config(None, ["data.source=chat", f"data.sources={entries}", *options]).config.data, seed)
 
 
 def ids(entries) -> list[str]:
@@ -49,7 +78,7 @@ def test_a_folder_may_mix_shapes_by_file_and_by_row(write, tmp_path):
     report = found.reports[0]
     assert report.shapes == {"question_answer": 1, "sharegpt": 1, "alpaca": 1, "preference": 1}
     assert report.files["b.jsonl"] == {"preference": 1}
-    assert "4 rows: 1 question_answer, 1 sharegpt, 1 alpaca, 1 preference" in report.told()[0]
+    assert "4 rows: 1 question_answer, 1 sharegpt, 1 alpaca, 1 preference" in report.notes()[0]
 
 
 @pytest.mark.parametrize("indent", [None, 1])
@@ -70,14 +99,14 @@ def test_one_row_alone_in_a_file_is_a_row_though_it_holds_a_list_of_objects(tmp_
     )
     for name in ("one.json", "wrapped.json"):
         source = SourceOptions(path=str(tmp_path / name), columns=columns)
-        found = one_source.read(source, 0, DataOptions(), 1, set(), [], "answers")
-        assert len(found.entries) == 1
+        data = DataOptions(source="chat", sources=(source.model_dump(),))
+        assert len(load_source(data, 0, 1, set(), "answers").conversations) == 1
 
 
 def test_broken_rows_are_counted_and_told_with_file_row_field_and_what_to_do(write):
     path = write("x.jsonl", [qa(1), qa(2) | {"answer": ""}, qa(3), {"text": "x"}, qa(4) | {"answer": ""}])
     found = load([path], "data.eval_share=0.5")
-    assert found.reports[0].dropped == {"no answer": 2, "unknown shape": 1}
+    assert found.reports[0].dropped == {"no answer": 2, "unknown format": 1}
     assert found.problems[0] == f"{path}, row 2: answer: missing or empty: fill it or remove the row"
     assert [problem.split(":")[0].rpartition(" ")[2] for problem in found.problems] == ["2", "4", "5"]
 
@@ -90,15 +119,15 @@ def test_tool_calls_are_dropped_and_thoughts_left_out_with_a_count(write):
     path = write("x.jsonl", [row(1), row(2, reasoning_content="Hm."), row(3, tool_calls=[{"id": "1"}])])
     found = load([path], "data.eval_share=0.5")
     assert found.reports[0].dropped == {"tool calls": 1}
-    assert "; dropped 1 tool calls; 1 thoughts in a field of their own left out; " in found.reports[0].told()[0]
-    assert found.unused[0].field == "messages[1].tool_calls"
+    assert "; dropped 1 tool calls; left out 1 thoughts in a field of their own; " in found.reports[0].notes()[0]
+    assert found.broken[0].field == "messages[1].tool_calls"
 
 
 def test_what_a_folder_holds_beside_its_data_has_a_line(write, tmp_path):
     write("data/a.jsonl", [qa(1), qa(2)])
     (tmp_path / "data/faq.xlsx").write_bytes(b"x")
-    told = load([tmp_path / "data"], "data.eval_share=0.5").reports[0].told()
-    assert told[-1].startswith(f"{tmp_path / 'data'}: 1 file not read: faq.xlsx (known are ")
+    told = load([tmp_path / "data"], "data.eval_share=0.5").reports[0].notes()
+    assert told[-1].startswith(f"{tmp_path / 'data'}: 1 file not read: faq.xlsx (the known suffixes are ")
 
 
 def test_strict_stops_at_the_first_broken_row(write):
@@ -111,14 +140,11 @@ def test_with_strict_a_question_of_the_message_stays_one(write):
     path = write("x.jsonl", [{"messages": [{"role": "usr", "content": "a"}, {"role": "assistant", "content": "b"}]}])
     with pytest.raises(DataError) as caught:
         load([path], "data.strict=true")
-    assert str(caught.value).endswith(
-        "'usr' is no role: did you mean 'user'? Mend it, or leave out --strict (data.strict: false) to drop and count "
-        "such rows"
-    )
+    assert "did you mean 'user'? Repair it, or leave out --strict" in str(caught.value)
 
 
 def test_a_source_without_a_usable_row_stops_the_run_with_the_first_reason(write):
-    with pytest.raises(DataError, match=r"no row can be used \(unknown shape: 2\); the first: .*row 1"):
+    with pytest.raises(DataError, match=r"no row can be used \(unknown format: 2\); the first: .*row 1"):
         load([write("a.jsonl", [qa(1)]), write("x.jsonl", [{"text": "x"}] * 2)])
 
 
@@ -152,7 +178,7 @@ def test_where_nothing_held_out_is_usable_the_next_questions_by_the_hash_are_hel
     data = load_config(None, options).config.data
 
     def divided(*unusable: str) -> tuple[set[str], set[str]]:
-        found = mixture.load(data, 1, usable=lambda entry: asked([entry]).isdisjoint(unusable))
+        found = mix(data, usable=lambda question: question not in unusable)
         return asked(found.train), asked(found.eval)
 
     def asked(entries) -> set[str]:
@@ -202,7 +228,7 @@ def test_a_weight_repeats_or_thins_what_is_trained_and_nothing_that_is_held_out(
     entries = [{"path": str(path), "weight": weight} for path, weight in zip(paths, (0.25, 2.5), strict=True)]
     found, plain = load(entries, "data.eval_share=0.1"), load(paths, "data.eval_share=0.1")
     assert ids(found.eval) == ids(plain.eval)
-    counts = [sum(entry.source == number for entry in found.train) for number in (0, 1)]
+    counts = [sum(entry.conversation.source == number for entry in found.train) for number in (0, 1)]
     whole = [report.num_train for report in found.reports]
     assert 0.1 < counts[0] / whole[0] < 0.4
     assert 2.3 < counts[1] / whole[1] < 2.7
@@ -212,11 +238,11 @@ def test_a_weight_repeats_or_thins_what_is_trained_and_nothing_that_is_held_out(
 def test_a_limit_draws_by_the_seed_and_keeps_what_it_drew_when_rows_are_moved(write):
     rows = [qa(n) for n in range(100)]
     path = write("x.jsonl", rows)
-    drawn = {each.digest for each in _all(load([{"path": str(path), "max_rows": 10}]))}
+    drawn = {each.conversation.digest for each in _all(load([{"path": str(path), "max_rows": 10}]))}
     assert len(drawn) == 10
-    assert {e.digest for e in _all(load([{"path": str(path), "max_rows": 10}], seed=2))} != drawn
+    assert {e.conversation.digest for e in _all(load([{"path": str(path), "max_rows": 10}], seed=2))} != drawn
     write("x.jsonl", rows[::-1])
-    assert {e.digest for e in _all(load([{"path": str(path), "max_rows": 10}]))} == drawn
+    assert {e.conversation.digest for e in _all(load([{"path": str(path), "max_rows": 10}]))} == drawn
     few = load([path], "data.max_train_samples=7", "data.max_eval_samples=1")
     assert (len(few.train), len(few.eval)) == (7, 1)
 
@@ -279,3 +305,58 @@ def test_sources_are_refused_where_nothing_reads_them():
         load_config(None, ["data.sources=x.jsonl"])
     with pytest.raises(ConfigError, match=r"needs data\.sources"):
         load_config(None, ["data.source=chat"])
+
+
+def finqa_rows(name: str, number: int) -> list[dict[str, Any]]:
+    qa = {"question": "how much ?", "program": "add(1, 2)", "exe_ans": 3.0}
+    page = {"pre_text": ["a ."], "post_text": [], "table": [["", "2009"], ["cash", "1"]]}
+    return [{"id": f"{name}/2009/page_{n}.pdf-1", **page, "qa": qa} for n in range(number)]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    (tmp_path / "train.json").write_text(json.dumps([*finqa_rows("A", 20), {"id": "A/none"}]), encoding="utf-8")
+    (tmp_path / "eval.json").write_text(json.dumps(finqa_rows("B", 10)), encoding="utf-8")
+    return ["data.source=finqa", f"data.train={tmp_path / 'train.json'}", f"data.eval={tmp_path / 'eval.json'}"]
+
+
+def load_finqa(overrides: Sequence[str], limit: int | None = None) -> dict[str, FinqaSplit]:
+    return load_finqa_splits(load_config(None, overrides).config, limit=limit)
+
+
+def test_files_give_their_records_and_what_was_dropped(files: list[str]) -> None:
+    found = load_finqa(files)
+    assert [len(found[name].records) for name in ("train", "eval")] == [20, 10]
+    assert found["train"].dropped == {"no question": 1}
+    (unused,) = found["train"].broken
+    assert (Path(unused.file), unused.row) == (Path(files[1].partition("=")[2]), 21)
+
+
+def test_a_sample_keeps_the_order_and_depends_on_the_seed_alone(files: list[str]) -> None:
+    one, again, other = (
+        [r.id for r in load_finqa([*files, "data.max_train_samples=8", f"run.seed={seed}"])["train"].records]
+        for seed in (1, 1, 2)
+    )
+    everything = [r.id for r in load_finqa(files)["train"].records]
+    assert len(one) == 8
+    assert one == again == sorted(one, key=everything.index)
+    assert one != other
+
+
+def test_a_limit_comes_on_top_and_never_adds(files: list[str]) -> None:
+    found = load_finqa([*files, "data.max_train_samples=8"], limit=9)
+    assert [len(found["train"].records), len(found["eval"].records)] == [8, 9]
+    assert found["train"].num_read == 20
+
+
+def test_strict_reaches_the_reader(files: list[str]) -> None:
+    with pytest.raises(DataError, match="row 21, id A/none"):
+        load_finqa([*files, "data.strict=true"])
+
+
+def test_generated_companies_are_trained_on_or_scored_never_both() -> None:
+    sizes = {"train_companies": 5, "eval_companies": 3, "pages_per_company": 2, "questions_per_page": 2}
+    found = load_finqa([f"data.statements.{key}={value}" for key, value in sizes.items()])
+    train, evaluation = ({company_of(r.id) for r in found[name].records} for name in ("train", "eval"))
+    assert (len(train), len(evaluation)) == (5, 3)
+    assert not train & evaluation

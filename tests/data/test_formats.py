@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from fintune.data.rows import BrokenRowError
-from fintune.data.shapes import convert, is_row
+from fintune.data.formats import convert_row, is_row
+from fintune.data.readers import BrokenRowError
 
 PERSONA = "You are Dana, a rates trader."
 ASK, ANSWER = "What moves the curve?", "Supply and the next meeting."
@@ -20,7 +20,7 @@ def turn(role: str, content: Any) -> dict[str, Any]:
 
 
 def said(row: Any, **options: Any) -> list[tuple[str, str]]:
-    return [(each.role, each.content) for each in convert(row, **options)[1].messages]
+    return [(each.role, each.content) for each in convert_row(row, **options)[1].messages]
 
 
 QA = [("user", ASK), ("assistant", ANSWER)]
@@ -65,13 +65,13 @@ QA = [("user", ASK), ("assistant", ANSWER)]
     ],
 )
 def test_a_row_is_known_by_its_fields_and_becomes_turns(row, shape, turns):
-    assert convert(row)[0] == (shape or "preference")
+    assert convert_row(row)[0] == (shape or "preference")
     if turns is not None:
         assert said(row) == turns
 
 
 def test_a_preference_keeps_the_rejected_answer():
-    assert convert({"prompt": ASK, "chosen": ANSWER, "rejected": "Buy."})[1].rejected == "Buy."
+    assert convert_row({"prompt": ASK, "chosen": ANSWER, "rejected": "Buy."})[1].rejected == "Buy."
 
 
 @pytest.mark.parametrize(
@@ -83,17 +83,17 @@ def test_a_preference_keeps_the_rejected_answer():
     ],
 )
 def test_the_prompt_of_a_preference_has_several_names(prompt, content):
-    shape, found = convert({**prompt, "system": PERSONA, "chosen": ANSWER, "rejected": "Buy."})
+    shape, found = convert_row({**prompt, "system": PERSONA, "chosen": ANSWER, "rejected": "Buy."})
     assert shape == "preference"
     assert [each.content for each in found.messages] == [PERSONA, content, ANSWER]
 
 
 def test_whole_conversations_are_a_pair_only_behind_one_prompt():
     better, worse = [turn("user", ASK), turn("assistant", ANSWER)], [turn("user", ASK), turn("assistant", "Buy.")]
-    found = convert({"chosen": better, "rejected": worse})[1]
+    found = convert_row({"chosen": better, "rejected": worse})[1]
     assert ([each.content for each in found.messages], found.rejected) == ([ASK, ANSWER], "Buy.")
     with pytest.raises(BrokenRowError, match="differ from those of chosen") as raised:
-        convert({"chosen": better, "rejected": [turn("user", "Other?"), turn("assistant", "Buy.")]})
+        convert_row({"chosen": better, "rejected": [turn("user", "Other?"), turn("assistant", "Buy.")]})
     assert (raised.value.reason, raised.value.field) == ("not one prompt", "rejected")
 
 
@@ -126,7 +126,7 @@ TURNS = [turn("user", ASK), turn("assistant", ANSWER)]
     ],
 )
 def test_an_answer_with_a_label_is_unpaired_preference_however_the_label_is_written(row, written, label):
-    shape, found = convert({**row, "label": written})
+    shape, found = convert_row({**row, "label": written})
     assert (shape, found.label, found.rejected) == ("unpaired_preference", label, None)
     assert [(each.role, each.content) for each in found.messages] == QA
 
@@ -134,32 +134,32 @@ def test_an_answer_with_a_label_is_unpaired_preference_however_the_label_is_writ
 def test_an_unpaired_answer_is_mapped_from_columns_of_other_names():
     row = {"Frage": ASK, "antwort": {"text": ANSWER}, "gut": "false", "label": "bonds"}
     columns = {"prompt": "Frage", "completion": "antwort.text", "label": "gut"}
-    shape, found = convert(row, columns=columns)
+    shape, found = convert_row(row, columns=columns)
     assert (shape, found.label) == ("unpaired_preference", False)
     asked = {"instruction": ASK, "input": "the page", "completion": ANSWER, "label": 1}
-    named = convert(asked, "unpaired_preference")[1]
+    named = convert_row(asked, "unpaired_preference")[1]
     assert (named.messages[0].content, named.label) == (f"{ASK}\n\nthe page", True)
 
 
 def test_a_named_shape_without_a_label_says_how_to_name_its_column():
     with pytest.raises(BrokenRowError, match="not in the row") as caught:
-        convert({"prompt": ASK, "completion": ANSWER, "good": True}, "unpaired_preference")
+        convert_row({"prompt": ASK, "completion": ANSWER, "good": True}, "unpaired_preference")
     assert (caught.value.field, "columns: {label:" in str(caught.value.hint)) == ("label", True)
 
 
 def test_an_empty_label_is_that_of_another_shape_until_labels_are_learned_from():
     row = {"prompt": ASK, "completion": ANSWER, "label": ""}
-    assert convert(row)[0] == "prompt_completion"
+    assert convert_row(row)[0] == "prompt_completion"
     with pytest.raises(BrokenRowError, match="missing or empty") as caught:
-        convert(row, labelled=True)
+        convert_row(row, is_labelled=True)
     assert (caught.value.reason, caught.value.field) == ("no label", "label")
     other = {"instruction": ASK, "output": ANSWER, "prompt": None, "completion": None, "label": None}
-    assert convert(other, labelled=True)[0] == "alpaca"
+    assert convert_row(other, is_labelled=True)[0] == "alpaca"
 
 
 def test_a_label_that_means_something_else_is_passed_over_where_the_shape_is_named():
     row = {"prompt": ASK, "completion": ANSWER, "label": "bonds"}
-    assert convert(row, "prompt_completion")[1].label is None
+    assert convert_row(row, "prompt_completion")[1].label is None
 
 
 CALL = {"type": "function", "function": {"name": "balance", "arguments": "{}"}}
@@ -179,8 +179,8 @@ CALL = {"type": "function", "function": {"name": "balance", "arguments": "{}"}}
     ],
 )
 def test_a_row_with_tools_is_broken_and_says_so(row, field):
-    with pytest.raises(BrokenRowError, match="tool calls are not trained") as caught:
-        convert(row)
+    with pytest.raises(BrokenRowError, match="tool calls are not supported") as caught:
+        convert_row(row)
     assert (caught.value.reason, caught.value.field.endswith(field)) == ("tool calls", True)
     assert caught.value.hint == "write the call into content, or remove the row"
 
@@ -199,38 +199,38 @@ def test_a_column_called_tools_beside_plain_texts_is_passed_over():
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
 def test_thoughts_in_a_field_of_their_own_are_left_out_and_counted(name):
     turns = [TURNS[0] | {name: None}, TURNS[1] | {name: "Hm."}, *TURNS, TURNS[0], TURNS[1] | {name: "Well."}]
-    _, found = convert({"messages": turns})
+    _, found = convert_row({"messages": turns})
     assert ([each.content for each in found.messages], found.num_thoughts) == ([ASK, ANSWER] * 3, 2)
-    assert convert({"messages": json.dumps(turns)})[1].num_thoughts == 2
-    assert convert({"messages": TURNS})[1].num_thoughts == 0
+    assert convert_row({"messages": json.dumps(turns)})[1].num_thoughts == 2
+    assert convert_row({"messages": TURNS})[1].num_thoughts == 0
 
 
 def test_turns_behind_the_last_answer_are_left_out_and_counted():
-    _, found = convert({"messages": [turn("user", ASK), turn("assistant", ANSWER), turn("user", "Thanks")]})
+    _, found = convert_row({"messages": [turn("user", ASK), turn("assistant", ANSWER), turn("user", "Thanks")]})
     assert [each.role for each in found.messages] == ["user", "assistant"]
     assert found.num_trailing == 1
 
 
 def test_a_part_without_text_adds_nothing():
     parts = [{"type": "text", "text": None}, {"type": "text"}, {"type": "text", "text": ASK}]
-    _, found = convert({"messages": [turn("user", parts), turn("assistant", ANSWER)]})
+    _, found = convert_row({"messages": [turn("user", parts), turn("assistant", ANSWER)]})
     assert found.messages[0].content == ASK
 
 
 def test_an_integer_beyond_every_float_is_its_digits():
-    _, found = convert({"question": 10**400, "answer": "x"})
+    _, found = convert_row({"question": 10**400, "answer": "x"})
     assert found.messages[0].content == "1" + "0" * 400
 
 
 def test_a_turn_of_weight_zero_is_not_trained():
     turns = [turn("user", ASK), turn("assistant", "no") | {"weight": 0}, turn("user", "?"), turn("assistant", ANSWER)]
-    assert convert({"messages": turns})[1].untrained == {1}
+    assert convert_row({"messages": turns})[1].untrained == {1}
     turns = [
         {"from": "human", "value": ASK},
         {"from": "gpt", "value": "no", "weight": 0},
         {"from": "gpt", "value": "x"},
     ]
-    assert convert({"system": PERSONA, "conversations": turns})[1].untrained == {2}, "behind the system turn"
+    assert convert_row({"system": PERSONA, "conversations": turns})[1].untrained == {2}, "behind the system turn"
 
 
 def test_columns_of_other_names_are_mapped_and_go_into_objects():
@@ -240,7 +240,7 @@ def test_columns_of_other_names_are_mapped_and_go_into_objects():
 
 def test_a_mapped_column_that_is_not_there_is_answered_with_the_one_that_was_meant():
     with pytest.raises(BrokenRowError) as caught:
-        convert({"Frage": ASK, "Antwort": ANSWER}, columns={"question": "Frage", "answer": "Antwrt"})
+        convert_row({"Frage": ASK, "Antwort": ANSWER}, columns={"question": "Frage", "answer": "Antwrt"})
     assert (caught.value.field, caught.value.hint) == ("Antwrt", "did you mean Antwort?")
 
 
@@ -250,41 +250,41 @@ def test_a_mapped_column_is_found_in_any_case_where_only_one_fits():
     assert is_row({"Frage": ASK, "QA": {}}, columns)
     assert said({"frage": ASK, "Frage": "other", "antwort": ANSWER}, columns=columns | {"answer": "antwort"}) == QA
     with pytest.raises(BrokenRowError) as caught:
-        convert({"Frage": ASK, "FRAGE": ASK, "antwort": ANSWER}, columns=columns)
+        convert_row({"Frage": ASK, "FRAGE": ASK, "antwort": ANSWER}, columns=columns)
     assert (caught.value.field, caught.value.hint) == ("frage", "did you mean Frage or FRAGE?")
 
 
 @pytest.mark.parametrize("row", [{"Frage": "a", "Antwort": "b"}, {"question": "a", "response": "b"}])
 def test_fields_of_no_known_shape_are_named_as_the_row_writes_them(row):
-    with pytest.raises(BrokenRowError, match=f"^fields {', '.join(row)} are no known shape$"):
-        convert(row)
+    with pytest.raises(BrokenRowError, match=f"^fields {', '.join(row)} are no known format$"):
+        convert_row(row)
 
 
 def test_an_empty_field_is_named_as_the_row_writes_it():
     with pytest.raises(BrokenRowError) as caught:
-        convert({"Frage": ASK, "QA": {"antwort": ""}}, columns={"question": "frage", "answer": "QA.antwort"})
+        convert_row({"Frage": ASK, "QA": {"antwort": ""}}, columns={"question": "frage", "answer": "QA.antwort"})
     assert caught.value.field == "QA.antwort"
     with pytest.raises(BrokenRowError) as caught:
-        convert({"Frage": "", "Antwort": ANSWER}, columns={"question": "frage", "answer": "antwort"})
+        convert_row({"Frage": "", "Antwort": ANSWER}, columns={"question": "frage", "answer": "antwort"})
     assert caught.value.field == "Frage"
 
 
 @pytest.mark.parametrize("empty", [None, "", []])
 def test_an_empty_field_gives_way_to_its_other_name_unless_a_column_is_mapped_to_it(empty):
-    _, found = convert({"prompt": ASK, "completion": empty, "response": ANSWER})
+    _, found = convert_row({"prompt": ASK, "completion": empty, "response": ANSWER})
     assert found.messages[1].content == ANSWER
-    _, found = convert({"prompt": ASK, "completion": ANSWER, "response": empty})
+    _, found = convert_row({"prompt": ASK, "completion": ANSWER, "response": empty})
     assert found.messages[1].content == ANSWER
     with pytest.raises(BrokenRowError) as caught:
-        convert({"prompt": ASK, "text": empty, "response": ANSWER}, columns={"completion": "text"})
+        convert_row({"prompt": ASK, "text": empty, "response": ANSWER}, columns={"completion": "text"})
     assert caught.value.field == "text"
 
 
 def test_a_shape_that_is_named_wins_over_the_fields():
     row = {"prompt": ASK, "completion": ANSWER, "question": "other", "answer": "other"}
-    assert said(row, shape="question_answer") == [("user", "other"), ("assistant", "other")]
+    assert said(row, format_="question_answer") == [("user", "other"), ("assistant", "other")]
     with pytest.raises(BrokenRowError, match="missing or empty") as caught:
-        convert(row, shape="alpaca")
+        convert_row(row, format_="alpaca")
     assert caught.value.field == "instruction"
 
 
@@ -298,7 +298,7 @@ def test_a_shape_that_is_named_wins_over_the_fields():
 )
 def test_a_field_of_the_named_shape_that_no_column_is_tells_of_the_columns_there_are(row, options, field, others):
     with pytest.raises(BrokenRowError) as caught:
-        convert(row, **options)
+        convert_row(row, **options)
     assert (caught.value.field, caught.value.why) == (field, f"not in the row, which has {others}")
     assert caught.value.hint.endswith(f"or name its column, as columns: {{{field}: {others.split(', ')[0]}}}")
 
@@ -313,7 +313,7 @@ def test_a_field_of_the_named_shape_that_no_column_is_tells_of_the_columns_there
 )
 def test_a_field_that_is_empty_or_told_in_another_way_is_no_other_column(row, shape, field):
     with pytest.raises(BrokenRowError, match="missing") as caught:
-        convert(row, shape=shape)
+        convert_row(row, format_=shape)
     assert caught.value.field == field
 
 
@@ -337,7 +337,7 @@ DEEP = "[" * 100_000
 )
 def test_what_is_nested_without_end_is_a_broken_row(row, reason):
     with pytest.raises(BrokenRowError) as caught:
-        convert(row)
+        convert_row(row)
     assert caught.value.reason == reason
 
 
@@ -347,7 +347,7 @@ def test_what_is_nested_without_end_is_a_broken_row(row, reason):
         ({"messages": [turn("user", ASK)]}, "no answer", "", "the last turn must be the answer"),
         ({"messages": [turn("assistant", ANSWER)]}, "no question", "", "add the question"),
         ({"messages": [turn("usr", ASK), turn("assistant", "x")]}, "bad role", "messages[0].role", "mean 'user'"),
-        ({"messages": [turn("moderator", ASK), turn("assistant", "x")]}, "bad role", "messages[0].role", "known are"),
+        ({"messages": [turn("moderator", ASK), turn("assistant", "x")]}, "bad role", "messages[0].role", "known roles"),
         ({"messages": [turn("user", " "), turn("assistant", "x")]}, "no content", "messages[0].content", "fill it"),
         ({"messages": [turn("user", ASK), turn("system", "x")]}, "bad role", "messages[1]", "to the front"),
         ({"messages": [{"role": "user"}, turn("assistant", "x")]}, "no content", "messages[0].content", "fill it"),
@@ -373,7 +373,7 @@ def test_what_is_nested_without_end_is_a_broken_row(row, reason):
             "",
         ),
         ({"prompt": ASK, "chosen": ANSWER, "rejected": ANSWER}, "no preference", "rejected", "remove the row"),
-        ({"prompt": ASK, "chosen": ANSWER}, "unknown shape", "", "rejected is missing"),
+        ({"prompt": ASK, "chosen": ANSWER}, "unknown format", "", "rejected is missing"),
         ({"prompt": "", "chosen": ANSWER, "rejected": "x"}, "no question", "prompt", "fill it"),
         ({"Question": ASK, "Answer": "", "Context": "c"}, "no answer", "Answer", "fill it or remove the row"),
         ({"Question": None, "Answer": ANSWER, "Context": "c"}, "no question", "Question", "fill it"),
@@ -390,9 +390,9 @@ def test_what_is_nested_without_end_is_a_broken_row(row, reason):
         ({"prompt": ASK, "completion": ANSWER, "label": [True]}, "bad label", "label", "write true"),
         ({"prompt": ASK, "completion": " ", "label": False}, "no answer", "completion", "fill it"),
         ({"messages": [*TURNS[:1], TURNS[1] | {"weight": 0}], "label": True}, "no answer", "label", "remove the"),
-        ({"text": "once upon a time"}, "unknown shape", "", "write prompt and completion"),
-        ({"pre_text": [], "qa": {}}, "unknown shape", "", "data.source: finqa"),
-        ({"frage": ASK}, "unknown shape", "", "columns: {question"),
+        ({"text": "once upon a time"}, "unknown format", "", "write prompt and completion"),
+        ({"pre_text": [], "qa": {}}, "unknown format", "", "data.source: finqa"),
+        ({"frage": ASK}, "unknown format", "", "columns: {question"),
         ({"Conversation": [turn("usr", ASK)]}, "bad role", "Conversation[0].role", "mean 'user'"),
         ({"messages": [{"from": "usr", "value": ASK}]}, "bad role", "messages[0].from", "mean 'user'"),
         ({"conversations": [turn("usr", ASK)]}, "bad role", "conversations[0].role", "mean 'user'"),
@@ -403,6 +403,6 @@ def test_what_is_nested_without_end_is_a_broken_row(row, reason):
 )
 def test_a_broken_row_says_the_field_the_reason_and_what_to_do(row, reason, field, hint):
     with pytest.raises(BrokenRowError) as caught:
-        convert(row)
+        convert_row(row)
     assert (caught.value.reason, caught.value.field) == (reason, field)
     assert hint is None or hint in str(caught.value.hint)
