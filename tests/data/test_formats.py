@@ -256,7 +256,7 @@ def test_a_mapped_column_is_found_in_any_case_where_only_one_fits():
 
 @pytest.mark.parametrize("row", [{"Frage": "a", "Antwort": "b"}, {"question": "a", "response": "b"}])
 def test_fields_of_no_known_shape_are_named_as_the_row_writes_them(row):
-    with pytest.raises(BrokenRowError, match=f"^fields {', '.join(row)} are no known format$"):
+    with pytest.raises(BrokenRowError, match=f"^the fields {', '.join(row)} are no known format$"):
         convert_row(row)
 
 
@@ -291,9 +291,9 @@ def test_a_shape_that_is_named_wins_over_the_fields():
 @pytest.mark.parametrize(
     ("row", "options", "field", "others"),
     [
-        ({"A": ASK, "B": ANSWER}, {"shape": "question_answer"}, "question", "A, B"),
-        ({"A": ASK, "B": ANSWER}, {"shape": "question_answer", "columns": {"question": "A"}}, "answer", "B"),
-        ({"Query": ASK, "chosen": ANSWER, "rejected": "no", "label": 1}, {"shape": "preference"}, "prompt", "Query"),
+        ({"A": ASK, "B": ANSWER}, {"format_": "question_answer"}, "question", "A, B"),
+        ({"A": ASK, "B": ANSWER}, {"format_": "question_answer", "columns": {"question": "A"}}, "answer", "B"),
+        ({"Query": ASK, "chosen": ANSWER, "rejected": "no", "label": 1}, {"format_": "preference"}, "prompt", "Query"),
     ],
 )
 def test_a_field_of_the_named_shape_that_no_column_is_tells_of_the_columns_there_are(row, options, field, others):

@@ -117,7 +117,7 @@ def test_prepare_warns_if_eval_questions_are_trained(config: Config, tmp_path: P
 
 
 def test_prepare_says_that_a_training_record_stands_in(config: Config, tmp_path: Path) -> None:
-    data = config.data.model_copy(update={"eval": config.data.train, "max_eval_samples": 1})
+    data = config.data.model_copy(update={"train": config.data.eval, "max_eval_samples": 1})
     facts = prepare(config.model_copy(update={"data": data}), {}, tmp_path)
     report = read_report(tmp_path)
     assert report.has_eval_stand_in
