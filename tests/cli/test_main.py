@@ -19,6 +19,7 @@ import pytest
 
 from fintune import __version__
 from fintune.cli import main as cli
+from fintune.config.yaml_file import packaged_config
 from fintune.errors import DataError
 from fintune.pipeline.runner import Pipeline
 from fintune.util.signals import RESUME_MESSAGE
@@ -536,4 +537,4 @@ def test_a_dry_run_prints_the_plan_and_makes_nothing(run, finqa, tmp_path: Path)
 
 
 def test_the_packaged_configurations_are_found_from_a_checkout() -> None:
-    assert cli.packaged_config("demo.yaml") == ROOT / "configs" / "demo.yaml"
+    assert packaged_config("demo.yaml") == ROOT / "configs" / "demo.yaml"

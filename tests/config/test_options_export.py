@@ -17,10 +17,10 @@ WITHOUT_MERGED = "predict.models=[adapter, F16]"
     [
         (
             ["merge.into=quantized_base"],
-            "merge.into: quantized_base is about 4-bit training; set model.quantization: nf4",
+            "merge.into: quantized_base needs 4-bit training; set model.quantization: nf4",
         ),
         (["merge.into=4bit"], "merge.into: got"),
-        (["export.source=adapter"], "writes no merged folder, which predict.models asks for; take merged out there"),
+        (["export.source=adapter"], "writes no merged folder, which predict.models asks for; remove merged there"),
         (
             ["export.source=adapter", WITHOUT_MERGED, "adapter.kind=full"],
             "export.source: adapter needs an adapter, which adapter.kind: full lacks; use merged",
@@ -28,14 +28,14 @@ WITHOUT_MERGED = "predict.models=[adapter, F16]"
         (["export.source=base"], "export.source: got"),
         (
             ["export.types=[F16, BF16]", WITHOUT_MERGED, "export.imatrix=compute"],
-            "export.imatrix weighs quantised types, and export.types has only F16, BF16; add one, as Q4_K_M",
+            "export.imatrix weights quantized types, and export.types has only F16, BF16",
         ),
         (["replay.num_examples=0"], "replay.num_examples: got 0"),
         (["replay.max_tokens=none"], "replay.max_tokens: got"),
         (["replay.min_same_share=98"], "replay.min_same_share: got 98"),
     ],
 )
-def test_what_cannot_be_is_refused_in_a_line(overrides: list[str], told: str) -> None:
+def test_load_refuses_export_options(overrides: list[str], told: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load(None, overrides)
     assert told in str(caught.value)
@@ -51,11 +51,11 @@ def test_what_cannot_be_is_refused_in_a_line(overrides: list[str], told: str) ->
         ["export.imatrix=compute"],
     ],
 )
-def test_what_can_be_is_taken(overrides: list[str]) -> None:
+def test_load_accepts_export_options(overrides: list[str]) -> None:
     load(None, overrides)
 
 
-def test_an_importance_matrix_is_computed_or_read() -> None:
+def test_imatrix_is_computed_or_read() -> None:
     computed, read, none = (
         load(None, each).config.export for each in (["export.imatrix=compute"], ["export.imatrix=m.gguf"], [])
     )

@@ -137,10 +137,3 @@ def stdout() -> Console:
 
     out = Console()
     return out if out.is_terminal else Console(width=_PIPE_COLUMNS)
-
-
-def packaged_config(name: str) -> Path:
-    """A configuration that comes with the package: inside it when installed, beside ``src`` in a checkout."""
-    here = Path(__file__).resolve().parents[1]
-    installed = here / "configs" / name
-    return installed if installed.is_file() else here.parents[1] / "configs" / name

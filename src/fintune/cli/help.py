@@ -57,14 +57,13 @@ def as_override(error: click.UsageError, words: Sequence[str]) -> str | None:
 
 
 def _option(flag: str, words: Sequence[str]) -> str | None:
-    from fintune.config.aliases import meant
     from fintune.config.load import fields
-    from fintune.config.other_names import renamed
+    from fintune.config.other_names import other_name
 
     name = flag.lstrip("-").replace("-", "_")
     known = [key for key, _ in fields()]
     same = [key for key in known if name in (key, key.rpartition(".")[2])]
-    found = meant(name) or renamed(name) or (same[0] if len(same) == 1 else None)
+    found = other_name(name) or (same[0] if len(same) == 1 else None)
     if found is None or "=" in found:
         return found
     for word, following in zip(words, [*words[1:], ""], strict=True):

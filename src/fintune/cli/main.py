@@ -20,7 +20,6 @@ from fintune.cli.common import (
     config_arguments,
     dry_run_option,
     optional_config_arguments,
-    packaged_config,
     redo_flag,
     redo_option,
     run_stage,
@@ -150,6 +149,7 @@ def run(
 @dry_run_option
 def demo(overrides: tuple[str, ...], redo: tuple[str, ...], dry_run: bool) -> None:
     """The whole chain on the built-in model and generated pages, on a CPU."""
+    from fintune.config.yaml_file import packaged_config
     from fintune.pipeline.step import Selection
 
     run_stages(packaged_config("demo.yaml"), overrides, Selection(redo=redo), dry_run=dry_run)

@@ -1,16 +1,15 @@
-"""Every option of a run, written once: its name, type, default, unit and meaning.
+"""The options of a run. Each is one typed field with its name, default, unit and meaning.
 
 The YAML file, ``key=value`` overrides, ``fintune config show``, the manifest of each stage and ``docs/options.md`` all
-come from these fields. An option marked with :func:`neutral` cannot change a result (threads, how often to log); it is
-left out of the fingerprint that decides whether a stage is up to date.
+come from these fields. A field declared with :func:`neutral` cannot change a result (threads, how often to log). It is
+not part of the fingerprint that decides whether a stage is up to date.
 """
 
 from __future__ import annotations
 
-from fintune.config.base import Options, is_neutral, neutral
+from fintune.config.base import Options, is_advanced, is_neutral, neutral
 from fintune.config.data import DataOptions, PromptOptions, Shape, SourceOptions, StatementsOptions
 from fintune.config.export import ExportOptions, MergeOptions, ReplayOptions
-from fintune.config.guard import GuardOptions
 from fintune.config.model import AdapterOptions, ModelOptions
 from fintune.config.predict import (
     GGUF_KINDS,
@@ -22,7 +21,7 @@ from fintune.config.predict import (
 )
 from fintune.config.publish import PublishOptions, is_hub_name
 from fintune.config.run import Config, RunOptions
-from fintune.config.train import TrainOptions
+from fintune.config.train import GuardOptions, TrainOptions
 
 __all__ = [
     "GGUF_KINDS",
@@ -46,6 +45,7 @@ __all__ = [
     "SourceOptions",
     "StatementsOptions",
     "TrainOptions",
+    "is_advanced",
     "is_hub_name",
     "is_neutral",
     "neutral",

@@ -1,4 +1,4 @@
-"""What every section of options has in common."""
+"""The base class of all option sections, and two marks that a field may carry."""
 
 from __future__ import annotations
 
@@ -9,24 +9,38 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic.fields import FieldInfo
 
 
-def neutral(default: Any, description: str, **limits: Any) -> Any:
-    """A field that cannot change any result."""
-    return Field(default, description=description, json_schema_extra={"neutral": True}, **limits)
+def neutral(default: Any, description: str, *, advanced: bool = False, **limits: Any) -> Any:
+    """Declare a field that cannot change any result, such as a number of threads."""
+    return Field(default, description=description, json_schema_extra={"neutral": True, "advanced": advanced}, **limits)
+
+
+def advanced(default: Any, description: str, **limits: Any) -> Any:
+    """Declare a field that few users set; docs/options.md lists it in a table of its own."""
+    return Field(default, description=description, json_schema_extra={"advanced": True}, **limits)
 
 
 def is_neutral(field: FieldInfo) -> bool:
     """Whether the field was declared with :func:`neutral`."""
-    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("neutral"))
+    return _has(field, "neutral")
+
+
+def is_advanced(field: FieldInfo) -> bool:
+    """Whether the field is marked as advanced."""
+    return _has(field, "advanced")
+
+
+def _has(field: FieldInfo, mark: str) -> bool:
+    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get(mark))
 
 
 class Options(BaseModel):
-    """Base of all sections: frozen, an unknown key is an error, no number is infinite, ``~`` is the home folder."""
+    """Base of all sections: frozen, refuses unknown keys and infinite numbers, expands ``~`` in paths."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @field_validator("*")
     @classmethod
-    def _home(cls, value: Any) -> Any:
+    def _expand_home(cls, value: Any) -> Any:
         if not isinstance(value, Path):
             return value
         try:

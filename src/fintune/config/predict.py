@@ -1,4 +1,4 @@
-"""How completions are made."""
+"""How the models answer the evaluation questions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
-from fintune.config.base import Options, neutral
+from fintune.config.base import Options, advanced, neutral
 
 GgufKind = Literal["F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "Q3_K_M"]
 ModelKind = Literal["base", "adapter", "adapter_4bit", "merged", "merged_4bit", GgufKind, "endpoint"]
@@ -24,43 +24,42 @@ def split_kind_and_mode(name: str) -> tuple[str, str]:
 
 
 def _one_or_several(value: object) -> str:
-    # Told apart before they are checked, so that what is refused is the value that is wrong.
+    # The branch is chosen before the values are checked, so that the error names the value at fault.
     return "several" if isinstance(value, (list, tuple)) else "one"
 
 
 def _as_tuple(value: object) -> object:
-    # Behind a validator in Python, strict checking takes no list for it.
+    # Strict checking accepts no list from a Python validator.
     return tuple(value) if isinstance(value, list) else value
 
 
 class PredictOptions(Options):
-    """Programs for the evaluation questions from each kind of model."""
+    """Answers to the evaluation questions from each kind of model."""
 
     models: Annotated[tuple[ModelKind, ...], Field(min_length=1)] = Field(
         ("base", "adapter", "merged", "F16", "Q4_K_M"),
-        description="What is measured: the model before training, base + adapter, merged folder, GGUF files by type "
-        "(`export.types` has to write them); "
-        "`adapter_4bit` and `merged_4bit` with the base's or the merged weights packed in 4 bits while they load (NF4, "
-        "bitsandbytes); and `endpoint`, whatever is served at `predict.endpoint`.",
+        description="What is measured: the model before training (`base`), base + adapter, the merged folder, and GGUF "
+        "files by type (`export.types` must write them). `adapter_4bit` and `merged_4bit` load those weights in 4 bits "
+        "(NF4, bitsandbytes). `endpoint` is the server at `predict.endpoint`.",
     )
     endpoint: str | None = Field(
         None,
-        description="Address of an OpenAI-compatible server (llama.cpp, vLLM, Ollama, ...), as "
-        "`http://127.0.0.1:8080/v1#MODEL`; its own chat template renders the prompts. A key is read from the "
+        description="Address of an OpenAI-compatible server (llama.cpp, vLLM, Ollama, ...), such as "
+        "`http://127.0.0.1:8080/v1#MODEL`. The server applies its own chat template. A key is read from the "
         "environment variable FINTUNE_API_KEY or OPENAI_API_KEY.",
     )
     engine: Literal["auto", "transformers", "vllm"] = Field(
         "auto",
-        description="What runs Hugging Face folders; `auto` is transformers. llama.cpp runs GGUF files.",
+        description="What runs Hugging Face folders (`auto`: transformers). llama.cpp runs GGUF files.",
     )
     num_fewshot: int = Field(
         0,
         ge=0,
-        description="Training questions with evidence and program that stand before each question: the most similar "
-        "ones, none from a page that is scored. Those that do not fit `prompt.max_length` are left out.",
+        description="Number of solved training questions, with evidence and program, before each question: the most "
+        "similar ones, none from a scored page. Those that do not fit `prompt.max_length` are left out.",
     )
     max_new_tokens: int = Field(
-        96, ge=1, description="Tokens of a completion at most; the longest gold of FinQA needs about 90."
+        96, ge=1, description="Maximum tokens of a completion. The longest gold program of FinQA needs about 90."
     )
     constrain: Annotated[
         Annotated[DecodingMode, Tag("one")]
@@ -69,37 +68,40 @@ class PredictOptions(Options):
     ] = Field(
         "none",
         json_schema_extra={"shown_type": f"{' or '.join(get_args(DecodingMode))}, or a list of these"},
-        description="What a completion may say: anything; only programs (`general`); or only programs of the numbers "
-        "and rows on its page and FinQA's constants (`page`). A list, as `[none, page]`, measures each kind of "
-        "model in each of these modes; steps that are named after the kind alone use the first.",
+        description="What a completion may contain: anything (`none`), only programs (`general`), or only programs of "
+        "the numbers and rows on its page and FinQA's constants (`page`). A list such as `[none, page]` measures each "
+        "kind of model in each of these modes; steps named after the kind alone use the first.",
     )
     strategy: Literal["greedy", "sample", "execution_guided", "vote"] = Field(
         "greedy",
-        description="`greedy`: the most probable token each time; `sample`: drawn tokens; `execution_guided`: of the "
-        "greedy and `num_candidates` - 1 drawn completions the most probable one whose program runs (arXiv "
-        "1807.03100); `vote`: the result that most of `num_candidates` drawn programs have (arXiv 2203.11171).",
+        description="`greedy`: the most probable token each time. `sample`: sampled tokens. `execution_guided`: the "
+        "most probable of the greedy and `num_candidates` - 1 sampled completions whose program runs (arXiv "
+        "1807.03100). `vote`: the most frequent result of `num_candidates` sampled programs (arXiv 2203.11171).",
     )
     num_candidates: int = Field(
-        1, ge=1, description="Completions a question, for `execution_guided` (1 is greedy) and `vote` (2 or more)."
+        1,
+        ge=1,
+        description="Completions per question, for `execution_guided` (1: greedy) and `vote` (2 or more).",
     )
     temperature: float = Field(
-        0.7, ge=0.01, le=100, description="Where tokens are drawn: below 1 the probable ones more often than they are."
+        0.7, ge=0.01, le=100, description="Sampling temperature. Below 1, probable tokens are drawn more often."
     )
     top_p: float = Field(
-        1.0, gt=0, le=1, description="Where tokens are drawn: from the most probable that have this share together."
+        1.0, gt=0, le=1, description="Sampling: draw only from the most probable tokens with this total probability."
     )
-    seed: int = Field(17, ge=0, description="Where tokens are drawn: the same seed draws the same.")
-    batch_size: int = Field(16, ge=1, description="Completions decoded together.")
+    seed: int = advanced(17, "Sampling seed. The same seed draws the same tokens.", ge=0)
+    batch_size: int = Field(16, ge=1, description="Completions that are decoded together.")
     timeout_seconds: float = neutral(
         600.0,
-        "Seconds in which a server has to answer a request, those in which it waits there among them.",
+        "Seconds that a server may take to answer a request, including the time that the request waits there.",
+        advanced=True,
         gt=0,
         le=604_800,
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "float32", description="Arithmetic of the transformers engine."
     )
-    threads: int | None = neutral(None, "CPU threads; all cores where empty.", ge=1)
+    threads: int | None = neutral(None, "CPU threads (default: all cores).", advanced=True, ge=1)
 
     @property
     def decoding_modes(self) -> tuple[DecodingMode, ...]:
@@ -113,7 +115,7 @@ class PredictOptions(Options):
 
     @field_validator("constrain")
     @classmethod
-    def _each_mode_once(cls, value: DecodingMode | tuple[DecodingMode, ...]) -> DecodingMode | tuple[DecodingMode, ...]:
+    def _check_modes(cls, value: DecodingMode | tuple[DecodingMode, ...]) -> DecodingMode | tuple[DecodingMode, ...]:
         if not isinstance(value, tuple):
             return value
         if not value:
@@ -123,9 +125,11 @@ class PredictOptions(Options):
         return value if len(value) > 1 else value[0]
 
     @model_validator(mode="after")
-    def _candidates_are_used(self) -> PredictOptions:
+    def _check_candidates(self) -> PredictOptions:
         if self.strategy == "vote" and self.num_candidates == 1:
-            raise ValueError("predict.strategy: vote needs several candidates; set predict.num_candidates, as to 8")
+            raise ValueError(
+                "predict.strategy: vote needs several candidates; set predict.num_candidates to 8, for example"
+            )
         if self.strategy in ("greedy", "sample") and self.num_candidates > 1:
             raise ValueError(
                 f"predict.num_candidates is not read with predict.strategy: {self.strategy}; "

@@ -1,4 +1,4 @@
-"""What of a run goes to the Hugging Face hub, and where."""
+"""Which results of a run are pushed to the Hugging Face hub, and where."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from fintune.config.base import Options, neutral
+from fintune.config.base import Options, advanced, neutral
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,94}[A-Za-z0-9]|[A-Za-z0-9]", re.ASCII)
 
@@ -15,79 +15,77 @@ Published = Literal["adapter", "merged", "gguf"]
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a repository of the hub may be called so: ``OWNER/NAME`` or ``NAME``."""
+    """Whether a name is valid for a repository of the hub: ``OWNER/NAME`` or ``NAME``."""
     parts = name.split("/")
     fits = len(parts) <= 2 and len(name) <= 96 and not any(pair in name for pair in ("--", ".."))
     return fits and all(_REPO.fullmatch(part) is not None for part in parts)
 
 
 class PublishOptions(Options):
-    """Pushing results to the Hugging Face hub; nothing is pushed where `repo_id` is empty."""
+    """Pushing results to the Hugging Face hub. Nothing is pushed unless `repo_id` is set."""
 
     repo_id: str | None = Field(
         None,
-        description="Repository, `OWNER/NAME`, or `NAME` for one of yours. Made where there is none. With it, "
-        "`fintune run` ends with a push; the token is that of `hf auth login` or HF_TOKEN.",
+        description="Repository: `OWNER/NAME`, or `NAME` for one of yours. It is created if it does not exist. If this "
+        "is set, `fintune run` ends with a push. The token comes from `hf auth login` or HF_TOKEN.",
     )
     artifacts: Annotated[tuple[Published, ...], Field(min_length=1)] = Field(
         ("adapter",),
         description="What is pushed: `adapter` (PEFT), `merged` (the 16-bit folder), `gguf` (the files of "
-        "`export.types` and the Modelfile). Beside `merged` the adapter lies in `adapter/`.",
+        "`export.types` and the Modelfile). If `merged` is pushed, the adapter goes to the folder `adapter/`.",
     )
     private: bool = Field(
-        True, description="Only you can read it. A repository that everybody can read already is then refused."
+        True, description="Make the repository private. A repository that is already public is then refused."
     )
-    branch: str = Field(
-        "main", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Branch; made where there is none."
+    branch: str = advanced(
+        "main", "Branch; it is created if it does not exist.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
     )
-    base_model: str | None = Field(
+    base_model: str | None = advanced(
         None,
-        description="Hub id of the base model, where `model.name` is a folder; the card and the adapter's "
-        "configuration name it.",
+        "Hub id of the base model, if `model.name` is a folder. The card and the adapter's configuration name it.",
     )
     license: str | None = Field(
         None,
-        description="Licence of the result in the hub's form, as `apache-2.0`; where empty, the card says what base "
-        "model and data ask for. None that allows what the data forbid is taken.",
+        description="License of the result as a hub identifier such as `apache-2.0` (default: what base model and data "
+        "require). Rejected if it permits uses that the data licenses forbid.",
     )
     each_epoch: bool = neutral(
         False,
-        "Push the adapter behind every epoch of training, too, in the background; a failure is told and "
-        "training goes on.",
+        "Also push the adapter after every epoch, in the background. If a push fails, training continues.",
     )
 
     @field_validator("repo_id", "base_model")
     @classmethod
-    def _is_a_name(cls, value: str | None, info: ValidationInfo) -> str | None:
+    def _check_name(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is None:
             return None
         if not is_hub_name(value):
-            raise ValueError(f"publish.{info.field_name}: {value!r} is no name on the hub; write OWNER/NAME")
+            raise ValueError(f"publish.{info.field_name}: {value!r} is not a valid hub name; write OWNER/NAME")
         return value
 
     @field_validator("artifacts")
     @classmethod
-    def _named_once(cls, value: tuple[Published, ...]) -> tuple[Published, ...]:
+    def _check_artifacts(cls, value: tuple[Published, ...]) -> tuple[Published, ...]:
         if len(set(value)) < len(value):
             raise ValueError("publish.artifacts names something twice; once is enough")
         return value
 
     @model_validator(mode="after")
-    def _somewhere(self) -> PublishOptions:
+    def _check_repository(self) -> PublishOptions:
         if self.each_epoch and not self.repo_id:
-            raise ValueError("publish.each_epoch needs a place to push to; set publish.repo_id")
+            raise ValueError("publish.each_epoch needs a repository; set publish.repo_id")
         return self
 
     @property
     def adapter_folder(self) -> str:
-        """Where the adapter lies in the repository: at its root, unless the merged model is there.
+        """Folder of the adapter in the repository: its root, unless the merged model is there.
 
-        transformers would put an adapter beside a model on top of it, and so a second time.
+        transformers would apply an adapter beside a model on top of it, and so a second time.
         """
         return "adapter" if "merged" in self.artifacts else ""
 
-    def obstacle(self, kind: str, source: str) -> str | None:
-        """What is asked for and never made, with what to do.
+    def unsupported_reason(self, kind: str, source: str) -> str | None:
+        """Return why an artifact cannot be published and what to do, or None.
 
         Args:
             kind: ``adapter.kind``.

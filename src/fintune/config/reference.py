@@ -1,4 +1,4 @@
-"""``docs/options.md``: every option with its type, default and meaning, from the fields themselves."""
+"""``docs/options.md``: every option with its type, default and meaning, generated from the fields."""
 
 from __future__ import annotations
 
@@ -10,41 +10,43 @@ from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
-from fintune.config import Config, Options, is_neutral
+from fintune.config import Config, Options, is_advanced, is_neutral
 from fintune.config.load import fields
 
 _HEAD = """# Options
 
-One YAML file holds a run's options in sections; a dotted `key=value` on the command line overrides one of them:
+A YAML file sets the options of a run, in sections. A dotted `key=value` on the command line overrides one option:
 
 ```
 fintune run configs/demo.yaml train.learning_rate=1e-4 run.name=lower-rate
 ```
 
-`fintune config show CONFIG` prints every value and where it came from. An unknown key is an error. Options marked °
-cannot change a result; all others belong to the fingerprint that decides whether a stage is up to date.
+`fintune init` writes a file to start from. `fintune config show CONFIG` prints every option with its value and origin;
+with `--changed`, only those that differ from the defaults. An unknown key is an error.
 
-This page is written by `fintune config reference` from `src/fintune/config/`.
+Options marked ° cannot change a result. All others are part of the fingerprint that decides whether a stage is up to
+date. Options that few users set are in [a table of their own](#advanced).
+
+This page is generated: `fintune config reference > docs/options.md`.
 """
+_ADVANCED = "Options that few users set. They go into the same sections: `train.machines` is `machines` in `train:`."
+_COLUMNS = ("| option | type | default | meaning |", "|---|---|---|---|")
 
 
 def options_page() -> str:
-    """The page as Markdown."""
+    """Return the page as Markdown."""
     lines = [_HEAD]
     section = ""
     for key, field in fields():
-        parent, _, leaf = key.rpartition(".")
+        parent, _, name = key.rpartition(".")
+        if is_advanced(field):
+            continue
         if parent != section:
             section = parent
-            lines += [
-                f"\n## {section}\n",
-                f"{_section_meaning(section)}\n",
-                "| option | type | default | meaning |",
-                "|---|---|---|---|",
-            ]
-        mark = "°" if is_neutral(field) else ""
-        default = field.get_default(call_default_factory=True)
-        lines.append(f"| `{leaf}`{mark} | {_shown_type(field)} | {_default(default)} | {field.description} |")
+            lines += [f"\n## {section}\n", f"{_section_meaning(section)}\n", *_COLUMNS]
+        lines.append(_row(name, field))
+    lines += ["\n## advanced\n", f"{_ADVANCED}\n", *_COLUMNS]
+    lines += [_row(key, field) for key, field in fields() if is_advanced(field)]
     for key, field in fields():
         for entry in get_args(field.annotation):
             if isinstance(entry, type) and issubclass(entry, Options):
@@ -52,8 +54,14 @@ def options_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def _row(name: str, field: FieldInfo) -> str:
+    mark = "°" if is_neutral(field) else ""
+    default = _default(field.get_default(call_default_factory=True))
+    return f"| `{name}`{mark} | {_shown_type(field)} | {default} | {field.description} |"
+
+
 def _entries(key: str, model: type[Options]) -> list[str]:
-    """The table of what an entry of a list holds."""
+    """Return the table of the keys of a list entry."""
     rows = [
         f"| `{name}` | {_type(str(field.annotation))} | {_entry_default(field)} | {field.description} |"
         for name, field in model.model_fields.items()
@@ -80,14 +88,14 @@ def _section_meaning(section: str) -> str:
 
 def _shown_type(field: FieldInfo) -> str:
     extra = field.json_schema_extra
-    said = extra.get("shown_type") if isinstance(extra, dict) else None  # where the annotation is no reading
-    return said if isinstance(said, str) else _type(str(field.annotation))
+    shown = extra.get("shown_type") if isinstance(extra, dict) else None  # for annotations that are hard to read
+    return shown if isinstance(shown, str) else _type(str(field.annotation))
 
 
 def _type(annotation: str) -> str:
     plain = re.sub(r"typing\.|pathlib\.(?:_local\.)?|<class '|'>", "", annotation)
     plain = re.sub(r"Optional\[(.*)\]", r"\1 | None", plain).replace("Path", "path")
-    plain = re.sub(r"Literal\[([^\]]*)\]", lambda found: found[1].replace("', '", " or ").replace("'", ""), plain)
+    plain = re.sub(r"Literal\[([^\]]*)\]", lambda match: match[1].replace("', '", " or ").replace("'", ""), plain)
     plain = re.sub(r"tuple\[(.*), \.\.\.\]", r"list of \1", plain)
     plain = re.sub(r"(\w+\.)+SourceOptions", "entries", plain).replace("dict[str, str]", "names by name")
     return plain.replace("| None", "or empty").replace("|", "or")

@@ -1,4 +1,4 @@
-"""A whole run: its sections, and which options go together."""
+"""A whole run: its sections, and which options work together."""
 
 from __future__ import annotations
 
@@ -9,21 +9,19 @@ from pydantic import Field, model_validator
 from fintune.config.base import Options, neutral
 from fintune.config.data import DataOptions, PromptOptions
 from fintune.config.export import ExportOptions, MergeOptions, ReplayOptions
-from fintune.config.guard import GuardOptions
 from fintune.config.model import AdapterOptions, ModelOptions
 from fintune.config.predict import GGUF_KINDS, DecodingMode, PredictOptions
-from fintune.config.preference import obstacle
 from fintune.config.publish import PublishOptions
-from fintune.config.train import TrainOptions
+from fintune.config.train import BETA, GuardOptions, TrainOptions
 
 
 class RunOptions(Options):
-    """Where the run lives and what makes it repeatable."""
+    """Where the run is stored and what makes it repeatable."""
 
-    name: str = neutral("", "Name of the run's folder; the configuration file's name where empty.")
-    dir: Path = neutral(Path("runs"), "Folder that holds all runs.")
+    name: str = neutral("", "Name of the run's folder (default: the name of the configuration file).")
+    dir: Path = neutral(Path("runs"), "Folder that contains all runs.")
     seed: int = Field(
-        17, ge=0, lt=2**32, description="Seed of data generation, sampling, adapter initialisation and shuffling."
+        17, ge=0, lt=2**32, description="Seed of data generation, sampling, adapter initialization and shuffling."
     )
 
 
@@ -36,15 +34,15 @@ class Config(Options):
     prompt: PromptOptions = Field(default_factory=PromptOptions, description="Prompt.")
     adapter: AdapterOptions = Field(default_factory=AdapterOptions, description="Adapter.")
     train: TrainOptions = Field(default_factory=TrainOptions, description="Training.")
-    guard: GuardOptions = Field(default_factory=GuardOptions, description="Guard.")
+    guard: GuardOptions = Field(default_factory=GuardOptions, description="Forgetting check.")
     merge: MergeOptions = Field(default_factory=MergeOptions, description="Merge.")
     export: ExportOptions = Field(default_factory=ExportOptions, description="Export.")
-    replay: ReplayOptions = Field(default_factory=ReplayOptions, description="Replay.")
+    replay: ReplayOptions = Field(default_factory=ReplayOptions, description="Verification of the exports.")
     predict: PredictOptions = Field(default_factory=PredictOptions, description="Prediction.")
     publish: PublishOptions = Field(default_factory=PublishOptions, description="Publishing.")
 
     @model_validator(mode="after")
-    def _method_is_one(self) -> Config:
+    def _check_adapter(self) -> Config:
         kind, init, quantization = self.adapter.kind, self.adapter.init_lora_weights, self.model.quantization
         if kind == "full":
             if quantization == "nf4":
@@ -60,40 +58,79 @@ class Config(Options):
                 raise ValueError("train.fused_layers: always freezes the base weights, which adapter.kind: full trains")
         if init == "pissa" and quantization == "nf4":
             raise ValueError(
-                "adapter.init_lora_weights: pissa takes from 16-bit weights; use loftq with model.quantization: nf4"
+                "adapter.init_lora_weights: pissa needs 16-bit weights; use loftq with model.quantization: nf4"
             )
         if init == "loftq" and quantization == "none":
-            raise ValueError(
-                "adapter.init_lora_weights: loftq takes up the error of 4-bit weights; set model.quantization: nf4"
-            )
+            raise ValueError("adapter.init_lora_weights: loftq needs 4-bit weights; set model.quantization: nf4")
         if init == "loftq" and kind == "dora":
-            raise ValueError("adapter.init_lora_weights: loftq is unproven with adapter.kind: dora; use lora")
+            raise ValueError("adapter.init_lora_weights: loftq is not supported with adapter.kind: dora; use lora")
         if self.merge.into == "quantized_base" and quantization == "none":
             raise ValueError(
-                "merge.into: quantized_base is about 4-bit training; set model.quantization: nf4, or remove it"
+                "merge.into: quantized_base needs 4-bit training; set model.quantization: nf4, or remove it"
             )
-        if self.train.select_checkpoint == "best_accuracy" and self.data.source not in ("builtin:statements", "finqa"):
+        if self.train.select_checkpoint == "best_accuracy" and self.data.source == "chat":
             raise ValueError(
-                "train.select_checkpoint: best_accuracy needs gold programs, which "
-                f"data.source: {self.data.source} lacks"
+                "train.select_checkpoint: best_accuracy needs gold programs, which data.source: chat lacks"
             )
         return self
 
     @model_validator(mode="after")
-    def _objective_is_proven(self) -> Config:
-        if reason := obstacle(self):
+    def _check_objective(self) -> Config:
+        if reason := self._unsupported_objective():
             raise ValueError(reason)
         return self
 
+    def _unsupported_objective(self) -> str | None:
+        """Return which option is not supported with ``train.objective`` and what to do, or None."""
+        train, adapter = self.train, self.adapter
+        objective = f"train.objective: {train.objective}"
+        weights = ("desirable_weight", "undesirable_weight")
+        weight = next((name for name in weights if getattr(train, name) is not None), None)
+        if train.objective == "sft":
+            if train.beta != BETA:
+                return "train.beta has no effect with train.objective: sft; set dpo, orpo or kto, or remove it"
+            if train.rpo_alpha:
+                return "train.rpo_alpha belongs to train.objective: dpo; remove it"
+            return f"train.{weight} belongs to train.objective: kto; remove it" if weight else None
+        rows = "preference rows (prompt, chosen, rejected)"
+        if train.objective == "kto":
+            rows += " or labelled answers (prompt, completion, label)"
+        reasons = {
+            f"{objective} compares answers, which data.source: {self.data.source} lacks; set data.source: chat and "
+            f"name {rows} in data.sources": self.data.source != "chat",
+            f"{objective} is not supported with adapter.kind: full, since its reference is the model without the "
+            "adapter; use lora or dora": adapter.kind == "full",
+            f"{objective} is not supported with adapter.init_lora_weights: {adapter.init_lora_weights}, whose adapter "
+            "changes the model before the first step; use default": adapter.init_lora_weights != "default",
+            f"{objective} is not supported with adapter.lora_dropout: model and reference must be equal at first; set "
+            "it to 0": adapter.lora_dropout > 0,
+            f"{objective} is not supported with train.fused_layers: always; set it to auto or never": (
+                train.fused_layers == "always"
+            ),
+            f"{objective} is not supported with train.select_checkpoint: best_accuracy, which needs gold programs; use "
+            "best_loss": train.select_checkpoint == "best_accuracy",
+            f"train.rpo_alpha belongs to train.objective: dpo, not to {train.objective}; remove it": (
+                train.rpo_alpha > 0 and train.objective != "dpo"
+            ),
+            f"train.{weight} belongs to train.objective: kto, not to {train.objective}; remove it": (
+                weight is not None and train.objective != "kto"
+            ),
+            f"{objective} compares answers of different prompts in a forward pass; set "
+            "train.per_device_train_batch_size to 2 or more": (
+                train.objective == "kto" and train.per_device_train_batch_size < 2
+            ),
+        }
+        return next((reason for reason, applies in reasons.items() if applies), None)
+
     @model_validator(mode="after")
-    def _measured_files_are_exported(self) -> Config:
+    def _check_measured_files(self) -> Config:
         if self.data.source == "chat":
             return self  # no official verdict, so nothing is predicted
         merged = [kind for kind in self.predict.models if kind.startswith("merged")]
         if self.export.source == "adapter" and merged:
             raise ValueError(
                 "export.source: adapter writes no merged folder, which predict.models asks for; "
-                f"take {' and '.join(merged)} out there"
+                f"remove {' and '.join(merged)} there"
             )
         missing = [kind for kind in self.predict.models if kind in GGUF_KINDS and kind not in self.export.types]
         if missing:
@@ -103,13 +140,13 @@ class Config(Options):
         return self
 
     @model_validator(mode="after")
-    def _published_is_made(self) -> Config:
-        if found := self.publish.obstacle(self.adapter.kind, self.export.source):
-            raise ValueError(found)
+    def _check_publish(self) -> Config:
+        if reason := self.publish.unsupported_reason(self.adapter.kind, self.export.source):
+            raise ValueError(reason)
         return self
 
     def with_decoding_mode(self, mode: DecodingMode) -> Config:
-        """Return the same options with a single decoding mode."""
+        """Return a copy whose completions are constrained in this mode only."""
         return self.model_copy(update={"predict": self.predict.model_copy(update={"constrain": mode})})
 
     @property

@@ -1,4 +1,4 @@
-"""How the model is trained."""
+"""How the model is trained, and the regression check before and after training."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from fintune.config.base import Options, neutral
-from fintune.config.preference import BETA
+from fintune.config.base import Options, advanced, neutral
+
+BETA = 0.1
 
 
 class TrainOptions(Options):
@@ -16,149 +17,177 @@ class TrainOptions(Options):
 
     objective: Literal["sft", "dpo", "orpo", "kto"] = Field(
         "sft",
-        description="`sft`: the completion is learned. On preference rows (`data.source: chat`; docs/preference.md) "
-        "`dpo` (arXiv 2305.18290) and `kto` (arXiv 2402.01306) learn to tell chosen from rejected answers, measured "
-        "against the model before training; `orpo` (arXiv 2403.07691) learns the chosen answer at the same time and "
-        "needs no reference. `kto` also learns from answers that stand alone with a label (prompt, completion, label: "
-        "true or false). They want a far lower `train.learning_rate`: 5e-6 to 5e-5.",
+        description="`sft`: learn the completions. The others learn from preference rows (`data.source: chat`; "
+        "docs/preference.md). `dpo` (arXiv 2305.18290) and `kto` (arXiv 2402.01306) compare the answers with those of "
+        "the model before training. `orpo` (arXiv 2403.07691) needs no reference and learns the chosen answer as well. "
+        "`kto` also accepts single answers with a label (prompt, completion, label: true or false). All three need a "
+        "much lower `train.learning_rate`: 5e-6 to 5e-5.",
     )
     beta: float = Field(
         BETA,
         gt=0,
-        description="Of a preference `train.objective`: how dearly `dpo` and `kto` pay for leaving the reference "
-        "(higher stays closer), and the weight of `orpo`'s odds ratio; 0.1 in all three papers.",
+        description="Strength of the penalty for leaving the reference model (`dpo`, `kto`), or weight of the odds "
+        "ratio (`orpo`). A higher value stays closer. All three papers use 0.1.",
     )
-    rpo_alpha: float = Field(
+    rpo_alpha: float = advanced(
         0.0,
+        "Weight of the chosen answer's own loss, added with `train.objective: dpo`. It keeps the chosen answer from "
+        "becoming less probable together with the rejected one (arXiv 2404.19733 uses 1).",
         ge=0,
-        description="Of `train.objective: dpo`: adds so much of the chosen answers' own loss, which keeps their "
-        "probability from falling with that of the rejected ones (arXiv 2404.19733 takes 1).",
     )
-    desirable_weight: float | None = Field(
+    desirable_weight: float | None = advanced(
         None,
+        "Weight of the answers labelled true, with `train.objective: kto`. Default: chosen so that the desirable "
+        "answers together weigh as much as the undesirable ones, or up to a third more (arXiv 2402.01306, section 4).",
         gt=0,
-        description="Of `train.objective: kto`: weight of the answers labelled true. Where empty it is chosen so that "
-        "the desired answers together weigh as much as the undesired ones, or up to a third more (arXiv 2402.01306, "
-        "section 4).",
     )
-    undesirable_weight: float | None = Field(
-        None, gt=0, description="Likewise of the answers labelled false; where both are empty, the fewer weigh more."
+    undesirable_weight: float | None = advanced(
+        None,
+        "Weight of the answers labelled false, with `train.objective: kto`. If both weights are unset, the rarer label "
+        "gets the higher weight.",
+        gt=0,
     )
     num_train_epochs: float = Field(3.0, gt=0, description="Passes over the training examples.")
     max_steps: int | None = Field(
-        None, ge=1, description="Stop after so many optimiser steps; overrides `train.num_train_epochs`."
+        None, ge=1, description="Stop after this many optimizer steps; overrides `train.num_train_epochs`."
     )
     learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
     lr_scheduler_type: Literal["cosine", "linear", "constant_with_warmup"] = Field(
-        "cosine", description="Learning-rate schedule after warm-up."
+        "cosine", description="Learning-rate schedule after the warm-up."
     )
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of the steps with a rising learning rate.")
     warmup_steps: int | None = Field(
-        None, ge=0, description="So many steps with a rising learning rate; overrides `train.warmup_ratio`."
+        None, ge=0, description="Number of steps with a rising learning rate; overrides `train.warmup_ratio`."
     )
     optim: Literal[
         "adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit", "adafactor", "sgd"
     ] = Field(
         "adamw_torch",
-        description="`8bit` ones keep their moments in 8 bits (bitsandbytes, GPU and CPU; arXiv 2110.02861), `paged` "
-        "ones move them to main memory when a CUDA GPU runs short, `adafactor` (arXiv 1804.04235) keeps sums of rows "
-        "and columns only.",
+        description="Optimizer. The `8bit` ones store their moments in 8 bits (bitsandbytes, GPU and CPU; arXiv "
+        "2110.02861). The `paged` ones move them to main memory if a CUDA GPU runs short. `adafactor` (arXiv "
+        "1804.04235) stores only sums of rows and columns.",
     )
-    weight_decay: float = Field(0.0, ge=0, description="Weight decay of the optimiser.")
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay.")
     adam_beta2: float = Field(
-        0.999, gt=0, lt=1, description="AdamW's memory of squared gradients; 0.99 suits runs of a few hundred steps."
+        0.999, gt=0, lt=1, description="Decay of AdamW's second moment. 0.99 suits runs of a few hundred steps."
     )
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     backend: Literal["builtin", "unsloth"] = Field(
         "builtin",
-        description="What trains the adapter: this package, or Unsloth in a process of its own (a CUDA GPU; same data, "
+        description="What trains the adapter: this package, or Unsloth in its own process (a CUDA GPU; same data, "
         "masks, order and options).",
     )
     backend_python: Path | None = neutral(
-        None, "Python of an environment that holds Unsloth and fintune; this one's where empty."
+        None,
+        "Python interpreter of an environment with Unsloth and fintune (default: the running one).",
+        advanced=True,
     )
-    per_device_train_batch_size: int = Field(8, ge=1, description="Examples a forward pass and GPU.")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="Forward passes an optimiser step.")
+    per_device_train_batch_size: int = Field(8, ge=1, description="Examples per forward pass on each GPU.")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Forward passes per optimizer step.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto",
-        description="Arithmetic of the frozen weights; `auto` is bfloat16 where the processor multiplies it natively.",
+        description="Arithmetic of the frozen weights. `auto` is bfloat16 if the processor multiplies it natively.",
     )
     gpus: int = Field(
         1,
         ge=1,
-        description="GPUs of this machine, a process each; a step then trains on so many times "
+        description="GPUs of this machine, one process each. A step then trains on gpus x "
         "`train.per_device_train_batch_size` x `train.gradient_accumulation_steps` examples.",
     )
-    machines: int = Field(
+    machines: int = advanced(
         1,
+        "Machines with `train.gpus` GPUs each, which share the files. The command prints what to run on the others.",
         ge=1,
-        description="Machines with `train.gpus` GPUs each, which see the same files; the command prints what to run on "
-        "the others.",
     )
     sharding: Literal["auto", "none", "full"] = Field(
         "auto",
-        description="With several GPUs: `none` gives each the whole base model, `full` divides its frozen weights "
-        "among them (FSDP2), `auto` divides where the whole does not fit one.",
+        description="With several GPUs: `none` gives every GPU the whole base model, `full` divides its frozen weights "
+        "among them (FSDP2), `auto` divides them if the whole model does not fit one GPU.",
     )
     gradient_checkpointing: bool | None = neutral(
         None,
-        "Recompute the activations of every layer in the backward pass: less memory, a third slower. Where empty, the "
-        "fused layers recompute as many as the GPU's memory demands, and transformers' layers all where theirs are not "
-        "sure to fit; nothing is recomputed on a CPU.",
+        "Recompute the activations of every layer in the backward pass: less memory, a third slower. Default: on a "
+        "GPU, the fused layers recompute as few layers as fit, and transformers' layers recompute all if they might "
+        "not fit; a CPU recomputes none.",
     )
     max_memory_gib: float | None = neutral(
         None,
-        "Memory that training may allocate on the GPU, in GiB; all that is free where empty. With the "
-        "fused layers the planner chooses recomputed layers and passes by it (`fintune plan`).",
+        "GPU memory in GiB that training may allocate (default: all that is free). With the fused layers, the memory "
+        "plan follows it (`fintune plan`).",
+        advanced=True,
         gt=0,
     )
     fused_layers: Literal["auto", "always", "never"] = Field(
         "auto",
-        description="Run the decoder layers of Llama, Mistral, Qwen2 and Qwen3 through this package's forward and "
-        "backward pass (same mathematics, faster); `auto`: on a CUDA GPU, where the model and its adapter allow it.",
+        description="Run the decoder layers of Llama, Mistral, Qwen2 and Qwen3 with this package's forward and "
+        "backward pass (same mathematics, faster). `auto`: on a CUDA GPU, if the model and its adapter allow it.",
     )
-    save_steps: int = Field(100, ge=1, description="Steps between checkpoints, from which an interrupted run resumes.")
-    save_total_limit: int = neutral(2, "Complete checkpoints that are kept, the newest.", ge=1)
+    save_steps: int = Field(
+        100, ge=1, description="Steps between checkpoints. An interrupted run resumes from the last one."
+    )
+    save_total_limit: int = neutral(2, "Number of complete checkpoints to keep, the newest ones.", ge=1)
     eval_steps: int | None = Field(
         None,
         ge=1,
-        description="Steps between evaluations on the evaluation split, one more behind the last; none where empty.",
+        description="Steps between evaluations on the evaluation split. The last step is evaluated, too. Default: no "
+        "evaluations.",
     )
     max_eval_samples: int | None = Field(
-        None, ge=1, description="Evaluate on at most so many examples, drawn with `run.seed`; all where empty."
+        None, ge=1, description="Evaluate on at most this many examples, drawn with `run.seed` (default: all)."
     )
-    eval_new_tokens: int = Field(
-        96, ge=1, description="Tokens of a completion at most, where an evaluation measures execution accuracy."
+    eval_new_tokens: int = advanced(
+        96, "Maximum tokens of a completion when an evaluation measures execution accuracy.", ge=1
     )
     select_checkpoint: Literal["last", "best_loss", "best_accuracy"] = Field(
         "last",
         description="Which weights become the result: those of the last step, of the evaluation with the lowest loss, "
-        "or of that with the highest execution accuracy, which each evaluation then measures by greedy decoding.",
+        "or of the evaluation with the highest execution accuracy (measured by greedy decoding at every evaluation).",
     )
     early_stopping_patience: int | None = Field(
         None,
         ge=1,
-        description="Stop after so many evaluations in a row without a better one, by what "
-        "`train.select_checkpoint` goes by (the loss for `last`); never where empty.",
+        description="Stop after this many consecutive evaluations without an improvement, by the measure of "
+        "`train.select_checkpoint` (the loss for `last`). Default: never.",
     )
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = neutral(
         (),
-        "Where losses go besides metrics.jsonl: `tensorboard` writes train/tensorboard, `wandb` sends them to Weights "
+        "Where losses go besides metrics.jsonl. `tensorboard` writes train/tensorboard. `wandb` sends them to Weights "
         "& Biases (WANDB_MODE=offline keeps them in train/wandb).",
     )
     logging_steps: int = neutral(
         1,
-        "Steps between lines of metrics.jsonl; a line more behind each checkpoint, the last step and, with "
-        "`train.early_stopping_patience`, each evaluation.",
+        "Steps between lines of metrics.jsonl. There is also a line after each checkpoint, after the last step and, "
+        "with `train.early_stopping_patience`, after each evaluation.",
         ge=1,
     )
-    threads: int | None = neutral(None, "CPU threads; all cores where empty.", ge=1)
+    threads: int | None = neutral(None, "CPU threads (default: all cores).", advanced=True, ge=1)
 
     @model_validator(mode="after")
-    def _choices_need_evaluations(self) -> TrainOptions:
+    def _check_evaluations(self) -> TrainOptions:
         if self.eval_steps is None:
-            asked = [f"train.select_checkpoint: {self.select_checkpoint}"] if self.select_checkpoint != "last" else []
-            asked += ["train.early_stopping_patience"] if self.early_stopping_patience is not None else []
+            asked = []
+            if self.select_checkpoint != "last":
+                asked.append(f"train.select_checkpoint: {self.select_checkpoint}")
+            if self.early_stopping_patience is not None:
+                asked.append("train.early_stopping_patience")
             if asked:
                 raise ValueError(f"{' and '.join(asked)} needs evaluations; set train.eval_steps")
         return self
+
+
+class GuardOptions(Options):
+    """Forgetting check: a fixed set of finance questions and FinQA pages, answered before and after training."""
+
+    enabled: bool | None = neutral(
+        None, "Whether to run the check (default: only with `data.source: chat`, whose runs measure no accuracy)."
+    )
+    threshold: float = advanced(
+        0.1,
+        "A prompt got worse if the loss of its reference answer rose by more than this, in nats per token.",
+        gt=0,
+    )
+    max_rise: float | None = advanced(
+        None,
+        "Fail if the mean loss of a group rose by more than this, in nats per token (default: report it only).",
+        ge=0,
+    )

@@ -1,4 +1,4 @@
-"""A configuration file as plain values, with the line of each; what is wrong with one in a user's words."""
+"""Configuration files: read one as plain values with the line of each, and write one from a packaged template."""
 
 from __future__ import annotations
 
@@ -13,16 +13,21 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from fintune.errors import ConfigError
 from fintune.manifest import MANIFEST, WORK
 
-_DATA = {".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"}
+TEMPLATES = ("chat", "finqa", "preference")
+"""Names that ``fintune init`` accepts."""
+_DATA_ENDINGS = {".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"}
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The values of a file as JSON has them, and the place of each by dotted key, as ``configs/demo.yaml:12``.
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Read a configuration file.
+
+    Returns:
+        The values as JSON values, and the location of each by dotted key, such as ``configs/demo.yaml:12``.
 
     Raises:
-        ConfigError: Missing, no YAML, or no tree of sections.
+        ConfigError: The file is missing, is not YAML, or holds no sections.
     """
-    if Path(path.name.removesuffix(".gz")).suffix in _DATA and path.is_file():
+    if Path(path.name.removesuffix(".gz")).suffix in _DATA_ENDINGS and path.is_file():
         raise _is_data(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -39,9 +44,9 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         tree = YAML(typ="rt").load(text)
     except MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        why, hint = _yaml_problem(str(error.problem))
-        raise ConfigError(f"{path}:{line}: not valid YAML ({why})", hint=hint) from None
+        line = error.problem_mark.line + 1 if error.problem_mark else None
+        reason, hint = _yaml_problem(str(error.problem))
+        raise ConfigError(f"{path}:{line or '?'}: not valid YAML ({reason})", hint=hint) from None
     except YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from None
     if tree is None:
@@ -49,22 +54,19 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     if isinstance(tree, CommentedSeq) and path.suffix == ".json":
         raise _is_data(path)
     if not isinstance(tree, CommentedMap):
-        raise ConfigError(
-            f"{path}: holds no sections such as 'model:'",
-            hint="see docs/options.md",
-        )
-    origin: dict[str, str] = {}
-    return _plain(tree, path, "", origin), origin
+        raise ConfigError(f"{path}: it has no sections such as 'model:'", hint="see docs/options.md")
+    locations: dict[str, str] = {}
+    return _plain(tree, path, "", locations), locations
 
 
-def _plain(tree: CommentedMap, path: Path, prefix: str, origin: dict[str, str]) -> dict[str, Any]:
+def _plain(tree: CommentedMap, path: Path, prefix: str, locations: dict[str, str]) -> dict[str, Any]:
     plain: dict[str, Any] = {}
     for key, value in tree.items():
         dotted = f"{prefix}{key}"
-        # A key that came from elsewhere by a merge (`<<: *anchor`) has no line of its own.
-        origin[dotted] = f"{path}:{(tree.lc.key(key)[0] if key in tree.lc.data else tree.lc.line) + 1}"
+        # A key that a merge (`<<: *anchor`) brings in has no line of its own.
+        locations[dotted] = f"{path}:{(tree.lc.key(key)[0] if key in tree.lc.data else tree.lc.line) + 1}"
         if isinstance(value, CommentedMap):
-            plain[str(key)] = _plain(value, path, f"{dotted}.", origin)
+            plain[str(key)] = _plain(value, path, f"{dotted}.", locations)
         else:
             plain[str(key)] = json.loads(json.dumps(value, default=str))
     return plain
@@ -73,7 +75,7 @@ def _plain(tree: CommentedMap, path: Path, prefix: str, origin: dict[str, str]) 
 def _is_data(path: Path) -> ConfigError:
     return ConfigError(
         f"{path}: this is data, not a configuration",
-        hint=f"behind a configuration it is named so: data.source=chat data.sources={path}",
+        hint=f"name a configuration first, then the data: fintune run configs/chat.yaml data.sources={path}",
     )
 
 
@@ -81,21 +83,51 @@ def _is_folder(path: Path) -> ConfigError:
     if (path / WORK).is_dir() or any((path / step / MANIFEST).is_file() for step in ("prepare", "train")):
         return ConfigError(
             f"{path} is a run's folder, not a configuration file",
-            hint="a run is made from its configuration file and the same overrides; where run.name was not set, that "
-            f"file is called {path.resolve().name}.yaml",
+            hint="give the configuration file and overrides that made the run; unless run.name was set, that file is "
+            f"called {path.resolve().name}.yaml",
         )
     return ConfigError(f"{path} is a folder, not a configuration file", hint=_where_to_look(path / "_"))
 
 
 def _yaml_problem(problem: str) -> tuple[str, str]:
-    """What the parser says, in a user's words, and what to do."""
+    """Return what the parser found, in plain words, and how to fix it."""
     if "'\\t'" in problem:
         return "a tab stands before it", "use spaces, not a tab"
     if problem.startswith("expected <block end>") or problem == "mapping values are not allowed here":
         return "the indentation does not match a line above", "begin options of one section in the same column"
-    return problem, "look at that line and the one before it"
+    return problem, "check that line and the one before it"
 
 
 def _where_to_look(path: Path) -> str:
-    near = sorted(str(p) for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-    return f"{path.parent} holds {', '.join(near)}" if near else "check the path"
+    near = sorted(str(found) for found in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+    listed = f"{path.parent} contains {', '.join(near)}; " if near else ""
+    if path.stem in TEMPLATES:
+        return f"{listed}`fintune init {path.stem} --out {path}` writes it"
+    return f"{listed}`fintune init {'|'.join(TEMPLATES)}` writes a new one"
+
+
+def packaged_config(name: str) -> Path:
+    """Return the path of a packaged configuration: inside the package if installed, beside ``src`` in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "configs" / name
+    return installed if installed.is_file() else package.parents[1] / "configs" / name
+
+
+def write_template(name: str, path: Path) -> None:
+    """Write a new configuration file, with its own path in the commands of its comments.
+
+    Args:
+        name: One of :data:`TEMPLATES`.
+        path: The file to write.
+
+    Raises:
+        ConfigError: The file exists, or its folder does not.
+    """
+    text = packaged_config(f"{name}.yaml").read_text(encoding="utf-8").replace(f"configs/{name}.yaml", str(path))
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise ConfigError(f"{path} already exists", hint="choose another file with --out") from None
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: its folder does not exist", hint=f"create {path.parent} first") from None

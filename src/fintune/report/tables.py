@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from fintune.config import split_kind_and_mode
-from fintune.config.load import DEFAULT, Loaded, told
+from fintune.config.load import DEFAULT, Loaded, display_values
 from fintune.evaluation.scoring import read_score, read_verdicts
 from fintune.evaluation.statistics import Interval, PairedComparison, compare_paired
 from fintune.manifest import Slot
@@ -45,7 +45,7 @@ def config_table(loaded: Loaded) -> Table:
     table = Table("option", "value", "set in", box=None, pad_edge=False)
     for column in table.columns:
         column.overflow = "fold"  # a truncated value or path would be useless
-    for key, value in told(loaded.config).items():
+    for key, value in display_values(loaded.config).items():
         origin = loaded.origin.get(key, DEFAULT)
         table.add_row(key, json.dumps(value), origin, style="dim" if origin == DEFAULT else "")
     return table

@@ -285,7 +285,7 @@ def test_without_the_result_of_prepare_nothing_is_published_as_no_licence_of_the
 def test_mistakes_are_one_line_each(run, hub):
     for wrong, told in (
         ("publish.repo_id=", "publish.repo_id is empty"),
-        ("publish.repo_id=a/b/c", "is no name on the hub; write OWNER/NAME"),
+        ("publish.repo_id=a/b/c", "is not a valid hub name; write OWNER/NAME"),
         ("publish.artifacts=[lora]", "publish.artifacts"),
         ("publish.artifacts=[gguf,gguf]", "names something twice"),
         ("publish.branch=a b", "publish.branch"),

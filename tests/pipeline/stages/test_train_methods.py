@@ -196,10 +196,13 @@ def test_rslora_scales_by_the_root_of_the_rank(tiny_model):
         ({"adapter": {"kind": "full"}, "train": {"fused_layers": "always"}}, "freezes the base weights"),
         (
             {"adapter": {"init_lora_weights": "pissa"}, "model": {"quantization": "nf4"}},
-            "pissa takes from 16-bit weights",
+            "pissa needs 16-bit weights",
         ),
         ({"adapter": {"init_lora_weights": "loftq"}}, "set model.quantization: nf4"),
-        ({"adapter": {"init_lora_weights": "loftq", "kind": "dora"}, "model": {"quantization": "nf4"}}, "unproven"),
+        (
+            {"adapter": {"init_lora_weights": "loftq", "kind": "dora"}, "model": {"quantization": "nf4"}},
+            "is not supported with adapter.kind: dora",
+        ),
         (
             {"train": {"select_checkpoint": "best_loss"}},
             "train.select_checkpoint: best_loss needs evaluations; set train.eval_steps",

@@ -8,7 +8,7 @@ from typing import Any
 
 from fintune import __version__
 from fintune.config import Config
-from fintune.config.load import fields, flat, told
+from fintune.config.load import display_values, fields, flat
 from fintune.report.formatting import Cell, HtmlTable
 from fintune.report.run_data import Provenance, RunData
 from fintune.util.text import format_duration
@@ -84,7 +84,7 @@ def _options(config: Config) -> tuple[list[list[str | Cell]], list[list[str | Ce
     for key, option in fields():
         default = option.get_default(call_default_factory=True)
         defaults[key] = json.loads(json.dumps(default, default=str))
-    shown = told(config)
+    shown = display_values(config)
     changed: list[list[str | Cell]] = []
     unchanged: list[list[str | Cell]] = []
     for key, value in flat(config).items():
