@@ -134,7 +134,7 @@ def test_speed_and_memory_are_recorded_and_an_excess_is_told(tiny_model, tmp_pat
 
 
 def test_a_computed_matrix_gives_the_same_bytes_with_and_without_a_merged_folder(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "IMPORTANCE_TOKENS", 100)
+    monkeypatch.setattr(module, "IMATRIX_TOKENS", 100)
     inputs = trained(tmp_path, tiny_model)
     options = config(types=("Q4_K_M",), imatrix="compute").model_dump(exclude={"model", "merge"})
     run = Config.model_validate(options | {"model": {"name": str(tiny_model)}, "merge": {"dtype": "bfloat16"}})
@@ -157,8 +157,8 @@ def test_an_importance_matrix_is_computed_from_the_training_texts(tiny_model, tm
     for name in ("weighed", "plain"):
         (tmp_path / name).mkdir()
     facts = export(run("compute"), inputs, tmp_path / "weighed")
-    assert facts["importance"] == "t-imatrix.gguf"
-    assert facts["importance_tokens"] > 100
+    assert facts["imatrix"] == "t-imatrix.gguf"
+    assert facts["imatrix_tokens"] > 100
     export(run(None), inputs, tmp_path / "plain")
     weighed, plain = tmp_path / "weighed" / "t-Q4_K_M.gguf", tmp_path / "plain" / "t-Q4_K_M.gguf"
     fields = gguf.GGUFReader(weighed).fields

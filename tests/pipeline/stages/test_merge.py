@@ -90,7 +90,7 @@ def test_an_untrained_adapter_is_refused(tiny_model, tmp_path):
 
 def test_an_adapter_that_rounding_swallows_is_refused(tiny_model, tmp_path):
     model = in_bfloat16(tiny_model, tmp_path / "model")
-    with pytest.raises(ArtifactError, match=r"12 of 14 adapted weights did not move in bfloat16"):
+    with pytest.raises(ArtifactError, match=r"12 of 14 adapted weights did not change in bfloat16"):
         merge(config(model), inputs(tmp_path, model, scale=1e-9), tmp_path / "merge")
 
 
@@ -98,7 +98,7 @@ def test_an_adapter_can_be_merged_into_what_training_in_four_bits_saw(tiny_model
     pytest.importorskip("bitsandbytes")
     options = {"model": {"name": str(tiny_model), "quantization": "nf4"}, "merge": {"into": "quantized_base"}}
     facts = merge(Config.model_validate(options), inputs(tmp_path, tiny_model), tmp_path / "merge")
-    assert facts["describe_merge_base"] == "base dequantised from 4 bits"
+    assert facts["merged_into"] == "base dequantised from 4 bits"
     # NormalFloat's error on normal weights in blocks of 64 is near a tenth; the answers differ accordingly.
     assert 0.05 < facts["base_difference"]["relative_rms"] < 0.15
     assert facts["base_difference"]["largest"] > 0
@@ -119,7 +119,7 @@ def test_the_end_of_a_turn_and_the_padding_are_written_down(tiny_model, tmp_path
 def test_the_proof_of_an_unknown_family_loads_the_models_and_says_so(tiny_model, tmp_path, monkeypatch):
     given = inputs(tmp_path, tiny_model)
     by_layers = merge(config(tiny_model), given, tmp_path / "merge")
-    monkeypatch.delitem(layerwise.FAMILIES, "llama")
+    monkeypatch.delitem(layerwise.ARCHITECTURES, "llama")
     (tmp_path / "again").mkdir()
     whole = merge(config(tiny_model), given, tmp_path / "again")
     assert (by_layers["proof"], whole["proof"]) == ("layer by layer", "whole models in memory")
@@ -143,7 +143,7 @@ def test_logits_that_are_not_finite_prove_nothing(tiny_model, tmp_path, monkeypa
 
     monkeypatch.setattr("fintune.pipeline.stages.merge.merge_folders", merged_and_spoilt)
     if not known:
-        monkeypatch.delitem(layerwise.FAMILIES, "llama")
+        monkeypatch.delitem(layerwise.ARCHITECTURES, "llama")
     with pytest.raises(ArtifactError, match=rf"/{blamed}: the logits of the model are not finite: the training div"):
         merge(config(tiny_model), given, tmp_path / "merge")
 

@@ -138,7 +138,7 @@ def test_a_sentencepiece_tokenizer_passes_by_a_checkout(
         preflight(config(model), {}, tmp_path)
     facts = preflight(by_checkout(model), {}, tmp_path)
     assert facts["num_strings"] > 6 and facts["drops_leading_space"]
-    assert "drops a space that begins a text" in capsys.readouterr().err
+    assert "drops a space at the start of a text" in capsys.readouterr().err
 
 
 def test_a_sentencepiece_tokenizer_without_spaces_after_special_tokens_is_told_of_legacy(

@@ -104,9 +104,7 @@ def test_another_model_in_quantised_files_alone_fails_the_stage(run, tiny_model,
         }
     )
     export(config, {"merge": tiny_model}, tmp_path / "export")
-    with pytest.raises(
-        ArtifactError, match=r"t-Q4_K_M\.gguf .* 50% are asked for \(replay\.min_same_share_quantised\)"
-    ):
+    with pytest.raises(ArtifactError, match=r"t-Q4_K_M\.gguf .* replay\.min_same_share_quantised requires 50%"):
         replay(
             config, {name: inputs[name] for name in ("prepare", "train")} | {"export": tmp_path / "export"}, tmp_path
         )
@@ -114,7 +112,7 @@ def test_another_model_in_quantised_files_alone_fails_the_stage(run, tiny_model,
 
 def judged(config, folder, **found):
     reference = TokenAgreement(360, 0.0, 1.0, 5.0)
-    return module._judged({}, {"adapter": reference} | found, config, folder)
+    return module._verify({}, {"adapter": reference} | found, config, folder)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +128,7 @@ def judged(config, folder, **found):
 def test_every_form_has_a_share_below_which_it_fails(run, tmp_path, kind, share, bound):
     config, _ = run
     name = "the merged folder" if kind == "merged" else rf"t-{kind}\.gguf"
-    told = rf"{name} gives .* {share:.1%} of 360 positions \(KL 9, perplexity 1e\+06\), \d\d% .* \(replay\.{bound}\)"
+    told = rf"{name} gives .* {share:.1%} of 360 positions \(KL 9, perplexity 1e\+06\); replay\.{bound} requires \d\d%"
     with pytest.raises(ArtifactError, match=told):
         judged(config, tmp_path, **{kind: TokenAgreement(360, 9.0, share, 1e6)})
     enough = {"Q8_0": 0.9, "min_same_share": 0.98, "min_same_share_quantised": 0.5}
@@ -193,7 +191,7 @@ def test_an_adapter_in_dequantised_weights_is_compared_with_what_was_trained(run
     merge(config, inputs, folders["merge"])
     export(config, {"merge": folders["merge"]}, folders["export"])
     facts = export(config, {"train": inputs["train"]}, folders["direct"])
-    assert facts["describe_merge_base"] == "base dequantised from 4 bits"
+    assert facts["merged_into"] == "base dequantised from 4 bits"
     assert facts["base_difference"]["relative_rms"] > 0.05
     for name in ("t-F16.gguf", "t-Q4_K_M.gguf"):
         assert (folders["export"] / name).read_bytes() == (folders["direct"] / name).read_bytes()

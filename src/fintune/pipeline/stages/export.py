@@ -1,4 +1,4 @@
-"""``fintune export``: the model as GGUF files for llama.cpp, with an Ollama Modelfile."""
+"""``fintune export``: write the model as GGUF files for llama.cpp, with an Ollama Modelfile."""
 
 from __future__ import annotations
 
@@ -37,62 +37,63 @@ from fintune.util.files import read_json
 from fintune.util.memory import peak_memory_bytes, release_memory, reset_peak_memory, resident_memory_bytes
 from fintune.util.text import format_bytes
 
-IMPORTANCE_TOKENS = 32_768
-"""Tokens of training text that an importance matrix is computed on."""
+IMATRIX_TOKENS = 32_768
+"""Number of tokens of training text for the importance matrix."""
 
 MEMORY_LIMIT_BYTES = 300_000_000
-"""What an export may add to the memory of the process, however large the model."""
+"""Memory that an export may add to the process, for a model of any size."""
 
 
 def gguf_path(config: Config, folder: Path, kind: str) -> Path:
-    """Where the file of a type lies in an export folder."""
+    """Return the path of the file of a type in an export folder."""
     return folder / f"{config.run.name}-{kind}.gguf"
 
 
 def export(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
-    """Write every type of ``export.types`` in one reading of the weights, or by the user's llama.cpp checkout.
+    """Write every type of ``export.types`` in one pass over the weights, or with a llama.cpp checkout.
 
-    The quantised types are weighed with the matrix that ``export.imatrix`` names, or with one computed from the
-    beginning of the training texts of ``prepare``, which becomes ``NAME-imatrix.gguf``.
+    The quantised types use the importance matrix of ``export.imatrix``. If that is ``compute``, the matrix is computed
+    from the first training texts of ``prepare`` and written to ``NAME-imatrix.gguf``.
 
     Args:
         config: The run.
-        inputs: Needs ``merge``, or ``train``: then the adapter is folded in while the base is read, and no merged
-            folder is written. Both ways give the same bytes. Computing a matrix needs ``prepare``.
-        folder: Gets ``NAME-TYPE.gguf`` for each type, and ``Modelfile`` for the last, the smallest by custom, where
-            Ollama's language can express the chat template.
+        inputs: Step name -> folder of ``merge``, or of ``train`` to merge the adapter while the base is read. Both give
+            the same bytes. Computing a matrix needs ``prepare``, too.
+        folder: Folder for ``NAME-TYPE.gguf`` of every type, and for a ``Modelfile`` for the last type, by convention
+            the smallest. There is no Modelfile if Ollama's language cannot express the chat template.
 
     Raises:
-        ModelError: A family, tensor or tokenizer that llama.cpp does not have.
-        ArtifactError: An adapter that leaves weights as they were.
+        ModelError: llama.cpp does not have the architecture, a tensor or the tokenizer.
+        ArtifactError: The adapter does not change a weight that it adapts.
         ResourceError: The disk is full, or the quantisation library is missing.
     """
     if config.export.llama_cpp_path is not None:
-        return _by_checkout(config, config.export.llama_cpp_path, inputs["merge"], folder)
+        return _export_with_checkout(config, config.export.llama_cpp_path, inputs["merge"], folder)
     facts: Facts = {}
-    importance = config.export.imatrix_file
+    imatrix_file = config.export.imatrix_file
     if config.export.computes_imatrix:
-        importance = folder / f"{config.run.name}-imatrix.gguf"
-        facts["importance_tokens"] = _compute_importance(config, inputs, importance)
-        facts["importance_peak_memory_bytes"] = peak_memory_bytes()
+        imatrix_file = folder / f"{config.run.name}-imatrix.gguf"
+        facts["imatrix_tokens"] = _compute_imatrix(config, inputs, imatrix_file)
+        facts["imatrix_peak_memory_bytes"] = peak_memory_bytes()
         release_memory()
         reset_peak_memory()
-    weighed = None if importance is None else read_imatrix(importance)
+    imatrix = None if imatrix_file is None else read_imatrix(imatrix_file)
     adapter = None if "merge" in inputs else inputs["train"] / "adapter"
-    return facts | _stream(config, inputs.get("merge"), adapter, folder, weighed)
+    return facts | _stream(config, inputs.get("merge"), adapter, folder, imatrix)
 
 
 def export_model(config: Config, folder: Path, *, adapter: Path | None = None) -> Facts:
-    """``fintune export --model``: any Hugging Face folder, or a base with an adapter, without a run.
+    """Export a Hugging Face folder, or a base with an adapter, without a run.
 
     Args:
-        config: ``model``, ``export`` and ``merge``; ``run.name`` begins the files' names.
-        folder: As for :func:`export`.
-        adapter: PEFT folder, folded in while the base is read.
+        config: Configuration of which ``model``, ``export`` and ``merge`` are used. ``run.name`` begins the names of
+            the files.
+        folder: Folder for the files.
+        adapter: PEFT folder that is merged while the base is read, or None.
 
     Raises:
-        ConfigError: ``export.imatrix: compute``, for which there are no texts.
-        FintuneError: As for :func:`export`.
+        ConfigError: ``export.imatrix`` is ``compute``, but without a run there are no texts.
+        FintuneError: The errors of :func:`export`.
     """
     if config.export.computes_imatrix:
         raise ConfigError(
@@ -109,29 +110,29 @@ def export_model(config: Config, folder: Path, *, adapter: Path | None = None) -
                 option="export.llama_cpp_path",
             )
         require_space(folder, disk_estimate.export_bytes(config), "the GGUF files")
-        return _by_checkout(config, config.export.llama_cpp_path, ref.path, folder)
+        return _export_with_checkout(config, config.export.llama_cpp_path, ref.path, folder)
     if adapter is not None:
         adapters.check_base_name(config.model.name, adapter)
         adapters.check_adapter_base(ref.path, adapter, name=config.model.name)
-    importance = config.export.imatrix_file
-    weighed = None if importance is None else read_imatrix(importance)
-    return _stream(config, None if adapter is not None else ref.path, adapter, folder, weighed)
+    imatrix_file = config.export.imatrix_file
+    imatrix = None if imatrix_file is None else read_imatrix(imatrix_file)
+    return _stream(config, None if adapter is not None else ref.path, adapter, folder, imatrix)
 
 
 def _stream(
-    config: Config, model: Path | None, adapter: Path | None, folder: Path, weighed: ImportanceMatrix | None
+    config: Config, model: Path | None, adapter: Path | None, folder: Path, imatrix: ImportanceMatrix | None
 ) -> Facts:
-    """One reading of a folder, or of the configuration's model with an adapter."""
+    """Write the files in one pass over a model folder, or over the configuration's model with an adapter."""
     facts: Facts = {}
-    seen = NormalFloat() if config.merge.into == "quantized_base" else None
+    quantised = NormalFloat() if config.merge.into == "quantized_base" else None
     before = resident_memory_bytes()
     if adapter is None:
-        assert model is not None, "one of them is given"
-        report, notes = _write(config, model, None, folder, weighed)
+        assert model is not None, "the caller passes a model or an adapter"
+        report, notes = _write(config, model, None, folder, imatrix)
     else:
-        with _merged_while_read(config, adapter, folder, seen) as (place, weights):
-            report, notes = _write(config, place, weights, folder, weighed)
-        facts |= describe_merge_base(seen)
+        with _merged_while_read(config, adapter, folder, quantised) as (metadata, weights):
+            report, notes = _write(config, metadata, weights, folder, imatrix)
+        facts |= describe_merge_base(quantised)
     grown = max(0, peak_memory_bytes() - before)
     if grown > MEMORY_LIMIT_BYTES:
         notes.append(
@@ -145,7 +146,7 @@ def _stream(
         "source": "merged folder" if adapter is None else "base + adapter",
         "file_bytes": sizes,
         "tensors_by_type": {file.kind: dict(file.num_tensors_by_type) for file in report.files},
-        "importance": None if weighed is None else weighed.file,
+        "imatrix": None if imatrix is None else imatrix.file,
         "eos_token": report.eos_token,
         "weight_bytes_read": report.num_bytes_read,
         "megabytes_per_second": round(report.num_bytes_read / 1e6 / max(report.seconds, 1e-3), 1),
@@ -157,8 +158,8 @@ def _stream(
     }
 
 
-def _compute_importance(config: Config, inputs: Mapping[str, Path], path: Path) -> int:
-    """Over the merged model; where there is no folder of it, over the base, filled with the same rounded weights."""
+def _compute_imatrix(config: Config, inputs: Mapping[str, Path], path: Path) -> int:
+    """Compute the importance matrix of the merged model. Without a merged folder, the base gets the merged weights."""
     from datasets import load_from_disk
 
     merged = inputs.get("merge")
@@ -167,17 +168,17 @@ def _compute_importance(config: Config, inputs: Mapping[str, Path], path: Path) 
     ref = base if merged is None else models.fetch(str(merged))
     model: Any = models.load_model(ref, dtype=config.predict.dtype, trust_remote_code=trust)
     if merged is None:
-        seen = NormalFloat() if config.merge.into == "quantized_base" else None
-        with MergedWeights(base.path, inputs["train"] / "adapter", transform=seen) as weights:
+        quantised = NormalFloat() if config.merge.into == "quantized_base" else None
+        with MergedWeights(base.path, inputs["train"] / "adapter", transform=quantised) as weights:
             rounded = RoundedWeights(weights, config.merge.dtype)
             load_merged_weights(model, rounded, track(rounded.tensors.values(), "merge", len(rounded.tensors)))
     rows = load_from_disk(str(inputs["prepare"] / "tokens" / "train"))
-    texts = track((row["input_ids"] for row in rows), "importance", len(rows))
-    return compute_imatrix(model, texts, path, dataset="train", max_tokens=IMPORTANCE_TOKENS)
+    texts = track((row["input_ids"] for row in rows), "importance matrix", len(rows))
+    return compute_imatrix(model, texts, path, dataset="train", max_tokens=IMATRIX_TOKENS)
 
 
 def _write(
-    config: Config, model: Path, weights: RoundedWeights | None, folder: Path, importance: ImportanceMatrix | None
+    config: Config, model: Path, weights: RoundedWeights | None, folder: Path, imatrix: ImportanceMatrix | None
 ) -> tuple[ExportReport, list[str]]:
     outputs = {kind: gguf_path(config, folder, kind) for kind in config.export.types}
     with bar("export", 1.0) as shown:
@@ -188,24 +189,24 @@ def _write(
             progress=_speed(shown),
             name=config.run.name,
             weights=weights,
-            imatrix=importance,
+            imatrix=imatrix,
         )
     return report, [*report.notes, *_write_modelfile(config, model, outputs[config.export.types[-1]])]
 
 
 def _write_modelfile(config: Config, model: Path, file: Path) -> list[str]:
-    """Beside a GGUF file; a note where there can be none, or where it renders otherwise."""
+    """Write the Modelfile of a GGUF file, and return notes on differences or on why there is none."""
     try:
-        text, unlike = render_modelfile(model, file.name, context_tokens=config.prompt.max_length)
+        text, differences = render_modelfile(model, file.name, context_tokens=config.prompt.max_length)
     except ModelError as error:
-        # The GGUF files hold the template itself; only Ollama, which has a language of its own, goes without.
+        # The GGUF files hold the chat template. Only Ollama, which has its own template language, lacks it.
         return [f"no Modelfile: {error}"]
     file.with_name("Modelfile").write_text(text, encoding="utf-8")
-    return [f"Modelfile: {line}" for line in unlike]
+    return [f"Modelfile: {line}" for line in differences]
 
 
-def _by_checkout(config: Config, path: Path, model: Path, folder: Path) -> Facts:
-    """Merged folder -> a file that holds it exactly -> the quantised ones, by llama.cpp's own tools."""
+def _export_with_checkout(config: Config, path: Path, model: Path, folder: Path) -> Facts:
+    """Write the files from a merged folder with the tools of a llama.cpp checkout."""
     checkout = llama_cpp_checkout.check_checkout(path, config.export.types)
     outputs = {kind: gguf_path(config, folder, kind) for kind in config.export.types}
     merged = read_json(model / "config.json", ModelError)
@@ -226,7 +227,7 @@ def _by_checkout(config: Config, path: Path, model: Path, folder: Path) -> Facts
     return {
         "source": "merged folder, by a llama.cpp checkout",
         "file_bytes": sizes,
-        "importance": None if config.export.imatrix_file is None else str(config.export.imatrix_file),
+        "imatrix": None if config.export.imatrix_file is None else str(config.export.imatrix_file),
         "tools_seconds": round(time.monotonic() - started, 1),
         "notes": notes,
         "summary": ", ".join(f"{kind} {format_bytes(num)}" for kind, num in sizes.items())
@@ -236,32 +237,31 @@ def _by_checkout(config: Config, path: Path, model: Path, folder: Path) -> Facts
 
 @contextmanager
 def _merged_while_read(
-    config: Config, adapter: Path, folder: Path, seen: NormalFloat | None
+    config: Config, adapter: Path, folder: Path, quantised: NormalFloat | None
 ) -> Iterator[tuple[Path, RoundedWeights]]:
-    """A folder of all that a merged model holds but its weights, and the weights, which lie nowhere."""
+    """Yield a folder with all of a merged model but its weights, and the weights, which are computed when read."""
     if full.full_model_folder(adapter.parent) is not None:
         raise ArtifactError(
-            f"{adapter.parent} holds all weights of a model and no adapter", hint="export it from the merge stage"
+            f"{adapter.parent} holds a whole model and no adapter", hint="export it from the merge stage"
         )
     ref = models.fetch_base(config)
     with (
-        tempfile.TemporaryDirectory(prefix=".model-", dir=folder) as place,
-        MergedWeights(ref.path, adapter, transform=seen) as merged,
+        tempfile.TemporaryDirectory(prefix=".model-", dir=folder) as temporary,
+        MergedWeights(ref.path, adapter, transform=quantised) as merged,
     ):
         weights = RoundedWeights(merged, config.merge.dtype)
-        # The name under which the merge stage's folder is known: what the file says of itself may come from there.
-        model = Path(place) / "merge"
+        # The same name as the merge stage's folder, because metadata of the file may come from the name.
+        model = Path(temporary) / "merge"
         model.mkdir()
         copy_metadata(ref.path, adapter, model)
         write_json(model / "config.json", merged_config(ref.path, merged, weights.dtype))
         if not has_padding_token(model):
-            beside = replace(ref, path=model)
-            write_special_tokens(model, models.load_tokenizer(beside))
+            write_special_tokens(model, models.load_tokenizer(replace(ref, path=model)))
         yield model, weights
 
 
 def _speed(shown: Bar) -> Callable[[int, int], None]:
-    """Progress in bytes for a bar that counts to one, with the speed behind it."""
+    """Return a function that turns progress in bytes into the shares of a bar, and shows the speed."""
     started, share = time.monotonic(), 0.0
 
     def progress(num_read: int, num_total: int) -> None:

@@ -1,4 +1,4 @@
-"""``fintune merge``: the adapter folded into the 16-bit base weights, and proof that nothing else happened."""
+"""``fintune merge``: merge the adapter into the base weights, and prove that the model did not change otherwise."""
 
 from __future__ import annotations
 
@@ -25,81 +25,81 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-Turns = tuple[Sequence[Message], str]
+GoldenPrompt = tuple[Sequence[Message], str]
 """A conversation and its answer."""
 
 NUM_GOLDEN = 4
-"""Prompts on which base + adapter and the merged folder are compared."""
+"""Number of golden prompts, on which base + adapter and the merged folder are compared."""
 
 
 def merge(config: Config, inputs: Mapping[str, Path], folder: Path) -> dict[str, Any]:
-    """Merge in float32 and save in ``merge.dtype``, row by row; then compare the result with what was trained.
+    """Merge row by row in float32, store in ``merge.dtype``, and compare the result with the trained model.
 
-    With ``merge.into: quantized_base`` the adapter goes into the weights that training in 4 bits saw, else into the
-    base's own, whatever it was trained on.
+    With ``merge.into: quantized_base`` the adapter goes into the weights that 4-bit training used. Otherwise it goes
+    into the base's own weights, also after 4-bit training.
 
     Args:
         config: The run.
-        inputs: Needs ``prepare`` (golden prompts) and ``train``.
-        folder: Becomes a Hugging Face model folder.
+        inputs: Step name -> folder of ``prepare`` (for golden prompts) and ``train``.
+        folder: Folder for the Hugging Face model.
 
     Returns:
-        Type of the weights, number of moved tensors and share of numbers that moved, largest logit difference to base
-        + adapter in float32 over the golden prompts, the share of positions whose best token is the same, and whether
-        both were compared layer by layer or had to be loaded.
+        Type of the weights, number of moved tensors and share of moved values; over the golden prompts the largest
+        logit difference to base + adapter in float32 and the share of positions with the same best token; and whether
+        the models were compared layer by layer or as a whole.
 
     Raises:
-        ArtifactError: A weight that the adapter should change and does not, or logits that are not finite.
+        ArtifactError: The adapter does not change a weight that it adapts, or a logit is not finite.
         ModelError: The base model cannot be used, or is not the adapter's.
         ResourceError: The disk is too small, or bitsandbytes is missing for ``merge.into: quantized_base``.
     """
     ref = models.fetch_base(config)
-    whole = full.full_model_folder(inputs["train"])
-    if whole is not None:
-        return _convert(config, inputs, ref.path, whole, folder)
-    return _fold(config, ref.path, inputs["train"] / "adapter", folder, _golden_of(inputs["prepare"] / "eval.jsonl"))
+    trained = full.full_model_folder(inputs["train"])
+    if trained is not None:
+        return _store_trained(config, inputs, ref.path, trained, folder)
+    return _merge(config, ref.path, inputs["train"] / "adapter", folder, _golden_of(inputs["prepare"] / "eval.jsonl"))
 
 
 def merge_adapter(config: Config, adapter: Path, folder: Path) -> dict[str, Any]:
-    """``fintune merge --model``: a base and an adapter without a run, compared on prompts of the guard's fixed set.
+    """Merge a base and an adapter without a run, and compare them on prompts of the guard's fixed set.
 
     Args:
-        config: ``model`` and ``merge``.
+        config: Configuration of which ``model`` and ``merge`` are used.
         adapter: PEFT folder.
-        folder: Becomes a Hugging Face model folder.
+        folder: Folder for the Hugging Face model.
 
     Returns:
-        As :func:`merge`.
+        The facts that :func:`merge` returns.
 
     Raises:
-        FintuneError: As :func:`merge`.
+        FintuneError: The errors of :func:`merge`.
     """
     adapters.check_base_name(config.model.name, adapter)
     ref = models.fetch_base(config)
     adapters.check_adapter_base(ref.path, adapter, name=config.model.name)
-    asked = [(each.messages, each.answer) for each in regression_prompts()[:NUM_GOLDEN]]
-    return _fold(config, ref.path, adapter, folder, asked)
+    golden = [(prompt.messages, prompt.answer) for prompt in regression_prompts()[:NUM_GOLDEN]]
+    return _merge(config, ref.path, adapter, folder, golden)
 
 
-def _fold(config: Config, base: Path, adapter: Path, folder: Path, golden: Sequence[Turns]) -> dict[str, Any]:
-    """Base and adapter to a folder, and the proof on golden prompts."""
+def _merge(config: Config, base: Path, adapter: Path, folder: Path, golden: Sequence[GoldenPrompt]) -> dict[str, Any]:
+    """Merge base and adapter, and compare them with the result."""
     trust = config.model.trust_remote_code
-    seen = NormalFloat() if config.merge.into == "quantized_base" else None
+    quantised = NormalFloat() if config.merge.into == "quantized_base" else None
     with bar("merge", 1.0) as shown:
         report = merge_folders(
             base,
             adapter,
             folder,
             dtype=config.merge.dtype,
-            transform=seen,
+            transform=quantised,
             progress=_shares(shown.advance),
         )
     tokenizer = models.load_tokenizer(models.fetch(str(folder)), trust_remote_code=trust)
     write_special_tokens(folder, tokenizer)
 
-    proof = _prove((base, adapter), (folder, None), _encoded(tokenizer, golden), trust_remote_code=trust)
+    proof = _compare((base, adapter), (folder, None), _encoded(tokenizer, golden), trust_remote_code=trust)
     return {
-        **_facts(report, seen),
+        **_facts(report, quantised),
         **adapters.merged_facts(adapter),
         **proof,
         "summary": (
@@ -109,19 +109,21 @@ def _fold(config: Config, base: Path, adapter: Path, folder: Path, golden: Seque
     }
 
 
-def _convert(config: Config, inputs: Mapping[str, Path], base: Path, trained: Path, folder: Path) -> dict[str, Any]:
-    """Full fine-tuning left nothing to fold in: its weights are stored in ``merge.dtype``."""
+def _store_trained(
+    config: Config, inputs: Mapping[str, Path], base: Path, trained: Path, folder: Path
+) -> dict[str, Any]:
+    """Store the weights of full fine-tuning, which has no adapter to merge, in ``merge.dtype``."""
     dtype = full.stored_dtype(base) if config.merge.dtype == "auto" else config.merge.dtype
     num_moved = full.convert_full_model(trained, base, folder, dtype)
     if num_moved == 0:
         raise ArtifactError(
-            f"{trained} differs from the base model in no weight", hint="it is untrained; look at train/metrics.jsonl"
+            f"{trained} has the weights of the base model", hint="it is untrained; look at train/metrics.jsonl"
         )
     trust = config.model.trust_remote_code
     tokenizer = models.load_tokenizer(models.fetch(str(folder)), trust_remote_code=trust)
     write_special_tokens(folder, tokenizer)
     golden = _encoded(tokenizer, _golden_of(inputs["prepare"] / "eval.jsonl"))
-    proof = _prove((trained, None), (folder, None), golden, trust_remote_code=trust)
+    proof = _compare((trained, None), (folder, None), golden, trust_remote_code=trust)
     return {
         "dtype": dtype,
         "num_moved": num_moved,
@@ -133,25 +135,25 @@ def _convert(config: Config, inputs: Mapping[str, Path], base: Path, trained: Pa
     }
 
 
-def _prove(
+def _compare(
     expected: tuple[Path, Path | None],
-    found: tuple[Path, Path | None],
+    actual: tuple[Path, Path | None],
     golden: Sequence[Sequence[int]],
     *,
     trust_remote_code: bool,
 ) -> dict[str, Any]:
-    """Both models on the golden prompts in float32: layer by layer, or whole where the family is not known."""
-    by_layers = all(layerwise.can_compare_layers(*each) for each in (expected, found))
+    """Compare two models on the golden prompts in float32, as a whole if not possible layer by layer."""
+    by_layers = all(layerwise.can_compare_layers(*model) for model in (expected, actual))
     with quiet_libraries():
         if by_layers:
             with bar("proof, layer by layer", 1.0) as shown:
-                agreement = layerwise.compare_layers(expected, found, golden, progress=shown.advance)
+                agreement = layerwise.compare_layers(expected, actual, golden, progress=shown.advance)
         else:
-            agreement = _compare_whole(expected, found, golden, trust_remote_code=trust_remote_code)
+            agreement = _compare_whole(expected, actual, golden, trust_remote_code=trust_remote_code)
     if not isfinite(agreement.max_difference):
-        whose = found[0] if isfinite(agreement.max_logit) else expected[1] or expected[0]
+        path = actual[0] if isfinite(agreement.max_logit) else expected[1] or expected[0]
         raise ArtifactError(
-            f"{whose}: the logits of the model are not finite",
+            f"{path}: the logits of the model are not finite",
             hint="the training diverged, look at train/metrics.jsonl; or merge.dtype=float32",
         )
     return {
@@ -165,7 +167,7 @@ def _prove(
 
 def _compare_whole(
     expected: tuple[Path, Path | None],
-    found: tuple[Path, Path | None],
+    actual: tuple[Path, Path | None],
     golden: Sequence[Sequence[int]],
     *,
     trust_remote_code: bool,
@@ -173,7 +175,7 @@ def _compare_whole(
     import torch
 
     logits: list[list[torch.Tensor]] = []
-    for path, adapter in (expected, found):
+    for path, adapter in (expected, actual):
         ref = models.fetch(str(path))
         model: Any = models.load_model(ref, dtype="float32", device="cpu", trust_remote_code=trust_remote_code)
         if adapter is not None:
@@ -183,7 +185,7 @@ def _compare_whole(
         gc.collect()
     pairs = list(zip(*logits, strict=True))
     return layerwise.LogitAgreement(
-        # Python's max would lose what is no number.
+        # torch's max keeps NaN; Python's max could drop it.
         max_difference=float(torch.stack([(a - b).abs().max() for a, b in pairs]).max()),
         num_same=sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in pairs),
         num_positions=sum(len(ids) for ids in golden),
@@ -191,19 +193,19 @@ def _compare_whole(
     )
 
 
-def _facts(report: MergeReport, seen: NormalFloat | None) -> dict[str, Any]:
+def _facts(report: MergeReport, quantised: NormalFloat | None) -> dict[str, Any]:
     return {
         "dtype": report.dtype,
         "num_moved": report.num_moved,
         "moved_share": report.moved_share,
         "weight_bytes": report.num_bytes,
         "embeddings_parted": report.untied,
-        **describe_merge_base(seen),
+        **describe_merge_base(quantised),
     }
 
 
 def _shares(advance: Callable[[float], None]) -> Callable[[int, int], None]:
-    """Progress in bytes for a bar that counts to one."""
+    """Return a function that turns progress in bytes into the shares of a bar that counts to one."""
     shown = 0.0
 
     def progress(done: int, total: int) -> None:
@@ -214,19 +216,19 @@ def _shares(advance: Callable[[float], None]) -> Callable[[int, int], None]:
     return progress
 
 
-def _golden_of(path: Path) -> list[Turns]:
-    """The first examples of a run's evaluation split."""
+def _golden_of(path: Path) -> list[GoldenPrompt]:
+    """Read the first examples of a run's evaluation split."""
     with path.open(encoding="utf-8") as lines:
         examples = [Example.model_validate_json(line) for line, _ in zip(lines, range(NUM_GOLDEN), strict=False)]
-    return [(each.messages, each.completion) for each in examples]
+    return [(example.messages, example.completion) for example in examples]
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, golden: Sequence[Turns]) -> list[list[int]]:
+def _encoded(tokenizer: PreTrainedTokenizerBase, golden: Sequence[GoldenPrompt]) -> list[list[int]]:
     return [chat.encode_example(tokenizer, messages, completion).input_ids for messages, completion in golden]
 
 
 def _logits(model: Any, golden: Sequence[Sequence[int]], what: str) -> list[torch.Tensor]:
-    """Logits of each golden prompt, one at a time; shapes [tokens, vocabulary]."""
+    """Return the logits of every golden prompt, [tokens, vocabulary]."""
     import torch
 
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""``fintune preflight``: whether the model's tokenizer becomes llama.cpp's, known before hours of training."""
+"""``fintune preflight``: check before training that llama.cpp tokenizes like the model."""
 
 from __future__ import annotations
 
@@ -31,59 +31,58 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MAX_ADDED = 500
-"""Of so many added tokens the surroundings are compared."""
+"""Number of added tokens that are compared inside a word and between spaces."""
 _SENTENCEPIECE = "llama"
-"""``tokenizer.ggml.model`` of such a vocabulary."""
+"""``tokenizer.ggml.model`` of a SentencePiece vocabulary."""
 _LEGACY = (
-    'llama.cpp puts a space after every special token; with "legacy": true in tokenizer_config.json the tokenizer '
-    "does, too, or train without GGUF files: --skip export"
+    'llama.cpp puts a space after every special token: set "legacy": true in tokenizer_config.json, so that the '
+    "tokenizer does, too; or train without GGUF files: --skip export"
 )
 _DECOMPOSED = "Ne\u0301stle\u0301 Zu\u0308rich"
 
 
 def preflight(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
-    """Check the base model's tokenizer against llama.cpp, on a file of its vocabulary alone.
+    """Compare the base model's tokenizer with llama.cpp, on a GGUF file with the vocabulary and a tiny model.
 
     Args:
         config: The run.
-        inputs: None are needed.
-        folder: Gets ``preflight.json``.
+        inputs: Unused.
+        folder: Folder for ``preflight.json``.
 
     Returns:
-        Name of the pre-tokenizer, end token, hash of the chat template, number of strings, whether the tokenizer
-        composes accents, which llama.cpp does not, and whether it takes a space that begins a text for the one that
-        SentencePiece puts there, where llama.cpp has both.
+        Name of the pre-tokenizer, end token, hash of the chat template and number of strings; whether the tokenizer
+        composes accents, which llama.cpp does not; and whether it drops a leading space, which llama.cpp keeps.
 
     Raises:
-        ModelError: A family, pre-tokenizer, template or special token that would not survive, or strings that llama.cpp
-            splits into other tokens, the first of which are named.
+        ModelError: The GGUF cannot keep the architecture, pre-tokenizer, chat template or a special token, or llama.cpp
+            splits strings into other tokens. The message names the first ones.
         ResourceError: xllamacpp is not installed.
     """
     ref = models.fetch_base(config)
     tokenizer = models.load_tokenizer(ref, trust_remote_code=config.model.trust_remote_code)
-    with tempfile.TemporaryDirectory(prefix=".converted-", dir=folder) as place:
-        return _check(ref.path, tokenizer, _vocabulary(config, ref.path, Path(place)), folder)
+    with tempfile.TemporaryDirectory(prefix=".converted-", dir=folder) as temporary:
+        return _check(ref.path, tokenizer, _vocabulary(config, ref.path, Path(temporary)), folder)
 
 
-def _vocabulary(config: Config, model: Path, place: Path) -> TokenizerMetadata:
-    """As the export will write it: by this package, or by the user's llama.cpp checkout."""
+def _vocabulary(config: Config, model: Path, temporary: Path) -> TokenizerMetadata:
+    """Return the vocabulary that the export will write, with or without a llama.cpp checkout."""
     if config.export.llama_cpp_path is None:
         return read_vocabulary(model, ModelConfig(model).vocab_size)
     checkout = llama_cpp_checkout.check_checkout(config.export.llama_cpp_path)
-    llama_cpp_checkout.convert_model(checkout, model, place / "converted.gguf", vocabulary_only=True)
-    return read_converted_vocabulary(place / "converted.gguf")
+    llama_cpp_checkout.convert_model(checkout, model, temporary / "converted.gguf", vocabulary_only=True)
+    return read_converted_vocabulary(temporary / "converted.gguf")
 
 
 def _check(model: Path, tokenizer: PreTrainedTokenizerBase, vocabulary: TokenizerMetadata, folder: Path) -> Facts:
     if vocabulary.chat_template is None or vocabulary.chat_template != tokenizer.chat_template:
         raise ModelError(
-            f"{model}: the chat template of the GGUF would not be the one that is trained with",
-            hint="give the folder one default template, in chat_template.jinja",
+            f"{model}: the chat template of the GGUF would differ from the one for training",
+            hint="put one default template into the folder, as chat_template.jinja",
         )
     ends = chat.end_of_turn_ids(tokenizer)
     if vocabulary.eos_id not in ends:
         raise ModelError(
-            f"{model}: a GGUF would end at token {vocabulary.eos_id}, but a turn ends with {list(ends)}",
+            f"{model}: the GGUF would end answers at token {vocabulary.eos_id}, but a turn ends with {list(ends)}",
             hint="mark the end of a turn as a special token in tokenizer.json",
         )
 
@@ -98,8 +97,8 @@ def _check(model: Path, tokenizer: PreTrainedTokenizerBase, vocabulary: Tokenize
     takes_space = vocabulary.model == _SENTENCEPIECE and encode(" x") == encode("x")
     probes = [*probe_strings(), *_beside_added_tokens(tokenizer, space="" if takes_space else " ")]
     strings = [*turns, *(text.lstrip(" ") if takes_space else text for text in probes)]
-    with tempfile.TemporaryDirectory(prefix=".vocabulary-", dir=folder) as place:
-        path = write_vocabulary_file(vocabulary, Path(place) / "vocabulary.gguf")
+    with tempfile.TemporaryDirectory(prefix=".vocabulary-", dir=folder) as temporary:
+        path = write_vocabulary_file(vocabulary, Path(temporary) / "vocabulary.gguf")
         try:
             num_strings = check_tokenizer_against_llama_cpp(encode, path, strings)
         except ModelError as error:
@@ -109,12 +108,12 @@ def _check(model: Path, tokenizer: PreTrainedTokenizerBase, vocabulary: Tokenize
     composes = encode(_DECOMPOSED) == encode(unicodedata.normalize("NFC", _DECOMPOSED))
     if composes:
         say(
-            "the tokenizer composes accents and llama.cpp does not: give the GGUF text in Unicode's composed form (NFC)"
+            "the tokenizer composes accents, llama.cpp does not: send text in Unicode's composed form (NFC) to the GGUF"
         )
     if takes_space:
         say(
-            "the tokenizer drops a space that begins a text or follows a special token, and llama.cpp does not: give "
-            "the GGUF no such text"
+            "the tokenizer drops a space at the start of a text or after a special token, llama.cpp does not: send no "
+            "such text to the GGUF"
         )
     facts: Facts = {
         "pre_tokenizer": vocabulary.pre,
@@ -131,7 +130,10 @@ def _check(model: Path, tokenizer: PreTrainedTokenizerBase, vocabulary: Tokenize
 
 
 def _beside_added_tokens(tokenizer: PreTrainedTokenizerBase, *, space: str) -> Iterator[str]:
-    """A token may swallow the spaces beside it, or be none within a word; llama.cpp knows neither."""
+    """Yield added tokens between spaces and inside a word.
+
+    A token may swallow the spaces beside it, or count only between words. llama.cpp supports neither.
+    """
     for added in list(tokenizer.added_tokens_decoder.values())[:_MAX_ADDED]:
         yield f"revenue {added.content}{space}x"
         yield f"a{added.content}b"

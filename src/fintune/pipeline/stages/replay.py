@@ -1,4 +1,4 @@
-"""``fintune replay``: the same positions through base + adapter, the merged folder and each GGUF file, side by side."""
+"""``fintune replay``: verify that every export matches the trained model, token by token."""
 
 from __future__ import annotations
 
@@ -29,11 +29,13 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-JUDGED = ("merged", "F32", "F16", "BF16", "Q8_0")
-"""Forms that are the same model as base + adapter: ``replay.min_same_share`` holds for them, for all others the floor
-``replay.min_same_share_quantised``."""
-Q8_0_SAME_SHARE = 0.9
-"""Asked of Q8_0 at most: of a sound file of a small model 0.977 was measured, and of few positions less can be."""
+LOSSLESS_KINDS = ("merged", "F32", "F16", "BF16", "Q8_0")
+"""Exports with the weights of the trained model, to which ``replay.min_same_share`` applies.
+
+``replay.min_same_share_quantised`` applies to all others.
+"""
+MAX_Q8_0_SHARE = 0.9
+"""Largest share that Q8_0 must reach. A correct file of a small model measured 0.977; few positions can give less."""
 _REFERENCES = ("adapter", "trained")
 
 
@@ -46,144 +48,147 @@ class _Row:
 
 
 def replay(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
-    """Compare what each form of the model answers at the completions of held-out examples.
+    """Compare the next-token distributions of every export with the trained model, on held-out completions.
 
     Args:
         config: The run.
-        inputs: Needs ``prepare``, ``train`` and ``export``; ``merge`` is compared where it is there.
-        folder: Gets ``replay.json``.
+        inputs: Step name -> folder of ``prepare``, ``train`` and ``export``, and of ``merge`` if there is one.
+        folder: Folder for ``replay.json``.
 
     Returns:
-        By kind, the base without its adapter first: mean KL divergence from base + adapter in ``predict.dtype``
-        (nats), share of positions with the same likeliest token, perplexity of the completions. Where the adapter was
-        merged into dequantised weights, the reference is the adapter on the base in 4 bits, as training had it.
+        For the base without adapter and for every export: mean KL divergence in nats from base + adapter in
+        ``predict.dtype``, share of positions with the same likeliest token, and perplexity of the completions. With
+        ``merge.into: quantized_base`` the reference is the adapter on the base in 4 bits, as in training.
 
     Raises:
-        ArtifactError: A form that should be the same model and is not, a quantised file that is ruined, figures that
-            are not finite, or no example to replay.
-        ModelError: A model or file that cannot be loaded.
+        ArtifactError: An export does not match the trained model, a figure is not finite, or there is no example.
+        ModelError: A model or file cannot be loaded.
         ResourceError: xllamacpp is not installed.
     """
-    ref = models.fetch_base(config)
-    tokenizer = models.load_tokenizer(ref, trust_remote_code=config.model.trust_remote_code)
+    base = models.fetch_base(config)
+    tokenizer = models.load_tokenizer(base, trust_remote_code=config.model.trust_remote_code)
     rows = _rows(config, tokenizer, inputs["prepare"] / "eval.jsonl")
-    whole = full.full_model_folder(inputs["train"])
-    trained = ref if whole is None else models.fetch(str(whole))
-    adapter = inputs["train"] / "adapter" if whole is None else None
+    full_model = full.full_model_folder(inputs["train"])
+    trained = base if full_model is None else models.fetch(str(full_model))
+    adapter = inputs["train"] / "adapter" if full_model is None else None
     model = _load(config, trained, adapter)
     references = _logits(model, rows, "what was trained")
     targets = [row.ids[position] for row in rows for position in row.positions]
 
-    def own(logits: Sequence[NDArray[np.float32]]) -> TokenAgreement:
-        return compare_distributions(
-            references, [distribution_from_logits(each, target) for each, target in zip(logits, targets, strict=True)]
-        )
+    def compare_logits(logits: Sequence[NDArray[np.float32]]) -> TokenAgreement:
+        pairs = zip(logits, targets, strict=True)
+        return compare_distributions(references, [distribution_from_logits(row, target) for row, target in pairs])
 
-    found = {}
+    agreements = {}
     if adapter is not None:
         with model.disable_adapter():
-            found["base"] = own(_logits(model, rows, "the base"))
-    found["adapter" if whole is None else "trained"] = own(references)
+            agreements["base"] = compare_logits(_logits(model, rows, "the base"))
+    agreements["adapter" if full_model is None else "trained"] = compare_logits(references)
     del model
     gc.collect()
     if "merge" in inputs:
         merged = _load(config, models.fetch(str(inputs["merge"])), None)
-        found["merged"] = own(_logits(merged, rows, "merged"))
+        agreements["merged"] = compare_logits(_logits(merged, rows, "merged"))
         del merged
         gc.collect()
     threads = config.export.threads or os.cpu_count() or 1
     for kind in config.export.types:
         path = inputs["export"] / f"{config.run.name}-{kind}.gguf"
         with GgufReplay(path, context_tokens=max(len(row.ids) for row in rows), threads=threads) as file:
-            answers = [
-                each
+            distributions = [
+                distribution
                 for row in track(rows, f"replay of {kind}", len(rows))
-                for each in file.distributions(row.ids, row.positions)
+                for distribution in file.distributions(row.ids, row.positions)
             ]
-        found[kind] = compare_distributions(references, answers)
-    dequantised = config.merge.into == "quantized_base"
+        agreements[kind] = compare_distributions(references, distributions)
+    quantised = config.merge.into == "quantized_base"
     facts: Facts = {
-        "reference": f"{'what was trained' if whole else 'base + adapter'}{' in 4 bits' if dequantised else ''}",
+        "reference": f"{'what was trained' if full_model else 'base + adapter'}{' in 4 bits' if quantised else ''}",
         "precision": config.predict.dtype,
         "num_examples": len(rows),
     }
-    return _judged(facts, found, config, folder)
+    return _verify(facts, agreements, config, folder)
 
 
-def _judged(facts: Facts, found: Mapping[str, TokenAgreement], config: Config, folder: Path) -> Facts:
-    # Another model by intent, which is nothing to fail for.
-    found = {
-        kind: each for kind, each in found.items() if kind != "base" or math.isfinite(each.mean_kl * each.perplexity)
+def _verify(facts: Facts, agreements: Mapping[str, TokenAgreement], config: Config, folder: Path) -> Facts:
+    """Add the figures to the facts, and fail if an export does not match the trained model."""
+    # The base is another model on purpose, so its figures are no reason to fail.
+    agreements = {
+        kind: agreement
+        for kind, agreement in agreements.items()
+        if kind != "base" or math.isfinite(agreement.mean_kl * agreement.perplexity)
     }
-    files = {kind: each for kind, each in found.items() if kind not in ("base", *_REFERENCES)}
+    exports = {kind: agreement for kind, agreement in agreements.items() if kind not in ("base", *_REFERENCES)}
     facts |= {
-        "num_positions": next(iter(found.values())).num_positions,
-        "replayed": {kind: asdict(each) for kind, each in found.items()},
-        "min_same_share": {kind: _least(kind, config) for kind in files},
+        "num_positions": next(iter(agreements.values())).num_positions,
+        "replayed": {kind: asdict(agreement) for kind, agreement in agreements.items()},
+        "min_same_share": {kind: _min_share(kind, config) for kind in exports},
     }
-    for kind, each in found.items():
-        _check_finite(kind, each, config)
-    for kind, least in facts["min_same_share"].items():
-        each = files[kind]
-        if _num_other(each) > _num_allowed(least, each.num_positions):
+    for kind, agreement in agreements.items():
+        _check_finite(kind, agreement, config)
+    for kind, min_share in facts["min_same_share"].items():
+        agreement = exports[kind]
+        if _num_different(agreement) > _num_allowed(min_share, agreement.num_positions):
             raise ArtifactError(
-                f"{_called(kind, config)} gives the trained model's best token at {each.same_best_token_share:.1%} of "
-                f"{each.num_positions} positions (KL {each.mean_kl:.2g}, perplexity {each.perplexity:.3g}), "
-                f"{least:.0%} are asked for (replay.{_bound(kind)})",
+                f"{_file_name(kind, config)} gives the trained model's best token at "
+                f"{agreement.same_best_token_share:.1%} of {agreement.num_positions} positions "
+                f"(KL {agreement.mean_kl:.2g}, perplexity {agreement.perplexity:.3g}); "
+                f"replay.{_min_share_option(kind)} requires {min_share:.0%}",
                 hint="it is not the model that was trained; --redo merge and export"
-                if kind in JUDGED
-                else "the file is ruined, or the type is too small for this model: --redo export, or a larger type",
+                if kind in LOSSLESS_KINDS
+                else "the file is damaged, or the type is too small for this model: --redo export, or a larger type",
             )
-    facts["summary"] = _summary(found, files)
+    facts["summary"] = _summary(agreements, exports)
     write_atomically(folder / "replay.json", json.dumps(facts, indent=1) + "\n")
     return facts
 
 
-def _summary(found: Mapping[str, TokenAgreement], files: Mapping[str, TokenAgreement]) -> str:
-    same = ", ".join(f"{kind} {each.same_best_token_share:.1%} (KL {each.mean_kl:.2g})" for kind, each in files.items())
-    if "base" not in found:
+def _summary(agreements: Mapping[str, TokenAgreement], exports: Mapping[str, TokenAgreement]) -> str:
+    same = ", ".join(
+        f"{kind} {figures.same_best_token_share:.1%} (KL {figures.mean_kl:.2g})" for kind, figures in exports.items()
+    )
+    if "base" not in agreements:
         return f"same best token: {same}"
-    before, after = found["base"].perplexity, found["adapter"].perplexity
+    before, after = agreements["base"].perplexity, agreements["adapter"].perplexity
     return f"held-out perplexity {before:.4g} before training, {after:.4g} after; same best token: {same}"
 
 
-def _bound(kind: str) -> str:
-    """The option that says how far a form may stray."""
-    return "min_same_share" if kind in JUDGED else "min_same_share_quantised"
+def _min_share_option(kind: str) -> str:
+    return "min_same_share" if kind in LOSSLESS_KINDS else "min_same_share_quantised"
 
 
-def _least(kind: str, config: Config) -> float:
-    least: float = getattr(config.replay, _bound(kind))
-    return min(least, Q8_0_SAME_SHARE) if kind == "Q8_0" else least
+def _min_share(kind: str, config: Config) -> float:
+    share: float = getattr(config.replay, _min_share_option(kind))
+    return min(share, MAX_Q8_0_SHARE) if kind == "Q8_0" else share
 
 
-def _called(kind: str, config: Config) -> str:
+def _file_name(kind: str, config: Config) -> str:
     return "the merged folder" if kind == "merged" else f"{config.run.name}-{kind}.gguf"
 
 
-def _check_finite(kind: str, found: TokenAgreement, config: Config) -> None:
-    figures = {"KL": found.mean_kl, "perplexity": found.perplexity}
-    lost = [f"{name} {value}" for name, value in figures.items() if not math.isfinite(value)]
-    if not lost:
+def _check_finite(kind: str, agreement: TokenAgreement, config: Config) -> None:
+    figures = {"KL": agreement.mean_kl, "perplexity": agreement.perplexity}
+    not_finite = ", ".join(f"{name} {value}" for name, value in figures.items() if not math.isfinite(value))
+    if not not_finite:
         return
     if kind in _REFERENCES:
         raise ArtifactError(
-            f"what was trained gives probabilities that are not finite ({', '.join(lost)})",
+            f"what was trained gives probabilities that are not finite ({not_finite})",
             hint="the training diverged, look at train/metrics.jsonl; or predict.dtype=float32",
         )
     raise ArtifactError(
-        f"{_called(kind, config)} gives probabilities that are not finite ({', '.join(lost)})",
-        hint="its weights are ruined, or overflow in this type; --redo merge and export, or export another type",
+        f"{_file_name(kind, config)} gives probabilities that are not finite ({not_finite})",
+        hint="its weights are damaged, or overflow in this type: --redo merge and export, or export another type",
     )
 
 
-def _num_other(each: TokenAgreement) -> int:
-    return round((1 - each.same_best_token_share) * each.num_positions)
+def _num_different(agreement: TokenAgreement) -> int:
+    return round((1 - agreement.same_best_token_share) * agreement.num_positions)
 
 
-def _num_allowed(least: float, num_positions: int) -> int:
-    # Of few positions one near-tie would be a large share.
-    return max(math.floor((1 - least) * num_positions + 1e-9), int(least < 1))
+def _num_allowed(min_share: float, num_positions: int) -> int:
+    # At least one, because one near-tie is a large share of few positions.
+    return max(math.floor((1 - min_share) * num_positions + 1e-9), int(min_share < 1))
 
 
 def _rows(config: Config, tokenizer: Any, path: Path) -> list[_Row]:
@@ -216,13 +221,13 @@ def _load(config: Config, ref: models.ModelFolder, adapter: Path | None) -> Any:
 
 
 def _logits(model: Any, rows: Sequence[_Row], what: str) -> list[NDArray[np.float32]]:
-    """Logits from which each position's token is predicted, (vocabulary,) each, float32.
+    """Return the logits that predict the token of every position, each (vocabulary,), float32.
 
-    What a row has in common with the one before it, as questions on one page have, is computed once.
+    The common prefix of successive rows, such as a page with several questions, is computed once.
     """
-    found, read = [], Reader(model)
+    logits_of_positions, read = [], Reader(model)
     for row in track(rows, f"replay of {what}", len(rows)):
         first = row.positions[0]
         logits = read(row.ids, first)
-        found += [logits[position - first].float().cpu().numpy() for position in row.positions]
-    return found
+        logits_of_positions += [logits[position - first].float().cpu().numpy() for position in row.positions]
+    return logits_of_positions
