@@ -77,7 +77,7 @@ def test_unstated_licences_name_file_and_option(source, base, given, lines):
     assert all(line in text for line, text in zip(lines, found, strict=True))
 
 
-def test_what_could_not_be_encoded_is_told_beside_the_sources_that_still_count_it(monkeypatch, tmp_path):
+def test_card_counts_examples_that_could_not_be_encoded(monkeypatch, tmp_path):
     train = SimpleNamespace(num_examples=97, dropped={"not encodable": 1})
     held = SimpleNamespace(num_examples=5, dropped={})
     report = SimpleNamespace(train=train, eval=held, sources=[SimpleNamespace(dropped={"exact duplicate": 2})])

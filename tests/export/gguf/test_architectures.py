@@ -89,7 +89,7 @@ def test_rotary_scaling_that_is_not_served_is_refused(llama_folder, tmp_path):
         ModelConfig(tmp_path)
 
 
-def test_llama_3_factors_leave_fast_frequencies_and_slow_the_others(tmp_path):
+def test_rope_factors_of_llama_3_slow_low_frequencies(tmp_path):
     rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}
     rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     factors = rope_factors(ModelConfig(write_folder(tmp_path / "m", num_layers=1, rope=rope)))

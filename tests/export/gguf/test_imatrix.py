@@ -102,7 +102,7 @@ def test_a_missing_matrix_and_a_models_file_are_refused(llama_folder, tmp_path):
         read_imatrix(tmp_path / "model.gguf")
 
 
-def test_another_models_matrix_is_refused_before_anything_is_written(llama_folder, tmp_path):
+def test_imatrix_of_another_model_is_refused_before_writing(llama_folder, tmp_path):
     other = write_folder(tmp_path / "other", hidden_size=320)
     wider = read_imatrix(importance_of(other, tmp_path / "m.gguf"))
     (tmp_path / "out").mkdir()

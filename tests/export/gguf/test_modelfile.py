@@ -72,7 +72,7 @@ def test_it_names_the_file_the_stop_token_and_the_context(folder):
     assert {'PARAMETER stop "<|im_end|>"', "PARAMETER num_ctx 512", "PARAMETER temperature 0"} <= set(lines)
 
 
-def test_thoughts_that_stay_in_earlier_answers_are_noted_and_the_modelfile_is_written_all_the_same(folder):
+def test_modelfile_notes_thoughts_in_earlier_answers(folder):
     (folder / "chat_template.jinja").write_text(FORGETS_THOUGHTS)
     text, (note,) = render_modelfile(folder, "m.gguf", context_tokens=512)
     assert "send earlier answers without their thoughts" in note

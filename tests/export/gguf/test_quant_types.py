@@ -19,7 +19,7 @@ def shapes(num_layers: int, width: int = 256, *, tied: bool = False) -> dict[str
     return found
 
 
-def test_q4_k_m_gives_more_bits_to_the_layers_that_llama_cpp_chose():
+def test_q4_k_m_gives_more_bits_to_llama_cpps_layers():
     types = tensor_types("Q4_K_M", shapes(32), is_70b=False)
     better = {0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31}
     assert {layer for layer in range(32) if types[f"blk.{layer}.attn_v.weight"] == "Q6_K"} == better
@@ -56,7 +56,7 @@ def test_a_width_that_fills_no_block_falls_back(kind, width, expected):
     assert tensor_types(kind, shapes(4, width), is_70b=False)["blk.1.attn_q.weight"] == expected
 
 
-def test_quantised_files_go_by_layer_number_and_others_keep_the_order():
+def test_tensor_types_order_quantised_files_by_layer():
     names = {"blk.10.ffn_up.weight": (8, 256), "blk.9.ffn_up.weight": (8, 256), "output_norm.weight": (256,)}
     assert list(tensor_types("F16", names, is_70b=False)) == list(names)
     assert list(tensor_types("Q8_0", names, is_70b=False)) == [*names][::-1]

@@ -39,7 +39,7 @@ def test_the_pre_tokenizer_is_known_by_what_it_does(tmp_path, pre):
     assert read_vocabulary(tmp_path, write_tokenizer(tmp_path, pre)).pre == pre
 
 
-def test_a_lost_digits_step_is_found_although_the_hash_still_passes(folder, monkeypatch):
+def test_pre_tokenizer_without_digits_step_is_refused(folder, monkeypatch):
     ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(vocabulary._PROBE).ids
     digest = hashlib.sha256(str(ids).encode()).hexdigest()
     monkeypatch.setattr(vocabulary, "_PRE_BY_HASH", {digest: "smollm"})
@@ -85,7 +85,7 @@ def test_a_missing_or_broken_tokenizer_is_one_line(folder, content):
         read_vocabulary(folder, 400)
 
 
-def test_generation_ends_at_the_end_of_a_turn_and_not_at_the_end_of_a_text(folder):
+def test_vocabulary_eos_is_the_end_of_a_turn(folder):
     patch_json(folder / "tokenizer_config.json", eos_token="<|endoftext|>")
     read = read_vocabulary(folder, 400)
     assert (read.eos_id, read.eos_replaced) == (2, 0)
@@ -98,7 +98,7 @@ def test_without_a_chat_template_the_end_token_is_the_tokenizers(folder):
     assert (read.eos_id, read.eos_replaced, read.chat_template) == (0, None, None)
 
 
-def test_the_template_file_wins_over_the_tokenizers_configuration(folder):
+def test_vocabulary_prefers_the_template_file(folder):
     template = (folder / "chat_template.jinja").read_text()
     patch_json(folder / "tokenizer_config.json", chat_template="other")
     assert read_vocabulary(folder, 400).chat_template == template

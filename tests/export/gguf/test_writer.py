@@ -56,7 +56,7 @@ def test_files_are_those_of_llama_cpps_own_tools(tmp_path, case):
 
 @ON_X86
 @pytest.mark.slow
-def test_files_of_the_built_in_model_are_those_of_llama_cpps_own_tools(builtin_model, tmp_path):
+def test_builtin_model_gives_the_files_of_llama_cpps_tools(builtin_model, tmp_path):
     assert set(UPSTREAM[BUILTIN]) == set(BUILTIN_KINDS)
     compare_with_upstream(builtin_model, BUILTIN, tmp_path)
 
@@ -161,7 +161,7 @@ def test_an_interrupted_export_leaves_nothing(llama_folder, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_is_too_small_is_told_before_anything_is_written(llama_folder, tmp_path, monkeypatch):
+def test_write_gguf_refuses_a_small_disk_before_writing(llama_folder, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ResourceError, match=r"no space for the GGUF files: .* 1 kB is free"):

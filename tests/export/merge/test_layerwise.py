@@ -97,7 +97,7 @@ def check(one, other) -> None:
 
 
 @pytest.mark.parametrize("family", ARCHITECTURES)
-def test_it_says_of_a_base_and_its_adapter_what_the_whole_models_say(bases, tmp_path, family):
+def test_compare_layers_equals_whole_models(bases, tmp_path, family):
     base = bases / family
     assert can_compare_layers(base, None)
     check((base, adapter_of(base, tmp_path / "adapter")), (base, None))
@@ -128,7 +128,7 @@ def test_a_right_merge_is_told_from_a_wrong_one(bases, tmp_path, kind):
         assert compare_layers((base, adapter), (merged, None), PROMPTS).max_difference > 0.1
 
 
-def test_targets_that_the_adapters_file_leaves_out_change_nothing(bases, tmp_path):
+def test_compare_layers_with_targets_missing_in_the_adapter(bases, tmp_path):
     base = bases / "llama"
     adapter = adapter_of(base, tmp_path / "adapter")
     tensors = load_file(adapter / "adapter_model.safetensors")
@@ -148,7 +148,7 @@ def test_progress_adds_up_to_one(bases):
     assert sum(shares) == pytest.approx(1)
 
 
-def test_other_families_and_a_vocabulary_that_grew_go_another_way(bases, tmp_path):
+def test_can_compare_layers_refuses_unknown_and_grown_models(bases, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(bases / "llama", other)
     patch_json(other / "config.json", model_type="gemma3")

@@ -137,7 +137,7 @@ def test_a_tied_model_whose_embeddings_stand_still_stays_tied(tiny_model, tmp_pa
 
 
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
-def test_a_vocabulary_that_grew_without_its_embeddings_is_told_as_such(untied, tmp_path, target):
+def test_merge_refuses_grown_vocabulary_without_embeddings(untied, tmp_path, target):
     grown = make_tiny_model(tmp_path / "grown", tie_word_embeddings=False, vocab_size=408)
     adapter = saved(grown, tmp_path / "adapter", target_modules=[target, "q_proj"])
     patch_json(adapter / "adapter_config.json", base_model_name_or_path="someone/base")  # whose weights nobody knows
@@ -148,7 +148,7 @@ def test_a_vocabulary_that_grew_without_its_embeddings_is_told_as_such(untied, t
     assert not list((tmp_path / "merged").iterdir())
 
 
-def test_a_vocabulary_that_grew_comes_with_its_embeddings_and_tokenizer(tiny_model, tmp_path):
+def test_merge_keeps_grown_vocabulary_and_tokenizer(tiny_model, tmp_path):
     adapter = saved(tiny_model, tmp_path / "adapter")
     tensors = load_file(adapter / "adapter_model.safetensors")
     grown = np.ones((408, 64), np.float32)
@@ -252,7 +252,7 @@ def test_a_quantised_truncated_or_incomplete_base_is_refused(llama_folder, tmp_p
         merged(base, adapter, tmp_path / "c")
 
 
-def test_a_disk_that_is_too_small_is_told_before_anything_is_written(llama_folder, tmp_path, monkeypatch):
+def test_merge_refuses_a_small_disk_before_writing(llama_folder, tmp_path, monkeypatch):
     adapter = lora_of(llama_folder, tmp_path / "adapter")
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)

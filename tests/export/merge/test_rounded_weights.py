@@ -24,7 +24,7 @@ def loaded(tiny_model):
 
 
 @pytest.mark.parametrize("vocab_size", [400, 420])
-def test_embedding_and_layers_become_those_of_the_folder_in_the_models_type(loaded, tmp_path, monkeypatch, vocab_size):
+def test_load_merged_weights_equals_loading_the_folder(loaded, tmp_path, monkeypatch, vocab_size):
     other = make_tiny_model(tmp_path, seed=7, vocab_size=vocab_size)
     monkeypatch.setattr(rounded_weights, "_SLAB_ELEMENTS", 1000)  # several slabs, the last one short
     with SafetensorFolder(other) as weights:

@@ -43,7 +43,7 @@ def test_a_truncated_file_names_the_path(folder, kept):
         SafetensorFolder(folder)
 
 
-def test_an_index_that_promises_more_than_the_shards_hold_is_refused(folder):
+def test_index_with_tensors_missing_in_shards_is_refused(folder):
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     index["weight_map"]["model.extra.weight"] = "model-00001-of-00003.safetensors"

@@ -35,14 +35,14 @@ def test_every_type_becomes_a_file_of_the_size_that_is_reported(tiny_model, tmp_
         assert gguf.GGUFReader(path).fields["general.name"].contents() == "t"
 
 
-def test_the_modelfile_is_for_the_last_type_and_stops_at_the_end_of_turn(tiny_model, tmp_path):
+def test_export_modelfile_names_last_type_and_stop_token(tiny_model, tmp_path):
     export(config(), {"merge": tiny_model}, tmp_path)
     text = (tmp_path / "Modelfile").read_text(encoding="utf-8")
     assert "t-Q8_0.gguf" in text
     assert "<|im_end|>" in text
 
 
-def test_a_template_that_ollama_cannot_express_costs_the_modelfile_alone(tiny_model, tmp_path):
+def test_export_without_modelfile_for_odd_template(tiny_model, tmp_path):
     merged, folder = tmp_path / "merge", tmp_path / "export"
     shutil.copytree(tiny_model, merged)
     folder.mkdir()
@@ -59,7 +59,7 @@ def test_a_template_that_ollama_cannot_express_costs_the_modelfile_alone(tiny_mo
     assert any("no Modelfile" in note for note in facts["notes"])
 
 
-def test_a_modelfile_that_renders_earlier_thoughts_otherwise_is_written_and_noted(tiny_model, tmp_path):
+def test_export_notes_modelfile_differences(tiny_model, tmp_path):
     merged, folder = tmp_path / "merge", tmp_path / "export"
     shutil.copytree(tiny_model, merged)
     folder.mkdir()
@@ -133,7 +133,7 @@ def test_speed_and_memory_are_recorded_and_an_excess_is_told(tiny_model, tmp_pat
     assert not facts["memory_within_limit"] and any("of memory" in note for note in facts["notes"])
 
 
-def test_a_computed_matrix_gives_the_same_bytes_with_and_without_a_merged_folder(tiny_model, tmp_path, monkeypatch):
+def test_export_computed_imatrix_same_bytes_both_ways(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "IMATRIX_TOKENS", 100)
     inputs = trained(tmp_path, tiny_model)
     options = config(types=("Q4_K_M",), imatrix="compute").model_dump(exclude={"model", "merge"})
@@ -147,7 +147,7 @@ def test_a_computed_matrix_gives_the_same_bytes_with_and_without_a_merged_folder
         assert (tmp_path / "through" / name).read_bytes() == (tmp_path / "direct" / name).read_bytes()
 
 
-def test_an_importance_matrix_is_computed_from_the_training_texts(tiny_model, tmp_path):
+def test_export_computes_imatrix_from_training_texts(tiny_model, tmp_path):
     inputs = trained(tmp_path, tiny_model)
 
     def run(importance):

@@ -50,7 +50,7 @@ def config(checkout: Path | None, *types: str, **more: object) -> Config:
     return Config.model_validate({"run": {"name": "t"}, "export": options, "predict": {"models": ["base"]}})
 
 
-def test_an_unknown_family_is_written_by_the_checkout_and_refused_without(other, checkout, tmp_path):
+def test_unknown_architecture_needs_a_checkout(other, checkout, tmp_path):
     out = tmp_path / "export"
     out.mkdir()
     with pytest.raises(ModelError, match=r"'granite' cannot be exported .*export\.llama_cpp_path=FOLDER"):
@@ -71,9 +71,7 @@ def test_an_unknown_family_is_written_by_the_checkout_and_refused_without(other,
         ("bfloat16", ("F32", "F16"), ["convert F32", "convert F16"]),
     ],
 )
-def test_quantised_files_are_made_from_one_that_holds_the_weights_exactly(
-    other, checkout, tmp_path, dtype, types, expected
-):
+def test_checkout_quantises_from_an_exact_file(other, checkout, tmp_path, dtype, types, expected):
     patch_json(other / "config.json", dtype=dtype)
     out = tmp_path / "export"
     out.mkdir()
@@ -118,7 +116,7 @@ def test_a_run_looks_at_the_checkout_before_it_begins(tiny_model, checkout, tmp_
     assert done.status == 2 and f"export.llama_cpp_path {tmp_path}: there is no convert_hf_to_gguf.py" in done.err
 
 
-def test_a_type_that_the_quantiser_does_not_list_is_refused_before_the_run_begins(tmp_path):
+def test_checkout_refuses_unlisted_type_before_the_run(tmp_path):
     listed = QUANTIZER.replace("usage: llama-quantize", "usage:   7  or  Q8_0  :  7.96G\n  15  or  Q4_K_M  :  4.58G")
     tools = make_checkout(tmp_path / "tools", quantizer=listed)
     check_checkout(tools, ("F16", "Q8_0", "q4_k_m"))
@@ -149,7 +147,7 @@ def routes(tmp_path: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the hashes were taken on x86-64")
-def test_streaming_merged_folder_and_llama_cpps_tools_give_the_same_bytes(tmp_path):
+def test_three_ways_to_gguf_give_the_same_bytes(tmp_path):
     (tmp_path / "train").mkdir()
     base, adapter = routes(tmp_path)
     kinds = tuple(UPSTREAM["merged-lora"])

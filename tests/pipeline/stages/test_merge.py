@@ -94,7 +94,7 @@ def test_an_adapter_that_rounding_swallows_is_refused(tiny_model, tmp_path):
         merge(config(model), inputs(tmp_path, model, scale=1e-9), tmp_path / "merge")
 
 
-def test_an_adapter_can_be_merged_into_what_training_in_four_bits_saw(tiny_model, tmp_path):
+def test_merge_into_quantized_base(tiny_model, tmp_path):
     pytest.importorskip("bitsandbytes")
     options = {"model": {"name": str(tiny_model), "quantization": "nf4"}, "merge": {"into": "quantized_base"}}
     facts = merge(Config.model_validate(options), inputs(tmp_path, tiny_model), tmp_path / "merge")
@@ -116,7 +116,7 @@ def test_the_end_of_a_turn_and_the_padding_are_written_down(tiny_model, tmp_path
     assert json.loads((tmp_path / "merge" / "tokenizer_config.json").read_text())["pad_token"] == "<|endoftext|>"
 
 
-def test_the_proof_of_an_unknown_family_loads_the_models_and_says_so(tiny_model, tmp_path, monkeypatch):
+def test_merge_compares_unknown_architecture_as_a_whole(tiny_model, tmp_path, monkeypatch):
     given = inputs(tmp_path, tiny_model)
     by_layers = merge(config(tiny_model), given, tmp_path / "merge")
     monkeypatch.delitem(layerwise.ARCHITECTURES, "llama")
@@ -192,7 +192,7 @@ def test_a_vocabulary_that_grew_in_training_is_merged_and_proved(tmp_path, tied,
         assert float((found - trained.eval()(ids).logits).abs().max()) < 1e-4
 
 
-def test_embeddings_saved_under_pefts_own_names_as_well_are_merged_layer_by_layer(tmp_path):
+def test_merge_of_embeddings_saved_twice_by_peft(tmp_path):
     base = make_tiny_model(tmp_path / "base", tie_word_embeddings=False)
     lora, _ = grown(base, tmp_path / "lora", saved=False, modules_to_save=["embed_tokens", "lm_head"])
     stored = load_file(lora / "adapter_model.safetensors")

@@ -141,15 +141,13 @@ def test_a_sentencepiece_tokenizer_passes_by_a_checkout(
     assert "drops a space at the start of a text" in capsys.readouterr().err
 
 
-def test_a_sentencepiece_tokenizer_without_spaces_after_special_tokens_is_told_of_legacy(
-    tiny_model, tmp_path, converted_by_checkout, few_strings
-):
+def test_preflight_sentencepiece_names_legacy(tiny_model, tmp_path, converted_by_checkout, few_strings):
     model = sentencepiece_like(tiny_model, tmp_path / "model", "first")
     with pytest.raises(ModelError, match=r"strings tokenise differently .*\"legacy\": true .*--skip export"):
         preflight(by_checkout(model), {}, tmp_path)
 
 
-def test_an_added_token_that_swallows_spaces_or_is_none_within_a_word_is_refused(tiny_model, tmp_path, few_strings):
+def test_preflight_refuses_added_tokens_with_strip_or_single_word(tiny_model, tmp_path, few_strings):
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
     tokenizer = json.loads((model / "tokenizer.json").read_text())

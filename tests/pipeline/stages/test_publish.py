@@ -77,7 +77,7 @@ def hub(monkeypatch) -> Iterator[ModelHub]:
         yield running
 
 
-def test_everything_goes_to_one_private_repository_and_each_file_where_its_library_looks_for_it(run, hub):
+def test_publish_everything_to_one_private_repo(run, hub):
     done = run.publish(ALL)
     assert done.status == 0, done.err
     files = hub.files("ann/demo")
@@ -95,7 +95,7 @@ def test_everything_goes_to_one_private_repository_and_each_file_where_its_libra
     )
 
 
-def test_the_card_tells_base_data_method_accuracy_and_replay(run, hub):
+def test_publish_card_names_base_data_method_and_figures(run, hub):
     run.publish(ALL)
     card = hub.files("ann/demo")["README.md"].decode()
     assert "base_model: acme/tiny\nbase_model_relation: finetune\n" in card
@@ -111,7 +111,7 @@ def test_the_card_tells_base_data_method_accuracy_and_replay(run, hub):
 
 
 @pytest.mark.slow
-def test_the_snippets_of_the_card_run_as_they_stand(run, hub, tiny_model, tmp_path):
+def test_publish_card_snippets_run(run, hub, tiny_model, tmp_path):
     assert run.publish(ALL, "publish.branch=try", "publish.private=false").status == 0
     hub.repositories["acme/tiny"] = Repository(False, {"main": {p.name: p.read_bytes() for p in tiny_model.iterdir()}})
     card = (run.demo / "publish" / "README.md").read_text(encoding="utf-8")
@@ -140,7 +140,7 @@ def test_the_snippets_of_the_card_run_as_they_stand(run, hub, tiny_model, tmp_pa
     assert (tmp_path / "demo" / "Modelfile").read_text().startswith("FROM ./demo-Q4_K_M.gguf")
 
 
-def test_an_adapter_alone_lies_at_the_root_with_the_licence_of_the_base(run, hub, tmp_path):
+def test_publish_adapter_alone_at_the_root(run, hub, tmp_path):
     base = shutil.copytree(run.model, tmp_path / "named")
     (base / "README.md").write_text("---\nlicense: llama3.2\n---\n", encoding="utf-8")
     (base / "LICENSE.txt").write_text("Llama", encoding="utf-8")
@@ -156,7 +156,7 @@ def test_an_adapter_alone_lies_at_the_root_with_the_licence_of_the_base(run, hub
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "named"
 
 
-def test_a_dry_run_writes_the_card_lists_the_bytes_and_asks_nobody(run, hub):
+def test_publish_dry_run_writes_card_without_requests(run, hub):
     done = run.publish(ALL, "--dry-run")
     assert done.status == 0, done.err
     assert not hub.asked
@@ -166,7 +166,7 @@ def test_a_dry_run_writes_the_card_lists_the_bytes_and_asks_nobody(run, hub):
     assert not (run.demo / "publish").exists()
 
 
-def test_a_second_push_only_looks_and_takes_back_what_is_no_longer_asked_for(run, hub):
+def test_publish_again_sends_nothing_and_removes_old_files(run, hub):
     run.publish()
     commit = run.facts["commit"]
     assert run.publish().status == 0
@@ -179,7 +179,7 @@ def test_a_second_push_only_looks_and_takes_back_what_is_no_longer_asked_for(run
     assert "adapter_config.json" not in hub.files("ann/demo")
 
 
-def test_a_network_that_fails_gives_one_line_and_the_same_command_goes_on(run, hub, monkeypatch):
+def test_publish_resumes_after_a_network_failure(run, hub, monkeypatch):
     monkeypatch.setattr(stage, "RETRY_PAUSES", ())
     hub.drop = {"commit/": 99}
     done = run.publish(ALL)
@@ -194,7 +194,7 @@ def test_a_network_that_fails_gives_one_line_and_the_same_command_goes_on(run, h
     assert hub.stored == sent
 
 
-def test_a_refused_token_is_told_before_any_work_and_never_shown(run, hub, monkeypatch):
+def test_publish_refused_token_before_any_work(run, hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     done = run.publish()
     assert done.status == 2
@@ -206,7 +206,7 @@ def test_a_refused_token_is_told_before_any_work_and_never_shown(run, hub, monke
     assert "needs a token, and there is none: run `hf auth login`" in run.publish().err
 
 
-def test_the_token_is_in_no_file_and_no_output(run, hub):
+def test_publish_writes_the_token_nowhere(run, hub):
     done = run.publish(ALL)
     written = b"".join(path.read_bytes() for path in run.demo.rglob("*") if path.is_file())
     pushed = b"".join(hub.files("ann/demo").values())
@@ -224,7 +224,7 @@ def test_the_token_is_in_no_file_and_no_output(run, hub):
         (lambda demo: finish(demo / "merge", "merge", inputs={"train": "0" * 64}), "was made from an older result of"),
     ],
 )
-def test_what_is_missing_changed_or_stale_is_not_pushed(run, hub, spoil, told):
+def test_publish_refuses_missing_changed_or_stale_results(run, hub, spoil, told):
     spoil(run.demo)
     done = run.publish(ALL)
     assert done.status == 2
@@ -232,7 +232,7 @@ def test_what_is_missing_changed_or_stale_is_not_pushed(run, hub, spoil, told):
     assert not hub.repositories
 
 
-def test_a_public_repository_is_not_filled_by_accident(run, hub):
+def test_publish_refuses_public_repo(run, hub):
     hub.repositories["ann/demo"] = Repository(private=False)
     done = run.publish()
     assert done.status == 2
@@ -240,7 +240,7 @@ def test_a_public_repository_is_not_filled_by_accident(run, hub):
     assert not hub.files("ann/demo")
 
 
-def test_a_licence_that_allows_what_the_data_forbid_is_refused(run, hub):
+def test_publish_refuses_licence_that_data_forbid(run, hub):
     report = json.loads((run.demo / "prepare" / "report.json").read_text(encoding="utf-8"))
     licence = {"name": "CC-BY-NC-4.0", "origin": "known", "non_commercial": True}
     counts = {"num_rows": 9, "shapes": {}, "dropped": {}, "num_train": 8, "num_eval": 1, "weight": 1.0}
@@ -256,7 +256,7 @@ def test_a_licence_that_allows_what_the_data_forbid_is_refused(run, hub):
     assert "license_name: unknown-and-cc-by-nc-4.0" in card
 
 
-def test_what_is_to_be_made_anew_is_told_with_what_was_given_a_folder_has_no_configuration(run, hub):
+def test_publish_hint_names_the_command_to_rerun(run, hub):
     folder = ("publish", run.demo, f"model.name={run.model}", "publish.repo_id=ann/demo", "publish.artifacts=[merged]")
     (run.demo / "merge" / "config.json").write_text("{}", encoding="utf-8")
     assert f": rerun it: the command that made {run.demo}, with --redo merge\n" in fintune(*folder).err
@@ -268,7 +268,7 @@ def test_what_is_to_be_made_anew_is_told_with_what_was_given_a_folder_has_no_con
     assert "CONFIG" not in told
 
 
-def test_without_the_result_of_prepare_nothing_is_published_as_no_licence_of_the_data_would_be_named(run, hub):
+def test_publish_needs_the_result_of_prepare(run, hub):
     shutil.rmtree(run.demo / "prepare")
     for flag in ((), ("--dry-run",)):
         done = run.publish("publish.license=apache-2.0", *flag)
@@ -282,7 +282,7 @@ def test_without_the_result_of_prepare_nothing_is_published_as_no_licence_of_the
     assert not (run.demo / "publish-preview" / "README.md").exists()
 
 
-def test_mistakes_are_one_line_each(run, hub):
+def test_publish_option_errors_are_one_line(run, hub):
     for wrong, told in (
         ("publish.repo_id=", "publish.repo_id is empty"),
         ("publish.repo_id=a/b/c", "is not a valid hub name; write OWNER/NAME"),
@@ -298,7 +298,7 @@ def test_mistakes_are_one_line_each(run, hub):
     assert not hub.asked
 
 
-def test_in_a_run_it_is_a_stage_like_the_others_up_to_date_or_refused_when_its_options_change(run, hub):
+def test_publish_stage_is_up_to_date_or_refuses_new_options(run, hub):
     only = ["run", "--only", "publish", run.yaml, *overrides(run.folder, run.model)]
     assert fintune(*only).status == 0
     again = fintune(*only)
@@ -309,7 +309,7 @@ def test_in_a_run_it_is_a_stage_like_the_others_up_to_date_or_refused_when_its_o
     assert set(hub.repositories) == {"ann/demo"}
 
 
-def test_a_runs_folder_stands_for_its_configuration(run, hub):
+def test_publish_takes_a_run_folder(run, hub):
     done = fintune("publish", run.demo, f"model.name={run.model}", "publish.repo_id=ann/demo", ALL)
     assert done.status == 0, done.err
     assert {"demo-F16.gguf", "config.json", "adapter/adapter_config.json"} <= hub.files("ann/demo").keys()

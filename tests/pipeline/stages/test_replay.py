@@ -55,7 +55,7 @@ def test_every_form_is_compared_with_what_was_trained(run, tmp_path):
     assert json.loads((tmp_path / "replay.json").read_text()) == facts
 
 
-def test_the_base_stands_beside_what_was_trained_and_fails_no_stage(run, tiny_model, tmp_path):
+def test_replay_compares_the_base_without_failing(run, tiny_model, tmp_path):
     config, inputs = run
     facts = replay(config, inputs, tmp_path)
     base, trained = (facts["replayed"][kind] for kind in ("base", "adapter"))
@@ -176,7 +176,7 @@ def test_a_run_without_a_merged_folder_is_replayed_too(run, tmp_path):
     assert list(facts["replayed"]) == ["base", "adapter", "F16", "Q4_K_M"]
 
 
-def test_an_adapter_in_dequantised_weights_is_compared_with_what_was_trained(run, tmp_path):
+def test_replay_of_quantized_base_uses_the_trained_model(run, tmp_path):
     pytest.importorskip("bitsandbytes")
     plain, inputs = run
     folders = {name: tmp_path / name for name in ("merge", "export", "direct", "replay", "plain")}
