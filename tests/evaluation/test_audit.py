@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fintune.evaluation.audit import KINDS, audit_split, question_words
-from fintune.evaluation.overlap import SHARED, near_pairs, overlaps
+from fintune.evaluation.audit import FINDINGS, SHARED, audit_split, find_overlaps, near_pairs, question_words
 from fintune.records import FinQAQuestion, FinQARecord
 
 TABLE = (
@@ -32,7 +31,7 @@ def kinds(one: FinQARecord) -> set[str]:
     return {kind for kind, ids in audit_split([one], {}).findings.items() if ids}
 
 
-def test_a_sound_record_has_no_finding() -> None:
+def test_audit_split_finds_nothing_in_a_usual_record() -> None:
     assert kinds(record()) == set()
 
 
@@ -40,7 +39,7 @@ def test_a_sound_record_has_no_finding() -> None:
     ("odd", "expected"),
     [
         (record(program="add(1e1, 2018)", exe_ans=2028.0, answer="2028"), {"not_in_language"}),
-        (record(program="divide(5829, const_0)"), {"does_not_execute", "constant_unknown", "answer_other_value"}),
+        (record(program="divide(5829, const_0)"), {"does_not_execute", "answer_other_value"}),
         (record(program="add(5829"), {"does_not_execute", "not_in_language", "answer_other_value"}),
         (record(exe_ans=95.0), {"executes_to_other"}),
         (record(program="add(5829, 2018), subtract(5829, 5735)"), {"unused_step"}),
@@ -48,11 +47,11 @@ def test_a_sound_record_has_no_finding() -> None:
         (record(program="add(5829, 32)", exe_ans=5861.0, answer="5861"), {"operand_sign_dropped"}),
         (
             record(program="table_sum(note, none)", exe_ans=1.0, table=(*TABLE, ("note", "x"))),
-            {"does_not_execute", "row_not_readable", "answer_other_value"},
+            {"does_not_execute", "answer_other_value"},
         ),
-        (record(answer=None), {"answer_missing"}),
-        (record(answer=" "), {"answer_missing"}),
-        (record(answer="about 94 of 100"), {"answer_not_numeric"}),
+        (record(answer=None), set()),
+        (record(answer=" "), set()),
+        (record(answer="about 94 of 100"), set()),
         (record(answer="-94"), {"answer_other_sign"}),
         (record(answer="0.094"), {"answer_other_scale"}),
         (record(answer="94000 thousand"), {"answer_other_scale"}),
@@ -73,16 +72,16 @@ def test_a_sound_record_has_no_finding() -> None:
         (record(table=(*TABLE, ("", "1"), ("", "2"))), set()),
     ],
 )
-def test_what_is_odd_about_a_record_is_found_and_nothing_else(odd: FinQARecord, expected: set[str]) -> None:
+def test_audit_split_finds_unusual_records(odd: FinQARecord, expected: set[str]) -> None:
     assert kinds(odd) == expected
 
 
-def test_yes_and_no_are_answers() -> None:
+def test_audit_split_compares_yes_and_no() -> None:
     assert kinds(record(program="greater(5829, 5735)", exe_ans="yes", answer="yes")) == set()
     assert kinds(record(program="greater(5829, 5735)", exe_ans="yes", answer="no")) == {"answer_other_value"}
 
 
-def test_questions_that_come_twice_are_told_apart_by_page_and_result() -> None:
+def test_audit_split_finds_repeated_questions() -> None:
     found = audit_split(
         [
             record("A/1/p.pdf-1"),
@@ -96,13 +95,12 @@ def test_questions_that_come_twice_are_told_apart_by_page_and_result() -> None:
     twice = ("A/1/p.pdf-1", "A/1/p.pdf-2", "B/1/p.pdf-1", "B/1/p.pdf-2")
     assert found.findings["question_twice_on_page"] == twice
     assert found.findings["question_on_other_page"] == ("A/1/p.pdf-1", "A/1/p.pdf-2", "A/2/p.pdf-1")
-    assert found.findings["question_conflict"] == ("B/1/p.pdf-1", "B/1/p.pdf-2")
     assert (found.num_records, found.num_pages, found.num_reports, found.num_companies) == (5, 3, 3, 2)
     assert found.dropped == {"no id": 2}
-    assert list(found.findings) == list(KINDS)
+    assert list(found.findings) == list(FINDINGS)
 
 
-def test_derived_evidence_is_held_against_the_annotated() -> None:
+def test_audit_split_compares_derived_evidence() -> None:
     found = audit_split(
         [
             record("a-1", gold_inds={"table_1": "x"}),
@@ -118,14 +116,14 @@ def test_derived_evidence_is_held_against_the_annotated() -> None:
     assert (found.num_derived, found.num_without) == (1, 1)
 
 
-def test_files_share_what_they_share() -> None:
+def test_find_overlaps_counts_what_is_shared() -> None:
     first = [record("A/1/p.pdf-1"), record("A/1/p.pdf-2", question="a b c d e"), record("B/1/p.pdf-1", text="other")]
     second = [
         record("A/1/p.pdf-1", question="a b c d f", text="x"),
         record("A/2/p.pdf-1", question="what is the change in net sales ?"),
         record("C/2/p.pdf-1", question="a b c d e x", program="add(5829, 5735)", text="x"),
     ]
-    (found,) = overlaps({"train": first, "dev": second})
+    (found,) = find_overlaps({"train": first, "dev": second})
     assert list(found.shared) == list(SHARED)
     assert {name: (each.num, each.num_first, each.num_second) for name, each in found.shared.items()} == {
         "id": (1, 1, 1),
@@ -135,17 +133,16 @@ def test_files_share_what_they_share() -> None:
         "page_text": (1, 2, 1),
         "question": (1, 2, 1),
         "near_question": (1, 1, 1),
-        "question_and_program": (1, 2, 1),
     }
     assert found.shared["company"].second_ids == ("A/1/p.pdf-1", "A/2/p.pdf-1")
 
 
-def test_every_two_of_three_files_are_compared() -> None:
-    found = overlaps({name: [record()] for name in ("a", "b", "c")})
+def test_find_overlaps_compares_every_two_files() -> None:
+    found = find_overlaps({name: [record()] for name in ("a", "b", "c")})
     assert [(each.first, each.second) for each in found] == [("a", "b"), ("a", "c"), ("b", "c")]
 
 
-def test_near_questions_are_those_that_counting_all_pairs_finds() -> None:
+def test_near_pairs_agrees_with_brute_force() -> None:
     import random
 
     rng = random.Random(0)
@@ -160,5 +157,5 @@ def test_near_questions_are_those_that_counting_all_pairs_finds() -> None:
     assert len(expected) > 20
 
 
-def test_questions_are_the_same_whatever_their_case_and_marks() -> None:
+def test_question_words_ignores_case_and_punctuation() -> None:
     assert question_words("What is 5,829.5 % of U.S. sales ?") == ("what", "is", "5,829.5", "of", "u", "s", "sales")

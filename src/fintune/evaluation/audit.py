@@ -1,19 +1,23 @@
-"""What is odd about the gold of one FinQA file: a kind of finding, and the ids that it holds for.
+"""Audit FinQA files: unusual records of one file, and what two files share.
 
-Nothing here says that a record is wrong: the official score takes every one of them as it stands.
+A finding does not mean that a record is wrong: the official score includes all of them. What two files share shows
+whether a score on one flatters a model that was trained on the other.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from itertools import combinations
+from typing import TypeAlias
 
 from fintune.errors import DataError
-from fintune.evaluation.audit_evidence import EvidenceAudit, audit_evidence
+from fintune.finqa.evidence import AGREEMENTS, Agreement, agreement, derive
 from fintune.finqa.execute import NO_RESULT, Execution
 from fintune.finqa.grammar import can_be_named, outside, vocabulary
-from fintune.finqa.identity import LEVELS, group_of
+from fintune.finqa.identity import LEVELS, group_of, page_content
 from fintune.finqa.official import cell_number
 from fintune.finqa.parse import parse
 from fintune.finqa.program import Program, Reference, tokenize
@@ -21,41 +25,70 @@ from fintune.finqa.trace import Trace, trace
 from fintune.finqa.verdict import NUMBER, PERCENT, agrees_with_answer
 from fintune.records import FinQARecord, Record
 
-KINDS: Mapping[str, str] = {
+Splits: TypeAlias = Mapping[str, Sequence[FinQARecord]]
+"""Records by the name of their file."""
+
+FINDINGS: Mapping[str, str] = {
     "not_in_language": "gold program is outside the language",
     "does_not_execute": "gold program does not execute",
     "executes_to_other": "gold program executes to another value than exe_ans",
-    "unused_step": "a step of the gold program is not used by the last one",
-    "operand_not_on_page": "an operand stands neither on the page nor in the question",
+    "unused_step": "a step of the gold program is not used",
+    "operand_not_on_page": "an operand is neither on the page nor in the question",
     "operand_sign_dropped": "an operand is a cell's number without its minus",
-    "row_not_readable": "a table operation names a row with text or brackets",
-    "constant_unknown": "a constant is outside FinQA's vocabulary",
-    "answer_missing": "answer is not given or empty",
-    "answer_not_numeric": "answer holds no single number, yes or no",
     "answer_other_sign": "answer has the other sign than exe_ans",
-    "answer_other_scale": "answer is exe_ans times a power of ten (beside % that is not 100)",
+    "answer_other_scale": "answer is exe_ans times a power of ten (except 100 for an answer in %)",
     "answer_other_value": "answer is another value than exe_ans",
-    "percent_times_100": "a question for a percentage, with a result times 100 (most are fractions)",
+    "percent_times_100": "a question for a percentage has a result times 100 (most are fractions)",
     "row_name_unwritable": "table has a row that no program can name",
-    "row_name_twice": "table has several rows of one name (the last counts)",
+    "row_name_twice": "table has several rows of one name (the last one counts)",
     "question_twice_on_page": "the same question about the same page",
-    "question_conflict": "the same question about the same page, with another exe_ans",
     "question_on_other_page": "the same question about another page",
 }
-"""Kinds of finding in the order in which they are shown, with their meaning."""
+"""Kinds of finding in the order of the table, with their meaning."""
+
+SHARED = ("id", *LEVELS, "page_text", "question", "near_question")
+"""What is compared: the id and its parts, the page's text and table whatever the id, the question's words, and pairs of
+questions that share `NEAR` of their words."""
+
+NEAR = 0.8
+"""Share of the words that two nearly equal questions have in common (Jaccard index of the sets)."""
 
 _WORD = re.compile(r"[^\W_]+(?:[.,]\d+)*")
 _POWERS = (2, 3, 6, 9, -2, -3, -6, -9)
 
 
-class SplitAudit(Record):
-    """One file.
+class EvidenceAudit(Record):
+    """Evidence derived from the operands (`fintune.finqa.evidence`), compared with the annotated (``gold_inds``).
 
     Attributes:
-        num_records: Usable records.
-        num_pages: Pages that they ask about; likewise reports and companies.
-        dropped: Records that cannot be used, by reason.
-        findings: Ids by kind (`KINDS`), in file order; every kind is there.
+        num_annotated: Number of records with ``gold_inds``.
+        agreement: Number of those records by agreement: exact, covers (all of it and more), within (only a part of it),
+            overlaps, apart.
+        num_unambiguous: Number of those records whose operands are each in one place.
+        unambiguous: Number of these by agreement.
+        num_derived: Number of records without ``gold_inds`` for which evidence of every operand was found.
+        num_without: Number of records without either.
+    """
+
+    num_annotated: int
+    agreement: dict[Agreement, int]
+    num_unambiguous: int
+    unambiguous: dict[Agreement, int]
+    num_derived: int
+    num_without: int
+
+
+class SplitAudit(Record):
+    """The audit of one file.
+
+    Attributes:
+        num_records: Number of usable records.
+        num_pages: Number of pages that they ask about.
+        num_reports: Number of reports that they ask about.
+        num_companies: Number of companies that they ask about.
+        dropped: Number of records that cannot be used, by reason.
+        findings: Ids by kind of finding (`FINDINGS`), in file order; every kind is a key.
+        evidence: Derived evidence compared with the annotated.
     """
 
     num_records: int
@@ -67,20 +100,44 @@ class SplitAudit(Record):
     evidence: EvidenceAudit
 
 
+class SharedItems(Record):
+    """One kind of thing that two files share.
+
+    Attributes:
+        num: Number of distinct things; for ``near_question`` the number of pairs of different questions.
+        num_first: Number of records of the first file that have one of them.
+        num_second: Number of records of the second file that have one of them.
+        second_ids: Ids of the records of the second file.
+    """
+
+    num: int
+    num_first: int
+    num_second: int
+    second_ids: tuple[str, ...]
+
+
+class Overlap(Record):
+    """What two files share; ``shared`` has an entry for everything in `SHARED`."""
+
+    first: str
+    second: str
+    shared: dict[str, SharedItems]
+
+
 def audit_split(records: Sequence[FinQARecord], dropped: Mapping[str, int]) -> SplitAudit:
-    """Look at one file.
+    """Audit one file.
 
     Args:
-        records: Its usable records.
-        dropped: Number of others, by reason.
+        records: The usable records.
+        dropped: Number of the other records, by reason.
     """
-    found: dict[str, list[str]] = {kind: [] for kind in KINDS}
-    twins = _twins(records)
+    findings: dict[str, list[str]] = {kind: [] for kind in FINDINGS}
+    repeated = _repeated_questions(records)
     for record in records:
         traced = trace(tokenize(record.qa.program), record.table, _sentences(record))
-        kinds = {*_program(record, traced), *_answer(record, traced.execution), *_table(record), *twins[record.id]}
-        for kind in kinds:
-            found[kind].append(record.id)
+        kinds = {*_program_findings(record, traced), *_answer_findings(record, traced.execution)}
+        for kind in kinds | set(_table_findings(record)) | repeated[record.id]:
+            findings[kind].append(record.id)
     pages, reports, companies = (len({group_of(record.id, level) for record in records}) for level in LEVELS)
     return SplitAudit(
         num_records=len(records),
@@ -88,13 +145,13 @@ def audit_split(records: Sequence[FinQARecord], dropped: Mapping[str, int]) -> S
         num_reports=reports,
         num_companies=companies,
         dropped=dict(dropped),
-        findings={kind: tuple(ids) for kind, ids in found.items()},
-        evidence=audit_evidence(records),
+        findings={kind: tuple(ids) for kind, ids in findings.items()},
+        evidence=_audit_evidence(records),
     )
 
 
 def question_words(question: str) -> tuple[str, ...]:
-    """Words and numbers of a question in lower case: questions are the same where these are."""
+    """Return the words and numbers of a question in lower case; questions are the same if these are."""
     return tuple(_WORD.findall(question.lower()))
 
 
@@ -102,84 +159,74 @@ def _sentences(record: FinQARecord) -> tuple[str, ...]:
     return record.pre_text + record.post_text
 
 
-def _program(record: FinQARecord, traced: Trace) -> Iterator[str]:
+def _program_findings(record: FinQARecord, traced: Trace) -> Iterator[str]:
     execution = traced.execution
     if execution.invalid or execution.result == NO_RESULT:
         yield "does_not_execute"
     elif execution.result != record.qa.exe_ans:
         yield "executes_to_other"
-    if any(_sign_dropped(each.value, each.cells, record) for step in traced.steps for each in step.operands):
+    operands = (operand for step in traced.steps for operand in step.operands)
+    if any(_is_sign_dropped(operand.value, operand.cells, record) for operand in operands):
         yield "operand_sign_dropped"
     try:
         program = parse(record.qa.program)
     except DataError:
         yield "not_in_language"
         return
-    if _unused(program):
+    if _has_unused_step(program):
         yield "unused_step"
-    if _in_percent(program) and PERCENT.search(record.qa.question):
+    if _is_times_100(program) and PERCENT.search(record.qa.question):
         yield "percent_times_100"
-    for reason in outside(program, vocabulary(record.table, (*_sentences(record), record.qa.question))):
-        if reason.startswith("number"):
-            yield "operand_not_on_page"
-        elif reason.startswith("row"):
-            yield "row_not_readable"
-        elif reason.startswith("constant"):
-            yield "constant_unknown"
+    words = vocabulary(record.table, (*_sentences(record), record.qa.question))
+    if any(reason.startswith("number") for reason in outside(program, words)):
+        yield "operand_not_on_page"
 
 
-def _sign_dropped(value: object, cells: Sequence[tuple[int, int]], record: FinQARecord) -> bool:
+def _is_sign_dropped(value: object, cells: Sequence[tuple[int, int]], record: FinQARecord) -> bool:
     if not isinstance(value, float) or value <= 0 or not cells:
         return False
-    numbers = []
-    for row, column in cells:
-        try:
-            numbers.append(cell_number(record.table[row][column]))
-        except ValueError:
-            return False
-    return all(number == -value for number in numbers)
+    try:
+        return all(cell_number(record.table[row][column]) == -value for row, column in cells)
+    except ValueError:
+        return False
 
 
-def _unused(program: Program) -> bool:
+def _has_unused_step(program: Program) -> bool:
     used = {len(program.steps) - 1}
-    for k in range(len(program.steps) - 1, -1, -1):
-        step = program.steps[k]
-        if k in used:
-            used |= {each.step for each in (step.first, step.second) if isinstance(each, Reference)}
+    for index in range(len(program.steps) - 1, -1, -1):
+        step = program.steps[index]
+        if index in used:
+            used |= {argument.step for argument in (step.first, step.second) if isinstance(argument, Reference)}
     return len(used) < len(program.steps)
 
 
-def _in_percent(program: Program) -> bool:
+def _is_times_100(program: Program) -> bool:
     last = program.steps[-1]
-    texts = {each.text for each in (last.first, last.second) if not isinstance(each, Reference)}
+    texts = {argument.text for argument in (last.first, last.second) if not isinstance(argument, Reference)}
     return last.operation == "multiply" and bool(texts & {"const_100", "100"})
 
 
-def _answer(record: FinQARecord, execution: Execution) -> Iterator[str]:
+def _answer_findings(record: FinQARecord, execution: Execution) -> Iterator[str]:
     answer = (record.qa.answer or "").strip()
-    agrees = agrees_with_answer(execution, answer)
-    if not answer:
-        yield "answer_missing"
-    elif agrees is None:
-        yield "answer_not_numeric"
-    elif not agrees:
-        numbers = NUMBER.findall(answer)
-        value = execution.unrounded
-        if value is None or not numbers:
-            yield "answer_other_value"
-        elif agrees_with_answer(Execution(False, -value, -value), answer):
-            yield "answer_other_sign"
-        else:
-            yield "answer_other_scale" if _scaled(value, float(numbers[0].replace(",", ""))) else "answer_other_value"
+    if agrees_with_answer(execution, answer) is not False:  # None: no single number, yes or no
+        return
+    numbers = NUMBER.findall(answer)
+    value = execution.unrounded
+    if value is not None and numbers and agrees_with_answer(Execution(False, -value, -value), answer):
+        yield "answer_other_sign"
+    elif value is not None and numbers and _is_scaled(value, float(numbers[0].replace(",", ""))):
+        yield "answer_other_scale"
+    else:
+        yield "answer_other_value"
 
 
-def _scaled(value: float, answer: float) -> bool:
-    # Within 1 %, not within the answer's last digit: scaled down far enough, anything is near 0.
+def _is_scaled(value: float, answer: float) -> bool:
+    # Within 1 %, not within the answer's last digit: any number that is scaled down far enough is near 0.
     near = (abs(abs(value) * 10.0**power - abs(answer)) <= 0.01 * abs(answer) for power in _POWERS)
     return answer != 0 and any(near)
 
 
-def _table(record: FinQARecord) -> Iterator[str]:
+def _table_findings(record: FinQARecord) -> Iterator[str]:
     names = [row[0] for row in record.table[1:] if row and row[0].strip()]
     if not all(map(can_be_named, names)):
         yield "row_name_unwritable"
@@ -187,20 +234,104 @@ def _table(record: FinQARecord) -> Iterator[str]:
         yield "row_name_twice"
 
 
-def _twins(records: Sequence[FinQARecord]) -> dict[str, set[str]]:
-    """Findings about questions that are there more than once, by id."""
-    groups: dict[tuple[str, ...], list[FinQARecord]] = defaultdict(list)
+def _repeated_questions(records: Sequence[FinQARecord]) -> dict[str, set[str]]:
+    """Findings about questions that occur more than once, by id."""
+    pages = defaultdict[tuple[str, ...], Counter[str]](Counter)
+    keys = [(record.id, question_words(record.qa.question), group_of(record.id, "page")) for record in records]
+    for _, words, page in keys:
+        pages[words][page] += 1
+    findings: dict[str, set[str]] = {record.id: set() for record in records}
+    for record_id, words, page in keys:
+        if len(pages[words]) > 1:
+            findings[record_id].add("question_on_other_page")
+        if pages[words][page] > 1:
+            findings[record_id].add("question_twice_on_page")
+    return findings
+
+
+def _audit_evidence(records: Sequence[FinQARecord]) -> EvidenceAudit:
+    counts: Counter[Agreement] = Counter()
+    unambiguous: Counter[Agreement] = Counter()
+    num_derived = num_without = 0
     for record in records:
-        groups[question_words(record.qa.question)].append(record)
-    found: dict[str, set[str]] = {record.id: set() for record in records}
-    for group in groups.values():
-        pages: dict[str, list[FinQARecord]] = defaultdict(list)
-        for record in group:
-            pages[group_of(record.id, "page")].append(record)
-        for same in pages.values():
-            for record in same:
-                found[record.id] |= {"question_on_other_page"} if len(pages) > 1 else set()
-                found[record.id] |= {"question_twice_on_page"} if len(same) > 1 else set()
-                conflict = len({other.qa.exe_ans for other in same}) > 1
-                found[record.id] |= {"question_conflict"} if conflict else set()
-    return found
+        derived = derive(tokenize(record.qa.program), record.table, _sentences(record), record.qa.question)
+        if not record.qa.gold_inds:
+            num_derived += derived.complete
+            num_without += not derived.complete
+            continue
+        kind = agreement(derived.units, record.qa.gold_inds)
+        counts[kind] += 1
+        unambiguous[kind] += not derived.chosen
+    return EvidenceAudit(
+        num_annotated=counts.total(),
+        agreement={kind: counts[kind] for kind in AGREEMENTS},
+        num_unambiguous=unambiguous.total(),
+        unambiguous={kind: unambiguous[kind] for kind in AGREEMENTS},
+        num_derived=num_derived,
+        num_without=num_without,
+    )
+
+
+def find_overlaps(splits: Splits) -> list[Overlap]:
+    """Compare every two files, in their order."""
+    return [
+        Overlap(first=first, second=second, shared=_shared(splits[first], splits[second]))
+        for first, second in combinations(splits, 2)
+    ]
+
+
+def _shared(first: Sequence[FinQARecord], second: Sequence[FinQARecord]) -> dict[str, SharedItems]:
+    keys: dict[str, Callable[[FinQARecord], Hashable]] = {
+        "id": lambda record: record.id,
+        "page": lambda record: group_of(record.id, "page"),
+        "report": lambda record: group_of(record.id, "report"),
+        "company": lambda record: group_of(record.id, "company"),
+        "page_text": page_content,
+        "question": lambda record: question_words(record.qa.question),
+    }
+    shared = {}
+    for name, key in keys.items():
+        sides = [[key(record) for record in records] for records in (first, second)]
+        both = set(sides[0]) & set(sides[1])
+        in_first, in_second = ([index for index, value in enumerate(side) if value in both] for side in sides)
+        shared[name] = _items(len(both), in_first, in_second, second)
+    pairs = near_pairs(*([question_words(record.qa.question) for record in side] for side in (first, second)))
+    near_first, near_second = (sorted({pair[side] for pair in pairs}) for side in (0, 1))
+    return shared | {"near_question": _items(len(pairs), near_first, near_second, second)}
+
+
+def _items(num: int, in_first: list[int], in_second: list[int], second: Sequence[FinQARecord]) -> SharedItems:
+    ids = tuple(second[index].id for index in in_second)
+    return SharedItems(num=num, num_first=len(in_first), num_second=len(ids), second_ids=ids)
+
+
+def near_pairs(first: Sequence[Sequence[str]], second: Sequence[Sequence[str]]) -> list[tuple[int, int]]:
+    """Find pairs of questions that share `NEAR` of their words and are not equal.
+
+    Args:
+        first: Words of each question of one file (`question_words`).
+        second: Words of each question of the other file.
+
+    Returns:
+        (index in ``first``, index in ``second``).
+    """
+    frequency = Counter(word for words in (*first, *second) for word in set(words))
+    ordered = [[sorted(set(w), key=lambda word: (frequency[word], word)) for w in side] for side in (first, second)]
+    # Sets that share at least NEAR of their words share one of their rarest (prefix filter, Chaudhuri et al. 2006).
+    by_word: dict[str, list[int]] = defaultdict(list)
+    for index, words in enumerate(ordered[0]):
+        for word in _rarest(words):
+            by_word[word].append(index)
+    pairs = []
+    for index, words in enumerate(ordered[1]):
+        for other in sorted({other for word in _rarest(words) for other in by_word.get(word, ())}):
+            common = len(set(words).intersection(ordered[0][other]))
+            total = len(words) + len(ordered[0][other]) - common
+            if common >= NEAR * total and tuple(first[other]) != tuple(second[index]):
+                pairs.append((other, index))
+    return pairs
+
+
+def _rarest(words: Sequence[str]) -> Sequence[str]:
+    # Slightly less than NEAR, because 0.8 * 5 is more than 4 in binary floats for some lengths.
+    return words[: len(words) - math.ceil((NEAR - 1e-9) * len(words)) + 1]

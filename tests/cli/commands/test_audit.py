@@ -11,7 +11,7 @@ import pytest
 from fintune.cli.commands.audit import audit_files
 from fintune.data.finqa_json import read_finqa
 from fintune.errors import DataError, FintuneError
-from fintune.evaluation.audit import KINDS
+from fintune.evaluation.audit import FINDINGS
 from fintune.finqa.identity import group_of
 from support.paths import ROOT
 
@@ -55,7 +55,7 @@ def test_files_are_called_by_their_names_and_counted(files: list[Path]) -> None:
 def test_the_command_prints_tables_and_writes_all_figures(files: list[Path], tmp_path: Path) -> None:
     done = cli(*files, "--json", tmp_path / "audit.json")
     assert done.returncode == 0, done.stderr
-    for said in (*KINDS.values(), "train and dev share", "A/1/p-3", "dropped: no question"):
+    for said in (*FINDINGS.values(), "train and dev share", "A/1/p-3", "dropped: no question"):
         assert said in done.stdout
     assert "row 4" in done.stderr
     told = json.loads((tmp_path / "audit.json").read_text())
@@ -68,7 +68,7 @@ def test_written_splits_share_nothing_and_are_read_again(files: list[Path], tmp_
     folder = tmp_path / "new" / "splits"
     done = cli(*files, "--write-splits", folder, "--by", "company")
     assert done.returncode == 0, done.stderr
-    assert "came from another" in done.stdout
+    assert "from another file" in done.stdout
     assert sorted(path.name for path in folder.iterdir()) == ["dev.json", "splits.json", "train.json"]
     new = {name: read_finqa(folder / f"{name}.json", strict=True).records for name in ("train", "dev")}
     assert {name: len(records) for name, records in new.items()} == {"train": 4, "dev": 1}
@@ -119,13 +119,13 @@ def test_nothing_is_overwritten(files: list[Path], tmp_path: Path) -> None:
     done = cli(*files, "--write-splits", tmp_path / "new")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "dev.json is there already: name another folder" in done.stderr
+    assert "dev.json exists: name another folder" in done.stderr
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["dev.json"]
     assert (tmp_path / "new" / "dev.json").read_text() == "mine"
 
 
 def test_one_file_cannot_be_divided(files: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(FintuneError, match="divides several files: name the training"):
+    with pytest.raises(FintuneError, match="needs several files: name the training"):
         audit_files(files[:1], write_splits=tmp_path / "new")
     assert audit_files(files[:1]).audit.overlaps == ()
 
@@ -141,7 +141,7 @@ def test_two_files_of_one_name_are_refused(files: list[Path], tmp_path: Path) ->
 def test_a_split_that_would_be_empty_is_refused(files: list[Path], tmp_path: Path) -> None:
     files[1].write_text(json.dumps([row("A/1/p-9")]))
     files[0].write_text(json.dumps([row("A/1/p-1"), row("A/1/p-2")]))
-    with pytest.raises(DataError, match=r"divided by report, nothing is left for (train|dev)"):
+    with pytest.raises(DataError, match=r"split by report, (train|dev) has no records left"):
         audit_files(files, write_splits=tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
@@ -179,5 +179,4 @@ def test_the_figures_of_finqa_are_those_of_the_docs() -> None:
         "page_text": 0,
         "question": 8,
         "near_question": 52,
-        "question_and_program": 3,
     }
