@@ -84,7 +84,7 @@ def _command(model: Path, length: int, steps: int) -> list[object]:
         *(sys.executable, Path(__file__).resolve(), "--within", limit),
         *(ROOT / "train_financial_model.py", "--model_name", model, "--investopedia", "none"),
         *("--training_quantization", "4bit", "--max_seq_length", length, "--skip_merge", "--skip_quantization"),
-        *("--extra_train_args", f"--max_steps {steps} --logging_steps 1 train.max_memory_gib={planned}"),
+        *(f"train.max_steps={steps}", "train.logging_steps=1", f"train.max_memory_gib={planned}"),
     ]
 
 

@@ -1,8 +1,4 @@
-"""`PushToHubEachEpoch`, a callback for transformers' Trainer: it pushes the adapter after every epoch and at the end.
-
-from save_to_HF import PushToHubEachEpoch
-trainer.add_callback(PushToHubEachEpoch(repo_id="your-username/llama-finqa-dora"))
-"""
+"""`PushToHubEachEpoch`: a callback of transformers' Trainer that pushes the adapter after each epoch and at the end."""
 
 from __future__ import annotations
 

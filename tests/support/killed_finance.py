@@ -32,8 +32,8 @@ STOPS = (
     ("export", "fintune.export.gguf.writer:_Worker.__call__", 3, "SIGKILL"),
     ("export", "fintune.pipeline.stages.export:modelfile", 1, "SIGINT"),
     ("report", "fintune.pipeline.stages.report:render", 1, "SIGKILL"),
-    ("files", "fintune.cli.legacy.outputs:place", 3, "SIGKILL"),
-    ("files", "fintune.cli.legacy.outputs:lay_out", 1, "SIGINT"),
+    ("files", "fintune.cli.legacy.outputs:_copy_or_link", 3, "SIGKILL"),
+    ("files", "fintune.cli.legacy.outputs:Output.write", 1, "SIGINT"),
 )
 """Where each attempt ends: stage, ``module:function``, right behind its so many-th call, by which signal."""
 
@@ -52,12 +52,12 @@ def attempt(stop: tuple[str, int, str] | None = None) -> int:
         if stop is not None:
             where, number, name = stop
             stop_after(where, number, signal.Signals[name])
-        from fintune.cli.legacy.finance import pipeline_command
+        from fintune.cli.legacy.finance import PIPELINE
         from fintune.cli.main import main
 
         status = 0
         try:
-            main(pipeline_command(), "train_financial_model.py")
+            main(PIPELINE, "train_financial_model.py")
         except SystemExit as end:
             status = int(end.code or 0)
         except BaseException:

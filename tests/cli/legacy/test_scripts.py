@@ -28,7 +28,7 @@ def gold(tmp_path: Path) -> Path:
     return path
 
 
-def test_score_finqa_prints_the_figures_and_writes_a_row_a_prediction(tmp_path: Path, gold: Path) -> None:
+def test_score_finqa_writes_a_row_per_prediction(tmp_path: Path, gold: Path) -> None:
     items = records(4)
     rows = [{"id": item.id, "program": item.qa.program} for item in items[:2]] + [
         {"id": items[2].id, "program": "add("}
@@ -56,7 +56,7 @@ def test_score_finqa_loads_no_torch(tmp_path: Path, gold: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_preprocess_writes_a_dataset_and_names_the_rows_that_it_left_out(tmp_path: Path, gold: Path) -> None:
+def test_preprocess_names_dropped_rows(tmp_path: Path, gold: Path) -> None:
     rows = json.loads(gold.read_text())
     rows[1]["qa"]["program"] = ""
     gold.write_text(json.dumps(rows))
@@ -78,11 +78,11 @@ def test_preprocess_writes_a_dataset_and_names_the_rows_that_it_left_out(tmp_pat
         ("score_finqa.py", ["--pred_json", "GOLD", "--gold_json", "no.json"], "no.json: no such file"),
         ("score_finqa.py", ["--gold_json", "GOLD"], "--pred_json"),
         ("preprocess.py", ["--input_json", "no.json", "--output_dataset", "DIR"], "no.json: no such file"),
-        ("preprocess.py", ["--input_json", "GOLD", "--output_dataset", "GOLD"], "holds more than a dataset"),
+        ("preprocess.py", ["--input_json", "GOLD", "--output_dataset", "GOLD"], "gold.json exists"),
         ("preprocess.py", ["--input_json", "GOLD"], "--output_dataset"),
     ],
 )
-def test_a_mistake_is_one_line_with_status_2(
+def test_mistake_is_one_line_with_status_2(
     tmp_path: Path, gold: Path, name: str, words: list[str], message: str
 ) -> None:
     places = {"GOLD": str(gold), "DIR": str(tmp_path / "out")}

@@ -1,280 +1,232 @@
-"""Finance chat by the older flags: ``train_financial_model.py`` and ``train.py`` turn them into a configuration.
+"""Finance chat with the older flags: ``train_financial_model.py`` and ``train.py``.
 
-The run with its manifests and checkpoints lies in ``run/`` of the adapter's folder, where every command with that
-folder goes on after an interruption. Adapter, merged folder and GGUF files lie where the flags say; large ones as links
-to the run's files where the disk allows it.
+The run with its manifests and checkpoints is in ``run/`` of the adapter's folder, where the same command resumes.
+Adapter, merged folder and GGUF files appear at the paths that the flags name.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from fintune.cli.legacy import output_checks as places
-from fintune.cli.legacy import outputs as files
-from fintune.cli.legacy.finance_flags import MODEL, SKIPS, pipeline_flags, train_flags
-from fintune.cli.legacy.messages import told_in_flags
-from fintune.cli.legacy.output_checks import Place
-from fintune.cli.legacy.pasted import PastedCommand
+from fintune.cli.common import stdout
+from fintune.cli.legacy.flags import PATH, REDO, Flag, as_overrides, make_command
+from fintune.cli.legacy.outputs import Output, check, replaces
 from fintune.config import Config
-from fintune.config import aliases as cli_extra_args
-from fintune.errors import ConfigError
-from fintune.pipeline import disk_estimate
+from fintune.errors import ConfigError, DataError, ResourceError
+from fintune.manifest import Slot
+from fintune.pipeline.step import Selection, Step
 from fintune.util.console import say
-from fintune.util.signals import RESUME_MESSAGE, interrupt_message
 
 GUIDE_MODEL = "DSR1/DSR1-Distill-Qwen-14B"
-_RUN = "run"
-_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B"
+"""Name of the guide's model on the Hugging Face hub."""
+INVESTOPEDIA = "hub:FinLang/investopedia-instruction-tuning-dataset"
+_FIXED: Mapping[str, Any] = {
+    "run.name": "run",
+    "run.seed": 3407,
+    "data.source": "chat",
+    "adapter.target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "train.warmup_steps": 5,
+    "train.optim": "adamw_8bit",
+    "train.save_steps": 500,
+    "train.save_total_limit": 3,
+    "merge.dtype": "float16",
+}
+"""Options that the guide sets without a flag."""
 _NEWEST = ("checkpoint-latest", "latest", "last", "true")
-"""Words for the newest checkpoint."""
-_DEVICES = re.compile(r"cpu|auto|cuda(:\d+)?|balanced|sequential")
+"""Values of ``--resume_from_checkpoint`` that mean the newest checkpoint."""
+_SKIPS = {
+    "prepare": "skip_dataset_prep",
+    "train": "skip_training",
+    "merge": "skip_merge",
+    "export": "skip_quantization",
+}
+"""Flag that skips a stage, in the order of the stages."""
+_BITS = click.Choice(["4bit", "16bit", "auto"])
+_OUTPUT = Path("financial_lora")
+
+_TRAINING = (
+    Flag("model_name", MODEL, "Hub id, local folder or builtin:smollm2-135m.", "model.name"),
+    Flag("dataset_folder", Path("datasets"), "Folder of JSON, JSONL, CSV or Parquet conversations.", "data.sources"),
+    Flag("resume_from_checkpoint", str, "Resume unfinished training from its newest checkpoint."),
+    Flag("learning_rate", 1e-5, "Peak of the cosine schedule.", "train.learning_rate"),
+    Flag("num_train_epochs", 3.0, "Passes over the data.", "train.num_train_epochs"),
+    Flag("max_seq_length", 4096, "Tokens of a conversation. Turns that do not fit are dropped.", "prompt.max_length"),
+    Flag("gradient_accumulation_steps", 8, "Forward passes per optimizer step.", "train.gradient_accumulation_steps"),
+    Flag("per_device_train_batch_size", 1, "Conversations per forward pass.", "train.per_device_train_batch_size"),
+    Flag("lora_r", 32, "Rank of the adapter.", "adapter.r"),
+    Flag("lora_alpha", 64, "Scale of the adapter.", "adapter.lora_alpha"),
+    Flag(
+        "training_quantization", _BITS, "Base weights. Default: 4bit on a CUDA GPU, else 16bit.", "model.quantization"
+    ),
+    Flag("extra_train_args", "", "More options in one string: 'train.weight_decay=0.01 train.max_steps=50'."),
+    Flag("strict", False, "Stop at the first row that cannot be used.", "data.strict"),
+    Flag("dry_run", False, "Print the plan without running it."),
+    REDO,
+)
+_PIPELINE = (
+    *_TRAINING,
+    Flag("llama_cpp_path", PATH, "Convert and quantize with this llama.cpp checkout.", "export.llama_cpp_path"),
+    Flag("lora_output_dir", _OUTPUT, "Folder for adapter, tokenizer and the run.", "run.dir"),
+    Flag("merged_model_dir", Path("merged_financial_fp16"), "Folder for the merged 16-bit model."),
+    Flag("gguf_fp16_path", Path("financial_model_fp16.gguf"), "16-bit GGUF file."),
+    Flag("gguf_q4_path", Path("financial_model_q4_k_m.gguf"), "Quantized GGUF file."),
+    Flag("quantization_target", "Q4_K_M", "Type of the quantized GGUF file.", "export.types"),
+    Flag("merge_device_map", "cpu", "Accepted and ignored: merging always runs on the CPU."),
+    Flag("investopedia", INVESTOPEDIA, "Source of the Investopedia rows: hub:OWNER/NAME, a file, or none."),
+    Flag("investopedia_rows", 22_500, "Number of Investopedia rows."),
+    *(Flag(flag, False, f"Skip {stage} and keep its existing result.") for stage, flag in _SKIPS.items()),
+)
+_TRAIN = (*_TRAINING, Flag("output_dir", _OUTPUT, "Folder for adapter, tokenizer and the run.", "run.dir"))
 
 
-def pipeline_command() -> click.Command:
-    """The command of ``train_financial_model.py``."""
-    return PastedCommand(
-        "train_financial_model",
-        params=pipeline_flags(),
-        callback=run_pipeline,
-        help="Finance data to a fine-tuned, merged and quantised model; `fintune run` does the same and more.",
-    )
-
-
-def train_command() -> click.Command:
-    """The command of ``train.py``."""
-    return PastedCommand(
-        "train",
-        params=train_flags(),
-        callback=run_training,
-        help="Fine-tune an adapter on a folder of conversations; `fintune train` does the same and more.",
-    )
-
-
-def run_pipeline(**flags: Any) -> None:
-    """Every stage, then the files to where the flags say.
+def train_financial_model(flags: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Run every stage that is not skipped, and put the results where the flags say.
 
     Raises:
-        FintuneError: A mistake of the user's, or a tool that is missing; before any training where that can be known.
+        FintuneError: A mistake of the user or a missing tool, before training where it can be known.
     """
-    with interrupt_message(RESUME_MESSAGE), told_in_flags("--lora_output_dir"):
-        _pipeline(flags)
-
-
-def _pipeline(flags: Mapping[str, Any]) -> None:
-    kind, checkout = flags["quantization_target"].upper(), flags["llama_cpp_path"]
-    more = ["merge.dtype=float16", f"export.types=[F16, {kind}]"]
-    more += [] if checkout is None else [f"export.llama_cpp_path={json.dumps(str(checkout))}"]
-    config = _config(flags, flags["lora_output_dir"], _investopedia(flags), more)
-    if missing := {"F16", kind} - set(config.export.types):
-        raise ConfigError(
-            f"--extra_train_args leaves out {' and '.join(sorted(missing))}: the GGUF files are F16 and {kind}",
-            hint="--quantization_target names the second",
-        )
+    kind, file = flags["quantization_target"].upper(), flags["gguf_q4_path"]
+    source = {"path": flags["investopedia"], "format": "question_answer", "max_rows": flags["investopedia_rows"]}
+    sources = [] if flags["investopedia"].lower() == "none" else [source]
+    config = _config(_PIPELINE, flags | {"quantization_target": ["F16", kind]}, overrides, sources)
+    if not {"F16", kind} <= set(config.export.types):
+        raise ConfigError(f"export.types must hold F16 and {kind}", option="export.types")
+    if flags["merge_device_map"] != "cpu":
+        say(f"--merge_device_map {flags['merge_device_map']} is ignored: merging runs on the CPU")
+    if "q4_k_m" in file.name.lower() and kind != "Q4_K_M" and not flags["skip_quantization"]:
+        say(f"{file} will hold {kind}; --gguf_q4_path sets another name")
+    skipped = [stage for stage, flag in _SKIPS.items() if flags[flag]]
+    _require_results(config, skipped)
+    outputs = _adapter(config, "--lora_output_dir", flags["lora_output_dir"])
     if not flags["skip_merge"]:
-        _check_device(flags["merge_device_map"])
+        outputs.append(Output("--merged_model_dir", flags["merged_model_dir"], "merge", config.folder / "merge"))
     if not flags["skip_quantization"]:
-        _tell_type(flags["gguf_q4_path"], kind)
-    outputs = _outputs(config, kind, flags)
-    skip = [stage for flag, stage in SKIPS.items() if flags[flag]]
-    if not _run(config, flags, skip=skip, outputs=outputs):
-        return
-    for output in outputs:
-        if output.kind == "adapter":
-            files.lay_out_adapter(config, output.path)
-        elif output.is_folder:
-            files.lay_out(output.source, output.path, kind=output.kind, link=True)
-        else:
-            files.place(output.source, output.path, kind=output.kind)
-    if not flags["skip_quantization"]:
-        files.modelfile(
-            config.folder / "export" / "Modelfile",
-            f"{config.run.name}-{config.export.types[-1]}.gguf",
-            flags["gguf_q4_path"],
-        )
+        for flag, type_ in (("gguf_fp16_path", "F16"), ("gguf_q4_path", kind)):
+            exported = config.folder / "export" / f"{config.run.name}-{type_}.gguf"
+            outputs.append(Output(f"--{flag}", flags[flag], "export", exported, is_folder=False))
+    try:
+        is_done = _run(config, flags, skipped, outputs)
+    except (DataError, ResourceError) as error:
+        if sources and flags["investopedia"].removeprefix("hub:") in str(error):
+            error.hint = f"{error.hint or 'check --investopedia'}; --investopedia none trains without this dataset"
+        raise
+    if is_done and not flags["skip_quantization"]:
+        modelfile = config.folder / "export" / "Modelfile"
+        click.echo(f"To serve it: fintune serve {shlex.quote(str(file))}")
+        click.echo(f"To use it in Ollama: ollama create {file.stem} -f {shlex.quote(str(modelfile))}")
 
 
-def _tell_type(file: Path, kind: str) -> None:
-    """The name that the guide gives the quantised file stays as it is, whatever type is asked for."""
-    if "q4_k_m" in file.name.lower() and kind != "Q4_K_M":
-        say(f"{file} will hold {kind}: --gguf_q4_path gives it another name")
-
-
-def _outputs(config: Config, kind: str, flags: Mapping[str, Any]) -> list[Place]:
-    """What the flags say about the places of what is not skipped."""
-    merged, exported = config.folder / "merge", config.folder / "export"
-    found = [_adapter(config, "--lora_output_dir", flags["lora_output_dir"])]
-    if not flags["skip_merge"]:
-        predicted = partial(disk_estimate.merge_bytes, config)
-        found.append(Place("--merged_model_dir", flags["merged_model_dir"], "merged", "merge", merged, predicted))
-    if not flags["skip_quantization"]:
-        for type_, flag in (("F16", "gguf_fp16_path"), (kind, "gguf_q4_path")):
-            alone = config.model_copy(update={"export": config.export.model_copy(update={"types": (type_,)})})
-            file = exported / f"{config.run.name}-{type_}.gguf"
-            found.append(
-                Place(f"--{flag}", flags[flag], "gguf", "export", file, partial(disk_estimate.export_bytes, alone))
-            )
-    return found
-
-
-def _adapter(config: Config, flag: str, path: Path) -> Place:
-    return Place(flag, path, "adapter", "train", config.folder / "train" / "adapter")
-
-
-def _check_device(device: str) -> None:
-    """The guide passes Accelerate's word for where the merge happens.
+def train(flags: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Prepare the data and train, and put the adapter where the flag says.
 
     Raises:
-        ConfigError: It is none.
+        FintuneError: A mistake of the user.
     """
-    if not _DEVICES.fullmatch(device):
-        raise ConfigError(
-            f"--merge_device_map {device}: not known",
-            hint="known are cpu, auto, cuda, cuda:N, balanced, sequential; all of them merge on the CPU",
-        )
-    if device != "cpu":
-        say(
-            f"--merge_device_map {device}: merging is done on the CPU all the same, in memory bounded by the largest "
-            "tensor"
-        )
+    config = _config(_TRAIN, flags, overrides, [])
+    # Unfinished training resumes with the data that it started with, also if train_financial_model.py started it.
+    is_resumed = bool(flags["resume_from_checkpoint"]) and Slot(config.folder, "prepare").manifest() is not None
+    skipped = ["merge", "export", "report", *(["prepare"] if is_resumed else [])]
+    _run(config, flags, skipped, _adapter(config, "--output_dir", flags["output_dir"]))
 
 
-def run_training(**flags: Any) -> None:
-    """Prepare and train, then the adapter to where the flag says.
-
-    Raises:
-        FintuneError: A mistake of the user's.
-    """
-    with interrupt_message(RESUME_MESSAGE), told_in_flags("--output_dir"):
-        _train(flags)
-
-
-def _train(flags: Mapping[str, Any]) -> None:
-    config = _config(flags, flags["output_dir"], [], [])
-    # What is unfinished goes on with the data that it began with.
-    began = (config.folder / "prepare").is_dir() and bool(flags["resume_from_checkpoint"])
-    skip = ["merge", "export", "report", *(["prepare"] if began else [])]
-    if _run(config, flags, skip=skip, outputs=[_adapter(config, "--output_dir", flags["output_dir"])]):
-        files.lay_out_adapter(config, flags["output_dir"])
-
-
-def _run(config: Config, flags: Mapping[str, Any], *, skip: Sequence[str], outputs: Sequence[Place]) -> bool:
-    """Whether anything was run: not where ``--dry_run`` only asks."""
-    from fintune.pipeline.runner import Pipeline
-    from fintune.pipeline.step import Selection
-    from fintune.pipeline.steps import build_steps
-
-    places.check(outputs, _read(flags), config.folder)
-    steps = build_steps(config)
-    if flags["resume_from_checkpoint"]:
-        train = next(step for step in steps if step.name == "train")
-        _tell_resuming(config.folder, flags["resume_from_checkpoint"], train.resume_word)
-    pipeline = Pipeline(config, steps, Selection(skip=skip, redo=flags["redo"]))
-    if flags["dry_run"]:
-        for step, what in pipeline.preview():
-            click.echo(f"{step.name}: {what}")
-        return False
-    places.try_out(outputs)
-    places.check_space(outputs, lambda: {step.name: what for step, what in pipeline.preview()}, config.folder)
-    places.adopt(outputs)
-    list(pipeline.run())
-    return True
-
-
-def _read(flags: Mapping[str, Any]) -> dict[str, Path]:
-    """What is read, where it lies on this disk."""
-    names = ("model_name", "dataset_folder", "investopedia", "llama_cpp_path")
-    found = {f"--{name}": Path(flags[name]).expanduser() for name in names if flags.get(name) is not None}
-    return {flag: path for flag, path in found.items() if path.exists()}
-
-
-def _tell_resuming(run: Path, checkpoint: str, resume_word: Callable[[Path], str]) -> None:
-    """What becomes of the flag, where it is not what happens anyway.
-
-    Args:
-        run: The run's folder.
-        checkpoint: As it was given.
-        resume_word: What becomes of unfinished training in a folder.
-
-    Raises:
-        ConfigError: A checkpoint that another program wrote.
-    """
-    given = Path(checkpoint)
-    if given.is_dir() and run.resolve() not in given.resolve().parents:
-        raise ConfigError(
-            f"--resume_from_checkpoint {checkpoint}: this checkpoint is none of the run in {run}",
-            hint="training goes on from the run's own; leave the flag out to begin anew, or merge that adapter first",
-        )
-    unfinished = run / ".work" / "train"
-    newest = resume_word(unfinished).removeprefix("resume from step ")
-    if not unfinished.is_dir():
-        done = (run / "train").is_dir()
-        state = (
-            "training is finished there" if done else "there is no unfinished training, so it starts at the beginning"
-        )
-    elif newest == "run":
-        state = "there is no whole checkpoint yet, so training starts at the beginning"
-    elif newest.isdecimal() and given.name.lower() not in (*_NEWEST, f"checkpoint-{newest}"):
-        state = f"training goes on from the newest, step {newest}"
-    else:
-        return
-    say(f"--resume_from_checkpoint {checkpoint}: {state} ({run})")
-
-
-def _investopedia(flags: Mapping[str, Any]) -> list[dict[str, Any]]:
-    path = flags["investopedia"]
-    rows = flags["investopedia_rows"]
-    return [] if path.lower() == "none" else [{"path": path, "format": "question_answer", "max_rows": rows}]
+PIPELINE = make_command(train_financial_model, _PIPELINE, "Fine-tune, merge and quantize a model on finance data.")
+TRAIN = make_command(train, _TRAIN, "Fine-tune an adapter on a folder of conversations.")
 
 
 def _config(
-    flags: Mapping[str, Any], output: Path, more_sources: Sequence[Mapping[str, Any]], more: Sequence[str]
+    table: Sequence[Flag], flags: dict[str, Any], overrides: Sequence[str], more_sources: Sequence[Mapping[str, Any]]
 ) -> Config:
     from fintune.config.load import load
 
-    name = flags["model_name"]
-    if name == GUIDE_MODEL and not Path(name).is_dir():
+    flags = {**flags}
+    if flags["model_name"] == GUIDE_MODEL and not Path(GUIDE_MODEL).is_dir():
         say(f"{GUIDE_MODEL} is {MODEL} on the hub")
-        name = MODEL
-    sources = [{"path": str(flags["dataset_folder"])}, *more_sources]
-    cuda, bits = _cuda(), flags["training_quantization"]
-    if bits == "auto":
-        bits = "4bit" if cuda else "16bit"
-        if not cuda:
-            say("no CUDA GPU: trains on 16-bit weights, not on 4-bit ones (--training_quantization 4bit insists)")
-    values: dict[str, Any] = {
-        "run.name": _RUN,
-        "run.dir": str(output),
-        "run.seed": 3407,
-        "model.name": name,
-        "model.quantization": "nf4" if bits == "4bit" else "none",
-        "data.source": "chat",
-        "data.sources": sources,
-        "data.strict": flags["strict"],
-        "prompt.max_length": flags["max_seq_length"],
-        "adapter.r": flags["lora_r"],
-        "adapter.lora_alpha": flags["lora_alpha"],
-        "adapter.target_modules": list(_TARGETS),
-        "train.learning_rate": flags["learning_rate"],
-        "train.num_train_epochs": flags["num_train_epochs"],
-        "train.per_device_train_batch_size": flags["per_device_train_batch_size"],
-        "train.gradient_accumulation_steps": flags["gradient_accumulation_steps"],
-        "train.warmup_steps": 5,
-        "train.optim": "adamw_8bit",
-        "train.save_steps": 500,
-        "train.save_total_limit": 3,
-    }
-    overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
-    return load(None, [*overrides, *more, *cli_extra_args.overrides(flags["extra_train_args"])]).config
+        flags["model_name"] = MODEL
+    bits = flags["training_quantization"]
+    if bits in (None, "auto"):
+        import torch
+
+        bits = "4bit" if torch.cuda.is_available() else "16bit"
+        if bits == "16bit":
+            say("no CUDA GPU: training uses 16-bit weights (--training_quantization 4bit forces 4-bit weights)")
+    flags["training_quantization"] = "nf4" if bits == "4bit" else "none"
+    flags["dataset_folder"] = [{"path": str(flags["dataset_folder"])}, *more_sources]
+    fixed = [f"{key}={json.dumps(value)}" for key, value in _FIXED.items()]
+    return load(None, [*fixed, *as_overrides(table, flags), *shlex.split(flags["extra_train_args"]), *overrides]).config
 
 
-def _cuda() -> bool:
-    import torch
+def _adapter(config: Config, flag: str, path: Path) -> list[Output]:
+    folders = (config.folder / "train" / "adapter", config.folder / "train" / "tokenizer")
+    return [Output(flag, path, "train", folder, is_copy=True) for folder in folders]
 
-    return bool(torch.cuda.is_available())
+
+def _with_tokenizer(step: Step) -> Step:
+    """Return training so that it also saves the base model's tokenizer, which the guide wants beside the adapter."""
+
+    def run(config: Config, inputs: Mapping[str, Path], folder: Path) -> dict[str, Any]:
+        from fintune.models.load import load_tokenizer
+        from fintune.models.resolve import fetch_base
+
+        facts = step.run(config, inputs, folder)
+        tokenizer = load_tokenizer(fetch_base(config), trust_remote_code=config.model.trust_remote_code)
+        tokenizer.save_pretrained(folder / "tokenizer")
+        return facts
+
+    return dataclasses.replace(step, run=run) if step.name == "train" else step
+
+
+def _require_results(config: Config, skipped: Sequence[str]) -> None:
+    """Refuse to skip a stage without a result that a later stage needs."""
+    stages = [*_SKIPS]
+    while stages and stages[-1] in skipped:
+        stages.pop()
+    for stage in stages:
+        if stage in skipped and Slot(config.folder, stage).manifest() is None:
+            what = f"--{_SKIPS[stage]}: {config.folder} has no result of {stage}, which later stages need"
+            raise ConfigError(what, hint="leave the flag out")
+
+
+def _run(config: Config, flags: Mapping[str, Any], skipped: Sequence[str], outputs: Sequence[Output]) -> bool:
+    """Run the stages and write the outputs; False if ``--dry_run`` only asks for the plan."""
+    from fintune.pipeline.runner import Pipeline
+    from fintune.pipeline.steps import build_steps
+    from fintune.report.tables import plan_table
+
+    check(outputs, config.folder, flags["dataset_folder"])
+    steps = [replaces(_with_tokenizer(step), outputs) for step in build_steps(config)]
+    pipeline = Pipeline(config, steps, Selection(skip=skipped, redo=flags["redo"]), called=str(config.folder))
+    plan = pipeline.preview()
+    if flags["resume_from_checkpoint"]:
+        word = next(word for step, word in plan if step.name == "train")
+        _check_checkpoint(config.folder, Path(flags["resume_from_checkpoint"]), word)
+    if flags["dry_run"]:
+        stdout().print(plan_table([(step.name, word, step.inputs) for step, word in plan]))
+        return False
+    steps_run = [outcome.step for outcome in pipeline.run() if outcome.what != "skipped"]
+    for output in outputs:
+        output.write()
+    for path in dict.fromkeys(output.path for output in outputs if output.path.exists()):
+        click.echo(f"{path}" if path.is_dir() else f"{path}: {path.stat().st_size / 1e6:.0f} MB")
+    if "report" in steps_run:
+        click.echo(f"The run's page: {config.folder / 'report' / 'index.html'}")
+    return True
+
+
+def _check_checkpoint(run: Path, checkpoint: Path, word: str) -> None:
+    """Refuse a checkpoint of another run. Say what the plan's word for training means if another one is named."""
+    if checkpoint.is_dir() and run.resolve() not in checkpoint.resolve().parents:
+        what = f"--resume_from_checkpoint {checkpoint}: this checkpoint is not from the run in {run}"
+        raise ConfigError(what, hint="leave the flag out, or merge that adapter into the base model first")
+    newest = word.removeprefix("resume from step ")
+    if not newest.isdecimal():
+        say(f"--resume_from_checkpoint {checkpoint}: {run} has no checkpoint to resume from; train: {word}")
+    elif checkpoint.name.lower() not in (*_NEWEST, f"checkpoint-{newest}"):
+        say(f"--resume_from_checkpoint {checkpoint}: training resumes from the newest checkpoint, step {newest}")

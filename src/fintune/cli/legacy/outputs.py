@@ -1,154 +1,147 @@
-"""What the finance commands leave, laid out where their flags say: adapter, merged folder, GGUF files.
+"""Results of a run at the paths that the older commands' flags name.
 
-Large files are links to those of the run where the disk allows it; each appears whole. Only what these commands laid
-out is replaced or removed (:mod:`fintune.cli.legacy.owned_files`).
+A file at such a path belongs to the run if its content is that of the run's own file. Only such a file is deleted, when
+the run's new result is complete. Any other file stops the command before its work starts.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import filecmp
 import os
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-import click
-
-from fintune.cli.legacy.owned_files import Record
-from fintune.config import Config
-from fintune.errors import ArtifactError, ResourceError
-from fintune.manifest import MANIFEST, Manifest
-from fintune.util.console import say
-from fintune.util.files import write_atomically
-
-_LAST = "tokenizer.json"
-"""The file of a tokenizer that is laid out last: with it, all of it is there."""
-_CONFIG = "config.json"
-"""Without it no library loads a folder, so it goes first and comes last."""
+from fintune.errors import ArtifactError, ConfigError, ResourceError
+from fintune.manifest import MANIFEST
+from fintune.models.folder import MODEL_FILES
+from fintune.pipeline.step import Step
+from fintune.util.disk import nearest_existing
 
 
-def lay_out_adapter(config: Config, target: Path) -> None:
-    """Adapter and tokenizer, as copies: who trains on from there must not write into the run."""
-    from fintune.models import load as models
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """A result of a run that a flag puts at another path.
 
-    source = config.folder / "train" / "adapter"
-    lay_out(source, target, kind="adapter", link=False)
-    if not (source / "adapter_config.json").is_file() or (source / _LAST).is_file():
-        return
-    manifest = Manifest.model_validate_json((config.folder / "train" / MANIFEST).read_bytes())
-    made_from = manifest.key.sources.get("model.name", "")
-    if Record(target).is_whole("tokenizer", made_from, _LAST):
-        return
-    beside = config.folder / ".tokenizer"
-    shutil.rmtree(beside, ignore_errors=True)
-    reference = models.fetch_base(config)
-    models.load_tokenizer(reference, trust_remote_code=config.model.trust_remote_code).save_pretrained(beside)
-    _remove_others(target, "tokenizer", {path.name for path in beside.iterdir()})
-    for path in sorted(beside.iterdir(), key=lambda path: path.name == _LAST):
-        place(path, target / path.name, kind="tokenizer", made_from=made_from, link=False, quiet=True)
-    shutil.rmtree(beside)
+    Attributes:
+        flag: The flag, such as ``--merged_model_dir``.
+        path: Folder or file, as the user wrote it.
+        stage: Stage of the run that makes the result.
+        source: The result in the run's folder.
+        is_folder: Whether the result is a folder.
+        is_copy: False: files are hard links to the run's files where the disk allows it. Writing into them would
+            change the run.
+    """
+
+    flag: str
+    path: Path
+    stage: str
+    source: Path
+    is_folder: bool = True
+    is_copy: bool = False
+
+    def pairs(self) -> list[tuple[Path, Path]]:
+        """Return the run's files with their paths at the output. No library loads a folder before its last file."""
+        if not self.is_folder:
+            return [(self.source, self.path)] if self.source.is_file() else []
+        files = sorted(file for file in self.source.glob("*") if file.is_file() and file.name != MANIFEST)
+        return [(file, self.path / file.name) for file in sorted(files, key=lambda file: file.name == "config.json")]
+
+    def remove(self) -> None:
+        """Delete the files at the output that are the run's."""
+        for source, target in reversed(self.pairs()):
+            if _is_same(source, target):
+                target.unlink()
+
+    def write(self, *, overwrite: bool = False) -> None:
+        """Put the run's files at the output. A file appears there when it is complete.
+
+        Args:
+            overwrite: Whether files that are not the run's are replaced.
+
+        Raises:
+            ArtifactError: A file that is not the run's is in the way.
+            ResourceError: A file cannot be written.
+        """
+        for source, target in self.pairs():
+            if _is_same(source, target):
+                continue
+            if os.path.lexists(target) and not overwrite:
+                hint = f"move it elsewhere and run the same command again; the run's file is {source}"
+                raise ArtifactError(f"{target} exists and is not a file of the run", hint=hint)
+            part = target.with_name(f".{target.name}.part")
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                part.unlink(missing_ok=True)
+                _copy_or_link(source, part, is_copy=self.is_copy)
+                part.replace(target)
+            except OSError as error:
+                hint = f"{source} is complete: free some space or name another path, and run the same command again"
+                raise ResourceError(f"{target} cannot be written ({error.strerror or error})", hint=hint) from None
+            finally:
+                part.unlink(missing_ok=True)
 
 
-def lay_out(source: Path, target: Path, *, kind: str, link: bool) -> None:
-    """Every file of a finished folder but its manifest, each appearing whole; what an earlier one had more goes.
+def check(outputs: Sequence[Output], run: Path, data: Path, *, overwrite: bool = False) -> None:
+    """Refuse outputs that would overwrite something or cannot be written. Nothing is touched.
+
+    Args:
+        outputs: What will be written.
+        run: Folder of the run.
+        data: Folder whose files are all read as data.
+        overwrite: Whether files that are not the run's may be replaced.
 
     Raises:
-        ArtifactError: A file of someone else's is in the way.
-        ResourceError: A file cannot be written.
+        ConfigError: The first such output, with its flag.
     """
-    if not source.is_dir():
-        return
-    paths = [path for path in sorted(source.iterdir()) if path.is_file() and path.name != MANIFEST]
-    names, record = {path.name for path in paths}, Record(target)
-    old = target / _CONFIG
-    changes = any(not is_there(path, target / path.name, link=link) for path in paths)
-    changes |= any(path.name not in names for path in record.owned(kind))
-    if changes and record.owns(old):
-        record.remove(old)
-    for path in (path for path in paths if path.name != _CONFIG):
-        place(path, target / path.name, kind=kind, link=link, quiet=True)
-    _remove_others(target, kind, names)
-    if _CONFIG in names:
-        place(source / _CONFIG, old, kind=kind, link=link, quiet=True)
-    click.echo(f"{target}")
+    for output in outputs:
+        if reason := next(_reasons(output, outputs, run, data, overwrite), None):
+            raise ConfigError(f"{output.flag} {output.path}: {reason}", hint="name another path, or move what is there")
 
 
-def _remove_others(target: Path, kind: str, names: set[str]) -> None:
-    """Libraries take an old model.safetensors before new shards, and an old template before a new tokenizer's."""
-    record = Record(target)
-    for path in record.owned(kind):
-        if path.name not in names:
-            record.remove(path)
+def _reasons(output: Output, outputs: Sequence[Output], run: Path, data: Path, overwrite: bool) -> Iterator[str]:
+    path, folder = output.path.resolve(), nearest_existing(output.path if output.is_folder else output.path.parent)
+    for other in outputs:
+        inner = other.path.resolve()
+        if other.flag != output.flag and (path == inner or (not output.is_folder and inner.is_relative_to(path))):
+            yield f"{other.flag} {other.path} needs the same path"
+    if path.is_relative_to(run.resolve()):
+        yield f"it is inside {run}, the folder of the run"
+    if output.is_folder and path.is_relative_to(data.resolve()):
+        yield f"it is inside {data}, whose files are all read as data"
+    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        yield f"{folder} is not a folder that can be written to"
+    sources = {target: source for one in outputs if one.flag == output.flag for source, target in one.pairs()}
+    found = {file for name in MODEL_FILES for file in output.path.glob(name)} if output.is_folder else {output.path}
+    for file in [] if overwrite else sorted(found | {*sources}):
+        if os.path.lexists(file) and not _is_same(sources.get(file), file):
+            yield f"{file} exists and is not a file of the run in {run}"
 
 
-def place(
-    source: Path, target: Path, *, kind: str, made_from: str = "", link: bool = True, quiet: bool = False
-) -> None:
-    """The same file under another name: a hard link, or a copy where asked or on another disk.
+def replaces(step: Step, outputs: Sequence[Output]) -> Step:
+    """Return the step so that it deletes its former outputs when its new result is complete."""
 
-    Raises:
-        ArtifactError: A file of someone else's is in the way.
-        ResourceError: It cannot be written.
-    """
-    part = target.with_name(f".{target.name}.part")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        record = Record(target.parent)
-        if not is_there(source, target, link=link):
-            if os.path.lexists(target) and not record.owns(target):
-                raise ArtifactError(
-                    f"{target} is in the way: these commands did not lay it out",
-                    hint=f"move it elsewhere and run the same command again; the new one is {source}",
-                )
-            part.unlink(missing_ok=True)
-            _link_or_copy(source, part, link=link)
-            record.add(target, as_in=part, kind=kind, made_from=made_from)
-            part.replace(target)
-        elif record.owns(target):
-            record.add(target, as_in=target, kind=kind, made_from=made_from)
-    except OSError as error:
-        raise ResourceError(
-            f"{target}: cannot be written ({error.strerror or error})",
-            hint=f"{source} is whole: make room or name another place, and run the same command again",
-        ) from None
-    finally:
-        if part.is_file():
-            part.unlink()
-    if not quiet:
-        click.echo(f"{target}: {target.stat().st_size / 1e6:.0f} MB")
+    def run(*arguments: Any) -> dict[str, Any]:
+        facts = step.run(*arguments)
+        for output in (output for output in outputs if output.stage == step.name):
+            output.remove()
+        return facts
+
+    return dataclasses.replace(step, run=run)
 
 
-def _link_or_copy(source: Path, part: Path, *, link: bool) -> None:
-    if link:
-        try:
-            os.link(source, part)
-        except OSError:  # another disk, or one without links
-            shutil.copyfile(source, part)
-    else:
-        shutil.copyfile(source, part)
-
-
-def is_there(source: Path, target: Path, *, link: bool) -> bool:
-    """Whether the target is the source's file already, or where copies are wanted one with the same content."""
-    if not target.is_file():
+def _is_same(source: Path | None, target: Path) -> bool:
+    if source is None or not source.is_file() or not target.is_file():
         return False
-    if target.samefile(source):
-        return link  # who wants a copy may write into it
-    return filecmp.cmp(source, target, shallow=False)
+    return target.samefile(source) or filecmp.cmp(source, target, shallow=False)
 
 
-def modelfile(source: Path, name: str, target: Path) -> None:
-    """Ollama's file beside the quantised model, naming it; one that the user changed stays."""
-    if not source.is_file():
-        return
-    text = source.read_text(encoding="utf-8").replace(name, target.name)
-    path = target.with_name(f"{target.name}.Modelfile")
-    if path.is_file() and path.read_text(encoding="utf-8", errors="replace") == text:
-        return
-    record = Record(path.parent)
-    if os.path.lexists(path) and not record.owns(path):
-        say(f"{path}: stays as it is, these commands did not write it so; the run's own is {source}")
-        return
-    beside = path.with_name(f".{path.name}.part")
-    write_atomically(beside, text)
-    record.add(path, as_in=beside, kind="gguf")
-    beside.replace(path)
+def _copy_or_link(source: Path, part: Path, *, is_copy: bool) -> None:
+    try:
+        if is_copy:
+            raise OSError
+        os.link(source, part)
+    except OSError:  # also another disk, or a file system without links
+        shutil.copyfile(source, part)

@@ -18,7 +18,6 @@ from types import ModuleType
 
 import pytest
 
-from fintune.cli.legacy.owned_files import NAME
 from support.checkout_stand_in import calls, make_checkout
 from support.finance_data import CARD, INVESTOPEDIA, investopedia, write_datasets
 from support.hub_server import HubServer
@@ -30,7 +29,10 @@ pytest.importorskip("torch")
 
 SMALL = (
     *("--max_seq_length", "256", "--investopedia_rows", "40"),
-    *("--extra_train_args", "train.max_steps=3 --save_steps 1 --logging_steps 1 train.threads=1 export.threads=1"),
+    *(
+        "--extra_train_args",
+        "train.max_steps=3 train.save_steps=1 train.logging_steps=1 train.threads=1 export.threads=1",
+    ),
 )
 OUTPUTS = ("financial_lora", "merged_financial_fp16", "financial_model_fp16.gguf", "financial_model_q4_k_m.gguf")
 
@@ -62,8 +64,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         for name in OUTPUTS
         for path in ([folder / name] if (folder / name).is_file() else (folder / name).iterdir())
     ]
-    made = (path for path in files if path.is_file() and path.name != NAME)  # the record holds times
-    return {str(path.relative_to(folder)): path.read_bytes() for path in made}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +92,18 @@ def story(tmp_path_factory, model, server) -> Story:
         return {path: time for path, time in times.items() if path.is_file()}, contents(whole), server.asked.copy()
 
     cache = tmp_path_factory.mktemp("cache")
-    environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(cache), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    hub = {"HF_ENDPOINT": server.url, "HF_HOME": str(cache)}
+    environment = {**os.environ, **hub, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     folders = (stopped, whole, converted)
-    command = [sys.executable, ROOT / "tests" / "killed_finance.py", *folders, "--model_name", model, *SMALL]
+    command = [
+        sys.executable,
+        ROOT / "tests" / "support" / "killed_finance.py",
+        *folders,
+        "--model_name",
+        model,
+        *SMALL,
+    ]
     with subprocess.Popen(
         [*map(str, command)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
@@ -103,7 +113,7 @@ def story(tmp_path_factory, model, server) -> Story:
     return Story(stopped, whole, converted, [line.split() for line in lines], before, look())
 
 
-def test_every_attempt_ended_where_it_was_to_end_and_the_others_came_through(story):
+def test_attempts_end_where_they_are_stopped(story):
     ends = {"SIGKILL": -signal.SIGKILL, "SIGINT": 130}
     expected = [[stage, name, str(int(ends[name]))] for stage, _, _, name in (*STOPS, BETWEEN_TOOLS)]
     expected[-1:-1] = [[name, "-", "0"] for name in ("last", "whole", "again")]
@@ -114,7 +124,7 @@ def test_every_attempt_ended_where_it_was_to_end_and_the_others_came_through(sto
     assert "train: resume" in log
 
 
-def test_the_outputs_after_all_interruptions_are_those_of_an_uninterrupted_run(story):
+def test_interruptions_change_no_output(story):
     stopped, whole = contents(story.stopped), contents(story.whole)
     assert stopped.keys() == whole.keys()
     assert {name for name, data in stopped.items() if data != whole[name]} == set()
@@ -122,7 +132,7 @@ def test_the_outputs_after_all_interruptions_are_those_of_an_uninterrupted_run(s
     assert not list((story.stopped / "financial_lora" / "run" / ".work").iterdir())
 
 
-def test_a_checkout_that_was_stopped_between_its_tools_begins_with_the_first_and_its_files_take_their_places(story):
+def test_interrupted_checkout_starts_again(story):
     made = ["convert F16 vocabulary", "convert F16", "convert F16", "quantise Q4_K_M"]
     assert calls(story.converted / "llama.cpp") == made
     for name, kind in (("financial_model_fp16.gguf", "F16"), ("financial_model_q4_k_m.gguf", "Q4_K_M")):
@@ -133,16 +143,16 @@ def test_a_checkout_that_was_stopped_between_its_tools_begins_with_the_first_and
     assert not list(story.converted.rglob("*.part*"))
 
 
-def test_a_download_goes_on_at_the_byte_where_it_was_stopped(story, server):
+def test_download_resumes_at_its_byte(story, server):
     assert "bytes=4000-" in server.ranges
 
 
-def test_a_second_run_skips_everything_and_asks_the_hub_nothing(story):
+def test_second_run_does_nothing(story):
     assert story.after == story.before
     assert re.search(r"run: 0 of \d+ stages to do", (story.whole / "log.txt").read_text())
 
 
-def test_every_source_was_read_and_what_is_wrong_was_said(story):
+def test_sources_are_read_and_reported(story):
     report = json.loads((story.whole / "financial_lora" / "run" / "prepare" / "report.json").read_text())
     folder, hub = report["sources"]
     assert folder["shapes"] == {"messages": 8, "preference": 8, "sharegpt": 8, "alpaca": 8}
@@ -178,7 +188,7 @@ def stand_in_for_unsloth() -> ModuleType:
 
 
 @pytest.mark.parametrize("number", range(3), ids=["peft", "unsloth", "transformers"])
-def test_the_snippets_of_the_page_load_what_came_out(story, model, number, tmp_path, monkeypatch):
+def test_snippets_of_the_page_load_the_outputs(story, model, number, tmp_path, monkeypatch):
     import torch
 
     monkeypatch.setitem(sys.modules, "unsloth", stand_in_for_unsloth())
@@ -211,7 +221,7 @@ print(len(engine.tokenise([asked.p])[0]), engine.path.name)
 """A stand-in that takes the guide's flags and loads the file with the llama.cpp that is installed."""
 
 
-def test_the_llama_cpp_command_of_the_page_loads_the_quantised_file(story):
+def test_llama_cpp_command_loads_the_file(story):
     tool = story.whole / "llama.cpp" / "build" / "bin" / "llama-cli"
     tool.parent.mkdir(parents=True)
     tool.write_text(LLAMA_CLI.format(python=sys.executable), encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import subprocess
@@ -11,21 +10,18 @@ import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 
 import click
 import pytest
 
-from fintune.cli.legacy import dataset_folder
-from fintune.cli.legacy import finqa as cli_train
-from fintune.cli.legacy.finqa_messages import told_in_script
-from fintune.cli.legacy.preprocess import preprocess
+from fintune.cli.legacy import finqa
+from fintune.cli.legacy.finqa_data import preprocess
 from fintune.data.synthetic import generate
-from fintune.errors import ArtifactError, ConfigError, DataError, FintuneError, ResourceError
+from fintune.errors import ArtifactError, ConfigError, DataError, ResourceError
 from fintune.pipeline import steps
 from fintune.pipeline.steps import build_steps
 from fintune.publish.push import push_files
-from fintune.training import evaluate, metrics
+from fintune.training import metrics
 from fintune.util.hub import full_repo_name
 from support.model_hub import LIBRARY_WARNS, connected
 from support.paths import ROOT
@@ -63,14 +59,14 @@ def flags(model: Path, dataset: Path, output: Path, **others: object) -> list[st
 
 
 def call(arguments: list[str], *, use_dora: bool = True) -> None:
-    cli_train.command(use_dora=use_dora)(arguments, standalone_mode=False)
+    finqa.make_train_command(use_dora=use_dora)(arguments, standalone_mode=False)
 
 
 def adapter_config(folder: Path) -> dict[str, object]:
     return json.loads((folder / "adapter_config.json").read_text())
 
 
-def test_the_script_writes_an_adapter_where_it_is_looked_for(tiny_model, processed, tmp_path):
+def test_script_writes_the_adapter(tiny_model, processed, tmp_path):
     arguments = flags(tiny_model, processed / "train", tmp_path / "out", lora_alpha=8, save_strategy="epoch")
     done = subprocess.run(
         [sys.executable, str(SCRIPTS / "train_dora.py"), *arguments],
@@ -107,15 +103,10 @@ def test_flags_choose_the_method(tiny_model, processed, tmp_path, others, use_do
     assert adapter_config(tmp_path / "out")["use_dora"] is (expected[0] == "dora")
 
 
-def test_every_flag_reaches_its_option(tiny_model, processed, tmp_path, monkeypatch):
-    seen = {}
-    real = cli_train._config
-
-    def look(given, data, repo, **steps):
-        seen["config"] = real(given, data, repo, **steps)
-        return seen["config"]
-
-    monkeypatch.setattr(cli_train, "_config", look)
+def test_flags_become_the_configuration(tiny_model, processed, tmp_path, monkeypatch):
+    configs = []
+    real = finqa._config
+    monkeypatch.setattr(finqa, "_config", lambda *words, **steps: configs.append(real(*words, **steps)) or configs[-1])
     others = {
         "epochs": 0.5,
         "lr": 3e-4,
@@ -130,21 +121,16 @@ def test_every_flag_reaches_its_option(tiny_model, processed, tmp_path, monkeypa
         "seed": 5,
     }
     call(flags(tiny_model, processed, tmp_path / "out", **others))
-    train = seen["config"].train
-    assert (train.num_train_epochs, train.learning_rate, train.weight_decay, train.gradient_accumulation_steps) == (
-        0.5,
-        3e-4,
-        0.1,
-        2,
-    )
+    train = configs[-1].train
+    assert (train.num_train_epochs, train.learning_rate, train.weight_decay) == (0.5, 3e-4, 0.1)
     assert (train.gradient_checkpointing, train.report_to, train.dtype) == (True, ("tensorboard",), "float32")
-    assert (train.save_steps, train.eval_steps) == (2, 1)
-    assert (seen["config"].adapter.lora_dropout, seen["config"].run.seed) == (0.05, 5)
+    assert (train.save_steps, train.eval_steps, train.gradient_accumulation_steps) == (2, 1, 2)
+    assert (configs[-1].adapter.lora_dropout, configs[-1].run.seed) == (0.05, 5)
     lines = metrics.read(tmp_path / "out" / "run" / "train" / "metrics.jsonl")
     assert [line["step"] for line in lines if "eval_loss" in line] == [1]
 
 
-def test_the_same_command_goes_on_and_then_has_nothing_to_do(tiny_model, processed, tmp_path, monkeypatch):
+def test_same_command_resumes_then_does_nothing(tiny_model, processed, tmp_path, monkeypatch):
     from fintune.training import lora
 
     arguments = flags(tiny_model, processed / "train", tmp_path / "out", save_strategy="steps", save_steps=1)
@@ -161,46 +147,24 @@ def test_the_same_command_goes_on_and_then_has_nothing_to_do(tiny_model, process
     assert (train / "manifest.json").stat().st_mtime_ns == stamp
 
 
-def test_a_dataset_dict_without_our_own_file_is_read_by_its_columns(processed, tmp_path):
-    from datasets import DatasetDict, load_from_disk
-    from datasets.utils.logging import disable_progress_bar
-
-    from fintune.data.finqa_json import read_finqa
-
-    disable_progress_bar()
-    saved = DatasetDict({name: load_from_disk(str(processed / name)) for name in ("train", "dev")})
-    saved.save_to_disk(str(tmp_path / "dict"))
-    train, evaluation = dataset_folder.split_folders(tmp_path / "dict")
-    assert (train.name, evaluation.name) == ("train", "dev")
-    ours = read_finqa(processed / "train" / "records.jsonl").records
-    theirs = read_finqa(dataset_folder.finqa_file(train, tmp_path / "made" / "train.jsonl")).records
-    assert [record.qa.exe_ans for record in theirs] == [record.qa.exe_ans for record in ours]
-    assert [(r.id, r.table, r.pre_text, r.qa.program) for r in theirs] == [
-        (r.id, r.table, r.pre_text, r.qa.program) for r in ours
-    ]
-
-
-def test_rows_that_are_no_finqa_records_are_told_apart(tmp_path):
-    from datasets import Dataset
-
-    Dataset.from_dict({"prompt": ["a"], "completion": ["b"]}).save_to_disk(str(tmp_path / "pairs"))
-    assert dataset_folder.finqa_file(tmp_path / "pairs", tmp_path / "x.jsonl") is None
-    assert not (tmp_path / "x.jsonl").exists()
-
-
-def test_mistakes_name_the_flag_or_the_folder(tiny_model, processed, tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"--eval_strategy epoch: .*train has no evaluation split: give --eval_dataset"
-    ):
-        call(flags(tiny_model, processed / "train", tmp_path / "out", eval_strategy="epoch"))
-    with pytest.raises(DataError, match="nothere: no such folder"):
+def test_mistakes_leave_nothing(tiny_model, processed, tmp_path):
+    for others, message in (({"eval_strategy": "epoch"}, "--eval_strategy epoch"), ({"lora_r": 0}, "--lora_r")):
+        with pytest.raises(ConfigError, match=message):
+            call(flags(tiny_model, processed / "train", tmp_path / "out", **others))
+    with pytest.raises(DataError, match="nothere"):
         call(flags(tiny_model, tmp_path / "nothere", tmp_path / "out"))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no saved dataset in it"):
-        call(flags(tiny_model, tmp_path / "empty", tmp_path / "out"))
-    with pytest.raises(ConfigError, match=r"^--lora_r: got 0: input should be greater than or equal to 1$"):
-        call(flags(tiny_model, processed / "train", tmp_path / "out", lora_r=0))
     assert not (tmp_path / "out").exists()
+
+
+def test_foreign_adapter_is_kept(tiny_model, processed, tmp_path, ran):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "adapter_config.json").write_text("mine")
+    arguments = flags(tiny_model, processed / "train", tmp_path / "out")
+    with pytest.raises(ConfigError, match="--output_dir"):
+        call(arguments)
+    assert ((tmp_path / "out" / "adapter_config.json").read_text(), ran) == ("mine", [])
+    call([*arguments, "--overwrite_output_dir"])
+    assert (tmp_path / "out" / "adapter_config.json").read_text() == "2"
 
 
 @pytest.fixture
@@ -224,20 +188,15 @@ def ran(monkeypatch) -> list[str]:
     return names
 
 
-def test_a_run_with_other_settings_is_overwritten_where_the_flag_says_so(tiny_model, processed, tmp_path, ran):
+def test_other_settings_are_overwritten_if_asked(tiny_model, processed, tmp_path, ran):
     def arguments(**others):
         return flags(tiny_model, processed / "train", tmp_path / "out", **others)
 
     call(arguments())
-    with pytest.raises(ArtifactError) as raised:
-        call(arguments(lr=5e-5))
-    assert str(raised.value).endswith(
-        "made with other settings: --lr was 0.0001 and is now 5e-05: "
-        "give --overwrite_output_dir true to begin anew, or another --output_dir"
-    )
-    with pytest.raises(ArtifactError, match=r"--max_length was 900 and is now 800: give --overwrite_output_dir true"):
-        call(arguments(max_length=800))
-    with pytest.raises(ArtifactError, match=r"settings: --dataset_dir was .*: give --overwrite_output_dir true"):
+    for others, option in (({"lr": 5e-5}, "train.learning_rate"), ({"max_length": 800}, "prompt.max_length")):
+        with pytest.raises(ArtifactError, match=option):
+            call(arguments(**others))
+    with pytest.raises(ArtifactError, match=r"data\.train"):
         call(flags(tiny_model, processed / "dev", tmp_path / "out"))
     assert ran == ["prepare", "train"]
     call(arguments(lr=5e-5, max_length=800, overwrite_output_dir="true"))
@@ -245,71 +204,28 @@ def test_a_run_with_other_settings_is_overwritten_where_the_flag_says_so(tiny_mo
     assert (tmp_path / "out" / "adapter_config.json").read_text() == "4"
     call(arguments(lr=5e-5, max_length=800))
     assert len(ran) == 4
+    call([*arguments(lr=1e-5, max_length=800), "--redo", "train"])
+    assert ran[4:] == ["train"]
+    assert (tmp_path / "out" / "adapter_config.json").read_text() == "5"
 
 
-def test_results_that_cannot_be_read_are_overwritten_where_the_flag_says_so(tiny_model, processed, tmp_path, ran):
+def test_unreadable_results_are_overwritten_if_asked(tiny_model, processed, tmp_path, ran):
     arguments = flags(tiny_model, processed / "train", tmp_path / "out")
     call(arguments)
     for name in ("prepare", "train"):
         (tmp_path / "out" / "run" / name / "manifest.json").write_text("{")
-    with pytest.raises(ArtifactError, match=r"not a manifest .*: give --overwrite_output_dir true to begin anew$"):
+    with pytest.raises(ArtifactError, match="not a manifest"):
         call(arguments)
     call([*arguments, "--overwrite_output_dir"])
     assert ran == ["prepare", "train"] * 2
 
 
-def test_no_message_speaks_of_redo_or_of_a_name_of_the_run():
-    """Of every module whose errors the script can show, each text that does is told in its flags."""
-    source = Path(cli_train.__file__).parents[2]
-    names = ("manifest", "util/system", "models/load", "pipeline/runner", "data/prepared")
-    files = [source / f"{name}.py" for name in (*names, "pipeline/stages/prepare", "pipeline/stages/train")]
-    files += sorted(source.glob("training/*.py"))
-    told = []
-    for file in files:
-        tree = ast.parse(file.read_text())
-        parts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
-        for node in ast.walk(tree):
-            if isinstance(node, ast.JoinedStr):
-                text = "".join(part.value if isinstance(part, ast.Constant) else "train" for part in node.values)
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in parts:
-                text = node.value
-            else:
-                continue
-            if "--redo" in text or "run.name" in text or "run.dir" in text or "prepare again" in text:
-                with pytest.raises(FintuneError) as raised, told_in_script({}):
-                    raise FintuneError("x", hint=text)
-                told.append(str(raised.value))
-    assert len(told) >= 8
-    assert [text for text in told if any(word in text for word in ("redo", "run.", "prepare again"))] == []
-
-
-@pytest.mark.parametrize(
-    ("gpu", "use_bf16", "told"),
-    [
-        (False, None, "lower --lr, or give --use_bf16 false"),
-        (False, True, "lower --lr, or give --use_bf16 false"),
-        (False, False, "lower --lr"),
-        (True, None, "lower --lr"),
-        (True, False, "lower --lr, or give --use_bf16 true"),
-    ],
-)
-def test_a_loss_that_is_not_finite_names_flags_that_help(monkeypatch, gpu, use_bf16, told):
-    import torch
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    with pytest.raises(FintuneError) as raised, told_in_script({"use_bf16": use_bf16}):
-        raise evaluate.not_finite("the loss is not finite at step 1", ["a"], SimpleNamespace(bf16=True, fp16=False))
-    assert raised.value.hint == told
-
-
-def test_a_reporter_that_is_not_installed_is_refused_before_anything_is_made(
-    tiny_model, processed, tmp_path, monkeypatch
-):
+def test_missing_reporter_is_refused_first(tiny_model, processed, tmp_path, monkeypatch):
     import importlib.util
 
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "wandb" else real(name))
-    with pytest.raises(ResourceError, match=r"^--report_to: wandb is not installed: pip install wandb, or"):
+    with pytest.raises(ResourceError, match="wandb"):
         call(flags(tiny_model, processed / "train", tmp_path / "out", report_to="all"))
     assert not (tmp_path / "out").exists()
 
@@ -330,7 +246,7 @@ class _Refusing(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_refused_token_stops_before_training_and_is_never_shown(tiny_model, processed, tmp_path):
+def test_refused_token_is_never_shown(tiny_model, processed, tmp_path):
     server = HTTPServer(("127.0.0.1", 0), _Refusing)
     server.asked = []
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -357,16 +273,16 @@ def test_a_refused_token_stops_before_training_and_is_never_shown(tiny_model, pr
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_token_says_how_to_get_one(tmp_path, monkeypatch):
+def test_missing_token_is_refused(tmp_path, monkeypatch):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    with pytest.raises(ResourceError, match="needs a token, and there is none: run `hf auth login`"):
+    with pytest.raises(ResourceError, match="token"):
         full_repo_name("model")
 
 
 @LIBRARY_WARNS
-def test_what_is_pushed_is_the_adapter_under_the_users_name(tiny_model, processed, tmp_path, monkeypatch):
+def test_only_the_adapter_is_pushed(tiny_model, processed, tmp_path, monkeypatch):
     for name in (".env", "private/customers.jsonl", ".adapter_model.safetensors.tmp"):
         beside = tmp_path / "out" / name
         beside.parent.mkdir(parents=True, exist_ok=True)
@@ -378,7 +294,7 @@ def test_what_is_pushed_is_the_adapter_under_the_users_name(tiny_model, processe
 
 
 @LIBRARY_WARNS
-def test_each_epoch_is_pushed_where_the_flag_asks_for_it(tiny_model, processed, tmp_path, monkeypatch):
+def test_every_epoch_is_pushed(tiny_model, processed, tmp_path, monkeypatch):
     more = {"push_to_hub": "true", "hub_strategy": "epoch", "hub_model_id": "ann/each", "epochs": 2}
     with connected(monkeypatch) as hub:
         call(flags(tiny_model, processed / "train", tmp_path / "out", **more))
@@ -388,7 +304,7 @@ def test_each_epoch_is_pushed_where_the_flag_asks_for_it(tiny_model, processed, 
             assert hub.files("ann/each")[name] == (tmp_path / "out" / name).read_bytes()
 
 
-def test_a_push_that_fails_says_where_everything_is_and_not_what_was_sent(tmp_path, monkeypatch):
+def test_failed_push_shows_no_secret(tmp_path, monkeypatch):
     import huggingface_hub
 
     class Api:

@@ -1,0 +1,150 @@
+"""FinQA files as Hugging Face dataset folders: written by ``scripts/preprocess.py``, read by the training scripts.
+
+::
+
+    *.arrow, dataset_info.json, state.json   for datasets.load_from_disk
+    records.jsonl                            one records.FinQARecord per line, for data.train and data.eval
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fintune.config import PromptOptions
+from fintune.data.finqa_json import WITHOUT_STRICT, FinqaFile, read_finqa
+from fintune.errors import DataError, FintuneError
+from fintune.finqa.evidence import derive
+from fintune.finqa.program import tokenize
+from fintune.finqa.prompt import build_messages
+from fintune.records import FinQARecord
+from fintune.util.files import make_folder
+
+_RECORDS = "records.jsonl"
+_ARROW = re.compile(r"(?:data|cache)-[\w.-]+\.arrow")
+_TRAIN, _EVAL = ("train", "training"), ("validation", "valid", "dev", "eval", "test")
+_QA, _PAGE = ("question", "program", "exe_ans"), ("id", "pre_text", "table", "post_text")
+
+
+def preprocess(source: Path, folder: Path, *, strict: bool = False) -> FinqaFile:
+    """Write the dataset folder of a FinQA file. An earlier one is replaced when the new one is complete.
+
+    Args:
+        source: FinQA JSON list or lines, plain or gzip.
+        folder: Must not exist, be empty, or hold a dataset that this function wrote.
+        strict: Refuse a file with an unusable record instead of dropping the record.
+
+    Raises:
+        DataError: The file cannot be read, no record can be used, or, with ``strict``, one cannot.
+        FintuneError: ``folder`` holds something else, or cannot be written.
+    """
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    ours = {_RECORDS, "dataset_info.json", "state.json"}
+    # What `datasets` computed from our files may go, a file that someone put beside them may not.
+    is_ours = ours <= names and all(_ARROW.fullmatch(name) for name in names - ours)
+    if folder.is_symlink() or folder.is_file() or (names and not is_ours):
+        what = f"{folder} exists and holds more than a dataset that this command wrote"
+        raise FintuneError(what, hint="move it elsewhere or name another folder")
+    read = read_finqa(source, strict=strict, instead=WITHOUT_STRICT)
+    make_folder(folder.parent)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as work:
+        new = Path(work) / "new"
+        _save(read.records, new)
+        _write_lines(new / _RECORDS, (record.model_dump(mode="json") for record in read.records))
+        if folder.exists():
+            folder.rename(Path(work) / "old")
+        new.rename(folder)
+    return read
+
+
+def split_folders(folder: Path) -> tuple[Path, Path | None]:
+    """Return the folders to train on and to evaluate on, the second None if there is none.
+
+    Args:
+        folder: One dataset, or a folder with one dataset per split, such as a saved DatasetDict.
+
+    Raises:
+        DataError: ``folder`` is neither.
+    """
+    if _is_dataset(folder):
+        return folder, None
+    train = next((folder / name for name in _TRAIN if _is_dataset(folder / name)), None)
+    if train is None:
+        what = "no saved dataset here or in a folder named train" if folder.exists() else "no such folder"
+        raise DataError(what, path=folder, hint="name what scripts/preprocess.py or datasets.save_to_disk wrote")
+    return train, next((folder / name for name in _EVAL if _is_dataset(folder / name)), None)
+
+
+def finqa_file(folder: Path, copy: Path) -> Path | None:
+    """Return a file of the FinQA records of a dataset folder; None if its rows are not FinQA records.
+
+    Args:
+        folder: Dataset of one split.
+        copy: File to write the records to, if the folder has their columns but no ``records.jsonl``.
+
+    Raises:
+        DataError: The folder cannot be read.
+    """
+    if (folder / _RECORDS).is_file():
+        return folder / _RECORDS
+    import datasets
+
+    try:
+        rows = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError) as error:
+        raise DataError(f"not a saved dataset ({str(error).splitlines()[0]})", path=folder) from None
+    if not {*_QA, *_PAGE} <= set(rows.column_names):
+        return None
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    part = copy.with_name(f".{copy.name}.part")
+    _write_lines(part, map(_record, rows))
+    return part.replace(copy)
+
+
+def _is_dataset(folder: Path) -> bool:
+    return (folder / "state.json").is_file() or (folder / _RECORDS).is_file()
+
+
+def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _record(row: Mapping[str, Any]) -> dict[str, Any]:
+    qa = {name: row[name] for name in _QA}
+    if qa["exe_ans"] not in ("yes", "no"):
+        qa["exe_ans"] = float(qa["exe_ans"])
+    return {name: row[name] for name in _PAGE} | {"qa": qa}
+
+
+def _save(records: Sequence[FinQARecord], folder: Path) -> None:
+    import datasets
+
+    text = datasets.Value("string")
+    texts, turns = datasets.List(text), datasets.List({"role": text, "content": text})
+    kinds = dict.fromkeys(("evidence", "derived_evidence", "pre_text", "post_text"), texts)
+    kinds |= {"table": datasets.List(texts), "prompt": turns, "completion": turns}
+    rows = [_row(record) for record in records]
+    features = datasets.Features({name: kinds.get(name, text) for name in rows[0]})
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(str(folder))
+
+
+def _row(record: FinQARecord) -> dict[str, Any]:
+    """A row of the dataset: ``prompt`` holds the whole page, because only a tokenizer can tell what fits."""
+    qa, sentences = record.qa, [*record.pre_text, *record.post_text]
+    prompt = build_messages(record, system=PromptOptions().system, budget=2**62, count_tokens=len).messages
+    derived = derive(tokenize(qa.program), record.table, sentences, qa.question).units if qa.gold_inds is None else None
+    columns = {name: getattr(record, name) for name in _PAGE} | {name: getattr(qa, name) for name in _QA}
+    return columns | {
+        "exe_ans": str(qa.exe_ans),  # a number for most questions, yes or no for the others
+        "answer": qa.answer,
+        "evidence": qa.gold_inds,
+        "derived_evidence": derived,
+        "prompt": [turn.model_dump() for turn in prompt],
+        "completion": [{"role": "assistant", "content": qa.program.strip()}],
+    }
