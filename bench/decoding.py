@@ -93,8 +93,8 @@ def measure(given: argparse.Namespace, kind: str, name: str, *, num: int) -> dic
     from fintune.evaluation.metrics import compute_scores
     from fintune.finqa.parse import ParseError, parse
     from fintune.finqa.program import tokenize
-    from fintune.inference.candidates import decoding, grammars, predict_one
-    from fintune.inference.protocol import in_order
+    from fintune.inference.decoding_strategies import choose_prediction, decoding_from_options, make_grammars
+    from fintune.inference.protocol import sorted_by_prompt
     from fintune.models import chat_template as chat
     from fintune.records import Example, FinQARecord
 
@@ -107,13 +107,15 @@ def measure(given: argparse.Namespace, kind: str, name: str, *, num: int) -> dic
     engine, tokenizer = opened(given, kind)
     prompts = [chat.render(tokenizer, each.messages) for each in examples]
     start, started = time.perf_counter(), time.process_time()
-    allowed = grammars(options, records)
-    completions = in_order(engine.generate(prompts, decoding(options, allowed)))
+    allowed = make_grammars(options, records)
+    completions = sorted_by_prompt(engine.generate(prompts, decoding_from_options(options, allowed)))
     seconds, processor = time.perf_counter() - start, time.process_time() - started
     engine.close()
     k = options.num_candidates
     predictions = [
-        predict_one(record.id, completions[n * k : n * k + k], options, record.table, allowed[n] if allowed else None)
+        choose_prediction(
+            record.id, completions[n * k : n * k + k], options, record.table, allowed[n] if allowed else None
+        )
         for n, record in enumerate(records)
     ]
     unparsable = 0

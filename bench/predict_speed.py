@@ -93,7 +93,7 @@ def arguments() -> argparse.Namespace:
 
 def questions(finqa: Path, num: int) -> list[Any]:
     """Records of whole pages, in an order that is always the same."""
-    from fintune.inference.pages import page_order
+    from fintune.inference.prefix_cache import page_order
     from fintune.records import FinQARecord
 
     rows = json.loads(gzip.decompress((finqa / "dev.json.gz").read_bytes()))
@@ -201,11 +201,11 @@ def generated(
 
 def batched(model: Any, tokenizer: Any, prompts: list[str], given: argparse.Namespace) -> list[tuple[int, ...]]:
     """This package's engine."""
-    from fintune.inference.protocol import Decoding, in_order
+    from fintune.inference.protocol import Decoding, sorted_by_prompt
     from fintune.inference.transformers_engine import TransformersEngine
 
     engine = TransformersEngine(model, tokenizer, given.batch_size)
-    return [each.token_ids for each in in_order(engine.generate(prompts, Decoding(given.new_tokens)))]
+    return [each.token_ids for each in sorted_by_prompt(engine.generate(prompts, Decoding(given.new_tokens)))]
 
 
 def continuous(model: Any, tokenizer: Any, prompts: list[str], given: argparse.Namespace) -> list[tuple[int, ...]]:

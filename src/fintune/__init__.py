@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fintune.config.load import load_config
     from fintune.evaluation.scoring import score_predictions as score
+    from fintune.inference.run_models import open_model_by_name as open_model
     from fintune.pipeline.runner import run
 
-__all__ = ["__version__", "load_config", "run", "score"]
+__all__ = ["__version__", "load_config", "open_model", "run", "score"]
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "load_config": ("fintune.config.load", "load_config"),
+    "open_model": ("fintune.inference.run_models", "open_model_by_name"),
     "run": ("fintune.pipeline.runner", "run"),
     "score": ("fintune.evaluation.scoring", "score_predictions"),
 }

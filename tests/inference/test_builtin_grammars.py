@@ -8,9 +8,9 @@ from fintune.config import PredictOptions
 from fintune.export.gguf.writer import write_gguf
 from fintune.finqa.ending import takes
 from fintune.finqa.parse import ParseError, parse
-from fintune.inference.candidates import grammars, predict_one
+from fintune.inference.decoding_strategies import choose_prediction, make_grammars
 from fintune.inference.llama_cpp import LlamaCppEngine
-from fintune.inference.protocol import Decoding, in_order
+from fintune.inference.protocol import Decoding, sorted_by_prompt
 from fintune.inference.transformers_engine import TransformersEngine
 from fintune.models import chat_template as chat
 from fintune.models import load as models
@@ -51,14 +51,14 @@ def engine(request, builtin_model, tokenizer, tmp_path_factory):
 
 def programs(engine, tokenizer, **options):
     chosen = PredictOptions(**options)
-    allowed = grammars(chosen, RECORDS)
+    allowed = make_grammars(chosen, RECORDS)
     prompts = [
         chat.render(tokenizer, [Message(role="user", content=f"{each.table}\n{each.qa.question} Write a program.")])
         for each in RECORDS
     ]
-    found = in_order(engine.generate(prompts, Decoding(64, grammars=allowed)))
+    found = sorted_by_prompt(engine.generate(prompts, Decoding(64, grammars=allowed)))
     predictions = [
-        predict_one(record.id, [done], chosen, record.table, allowed[place] if allowed else None)
+        choose_prediction(record.id, [done], chosen, record.table, allowed[place] if allowed else None)
         for place, (record, done) in enumerate(zip(RECORDS, found, strict=True))
     ]
     return found, predictions, allowed

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fintune.inference.likelihood import Reader, answer_losses
+from fintune.inference.likelihood import LogitsReader, answer_losses
 from fintune.models import load as models
 
 torch = pytest.importorskip("torch")
@@ -41,7 +41,7 @@ def cropped_as_by_transformers_5_0(monkeypatch):
 def test_rows_that_begin_alike_have_the_logits_of_each_alone(model, monkeypatch, older):
     if older:
         cropped_as_by_transformers_5_0(monkeypatch)
-    read = Reader(model)
+    read = LogitsReader(model)
     for ids, first in ROWS:
         found = read(ids, first)
         assert found.shape[0] == len(ids) - first + 1

@@ -12,10 +12,10 @@ from fintune.errors import ModelError
 from fintune.export.gguf.writer import write_gguf
 from fintune.finqa.ending import ending
 from fintune.finqa.grammar import Characters, Grammar, Repeated, Series, Text, general, restricted, vocabulary
-from fintune.inference.gguf_header import numbers
 from fintune.inference.llama_cpp import LlamaCppEngine
-from fintune.inference.prefixes import common
-from fintune.inference.protocol import Decoding, in_order
+from fintune.inference.llama_requests import read_gguf_numbers
+from fintune.inference.prefix_cache import num_shared_tokens
+from fintune.inference.protocol import Decoding, sorted_by_prompt
 from fintune.models.tokenizer_check import selected_strings
 from fintune.records import Message
 from support.synthetic import PRE_TOKENIZERS, write_folder
@@ -70,7 +70,7 @@ def test_conversations_are_rendered_by_the_template_of_the_file(engine, gguf_fil
 
 def test_completions_come_in_the_order_of_the_prompts(engine):
     prompts = PROMPTS * 3
-    together = in_order(engine.generate(prompts, Decoding(6)))
+    together = sorted_by_prompt(engine.generate(prompts, Decoding(6)))
     counts = [len(row) for row in engine.tokenise(prompts)]
     assert [completion.num_prompt_tokens for completion in together] == counts
     assert len(set(counts)) > 1
@@ -80,7 +80,7 @@ def test_completions_come_in_the_order_of_the_prompts(engine):
 def test_batched_decoding_repeats_itself(gguf_file, name):
     def run():
         with LlamaCppEngine(gguf_file.with_name(name), context_tokens=256, parallel=2) as fresh:
-            found = in_order(fresh.generate(PROMPTS * 2 + PAGES, Decoding(12)))
+            found = sorted_by_prompt(fresh.generate(PROMPTS * 2 + PAGES, Decoding(12)))
             return [(done.token_ids, done.margins) for done in found]
 
     assert run() == run()
@@ -100,35 +100,35 @@ def test_a_page_is_computed_once_for_its_questions(gguf_file, monkeypatch, paral
             return answer
 
         monkeypatch.setattr(fresh, "_post", counting)
-        completions = in_order(fresh.generate(PAGES, Decoding(4)))
+        completions = sorted_by_prompt(fresh.generate(PAGES, Decoding(4)))
         rows = fresh.tokenise(PAGES)
     counts = [completion.num_prompt_tokens for completion in completions]
     assert counts == list(map(len, rows))
     begun = [row for page in range(4) for row in rows[page::4][:1]]
-    own = [len(row) - common(row, first) for page, first in enumerate(begun) for row in rows[page::4]]
+    own = [len(row) - num_shared_tokens(row, first) for page, first in enumerate(begun) for row in rows[page::4]]
     assert sum(computed) <= sum(map(len, begun)) + sum(own) + len(rows)
     assert sum(computed) < 0.6 * sum(counts)
 
 
 def test_what_a_slot_holds_moves_nothing_but_near_ties(gguf_file, engine):
-    together = in_order(engine.generate(PAGES, Decoding(12)))
+    together = sorted_by_prompt(engine.generate(PAGES, Decoding(12)))
     for prompt, found in zip(PAGES, together, strict=True):
         with LlamaCppEngine(gguf_file, context_tokens=256, parallel=1) as fresh:
-            (alone,) = in_order(fresh.generate([prompt], Decoding(12)))
-        num_same = common([*found.token_ids], [*alone.token_ids])
+            (alone,) = sorted_by_prompt(fresh.generate([prompt], Decoding(12)))
+        num_same = num_shared_tokens([*found.token_ids], [*alone.token_ids])
         assert found.margins[:num_same] == pytest.approx(alone.margins[:num_same], abs=0.01)
         if num_same < 12:
             assert max(found.margins[num_same], alone.margins[num_same]) < 0.01
 
 
 def test_the_same_prompt_twice_is_answered_twice(engine):
-    first, second, third = in_order(engine.generate([PAGES[0]] * 3, Decoding(8)))
+    first, second, third = sorted_by_prompt(engine.generate([PAGES[0]] * 3, Decoding(8)))
     assert first.token_ids == second.token_ids == third.token_ids
     assert first.num_prompt_tokens == third.num_prompt_tokens
 
 
 def test_every_token_has_a_margin_and_the_shares_of_time_are_positive(engine):
-    for completion in in_order(engine.generate(PROMPTS, Decoding(5))):
+    for completion in sorted_by_prompt(engine.generate(PROMPTS, Decoding(5))):
         assert len(completion.margins) == len(completion.token_ids) <= 5
         assert all(margin >= 0 and math.isfinite(margin) for margin in completion.margins)
         assert completion.seconds >= 0
@@ -136,19 +136,19 @@ def test_every_token_has_a_margin_and_the_shares_of_time_are_positive(engine):
 
 def test_tokens_within_a_utf8_character_are_kept(engine):
     # Random weights write single bytes: most tokens end within a character, for which no margin is reported.
-    completions = in_order(engine.generate(PROMPTS, Decoding(30)))
+    completions = sorted_by_prompt(engine.generate(PROMPTS, Decoding(30)))
     assert any("\ufffd" in completion.text for completion in completions)
     assert all(len(c.token_ids) == 30 for c in completions if c.finish_reason == "length")
 
 
 def test_the_limit_and_the_end_token_are_told_apart(engine):
     endings = set()
-    for completion in in_order(engine.generate(PROMPTS, Decoding(200))):
+    for completion in sorted_by_prompt(engine.generate(PROMPTS, Decoding(200))):
         endings.add(completion.finish_reason)
         assert (completion.token_ids[-1] == 2) == (completion.finish_reason == "stop")
         assert completion.finish_reason == "stop" or len(completion.token_ids) == 200
         assert "<|im_end|>" not in completion.text
-    (short,) = in_order(engine.generate(PROMPTS[:1], Decoding(1)))
+    (short,) = sorted_by_prompt(engine.generate(PROMPTS[:1], Decoding(1)))
     assert short.finish_reason == "length" or short.token_ids == (2,)
 
 
@@ -157,7 +157,7 @@ def test_no_bos_is_put_before_a_prompt_even_where_the_vocabulary_wants_one(gguf_
     patch_json(folder / "tokenizer_config.json", add_bos_token=True)
     write_gguf(folder, {"F16": tmp_path / "m.gguf"})
     with LlamaCppEngine(tmp_path / "m.gguf", context_tokens=128, parallel=1) as engine:
-        (completion,) = in_order(engine.generate(["in the"], Decoding(1)))
+        (completion,) = sorted_by_prompt(engine.generate(["in the"], Decoding(1)))
         assert completion.num_prompt_tokens == len(engine.tokenise(["in the"])[0])
         assert engine.tokenise(["in the"])[0][0] != 1
 
@@ -167,8 +167,8 @@ def test_sampling_defaults_of_the_file_are_not_used(gguf_file, tmp_path, engine)
     (folder / "generation_config.json").write_text(json.dumps({"temperature": 5.0, "penalty_repeat": 3.0}))
     write_gguf(folder, {"F16": tmp_path / "m.gguf"})
     with LlamaCppEngine(tmp_path / "m.gguf", context_tokens=256, parallel=1) as other:
-        (theirs,) = in_order(other.generate(PROMPTS[:1], Decoding(20)))
-    (ours,) = in_order(engine.generate(PROMPTS[:1], Decoding(20)))
+        (theirs,) = sorted_by_prompt(other.generate(PROMPTS[:1], Decoding(20)))
+    (ours,) = sorted_by_prompt(engine.generate(PROMPTS[:1], Decoding(20)))
     assert theirs.token_ids == ours.token_ids
 
 
@@ -176,12 +176,12 @@ def test_a_consumer_may_stop_early(engine):
     completions = engine.generate(PROMPTS, Decoding(20))
     next(completions)
     completions.close()
-    assert len(in_order(engine.generate(PROMPTS[:2], Decoding(2)))) == 2
+    assert len(sorted_by_prompt(engine.generate(PROMPTS[:2], Decoding(2)))) == 2
 
 
 def test_a_quantised_file_runs(gguf_file):
     with LlamaCppEngine(gguf_file.with_name("q.gguf"), context_tokens=128, parallel=1) as engine:
-        assert len(in_order(engine.generate(PROMPTS[:1], Decoding(3)))) == 1
+        assert len(sorted_by_prompt(engine.generate(PROMPTS[:1], Decoding(3)))) == 1
 
 
 def test_a_prompt_longer_than_the_context_is_named(engine):
@@ -190,7 +190,7 @@ def test_a_prompt_longer_than_the_context_is_named(engine):
 
 
 def test_a_model_whose_own_context_is_shorter_than_asked_is_named(gguf_file):
-    (trained,) = numbers(gguf_file, ["llama.context_length"]).values()
+    (trained,) = read_gguf_numbers(gguf_file, ["llama.context_length"]).values()
     with LlamaCppEngine(gguf_file, context_tokens=trained[0] + 64, parallel=1) as engine:
         long = "in the " * trained[0]
         with pytest.raises(ModelError, match=rf"the context of {trained[0]} that m.gguf was trained for: lower prompt"):
@@ -224,7 +224,9 @@ DRAWN = Decoding(10, temperature=1.0, top_p=0.9, seed=5, num_candidates=3)
 def test_candidates_stand_together_differ_and_come_again(gguf_file):
     def run(decoding):
         with LlamaCppEngine(gguf_file, context_tokens=256, parallel=2) as fresh:
-            return [(each.token_ids, each.num_prompt_tokens) for each in in_order(fresh.generate(PROMPTS, decoding))]
+            return [
+                (each.token_ids, each.num_prompt_tokens) for each in sorted_by_prompt(fresh.generate(PROMPTS, decoding))
+            ]
 
     found = run(DRAWN)
     assert len(found) == 3 * len(PROMPTS)
@@ -243,7 +245,7 @@ def test_log_probabilities_are_those_of_the_model_without_temperature_and_gramma
     free = Decoding(8)
     hot = Decoding(8, temperature=50.0, seed=1)
     for cold_one, hot_one in zip(
-        in_order(engine.generate(PROMPTS, free)), in_order(engine.generate(PROMPTS, hot)), strict=True
+        sorted_by_prompt(engine.generate(PROMPTS, free)), sorted_by_prompt(engine.generate(PROMPTS, hot)), strict=True
     ):
         assert len(hot_one.logprobs) == len(hot_one.token_ids)
         # Another first token is no better than the second-best; at this temperature any would be about -6.
@@ -259,7 +261,7 @@ PAGE_GRAMMARS = [restricted(vocabulary([["a", "x"], [f"net income {p}", f"{p}5",
 @pytest.mark.parametrize("grammars", [(general(),) * 7, tuple(PAGE_GRAMMARS)], ids=["general", "pages"])
 def test_a_grammar_is_kept_to_and_ended(engine, grammars, temperature):
     decoding = Decoding(180, temperature=temperature, num_candidates=2, grammars=grammars)
-    found = in_order(engine.generate(PROMPTS, decoding))
+    found = sorted_by_prompt(engine.generate(PROMPTS, decoding))
     assert len(found) == 14
     for place, each in enumerate(found):
         end = ending(grammars[place // 2], each.text.rstrip("\ufffd"))
@@ -272,7 +274,7 @@ def test_a_grammar_is_kept_to_and_ended(engine, grammars, temperature):
 def test_no_control_token_stands_in_for_text(engine):
     any_text = Grammar({"start": Series((Text("a"), Repeated(Characters("^,"), "+")))})
     hot = Decoding(150, temperature=5.0, num_candidates=3, grammars=(any_text,) * 7)
-    for each in in_order(engine.generate(PROMPTS, hot)):
+    for each in sorted_by_prompt(engine.generate(PROMPTS, hot)):
         assert not {0, 1} & set(each.token_ids)
         assert 2 not in each.token_ids[:-1]
 
@@ -288,6 +290,6 @@ def test_what_is_done_is_not_asked_and_keeps_its_place(engine, monkeypatch):
 
     monkeypatch.setattr(LlamaCppEngine, "_post", spied)
     done = {0, 2}
-    found = [each.place for each in engine.generate(PROMPTS, Decoding(2, grammars=grammars), done)]
+    found = [each.prompt_index for each in engine.generate(PROMPTS, Decoding(2, grammars=grammars), done)]
     assert sorted(found) == [place for place in range(len(PROMPTS)) if place not in done]
     assert asked == [(1, grammars[place].gbnf()) for place in found]

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import fintune
+from fintune.config import Config
 from fintune.config.load import load
 from fintune.errors import ModelError, ResourceError
-from fintune.inference.endpoint import OWN_KEY
-from fintune.inference.open_model import Named, engine_of, open_model
-from fintune.inference.protocol import Decoding, in_order
+from fintune.inference.http_pool import OWN_KEY
+from fintune.inference.open_model import ModelSpec, open_model
+from fintune.inference.protocol import Decoding, sorted_by_prompt
+from fintune.models import load as models
 from fintune.records import Message
 from support import fake_vllm
 from support.served import Scripted, llama_cpp_server, said
@@ -18,7 +23,7 @@ TURNS = [Message(role="system", content="Answer."), Message(role="user", content
 
 
 @pytest.mark.parametrize(
-    ("name", "asked", "engine"),
+    ("name", "choice", "engine"),
     [
         ("builtin:smollm2-135m", "auto", "transformers"),
         ("org/model", "auto", "transformers"),
@@ -28,38 +33,38 @@ TURNS = [Message(role="system", content="Answer."), Message(role="user", content
         ("https://host/v1", "openai", "openai"),
     ],
 )
-def test_the_name_decides_the_engine(name, asked, engine):
-    assert engine_of(Named(name, engine=asked)) == engine
+def test_engine_name_follows_the_name(name, choice, engine):
+    assert ModelSpec(name, engine=choice).engine_name == engine
 
 
-def test_a_gguf_file_is_known_by_its_content(tmp_path):
+def test_engine_name_of_gguf_content(tmp_path):
     (tmp_path / "blob").write_bytes(b"GGUF\3\0\0\0")
-    assert engine_of(Named(str(tmp_path / "blob"))) == "llama.cpp"
+    assert ModelSpec(str(tmp_path / "blob")).engine_name == "llama.cpp"
 
 
 @pytest.mark.parametrize(
-    ("named", "message"),
+    ("spec", "message"),
     [
-        (Named("m.gguf", engine="vllm"), r"the engine vllm cannot run m\.gguf: it needs a Hugging Face folder"),
-        (Named("org/model", engine="llama.cpp"), "cannot run org/model: it needs a GGUF file"),
-        (Named("org/model", engine="openai"), "it needs an address such as http"),
-        (Named("http://h/v1#m", adapter=Path("a")), "takes no adapter: name the adapter as the server does"),
-        (Named("m.gguf", load_in_4bit=True), "is not loaded in 4 bits"),
+        (ModelSpec("m.gguf", engine="vllm"), r"the engine vllm cannot run m\.gguf: it needs a Hugging Face folder"),
+        (ModelSpec("org/model", engine="llama.cpp"), "cannot run org/model: it needs a GGUF file"),
+        (ModelSpec("org/model", engine="openai"), "it needs an address such as http"),
+        (ModelSpec("http://h/v1#m", adapter=Path("a")), "takes no adapter: name the adapter as the server does"),
+        (ModelSpec("m.gguf", load_in_4bit=True), "4 bits"),
     ],
 )
-def test_what_does_not_go_together_is_refused(named, message):
+def test_engine_name_refuses_combination(spec, message):
     with pytest.raises(ModelError, match=message):
-        engine_of(named)
+        _ = spec.engine_name
 
 
-@pytest.mark.parametrize("trained_on", ["org/other", "builtin:other"])
-def test_an_adapter_of_another_base_is_refused_by_name(tmp_path, trained_on):
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": trained_on}))
-    with pytest.raises(ModelError, match=rf"was trained on {trained_on}, not on org/model: use it with {trained_on}"):
-        open_model(Named("org/model", adapter=tmp_path))
+@pytest.mark.parametrize("base", ["org/other", "builtin:other"])
+def test_open_model_refuses_adapter_of_other_base(tmp_path, base):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    with pytest.raises(ModelError, match=rf"was trained on {base}, not on org/model: use it with {base}"):
+        open_model(ModelSpec("org/model", adapter=tmp_path))
 
 
-def test_every_engine_counts_and_answers_the_same_conversation(tiny_model, tmp_path, monkeypatch):
+def test_every_engine_counts_and_completes_alike(tiny_model, tmp_path, monkeypatch):
     pytest.importorskip("xllamacpp")
     from fintune.export.gguf.writer import write_gguf
     from inference.test_openai import KEY
@@ -77,33 +82,96 @@ def test_every_engine_counts_and_answers_the_same_conversation(tiny_model, tmp_p
     ]
     counts = {}
     for name, engine in names:
-        opened = open_model(Named(name, engine=engine, context_tokens=256, precision="float32"))
-        (found,) = in_order(opened.complete([TURNS], Decoding(3)))
-        assert opened.count(TURNS) == found.num_prompt_tokens
-        assert 0 < opened.count_text("the revenue") < opened.count(TURNS)
-        counts[name, engine] = found.num_prompt_tokens
-        opened.close()
+        with open_model(ModelSpec(name, engine=engine, context_tokens=256, dtype="float32")) as model:
+            (completion,) = sorted_by_prompt(model.complete([TURNS], Decoding(3)))
+            assert model.count_tokens(TURNS) == completion.num_prompt_tokens
+            assert 0 < model.count_text_tokens("the revenue") < model.count_tokens(TURNS)
+            counts[name, engine] = completion.num_prompt_tokens
     assert counts[names[0]] == counts[names[1]]
     assert counts[names[2]] == counts[names[3]]
-    with llama_cpp_server(tmp_path / "m.gguf") as url:
-        opened = open_model(Named(url))
-        (found,) = in_order(opened.complete([TURNS], Decoding(3)))
-        assert found.num_prompt_tokens == counts[names[3]]
-        opened.close()
+    with llama_cpp_server(tmp_path / "m.gguf") as url, open_model(ModelSpec(url)) as model:
+        (completion,) = sorted_by_prompt(model.complete([TURNS], Decoding(3)))
+        assert completion.num_prompt_tokens == counts[names[3]]
+        with pytest.raises(ModelError):
+            model.complete_rendered(["rendered"], Decoding(3))
 
 
-def test_a_server_is_waited_for_as_long_as_the_options_say():
+def test_from_options_sets_the_timeout():
     with Scripted((200, said()), seconds=1) as served:
         config = load(None, ["predict.timeout_seconds=0.3"]).config
-        opened = open_model(Named.with_options(f"{served.url}#m", config))
-        with pytest.raises(ResourceError, match=r"gave no answer in 0\.3 seconds"):
-            in_order(opened.complete([TURNS], Decoding(3)))
+        with (
+            open_model(ModelSpec.from_options(f"{served.url}#m", config)) as model,
+            pytest.raises(ResourceError, match=r"0\.3 seconds"),
+        ):
+            sorted_by_prompt(model.complete([TURNS], Decoding(3)))
 
 
-def test_models_and_adapters_have_fingerprints_of_their_own(tiny_model):
+def test_fingerprint_identifies_the_model(tiny_model):
     with Scripted((200, said())) as served:
-        prints = [open_model(Named(f"{served.url}#{name}")).fingerprint for name in "aba"]
-    assert prints[0] == prints[2] != prints[1]
-    whole, quantised = open_model(Named(str(tiny_model))), Named(str(tiny_model), load_in_4bit=True)
-    assert whole.fingerprint
-    assert engine_of(quantised) == "transformers"
+        fingerprints = [open_model(ModelSpec(f"{served.url}#{name}")).fingerprint for name in "aba"]
+    assert fingerprints[0] == fingerprints[2] != fingerprints[1]
+    whole, packed = (open_model(ModelSpec(str(tiny_model), load_in_4bit=is_4bit)) for is_4bit in (False, True))
+    assert whole.fingerprint == models.model_fingerprint(tiny_model)
+    assert packed.fingerprint == f"{whole.fingerprint} 4bit"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "adapter", "is_4bit"),
+    [
+        ("base", "builtin:x", None, False),
+        ("adapter", "builtin:x", "train/adapter", False),
+        ("adapter_4bit", "builtin:x", "train/adapter", True),
+        ("merged_4bit", "merge", None, True),
+        ("Q4_K_M", "export/r-Q4_K_M.gguf", None, False),
+        ("endpoint", "http://h/v1", None, False),
+    ],
+)
+def test_from_config_of_each_kind(tmp_path, kind, name, adapter, is_4bit):
+    config = Config.model_validate(
+        {"run": {"name": "r"}, "model": {"name": "builtin:x"}, "predict": {"endpoint": "http://h/v1"}}
+    )
+    inputs = {stage: tmp_path / stage for stage in ("train", "merge", "export")}
+    spec = ModelSpec.from_config(config, kind, inputs)
+    assert spec.name in (name, str(tmp_path / name))
+    assert spec.adapter == (None if adapter is None else tmp_path / adapter)
+    assert spec.load_in_4bit == is_4bit
+
+
+def test_from_config_of_full_fine_tuning(tmp_path):
+    (tmp_path / "train" / "model").mkdir(parents=True)
+    spec = ModelSpec.from_config(Config(), "adapter", {"train": tmp_path / "train"})
+    assert (spec.name, spec.adapter) == (str(tmp_path / "train" / "model"), None)
+
+
+# --- fintune.open_model
+
+
+def test_public_open_model_generates_answers(tiny_model):
+    with fintune.open_model(str(tiny_model)) as model:
+        first, second = model.generate(["the net revenue ?", TURNS], max_new_tokens=4)
+        assert [first] == model.generate(["the net revenue ?"], max_new_tokens=4)
+        sampled = [model.generate(["the ?"], max_new_tokens=8, temperature=2.0, seed=seed) for seed in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+    assert isinstance(second, str)
+
+
+def test_public_open_model_of_a_runs_merged_model(tiny_model, tmp_path):
+    import shutil
+
+    run = tmp_path / "runs" / "x"
+    (run / "train" / "adapter").mkdir(parents=True)
+    (run / "train" / "adapter" / "adapter_config.json").write_text("{}")
+    shutil.copytree(tiny_model, run / "merge")
+    with fintune.open_model(run) as model:
+        assert model.fingerprint == models.model_fingerprint(tiny_model)
+
+
+def test_public_open_model_of_a_folder_without_a_model(tmp_path):
+    with pytest.raises(ModelError):
+        fintune.open_model(tmp_path)
+
+
+def test_import_fintune_is_light():
+    code = "import sys, fintune; fintune.open_model; print({'torch', 'transformers', 'httpx'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

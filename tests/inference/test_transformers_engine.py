@@ -8,8 +8,8 @@ from fintune.errors import ModelError
 from fintune.finqa.ending import ending
 from fintune.finqa.grammar import general, restricted, vocabulary
 from fintune.inference import transformers_engine
-from fintune.inference.prefixes import Cut
-from fintune.inference.protocol import Decoding, in_order
+from fintune.inference.prefix_cache import PrefixSplit
+from fintune.inference.protocol import Decoding, sorted_by_prompt
 from fintune.inference.transformers_engine import TransformersEngine
 from fintune.models import chat_template as chat
 from fintune.models import load as models
@@ -36,8 +36,8 @@ def prompts(tokenizer):
 
 
 def test_the_batch_size_changes_no_token(model, tokenizer, prompts):
-    one = in_order(TransformersEngine(model, tokenizer, 1).generate(prompts, Decoding(10)))
-    four = in_order(TransformersEngine(model, tokenizer, 4).generate(prompts, Decoding(10)))
+    one = sorted_by_prompt(TransformersEngine(model, tokenizer, 1).generate(prompts, Decoding(10)))
+    four = sorted_by_prompt(TransformersEngine(model, tokenizer, 4).generate(prompts, Decoding(10)))
     assert [each.token_ids for each in one] == [each.token_ids for each in four]
     for a, b in zip(one, four, strict=True):
         assert a.margins == pytest.approx(b.margins, abs=1e-4)
@@ -45,7 +45,7 @@ def test_the_batch_size_changes_no_token(model, tokenizer, prompts):
 
 def test_tokens_and_margins_are_those_of_one_forward_pass(model, tokenizer, prompts):
     for prompt, found in zip(
-        prompts, in_order(TransformersEngine(model, tokenizer, 4).generate(prompts, Decoding(6))), strict=True
+        prompts, sorted_by_prompt(TransformersEngine(model, tokenizer, 4).generate(prompts, Decoding(6))), strict=True
     ):
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         assert found.num_prompt_tokens == len(ids)
@@ -57,11 +57,11 @@ def test_tokens_and_margins_are_those_of_one_forward_pass(model, tokenizer, prom
 
 
 def test_a_row_ends_at_the_stop_token_while_others_go_on(model, tokenizer, prompts):
-    free = in_order(TransformersEngine(model, tokenizer, 4).generate(prompts, Decoding(8)))
+    free = sorted_by_prompt(TransformersEngine(model, tokenizer, 4).generate(prompts, Decoding(8)))
     engine = TransformersEngine(model, tokenizer, 4)
     stop = free[0].token_ids[2]
     engine._stop_ids = frozenset({stop})
-    cut = in_order(engine.generate(prompts, Decoding(8)))
+    cut = sorted_by_prompt(engine.generate(prompts, Decoding(8)))
     for a, b in zip(free, cut, strict=True):
         expected = a.token_ids[: a.token_ids.index(stop) + 1] if stop in a.token_ids else a.token_ids
         assert b.token_ids == expected
@@ -75,7 +75,7 @@ def prefilled(monkeypatch):
     begun, prefill = [], TransformersEngine._prefill
 
     def counted(self, rows):
-        begun.append([row.place for row in rows])
+        begun.append([row.index for row in rows])
         return prefill(self, rows)
 
     monkeypatch.setattr(TransformersEngine, "_prefill", counted)
@@ -88,7 +88,7 @@ def test_a_batch_is_handed_out_before_the_next_one_begins(model, tokenizer, prom
     num_given = 0
     for answer in TransformersEngine(model, tokenizer, 4).generate(prompts, decoding):
         num_given += 1
-        assert answer.place in {place for batch in prefilled for place in batch}
+        assert answer.prompt_index in {place for batch in prefilled for place in batch}
         assert num_candidates * num_given > sum(map(len, prefilled[:-1]))
         assert len(answer.completions) == num_candidates
         assert not torch.is_inference_mode_enabled()
@@ -99,10 +99,10 @@ def test_a_batch_is_handed_out_before_the_next_one_begins(model, tokenizer, prom
 def test_a_row_that_ends_is_handed_out_while_its_batch_goes_on(model, tokenizer, prompts, monkeypatch):
     engine, steps, step = TransformersEngine(model, tokenizer, 11), [], TransformersEngine._step
     drawn = Decoding(8, temperature=2.0)
-    free = in_order(engine.generate(prompts, drawn))
+    free = sorted_by_prompt(engine.generate(prompts, drawn))
     engine._stop_ids = frozenset({free[0].token_ids[2]})
     monkeypatch.setattr(TransformersEngine, "_step", lambda *given: steps.append(1) or step(*given))
-    num_steps = {answer.place: len(steps) for answer in engine.generate(prompts, drawn)}
+    num_steps = {answer.prompt_index: len(steps) for answer in engine.generate(prompts, drawn)}
     assert min(num_steps.values()) < max(num_steps.values()) == 7
 
 
@@ -110,7 +110,7 @@ def test_what_is_done_is_not_answered_again_and_changes_nothing_about_the_rest(m
     def answered(done):
         prefilled.clear()
         engine = TransformersEngine(model, tokenizer, 4)
-        return {each.place: each.completions[0] for each in engine.generate(prompts, Decoding(10), done)}
+        return {each.prompt_index: each.completions[0] for each in engine.generate(prompts, Decoding(10), done)}
 
     whole = answered(())
     first, second, *_ = batches = [*prefilled]
@@ -125,7 +125,7 @@ def test_what_is_done_is_not_answered_again_and_changes_nothing_about_the_rest(m
 
 def test_special_tokens_are_not_in_the_text(model, tokenizer, prompts):
     engine = TransformersEngine(model, tokenizer, 1)
-    for each in in_order(engine.generate(prompts[:3], Decoding(4))):
+    for each in sorted_by_prompt(engine.generate(prompts[:3], Decoding(4))):
         assert "<|" not in each.text
 
 
@@ -136,13 +136,13 @@ def test_a_prompt_longer_than_the_context_is_refused_before_decoding(model, toke
 
 def test_no_more_tokens_than_the_context_has_room_for(model, tokenizer):
     prompt = "1" * 4094
-    (found,) = in_order(TransformersEngine(model, tokenizer, 1).generate([prompt], Decoding(50)))
+    (found,) = sorted_by_prompt(TransformersEngine(model, tokenizer, 1).generate([prompt], Decoding(50)))
     assert found.num_prompt_tokens == 4094
     assert len(found.token_ids) <= 2
 
 
 def _unshared(prompts):
-    return Cut(max(map(len, prompts)), [], [0] * len(prompts))
+    return PrefixSplit(max(map(len, prompts)), [], [0] * len(prompts))
 
 
 PAGE = "net revenue of $ 5829 million in 2019 compared with $ 5735 million in 2018 . "
@@ -162,10 +162,10 @@ def test_sharing_beginnings_changes_no_token(model, tokenizer, monkeypatch, name
     hook = model.register_forward_pre_hook(
         lambda _, __, given: passes.append(given["input_ids"].numel()), with_kwargs=True
     )
-    shared = in_order(TransformersEngine(model, tokenizer, 7).generate(prompts, Decoding(12)))
+    shared = sorted_by_prompt(TransformersEngine(model, tokenizer, 7).generate(prompts, Decoding(12)))
     num_shared, passes[:] = sum(passes), []
     monkeypatch.setattr(transformers_engine, "cut", _unshared)
-    alone = in_order(TransformersEngine(model, tokenizer, 7).generate(prompts, Decoding(12)))
+    alone = sorted_by_prompt(TransformersEngine(model, tokenizer, 7).generate(prompts, Decoding(12)))
     hook.remove()
     assert num_shared < sum(passes)
     for a, b in zip(shared, alone, strict=True):
@@ -191,7 +191,7 @@ def test_a_model_that_forgets_tokens_computes_prompts_whole(tokenizer, prompts):
             )
         ).eval()
     texts = [chat.render(tokenizer, [Message(role="user", content=PAGE * 3 + str(q))]) for q in range(3)]
-    found = in_order(TransformersEngine(sliding, tokenizer, 3).generate(texts, Decoding(5)))
+    found = sorted_by_prompt(TransformersEngine(sliding, tokenizer, 3).generate(texts, Decoding(5)))
     for text, each in zip(texts, found, strict=True):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         logits = sliding(torch.tensor([ids + list(each.token_ids)])).logits[0, len(ids) - 1 : -1]
@@ -208,9 +208,9 @@ def test_an_adapter_shares_beginnings_too(tiny_model, tokenizer, monkeypatch):
         with quiet_libraries():
             adapted = get_peft_model(base, lora).eval()
     prompts = [chat.render(tokenizer, [Message(role="user", content=text)]) for text in SETS["pages of questions"]]
-    shared = in_order(TransformersEngine(adapted, tokenizer, 8).generate(prompts, Decoding(8)))
+    shared = sorted_by_prompt(TransformersEngine(adapted, tokenizer, 8).generate(prompts, Decoding(8)))
     monkeypatch.setattr(transformers_engine, "cut", _unshared)
-    alone = in_order(TransformersEngine(adapted, tokenizer, 8).generate(prompts, Decoding(8)))
+    alone = sorted_by_prompt(TransformersEngine(adapted, tokenizer, 8).generate(prompts, Decoding(8)))
     assert [each.token_ids for each in shared] == [each.token_ids for each in alone]
 
 
@@ -218,7 +218,7 @@ DRAWN = Decoding(8, temperature=1.0, top_p=0.95, seed=3, num_candidates=3)
 
 
 def test_candidates_of_a_prompt_stand_together_and_differ(model, tokenizer, prompts):
-    found = in_order(TransformersEngine(model, tokenizer, 4).generate(prompts, DRAWN))
+    found = sorted_by_prompt(TransformersEngine(model, tokenizer, 4).generate(prompts, DRAWN))
     assert len(found) == 3 * len(prompts)
     counts = [len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts]
     assert [each.num_prompt_tokens for each in found] == [count for count in counts for _ in range(3)]
@@ -229,7 +229,7 @@ def test_what_is_drawn_depends_on_the_prompt_and_the_seed_only(model, tokenizer,
     def tokens(prompts, batch_size, decoding=DRAWN):
         return [
             each.token_ids
-            for each in in_order(TransformersEngine(model, tokenizer, batch_size).generate(prompts, decoding))
+            for each in sorted_by_prompt(TransformersEngine(model, tokenizer, batch_size).generate(prompts, decoding))
         ]
 
     whole = tokens(prompts, 4)
@@ -246,7 +246,7 @@ PAGES = [restricted(vocabulary([["a", "x"], [f"net income {p}", f"{p}5", "12,345
 @pytest.mark.parametrize("grammars", [(general(),) * 11, tuple(PAGES)], ids=["general", "pages"])
 def test_a_grammar_is_kept_to_and_ended(model, tokenizer, prompts, grammars, temperature):
     decoding = Decoding(120, temperature=temperature, grammars=grammars)
-    found = in_order(TransformersEngine(model, tokenizer, 4).generate(prompts, decoding))
+    found = sorted_by_prompt(TransformersEngine(model, tokenizer, 4).generate(prompts, decoding))
     for grammar, each in zip(grammars, found, strict=True):
         end = ending(grammar, each.text.rstrip("\ufffd"))
         assert end is not None
@@ -271,6 +271,6 @@ def test_logits_wider_than_the_tokenizer_are_no_obstacle(tokenizer, prompts):
             )
         ).eval()
     decoding = Decoding(40, temperature=1.0, grammars=(PAGES[0],) * 2)
-    for each in in_order(TransformersEngine(wide, tokenizer, 2).generate(prompts[:2], decoding)):
+    for each in sorted_by_prompt(TransformersEngine(wide, tokenizer, 2).generate(prompts[:2], decoding)):
         assert ending(PAGES[0], each.text) is not None
         assert max(each.token_ids) < len(tokenizer)

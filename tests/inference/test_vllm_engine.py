@@ -6,7 +6,7 @@ import pytest
 
 from fintune.errors import ModelError, ResourceError
 from fintune.finqa.grammar import general
-from fintune.inference.protocol import Decoding, in_order
+from fintune.inference.protocol import Decoding, sorted_by_prompt
 from fintune.inference.transformers_engine import TransformersEngine
 from fintune.inference.vllm_engine import VllmEngine
 from fintune.models import adapter as adapters
@@ -51,8 +51,8 @@ def make_adapter(tiny_model, folder, **options):
 
 def test_completions_are_those_of_transformers(vllm, tiny_model, tokenizer):
     model = models.load_model(models.fetch(str(tiny_model)), dtype="float32")
-    wanted = in_order(TransformersEngine(model, tokenizer, 2).generate(PROMPTS, Decoding(8)))
-    found = in_order(VllmEngine(tiny_model, tokenizer).generate(PROMPTS, Decoding(8)))
+    wanted = sorted_by_prompt(TransformersEngine(model, tokenizer, 2).generate(PROMPTS, Decoding(8)))
+    found = sorted_by_prompt(VllmEngine(tiny_model, tokenizer).generate(PROMPTS, Decoding(8)))
     for ours, theirs in zip(found, wanted, strict=True):
         assert (ours.token_ids, ours.text, ours.finish_reason) == (theirs.token_ids, theirs.text, theirs.finish_reason)
         assert ours.num_prompt_tokens == theirs.num_prompt_tokens
@@ -61,9 +61,9 @@ def test_completions_are_those_of_transformers(vllm, tiny_model, tokenizer):
 
 
 def test_a_lora_adapter_changes_the_completions_and_its_rank_is_rounded_up(vllm, tiny_model, tokenizer, adapter):
-    base = in_order(VllmEngine(tiny_model, tokenizer).generate(PROMPTS, Decoding(8)))
+    base = sorted_by_prompt(VllmEngine(tiny_model, tokenizer).generate(PROMPTS, Decoding(8)))
     engine = VllmEngine(tiny_model, tokenizer, adapter=adapter)
-    adapted = in_order(engine.generate(PROMPTS, Decoding(8)))
+    adapted = sorted_by_prompt(engine.generate(PROMPTS, Decoding(8)))
     assert engine._llm.max_lora_rank == 8
     assert [each.token_ids for each in adapted] != [each.token_ids for each in base]
 
@@ -92,10 +92,14 @@ def test_a_folder_without_an_adapter_is_refused(vllm, tokenizer, tmp_path):
 def test_draws_repeat_and_candidates_stand_together(vllm, tiny_model, tokenizer):
     def draw(seed):
         decoding = Decoding(5, temperature=1.5, seed=seed, num_candidates=3, greedy_first=True)
-        return [each.token_ids for each in in_order(VllmEngine(tiny_model, tokenizer).generate(PROMPTS, decoding))]
+        return [
+            each.token_ids for each in sorted_by_prompt(VllmEngine(tiny_model, tokenizer).generate(PROMPTS, decoding))
+        ]
 
     first = draw(1)
-    greedy = [each.token_ids for each in in_order(VllmEngine(tiny_model, tokenizer).generate(PROMPTS, Decoding(5)))]
+    greedy = [
+        each.token_ids for each in sorted_by_prompt(VllmEngine(tiny_model, tokenizer).generate(PROMPTS, Decoding(5)))
+    ]
     assert first == draw(1) != draw(2)
     assert first[::3] == greedy
     assert first[1::3] != first[2::3]
@@ -105,7 +109,7 @@ def test_each_prompt_is_constrained_by_its_own_grammar(vllm, tiny_model, tokeniz
     llguidance = pytest.importorskip("llguidance")
     grammars = tuple(general(steps) for steps in range(1, 6))
     engine = VllmEngine(tiny_model, tokenizer)
-    in_order(engine.generate(PROMPTS, Decoding(2, grammars=grammars)))
+    sorted_by_prompt(engine.generate(PROMPTS, Decoding(2, grammars=grammars)))
     calls = engine._llm.llm_engine.calls
     rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROMPTS]
     assert len(calls) == len(PROMPTS)
@@ -119,7 +123,7 @@ def test_each_prompt_is_constrained_by_its_own_grammar(vllm, tiny_model, tokeniz
 def test_questions_on_a_page_follow_each_other(vllm, tiny_model, tokenizer):
     pages = [f"{'in the ' * (9 + page)}20{page}\n{'x ' * question}" for question in range(2) for page in range(3)]
     engine = VllmEngine(tiny_model, tokenizer)
-    found = in_order(engine.generate(pages, Decoding(1)))
+    found = sorted_by_prompt(engine.generate(pages, Decoding(1)))
     calls = engine._llm.llm_engine.calls
     texts = [tokenizer.decode(prompt["prompt_token_ids"]).split("20")[1][0] for prompt, _ in calls]
     assert texts == sorted(texts)
@@ -129,13 +133,13 @@ def test_questions_on_a_page_follow_each_other(vllm, tiny_model, tokenizer):
 
 def test_answers_come_as_they_end_and_what_is_done_is_not_asked(vllm, tiny_model, tokenizer):
     engine = VllmEngine(tiny_model, tokenizer)
-    (whole, requests) = (in_order(engine.generate(PROMPTS, Decoding(4))), engine._llm.llm_engine)
+    (whole, requests) = (sorted_by_prompt(engine.generate(PROMPTS, Decoding(4))), engine._llm.llm_engine)
     answers = engine.generate(PROMPTS, Decoding(4), done=(1, 3))
     first = next(answers)
     # The stand-in ends the second of two requests first, and has the third one left.
     assert len(requests._waiting) == 1
-    found = {first.place: first.completions, **dict(answers)}
-    assert sorted(found) == [0, 2, 4] and first.place != min(found)
+    found = {first.prompt_index: first.completions, **dict(answers)}
+    assert sorted(found) == [0, 2, 4] and first.prompt_index != min(found)
     assert all(found[place][0].token_ids == whole[place].token_ids for place in found)
     assert len(requests.calls) == 5 + 3
 
@@ -179,6 +183,6 @@ def test_a_token_that_the_grammar_leaves_no_choice_about_can_be_written_and_read
         return fake_vllm.CompletionOutput(0, "x", [5], 0.0, steps, "stop")
 
     monkeypatch.setattr(fake_vllm.LLM, "_complete", forced)
-    (found,) = in_order(VllmEngine(tiny_model, tokenizer).generate(PROMPTS[:1], Decoding(1)))
+    (found,) = sorted_by_prompt(VllmEngine(tiny_model, tokenizer).generate(PROMPTS[:1], Decoding(1)))
     assert found.margins[0] > 100
     assert json.loads(json.dumps(found.margins, allow_nan=False)) == list(found.margins)

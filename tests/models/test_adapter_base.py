@@ -9,7 +9,7 @@ import pytest
 from fintune.config import AdapterOptions, Config
 from fintune.errors import ModelError
 from fintune.export.merge.merged_weights import MergedWeights
-from fintune.inference.open_model import Named, open_model
+from fintune.inference.open_model import ModelSpec, open_model
 from fintune.models import adapter as adapters
 from fintune.models import load as models
 from fintune.pipeline.stages.merge import merge
@@ -50,13 +50,13 @@ def plain(trained: Path, folder: Path, base: str) -> Path:
 @pytest.mark.parametrize("engine", ["auto", "vllm"])
 def test_another_folder_of_the_same_sizes_is_refused(trained, other, tiny_model, engine):
     with pytest.raises(ModelError, match=f"was trained on {tiny_model}, not on the weights of {other}: use it with"):
-        open_model(Named(str(other), adapter=trained, engine=engine))
+        open_model(ModelSpec(str(other), adapter=trained, engine=engine))
 
 
 def test_a_copy_of_the_base_with_another_tokenizer_file_is_the_base(trained, tiny_model, tmp_path):
     copy = Path(shutil.copytree(tiny_model, tmp_path / "moved"))
     patch_json(copy / "tokenizer_config.json", model_max_length=77)
-    open_model(Named(str(copy), adapter=trained)).close()
+    open_model(ModelSpec(str(copy), adapter=trained)).close()
     MergedWeights(copy, trained)
 
 
@@ -69,10 +69,10 @@ def test_weights_in_another_number_of_files_are_not_taken_for_others_by_their_na
 def test_of_an_adapter_without_a_note_the_folder_that_it_names_is_read(trained, other, tiny_model, tmp_path):
     found = plain(trained, tmp_path / "there", str(tiny_model))
     with pytest.raises(ModelError, match="not on the weights of"):
-        open_model(Named(str(other), adapter=found))
-    open_model(Named(str(tiny_model), adapter=found)).close()
+        open_model(ModelSpec(str(other), adapter=found))
+    open_model(ModelSpec(str(tiny_model), adapter=found)).close()
     gone = plain(trained, tmp_path / "gone", "/gone/model")
-    open_model(Named(str(tiny_model), adapter=gone)).close()
+    open_model(ModelSpec(str(tiny_model), adapter=gone)).close()
 
 
 def test_whatever_loads_or_merges_an_adapter_compares_the_weights(trained, other):
@@ -94,7 +94,7 @@ def test_an_adapter_is_not_applied_to_what_it_was_merged_into(trained, tiny_mode
     facts = merge(Config.model_validate({"model": {"name": str(tiny_model)}}), inputs, tmp_path / "merge")
     (tmp_path / "merge" / "manifest.json").write_text(json.dumps({"facts": facts}))
     with pytest.raises(ModelError, match=r"adapter is already merged into .*merge"):
-        open_model(Named(str(tmp_path / "merge"), adapter=tmp_path / "train" / "adapter"))
+        open_model(ModelSpec(str(tmp_path / "merge"), adapter=tmp_path / "train" / "adapter"))
 
 
 def test_a_note_that_cannot_be_read_is_none(trained, tiny_model, tmp_path):

@@ -228,7 +228,7 @@ def test_scoring_the_official_file_by_hand_gives_the_score_of_the_run(finished):
 @pytest.mark.parametrize("kind", ["F16", "Q4_K_M"])
 def test_an_exported_file_answers_in_llama_cpp(finished, able_model, kind):
     from fintune.inference.llama_cpp import LlamaCppEngine
-    from fintune.inference.protocol import Decoding, in_order
+    from fintune.inference.protocol import Decoding, sorted_by_prompt
     from fintune.models import chat_template as chat
     from fintune.models import load as models
     from fintune.records import Message
@@ -236,7 +236,7 @@ def test_an_exported_file_answers_in_llama_cpp(finished, able_model, kind):
     tokenizer = models.load_tokenizer(models.fetch(str(able_model)))
     prompt = chat.render(tokenizer, [Message(role="user", content="what was net income in 2019?")])
     with LlamaCppEngine(finished.folder / "export" / f"small-{kind}.gguf", context_tokens=256, threads=1) as engine:
-        (answer,) = in_order(engine.generate([prompt], Decoding(8)))
+        (answer,) = sorted_by_prompt(engine.generate([prompt], Decoding(8)))
     assert 1 <= len(answer.token_ids) <= 8
     assert answer.num_prompt_tokens == len(tokenizer(prompt)["input_ids"])
 
@@ -381,12 +381,12 @@ KILLS = [
     pytest.param("preflight", "fintune.pipeline.stages.preflight:write_vocabulary_file", 1, id="preflight"),
     pytest.param("replay", "fintune.pipeline.stages.replay:write_atomically", 1, id="replay"),
     pytest.param("prepare", "datasets:Dataset.save_to_disk", 1, id="prepare"),
-    pytest.param("predict/base", "fintune.inference.journal:Journal.append", 5, id="predict-base"),
+    pytest.param("predict/base", "fintune.inference.prediction_log:PredictionLog.append", 5, id="predict-base"),
     pytest.param("score/base", "fintune.util.files:write_output", 1, id="score"),
     pytest.param("train", "fintune.training.metrics:append", 13, id="train"),
     pytest.param("merge", "fintune.util.console:_LineBar.advance", 3, id="merge"),
     pytest.param("export", "fintune.util.console:_LineBar.advance", 8, id="export"),
-    pytest.param("predict/F16", "fintune.inference.journal:Journal.append", 5, id="predict-F16"),
+    pytest.param("predict/F16", "fintune.inference.prediction_log:PredictionLog.append", 5, id="predict-F16"),
     pytest.param("report", "fintune.pipeline.stages.report:write_atomically", 1, id="report"),
 ]
 

@@ -44,13 +44,12 @@ class Scripted:
         seen: (route, body, headers) of every request.
         script: What is still to be answered.
         models: Entries of ``/models``.
-        props: What ``/props`` says.
     """
 
-    def __init__(self, *answers, models=None, props=None, seconds=0.0):
+    def __init__(self, *answers, models=None, seconds=0.0):
         self.seen = []
         self.script = list(answers)
-        self.models, self.props = models, props
+        self.models = models
         served = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -58,8 +57,8 @@ class Scripted:
                 pass
 
             def do_GET(self):
-                told = served.props if self.path == "/props" else served.models and {"data": served.models}
-                self._answer(404 if told is None else 200, told or {}, {})
+                listed = served.models and {"data": served.models}
+                self._answer(404 if listed is None else 200, listed or {}, {})
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))

@@ -10,7 +10,7 @@ import click
 
 if TYPE_CHECKING:
     from fintune.data.decimal_commas import Mark
-    from fintune.inference.open_model import AskedEngine
+    from fintune.inference.open_model import EngineChoice
 
 CONSTRAIN = click.Choice(["none", "general", "page"])
 STRATEGY = click.Choice(["greedy", "sample", "execution_guided", "vote"])
@@ -43,7 +43,7 @@ def ask(
     record_id: str | None,
     decimal: Mark | None,
     adapter: Path | None,
-    engine: AskedEngine,
+    engine: EngineChoice,
     load_in_4bit: bool,
     constrain: str | None,
     strategy: str | None,
@@ -60,9 +60,15 @@ def ask(
     from fintune.cli.commands.ask import ask as stage
     from fintune.cli.run_models import model_of
     from fintune.config.load import load
+<<<<<<< HEAD
     from fintune.data.files import read_whole_text
     from fintune.data.page_file import read_page
     from fintune.inference.open_model import Named, engine_of
+=======
+    from fintune.data.json_files import read_whole_text
+    from fintune.data.page_files import read_page
+    from fintune.inference.open_model import ModelSpec
+>>>>>>> 17337f6 (One way to open a model, names of the field in the inference room, and httpx for served models)
     from fintune.report.answer_text import answer_lines, confidence_line
 
     if page is None:
@@ -72,11 +78,11 @@ def ask(
     given = [f"predict.{name}={value}" for name, value in flags.items() if value is not None]
     model, of_run = model_of(model, with_adapter=adapter is not None)
     options = load(config, (*(of_run if config is None else ()), *overrides, *given)).config
-    named = Named.with_options(model, options, adapter=adapter, engine=engine, load_in_4bit=load_in_4bit)
-    engine_of(named)
+    spec = ModelSpec.from_options(model, options, adapter=adapter, engine=engine, load_in_4bit=load_in_4bit)
+    spec.engine_name  # noqa: B018 - refuses what does not go together, before the page is read
     more = read_whole_text(text, hint="give plain text") if text is not None else ""
     record = read_page(page, question, text=more, record_id=record_id, decimal=decimal)
-    answer = stage(record, named, options.prompt, options.predict)
+    answer = stage(record, spec, options.prompt, options.predict)
     if json:
         click.echo(json_format.dumps(answer.as_json(), ensure_ascii=False, indent=2, allow_nan=False))
         return

@@ -43,7 +43,7 @@ from fintune.util.system import configure_environment
 from fintune.util.text import escape_control_chars
 
 if TYPE_CHECKING:
-    from fintune.inference.open_model import AskedEngine
+    from fintune.inference.open_model import EngineChoice
 
 USER_ERROR = 2
 INTERRUPTED, TERMINATED = 130, 143
@@ -203,7 +203,7 @@ def predict(
     dry_run: bool,
     model: str | None,
     adapter: Path | None,
-    engine: AskedEngine,
+    engine: EngineChoice,
     load_in_4bit: bool,
     data: Path | None,
     train: Path | None,

@@ -14,7 +14,7 @@ from fintune.util.signals import RESUME_MESSAGE, interrupt_message
 
 if TYPE_CHECKING:
     from fintune.config.load import Loaded
-    from fintune.inference.open_model import AskedEngine
+    from fintune.inference.open_model import EngineChoice
 
 _NUMBER = "data.max_eval_samples"
 _READ = (_NUMBER, "run.seed")
@@ -31,7 +31,7 @@ def predict_plain(
     config: Path | None = None,
     adapter: Path | None = None,
     train: Path | None = None,
-    engine: AskedEngine = "auto",
+    engine: EngineChoice = "auto",
     load_in_4bit: bool = False,
     max_questions: int | None = None,
 ) -> None:
@@ -55,7 +55,7 @@ def predict_plain(
     from fintune.cli.commands.predict_file import FileJob, predict_file
     from fintune.cli.run_models import model_of
     from fintune.config.load import OVERRIDE, load
-    from fintune.inference.open_model import Named
+    from fintune.inference.open_model import ModelSpec
     from fintune.util.text import abridge_remarks
 
     model, of_run = model_of(model, with_adapter=adapter is not None)
@@ -65,10 +65,10 @@ def predict_plain(
     if max_questions is None and loaded.origin.get(_NUMBER) == OVERRIDE:
         max_questions = options.data.max_eval_samples
     options = options.with_decoding_mode(options.predict.decoding_modes[0])
-    named = Named.with_options(model, options, adapter=adapter, engine=engine, load_in_4bit=load_in_4bit)
+    spec = ModelSpec.from_options(model, options, adapter=adapter, engine=engine, load_in_4bit=load_in_4bit)
     number = options.predict.num_fewshot
     train = train or (training_file(data) if number else None)
-    job = FileJob(named, data, out, train=train, num_shots=number, max_questions=max_questions)
+    job = FileJob(spec, data, out, train=train, num_shots=number, max_questions=max_questions)
     with interrupt_message(RESUME_MESSAGE):
         done = predict_file(job, options)
     for problem in abridge_remarks(done.problems):

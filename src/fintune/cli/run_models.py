@@ -5,10 +5,8 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from fintune.cli.commands.serve import gguf_of
-from fintune.errors import ArtifactError, ModelError
-from fintune.manifest import Slot
-from fintune.models.folder import adapter_base_name
+from fintune.errors import ModelError
+from fintune.inference.run_models import find_run_model, is_run_folder
 from fintune.pipeline.run_folder import overrides_of
 from fintune.util.console import say
 
@@ -28,34 +26,16 @@ def model_of(name: str, *, with_adapter: bool = False) -> tuple[str, list[str]]:
         ArtifactError: A run that holds no model, or has lost it.
     """
     folder = Path(name).expanduser()
-    if not folder.is_dir() or (folder / "config.json").is_file():
+    if not is_run_folder(folder):
         return name, []
-    if (folder / "adapter_config.json").is_file():
-        base = adapter_base_name(folder)
-        raise ModelError(f"{name} holds an adapter, not a model", hint=f"name its base: {base} --adapter {name}")
-    if (folder / "train" / "adapter" / "adapter_config.json").is_file() or Slot(folder, "prepare").manifest():
-        return _of_run(name, folder, with_adapter=with_adapter)
-    return name, []
-
-
-def _of_run(name: str, run: Path, *, with_adapter: bool) -> tuple[str, list[str]]:
     if with_adapter:
         raise ModelError(f"{name} is a run's folder, which takes no adapter", hint="name the adapter's base model")
-    if Slot(run, "export").manifest() is not None:
-        found = gguf_of(run)
-    elif (run / "merge" / "config.json").is_file():
-        found = run / "merge"
-    else:
-        adapter = run / "train" / "adapter"
-        hint = "fintune run CONFIG makes one"
-        if (adapter / "adapter_config.json").is_file():
-            hint = f"name the adapter and its base: {adapter_base_name(adapter)} --adapter {adapter}"
-        raise ArtifactError(f"{name} holds no merged or exported model", hint=hint)
-    say(f"{name} is a run's folder; its model is {found}")
-    options = overrides_of(run)
+    model = find_run_model(folder)
+    say(f"{name} is a run's folder; its model is {model}")
+    options = overrides_of(folder)
     if 'data.source="chat"' in options:
         say(
             f"{name} was trained on conversations, not on programs: its answers here mean little; "
             f"for free chat: fintune serve {shlex.quote(name)}"
         )
-    return str(found), [each for each in options if each.startswith("prompt.")]
+    return str(model), [option for option in options if option.startswith("prompt.")]

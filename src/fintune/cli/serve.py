@@ -44,8 +44,9 @@ def serve(
 
     MODEL is a GGUF file, a run's folder or its YAML file. Without a key it listens on this machine alone.
     """
-    from fintune.cli.commands.serve import OWN_KEY, key_from
+    from fintune.cli.commands.serve import key_from
     from fintune.cli.commands.serve import serve as stage
+    from fintune.inference.http_pool import OWN_KEY
 
     try:
         server = stage(

@@ -1,23 +1,22 @@
 """GGUF files through llama.cpp, in this process (package xllamacpp).
 
-llama.cpp's server runs the prompts in slots with continuous batching. Two of its habits are turned off because they
-would change results: sampling defaults that a GGUF file may carry, and the BOS that it puts before a text. The latter
-is why prompts are tokenised first (through the server's own ``/tokenize``, which only listens on loopback, behind a
-random key) and given as token ids. Its OpenAI-style answers leave out tokens that end within a UTF-8 character, so the
-server's own ``/completion`` is asked; for such a token the margin is not known and given as 0, its log-probability as
-NaN. Margins and log-probabilities are of the model's own distribution, before temperature, top_p and grammar.
+llama.cpp's server runs the prompts in slots with continuous batching. Two of its defaults would change results and are
+turned off: sampling options that a GGUF file may carry, and the BOS that it adds to a text. Prompts are therefore
+tokenised first and sent as token ids; the server listens on loopback only and asks for a random key. Its
+OpenAI-compatible answers leave out tokens that end within a UTF-8 character, so the engine uses the server's own
+``/completion``. Such a token has a margin of 0 and a log-probability of NaN. Margins and log-probabilities are those of
+the model's own distribution, before temperature, top_p and grammar.
 
-Questions on a page share the page: they follow each other in one slot, which keeps the tokens that the next prompt
-begins with and computes only the others. The slot is found by similarity; one request can name one slot only, and
-several requests would start as they happen to arrive. A request has one grammar and one seed: prompts with a
-grammar of their own go one by one, and candidates of a prompt are separate requests.
+Questions about one page follow each other in one slot, which keeps the tokens of the shared prefix and computes only
+the others. The server finds the slot by similarity: a request can name only one slot, and several requests would start
+in the order of their arrival. A request has one grammar and one seed. Prompts with their own grammars are therefore
+sent one by one, and the candidates of a prompt are separate requests.
 """
 
 from __future__ import annotations
 
 import http.client
 import json
-import os
 import secrets
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -27,18 +26,24 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
-from fintune.errors import ModelError, PromptError, ResourceError
-from fintune.inference.llama_requests import completion, of_one_grammar, question, unwritten_tokens
-from fintune.inference.prefixes import families
-from fintune.inference.protocol import Answered, Completion, Decoding
-from fintune.inference.waves import waves
+from fintune.errors import ModelError, PromptError
+from fintune.inference.llama_requests import (
+    hidden_tokens,
+    parse_completion,
+    request_body,
+    slot_batches,
+    split_by_grammar,
+)
+from fintune.inference.llama_server import check_gguf, server_params, start_server
+from fintune.inference.prefix_cache import group_by_prefix
+from fintune.inference.protocol import Completion, Decoding, PromptResult
 from fintune.models.chat_template import TEMPLATE_DATE
 from fintune.records import Message
 
 _WINDOW_PER_SLOT = 16
-"""Families are looked for among so many prompts for each slot."""
-_SIMILARITY = 0.4
-"""Share of a prompt that a slot must hold to be taken for it; members of a family share at least half."""
+"""Number of prompts for each slot within which shared prefixes are searched."""
+_MIN_SIMILARITY = 0.4
+"""Share of a prompt that a slot must hold to be used for it. Grouped prompts share at least half."""
 
 
 class LlamaCppEngine:
@@ -48,11 +53,11 @@ class LlamaCppEngine:
         path: The file.
         context_tokens: Longest prompt with its completion, in tokens; each slot has a cache of this length.
         threads: Threads of the arithmetic.
-        parallel: Prompts in flight. The same prompts give the same completions from a fresh engine; at another width,
-            or beside and behind other prompts, rounding differs and near-ties may fall otherwise.
+        parallel: Number of slots. A fresh engine repeats its completions for the same prompts. With another number of
+            slots or other prompts, rounding differs and near-ties may resolve differently.
 
     Raises:
-        ModelError: The path is a folder, missing, no GGUF file, or one that llama.cpp cannot load.
+        ModelError: The path is not a GGUF file, or llama.cpp cannot load it.
         ResourceError: xllamacpp is not installed.
     """
 
@@ -61,51 +66,21 @@ class LlamaCppEngine:
         self.path = Path(path)
         self.context_tokens = context_tokens
         self._parallel = parallel
-        self._unwritten: list[int] | None = None
+        self._hidden_tokens: list[int] | None = None
         self._key = secrets.token_urlsafe(16)
-        _check_file(self.path)
-        self._server: Any = self._start(threads)
-
-    def _start(self, threads: int) -> Any:
-        # OpenMP reads it when it is loaded: idle threads then sleep instead of burning a core that others need.
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-        try:
-            import xllamacpp
-        except ImportError as error:
-            raise ResourceError(
-                "xllamacpp is not installed, so no GGUF file can be run", hint='pip install "fintune[gguf]"'
-            ) from error
-        params = xllamacpp.CommonParams()
-        params.model.path = str(self.path)
-        params.n_parallel = self._parallel
-        # Slots of a fixed length of their own: one prompt's length then never touches another's.
-        params.n_ctx = self.context_tokens * self._parallel
-        params.kv_unified = False
-        params.slot_prompt_similarity = _SIMILARITY
-        # Both sets: prompts and single tokens are computed by different pools.
-        params.cpuparams.n_threads = threads
-        params.cpuparams_batch.n_threads = threads
+        check_gguf(self.path)
+        params = server_params(self.path, context_tokens=context_tokens, threads=threads, parallel=parallel)
+        params.slot_prompt_similarity = _MIN_SIMILARITY
         params.n_cache_reuse = 0
-        params.cache_ram_mib = 0
         params.cache_idle_slots = False
-        params.fit_params = False
         params.warmup = False
-        params.ui = False
-        params.verbosity = -1
         params.n_threads_http = 1
-        params.hostnames = ["127.0.0.1"]
-        params.port = 0
+        params.hostnames, params.port = ["127.0.0.1"], 0
         params.api_keys = [self._key]
-        try:
-            return xllamacpp.Server(params)
-        except RuntimeError as error:
-            raise ModelError(
-                f"{self.path}: llama.cpp cannot load it: {error}",
-                hint="the file may be truncated, or too large for the memory at this context length",
-            ) from error
+        self._server: Any = start_server(params, self.path)
 
     def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts as llama.cpp sees them: special tokens parsed, none added."""
+        """Return token ids of texts as llama.cpp tokenises them: special tokens parsed, none added."""
         with closing(self._connect()) as connection:
             answers = [
                 self._post(connection, "/tokenize", {"content": text, "add_special": False, "parse_special": True})
@@ -114,7 +89,7 @@ class LlamaCppEngine:
         return [[int(token) for token in answer["tokens"]] for answer in answers]
 
     def render(self, messages: Sequence[Message]) -> str:
-        """A conversation through the file's own chat template, generation prompt included, thinking switched off.
+        """Render a conversation with the file's own chat template, generation prompt included, without thinking.
 
         Raises:
             ModelError: The file has no chat template, or it refuses these messages.
@@ -126,9 +101,31 @@ class LlamaCppEngine:
         with closing(self._connect()) as connection:
             return str(self._post(connection, "/apply-template", body)["prompt"])
 
+    def generate(
+        self, prompts: Sequence[str], decoding: Decoding, done: Collection[int] = ()
+    ) -> Iterator[PromptResult]:
+        """Complete prompts; see :class:`fintune.inference.protocol.Engine`.
+
+        Raises:
+            ModelError: A prompt is empty, or does not fit the context with its completion.
+        """
+        rows, max_new_tokens, context = self.tokenise(prompts), decoding.max_new_tokens, self._slot_tokens()
+        for number, row in enumerate(rows, 1):
+            if not row:
+                raise PromptError(number, " is empty")
+            if len(row) + max_new_tokens > context:
+                limit = f" that {self.path.name} was trained for" if context < self.context_tokens else ""
+                raise PromptError(
+                    number,
+                    f" has {len(row)} tokens, with {max_new_tokens} new ones it does not fit the context"
+                    f" of {context}{limit}",
+                    hint="lower prompt.max_length",
+                )
+        return self._run(rows, decoding, [index for index in range(len(rows)) if index not in done])
+
     def _connect(self) -> http.client.HTTPConnection:
         address = urlsplit(self._server.listening_address)
-        # No time limit: the server is this process, and a long prompt of a large model takes its time.
+        # No timeout: the server is this process, and a long prompt of a large model takes long.
         return http.client.HTTPConnection(address.hostname or "127.0.0.1", address.port)
 
     def _post(self, connection: http.client.HTTPConnection, route: str, body: Mapping[str, Any]) -> Any:
@@ -139,68 +136,49 @@ class LlamaCppEngine:
             raise ModelError(f"{self.path}: llama.cpp refused a prompt: {answer['error'].get('message', answer)}")
         return answer
 
-    def generate(self, prompts: Sequence[str], decoding: Decoding, done: Collection[int] = ()) -> Iterator[Answered]:
-        """Complete prompts; see :class:`fintune.inference.protocol.Engine`.
-
-        Raises:
-            ModelError: A prompt is empty, or does not fit the context with its completion.
-        """
-        rows, max_new_tokens, room = self.tokenise(prompts), decoding.max_new_tokens, self._room()
-        for number, row in enumerate(rows, 1):
-            if not row:
-                raise PromptError(number, " is empty")
-            if len(row) + max_new_tokens > room:
-                raise PromptError(
-                    number,
-                    f" has {len(row)} tokens, with {max_new_tokens} new ones it does not fit the context"
-                    f" of {room}" + (f" that {self.path.name} was trained for" if room < self.context_tokens else ""),
-                    hint="lower prompt.max_length",
-                )
-        return self._run(rows, decoding, [place for place in range(len(rows)) if place not in done])
-
-    def _room(self) -> int:
-        """Tokens that a slot has: what was asked for, or the model's own context where that is shorter."""
+    def _slot_tokens(self) -> int:
+        """Return the context of a slot: as asked, or the model's own if that is shorter."""
         with closing(self._connect()) as connection:
             connection.request("GET", "/props", headers={"authorization": f"Bearer {self._key}"})
             answer = json.loads(connection.getresponse().read())
         return int(answer["default_generation_settings"]["n_ctx"])
 
-    def _run(self, rows: Sequence[list[int]], decoding: Decoding, asked: Sequence[int]) -> Iterator[Answered]:
+    def _run(self, rows: Sequence[list[int]], decoding: Decoding, indices: Sequence[int]) -> Iterator[PromptResult]:
         size = self._parallel * _WINDOW_PER_SLOT
         with closing(self._connect()) as connection:
-            for start in range(0, len(asked), size):
-                window = asked[start : start + size]
-                grouped = families([rows[place] for place in window])
-                for wave in waves(sorted(grouped, key=min), self._parallel):
-                    for places in of_one_grammar([window[at] for at in wave], decoding):
-                        yield from self._complete(connection, rows, places, decoding)
+            for start in range(0, len(indices), size):
+                window = indices[start : start + size]
+                groups = group_by_prefix([rows[index] for index in window])
+                for batch in slot_batches(sorted(groups, key=min), self._parallel):
+                    for request in split_by_grammar([window[index] for index in batch], decoding):
+                        yield from self._complete(connection, rows, request, decoding)
 
     def _complete(
         self,
         connection: http.client.HTTPConnection,
         rows: Sequence[list[int]],
-        places: Sequence[int],
+        indices: Sequence[int],
         decoding: Decoding,
-    ) -> list[Answered]:
-        """All candidates of the prompts at some places.
+    ) -> list[PromptResult]:
+        """Generate all candidates of the prompts at some indices.
 
-        The prompts of a request are taken up together, and the next request follows when all are answered, so that the
-        batches do not depend on when a request arrives: the rounding does depend on the batches.
+        The prompts of a request start together, and the next request follows when all are complete. The batches, and
+        with them the rounding, therefore do not depend on when a request arrives.
         """
-        found: dict[int, list[Completion]] = {place: [] for place in places}
-        grammar = None if decoding.grammars is None else decoding.grammars[places[0]]
-        if grammar is not None and self._unwritten is None:
-            self._unwritten = unwritten_tokens(self.path)
+        completions: dict[int, list[Completion]] = {index: [] for index in indices}
+        grammar = None if decoding.grammars is None else decoding.grammars[indices[0]]
+        if grammar is not None and self._hidden_tokens is None:
+            self._hidden_tokens = hidden_tokens(self.path)
         for candidate in range(decoding.num_candidates):
-            body = question(decoding, candidate, grammar, self._unwritten or ())
+            body = request_body(decoding, candidate, grammar, self._hidden_tokens or ())
             started = time.monotonic()
-            answer = self._post(connection, "/completion", {"prompt": [rows[place] for place in places], **body})
-            # One prompt is answered by an object, several by a list in their order.
+            answer = self._post(connection, "/completion", {"prompt": [rows[index] for index in indices], **body})
+            # The answer is an object for one prompt, and a list in the order of the prompts for several.
             answers = answer if isinstance(answer, list) else [answer]
-            seconds = (time.monotonic() - started) / len(places)
-            for place, each in zip(places, answers, strict=True):
-                found[place].append(completion(each, seconds, len(rows[place])))
-        return [Answered(place, tuple(each)) for place, each in found.items()]
+            seconds = (time.monotonic() - started) / len(indices)
+            for index, entry in zip(indices, answers, strict=True):
+                completions[index].append(parse_completion(entry, seconds, len(rows[index])))
+        return [PromptResult(index, tuple(candidates)) for index, candidates in completions.items()]
 
     def close(self) -> None:
         """Stop the server and free the weights."""
@@ -216,15 +194,3 @@ class LlamaCppEngine:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _check_file(path: Path) -> None:
-    if path.is_dir():
-        raise ModelError(
-            f"{path} is a folder, llama.cpp needs a GGUF file", hint="give the .gguf file, or another engine"
-        )
-    if not path.is_file():
-        raise ModelError(f"{path}: no such file")
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ModelError(f"{path}: no GGUF file", hint="export the model first")

@@ -1,42 +1,42 @@
-"""A GGUF file behind an OpenAI-style address: llama.cpp's own server (package xllamacpp), for other programs to ask.
+"""llama.cpp's own server (package xllamacpp) for a GGUF file: for other programs, and for this package's engine.
 
-Without a key it listens on loopback alone, and web pages of other origins cannot read its answers.
+For other programs it has an OpenAI-compatible address. Without a key it listens on loopback only, and web pages of
+other origins cannot read its answers.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import socket
-import urllib.request
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 from fintune.errors import ModelError, ResourceError
+from fintune.inference.http_pool import OWN_KEY
 
 _MAGIC = b"GGUF"
 
 
 class LlamaServer:
-    """A server in this process, answering in threads of its own from the moment that it is made.
+    """A server in this process. It answers in its own threads as soon as it is created.
 
     Args:
-        path: The file.
+        path: The GGUF file.
         host: Address or name to listen on.
         port: Port, or 0 for a free one.
-        context_tokens: Longest prompt with its completion; each request in flight has room of this length.
+        context_tokens: Longest prompt with its completion, in tokens, for each concurrent request.
         threads: Threads of the arithmetic.
-        parallel: Requests in flight; more wait.
-        key: What requests must bring as ``Authorization: Bearer KEY``; None asks for nothing.
+        parallel: Number of concurrent requests. More requests wait.
+        key: Key that requests must bring as ``Authorization: Bearer KEY``; None for no key.
 
     Attributes:
-        url: Address of the OpenAI-style interface, ``http://HOST:PORT/v1``.
-        model: The name under which the model is served: the file's, without its ending.
-        context_tokens: As asked, or the model's own context where that is shorter.
+        url: Address of the OpenAI-compatible interface, ``http://HOST:PORT/v1``.
+        model: Name under which the model is served: the file's name without its suffix.
+        context_tokens: As asked, or the model's own context length if that is shorter.
 
     Raises:
-        ModelError: No GGUF file, or one that llama.cpp cannot load.
+        ModelError: The path is not a GGUF file, or llama.cpp cannot load it.
         ResourceError: The port is taken, the host is not this machine's or would be open to others without a key, or
             xllamacpp is not installed.
     """
@@ -55,66 +55,104 @@ class LlamaServer:
         check_gguf(path)
         if key is None and not is_loopback(host):
             raise ResourceError(
-                f"{host} can be reached from other machines, and no key is asked for",
-                hint="set FINTUNE_API_KEY, or listen on 127.0.0.1",
+                f"{host} can be reached from other machines, and there is no key",
+                hint=f"set {OWN_KEY}, or listen on 127.0.0.1",
             )
         _check_port(host, port)
         self.model = path.stem
-        params = self._params(path, context_tokens, parallel, threads)
+        params = server_params(path, context_tokens=context_tokens, threads=threads, parallel=parallel)
+        params.model_alias = {self.model}
+        params.endpoint_slots = False
+        params.cors_origins = ""
         params.hostnames, params.port = [host], port
         params.api_keys = [key] if key is not None else []
-        self._server = _start(params, path)
+        self._server = start_server(params, path)
         self.url = f"{self._server.listening_address}/v1"
-        self.context_tokens = self._room(key)
+        self.context_tokens = self._slot_tokens(key)
 
-    def _params(self, path: Path, context_tokens: int, parallel: int, threads: int) -> Any:
-        params = _library().CommonParams()
-        params.model.path = str(path)
-        params.model_alias = {self.model}
-        params.n_parallel = parallel
-        # Room of a fixed length for each request: a long one cannot make another fail.
-        params.n_ctx = context_tokens * parallel
-        params.kv_unified = False
-        # Both sets: prompts and single tokens are computed by different pools.
-        params.cpuparams.n_threads = threads
-        params.cpuparams_batch.n_threads = threads
-        # Otherwise earlier prompts fill up to 8 GB, and all memory would be measured first.
-        params.cache_ram_mib = 0
-        params.fit_params = False
-        params.ui = params.endpoint_slots = False
-        params.cors_origins = ""
-        params.verbosity = -1
-        return params
+    def _slot_tokens(self, key: str | None) -> int:
+        import httpx
 
-    def _room(self, key: str | None) -> int:
         headers = {"authorization": f"Bearer {key}"} if key is not None else {}
-        request = urllib.request.Request(f"{self.url}/models", headers=headers)  # noqa: S310 - our own address
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(request) as answer:
-            return int(json.load(answer)["data"][0]["meta"]["n_ctx"])
+        answer = httpx.get(f"{self.url}/models", headers=headers, trust_env=False, timeout=60)
+        return int(answer.raise_for_status().json()["data"][0]["meta"]["n_ctx"])
 
     def close(self) -> None:
-        """Stop listening. Never while a request is in flight: the library would wait for it without an end."""
+        """Stop listening. Never call this during a request: the library would wait for it forever."""
         self._server = None
 
 
-def check_gguf(path: Path) -> None:
-    """Refuse what is no GGUF file.
+def server_params(path: Path, *, context_tokens: int, threads: int, parallel: int) -> Any:
+    """Return the parameters of a server whose ``parallel`` slots have a cache of ``context_tokens`` each.
 
     Raises:
-        ModelError: A folder, nothing there, or another kind of file.
+        ResourceError: xllamacpp is not installed.
+    """
+    # OpenMP reads this when it is loaded: idle threads then sleep, instead of using a core that others need.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    try:
+        import xllamacpp
+    except ImportError as error:
+        raise ResourceError("a GGUF file needs xllamacpp", hint='pip install "fintune[gguf]"') from error
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_parallel = parallel
+    # Each slot has a cache of fixed length, so a long prompt cannot make another one fail.
+    params.n_ctx = context_tokens * parallel
+    params.kv_unified = False
+    # Both sets of threads: prompts and single tokens are computed by different pools.
+    params.cpuparams.n_threads = threads
+    params.cpuparams_batch.n_threads = threads
+    # Without these, earlier prompts fill up to 8 GB, and all memory is measured first.
+    params.cache_ram_mib = 0
+    params.fit_params = False
+    params.ui = False
+    params.verbosity = -1
+    return params
+
+
+def start_server(params: Any, path: Path) -> Any:
+    """Start a server.
+
+    Raises:
+        ModelError: llama.cpp cannot load the file.
+    """
+    import xllamacpp
+
+    try:
+        return xllamacpp.Server(params)
+    except RuntimeError as error:
+        raise ModelError(
+            f"{path}: llama.cpp cannot load it: {error}",
+            hint="the file may be truncated, or too large for the memory: use a shorter context or fewer requests",
+        ) from error
+
+
+def check_gguf(path: Path) -> None:
+    """Refuse a path that is not a GGUF file.
+
+    Raises:
+        ModelError: The path is a folder, is missing, or is another kind of file.
     """
     if path.is_dir():
         raise ModelError(f"{path} is a folder, llama.cpp needs a GGUF file", hint="give the .gguf file")
     if not path.is_file():
         raise ModelError(f"{path}: no such file")
-    with path.open("rb") as file:
-        if file.read(len(_MAGIC)) != _MAGIC:
-            raise ModelError(f"{path}: no GGUF file", hint="give what fintune export wrote")
+    if not is_gguf(path):
+        raise ModelError(f"{path}: not a GGUF file", hint="give a file that fintune export wrote")
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path is a file that begins as GGUF files do."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_MAGIC)) == _MAGIC
+    except OSError:
+        return False
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach what listens there."""
+    """Whether only this machine can reach a server that listens on an address."""
     try:
         return ip_address(host).is_loopback
     except ValueError:
@@ -122,42 +160,20 @@ def is_loopback(host: str) -> bool:
 
 
 def _check_port(host: str, port: int) -> None:
-    """Where it cannot listen, the library says no reason, or waits for ever."""
+    """Check the port first: if the library cannot listen, it gives no reason, or waits forever."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, socket.SOCK_STREAM) as probe:
-            # A server that has just stopped leaves connections behind, which do no harm.
+            # A server that has just stopped leaves connections that do no harm.
             if os.name == "posix":
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except socket.gaierror:
-        raise ResourceError(f"{host} is no address or name of this machine", hint="use --host 127.0.0.1") from None
+        raise ResourceError(f"{host} is not an address or name of this machine", hint="use --host 127.0.0.1") from None
     except PermissionError:
-        raise ResourceError(f"port {port} is not allowed here", hint="take one above 1023: --port 8080") from None
+        raise ResourceError(f"port {port} is not allowed here", hint="use one above 1023: --port 8080") from None
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise ResourceError(
-            f"cannot listen on {host} port {port}: {reason}", hint="another --port, or 0 for a free one"
+            f"cannot listen on {host} port {port}: {reason}", hint="use another --port, or 0 for a free one"
         ) from None
-
-
-def _library() -> Any:
-    # OpenMP reads it when it is loaded: idle threads then sleep instead of burning a core that others need.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    try:
-        import xllamacpp
-    except ImportError as error:
-        raise ResourceError(
-            "xllamacpp is not installed, so no GGUF file can be served", hint='pip install "fintune[gguf]"'
-        ) from error
-    return xllamacpp
-
-
-def _start(params: Any, path: Path) -> Any:
-    try:
-        return _library().Server(params)
-    except RuntimeError as error:
-        raise ModelError(
-            f"{path}: llama.cpp cannot load it: {error}",
-            hint="the file may be truncated, or too large for the memory: lower --context or --parallel",
-        ) from error

@@ -1,307 +1,438 @@
-"""A model as a user names it, opened in the engine that its name decides, to answer conversations.
+"""The only way to open a model for generation. The name decides the engine.
 
 ::
 
-    builtin:NAME, OWNER/NAME, a folder    transformers, or vLLM where that is asked for
+    builtin:NAME, OWNER/NAME, a folder    transformers, or vLLM on request
     FILE.gguf                             llama.cpp
     http(s)://HOST/v1#MODEL               any OpenAI-compatible server
 
-A run's steps know their engine themselves; this is for models that are named one by one, as in ``fintune ask``.
+    with open_model(ModelSpec("builtin:smollm2-135m")) as model:
+        model.generate(["What is EBITDA?"])
 """
 
 from __future__ import annotations
 
 import gc
-import hashlib
 import os
-from collections.abc import Collection, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
-from fintune.config import Config
+from fintune.config import Config, ModelKind
 from fintune.errors import ModelError
-from fintune.inference.endpoint import is_endpoint, parse
-from fintune.inference.protocol import Answered, Decoding, Engine
+from fintune.inference.llama_server import check_gguf, is_gguf
+from fintune.inference.openai import OpenAIEngine, is_endpoint, parse_endpoint
+from fintune.inference.protocol import Decoding, Engine, PromptResult, sorted_by_prompt
 from fintune.models import adapter as adapters
 from fintune.models import chat_template as chat
 from fintune.models import load as models
+from fintune.models.folder import full_model_folder
 from fintune.records import Message
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from fintune.inference.llama_cpp import LlamaCppEngine
-    from fintune.inference.openai import OpenAIEngine
 
 EngineName = Literal["transformers", "llama.cpp", "vllm", "openai"]
-AskedEngine = Literal["auto", EngineName]
-Precision = Literal["auto", "bfloat16", "float16", "float32"]
-Conversation = Sequence[Message]
+EngineChoice = Literal["auto", EngineName]
+Messages = Sequence[Message]
 
-CHARACTERS_PER_TOKEN = 2.5
-"""For servers whose tokenizer is not known. Finance pages have about 3, or 2.6 where every digit is a token."""
+FOUR_BIT_SUFFIX = "_4bit"
+"""Suffix of the kinds of models whose weights are quantised to 4 bits while they load."""
+LETTERS_PER_TOKEN = 2.5
+"""Estimate for servers whose tokenizer is unknown. Finance pages have about 3, or 2.6 if every digit is a token."""
 
 
 @dataclass(frozen=True)
-class Named:
-    """What is to be opened, and how.
+class ModelSpec:
+    """Which model to open, and how.
 
     Attributes:
         name: Folder, hub id, built-in model, GGUF file or ``URL#MODEL``.
         adapter: Folder of a PEFT adapter for it.
-        engine: "auto" goes by the name.
-        context_tokens: Longest prompt with its completion.
-        load_in_4bit: Quantise the weights while they load (bitsandbytes).
-        precision: Arithmetic of transformers and vLLM.
-        batch_size: Prompts decoded together; requests in flight.
+        engine: Engine to use; "auto" chooses it by the name.
+        context_tokens: Longest prompt with its completion, in tokens.
+        load_in_4bit: Whether to quantise the weights while they load (bitsandbytes).
+        dtype: Type of the weights and the arithmetic in transformers and vLLM.
+        batch_size: Number of completions decoded together, or of concurrent requests.
         timeout_seconds: Longest wait for one answer of a server.
-        threads: CPU threads; all cores where None.
-        revision: Of a hub model.
+        threads: CPU threads; all cores if None.
+        revision: Hub revision of ``name`` and ``tokenizer``; ignored for local folders.
         trust_remote_code: Whether the model's own Python code may run.
+        tokenizer: Model whose tokenizer and chat template are used; the model's own if None.
     """
 
     name: str
     adapter: Path | None = None
-    engine: AskedEngine = "auto"
+    engine: EngineChoice = "auto"
     context_tokens: int = 2144
     load_in_4bit: bool = False
-    precision: Precision = "float32"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "float32"
     batch_size: int = 16
     timeout_seconds: float = 600.0
     threads: int | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    tokenizer: str | None = None
 
     @classmethod
-    def with_options(
+    def from_options(
         cls,
         name: str,
         config: Config,
         *,
         adapter: Path | None = None,
-        engine: AskedEngine = "auto",
+        engine: EngineChoice = "auto",
         load_in_4bit: bool = False,
-    ) -> Named:
-        """A model with the options of a run, for which it need not be the run's own."""
+        tokenizer: str | None = None,
+    ) -> ModelSpec:
+        """Return the spec of any model with the options of a configuration."""
         return cls(
             name,
             adapter=adapter,
             engine=config.predict.engine if engine == "auto" else engine,
             context_tokens=config.prompt.max_length + config.predict.max_new_tokens,
             load_in_4bit=load_in_4bit,
-            precision=config.predict.dtype,
+            dtype=config.predict.dtype,
             batch_size=config.predict.batch_size,
             timeout_seconds=config.predict.timeout_seconds,
             threads=config.predict.threads,
-            revision=config.model.revision if name == config.model.name else None,
+            revision=config.model.revision if config.model.name in (name, tokenizer) else None,
             trust_remote_code=config.model.trust_remote_code,
+            tokenizer=tokenizer,
         )
 
+    @classmethod
+    def from_config(cls, config: Config, kind: ModelKind, inputs: Mapping[str, Path]) -> ModelSpec:
+        """Return the spec of one of a run's own models.
 
-class Answerer(Protocol):
-    """An opened model.
+        Args:
+            config: The run.
+            kind: The base model, base + adapter, the merged folder (both also in 4 bits), a GGUF file by its type, or
+                what is served at ``predict.endpoint``.
+            inputs: Folders of the stages ``train``, ``merge`` or ``export``, as the kind needs them.
+        """
+        if kind == "endpoint":
+            assert config.predict.endpoint is not None, "the options require it"
+            return cls.from_options(config.predict.endpoint, config, engine="openai")
+        folder_kind, is_4bit = kind.removesuffix(FOUR_BIT_SUFFIX), kind.endswith(FOUR_BIT_SUFFIX)
+        if folder_kind not in ("base", "adapter", "merged"):
+            gguf = inputs["export"] / f"{config.run.name}-{kind}.gguf"
+            return cls.from_options(str(gguf), config, engine="llama.cpp")
+        name, adapter = config.model.name, None
+        if folder_kind == "merged":
+            name = str(inputs["merge"])
+        elif folder_kind == "adapter":
+            whole = full_model_folder(inputs["train"])
+            name, adapter = (name, inputs["train"] / "adapter") if whole is None else (str(whole), None)
+        # All models of a run are prompted with the tokenizer of the base, as training was.
+        return cls.from_options(name, config, adapter=adapter, load_in_4bit=is_4bit, tokenizer=config.model.name)
+
+    @property
+    def engine_name(self) -> EngineName:
+        """The engine for this model, without loading anything.
+
+        Raises:
+            ModelError: The requested engine, the adapter or 4-bit loading does not suit this kind of model.
+        """
+        path = Path(self.name).expanduser()
+        kind: EngineName = "transformers"
+        if is_endpoint(self.name):
+            kind = "openai"
+        elif path.suffix.lower() == ".gguf" or is_gguf(path):
+            kind = "llama.cpp"
+        if kind != "transformers":
+            what = "a GGUF file" if kind == "llama.cpp" else "an address"
+            if self.adapter is not None:
+                hint = "merge and export it first"
+                if kind == "openai":
+                    hint = "name the adapter as the server does: URL#NAME"
+                raise ModelError(f"{self.name} is {what}, which takes no adapter", hint=hint)
+            if self.load_in_4bit:
+                raise ModelError(f"{self.name} is {what}, which cannot be loaded in 4 bits", hint="leave that out")
+        if self.engine in ("auto", kind):
+            return kind
+        if kind == "transformers" and self.engine == "vllm":
+            return "vllm"
+        needs = {"llama.cpp": "a GGUF file", "openai": "an address such as http://127.0.0.1:8080/v1#MODEL"}
+        raise ModelError(
+            f"the engine {self.engine} cannot run {self.name}",
+            hint=f"it needs {needs.get(self.engine, 'a Hugging Face folder')}, or leave the engine to auto",
+        )
+
+    @property
+    def can_load_in_4bit(self) -> bool:
+        """Whether less memory would suffice with ``load_in_4bit``, which is off now."""
+        return self.engine_name in ("transformers", "vllm") and not self.load_in_4bit
+
+
+class LanguageModel(ABC):
+    """An opened model. Use it as a context manager, or call :meth:`close`.
 
     Attributes:
-        engine: Which engine runs it.
-        fingerprint: What tells it from other models.
+        engine: Name of the engine that runs it.
+        fingerprint: Identifies the model's content in manifests and prediction logs.
     """
 
     engine: EngineName
     fingerprint: str
 
-    def count(self, conversation: Conversation) -> int:
-        """Tokens of the rendered conversation, generation prompt included."""
-        ...
+    def generate(
+        self,
+        prompts: Sequence[str | Messages],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> list[str]:
+        """Return one answer for each prompt, in the order of the prompts.
 
-    def count_text(self, text: str) -> int:
-        """Tokens of a text."""
-        ...
+        Args:
+            prompts: Questions of a user, or conversations (:class:`fintune.records.Message`) up to the user's last
+                turn. The model's chat template renders them.
+            max_new_tokens: Limit for each answer in tokens.
+            temperature: 0 takes the most probable tokens; above 0, tokens are sampled.
+            top_p: Tokens are sampled from the most probable ones that together have this probability.
+            seed: The same prompts with the same seed give the same answers.
 
+        Raises:
+            ModelError: A prompt does not fit the context, or the model cannot be loaded.
+            ResourceError: A package, the memory or the server is missing.
+        """
+        conversations = [
+            [Message(role="user", content=prompt)] if isinstance(prompt, str) else prompt for prompt in prompts
+        ]
+        decoding = Decoding(max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        return [completion.text for completion in sorted_by_prompt(self.complete(conversations, decoding))]
+
+    @abstractmethod
+    def load(self) -> None:
+        """Load the weights. Otherwise the first completion or count loads them."""
+
+    @abstractmethod
+    def count_tokens(self, conversation: Messages) -> int:
+        """Return the number of tokens of the rendered conversation, generation prompt included."""
+
+    @abstractmethod
+    def count_text_tokens(self, text: str) -> int:
+        """Return the number of tokens of a text."""
+
+    @abstractmethod
     def complete(
-        self, conversations: Sequence[Conversation], decoding: Decoding, done: Collection[int] = ()
-    ) -> Iterator[Answered]:
-        """Completions as :meth:`fintune.inference.protocol.Engine.generate` gives them."""
-        ...
+        self, conversations: Sequence[Messages], decoding: Decoding, done: Collection[int] = ()
+    ) -> Iterator[PromptResult]:
+        """Complete conversations, rendered by the model's own chat template; see :meth:`.protocol.Engine.generate`."""
 
+    @abstractmethod
+    def complete_rendered(
+        self, prompts: Sequence[str], decoding: Decoding, done: Collection[int] = ()
+    ) -> Iterator[PromptResult]:
+        """Complete prompts that a chat template rendered; see :meth:`.protocol.Engine.generate`.
+
+        Raises:
+            ModelError: The model is served; a server renders conversations itself.
+        """
+
+    @abstractmethod
     def close(self) -> None:
-        """Give the memory back."""
-        ...
+        """Release the model."""
+
+    def __enter__(self) -> LanguageModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
-def engine_of(named: Named) -> EngineName:
-    """The engine for a model, without loading anything.
-
-    Raises:
-        ModelError: The engine that was asked for, or the adapter, does not go with this kind of model.
-    """
-    path = Path(named.name).expanduser()
-    kind: EngineName = "transformers"
-    if is_endpoint(named.name):
-        kind = "openai"
-    elif path.suffix.lower() == ".gguf" or _is_gguf(path):
-        kind = "llama.cpp"
-    if kind != "transformers":
-        what = "a GGUF file" if kind == "llama.cpp" else "an address"
-        if named.adapter is not None:
-            hint = (
-                "merge and export it first" if kind == "llama.cpp" else "name the adapter as the server does: URL#NAME"
-            )
-            raise ModelError(f"{named.name} is {what}, which takes no adapter", hint=hint)
-        if named.load_in_4bit:
-            raise ModelError(f"{named.name} is {what}, which is not loaded in 4 bits", hint="leave that out")
-    if named.engine in ("auto", kind):
-        return kind
-    if kind == "transformers" and named.engine == "vllm":
-        return "vllm"
-    needs = {"llama.cpp": "a GGUF file", "openai": "an address such as http://127.0.0.1:8080/v1#MODEL"}
-    raise ModelError(
-        f"the engine {named.engine} cannot run {named.name}",
-        hint=f"it needs {needs.get(named.engine, 'a Hugging Face folder')}, or leave the engine to auto",
-    )
-
-
-def open_model(named: Named) -> Answerer:
-    """Load a model, or connect to it.
+def open_model(spec: ModelSpec) -> LanguageModel:
+    """Open a model. Names and adapters are checked at once; weights are loaded for the first completion.
 
     Raises:
-        ModelError: It cannot be used, or its adapter was trained on another.
+        ModelError: The model cannot be used, or its adapter was trained on another model.
         ResourceError: A package, the hub or a server is missing.
     """
-    engine = engine_of(named)
+    engine = spec.engine_name
     if engine == "openai":
-        return _Served(named)
+        return _ServedModel(spec)
     if engine == "llama.cpp":
-        return _GgufFile(named)
-    return _Folder(named, engine)
+        return _GgufModel(spec)
+    if spec.adapter is not None:
+        adapters.check_base_name(spec.name, spec.adapter)
+    folder = models.fetch(spec.name, revision=spec.revision)
+    if spec.adapter is not None:
+        adapters.check_adapter_base(folder.path, spec.adapter, name=spec.name)
+    with_tokenizer = folder if spec.tokenizer is None else models.fetch(spec.tokenizer, revision=spec.revision)
+    tokenizer = models.load_tokenizer(with_tokenizer, trust_remote_code=spec.trust_remote_code)
+    parts = [folder.path] if spec.adapter is None else [folder.path, spec.adapter]
+    fingerprint = " ".join([*map(models.model_fingerprint, parts), *(["4bit"] if spec.load_in_4bit else [])])
+    start = _start_vllm if engine == "vllm" else _start_transformers
+    return _LocalModel(engine, fingerprint, tokenizer, lambda: start(spec, folder, tokenizer))
 
 
-class _Folder:
-    """A Hugging Face folder, in transformers or vLLM."""
+def wrap_model(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int
+) -> LanguageModel:
+    """Return a model that is loaded already, such as the one in training, as a :class:`LanguageModel`.
 
-    def __init__(self, named: Named, engine: EngineName) -> None:
-        self.engine = engine
-        if named.adapter is not None:
-            adapters.check_base_name(named.name, named.adapter)
-        ref = models.fetch(named.name, revision=named.revision)
-        if named.adapter is not None:
-            adapters.check_adapter_base(ref.path, named.adapter, name=named.name)
-        self._tokenizer = models.load_tokenizer(ref, trust_remote_code=named.trust_remote_code)
-        parts = [ref.path] if named.adapter is None else [ref.path, named.adapter]
-        self.fingerprint = " ".join([*map(models.model_fingerprint, parts), *(["4bit"] if named.load_in_4bit else [])])
-        opened = _in_vllm if engine == "vllm" else _in_transformers
-        self._engine = opened(named, ref, self._tokenizer)
+    Args:
+        model: A transformers model in evaluation mode.
+        tokenizer: Its tokenizer.
+        batch_size: Number of completions that are decoded together.
+    """
+    from fintune.inference.transformers_engine import TransformersEngine
 
-    def count(self, conversation: Conversation) -> int:
-        return len(chat.encode_prompt(self._tokenizer, conversation))
-
-    def count_text(self, text: str) -> int:
-        return len(self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
-
-    def complete(
-        self, conversations: Sequence[Conversation], decoding: Decoding, done: Collection[int] = ()
-    ) -> Iterator[Answered]:
-        return self._engine.generate([chat.render(self._tokenizer, turns) for turns in conversations], decoding, done)
-
-    def close(self) -> None:
-        self._engine.close()
-        gc.collect()
+    return _LocalModel("transformers", "", tokenizer, lambda: TransformersEngine(model, tokenizer, batch_size))
 
 
-class _GgufFile:
-    """A GGUF file with the tokenizer and the chat template that stand in it."""
-
-    engine: EngineName = "llama.cpp"
-
-    def __init__(self, named: Named) -> None:
-        from fintune.inference.llama_cpp import LlamaCppEngine
-
-        path = Path(named.name).expanduser()
-        self._engine: LlamaCppEngine = LlamaCppEngine(
-            path, context_tokens=named.context_tokens, threads=named.threads or os.cpu_count() or 1
-        )
-        stat = path.stat()
-        self.fingerprint = f"{path.name} {stat.st_size} {stat.st_mtime_ns}"
-
-    def count(self, conversation: Conversation) -> int:
-        return self.count_text(self._engine.render(conversation))
-
-    def count_text(self, text: str) -> int:
-        return len(self._engine.tokenise([text])[0])
-
-    def complete(
-        self, conversations: Sequence[Conversation], decoding: Decoding, done: Collection[int] = ()
-    ) -> Iterator[Answered]:
-        return self._engine.generate([self._engine.render(turns) for turns in conversations], decoding, done)
-
-    def close(self) -> None:
-        self._engine.close()
-
-
-class _Served:
-    """A model behind an address; its tokenizer is not known, so lengths are estimates."""
-
-    engine: EngineName = "openai"
-
-    def __init__(self, named: Named) -> None:
-        from fintune.inference.openai import OpenAIEngine
-
-        self._engine: OpenAIEngine = OpenAIEngine(
-            parse(named.name), parallel=named.batch_size, timeout_seconds=named.timeout_seconds
-        )
-        self.fingerprint = hashlib.sha256(self._engine.fingerprint().encode()).hexdigest()
-
-    def count(self, conversation: Conversation) -> int:
-        return sum(self.count_text(turn.content) + 8 for turn in conversation)
-
-    def count_text(self, text: str) -> int:
-        return -int(-len(text) // CHARACTERS_PER_TOKEN)
-
-    def complete(
-        self, conversations: Sequence[Conversation], decoding: Decoding, done: Collection[int] = ()
-    ) -> Iterator[Answered]:
-        return self._engine.chat(conversations, decoding, done)
-
-    def close(self) -> None:
-        self._engine.close()
-
-
-def _in_transformers(named: Named, ref: models.ModelFolder, tokenizer: PreTrainedTokenizerBase) -> Engine:
+def _start_transformers(spec: ModelSpec, folder: models.ModelFolder, tokenizer: PreTrainedTokenizerBase) -> Engine:
     import torch
 
     from fintune.inference.transformers_engine import TransformersEngine
-    from fintune.util.console import quiet_libraries
 
-    torch.set_num_threads(named.threads or os.cpu_count() or 1)
-    model = models.load_model(
-        ref,
-        dtype=named.precision,
-        quantization="nf4" if named.load_in_4bit else "none",
-        trust_remote_code=named.trust_remote_code,
+    torch.set_num_threads(spec.threads or os.cpu_count() or 1)
+    model = adapters.load_with_adapter(
+        folder,
+        spec.adapter,
+        dtype=spec.dtype,
+        quantization="nf4" if spec.load_in_4bit else "none",
+        trust_remote_code=spec.trust_remote_code,
     )
-    if named.adapter is not None:
-        with quiet_libraries():
-            model = adapters.load_adapter(model, named.adapter)
-    return TransformersEngine(model.eval(), tokenizer, named.batch_size)
+    return TransformersEngine(model.eval(), tokenizer, spec.batch_size)
 
 
-def _in_vllm(named: Named, ref: models.ModelFolder, tokenizer: PreTrainedTokenizerBase) -> Engine:
+def _start_vllm(spec: ModelSpec, folder: models.ModelFolder, tokenizer: PreTrainedTokenizerBase) -> Engine:
     from fintune.inference.vllm_engine import VllmEngine
 
     return VllmEngine(
-        ref.path,
+        folder.path,
         tokenizer,
-        adapter=named.adapter,
-        context_tokens=named.context_tokens,
-        dtype=named.precision,
-        load_in_4bit=named.load_in_4bit,
-        trust_remote_code=named.trust_remote_code,
+        adapter=spec.adapter,
+        context_tokens=spec.context_tokens,
+        dtype=spec.dtype,
+        load_in_4bit=spec.load_in_4bit,
+        trust_remote_code=spec.trust_remote_code,
     )
 
 
-def _is_gguf(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(4) == b"GGUF"
-    except OSError:
-        return False
+class _LocalModel(LanguageModel):
+    """A model in transformers or vLLM, whose prompts are rendered with a tokenizer."""
+
+    def __init__(
+        self, engine: EngineName, fingerprint: str, tokenizer: PreTrainedTokenizerBase, start: Callable[[], Engine]
+    ) -> None:
+        self.engine, self.fingerprint = engine, fingerprint
+        self._tokenizer, self._start = tokenizer, start
+
+    @cached_property
+    def _engine(self) -> Engine:
+        return self._start()
+
+    def load(self) -> None:
+        self._engine  # noqa: B018 - the property loads it
+
+    def count_tokens(self, conversation: Messages) -> int:
+        return len(chat.encode_prompt(self._tokenizer, conversation))
+
+    def count_text_tokens(self, text: str) -> int:
+        return len(self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def complete(
+        self, conversations: Sequence[Messages], decoding: Decoding, done: Collection[int] = ()
+    ) -> Iterator[PromptResult]:
+        prompts = [chat.render(self._tokenizer, conversation) for conversation in conversations]
+        return self.complete_rendered(prompts, decoding, done)
+
+    def complete_rendered(
+        self, prompts: Sequence[str], decoding: Decoding, done: Collection[int] = ()
+    ) -> Iterator[PromptResult]:
+        return self._engine.generate(prompts, decoding, done)
+
+    def close(self) -> None:
+        if "_engine" in self.__dict__:
+            self._engine.close()
+            del self._engine
+        gc.collect()
+
+
+class _GgufModel(LanguageModel):
+    """A GGUF file with its own tokenizer and chat template."""
+
+    engine: EngineName = "llama.cpp"
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._spec, self._path = spec, Path(spec.name).expanduser()
+        check_gguf(self._path)
+        stat = self._path.stat()
+        self.fingerprint = f"{self._path.name} {stat.st_size} {stat.st_mtime_ns}"
+
+    @cached_property
+    def _engine(self) -> LlamaCppEngine:
+        from fintune.inference.llama_cpp import LlamaCppEngine
+
+        return LlamaCppEngine(
+            self._path, context_tokens=self._spec.context_tokens, threads=self._spec.threads or os.cpu_count() or 1
+        )
+
+    def load(self) -> None:
+        self._engine  # noqa: B018 - the property loads it
+
+    def count_tokens(self, conversation: Messages) -> int:
+        return self.count_text_tokens(self._engine.render(conversation))
+
+    def count_text_tokens(self, text: str) -> int:
+        return len(self._engine.tokenise([text])[0])
+
+    def complete(
+        self, conversations: Sequence[Messages], decoding: Decoding, done: Collection[int] = ()
+    ) -> Iterator[PromptResult]:
+        return self.complete_rendered([self._engine.render(turns) for turns in conversations], decoding, done)
+
+    def complete_rendered(
+        self, prompts: Sequence[str], decoding: Decoding, done: Collection[int] = ()
+    ) -> Iterator[PromptResult]:
+        return self._engine.generate(prompts, decoding, done)
+
+    def close(self) -> None:
+        if "_engine" in self.__dict__:
+            self._engine.close()
+            del self._engine
+
+
+class _ServedModel(LanguageModel):
+    """A model on a server. Its tokenizer is unknown, so lengths are estimates."""
+
+    engine: EngineName = "openai"
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._engine = OpenAIEngine(
+            parse_endpoint(spec.name), parallel=spec.batch_size, timeout_seconds=spec.timeout_seconds
+        )
+        self.fingerprint = self._engine.fingerprint()
+
+    def load(self) -> None:
+        return
+
+    def count_tokens(self, conversation: Messages) -> int:
+        return sum(self.count_text_tokens(turn.content) + 8 for turn in conversation)
+
+    def count_text_tokens(self, text: str) -> int:
+        return -int(-len(text) // LETTERS_PER_TOKEN)
+
+    def complete(
+        self, conversations: Sequence[Messages], decoding: Decoding, done: Collection[int] = ()
+    ) -> Iterator[PromptResult]:
+        return self._engine.chat(conversations, decoding, done)
+
+    def complete_rendered(
+        self, prompts: Sequence[str], decoding: Decoding, done: Collection[int] = ()
+    ) -> Iterator[PromptResult]:
+        raise ModelError("a server renders conversations itself", hint="use complete()")
+
+    def close(self) -> None:
+        self._engine.close()

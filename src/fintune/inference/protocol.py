@@ -1,7 +1,8 @@
-"""What every engine offers: rendered prompts in, completions out as they end, each with the place of its prompt."""
+"""The protocol of all engines: rendered prompts in, completions out as they end, each with the index of its prompt."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
@@ -9,7 +10,7 @@ from typing import Literal, NamedTuple, Protocol
 from fintune.finqa.grammar import Grammar
 
 _UNDERFLOW_NATS = -104.0
-"""The logarithm of what is 0 in 32 bits, about."""
+"""About the logarithm of the smallest float32 above 0."""
 
 
 @dataclass(frozen=True)
@@ -17,13 +18,13 @@ class Decoding:
     """How tokens are chosen.
 
     Attributes:
-        max_new_tokens: Limit for each completion, end-of-turn token included.
-        temperature: 0 takes the most probable token; above, tokens are drawn from the distribution sharpened by it.
-        top_p: Tokens are drawn from the most probable ones that together have this probability.
+        max_new_tokens: Limit for each completion in tokens, end-of-turn token included.
+        temperature: 0 is greedy decoding; above 0, tokens are sampled from the distribution at this temperature.
+        top_p: Tokens are sampled from the most probable ones that together have this probability.
         seed: The same prompts with the same seed give the same completions.
-        num_candidates: Completions of each prompt, which differ where tokens are drawn.
-        greedy_first: The first candidate of each prompt is the greedy one, whatever the temperature.
-        grammars: What a completion may say, one for each prompt; None where it may say anything. The limit still cuts.
+        num_candidates: Number of completions of each prompt; they differ only if tokens are sampled.
+        greedy_first: Whether the first candidate of each prompt is greedy at any temperature.
+        grammars: The grammar of each prompt's completion; None for free text. ``max_new_tokens`` still applies.
     """
 
     max_new_tokens: int
@@ -34,22 +35,31 @@ class Decoding:
     greedy_first: bool = False
     grammars: tuple[Grammar, ...] | None = None
 
+    def is_greedy(self, candidate: int) -> bool:
+        """Whether this candidate (from 0) of a prompt takes the most probable tokens."""
+        return self.temperature == 0 or (self.greedy_first and candidate == 0)
+
+    def server_seed(self, prompt: str, candidate: int) -> int:
+        """Return a 31-bit seed for one candidate. It depends on the prompt's text, so a resumed run repeats it."""
+        digest = hashlib.blake2b(f"{self.seed}\0{candidate}\0{prompt}".encode(), digest_size=4).digest()
+        return int.from_bytes(digest, "big") >> 1
+
 
 @dataclass(frozen=True)
 class Completion:
-    """What an engine gave for one prompt.
+    """A completion of one prompt.
 
     Attributes:
-        token_ids: Generated tokens, end-of-turn included.
-        text: The same as text, special tokens removed.
-        finish_reason: "stop" when an end token came, "length" when the limit did.
-        margins: For each generated token the natural-log probability gap between the best and the second-best token
-            of the model's own distribution, whichever was taken: temperature, top_p and grammar are not in it; 0 where
-            an engine does not know it.
+        token_ids: Generated tokens, end-of-turn token included.
+        text: The generated text without special tokens.
+        finish_reason: "stop" if an end token ended it, "length" if the limit did.
+        margins: For each generated token, the difference of the log-probabilities of the best and the second-best
+            token, in nats. Both are of the model's own distribution, before temperature, top_p and grammar. 0 if an
+            engine does not report it.
         num_prompt_tokens: Length of the prompt as this engine tokenised it.
-        seconds: Share of the call's wall time; the shares of all prompts add up to it.
-        logprobs: For each generated token its natural-log probability in the model's own distribution, NaN where an
-            engine does not know it; empty where it knows none.
+        seconds: This prompt's share of the wall time; the shares of all prompts add up to it.
+        logprobs: For each generated token, its log-probability in the model's own distribution, in nats. NaN if an
+            engine does not report it; empty if it reports none.
     """
 
     token_ids: tuple[int, ...]
@@ -61,51 +71,52 @@ class Completion:
     logprobs: tuple[float, ...] = ()
 
 
-class Answered(NamedTuple):
-    """A prompt with all that it was asked for.
+class PromptResult(NamedTuple):
+    """All completions of a prompt.
 
     Attributes:
-        place: Of the prompt among those that were given, from 0.
-        completions: ``Decoding.num_candidates`` of them, in the order of the candidates.
+        prompt_index: Index of the prompt in the call.
+        completions: ``Decoding.num_candidates`` completions, in the order of the candidates.
     """
 
-    place: int
+    prompt_index: int
     completions: tuple[Completion, ...]
 
 
-def log_probability(told: float | None) -> float:
-    """One as a server tells it; None stands for that of 0, whose logarithm JSON cannot write."""
-    return _UNDERFLOW_NATS if told is None else float(told)
+def parse_logprob(value: float | None) -> float:
+    """Return a server's log-probability. JSON has no minus infinity; a server writes null for a probability of 0."""
+    return _UNDERFLOW_NATS if value is None else float(value)
 
 
-def in_order(answers: Iterable[Answered]) -> list[Completion]:
-    """All completions in the order of the prompts, the candidates of a prompt one behind the other."""
-    ordered = sorted(answers, key=lambda answer: answer.place)
-    return [completion for answer in ordered for completion in answer.completions]
+def sorted_by_prompt(results: Iterable[PromptResult]) -> list[Completion]:
+    """Return all completions in the order of the prompts; the candidates of a prompt follow each other."""
+    ordered = sorted(results, key=lambda result: result.prompt_index)
+    return [completion for result in ordered for completion in result.completions]
 
 
 class Engine(Protocol):
-    """A loaded model.
+    """A loaded model that completes rendered prompts.
 
     Attributes:
-        name: As it stands in reports, such as "llama.cpp".
+        name: Name for reports, such as "llama.cpp".
     """
 
     name: str
 
-    def generate(self, prompts: Sequence[str], decoding: Decoding, done: Collection[int] = ()) -> Iterator[Answered]:
+    def generate(
+        self, prompts: Sequence[str], decoding: Decoding, done: Collection[int] = ()
+    ) -> Iterator[PromptResult]:
         """Complete prompts.
 
         Args:
             prompts: Texts that the chat template rendered, generation prompt included. Special tokens in them are
-                parsed and none is added: a BOS is there if the template put it there.
-            decoding: How; an engine that cannot do a part of it says so and does not leave it out.
-            done: Places of prompts that an earlier, interrupted call has answered. They are not answered again, and
-                are given so that an engine can keep the others in the batches in which they would have been with them:
-                rounding differs between batches.
+                parsed, and none is added: a BOS is there only if the template wrote it.
+            decoding: How tokens are chosen. An engine that does not support a part of it raises an error.
+            done: Indices of prompts that an earlier, interrupted call completed. They are not completed again. An
+                engine may use them to form the same batches as before, because rounding differs between batches.
 
         Yields:
-            Each prompt as soon as its last candidate has ended, in whatever order that happens.
+            Each prompt as soon as its last candidate has ended, in any order.
 
         Raises:
             ModelError: A prompt and its completion do not fit the context.
@@ -113,5 +124,5 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Give the memory back; the engine cannot be used afterwards."""
+        """Release the model. The engine cannot be used afterwards."""
         ...

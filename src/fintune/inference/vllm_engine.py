@@ -1,24 +1,24 @@
 """vLLM in this process, with a LoRA adapter where there is one (optional extra ``fintune[vllm]``, CUDA).
 
-Written against vLLM's documented offline interface of 0.11 and later: ``LLM`` and the ``LLMEngine`` in it (its
-``generate`` would give nothing before all is done), ``SamplingParams``, ``StructuredOutputsParams``, ``LoRARequest``,
-token-id prompts, ``RequestOutput``. **It was not run**: vLLM cannot be
-installed on the machines that this package is developed on. The tests run it against a stand-in which has exactly the
-documented names, arguments and limits. So known from the documentation alone are: that weights load and fit the memory,
-speed, that llguidance as vLLM's backend takes the Lark form of the grammar (the function that it calls,
-``llguidance.grammar_from``, does), and that seeds repeat draws.
+This engine is written against vLLM's documented offline interface of 0.11 and later: ``LLM`` and its ``LLMEngine``
+(``LLM.generate`` would return nothing before everything is done), ``SamplingParams``, ``StructuredOutputsParams``,
+``LoRARequest``, token-id prompts and ``RequestOutput``.
 
-Under a grammar vLLM masks the logits before it reads log-probabilities, so that margins, log-probabilities and with
-them the confidence of a single completion are then those among the allowed tokens, unlike in the other engines.
+**It was not run**: vLLM cannot be installed on the machines that this package is developed on. The tests use a stand-in
+with exactly the documented names, arguments and limits. The following is known from the documentation alone: weights
+load and fit the memory, the speed, llguidance as vLLM's backend takes the Lark form of the grammar (the function that
+it calls, ``llguidance.grammar_from``, does), and seeds repeat draws.
 
-What vLLM cannot do is refused before it loads anything: DoRA, ranks above 512, trained layers besides the adapter.
+With a grammar, vLLM masks the logits before it reads log-probabilities. Margins, log-probabilities and the confidence
+of a single completion are then those among the allowed tokens, unlike in the other engines.
+
+What vLLM does not support is refused before it loads anything: DoRA, ranks above 512, and whole trained layers
+(``modules_to_save``).
 """
 
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -26,19 +26,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fintune.errors import ModelError, PromptError, ResourceError
-from fintune.inference.prefixes import families
-from fintune.inference.protocol import Answered, Completion, Decoding
+from fintune.inference.prefix_cache import group_by_prefix
+from fintune.inference.protocol import Completion, Decoding, PromptResult
 from fintune.models import chat_template as chat
+from fintune.util.files import read_json
 from fintune.util.text import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Values that vLLM's ``max_lora_rank`` takes."""
+"""Values that vLLM's ``max_lora_rank`` accepts."""
 
-_SHUT_OUT_NATS = 104.0
-"""Margin where the grammar allows a single token: that of a probability of 0 in 32 bits, which JSON can write."""
+_MAX_MARGIN_NATS = 104.0
+"""Margin if the grammar allows a single token: that of a float32 probability of 0, which JSON can write."""
 
 
 class VllmEngine:
@@ -46,16 +47,16 @@ class VllmEngine:
 
     Args:
         path: The folder.
-        tokenizer: Its tokenizer; prompts are given as token ids, so that no BOS is added.
+        tokenizer: Its tokenizer. Prompts are sent as token ids, so no BOS is added.
         adapter: Folder of a LoRA adapter in PEFT format.
         context_tokens: Longest prompt with its completion, in tokens.
-        dtype: Arithmetic: "auto", "float32", "bfloat16" or "float16".
-        load_in_4bit: Quantise the weights with bitsandbytes while they load.
+        dtype: Type of the arithmetic: "auto", "float32", "bfloat16" or "float16".
+        load_in_4bit: Whether to quantise the weights with bitsandbytes while they load.
         trust_remote_code: Whether the model's own Python code may run.
-        seed: Of vLLM itself; draws have seeds of their own.
+        seed: Seed of vLLM itself; sampled completions have their own seeds.
 
     Raises:
-        ResourceError: vLLM is not installed, or has no room for the model.
+        ResourceError: vLLM is not installed, or the model does not fit its memory.
         ModelError: vLLM does not know the model, or cannot use the adapter.
     """
 
@@ -88,7 +89,7 @@ class VllmEngine:
                 "vLLM is not installed", hint='pip install "fintune[vllm]" on a CUDA machine'
             ) from error
         self._vllm = vllm
-        # The number is vLLM's own name for the adapter; 0 is none.
+        # The number identifies the adapter in vLLM; 0 means no adapter.
         self._lora = None if adapter is None else LoRARequest("adapter", 1, str(adapter.resolve()))
         try:
             self._llm: Any = vllm.LLM(
@@ -98,7 +99,7 @@ class VllmEngine:
                 seed=seed,
                 trust_remote_code=trust_remote_code,
                 enable_prefix_caching=True,
-                # The model's own sampling defaults (generation_config.json) decide nothing.
+                # Ignore the model's own sampling defaults (generation_config.json).
                 generation_config="vllm",
                 structured_outputs_config={"backend": "guidance"},
                 **options,
@@ -108,7 +109,9 @@ class VllmEngine:
         except RuntimeError as error:
             raise ResourceError(f"{path}: vLLM cannot start ({first_line(error)})") from error
 
-    def generate(self, prompts: Sequence[str], decoding: Decoding, done: Collection[int] = ()) -> Iterator[Answered]:
+    def generate(
+        self, prompts: Sequence[str], decoding: Decoding, done: Collection[int] = ()
+    ) -> Iterator[PromptResult]:
         """Complete prompts; see :class:`fintune.inference.protocol.Engine`.
 
         Raises:
@@ -123,10 +126,10 @@ class VllmEngine:
                     f"the context of {self.context_tokens}",
                     hint="lower prompt.max_length",
                 )
-        return self._run(rows, decoding, [place for place in range(len(rows)) if place not in done])
+        return self._run(rows, decoding, [index for index in range(len(rows)) if index not in done])
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Release the memory."""
         self._llm = None
         gc.collect()
 
@@ -134,46 +137,47 @@ class VllmEngine:
         ids: list[int] = self._tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
-    def _run(self, rows: Sequence[list[int]], decoding: Decoding, asked: Sequence[int]) -> Iterator[Answered]:
+    def _run(self, rows: Sequence[list[int]], decoding: Decoding, indices: Sequence[int]) -> Iterator[PromptResult]:
         engine: Any = self._llm.llm_engine
-        # Questions on a page one behind the other: vLLM then computes the page once.
-        order = [asked[at] for family in families([rows[place] for place in asked]) for at in family]
-        waiting: dict[str, tuple[int, int]] = {}
-        for place in order:
-            for number in range(decoding.num_candidates):
-                name = str(len(waiting))
-                params = self._params(decoding, rows[place], place, number)
-                engine.add_request(name, {"prompt_token_ids": rows[place]}, params, lora_request=self._lora)
-                waiting[name] = place, number
-        found: dict[int, dict[int, Completion]] = defaultdict(dict)
+        # Questions about a page follow each other, so vLLM computes the page once.
+        groups = group_by_prefix([rows[index] for index in indices])
+        pending: dict[str, tuple[int, int]] = {}
+        for index in (indices[member] for group in groups for member in group):
+            for candidate in range(decoding.num_candidates):
+                name = str(len(pending))
+                params = self._params(decoding, rows[index], index, candidate)
+                engine.add_request(name, {"prompt_token_ids": rows[index]}, params, lora_request=self._lora)
+                pending[name] = index, candidate
+        completions: dict[int, dict[int, Completion]] = defaultdict(dict)
         try:
-            began = time.monotonic()
-            while waiting:
-                ended = [each for each in engine.step() if each.finished]
-                seconds = (time.monotonic() - began) / max(len(ended), 1)
+            started = time.monotonic()
+            while pending:
+                ended = [output for output in engine.step() if output.finished]
+                seconds = (time.monotonic() - started) / max(len(ended), 1)
                 for output in ended:
-                    place, number = waiting.pop(output.request_id)
-                    found[place][number] = _completion(output, seconds)
-                    if len(found[place]) == decoding.num_candidates:
-                        yield Answered(place, tuple(one for _, one in sorted(found.pop(place).items())))
+                    index, candidate = pending.pop(output.request_id)
+                    completions[index][candidate] = _completion(output, seconds)
+                    if len(completions[index]) == decoding.num_candidates:
+                        candidates = completions.pop(index)
+                        yield PromptResult(index, tuple(candidates[number] for number in sorted(candidates)))
                 if ended:
-                    began = time.monotonic()
+                    started = time.monotonic()
         finally:
-            if waiting:  # whoever asked has stopped reading
-                engine.abort_request([*waiting])
+            if pending:  # the consumer has stopped reading
+                engine.abort_request([*pending])
 
-    def _params(self, decoding: Decoding, row: Sequence[int], at: int, number: int) -> Any:
-        greedy = decoding.temperature == 0 or (decoding.greedy_first and number == 0)
+    def _params(self, decoding: Decoding, row: Sequence[int], index: int, candidate: int) -> Any:
+        is_greedy = decoding.is_greedy(candidate)
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
         constraint = None
         if decoding.grammars is not None:
-            constraint = StructuredOutputsParams(grammar=decoding.grammars[at].lark())
+            constraint = StructuredOutputsParams(grammar=decoding.grammars[index].lark())
         return self._vllm.SamplingParams(
             max_tokens=decoding.max_new_tokens,
-            temperature=0.0 if greedy else decoding.temperature,
-            top_p=1.0 if greedy else decoding.top_p,
-            seed=None if greedy else _seed(decoding.seed, row, number),
+            temperature=0.0 if is_greedy else decoding.temperature,
+            top_p=1.0 if is_greedy else decoding.top_p,
+            seed=None if is_greedy else decoding.server_seed(str(list(row)), candidate),
             stop_token_ids=self._stop_ids,
             logprobs=2,
             skip_special_tokens=True,
@@ -184,19 +188,14 @@ class VllmEngine:
 
 
 def _rank(adapter: Path) -> int:
-    """The least ``max_lora_rank`` that has room for an adapter.
+    """Return the smallest ``max_lora_rank`` for an adapter.
 
     Raises:
-        ModelError: No adapter, or one that vLLM cannot use.
+        ModelError: There is no adapter, or vLLM cannot use it.
     """
-    try:
-        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{adapter} holds no adapter ({first_line(error)})", hint="give a folder in PEFT format"
-        ) from None
+    config = read_json(adapter / "adapter_config.json", ModelError)
     ranks = [int(config.get("r") or 0), *map(int, (config.get("rank_pattern") or {}).values())]
-    obstacle = (
+    unsupported = (
         "it is a DoRA adapter"
         if config.get("use_dora")
         else "it holds whole trained layers (modules_to_save)"
@@ -205,36 +204,32 @@ def _rank(adapter: Path) -> int:
         if max(ranks) > RANKS[-1]
         else None
     )
-    if obstacle:
+    if unsupported:
         raise ModelError(
-            f"{adapter}: vLLM cannot use this adapter: {obstacle}",
+            f"{adapter}: vLLM cannot use this adapter: {unsupported}",
             hint="merge it, or use predict.engine=transformers",
         )
     return next(rank for rank in RANKS if rank >= max(ranks))
 
 
 def _completion(output: Any, seconds: float) -> Completion:
-    """What stands in a ``RequestOutput`` with one ``CompletionOutput``."""
-    (done,) = output.outputs
-    steps: Sequence[Mapping[int, Any]] = done.logprobs or ()
+    """Convert a ``RequestOutput`` that has one ``CompletionOutput``."""
+    (generated,) = output.outputs
+    steps: Sequence[Mapping[int, Any]] = generated.logprobs or ()
     return Completion(
-        token_ids=tuple(done.token_ids),
-        text=done.text,
-        finish_reason="length" if done.finish_reason == "length" else "stop",
-        margins=tuple(map(_margin, steps)) or (0.0,) * len(done.token_ids),
+        token_ids=tuple(generated.token_ids),
+        text=generated.text,
+        finish_reason="length" if generated.finish_reason == "length" else "stop",
+        margins=tuple(map(_margin, steps)) or (0.0,) * len(generated.token_ids),
         num_prompt_tokens=len(output.prompt_token_ids),
         seconds=seconds,
-        logprobs=tuple(float(step[token].logprob) for token, step in zip(done.token_ids, steps, strict=bool(steps))),
+        logprobs=tuple(
+            float(step[token].logprob) for token, step in zip(generated.token_ids, steps, strict=bool(steps))
+        ),
     )
 
 
 def _margin(step: Mapping[int, Any]) -> float:
-    # The two best, and the token that was taken where it is neither of them.
-    best = sorted((float(each.logprob) for each in step.values()), reverse=True)[:2]
-    return min(best[0] - best[1], _SHUT_OUT_NATS) if len(best) == 2 else 0.0
-
-
-def _seed(seed: int, row: Sequence[int], number: int) -> int:
-    """A seed for one candidate: prompts do not share their draws, and a resumed run goes on with the same ones."""
-    digest = hashlib.blake2b(f"{seed}\0{number}\0{list(row)}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "big") >> 1
+    # vLLM reports the two best tokens, and the chosen token if it is neither.
+    best = sorted((float(entry.logprob) for entry in step.values()), reverse=True)[:2]
+    return min(best[0] - best[1], _MAX_MARGIN_NATS) if len(best) == 2 else 0.0

@@ -18,10 +18,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from fintune.errors import ModelError
 from fintune.models.folder import adapter_base_name, cached_sha256, read_safetensors_header, weight_files
+from fintune.models.load import DtypeName, Quantization, load_model
+from fintune.models.resolve import ModelFolder
+from fintune.util.console import quiet_libraries
 from fintune.util.files import read_json
 
 if TYPE_CHECKING:
@@ -61,9 +64,38 @@ def load_adapter(model: PreTrainedModel, path: Path, *, trainable: bool = False)
     _check_shapes(model, path, shapes)
     if (Path(model.name_or_path) / "config.json").is_file():
         check_adapter_base(Path(model.name_or_path), path)
-    with quiet_peft():
+    with quiet_libraries(), quiet_peft():
         adapted: PeftModel = PeftModel.from_pretrained(model, path, is_trainable=trainable)
     return adapted
+
+
+def load_with_adapter(
+    folder: ModelFolder,
+    adapter: Path | None,
+    *,
+    dtype: Literal["auto", DtypeName] = "auto",
+    device: str = "auto",
+    quantization: Quantization = "none",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel | PeftModel:
+    """Load a model in evaluation mode, and an adapter on it if there is one.
+
+    Args:
+        folder: The base model.
+        adapter: Folder in PEFT's format, or None.
+        dtype: As for :func:`fintune.models.load.load_model`, like the arguments after it.
+        device: The device.
+        quantization: Whether to quantise the base while it loads.
+        trust_remote_code: Whether the model's own Python code may run.
+
+    Raises:
+        ModelError: As for :func:`fintune.models.load.load_model` and :func:`load_adapter`.
+        ResourceError: As for :func:`fintune.models.load.load_model`.
+    """
+    model = load_model(
+        folder, dtype=dtype, device=device, quantization=quantization, trust_remote_code=trust_remote_code
+    )
+    return model if adapter is None else load_adapter(model, adapter)
 
 
 @contextmanager

@@ -35,6 +35,9 @@ MODEL_FILES = (
 )
 """Patterns of the files that decide a model's answers. None of them runs code when it is read (no pickled weights)."""
 
+FULL_MODEL_FOLDER = "model"
+"""Folder in that of ``train`` with the result of full fine-tuning; an adapter is in ``adapter``."""
+
 _INDEX = "model.safetensors.index.json"
 _UNKNOWN_BASE = "not named"
 _LARGE_BYTES = 1 << 22
@@ -203,6 +206,12 @@ def context_tokens(config: Mapping[str, object]) -> int | None:
     # max_position_embeddings is the scaled length in Llama 3.1's files, the original length in Qwen2.5's for YaRN.
     original = scaling.get("original_max_position_embeddings", positions)
     return max(positions, int(factor * original)) if isinstance(original, int) else positions
+
+
+def full_model_folder(train: Path) -> Path | None:
+    """Return the model folder that full fine-tuning left in the folder of ``train``; None if it left an adapter."""
+    folder = train / FULL_MODEL_FOLDER
+    return folder if folder.is_dir() else None
 
 
 def adapter_base_name(folder: Path) -> str:

@@ -17,9 +17,6 @@ from fintune.util.console import quiet_libraries
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MODEL_FOLDER = "model"
-"""Folder of the result below that of ``train``. An adapter is in ``adapter``."""
-
 
 def train_all_weights(model: PreTrainedModel) -> PreTrainedModel:
     """Let every weight be trained.
@@ -33,12 +30,6 @@ def train_all_weights(model: PreTrainedModel) -> PreTrainedModel:
     for weight in model.parameters():
         weight.requires_grad_(True)
     return model
-
-
-def full_model_folder(train_folder: Path) -> Path | None:
-    """Return the model folder that full fine-tuning wrote below that of ``train``; None if there is an adapter."""
-    folder = train_folder / MODEL_FOLDER
-    return folder if folder.is_dir() else None
 
 
 def stored_dtype(folder: Path) -> str:

@@ -11,7 +11,7 @@ from data.test_few_shot import TRAIN
 from fintune.cli.commands.predict_file import FileJob, predict_file
 from fintune.config import Config
 from fintune.errors import ArtifactError
-from fintune.inference.open_model import Named
+from fintune.inference.open_model import ModelSpec
 from fintune.inference.transformers_engine import TransformersEngine
 from fintune.util import console as progress
 from support.command import fintune, fintune_killed
@@ -39,7 +39,7 @@ def script(*words):
 
 
 def job(data, model, name="out.json", **options):
-    return FileJob(Named(str(model)), data, data.parent / name, **options)
+    return FileJob(ModelSpec(str(model)), data, data.parent / name, **options)
 
 
 def config(**options):

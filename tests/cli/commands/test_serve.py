@@ -18,13 +18,13 @@ from pathlib import Path
 
 import pytest
 
-from fintune.cli.commands.serve import OWN_KEY, gguf_of, serve
+from fintune.cli.commands.serve import gguf_of, serve
 from fintune.errors import ArtifactError, ConfigError, ModelError, ResourceError
 from fintune.export.gguf.writer import write_gguf
-from fintune.inference.endpoint import parse
+from fintune.inference.http_pool import OWN_KEY
 from fintune.inference.llama_cpp import LlamaCppEngine
-from fintune.inference.openai import OpenAIEngine
-from fintune.inference.protocol import Decoding, in_order
+from fintune.inference.openai import OpenAIEngine, parse_endpoint
+from fintune.inference.protocol import Decoding, sorted_by_prompt
 from fintune.records import Message
 from fintune.util.console import quiet_libraries
 from support.command import fintune, fintune_process
@@ -84,15 +84,15 @@ def test_a_runs_last_file_answers_as_it_does_in_this_process_until_ctrl_c(run, m
         with urllib.request.urlopen(f"{url.removesuffix('/v1')}/health") as answer:
             assert answer.status == 200
         monkeypatch.setenv(OWN_KEY, KEY)
-        engine = OpenAIEngine(parse(f"{url}#demo-Q4_K_M"), parallel=1)
-        found = [each.token_ids for each in in_order(engine.chat(ASKED, Decoding(6)))]
+        engine = OpenAIEngine(parse_endpoint(f"{url}#demo-Q4_K_M"), parallel=1)
+        found = [each.token_ids for each in sorted_by_prompt(engine.chat(ASKED, Decoding(6)))]
         engine.close()
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
         assert process.stdout.readline().startswith("To ask it: curl ")
         assert process.stdout.read() == "stopped\n" and process.stderr.read() == ""
     with LlamaCppEngine(run / "export" / "demo-Q4_K_M.gguf", context_tokens=256, parallel=1) as local:
-        wanted = in_order(local.generate([local.render(each) for each in ASKED], Decoding(6)))
+        wanted = sorted_by_prompt(local.generate([local.render(each) for each in ASKED], Decoding(6)))
     assert found == [each.token_ids for each in wanted]
 
 

@@ -14,7 +14,7 @@ from fintune.evaluation import questions as regression_set
 from fintune.finqa.execute import execute
 from fintune.finqa.program import tokenize
 from fintune.inference.likelihood import Loss
-from fintune.inference.protocol import Answered, Completion
+from fintune.inference.protocol import Completion, PromptResult
 from fintune.models import chat_template as chat
 from fintune.models import load as models
 from fintune.pipeline.stages import guard as stage
@@ -149,7 +149,8 @@ def test_an_answer_that_is_no_longer_right_is_named(tiny_model, trained, tmp_pat
         def generate(self, prompts, _):
             assert all(regression_set.TASK in prompt for prompt in prompts)
             return (
-                Answered(place, (Completion((), text, "stop", (), 1, 0.0),)) for place, text in enumerate(self.texts)
+                PromptResult(place, (Completion((), text, "stop", (), 1, 0.0),))
+                for place, text in enumerate(self.texts)
             )
 
     monkeypatch.setattr(stage, "TransformersEngine", Engine)

@@ -14,10 +14,10 @@ from fintune.finqa.page import page_units
 from fintune.finqa.program import tokenize
 from fintune.finqa.prompt import build_messages, prompt_budget
 from fintune.finqa.trace import Operand, Trace, trace
-from fintune.inference.answering import less_memory
-from fintune.inference.candidates import decoding, grammars, predict_one
-from fintune.inference.open_model import Named, engine_of, open_model
-from fintune.inference.protocol import in_order
+from fintune.inference.decoding_strategies import choose_prediction, decoding_from_options, make_grammars
+from fintune.inference.generate import memory_hint
+from fintune.inference.open_model import ModelSpec, open_model
+from fintune.inference.protocol import sorted_by_prompt
 from fintune.records import Candidate, FinQARecord
 from fintune.util.memory import advice_on_memory
 
@@ -118,12 +118,12 @@ class Answer:
         return {name: _finite(value) for name, value in found.items()}
 
 
-def ask(record: FinQARecord, named: Named, prompt: PromptOptions, options: PredictOptions) -> Answer:
+def ask(record: FinQARecord, spec: ModelSpec, prompt: PromptOptions, options: PredictOptions) -> Answer:
     """Put a question to a model.
 
     Args:
         record: The page with the question; nothing else of ``qa`` is read.
-        named: The model.
+        spec: The model.
         prompt: System message and longest prompt.
         options: How tokens are chosen, what they may say, and how one of several candidates is chosen.
 
@@ -132,27 +132,28 @@ def ask(record: FinQARecord, named: Named, prompt: PromptOptions, options: Predi
         ResourceError: A package, the hub or a server is missing, or memory ran out.
         DataError: The question alone is longer than the prompt may be.
     """
-    allowed = grammars(options, [record])
-    can_pack = engine_of(named) in ("transformers", "vllm") and not named.load_in_4bit
-    hint = less_memory(
-        min(options.batch_size, options.num_candidates), prompt.max_length, "add --load-in-4bit" if can_pack else None
+    grammars = make_grammars(options, [record])
+    hint = memory_hint(
+        min(options.batch_size, options.num_candidates),
+        prompt.max_length,
+        "add --load-in-4bit" if spec.can_load_in_4bit else None,
     )
-    with advice_on_memory(hint, during=f"asking {named.name}"):
-        answerer = open_model(named)
+    with advice_on_memory(hint, during=f"asking {spec.name}"):
+        model = open_model(spec)
         try:
             built = build_messages(
                 record,
                 system=prompt.system,
                 budget=prompt_budget(prompt.max_length),
-                count_tokens=answerer.count_text,
-                count_prompt=answerer.count,
+                count_tokens=model.count_text_tokens,
+                count_prompt=model.count_tokens,
             )
-            completions = in_order(answerer.complete([built.messages], decoding(options, allowed)))
+            completions = sorted_by_prompt(model.complete([built.messages], decoding_from_options(options, grammars)))
         except PromptError as error:
             raise ModelError(f"the page with its question{error.problem}", hint=error.hint) from None
         finally:
-            answerer.close()
-    predicted = predict_one(record.id, completions, options, record.table, allowed[0] if allowed else None)
+            model.close()
+    predicted = choose_prediction(record.id, completions, options, record.table, grammars[0] if grammars else None)
     sentences = [unit.text for unit in page_units(record) if unit.kind == "text"]
     return Answer(
         record=record,
@@ -162,7 +163,7 @@ def ask(record: FinQARecord, named: Named, prompt: PromptOptions, options: Predi
         finish_reason=predicted.finish_reason,
         confidence=predicted.confidence,
         candidates=predicted.candidates,
-        engine=answerer.engine,
+        engine=model.engine,
         num_cut=built.num_cut,
         num_prompt_tokens=predicted.num_prompt_tokens,
         seconds=predicted.seconds,

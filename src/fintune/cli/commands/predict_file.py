@@ -23,10 +23,10 @@ from fintune.data.finqa_json import read_finqa
 from fintune.errors import ArtifactError, DataError
 from fintune.finqa.program import tokenize
 from fintune.finqa.prompt import TooLongError, build_messages, prompt_budget
-from fintune.inference.answering import answer_all, is_right, less_memory, num_tokens
-from fintune.inference.journal import Journal
-from fintune.inference.open_model import Answerer, Named, engine_of, open_model
-from fintune.inference.protocol import Answered, Decoding
+from fintune.inference.generate import generate_all, is_correct_prediction, memory_hint, num_generated_tokens
+from fintune.inference.open_model import LanguageModel, ModelSpec, open_model
+from fintune.inference.prediction_log import PredictionLog
+from fintune.inference.protocol import Decoding, PromptResult
 from fintune.records import FinQARecord, Message, Prediction
 from fintune.util.console import bar, track
 from fintune.util.files import check_outputs, sha256_file, write_output
@@ -39,7 +39,7 @@ class FileJob:
     """What is asked.
 
     Attributes:
-        named: The model.
+        spec: The model.
         data: FinQA file whose questions are asked; programs and answers in it are read for the running accuracy alone.
         out: JSON file to write.
         train: FinQA file that shots are chosen from.
@@ -47,7 +47,7 @@ class FileJob:
         max_questions: Ask at most so many of them, drawn with ``run.seed`` as a run draws them; all where None.
     """
 
-    named: Named
+    spec: ModelSpec
     data: Path
     out: Path
     train: Path | None = None
@@ -105,26 +105,32 @@ def predict_file(job: FileJob, config: Config) -> FilePredictions:
         DataError: A file cannot be used, or none of its questions can be asked.
         ModelError: The model cannot be used.
         ResourceError: A package, the hub or a server is missing, or memory ran out.
-        ArtifactError: An unfinished attempt was made with something else, or the server answers otherwise by now.
+        ArtifactError: An unfinished attempt was made with something else.
         FintuneError: A file cannot be written.
     """
-    engine_of(job.named)
+    job.spec.engine_name  # noqa: B018 - refuses what does not go together, before the data are read
     read_too = [job.data, *([job.train] if job.train is not None else [])]
     check_outputs([job.out, job.manifest], read_too)
     read = read_finqa(job.data, needs_gold=False)
     shots = _shots(job, read.records)
     with _advice_on_memory(job, config), bar("load the model", 1, slow=True):
-        answerer = open_model(job.named)
+        model = open_model(job.spec)
+        model.load()
     try:
+<<<<<<< HEAD
         asked = draw_records(read.records, job.max_questions, config.run.seed)
         prompts = _prompts(asked, answerer, config, shots)
+=======
+        asked = draw(read.records, job.max_questions, config.run.seed)
+        prompts = _prompts(asked, model, config, shots)
+>>>>>>> 17337f6 (One way to open a model, names of the field in the inference room, and httpx for served models)
         prompts.dropped = {**read.dropped, **prompts.dropped}
         prompts.problems = [*read.problems, *prompts.problems]
-        predictions = _resumed(job, config, answerer, prompts)
+        predictions = _resumed(job, config, model, prompts)
     finally:
-        answerer.close()
+        model.close()
     facts = _facts(predictions, prompts)
-    _write(job, config, answerer, prompts, predictions, facts)
+    _write(job, config, model, prompts, predictions, facts)
     return FilePredictions(facts, prompts.problems)
 
 
@@ -136,7 +142,7 @@ def _shots(job: FileJob, records: Sequence[FinQARecord]) -> Shots | None:
     return Shots(read_finqa(job.train).records, [each.id for each in records], job.num_shots)
 
 
-def _prompts(records: Sequence[FinQARecord], answerer: Answerer, config: Config, shots: Shots | None) -> _Prompts:
+def _prompts(records: Sequence[FinQARecord], model: LanguageModel, config: Config, shots: Shots | None) -> _Prompts:
     budget = prompt_budget(config.prompt.max_length)
     made = _Prompts([], {}, 0, {}, [], shots)
     for record in track(records, "prompts", len(records)):
@@ -145,8 +151,8 @@ def _prompts(records: Sequence[FinQARecord], answerer: Answerer, config: Config,
                 record,
                 system=config.prompt.system,
                 budget=budget,
-                count_tokens=answerer.count_text,
-                count_prompt=answerer.count,
+                count_tokens=model.count_text_tokens,
+                count_prompt=model.count_tokens,
             )
         except TooLongError as error:
             made.dropped["too long"] = made.dropped.get("too long", 0) + 1
@@ -154,7 +160,7 @@ def _prompts(records: Sequence[FinQARecord], answerer: Answerer, config: Config,
             continue
         turns = built.messages
         if shots is not None:
-            turns = shots.insert(record.id, record.qa.question, turns, budget=budget, count=answerer.count)
+            turns = shots.insert(record.id, record.qa.question, turns, budget=budget, count=model.count_tokens)
         made.records.append(record)
         made.turns[record.id] = turns
         made.num_cut += built.num_cut > 0
@@ -165,51 +171,48 @@ def _prompts(records: Sequence[FinQARecord], answerer: Answerer, config: Config,
     return made
 
 
-def _resumed(job: FileJob, config: Config, answerer: Answerer, prompts: _Prompts) -> list[Prediction]:
+def _resumed(job: FileJob, config: Config, model: LanguageModel, prompts: _Prompts) -> list[Prediction]:
     text = "\0".join(f"{turn.role}\n{turn.content}" for turns in prompts.turns.values() for turn in turns)
     key = {
-        "model": f"{answerer.engine} {answerer.fingerprint}",
+        "model": f"{model.engine} {model.fingerprint}",
         "prompts": hashlib.sha256(text.encode("utf-8", errors="backslashreplace")).hexdigest(),
         "decoding": config.predict.model_dump_json(exclude={"models", "threads", "batch_size", "timeout_seconds"}),
     }
 
-    def ask(ids: Sequence[str], decoding: Decoding, done: frozenset[int]) -> Iterator[Answered]:
-        return answerer.complete([prompts.turns[each] for each in ids], decoding, done)
+    def complete(ids: Sequence[str], decoding: Decoding, done: frozenset[int]) -> Iterator[PromptResult]:
+        return model.complete([prompts.turns[each] for each in ids], decoding, done)
 
     try:
-        journal = Journal(job.partial, key)
+        log = PredictionLog(job.partial, key)
     except ArtifactError as error:
-        raise ArtifactError(error.message, hint=f"remove {job.partial} to begin anew, or name another file") from None
+        raise ArtifactError(error.message, hint=f"remove {job.partial} to start again, or name another file") from None
     try:
         with _advice_on_memory(job, config):
-            is_served = answerer.engine == "openai"
-            title = f"predict {answerer.engine}"
-            answer_all(title, prompts.records, config.predict, journal, ask, None, is_served=is_served)
+            generate_all(f"predict {model.engine}", prompts.records, config.predict, log, complete)
     finally:
-        journal.close()
-    return [journal.done[each.id] for each in prompts.records]
+        log.close()
+    return [log.done[each.id] for each in prompts.records]
 
 
 def _advice_on_memory(job: FileJob, config: Config) -> AbstractContextManager[None]:
-    can_pack = engine_of(job.named) in ("transformers", "vllm") and not job.named.load_in_4bit
-    hint = less_memory(
+    hint = memory_hint(
         config.predict.batch_size,
         config.prompt.max_length,
-        "add --load-in-4bit (older script: --load_in_4bit)" if can_pack else None,
+        "add --load-in-4bit (older script: --load_in_4bit)" if job.spec.can_load_in_4bit else None,
     )
-    return advice_on_memory(hint, during=f"asking {job.named.name}")
+    return advice_on_memory(hint, during=f"asking {job.spec.name}")
 
 
 def _facts(predictions: Sequence[Prediction], prompts: _Prompts) -> dict[str, Any]:
     by_id = {each.id: each for each in prompts.records}
-    right = [is_right(each, by_id[each.id]) for each in predictions]
+    right = [is_correct_prediction(each, by_id[each.id]) for each in predictions]
     known = [each for each in right if each is not None]
     return {
         "num_predictions": len(predictions),
         "num_dropped": prompts.dropped,
         "num_cut_pages": prompts.num_cut,
         "num_cut_off": sum(each.finish_reason == "length" for each in predictions),
-        "num_tokens": sum(map(num_tokens, predictions)),
+        "num_tokens": sum(map(num_generated_tokens, predictions)),
         "predict_seconds": round(sum(each.seconds for each in predictions), 3),
         "num_gold": len(known),
         "execution_accuracy": round(sum(known) / len(known), 6) if known else None,
@@ -224,7 +227,7 @@ def _facts(predictions: Sequence[Prediction], prompts: _Prompts) -> dict[str, An
 def _write(
     job: FileJob,
     config: Config,
-    answerer: Answerer,
+    model: LanguageModel,
     prompts: _Prompts,
     predictions: Sequence[Prediction],
     facts: Mapping[str, Any],
@@ -239,9 +242,9 @@ def _write(
         }
         for each in predictions
     ]
-    named = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(job.named).items()}
+    named = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(job.spec).items()}
     manifest = {
-        "model": {**named, "engine": answerer.engine, "fingerprint": answerer.fingerprint},
+        "model": {**named, "engine": model.engine, "fingerprint": model.fingerprint},
         "data": {"path": str(job.data), "sha256": sha256_file(job.data)},
         "shots_from": None if job.train is None else {"path": str(job.train), "sha256": sha256_file(job.train)},
         "num_shots": job.num_shots,

@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fintune.config.load import load
-from fintune.errors import ArtifactError, ConfigError, ModelError, ResourceError
+from fintune.errors import ConfigError, ModelError, ResourceError
+from fintune.inference.http_pool import OWN_KEY
 from fintune.inference.llama_server import LlamaServer
-from fintune.manifest import Slot
-
-OWN_KEY = "FINTUNE_API_KEY"
-"""Variable of the key, by which ``fintune predict`` and ``fintune ask`` also know it."""
+from fintune.inference.run_models import exported_gguf
 
 
 def gguf_of(reference: Path, overrides: Sequence[str] = (), *, kind: str | None = None) -> Path:
@@ -30,33 +28,16 @@ def gguf_of(reference: Path, overrides: Sequence[str] = (), *, kind: str | None 
     """
     path = reference.expanduser()
     if path.suffix.lower() in (".yaml", ".yml"):
-        return _exported(load(path, overrides).config.folder, kind)
+        return exported_gguf(load(path, overrides).config.folder, kind)
     if overrides:
         raise ConfigError(f"{overrides[0]} belongs to a run's YAML file", hint="give the YAML file, or leave it out")
     if path.is_dir():
-        return _exported(path, kind)
+        return exported_gguf(path, kind)
     if not path.exists():
         raise ModelError(f"{reference}: no such file or folder", hint="give a GGUF file, a run's folder or its YAML")
     if kind is not None:
         raise ConfigError(f"--type {kind} chooses among the files of a run", hint="leave it out for a file")
     return path
-
-
-def _exported(run: Path, kind: str | None) -> Path:
-    manifest = Slot(run, "export").manifest()
-    if manifest is None:
-        raise ArtifactError(f"{run} holds no finished export", hint="make it first: fintune run CONFIG --only export")
-    sizes = manifest.facts.get("file_bytes")
-    kinds = list(sizes) if isinstance(sizes, dict) else []
-    if kind is not None and kind.upper() not in kinds:
-        raise ArtifactError(f"{run}/export holds no {kind}", hint=f"it has {', '.join(kinds)}")
-    wanted = kinds[-1] if kind is None else kind.upper()
-    names = [name for name in manifest.outputs if name.endswith(f"-{wanted}.gguf")]
-    if not names or not (run / "export" / names[0]).is_file():
-        raise ArtifactError(
-            f"{run}/export has lost its {wanted} file", hint="fintune run CONFIG --only export --redo export"
-        )
-    return run / "export" / names[0]
 
 
 def key_from(variable: str | None) -> str | None:

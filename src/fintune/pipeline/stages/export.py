@@ -29,8 +29,8 @@ from fintune.export.merge.rounded_weights import RoundedWeights, load_merged_wei
 from fintune.manifest import Facts
 from fintune.models import adapter as adapters
 from fintune.models import load as models
+from fintune.models.folder import full_model_folder
 from fintune.pipeline import disk_estimate
-from fintune.training import full
 from fintune.util.console import Bar, bar, say, track
 from fintune.util.disk import require_space
 from fintune.util.files import read_json
@@ -239,8 +239,13 @@ def _export_with_checkout(config: Config, path: Path, model: Path, folder: Path)
 def _merged_while_read(
     config: Config, adapter: Path, folder: Path, quantised: NormalFloat | None
 ) -> Iterator[tuple[Path, RoundedWeights]]:
+<<<<<<< HEAD
     """Yield a folder with all of a merged model but its weights, and the weights, which are computed when read."""
     if full.full_model_folder(adapter.parent) is not None:
+=======
+    """A folder of all that a merged model holds but its weights, and the weights, which lie nowhere."""
+    if full_model_folder(adapter.parent) is not None:
+>>>>>>> 17337f6 (One way to open a model, names of the field in the inference room, and httpx for served models)
         raise ArtifactError(
             f"{adapter.parent} holds a whole model and no adapter", hint="export it from the merge stage"
         )

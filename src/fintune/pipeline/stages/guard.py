@@ -14,16 +14,15 @@ from fintune.data.tokenize import TokenRow
 from fintune.data.tokenize_chat import ConversationEncoder
 from fintune.errors import FintuneError
 from fintune.evaluation.questions import GoldQuestion, RegressionPrompt, regression_prompts
-from fintune.inference.likelihood import Loss, answer_losses
-from fintune.inference.protocol import Decoding, in_order
-from fintune.inference.transformers_engine import TransformersEngine
+from fintune.inference.likelihood import AnswerLoss, answer_losses
+from fintune.inference.open_model import wrap_model
+from fintune.inference.protocol import Decoding, sorted_by_prompt
 from fintune.manifest import Facts
 from fintune.models import adapter as adapters
-from fintune.models import chat_template as chat
 from fintune.models import load as models
+from fintune.models.folder import full_model_folder
 from fintune.records import Message, Record
-from fintune.training import full
-from fintune.util.console import quiet_libraries, track
+from fintune.util.console import track
 from fintune.util.files import write_atomically
 from fintune.util.memory import advice_on_memory
 
@@ -45,7 +44,7 @@ class Measured(Record):
         id: Of the prompt.
         group: Its group.
         question: What is asked.
-        before: Loss of the reference answer, in nats a token.
+        before: AnswerLoss of the reference answer, in nats a token.
         after: Likewise.
         right_before: Whether the model's own program executes to the gold result; None where none is asked for.
         right_after: Likewise.
@@ -131,10 +130,9 @@ def guard(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
     with advice_on_memory(_less_memory(config, prompts), during="asking the guard's prompts"):
         model: PreTrainedModel | PeftModel = _load(config, ref)
         before = _measure(config, model, tokenizer, prompts, rows, "before")
-        whole = full.full_model_folder(inputs["train"])
+        whole = full_model_folder(inputs["train"])
         if whole is None:
-            with quiet_libraries():
-                model = adapters.load_adapter(model, inputs["train"] / "adapter")
+            model = adapters.load_adapter(model, inputs["train"] / "adapter")
         else:
             del model
             gc.collect()
@@ -178,16 +176,16 @@ def _measure(
     prompts: Sequence[RegressionPrompt],
     rows: Sequence[TokenRow],
     when: str,
-) -> tuple[list[Loss], dict[str, bool]]:
-    """Loss of every reference answer, and which pages' questions the model answers right, by id."""
+) -> tuple[list[AnswerLoss], dict[str, bool]]:
+    """AnswerLoss of every reference answer, and which pages' questions the model answers right, by id."""
     each_row = track([(row.input_ids, row.completion_mask) for row in rows], f"guard {when} training", len(rows))
     losses = list(answer_losses(model, each_row))
     asked = [(each, each.record) for each in prompts if each.record is not None]
-    engine = TransformersEngine(model, tokenizer, min(config.predict.batch_size, len(asked)))
-    answers = engine.generate([chat.render(tokenizer, each.messages) for each, _ in asked], Decoding(_NEW_TOKENS))
+    language_model = wrap_model(model, tokenizer, batch_size=min(config.predict.batch_size, len(asked)))
+    answers = language_model.complete([each.messages for each, _ in asked], Decoding(_NEW_TOKENS))
     right = {
         each.id: GoldQuestion(each.messages, record).is_correct(completion.text)
-        for (each, record), completion in zip(asked, in_order(answers), strict=True)
+        for (each, record), completion in zip(asked, sorted_by_prompt(answers), strict=True)
     }
     return losses, right
 
@@ -201,8 +199,8 @@ def _less_memory(config: Config, prompts: Sequence[RegressionPrompt]) -> str:
 
 def _report(
     prompts: Sequence[RegressionPrompt],
-    before: tuple[list[Loss], dict[str, bool]],
-    after: tuple[list[Loss], dict[str, bool]],
+    before: tuple[list[AnswerLoss], dict[str, bool]],
+    after: tuple[list[AnswerLoss], dict[str, bool]],
     threshold: float,
 ) -> GuardReport:
     measured = [
@@ -242,7 +240,7 @@ def _report(
     )
 
 
-def _mean(losses: Sequence[Loss]) -> float:
+def _mean(losses: Sequence[AnswerLoss]) -> float:
     return sum(each.total for each in losses) / sum(each.num_tokens for each in losses)
 
 

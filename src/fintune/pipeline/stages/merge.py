@@ -17,6 +17,7 @@ from fintune.export.merge.merged_weights import NormalFloat, describe_merge_base
 from fintune.models import adapter as adapters
 from fintune.models import chat_template as chat
 from fintune.models import load as models
+from fintune.models.folder import full_model_folder
 from fintune.records import Example, Message
 from fintune.training import full
 from fintune.util.console import bar, quiet_libraries, track
@@ -54,7 +55,7 @@ def merge(config: Config, inputs: Mapping[str, Path], folder: Path) -> dict[str,
         ResourceError: The disk is too small, or bitsandbytes is missing for ``merge.into: quantized_base``.
     """
     ref = models.fetch_base(config)
-    trained = full.full_model_folder(inputs["train"])
+    trained = full_model_folder(inputs["train"])
     if trained is not None:
         return _store_trained(config, inputs, ref.path, trained, folder)
     return _merge(config, ref.path, inputs["train"] / "adapter", folder, _golden_of(inputs["prepare"] / "eval.jsonl"))
@@ -176,10 +177,9 @@ def _compare_whole(
 
     logits: list[list[torch.Tensor]] = []
     for path, adapter in (expected, actual):
-        ref = models.fetch(str(path))
-        model: Any = models.load_model(ref, dtype="float32", device="cpu", trust_remote_code=trust_remote_code)
-        if adapter is not None:
-            model = adapters.load_adapter(model, adapter)
+        model: Any = adapters.load_with_adapter(
+            models.fetch(str(path)), adapter, dtype="float32", device="cpu", trust_remote_code=trust_remote_code
+        )
         logits.append(_logits(model, golden, path.name))
         del model
         gc.collect()

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 from fintune.config import Config
 from fintune.errors import ArtifactError
 from fintune.export.verify import GgufReplay, TokenAgreement, compare_distributions, distribution_from_logits
-from fintune.inference.likelihood import Reader
+from fintune.inference.likelihood import LogitsReader
 from fintune.manifest import Facts
 from fintune.models import adapter as adapters
 from fintune.models import chat_template as chat
 from fintune.models import load as models
+from fintune.models.folder import full_model_folder
 from fintune.records import Example
-from fintune.training import full
-from fintune.util.console import quiet_libraries, track
+from fintune.util.console import track
 from fintune.util.files import write_atomically
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def replay(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
     base = models.fetch_base(config)
     tokenizer = models.load_tokenizer(base, trust_remote_code=config.model.trust_remote_code)
     rows = _rows(config, tokenizer, inputs["prepare"] / "eval.jsonl")
-    full_model = full.full_model_folder(inputs["train"])
+    full_model = full_model_folder(inputs["train"])
     trained = base if full_model is None else models.fetch(str(full_model))
     adapter = inputs["train"] / "adapter" if full_model is None else None
     model = _load(config, trained, adapter)
@@ -208,16 +208,13 @@ def _rows(config: Config, tokenizer: Any, path: Path) -> list[_Row]:
 
 
 def _load(config: Config, ref: models.ModelFolder, adapter: Path | None) -> Any:
-    model = models.load_model(
+    return adapters.load_with_adapter(
         ref,
+        adapter,
         dtype=config.predict.dtype,
         quantization="nf4" if adapter is not None and config.merge.into == "quantized_base" else "none",
         trust_remote_code=config.model.trust_remote_code,
     )
-    if adapter is not None:
-        with quiet_libraries():
-            return adapters.load_adapter(model, adapter)
-    return model
 
 
 def _logits(model: Any, rows: Sequence[_Row], what: str) -> list[NDArray[np.float32]]:
@@ -225,9 +222,9 @@ def _logits(model: Any, rows: Sequence[_Row], what: str) -> list[NDArray[np.floa
 
     The common prefix of successive rows, such as a page with several questions, is computed once.
     """
-    logits_of_positions, read = [], Reader(model)
+    logits_of_positions, reader = [], LogitsReader(model)
     for row in track(rows, f"replay of {what}", len(rows)):
         first = row.positions[0]
-        logits = read(row.ids, first)
+        logits = reader.read(row.ids, first)
         logits_of_positions += [logits[position - first].float().cpu().numpy() for position in row.positions]
     return logits_of_positions

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 from fintune.config import Config
 from fintune.errors import ArtifactError
 from fintune.evaluation.questions import read_questions
-from fintune.inference.protocol import Decoding, in_order
-from fintune.inference.transformers_engine import TransformersEngine
-from fintune.models import chat_template as chat
+from fintune.inference.open_model import wrap_model
+from fintune.inference.protocol import Decoding, sorted_by_prompt
 from fintune.models import load as models
-from fintune.models.folder import read_model_config
+from fintune.models.folder import FULL_MODEL_FOLDER, read_model_config
 from fintune.publish import files as publication
 from fintune.publish.push import EpochPushes
 from fintune.training import callbacks, distributed, full, lora, optimizers, preference, sft, unsloth
@@ -227,13 +226,13 @@ def _evaluation(config: Config, prepare: Path, tokenizer: PreTrainedTokenizerBas
             f"{prepare}: {len(ids) - len(questions)} evaluation examples have no gold program",
             hint="rerun prepare, or set train.select_checkpoint to best_loss",
         )
-    prompts = [chat.render(tokenizer, question.messages) for question in questions]
 
     def accuracy(model: PeftModel | PreTrainedModel) -> float:
-        engine = TransformersEngine(model, tokenizer, config.predict.batch_size)
-        own_questions, own_prompts = distributed.rank_share(questions), distributed.rank_share(prompts)
+        language_model = wrap_model(model, tokenizer, batch_size=config.predict.batch_size)
+        own_questions = distributed.rank_share(questions)
         decoding = Decoding(max_new_tokens=options.eval_new_tokens)
-        answers = in_order(engine.generate(own_prompts, decoding) if own_prompts else ())
+        conversations = [question.messages for question in own_questions]
+        answers = sorted_by_prompt(language_model.complete(conversations, decoding) if conversations else ())
         num_correct = sum(
             question.is_correct(answer.text) for question, answer in zip(own_questions, answers, strict=True)
         )
@@ -269,7 +268,7 @@ def _precision(config: Config) -> models.Precision:
 
 
 def _result_folder(config: Config, folder: Path) -> Path:
-    return folder / (full.MODEL_FOLDER if config.adapter.kind == "full" else "adapter")
+    return folder / (FULL_MODEL_FOLDER if config.adapter.kind == "full" else "adapter")
 
 
 def _load_rows(folder: Path, verb: str = "train") -> Dataset:

@@ -5,8 +5,8 @@ from collections import Counter
 
 import pytest
 
-from fintune.inference.choosing import Way, choose
 from fintune.inference.protocol import Decoding
+from fintune.inference.sampling import SamplerState, sample_tokens
 
 torch = pytest.importorskip("torch")
 
@@ -28,8 +28,8 @@ class Some:
 
 def shares(reader=None, number=4000, **options):
     logits = torch.tensor(PROBABILITIES).log().expand(number, -1)
-    ways = [Way(reader, random.Random(seed)) for seed in range(number)]
-    tokens = choose(logits, ways, Decoding(1, **options)).tokens
+    ways = [SamplerState(reader, random.Random(seed)) for seed in range(number)]
+    tokens = sample_tokens(logits, ways, Decoding(1, **options)).tokens
     return [Counter(tokens)[token] / number for token in range(4)]
 
 
@@ -48,8 +48,8 @@ def test_the_nucleus_is_the_fewest_tokens_that_reach_top_p():
 
 
 def test_a_wide_distribution_is_sorted_whole_for_its_nucleus():
-    ways = [Way(None, random.Random(seed)) for seed in range(3000)]
-    tokens = choose(torch.zeros(3000, 600), ways, Decoding(1, temperature=1.0, top_p=0.9)).tokens
+    ways = [SamplerState(None, random.Random(seed)) for seed in range(3000)]
+    tokens = sample_tokens(torch.zeros(3000, 600), ways, Decoding(1, temperature=1.0, top_p=0.9)).tokens
     assert 500 < len(set(tokens)) <= 541
 
 
@@ -59,8 +59,8 @@ def test_allowed_tokens_keep_their_shares_of_what_is_allowed():
 
 def test_a_refused_token_gives_way_to_the_best_allowed_one():
     logits = torch.tensor([PROBABILITIES, PROBABILITIES, PROBABILITIES]).log()
-    ways = [Way(Some(2, 3), None), Way(None, None), Way(Some(0), None)]
-    chosen = choose(logits, ways, Decoding(1))
+    ways = [SamplerState(Some(2, 3), None), SamplerState(None, None), SamplerState(Some(0), None)]
+    chosen = sample_tokens(logits, ways, Decoding(1))
     assert chosen.tokens == [2, 0, 0]
     assert [round(2.718281828**each, 4) for each in chosen.logprobs] == [0.15, 0.5, 0.5]
     assert chosen.margins == pytest.approx([0.6931] * 3, abs=1e-3)

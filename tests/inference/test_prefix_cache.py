@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from fintune.inference.prefixes import batches, common, cut, families
+from fintune.inference.prefix_cache import group_by_prefix, make_batches, num_shared_tokens, split_prefixes
 
 
 def page(number, num_tokens):
@@ -25,7 +25,7 @@ def computed(prompts, plan):
 
 def test_questions_on_a_page_share_all_but_their_own_words():
     prompts = [[*page(p, 200), 7, q, *[8] * (q + 3)] for p in (1, 2) for q in range(4)]
-    plan = cut(prompts)
+    plan = split_prefixes(prompts)
     heads_of(prompts, plan)
     assert len(plan.heads) == 2
     assert plan.head_of in ([0] * 4 + [1] * 4, [1] * 4 + [0] * 4)
@@ -35,32 +35,32 @@ def test_questions_on_a_page_share_all_but_their_own_words():
 
 
 def test_prompts_with_nothing_in_common_are_not_cut():
-    plan = cut([page(number, 50 + number) for number in range(5)])
+    plan = split_prefixes([page(number, 50 + number) for number in range(5)])
     assert plan.heads == []
     assert plan.num_tail == 54
 
 
 def test_a_saving_that_is_not_worth_a_second_pass_is_left():
     prompts = [[*page(1, 20), 5, 6], [*page(1, 20), 7, 8]]
-    assert cut(prompts).heads == []
-    assert cut([prompt[:20] + page(2, 60) + prompt[20:] for prompt in prompts]).heads != []
+    assert split_prefixes(prompts).heads == []
+    assert split_prefixes([prompt[:20] + page(2, 60) + prompt[20:] for prompt in prompts]).heads != []
 
 
 def test_the_last_token_is_never_in_a_head():
     same = page(1, 100)
-    plan = cut([same, same, same])
+    plan = split_prefixes([same, same, same])
     assert (plan.num_tail, plan.heads) == (1, [same[:-1]])
 
 
 def test_a_prompt_that_begins_another_shares_its_head():
     long, short = page(1, 300), page(1, 120)
-    plan = cut([short, long])
+    plan = split_prefixes([short, long])
     assert (plan.num_tail, plan.heads) == (1, [long[:-1]])
 
 
 def test_a_prompt_shorter_than_the_tail_has_no_head():
     prompts = [[*page(1, 300), *page(2, 40)], [*page(1, 300), *page(3, 40)], page(4, 5)]
-    plan = cut(prompts)
+    plan = split_prefixes(prompts)
     assert plan.num_tail == 40
     assert heads_of(prompts, plan)[2] == []
 
@@ -72,7 +72,7 @@ def test_no_cut_computes_fewer_tokens():
             [*page(chance.randrange(3), chance.randrange(30, 90)), *(chance.randrange(9) for _ in range(20))]
             for _ in range(7)
         ]
-        plan, width = cut(prompts), max(map(len, prompts))
+        plan, width = split_prefixes(prompts), max(map(len, prompts))
         heads_of(prompts, plan)
         costs = []
         for num_tail in range(1, width):
@@ -86,14 +86,14 @@ def test_no_cut_computes_fewer_tokens():
 
 def test_a_wide_batch_is_cut_too():
     prompts = [[*page(p, 100 + p), *page(900 + q, 5 + q)] for p in range(40) for q in range(6)]
-    plan = cut(prompts)
+    plan = split_prefixes(prompts)
     heads_of(prompts, plan)
     assert len(plan.heads) == 40
 
 
 def test_questions_on_a_page_stand_together_and_lengths_rise():
     prompts = [[*page(p, 100 + 40 * (p % 3)), *page(50 + q, 5)] for q in range(3) for p in range(5)]
-    groups = families(prompts)
+    groups = group_by_prefix(prompts)
     assert sorted(place for group in groups for place in group) == list(range(15))
     assert [len({prompts[place][0] for place in group}) for group in groups] == [1] * 5
     assert [len(group) for group in groups] == [3] * 5
@@ -103,12 +103,12 @@ def test_questions_on_a_page_stand_together_and_lengths_rise():
 
 def test_a_system_message_alone_makes_no_family():
     prompts = [page(0, 40) + page(number, 100) for number in range(1, 6)]
-    assert [len(group) for group in families(prompts)] == [1] * 5
+    assert [len(group) for group in group_by_prefix(prompts)] == [1] * 5
 
 
 @pytest.mark.parametrize(("one", "other", "length"), [([], [1], 0), ([1, 2], [1, 2, 3], 2), ([1, 2], [1, 3], 1)])
 def test_common_beginnings_are_counted(one, other, length):
-    assert common(one, other) == common(other, one) == length
+    assert num_shared_tokens(one, other) == num_shared_tokens(other, one) == length
 
 
 @pytest.mark.parametrize(
@@ -121,4 +121,4 @@ def test_common_beginnings_are_counted(one, other, length):
     ],
 )
 def test_a_family_is_cut_only_where_no_batch_has_room_for_it(groups, expected):
-    assert batches(groups, 3) == expected
+    assert make_batches(groups, 3) == expected

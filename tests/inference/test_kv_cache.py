@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import pytest
 
-from fintune.inference.cache_room import cache_with_room, can_spread, spread
+from fintune.inference.transformers_engine import can_expand, expand_batch, preallocate
 
 torch = pytest.importorskip("torch")
 
 
 def states(num_rows, num_tokens, start):
-    """Keys or values, each token with a number of its own; shape [rows, heads, tokens, size]."""
+    """Keys or values with a different number for each token; shape [rows, heads, tokens, size]."""
     numbers = start + torch.arange(num_rows * 2 * num_tokens * 4, dtype=torch.float32)
     return numbers.view(num_rows, 2, num_tokens, 4)
 
@@ -17,16 +17,16 @@ def states(num_rows, num_tokens, start):
 def cache():
     from transformers import LlamaConfig
 
-    return cache_with_room(LlamaConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2), 5)
+    return preallocate(LlamaConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2), 5)
 
 
-def test_rows_are_spread_by_tokens_and_take_more_behind_them(cache):
+def test_expand_batch_then_update(cache):
     keys, values = states(2, 3, 0), states(2, 3, 500)
     for layer in (0, 1):
         cache.update(keys, values, layer)
-    assert can_spread(cache)
+    assert can_expand(cache)
     rows, columns = torch.tensor([1, 0, 1]), torch.tensor([[0, 1, 2], [0, 0, 1], [0, 0, 0]])
-    spread(cache, rows, columns)
+    expand_batch(cache, rows, columns)
     assert cache.get_seq_length() == 3
     more = states(3, 2, 900)
     for layer in (0, 1):
@@ -36,7 +36,7 @@ def test_rows_are_spread_by_tokens_and_take_more_behind_them(cache):
             assert torch.equal(found, torch.cat([expected, more], dim=2))
 
 
-def test_a_cache_that_forgets_tokens_cannot_be_spread():
+def test_can_expand_sliding_window():
     from transformers import Gemma3TextConfig
 
-    assert not can_spread(cache_with_room(Gemma3TextConfig(num_hidden_layers=7, sliding_window=16), 5))
+    assert not can_expand(preallocate(Gemma3TextConfig(num_hidden_layers=7, sliding_window=16), 5))

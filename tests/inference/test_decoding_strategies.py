@@ -6,7 +6,7 @@ import pytest
 
 from fintune.config import PredictOptions
 from fintune.finqa.grammar import general
-from fintune.inference.candidates import decoding, grammars, predict_one
+from fintune.inference.decoding_strategies import choose_prediction, decoding_from_options, make_grammars
 from fintune.inference.protocol import Completion
 from fintune.records import FinQARecord
 
@@ -20,7 +20,7 @@ def said(text, nats=None, finish_reason="stop"):
 
 def predicted(strategy, *completions, grammar=None):
     several = {"num_candidates": len(completions)} if strategy in ("vote", "execution_guided") else {}
-    return predict_one("x", completions, PredictOptions(strategy=strategy, **several), TABLE, grammar)
+    return choose_prediction("x", completions, PredictOptions(strategy=strategy, **several), TABLE, grammar)
 
 
 def test_the_most_probable_program_that_runs_is_taken():
@@ -78,12 +78,12 @@ def test_a_program_that_the_limit_cut_is_ended_and_its_text_kept():
 
 
 def test_the_options_become_a_decoding():
-    greedy = decoding(PredictOptions(temperature=2.0), None)
+    greedy = decoding_from_options(PredictOptions(temperature=2.0), None)
     assert (greedy.temperature, greedy.num_candidates, greedy.greedy_first) == (0.0, 1, False)
-    assert decoding(PredictOptions(strategy="execution_guided"), None).temperature == 0.0
-    guided = decoding(PredictOptions(strategy="execution_guided", num_candidates=4, temperature=2.0), None)
+    assert decoding_from_options(PredictOptions(strategy="execution_guided"), None).temperature == 0.0
+    guided = decoding_from_options(PredictOptions(strategy="execution_guided", num_candidates=4, temperature=2.0), None)
     assert (guided.temperature, guided.num_candidates, guided.greedy_first) == (2.0, 4, True)
-    vote = decoding(PredictOptions(strategy="vote", num_candidates=4, seed=3, top_p=0.5), None)
+    vote = decoding_from_options(PredictOptions(strategy="vote", num_candidates=4, seed=3, top_p=0.5), None)
     assert (vote.greedy_first, vote.seed, vote.top_p) == (False, 3, 0.5)
 
 
@@ -97,9 +97,9 @@ def test_grammars_are_one_for_all_or_one_a_page():
             "qa": {"question": "what of 17?", "program": "add(99, 1)", "exe_ans": 100.0},
         }
     )
-    assert grammars(PredictOptions(), [record]) is None
-    one, other = grammars(PredictOptions(constrain="general"), [record, record])
+    assert make_grammars(PredictOptions(), [record]) is None
+    one, other = make_grammars(PredictOptions(constrain="general"), [record, record])
     assert one is other
-    (page,) = grammars(PredictOptions(constrain="page"), [record])
+    (page,) = make_grammars(PredictOptions(constrain="page"), [record])
     assert all(f'"{number}"' in page.lark() for number in (31, 17, 7, 2019))
     assert "99" not in page.lark()

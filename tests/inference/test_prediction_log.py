@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from fintune.errors import ArtifactError
-from fintune.inference.journal import Journal
+from fintune.inference.prediction_log import PredictionLog
 from fintune.records import Prediction
 
 KEY = {"model": "a", "prompts": "b"}
@@ -13,58 +13,58 @@ def prediction(name):
     return Prediction(id=name, text="", program="", finish_reason="stop", seconds=0.0, num_prompt_tokens=1)
 
 
-def test_what_was_written_is_there_again(tmp_path):
+def test_log_is_read_again(tmp_path):
     path = tmp_path / "predictions.jsonl"
-    journal = Journal(path, KEY)
-    journal.append(prediction("x"))
-    journal.close()
-    again = Journal(path, KEY)
+    log = PredictionLog(path, KEY)
+    log.append(prediction("x"))
+    log.close()
+    again = PredictionLog(path, KEY)
     assert list(again.done) == ["x"]
     again.close()
 
 
-def test_a_line_is_in_the_file_before_the_next_one_is_made(tmp_path):
+def test_append_writes_the_line_at_once(tmp_path):
     path = tmp_path / "predictions.jsonl"
-    journal = Journal(path, KEY)
+    log = PredictionLog(path, KEY)
     for number, name in enumerate("xyz", 1):
-        journal.append(prediction(name))
+        log.append(prediction(name))
         lines = path.read_text(encoding="utf-8").splitlines()
         assert [Prediction.model_validate_json(line).id for line in lines] == [*"xyz"[:number]]
-    journal.close()
+    log.close()
 
 
-def test_a_torn_last_line_is_cut_off(tmp_path):
+def test_torn_last_line_is_removed(tmp_path):
     path = tmp_path / "predictions.jsonl"
-    journal = Journal(path, KEY)
-    journal.append(prediction("x"))
-    journal.close()
+    log = PredictionLog(path, KEY)
+    log.append(prediction("x"))
+    log.close()
     with path.open("a") as file:
         file.write('{"id": "y"')
-    again = Journal(path, KEY)
+    again = PredictionLog(path, KEY)
     again.append(prediction("z"))
     again.close()
-    last = Journal(path, KEY)
+    last = PredictionLog(path, KEY)
     assert list(last.done) == ["x", "z"]
     last.close()
 
 
-def test_another_model_is_refused_by_name(tmp_path):
+def test_other_model_is_refused(tmp_path):
     path = tmp_path / "predictions.jsonl"
-    Journal(path, KEY).close()
-    with pytest.raises(ArtifactError, match="begun with another model:"):
-        Journal(path, KEY | {"model": "c"})
+    PredictionLog(path, KEY).close()
+    with pytest.raises(ArtifactError, match="another model"):
+        PredictionLog(path, KEY | {"model": "c"})
 
 
-def test_predictions_of_nobody_knows_which_model_are_refused(tmp_path):
+def test_file_without_key_is_refused(tmp_path):
     path = tmp_path / "predictions.jsonl"
     path.write_text(prediction("x").model_dump_json() + "\n")
     with pytest.raises(ArtifactError, match="does not say which model"):
-        Journal(path, KEY)
+        PredictionLog(path, KEY)
 
 
-def test_a_broken_line_in_the_middle_is_refused(tmp_path):
+def test_broken_line_is_refused(tmp_path):
     path = tmp_path / "predictions.jsonl"
-    Journal(path, KEY).close()
+    PredictionLog(path, KEY).close()
     path.write_text("{}\n")
-    with pytest.raises(ArtifactError, match="no prediction"):
-        Journal(path, KEY)
+    with pytest.raises(ArtifactError, match="not a prediction"):
+        PredictionLog(path, KEY)

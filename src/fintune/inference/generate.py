@@ -1,0 +1,116 @@
+"""Generate predictions for all questions of a file or a run. Each prediction goes to the log as soon as it is there.
+
+Completions arrive as they end, not in the order of the questions. The log identifies them by id, and its readers must
+too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from fintune.config import PredictOptions
+from fintune.finqa.verdict import executes_to_gold
+from fintune.inference.decoding_strategies import choose_prediction, decoding_from_options, make_grammars
+from fintune.inference.prediction_log import PredictionLog
+from fintune.inference.prefix_cache import name_prompts, page_order
+from fintune.inference.protocol import Completion, Decoding, PromptResult
+from fintune.records import FinQARecord, Prediction
+from fintune.util.console import bar
+
+CompleteIds = Callable[[Sequence[str], Decoding, frozenset[int]], Iterator[PromptResult]]
+"""Complete the prompts of these ids, except those at the indices of the set; see :class:`~.protocol.Engine`."""
+CheckCompletion = Callable[[str, Completion], None]
+"""Raise an error if the first completion of the question with this id is unusable."""
+
+
+def generate_all(
+    title: str,
+    records: Sequence[FinQARecord],
+    options: PredictOptions,
+    log: PredictionLog,
+    complete: CompleteIds,
+    check: CheckCompletion | None = None,
+) -> None:
+    """Generate the predictions that the log does not contain yet.
+
+    Questions about one page follow each other, those that are done included; see
+    :meth:`fintune.inference.protocol.Engine.generate`.
+
+    Args:
+        title: Title of the progress bar.
+        records: All questions with their pages. Their gold programs are read for the running accuracy alone.
+        options: Decoding options.
+        log: Grows by one line with each prediction.
+        complete: Completes prompts by id.
+        check: Checks the first completion of each question.
+
+    Raises:
+        ModelError: The engine cannot take a question, which the message names, or does not support the decoding.
+    """
+    if all(record.id in log.done for record in records):
+        return
+    records = [records[index] for index in page_order(records)]
+    done = frozenset(index for index, record in enumerate(records) if record.id in log.done)
+    grammars = make_grammars(options, records)
+    stats = RunningStats()
+    for index in sorted(done):
+        stats.add_earlier(log.done[records[index].id], records[index])
+    ids, decoding = [record.id for record in records], decoding_from_options(options, grammars)
+    with name_prompts(records), bar(title, len(records), done=len(done), slow=True) as progress:
+        for index, completions in complete(ids, decoding, done):
+            record = records[index]
+            if check is not None:
+                check(record.id, completions[0])
+            grammar = grammars[index] if grammars else None
+            prediction = choose_prediction(record.id, completions, options, record.table, grammar)
+            log.append(prediction)
+            stats.add(prediction, record)
+            progress.advance()
+            progress.note(str(stats))
+
+
+class RunningStats:
+    """Speed and execution accuracy so far. As text: ``31 tok/s, 12.5% right``, or only the speed without gold."""
+
+    def __init__(self) -> None:
+        self._num_tokens, self._seconds, self._num_gold, self._num_correct = 0, 0.0, 0, 0
+
+    def add(self, prediction: Prediction, record: FinQARecord) -> None:
+        """Count a prediction."""
+        self._num_tokens += num_generated_tokens(prediction)
+        self._seconds += prediction.seconds
+        self.add_earlier(prediction, record)
+
+    def add_earlier(self, prediction: Prediction, record: FinQARecord) -> None:
+        """Count a prediction of an interrupted attempt, whose speed says nothing about this one."""
+        is_correct = is_correct_prediction(prediction, record)
+        if is_correct is not None:
+            self._num_gold += 1
+            self._num_correct += is_correct
+
+    def __str__(self) -> str:
+        accuracy = f", {self._num_correct / self._num_gold:.1%} right" if self._num_gold else ""
+        return f"{self._num_tokens / max(self._seconds, 1e-9):.0f} tok/s{accuracy}"
+
+
+def num_generated_tokens(prediction: Prediction) -> int:
+    """Return the number of generated tokens, those of all candidates included."""
+    return sum(candidate.num_tokens for candidate in prediction.candidates) or len(prediction.token_ids)
+
+
+def is_correct_prediction(prediction: Prediction, record: FinQARecord) -> bool | None:
+    """Whether the program executes to the gold result; None if the record has no gold program."""
+    return executes_to_gold(prediction.program, record) if record.qa.program else None
+
+
+def memory_hint(batch_size: int, max_length: int, load_in_4bit: str | None) -> str:
+    """Return what to change when memory ran out, the smallest change first.
+
+    Args:
+        batch_size: Number of completions that were decoded together.
+        max_length: ``prompt.max_length``.
+        load_in_4bit: How to load the weights in 4 bits; None if they already are, or cannot be.
+    """
+    changes = [f"set predict.batch_size={batch_size // 2}"] if batch_size > 1 else []
+    changes += [load_in_4bit] if load_in_4bit else []
+    return ", or ".join([*changes, f"lower prompt.max_length (now {max_length})"])
