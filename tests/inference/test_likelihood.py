@@ -41,9 +41,9 @@ def cropped_as_by_transformers_5_0(monkeypatch):
 def test_rows_that_begin_alike_have_the_logits_of_each_alone(model, monkeypatch, older):
     if older:
         cropped_as_by_transformers_5_0(monkeypatch)
-    read = LogitsReader(model)
+    reader = LogitsReader(model)
     for ids, first in ROWS:
-        found = read(ids, first)
+        found = reader.read(ids, first)
         assert found.shape[0] == len(ids) - first + 1
         assert torch.allclose(found, alone(model, ids, first), atol=1e-5)
 

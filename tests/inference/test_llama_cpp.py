@@ -208,7 +208,7 @@ def test_a_folder_a_missing_file_and_another_format_are_refused(tmp_path):
     with pytest.raises(ModelError, match="no such file"):
         LlamaCppEngine(tmp_path / "none.gguf")
     (tmp_path / "text.gguf").write_text("no model")
-    with pytest.raises(ModelError, match="no GGUF file"):
+    with pytest.raises(ModelError, match="not a GGUF file"):
         LlamaCppEngine(tmp_path / "text.gguf")
 
 

@@ -19,7 +19,7 @@ class Some:
     def __init__(self, *tokens):
         self.tokens = tokens
 
-    def take(self, token):
+    def accept(self, token):
         return token in self.tokens
 
     def allowed(self, num_tokens):

@@ -164,7 +164,7 @@ def test_sharing_beginnings_changes_no_token(model, tokenizer, monkeypatch, name
     )
     shared = sorted_by_prompt(TransformersEngine(model, tokenizer, 7).generate(prompts, Decoding(12)))
     num_shared, passes[:] = sum(passes), []
-    monkeypatch.setattr(transformers_engine, "cut", _unshared)
+    monkeypatch.setattr(transformers_engine, "split_prefixes", _unshared)
     alone = sorted_by_prompt(TransformersEngine(model, tokenizer, 7).generate(prompts, Decoding(12)))
     hook.remove()
     assert num_shared < sum(passes)
@@ -209,7 +209,7 @@ def test_an_adapter_shares_beginnings_too(tiny_model, tokenizer, monkeypatch):
             adapted = get_peft_model(base, lora).eval()
     prompts = [chat.render(tokenizer, [Message(role="user", content=text)]) for text in SETS["pages of questions"]]
     shared = sorted_by_prompt(TransformersEngine(adapted, tokenizer, 8).generate(prompts, Decoding(8)))
-    monkeypatch.setattr(transformers_engine, "cut", _unshared)
+    monkeypatch.setattr(transformers_engine, "split_prefixes", _unshared)
     alone = sorted_by_prompt(TransformersEngine(adapted, tokenizer, 8).generate(prompts, Decoding(8)))
     assert [each.token_ids for each in shared] == [each.token_ids for each in alone]
 

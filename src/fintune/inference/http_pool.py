@@ -13,6 +13,7 @@ import socket
 import ssl
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -102,6 +103,7 @@ class HttpPool:
             proxy=None if endpoint.is_local or proxy_bypass(endpoint.host) else proxy,
             trust_env=False,
         )
+        weakref.finalize(self, self._client.close)
 
     def get(self, route: str) -> Any:
         """Return the answer to a GET; None if the server does not know the route. A failed connection is not retried.

@@ -29,6 +29,7 @@ from fintune.errors import ModelError, PromptError, ResourceError
 from fintune.inference.prefix_cache import group_by_prefix
 from fintune.inference.protocol import Completion, Decoding, PromptResult
 from fintune.models import chat_template as chat
+from fintune.models.adapter import check_is_adapter
 from fintune.util.files import read_json
 from fintune.util.text import first_line
 
@@ -193,6 +194,7 @@ def _rank(adapter: Path) -> int:
     Raises:
         ModelError: There is no adapter, or vLLM cannot use it.
     """
+    check_is_adapter(adapter)
     config = read_json(adapter / "adapter_config.json", ModelError)
     ranks = [int(config.get("r") or 0), *map(int, (config.get("rank_pattern") or {}).values())]
     unsupported = (

@@ -56,9 +56,7 @@ def load_adapter(model: PreTrainedModel, path: Path, *, trainable: bool = False)
     """
     from peft import PeftModel
 
-    for name in (_CONFIG, _WEIGHTS):
-        if not (path / name).is_file():
-            raise ModelError(f"{path} holds no adapter: {name} is missing", hint="give a folder in PEFT format")
+    check_is_adapter(path, _CONFIG, _WEIGHTS)
     shapes = {tensor.name: tensor.shape for tensor in read_safetensors_header(path / _WEIGHTS)}
     _fit_vocabulary(model, path, shapes)
     _check_shapes(model, path, shapes)
@@ -104,6 +102,17 @@ def quiet_peft() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         yield
+
+
+def check_is_adapter(folder: Path, *files: str) -> None:
+    """Check that a folder has the files of a PEFT adapter, by default its configuration alone.
+
+    Raises:
+        ModelError: A file is missing.
+    """
+    for name in files or (_CONFIG,):
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder} holds no adapter: {name} is missing", hint="give a folder in PEFT format")
 
 
 def _fit_vocabulary(model: PreTrainedModel, path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -182,8 +191,7 @@ def check_base_name(name: str, adapter: Path) -> None:
     Raises:
         ModelError: The folder holds no adapter, or the adapter names another public model as its base.
     """
-    if not (adapter / _CONFIG).is_file():
-        raise ModelError(f"{adapter} holds no adapter: {_CONFIG} is missing", hint="give a folder in PEFT format")
+    check_is_adapter(adapter)
     base_name = adapter_base_name(adapter)
     is_public = [bool(_PUBLIC_NAME.fullmatch(model)) and not Path(model).exists() for model in (name, base_name)]
     if all(is_public) and name.casefold() != base_name.casefold():

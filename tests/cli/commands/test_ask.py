@@ -243,7 +243,7 @@ def test_a_prompt_that_does_not_fit_loses_lines_and_says_so(page, tmp_path, tiny
         (["m.gguf", "--page", "PAGE"], "m.gguf: no such file"),
         (["DIR", "--page", "PAGE"], "holds no config.json"),
         (["MODEL", "--page", "PAGE", "prompt.max_length=64"], "the question alone needs"),
-        (["http://127.0.0.1:9/v1", "--page", "PAGE", "--load-in-4bit"], "an address, which is not loaded in 4 bits"),
+        (["http://127.0.0.1:9/v1", "--page", "PAGE", "--load-in-4bit"], "4 bits"),
         (["MODEL"], "--page"),
         (["MODEL", "--page", "PAGE", "--strategy", "vote"], "needs several candidates"),
         (["MODEL", "--page", "PAGE", "--num-candidates", "3"], "is not read with predict.strategy: greedy"),

@@ -13,7 +13,7 @@ from fintune.errors import FintuneError, ResourceError
 from fintune.evaluation import questions as regression_set
 from fintune.finqa.execute import execute
 from fintune.finqa.program import tokenize
-from fintune.inference.likelihood import Loss
+from fintune.inference.likelihood import AnswerLoss
 from fintune.inference.protocol import Completion, PromptResult
 from fintune.models import chat_template as chat
 from fintune.models import load as models
@@ -103,7 +103,7 @@ def rises(monkeypatch):
         passes.append(1)
         after = len(passes) % 2 == 0
         return [
-            Loss(total=10 * (2.0 + (by_place.get(place, 0.0) if after else 0.0)), num_tokens=10)
+            AnswerLoss(total=10 * (2.0 + (by_place.get(place, 0.0) if after else 0.0)), num_tokens=10)
             for place, _ in enumerate(rows)
         ]
 
@@ -146,14 +146,14 @@ def test_an_answer_that_is_no_longer_right_is_named(tiny_model, trained, tmp_pat
         def __init__(self, *_):
             self.texts = said.pop("texts", [""] * 12)
 
-        def generate(self, prompts, _):
+        def generate(self, prompts, *_):
             assert all(regression_set.TASK in prompt for prompt in prompts)
             return (
                 PromptResult(place, (Completion((), text, "stop", (), 1, 0.0),))
                 for place, text in enumerate(self.texts)
             )
 
-    monkeypatch.setattr(stage, "TransformersEngine", Engine)
+    monkeypatch.setattr("fintune.inference.transformers_engine.TransformersEngine", Engine)
     facts = guard(config(tiny_model), {"train": trained}, tmp_path)
     assert facts["groups"][1]["right_before"] == 12
     assert facts["groups"][1]["right_after"] == 0
@@ -164,7 +164,9 @@ def test_an_answer_that_is_no_longer_right_is_named(tiny_model, trained, tmp_pat
 
 def test_out_of_memory_names_a_smaller_batch_and_the_way_without(tiny_model, trained, tmp_path, monkeypatch):
     torch = pytest.importorskip("torch")
-    monkeypatch.setattr(stage.TransformersEngine, "_prefill", lambda *_: torch.empty(10**15))
+    monkeypatch.setattr(
+        "fintune.inference.transformers_engine.TransformersEngine._prefill", lambda *_: torch.empty(10**15)
+    )
     with pytest.raises(
         ResourceError,
         match=r"^out of memory while asking the guard's prompts \(.*\): set predict\.batch_size=\d+, or go on without",

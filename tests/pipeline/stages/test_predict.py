@@ -167,7 +167,7 @@ def test_another_decoding_does_not_mix(tiny_model, inputs, tmp_path, monkeypatch
         patch.setattr(TransformersEngine, "generate", stop)
         with pytest.raises(KeyboardInterrupt):
             run(tiny_model, inputs, tmp_path / "p")
-    with pytest.raises(ArtifactError, match="begun with another decoding"):
+    with pytest.raises(ArtifactError, match="another decoding"):
         run(tiny_model, inputs, tmp_path / "p", max_new_tokens=7)
 
 
@@ -269,7 +269,7 @@ def test_other_ways_of_decoding_do_not_mix(tiny_model, inputs, tmp_path, monkeyp
         patch.setattr(TransformersEngine, "generate", lambda *_: iter(()))
         with pytest.raises(KeyError):
             run(tiny_model, inputs, tmp_path / "p")
-    with pytest.raises(ArtifactError, match="begun with another decoding"):
+    with pytest.raises(ArtifactError, match="another decoding"):
         run(tiny_model, inputs, tmp_path / "p", **changed)
 
 
@@ -350,7 +350,7 @@ def test_a_slow_server_may_be_given_longer_and_what_it_answered_stays(tiny_model
         assert predict(config(tiny_model, **options), inputs, tmp_path / "p", kind="endpoint")["num_predictions"] == 5
 
 
-def test_a_server_that_serves_other_weights_by_now_is_not_mixed_in(tiny_model, inputs, tmp_path):
+def test_predict_refuses_other_served_weights(tiny_model, inputs, tmp_path):
     from support.served import Scripted, said
 
     same, stop = (200, said("add(1, 2)")), (400, {"error": {"message": "no more"}})
@@ -361,14 +361,11 @@ def test_a_server_that_serves_other_weights_by_now_is_not_mixed_in(tiny_model, i
         with pytest.raises(ModelError, match="no more"):
             predict(options, inputs, tmp_path / "p", kind="endpoint")
         served.script, served.models = [same], [entry | {"root": "/models/b"}]
-        with pytest.raises(ArtifactError, match="begun with another model"):
+        with pytest.raises(ArtifactError, match="another model"):
             predict(options, inputs, tmp_path / "p", kind="endpoint")
-        served.script, served.models = [(200, said("add(2, 2)"))], [entry]
-        with pytest.raises(ArtifactError, match="the server answers x0 otherwise"):
-            predict(options, inputs, tmp_path / "p", kind="endpoint")
-        served.script, served.seen = [same], []
+        served.seen, served.models = [], [entry]
         facts = predict(options, inputs, tmp_path / "p", kind="endpoint")
-    assert (facts["num_predictions"], len(served.seen)) == (5, 2 + 3)
+    assert (facts["num_predictions"], len(served.seen)) == (5, 3)
 
 
 def test_vllm_runs_the_folder_where_it_is_asked_for(tiny_model, inputs, tmp_path, monkeypatch):
