@@ -60,15 +60,9 @@ def ask(
     from fintune.cli.commands.ask import ask as stage
     from fintune.cli.run_models import model_of
     from fintune.config.load import load
-<<<<<<< HEAD
     from fintune.data.files import read_whole_text
     from fintune.data.page_file import read_page
-    from fintune.inference.open_model import Named, engine_of
-=======
-    from fintune.data.json_files import read_whole_text
-    from fintune.data.page_files import read_page
     from fintune.inference.open_model import ModelSpec
->>>>>>> 17337f6 (One way to open a model, names of the field in the inference room, and httpx for served models)
     from fintune.report.answer_text import answer_lines, confidence_line
 
     if page is None:

@@ -117,13 +117,8 @@ def predict_file(job: FileJob, config: Config) -> FilePredictions:
         model = open_model(job.spec)
         model.load()
     try:
-<<<<<<< HEAD
         asked = draw_records(read.records, job.max_questions, config.run.seed)
-        prompts = _prompts(asked, answerer, config, shots)
-=======
-        asked = draw(read.records, job.max_questions, config.run.seed)
         prompts = _prompts(asked, model, config, shots)
->>>>>>> 17337f6 (One way to open a model, names of the field in the inference room, and httpx for served models)
         prompts.dropped = {**read.dropped, **prompts.dropped}
         prompts.problems = [*read.problems, *prompts.problems]
         predictions = _resumed(job, config, model, prompts)

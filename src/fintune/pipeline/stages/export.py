@@ -239,13 +239,8 @@ def _export_with_checkout(config: Config, path: Path, model: Path, folder: Path)
 def _merged_while_read(
     config: Config, adapter: Path, folder: Path, quantised: NormalFloat | None
 ) -> Iterator[tuple[Path, RoundedWeights]]:
-<<<<<<< HEAD
     """Yield a folder with all of a merged model but its weights, and the weights, which are computed when read."""
-    if full.full_model_folder(adapter.parent) is not None:
-=======
-    """A folder of all that a merged model holds but its weights, and the weights, which lie nowhere."""
     if full_model_folder(adapter.parent) is not None:
->>>>>>> 17337f6 (One way to open a model, names of the field in the inference room, and httpx for served models)
         raise ArtifactError(
             f"{adapter.parent} holds a whole model and no adapter", hint="export it from the merge stage"
         )
