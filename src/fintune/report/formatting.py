@@ -103,10 +103,11 @@ class Cell:
             html = f"<code>{html}</code>"
         if self.link:
             html = f'<a href="{escape(self.link)}">{html}</a>'
-        if self.style or self.title:
-            html = f'<span class="{escape(self.style)}" title="{escape(self.title)}">{html}</span>'
         if self.swatch is not None:
             html = f'<span class="swatch" style="--c:var(--s{self.swatch})" aria-hidden="true"></span>{html}'
+        if self.style or self.title:
+            title = f' title="{escape(self.title)}"' if self.title else ""
+            html = f'<span class="{escape(self.style)}"{title}>{html}</span>'
         return html + (f'<br><span class="note plain">{escape(self.note)}</span>' if self.note else "")
 
 

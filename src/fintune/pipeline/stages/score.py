@@ -28,12 +28,20 @@ def score(config: Config, inputs: Mapping[str, Path], folder: Path, *, kind: str
     files.write_output(folder / "score.csv", result.to_csv())
     files.write_output(folder / "score.json", result.to_json())
     figures = result.score
+    trained = _num_trained_questions(inputs["prepare"])
+    overlap = f"; caution: {trained} evaluation questions were also trained on" if trained else ""
     no_program = f", no program {figures.no_program_rate:.2%}" if figures.no_program_rate else ""
     return {
         "summary": f"execution {figures.execution_accuracy:.2%}, program {figures.program_accuracy:.2%}, "
-        f"invalid {figures.invalid_rate:.2%}{no_program} of {figures.num_predictions}",
+        f"invalid {figures.invalid_rate:.2%}{no_program} of {figures.num_predictions}{overlap}",
         "num_predictions": figures.num_predictions,
         "execution_accuracy": figures.execution_accuracy,
         "program_accuracy": figures.program_accuracy,
         "invalid_rate": figures.invalid_rate,
     }
+
+
+def _num_trained_questions(prepare: Path) -> int:
+    """Number of evaluation questions that are also trained on, from the report of ``prepare``."""
+    report = prepare / "report.json"
+    return int(files.read_json(report).get("num_shared_questions", 0)) if report.is_file() else 0

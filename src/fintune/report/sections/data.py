@@ -61,7 +61,7 @@ def trained_questions_warning(report: Report) -> str:
         return ""
     total = report["eval"]["num_examples"]
     return (
-        f"{number:,} of {total:,} evaluation questions were also trained on. The accuracy is not one on new questions."
+        f"{number:,} of {total:,} evaluation questions were also trained on. Expect a lower accuracy on new questions."
     )
 
 
