@@ -384,7 +384,7 @@ def _own_trainer(variant: dict, shape: dict, model, tokenizer, rows, clock):
     trainer = FusedTrainer(
         options={
             "dtype": torch.bfloat16 if cuda else torch.float32,
-            "keep": plan.setting.unpacked,
+            "hold": plan.setting.unpacked,
             "num_checkpointed": plan.setting.num_checkpointed,
         },
         model=model,

@@ -136,8 +136,7 @@ def test_packed_rows_give_the_loss_and_gradient_of_padded_ones(tiny_model, rows,
 
 def test_rows_behind_each_other_do_not_see_each_other(tiny_model, rows):
     """A row's losses in a pack are those that it has alone."""
-    from fintune.training.fused.attend import Sequences
-    from fintune.training.fused.batch import PackedCollator
+    from fintune.training.fused.batch import PackedCollator, SequenceBounds
     from fintune.training.fused.model import FusedModel
 
     ref = models.fetch(str(tiny_model))
@@ -150,7 +149,7 @@ def test_rows_behind_each_other_do_not_see_each_other(tiny_model, rows):
             return fused.loss(
                 batch["input_ids"][0],
                 batch["position_ids"][0],
-                Sequences(batch["lengths"], batch["offsets"]),
+                SequenceBounds(batch["lengths"], batch["offsets"]),
                 batch["rows"],
                 batch["targets"],
                 1.0,

@@ -126,7 +126,7 @@ def make_fused_trainer(
     trainer = FusedTrainer(
         options={
             "dtype": compute,
-            "keep": plan is None or plan.setting.unpacked,
+            "hold": plan is None or plan.setting.unpacked,
             "num_checkpointed": num_checkpointed,
         },
         model=model,

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from fintune.training.fused import kernels, plain_kernels  # noqa: E402
+from fintune.training.fused import kernels_torch  # noqa: E402
 from fintune.training.fused.model import FusedModel  # noqa: E402
 from training.fused.test_layers import SHAPE, loss_of_layers, make  # noqa: E402
 
@@ -45,10 +45,10 @@ def launches(monkeypatch, **options):
         return run
 
     proxy = SimpleNamespace(
-        **{name: one(value) for name, value in vars(plain_kernels).items() if callable(value) and name.islower()}
+        **{name: one(value) for name, value in vars(kernels_torch).items() if callable(value) and name.islower()}
     )
-    proxy.num_sums = plain_kernels.num_sums
-    monkeypatch.setattr(kernels, "of", lambda _tensor: proxy)
+    proxy.num_sums = kernels_torch.num_sums
+    monkeypatch.setattr(kernels_torch, "kernels_for", lambda _tensor: proxy)
     fused = FusedModel(make("llama", **options), dtype=torch.float32)
     with counter:
         loss_of_layers(fused).mean.backward()

@@ -6,8 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from fintune.training.fused.attend import Sequences  # noqa: E402
-from fintune.training.fused.batch import PackedCollator  # noqa: E402
+from fintune.training.fused.batch import PackedCollator, SequenceBounds  # noqa: E402
 from fintune.training.fused.model import FusedModel, unsupported_reason  # noqa: E402
 from fintune.util.console import quiet_libraries  # noqa: E402
 
@@ -75,7 +74,7 @@ def loss_of_layers(fused, **options):
     return fused.loss(
         batch["input_ids"][0],
         batch["position_ids"][0],
-        Sequences(batch["lengths"], batch["offsets"]),
+        SequenceBounds(batch["lengths"], batch["offsets"]),
         batch["rows"],
         batch["targets"],
         len(batch["targets"]),
@@ -132,12 +131,12 @@ def test_ranks_and_factors_may_differ_from_part_to_part(lora):
     assert largest_difference(gradients(own), gradients(theirs)) < 1e-5
 
 
-@pytest.mark.parametrize("keep", [True, False])
-def test_steps_of_the_optimiser_reach_the_layers(keep):
+@pytest.mark.parametrize("hold", [True, False])
+def test_steps_of_the_optimiser_reach_the_layers(hold):
     losses = []
     for fused in (False, True):
         model = make("llama", dora=True)
-        layers = FusedModel(model, dtype=torch.float32, keep=keep) if fused else None
+        layers = FusedModel(model, dtype=torch.float32, hold=hold) if fused else None
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         optimiser = torch.optim.AdamW(weights, lr=1e-2, fused=True)
         seen = []
@@ -162,12 +161,12 @@ def test_the_modules_still_compute_the_same_after_their_weights_were_taken_over(
 
 
 def test_the_head_gives_the_loss_of_every_label_in_pieces(monkeypatch):
-    from fintune.training.fused import head
+    from fintune.training.fused import loss
 
     model = make("llama")
     fused = FusedModel(model, dtype=torch.float32)
     whole = loss_of_layers(fused)
-    monkeypatch.setattr(head, "_PIECE_LOGITS", 300 * 4)
+    monkeypatch.setattr(loss, "MAX_CHUNK_LOGITS", 300 * 4)
     pieces = loss_of_layers(fused)
     assert torch.allclose(whole.losses, pieces.losses, rtol=1e-6)
     assert whole.mean.item() == pytest.approx(whole.losses.mean().item(), rel=1e-6)
@@ -183,7 +182,7 @@ def test_evaluation_takes_no_gradient():
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (lambda model: setattr(model.get_base_model().config, "model_type", "gemma3"), "gemma3 are not written out"),
+        (lambda model: setattr(model.get_base_model().config, "model_type", "gemma3"), "gemma3 are not implemented"),
         (lambda model: setattr(model.get_base_model().config, "hidden_act", "gelu"), "activation is gelu"),
         (lambda model: setattr(model.get_base_model().config, "mlp_bias", True), "feed-forward layers have a bias"),
         (lambda model: setattr(model.get_base_model().config, "attention_dropout", 0.1), "its attention has dropout"),

@@ -1,57 +1,44 @@
-"""DoRA's factors of the outputs of linear layers, and the gradients of its magnitudes.
+"""DoRA's scales of the outputs of linear layers.
 
-DoRA (arXiv 2402.09353) multiplies each output by ``m / ||W + s B A||``, a norm that is taken as constant in the
-backward pass (its section 4.3). Row by row the norm needs no sum of matrices, for its square is
+DoRA (arXiv 2402.09353) multiplies each output by ``m / ||W + s B A||``, where the norm is constant in the backward
+pass (section 4.3 of the paper). The norm of a row needs no sum of the matrices, because its square is
 ``||W||^2 + 2 s <W A^T, B> + s^2 <B A A^T, B>``.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
-from fintune.training.fused import kernels
-from fintune.training.fused.products import product
-
-if TYPE_CHECKING:
-    from fintune.training.fused.adapted import Grads
-    from fintune.training.fused.bordered import Group
+from fintune.training.fused import kernels_torch
+from fintune.training.fused.kernels_torch import matmul_float32
 
 
-def scales(group: Group, matrices: Tensor, squares: Tensor, magnitudes: Tensor) -> Tensor:
-    """DoRA's factors of several groups alike.
+def weight_scales(
+    w: Tensor,
+    a: Tensor,
+    b: Tensor,
+    row_squares: Tensor,
+    magnitudes: Tensor,
+    scaling: float,
+    column_scalings: Tensor | None,
+) -> Tensor:
+    """Compute DoRA's scales of several weights of one shape.
 
     Args:
-        group: One of them.
-        matrices: Their bordered matrices, [layers, out + border, in + border].
-        squares: Squared norms of the rows of the frozen weights, float32 [layers, out].
-        magnitudes: float32 [layers, out].
+        w: Frozen weights, [weights, out, in].
+        a: [weights, rank, in].
+        b: [weights, out, rank].
+        row_squares: Squared norms of the rows of ``w``, float32 [weights, out].
+        magnitudes: float32 [weights, out].
+        scaling: LoRA's factor s; 1 with ``column_scalings``.
+        column_scalings: Factor of each column of ``b``, [rank], if they differ.
 
     Returns:
-        float32 [layers, out].
+        float32 [weights, out].
     """
-    w, b = matrices[:, : group.num_out, : group.num_in], matrices[:, : group.num_out, group.num_in :]
-    a = matrices[:, group.num_out :, : group.num_in]
-    cross, gram = product(w, a.transpose(1, 2)), product(a, a.transpose(1, 2))
-    if group.factors is not None:
-        # Factors of the columns belong to A as well as to B.
-        cross, gram = cross * group.factors, gram * group.factors * group.factors[:, None]
-    made: Tensor = kernels.of(matrices).dora_scale(cross, b, gram, squares, magnitudes, group.factor)
-    return made
-
-
-def without_magnitude(group: Group, factors: Tensor) -> None:
-    """Set the factors of layers that have no magnitude to one, in place; shape [layers, out]."""
-    for layer, part in zip(group.layers, factors.split(group.sizes, 1), strict=True):
-        if layer.magnitude is None:
-            part.fill_(1.0)
-
-
-def split_magnitude_grad(group: Group, grad: Tensor, into: Grads) -> None:
-    """Put the gradient of all magnitudes, [out], to the layers that have one."""
-    parts = grad.split(group.sizes)
-    into.magnitude = [
-        None if layer.magnitude is None else part.to(layer.magnitude.dtype)
-        for layer, part in zip(group.layers, parts, strict=True)
-    ]
+    cross, gram = matmul_float32(w, a.transpose(1, 2)), matmul_float32(a, a.transpose(1, 2))
+    if column_scalings is not None:
+        # The factors of the columns belong to A as well as to B.
+        cross, gram = cross * column_scalings, gram * column_scalings * column_scalings[:, None]
+    scales: Tensor = kernels_torch.kernels_for(w).dora_scale(cross, b, gram, row_squares, magnitudes, scaling)
+    return scales

@@ -1,4 +1,4 @@
-"""TRL's trainer with the loss taken through this package's layers."""
+"""TRL's SFTTrainer with the loss computed through the fused layers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from trl import SFTTrainer
 
-from fintune.training.fused.attend import Sequences
-from fintune.training.fused.head import Loss
+from fintune.training.fused.batch import SequenceBounds
+from fintune.training.fused.loss import LabelLoss
 from fintune.training.fused.model import FusedModel
 
 
@@ -17,8 +17,8 @@ class FusedTrainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer on batches of :class:`fintune.training.fused.batch.PackedCollator`.
 
     Args:
-        options: Keywords of :class:`FusedModel`.
-        arguments: Of SFTTrainer.
+        options: Keyword arguments of :class:`FusedModel`.
+        arguments: Keyword arguments of SFTTrainer.
     """
 
     def __init__(self, *, options: dict[str, Any], **arguments: Any) -> None:
@@ -27,48 +27,48 @@ class FusedTrainer(SFTTrainer):  # type: ignore[misc]
         self._fused: FusedModel | None = None
         self._losses: list[tuple[tuple[str, ...], Tensor]] = []
         self._num_parameters = 0
-        # Walking the modules of an adapted model for its few parameters takes as long as several layers do.
+        # Walking over the modules of an adapted model for its few parameters takes as long as several layers.
         self._trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.model.zero_grad = self._zero_grad
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        """Loss of a batch; what SFTTrainer measures besides is left out, since each figure makes the GPU wait."""
-        assert not return_outputs, "the layers give a loss, no logits"
+        """Compute the loss of a batch. SFTTrainer's other figures are left out, because each makes the CPU wait."""
+        assert not return_outputs, "the fused layers return a loss and no logits"
         if self._fused is None:
-            # Now, and not before: resuming puts the checkpoint's adapter into the model when training begins.
+            # Not earlier: when training starts, resuming puts the checkpoint's adapter into the model.
             self._fused = FusedModel(self.accelerator.unwrap_model(model), **self._options)
         num_labels = num_items_in_batch if num_items_in_batch is not None else len(inputs["targets"])
         with torch.autocast(inputs["input_ids"].device.type, enabled=False):
             loss = self._fused.loss(
                 inputs["input_ids"][0],
                 inputs["position_ids"][0],
-                Sequences(inputs["lengths"], inputs["offsets"]),
+                SequenceBounds(inputs["lengths"], inputs["offsets"]),
                 inputs["rows"],
                 inputs["targets"],
                 num_labels,
                 training=model.training,
             )
         if self.args.world_size > 1 and model.training:
-            # The mean of the processes' gradients shall be the gradient of the sum of their losses.
-            return self._noted(inputs, loss, model) * self.args.world_size
-        return self._noted(inputs, loss, model)
+            # The mean of the processes' gradients has to be the gradient of the sum of their losses.
+            return self._record(inputs, loss, model) * self.args.world_size
+        return self._record(inputs, loss, model)
 
-    def _noted(self, inputs: dict[str, Any], loss: Loss, model: Any) -> Tensor:
+    def _record(self, inputs: dict[str, Any], loss: LabelLoss, model: Any) -> Tensor:
         if model.training:
             self._losses.append((inputs["ids"], loss.mean.detach()))
         return loss.mean
 
     def examples_of_bad_losses(self) -> list[str]:
-        """Examples of the batches since the last call whose loss is not finite; waits for the GPU once."""
-        seen, self._losses = self._losses, []
-        if not seen or bool(torch.stack([loss for _, loss in seen]).isfinite().all()):
+        """Return the examples of the batches since the last call whose loss is not finite; waits for the GPU once."""
+        losses, self._losses = self._losses, []
+        if not losses or bool(torch.stack([loss for _, loss in losses]).isfinite().all()):
             return []
-        return [example for ids, loss in seen if not bool(loss.isfinite()) for example in ids]
+        return [example for ids, loss in losses if not bool(loss.isfinite()) for example in ids]
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward pass; without a walk over all modules to tell them that this is training."""
+        """Run the forward and backward pass, without a walk over all modules to switch them to training."""
         if not model.training:
             model.train()
         inputs = self._prepare_inputs(inputs)
@@ -79,7 +79,7 @@ class FusedTrainer(SFTTrainer):  # type: ignore[misc]
         return loss.detach()
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """As transformers estimates them, with the parameters counted once a run."""
+        """Estimate the operations as transformers does, with the parameters counted once a run."""
         if not self._num_parameters:
             self._num_parameters = sum(weight.numel() for weight in self.model.parameters())
         return int(6 * inputs["input_ids"].numel() * self._num_parameters)
@@ -89,7 +89,7 @@ class FusedTrainer(SFTTrainer):  # type: ignore[misc]
         return torch.nn.utils.clip_grad_norm_(self._trained, self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        # As a number it would make the optimiser wait for the GPU; whoever logs it asks for the number.
+        # A number would make the optimizer wait for the GPU. The log converts the tensor when it needs the number.
         return super()._get_grad_norm(model, grad_norm) if grad_norm is None else grad_norm
 
     def _zero_grad(self, set_to_none: bool = True) -> None:

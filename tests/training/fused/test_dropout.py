@@ -6,8 +6,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from fintune.training.fused import plain_kernels  # noqa: E402
-from fintune.training.fused.dropped import drop_of  # noqa: E402
+from fintune.training.fused import kernels_torch  # noqa: E402
+from fintune.training.fused.dropout import dropout_mask  # noqa: E402
 from fintune.training.fused.model import FusedModel, unsupported_reason  # noqa: E402
 from training.fused.test_layers import (  # noqa: E402
     LENGTHS,
@@ -25,9 +25,9 @@ GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"),
 class SameMask(torch.nn.Module):
     """In place of a module's dropout: the rows of the batch come one after the other."""
 
-    def __init__(self, drop, place, num_in):
+    def __init__(self, mask, index, num_in):
         super().__init__()
-        self.mask, self.at = drop.apply(torch.ones(sum(LENGTHS), num_in), place), 0
+        self.mask, self.at = mask.apply(torch.ones(sum(LENGTHS), num_in), index), 0
 
     def forward(self, x):
         rows = self.mask[self.at : self.at + x.shape[1]]
@@ -44,7 +44,7 @@ def with_masks(model):
             for place, name in enumerate(names):
                 module = getattr(layer.self_attn if group < 2 else layer.mlp, name)
                 if hasattr(module, "lora_dropout"):
-                    drop = drop_of(SHARE, seed, number, group)
+                    drop = dropout_mask(SHARE, seed, number, group)
                     module.lora_dropout["default"] = SameMask(drop, place, module.in_features)
     return model.train()
 
@@ -90,19 +90,19 @@ def test_each_batch_has_masks_of_its_own_and_an_evaluation_none():
 
 
 def test_masks_differ_from_place_to_place():
-    seeds = {drop_of(SHARE, 1, layer, group).seed for layer in range(3) for group in range(4)}
+    seeds = {dropout_mask(SHARE, 1, layer, group).seed for layer in range(3) for group in range(4)}
     assert len({seed + place for seed in seeds for place in range(3)}) == 3 * 4 * 3
-    assert drop_of(0.0, 1, 0, 0) is None
-    assert drop_of(SHARE, None, 0, 0) is None
+    assert dropout_mask(0.0, 1, 0, 0) is None
+    assert dropout_mask(SHARE, None, 0, 0) is None
 
 
 def test_a_mask_keeps_its_share_and_the_mean():
     x = torch.ones(200, 300)
-    made = plain_kernels.drop(x, SHARE, 3)
+    made = kernels_torch.dropout(x, SHARE, 3)
     assert float((made == 0).float().mean()) == pytest.approx(SHARE, abs=0.01)
     assert float(made.mean()) == pytest.approx(1, abs=0.02)
-    assert torch.equal(made, plain_kernels.drop(x, SHARE, 3))
-    assert not torch.equal(made, plain_kernels.drop(x, SHARE, 4))
+    assert torch.equal(made, kernels_torch.dropout(x, SHARE, 3))
+    assert not torch.equal(made, kernels_torch.dropout(x, SHARE, 4))
 
 
 def test_adapters_with_different_dropouts_are_named():
