@@ -180,7 +180,7 @@ def test_what_stops_the_making_of_a_dataset_is_told_and_not_that_something_did(
                 "An error occurred while generating the dataset"
             ) from error
 
-    monkeypatch.setattr(hub, "_resolves", lambda _: True)
+    monkeypatch.setattr("fintune.util.hub._resolves", lambda _: True)
     builder = SimpleNamespace(config=SimpleNamespace(data_files={}), download_and_prepare=prepare)
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: builder)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/tables")
@@ -202,3 +202,17 @@ def test_what_came_damaged_is_thrown_away_and_told(tmp_path):
     with pytest.raises(ResourceError, match=r"train\.csv came damaged"):
         _move_to_cache(part, tmp_path / "blobs" / "x", "0" * 64, "train.csv")
     assert not list(Path(tmp_path).rglob("*x*"))
+
+
+def test_unresolved_hub_is_tried_once(monkeypatch, capfd):
+    import datasets
+    from huggingface_hub import constants
+
+    monkeypatch.setattr("fintune.util.hub._resolves", lambda _: False)
+    monkeypatch.setattr("fintune.util.hub.urllib.request.getproxies", dict)
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("the hub is tried again"))
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    with pytest.raises(ResourceError, match="does not resolve"):
+        hub.check_split(hub.HubSplit("ann/none-such"))
+    assert "Retry" not in capfd.readouterr().err
+    assert before == (constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE)

@@ -14,12 +14,10 @@ import logging
 import os
 import re
 import shutil
-import socket
 import time
-import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +31,7 @@ from fintune.errors import DataError, ResourceError
 from fintune.util.console import bar, say
 from fintune.util.disk import disk_full_error, is_disk_full, name_full_disk, require_space
 from fintune.util.files import ANOTHER_CACHE, cache_folder, sha256_file
-from fintune.util.hub import error_chain, is_transient, status_of
+from fintune.util.hub import error_chain, is_transient, offline_unless_resolved, quiet_hub, status_of
 
 if TYPE_CHECKING:
     from http.client import HTTPResponse
@@ -91,12 +89,24 @@ def read_split(split: HubSplit) -> Iterator[Row]:
         yield Row(split.location, number, row)
 
 
+def check_split(split: HubSplit) -> None:
+    """Refuse a split that is not in the cache if the hub's name does not resolve. Otherwise, nothing is fetched.
+
+    Raises:
+        ResourceError: The split can neither be fetched nor read from the cache.
+    """
+    with offline_unless_resolved() as unresolved:
+        pass
+    if unresolved:
+        _load(split)
+
+
 def read_licence(split: HubSplit) -> str:
     """Return the licence on the dataset's card; empty if the card has none or the hub cannot be reached."""
     import huggingface_hub
 
     try:
-        with _offline_unless_resolved():
+        with offline_unless_resolved():
             path = huggingface_hub.hf_hub_download(
                 split.name, "README.md", repo_type="dataset", revision=split.revision or "main"
             )
@@ -107,7 +117,9 @@ def read_licence(split: HubSplit) -> str:
 
 
 def _load(split: HubSplit) -> Dataset:
-    with _offline_unless_resolved() as unresolved:
+    import datasets  # noqa: F401 - so that it is set offline, too
+
+    with offline_unless_resolved() as unresolved, quiet_hub():
         for attempt, pause in enumerate((*PAUSES, None), 1):
             try:
                 return _load_once(split)
@@ -123,36 +135,6 @@ def _load(split: HubSplit) -> Dataset:
                 say(f"{split.location}: {_reason(error)}; attempt {attempt + 1} of {len(PAUSES) + 1} in {pause:g} s")
                 time.sleep(pause)
     raise AssertionError("the last attempt returns or raises")
-
-
-@contextmanager
-def _offline_unless_resolved() -> Iterator[str]:
-    """Use the cache alone if the hub's name does not resolve, because the libraries would retry for minutes.
-
-    Yields:
-        The name that does not resolve; empty if it does, or if a proxy resolves it.
-    """
-    import datasets
-    from huggingface_hub import constants
-
-    host = urllib.parse.urlsplit(constants.ENDPOINT).hostname or ""
-    if constants.HF_HUB_OFFLINE or urllib.request.getproxies().keys() & {"http", "https", "all"} or _resolves(host):
-        yield ""
-        return
-    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    try:
-        yield host
-    finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
-
-
-def _resolves(host: str) -> bool:
-    try:
-        socket.getaddrinfo(host, None)
-    except OSError:
-        return False
-    return True
 
 
 def _load_once(split: HubSplit) -> Dataset:

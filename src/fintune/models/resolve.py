@@ -18,7 +18,7 @@ from fintune.config import Config
 from fintune.errors import ModelError, ResourceError
 from fintune.models import builtin
 from fintune.models.folder import MODEL_FILES, check_model_folder, stated_licence
-from fintune.util.hub import quiet_hub
+from fintune.util.hub import offline_unless_resolved, quiet_hub
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def fetch(model: str | ModelName, *, revision: str | None = None) -> ModelFolder
         return ModelFolder(model.name, builtin.ensure(model.name), model.base_name, model.licence)
     from huggingface_hub import snapshot_download
 
-    with _explain_hub_errors(model):
+    with _explain_hub_errors(model), offline_unless_resolved():
         path = Path(
             snapshot_download(
                 model.name, revision=model.revision, allow_patterns=[*MODEL_FILES, "README.md", "LICENSE*"]
@@ -146,7 +146,7 @@ def fetch_config(name: str, *, revision: str | None = None) -> Path:
         return fetch(model).path
     from huggingface_hub import hf_hub_download
 
-    with _explain_hub_errors(model), quiet_hub():
+    with _explain_hub_errors(model), offline_unless_resolved(), quiet_hub():
         return Path(hf_hub_download(name, "config.json", revision=revision)).parent
 
 

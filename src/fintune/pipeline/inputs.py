@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from fintune.config import Config
+from fintune.data import hub
 from fintune.data.files import describe_tried, local_files
 from fintune.errors import DataError, ModelError
 from fintune.export.gguf import llama_cpp_checkout
@@ -51,8 +52,9 @@ def data_and_model_sources(config: Config) -> dict[str, str]:
 
 
 def check_data_and_model(config: Config) -> None:
-    """Refuse a missing data file, or a model name that cannot be right."""
+    """Refuse a missing data file, a dataset that cannot be reached, or a model name that cannot be right."""
     list(_data_files(config))
+    _check_hub_data(config)
     check_model(config)
 
 
@@ -103,6 +105,12 @@ def check_training(config: Config) -> None:
 
     train.check(config)
     check_base(config)
+
+
+def _check_hub_data(config: Config) -> None:
+    for source in config.data.sources if config.data.source == "chat" else ():
+        if source.path.startswith(hub.PREFIX):
+            hub.check_split(hub.HubSplit.of_source(source))
 
 
 def _data_files(config: Config) -> Iterator[tuple[str, Path]]:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+import socket
+import sys
 import time
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -173,3 +177,36 @@ def quiet_hub() -> Iterator[None]:
         library.setLevel(level)
         if has_bars:
             enable_progress_bars()
+
+
+@contextmanager
+def offline_unless_resolved() -> Iterator[str]:
+    """Use the cache alone if the hub's name does not resolve, because the libraries would retry for minutes.
+
+    Yields:
+        The name that does not resolve; empty if it does, or if a proxy resolves it.
+    """
+    from huggingface_hub import constants
+
+    host = urllib.parse.urlsplit(constants.ENDPOINT).hostname or ""
+    if constants.HF_HUB_OFFLINE or urllib.request.getproxies().keys() & {"http", "https", "all"} or _resolves(host):
+        yield ""
+        return
+    # datasets keeps a copy of the setting.
+    modules = [constants, *([sys.modules["datasets"].config] if "datasets" in sys.modules else [])]
+    before = [module.HF_HUB_OFFLINE for module in modules]
+    for module in modules:
+        module.HF_HUB_OFFLINE = True
+    try:
+        yield host
+    finally:
+        for module, is_offline in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = is_offline
+
+
+def _resolves(host: str) -> bool:
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return False
+    return True

@@ -238,13 +238,10 @@ def test_missing_dataset_folder_is_refused(here, model):
         run(model, "--dataset_folder", "nowhere")
 
 
-def test_unreachable_dataset_names_the_flag(here, model, monkeypatch):
-    def fail(*_: object) -> None:
-        raise ConnectionError("refused")
-
-    monkeypatch.setattr("fintune.data.hub._load_once", fail)
-    monkeypatch.setattr("fintune.data.hub.read_licence", lambda *_: "")
-    monkeypatch.setattr("fintune.data.hub.PAUSES", (0.0,))
+def test_unreachable_dataset_is_refused_first(here, model, monkeypatch):
+    monkeypatch.setattr("fintune.util.hub._resolves", lambda _: False)
+    monkeypatch.setattr("fintune.util.hub.urllib.request.getproxies", dict)
     with pytest.raises(ResourceError) as caught:
-        run(model, "--investopedia", "hub:FinLang/x")
+        run(model, "--investopedia", "hub:FinLang/none-such")
     assert "--investopedia none" in caught.value.hint
+    assert not (here / "financial_lora").exists()

@@ -139,6 +139,7 @@ def test_finance_guide_is_understood(name, tmp_path, model, monkeypatch):
     )
     monkeypatch.setattr(llama_cpp_checkout, "check_checkout", lambda folder, _kinds: looked_at.append(folder))
     monkeypatch.setattr(finance, "GUIDE_MODEL", "none such")
+    monkeypatch.setattr("fintune.util.hub._resolves", lambda _: True)
     words = [str(model) if word.startswith("DSR1/") else word for word in as_meant(FINANCE[name])]
     if "--model_name" not in words:
         words += ["--model_name", str(model)]
