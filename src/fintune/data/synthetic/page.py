@@ -1,9 +1,12 @@
-"""What a page holds, before any question: numbers and where they stand, series of them, parts of totals, sentences."""
+"""What a page holds before any question: numbers and their positions, series of them, parts of totals, sentences."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import random
+from dataclasses import dataclass
 from typing import Literal
+
+from fintune.data.synthetic.company import Accounts, Company
 
 Measure = Literal["money", "percent", "count", "per_share", "index"]
 When = Literal["flow", "stock"]
@@ -11,14 +14,25 @@ Size = Literal["small", "full"]
 
 
 @dataclass(frozen=True)
-class Number:
-    """A number as it stands on the page.
+class PageContext:
+    """What every part of a page is drawn from; ``year`` is the year that the page reports on."""
+
+    company: Company
+    books: Accounts
+    year: int
+    rng: random.Random
+    small: bool
+
+
+@dataclass(frozen=True)
+class PageNumber:
+    """A number on the page.
 
     Attributes:
-        text: As a program writes it: "5829", "-32", "23.6%".
-        scale: What a one of it stands for: 1000000 where the page says millions, 1 for plain counts and prices.
-        row: Table row that holds it (0 is the header), or None.
-        fact: Sentence that holds it, counted among the page's facts, or None.
+        text: The number as a program writes it: "5829", "-32", "23.6%".
+        scale: Dollars or pieces in a one: 1000000 if the page says millions, 1 for plain counts and prices.
+        row: Index of the table row that holds it (0 is the header), or None.
+        fact: Index of the fact that holds it among the page's facts, or None.
     """
 
     text: str
@@ -33,104 +47,88 @@ class Number:
 
 
 @dataclass(frozen=True)
-class Series:
+class NumberSeries:
     """One quantity over years.
 
     Attributes:
-        key: Line of the accounts or kind of fact; a question never joins two series of one key.
-        name: What a question calls it; for a table row its exact name.
-        numbers: Year to number, in order of years.
-        row_name: The row's name where the whole row is this series and a table operation can name it, else None.
+        key: The line of the accounts or the kind of fact. A question never joins two series of one key.
+        name: The name in a question; for a table row, exactly the row's name.
+        numbers: Numbers by year.
+        when: Whether the quantity is of a period (flow) or of a date (stock).
+        row_name: The row's name if the row is this series and a table operation can name it, else None.
     """
 
     key: str
     name: str
-    numbers: dict[int, Number]
+    numbers: dict[int, PageNumber]
     measure: Measure = "money"
     when: When = "flow"
     row_name: str | None = None
 
-    @property
-    def years(self) -> tuple[int, ...]:
-        """Years that have a number, in order."""
-        return tuple(sorted(self.numbers))
-
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Parts and their total.
+    """A total and its parts.
 
     Attributes:
-        total_name: What a question calls the total.
-        parts: Part's name to number; never all of them negative and positive mixed.
-        year: The year that the figures belong to, or None where the parts are years themselves.
-        wording: Which templates fit: "part" (of a total in a year), "due" (payments by year), "month" (of purchases),
-            "price" (of a purchase).
+        total_name: The name of the total in a question.
+        parts: Numbers by the name of the part.
+        year: The year of the figures, or None if the parts are years themselves.
+        wording: The wordings that fit: "part" (of a total in a year), "due" (payments by year), "month" (of purchases),
+            "price" (of a purchase) or "facility" (of a credit line).
     """
 
     total_name: str
-    parts: dict[str, Number]
-    total: Number
+    parts: dict[str, PageNumber]
+    total: PageNumber
     year: int | None
     wording: Literal["part", "due", "month", "price", "facility"] = "part"
 
 
 @dataclass(frozen=True)
 class Product:
-    """A quantity and a price in one sentence, whose product is asked for.
-
-    Attributes:
-        name: What a question calls the product: "cost of the shares repurchased in 2015".
-    """
+    """A quantity and a price whose product is asked for, named like "cost of the shares repurchased in 2015"."""
 
     name: str
-    quantity: Number
-    price: Number
+    quantity: PageNumber
+    price: PageNumber
     year: int
 
 
 @dataclass(frozen=True)
 class Rate:
-    """A percentage in the text that applies to a line of the table.
-
-    Attributes:
-        name: What the product is: "net sales to the largest customer".
-        base: Line of the accounts that it applies to.
-    """
+    """A percentage in the text that applies to the line ``base`` of a table, named like "net sales to one customer"."""
 
     name: str
-    rate: Number
+    rate: PageNumber
     base: str
     year: int
 
 
-@dataclass(frozen=True)
-class Fact:
-    """A sentence that only the text has, and what can be asked of it."""
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What can be asked about a table, a sentence, or the text of a page."""
 
-    sentence: str
-    series: tuple[Series, ...] = ()
+    series: tuple[NumberSeries, ...] = ()
     breakdowns: tuple[Breakdown, ...] = ()
     products: tuple[Product, ...] = ()
     rates: tuple[Rate, ...] = ()
 
 
 @dataclass(frozen=True)
-class Table:
-    """A table with what its cells mean.
+class Fact(Contents):
+    """A sentence with facts that no table has."""
 
-    Attributes:
-        rows: Cells in the FinQA form, row 0 is the header.
-        unit: Scale of its money in dollars.
-        title: What the table shows, for the sentence before it.
-    """
+    sentence: str
+
+
+@dataclass(frozen=True)
+class PageTable(Contents):
+    """A table: cells in the FinQA form (row 0 is the header), scale of its money in dollars, and what it shows."""
 
     rows: tuple[tuple[str, ...], ...]
     unit: int
     title: str
-    series: tuple[Series, ...] = ()
-    breakdowns: tuple[Breakdown, ...] = ()
-    products: tuple[Product, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -138,17 +136,13 @@ class Page:
     """A page, ready to be asked about.
 
     Attributes:
-        fact_places: For each fact the k of its ``text_k``.
+        text: What can be asked about all facts.
+        fact_positions: The k of ``text_k`` for each fact.
     """
 
     year: int
-    table: Table
-    facts: tuple[Fact, ...]
+    table: PageTable
+    text: Contents
     pre_text: tuple[str, ...]
     post_text: tuple[str, ...]
-    fact_places: tuple[int, ...] = field(default=())
-
-    @property
-    def text_series(self) -> tuple[Series, ...]:
-        """Series of all facts."""
-        return tuple(series for fact in self.facts for series in fact.series)
+    fact_positions: tuple[int, ...]
