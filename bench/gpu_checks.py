@@ -85,7 +85,7 @@ def _ways() -> list[dict]:
 
 def _run(way: dict, place: Path) -> dict:
     from fintune.config import Config
-    from fintune.pipeline.stages.train import check, train
+    from fintune.pipeline.stages.train import check_training, train
 
     folder = place / way["name"].replace(" ", "-").replace(",", "")
     folder.mkdir()
@@ -103,7 +103,7 @@ def _run(way: dict, place: Path) -> dict:
             "train": {**common, **way["train"]},
         }
     )
-    check(config)
+    check_training(config)
     facts = train(config, {"prepare": place / "prepare"}, folder)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {

@@ -86,11 +86,11 @@ def _make_rows(vocabulary: int, number: int, length: int, folder: Path) -> None:
 def _worker(order: dict) -> None:
     from fintune.config import Config
     from fintune.errors import FintuneError
-    from fintune.pipeline.stages.train import check, train
+    from fintune.pipeline.stages.train import check_training, train
 
     config = Config.model_validate(order["config"])
     try:
-        check(config)
+        check_training(config)
         facts = train(config, {"prepare": Path(order["prepare"])}, Path(order["folder"]))
     except FintuneError as error:
         print("RESULT " + json.dumps({"ok": False, "error": str(error)}), flush=True)

@@ -22,7 +22,7 @@ def test_a_part_of_a_pass_repeats_nothing():
 
 @pytest.mark.parametrize("batch_size", [8, 16, 64, 100])
 @pytest.mark.parametrize("mixes", [False, True])
-def test_no_step_holds_an_example_twice_and_every_pass_ends_before_the_next(batch_size, mixes):
+def test_steps_repeat_no_example_within_a_pass(batch_size, mixes):
     labels = [index % 3 == 0 for index in range(100)] if mixes else None
     order = training_order(LENGTHS, 400, batch_size, seed=1, labels=labels)
     steps = [order[at : at + batch_size] for at in range(0, 400, batch_size)]
@@ -37,7 +37,7 @@ def test_the_step_between_two_passes_mixes_labels_too():
         assert 3 <= sum(labels[index] for index in order[at : at + 16]) <= 5
 
 
-def test_fewer_examples_than_a_step_takes_are_seen_alike_often():
+def test_fewer_examples_than_a_step_repeat_evenly():
     order = training_order([5, 6, 7], 24, 8, seed=1)
     assert [order.count(index) for index in range(3)] == [8, 8, 8]
     assert all(len(set(order[at : at + 8])) == 3 for at in (0, 8, 16))
@@ -48,7 +48,7 @@ def test_the_order_depends_on_the_seed_alone():
     assert training_order(LENGTHS, 200, 8, seed=1) != training_order(LENGTHS, 200, 8, seed=2)
 
 
-def test_batches_hold_examples_of_like_length():
+def test_batches_hold_similar_lengths():
     order = training_order(LENGTHS, 100, 10, seed=1)
     spreads = [max(b) - min(b) for b in ([LENGTHS[i] for i in order[at : at + 10]] for at in range(0, 100, 10))]
     assert sum(spreads) / len(spreads) < 8
@@ -61,7 +61,7 @@ def test_the_batches_of_a_window_are_not_in_order_of_length():
 
 
 @pytest.mark.parametrize("share", [2, 5, 10])
-def test_batches_mix_labels_in_their_proportion_even_where_a_label_goes_with_a_length(share):
+def test_batches_mix_labels_that_go_with_lengths(share):
     labels = [index % share == 0 for index in range(100)]
     lengths = [length + 100 * label for length, label in zip(LENGTHS, labels, strict=True)]
     order = training_order(lengths, 200, 10, seed=1, labels=labels)
@@ -70,7 +70,7 @@ def test_batches_mix_labels_in_their_proportion_even_where_a_label_goes_with_a_l
     assert all(abs(number - 10 / share) < 1 for number in found)
 
 
-def test_labels_that_are_all_alike_change_no_order():
+def test_equal_labels_do_not_change_the_order():
     assert training_order(LENGTHS, 200, 8, seed=1, labels=[True] * 100) == training_order(LENGTHS, 200, 8, seed=1)
 
 
@@ -102,7 +102,7 @@ def test_a_wrong_mask_names_the_example(mask, message):
         CompletionCollator(0)([{"id": "bad", "input_ids": [1, 2], "completion_mask": mask}])
 
 
-def test_the_width_of_a_batch_is_rounded_up_and_what_is_added_is_padding():
+def test_batch_width_is_rounded_up_with_padding():
     row = {"id": "a", "input_ids": [5, 6, 7, 8, 9], "completion_mask": [0, 0, 0, 1, 1]}
     batch = CompletionCollator(3, multiple=4)([row])
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 3, 3, 3]]

@@ -12,7 +12,7 @@ def make(folder, step, *, complete=True):
     return path
 
 
-def test_a_half_written_checkpoint_is_not_taken_and_is_removed(tmp_path):
+def test_incomplete_checkpoint_is_removed(tmp_path):
     good = make(tmp_path, 9)
     torn = make(tmp_path, 10, complete=False)
     assert checkpoints.latest_checkpoint(tmp_path) == good
@@ -30,7 +30,7 @@ def test_no_folder_means_no_checkpoint(tmp_path):
     assert checkpoints.latest_checkpoint(tmp_path / "absent") is None
 
 
-def test_so_many_checkpoints_are_kept_as_asked(tmp_path):
+def test_drop_old_checkpoints_keeps_the_newest(tmp_path):
     for step in (1, 2, 10, 11):
         make(tmp_path, step)
     for num_kept, steps in ((5, [1, 2, 10, 11]), (3, [2, 10, 11]), (1, [11])):

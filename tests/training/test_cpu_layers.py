@@ -27,7 +27,7 @@ def close(a, b):
 
 
 @pytest.mark.parametrize("length", [2, 65])
-def test_logits_and_gradients_are_those_of_torchs_kernel(model, length):
+def test_cpu_attention_equals_torch(model, length):
     torchs = logits_and_gradient(model, length)
     assert cpu_layers.use_cpu_attention(model)
     own = logits_and_gradient(model, length)
@@ -36,7 +36,7 @@ def test_logits_and_gradients_are_those_of_torchs_kernel(model, length):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_torchs_kernel_is_not_called_in_bfloat16_nor_under_autocast(tiny_model, monkeypatch, autocast):
+def test_bfloat16_does_not_call_the_torch_kernel(tiny_model, monkeypatch, autocast):
     dtype = "float32" if autocast else "bfloat16"
     model = models.load_model(models.fetch(str(tiny_model)), dtype=dtype, device="cpu")
     cpu_layers.use_cpu_attention(model)
@@ -67,7 +67,7 @@ def test_padding_masks_and_long_sequences_go_to_torchs_kernel(model, monkeypatch
     assert torch.equal(logits_and_gradient(model, 30)[0], long)
 
 
-def test_a_model_that_attends_otherwise_is_left_alone(model):
+def test_other_attention_is_left_unchanged(model):
     model.set_attn_implementation("eager")
     assert not cpu_layers.use_cpu_attention(model)
     assert model.config._attn_implementation == "eager"

@@ -10,7 +10,7 @@ import pytest
 
 from fintune.config import Config
 from fintune.errors import DataError, FintuneError, ResourceError
-from fintune.pipeline.stages.train import check
+from fintune.pipeline.stages.train import check_training
 from fintune.training import distributed
 
 
@@ -26,10 +26,10 @@ def test_require_gpus_names_the_available_number(monkeypatch):
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ResourceError, match=r"train.gpus is 2, but this machine has 1"):
-        check(config())
+        check_training(config())
 
 
-def test_paths_with_spaces_stay_one_word_of_the_printed_line(tmp_path):
+def test_torchrun_command_quotes_paths_with_spaces(tmp_path):
     job_file = tmp_path / "my runs" / "job.json"
     line = distributed.torchrun_command(config(train__machines=3, run__name="a b"), "host7", 29400, job_file)
     words = shlex.split(line)
@@ -37,7 +37,7 @@ def test_paths_with_spaces_stay_one_word_of_the_printed_line(tmp_path):
     assert words[words.index("--rdzv-id") + 1] == "a b"
 
 
-def test_another_machine_is_told_the_whole_line(tmp_path):
+def test_torchrun_command_for_another_machine(tmp_path):
     line = distributed.torchrun_command(
         config(train__machines=3, run__name="big"), "host7", 29400, tmp_path / "job.json"
     )
@@ -51,7 +51,7 @@ def failure(exitcode):
     return SimpleNamespace(failures={1: SimpleNamespace(exitcode=exitcode, timestamp=1)})
 
 
-def test_the_error_of_a_process_is_raised_as_it_was(tmp_path):
+def test_error_of_ranks_keeps_its_class(tmp_path):
     job_file = tmp_path / "job.json"
     distributed.write_error(job_file, 0, FintuneError("the gradient is not finite at step 3; examples x0, x1"))
     distributed.write_error(job_file, 1, DataError("no token is trained", record_id="x1"))
@@ -61,7 +61,7 @@ def test_the_error_of_a_process_is_raised_as_it_was(tmp_path):
     assert json.loads((tmp_path / "error-0.json").read_text())["kind"] == "FintuneError"
 
 
-def test_a_process_that_said_nothing_is_named_with_its_signal(tmp_path):
+def test_error_of_ranks_names_the_signal(tmp_path):
     told = distributed._error_of_ranks(tmp_path, failure(-9), 4)
     assert isinstance(told, ResourceError)
     assert str(told).startswith("process 1 of 4 was ended by SIGKILL, and the others with it")
@@ -70,7 +70,7 @@ def test_a_process_that_said_nothing_is_named_with_its_signal(tmp_path):
     )  # a bug of ours keeps its traceback
 
 
-def test_parts_cover_everything_once(monkeypatch):
+def test_rank_shares_cover_everything_once(monkeypatch):
     seen, lengths = [], set()
     for number in range(3):
         monkeypatch.setattr(distributed._world, "rank", number, raising=False)
@@ -83,8 +83,13 @@ def test_parts_cover_everything_once(monkeypatch):
     assert lengths == {3}
 
 
-def test_alone_everything_is_free():
-    assert (distributed.rank(), distributed.world_size(), distributed.is_main(), distributed.local_device()) == (
+def test_exchanges_are_free_in_one_process():
+    assert (
+        distributed.process_rank(),
+        distributed.world_size(),
+        distributed.is_main(),
+        distributed.local_device(),
+    ) == (
         0,
         1,
         True,

@@ -56,7 +56,7 @@ def run(
         "learning_rate": 2e-2,
         "eval_steps": 2,
     }
-    kept = sft.train(
+    kept = sft.train_model(
         model,
         models.load_tokenizer(ref),
         splits[0],
@@ -112,7 +112,7 @@ def stop_at(step):
 
 @pytest.mark.parametrize("fused_layers", ["never", "always"])
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_the_evaluation_loss_is_the_mean_over_all_trained_tokens(tiny_model, splits, tmp_path, kind, fused_layers):
+def test_eval_loss_is_the_mean_over_trained_tokens(tiny_model, splits, tmp_path, kind, fused_layers):
     model, kept = run(tiny_model, splits, tmp_path / "run", kind=kind, max_steps=5, fused_layers=fused_layers)
     found = losses(tmp_path / "run", "eval_loss")
     assert sorted(found) == [2, 4, 5]
@@ -121,7 +121,7 @@ def test_the_evaluation_loss_is_the_mean_over_all_trained_tokens(tiny_model, spl
 
 
 @pytest.mark.parametrize("fused_layers", ["never", "always"])
-def test_evaluations_leave_no_trace_in_the_training(tiny_model, splits, tmp_path, fused_layers):
+def test_evaluations_do_not_change_the_training(tiny_model, splits, tmp_path, fused_layers):
     often, _ = run(tiny_model, splits, tmp_path / "often", eval_steps=1, fused_layers=fused_layers)
     never, _ = run(tiny_model, splits, tmp_path / "never", eval_steps=None, fused_layers=fused_layers)
     assert losses(tmp_path / "often", "loss") == losses(tmp_path / "never", "loss")
@@ -129,7 +129,7 @@ def test_evaluations_leave_no_trace_in_the_training(tiny_model, splits, tmp_path
     assert losses(tmp_path / "never", "eval_loss") == {}
 
 
-def test_four_bit_weights_are_not_disturbed_by_an_evaluation(tiny_model, splits, tmp_path):
+def test_evaluations_keep_4_bit_weights(tiny_model, splits, tmp_path):
     common = {"quantization": "nf4", "compute": "bfloat16", "max_steps": 4}
     run(tiny_model, splits, tmp_path / "often", eval_steps=1, accuracy=lambda _: 0.5, **common)
     run(tiny_model, splits, tmp_path / "never", eval_steps=None, **common)
@@ -163,7 +163,7 @@ def spoil_behind(step):
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_the_weights_with_the_lowest_evaluation_loss_are_the_result(tiny_model, splits, tmp_path, kind):
+def test_best_loss_selects_the_lowest_eval_loss(tiny_model, splits, tmp_path, kind):
     spoil = [spoil_behind(4)]
     model, kept = run(tiny_model, splits, tmp_path / "run", kind=kind, select_checkpoint="best_loss", callbacks=spoil)
     found = losses(tmp_path / "run", "eval_loss")
@@ -172,7 +172,7 @@ def test_the_weights_with_the_lowest_evaluation_loss_are_the_result(tiny_model, 
     assert loss_by_hand(model, splits[1]) == pytest.approx(found[kept], rel=1e-5)
 
 
-def test_the_weights_with_the_highest_accuracy_are_the_result_the_first_of_equals(tiny_model, splits, tmp_path):
+def test_best_accuracy_selects_the_first_of_equals(tiny_model, splits, tmp_path):
     seen = []
 
     def accuracy(model):
@@ -186,7 +186,7 @@ def test_the_weights_with_the_highest_accuracy_are_the_result_the_first_of_equal
     assert list(losses(tmp_path / "run", "eval_accuracy").values()) == [0.1, 0.4, 0.4, 0.2]
 
 
-def test_patience_ends_the_run_and_a_resumed_one_knows_it(tiny_model, splits, tmp_path, monkeypatch):
+def test_patience_ends_the_run_also_when_resumed(tiny_model, splits, tmp_path, monkeypatch):
     common = {"select_checkpoint": "best_accuracy", "early_stopping_patience": 2, "max_steps": 30}
 
     def once():
@@ -207,7 +207,7 @@ def test_patience_ends_the_run_and_a_resumed_one_knows_it(tiny_model, splits, tm
     assert lines(tmp_path / "whole") == lines(tmp_path / "cut")
 
 
-def test_patience_without_keeping_ends_with_the_last_weights(tiny_model, splits, tmp_path):
+def test_patience_with_last_keeps_the_last_weights(tiny_model, splits, tmp_path):
     spoil = [spoil_behind(4)]
     model, kept = run(
         tiny_model, splits, tmp_path / "run", early_stopping_patience=1, max_steps=40, eval_steps=1, callbacks=spoil
@@ -219,7 +219,7 @@ def test_patience_without_keeping_ends_with_the_last_weights(tiny_model, splits,
 
 
 @pytest.mark.parametrize("keep", ["last", "best_loss"])
-def test_the_step_at_which_patience_is_over_has_a_loss_of_its_own(tiny_model, splits, tmp_path, keep):
+def test_last_step_with_patience_has_a_logged_loss(tiny_model, splits, tmp_path, keep):
     common = {
         "select_checkpoint": keep,
         "early_stopping_patience": 1,
@@ -252,7 +252,7 @@ def test_only_the_best_weights_are_kept_on_the_disk(tiny_model, splits, tmp_path
     assert [path.name for path in (tmp_path / "run" / "best").iterdir()] == ["step-6"]
 
 
-def test_weights_that_an_older_checkpoint_may_need_stay_until_a_newer_one_is_complete(tiny_model, splits, tmp_path):
+def test_best_weights_stay_until_a_newer_checkpoint(tiny_model, splits, tmp_path):
     scores = iter((0.1, 0.9))
     with pytest.raises(KeyboardInterrupt):
         run(
@@ -274,7 +274,7 @@ def test_weights_that_an_older_checkpoint_may_need_stay_until_a_newer_one_is_com
 
 
 @pytest.mark.parametrize("fused_layers", ["never", "always"])
-def test_an_evaluation_loss_that_is_not_finite_names_step_and_examples(tiny_model, splits, tmp_path, fused_layers):
+def test_non_finite_eval_loss_names_the_examples(tiny_model, splits, tmp_path, fused_layers):
     from transformers import TrainerCallback
 
     class Spoil(TrainerCallback):
@@ -293,14 +293,14 @@ def test_an_evaluation_loss_that_is_not_finite_names_step_and_examples(tiny_mode
     ("accuracies", "patience", "expected"),
     [([0.1], 1, False), ([0.2, 0.1], 1, True), ([0.2, 0.2], 1, True), ([0.2, 0.1, 0.3, 0.1], 2, False), ([], 1, False)],
 )
-def test_patience_counts_evaluations_behind_the_best(accuracies, patience, expected):
+def test_patience_counts_evaluations_after_the_best(accuracies, patience, expected):
     read = [{"step": step, "loss": 1.0} for step in range(1, 5)]
     read += [{"step": k, "eval_loss": 1.0, "eval_accuracy": right} for k, right in enumerate(accuracies, 1)]
     options = TrainOptions(eval_steps=1, select_checkpoint="best_accuracy", early_stopping_patience=patience)
     assert is_out_of_patience(read, options) is expected
 
 
-def test_the_best_step_goes_by_what_is_kept():
+def test_best_step_follows_select_checkpoint():
     read = [
         {"step": 2, "eval_loss": 0.5, "eval_accuracy": 0.1},
         {"step": 4, "eval_loss": 0.7, "eval_accuracy": 0.3},

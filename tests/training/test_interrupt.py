@@ -38,7 +38,7 @@ def run(tiny_model, rows, folder, *, callbacks=(), kind="lora", **options):
         **({"per_device_train_batch_size": 4, "max_steps": 8, "save_steps": 3, "learning_rate": 1e-2} | options)
     )
     tokenizer = models.load_tokenizer(ref)
-    sft.train(model, tokenizer, rows, asked, compute="float32", seed=5, folder=folder, extra_callbacks=callbacks)
+    sft.train_model(model, tokenizer, rows, asked, compute="float32", seed=5, folder=folder, extra_callbacks=callbacks)
     return {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
 
 
@@ -71,9 +71,7 @@ def signalled(step, number, times=1):
         (signal.SIGTERM, {"fused_layers": "always", "kind": "dora", "gradient_accumulation_steps": 2}),
     ],
 )
-def test_a_signal_keeps_the_step_and_the_resumed_run_equals_the_whole_one_bit_for_bit(
-    tiny_model, rows, tmp_path, number, options
-):
+def test_signal_writes_a_checkpoint_that_resumes_exactly(tiny_model, rows, tmp_path, number, options):
     options = {"save_steps": 100, **options}
     whole = run(tiny_model, rows, tmp_path / "whole", **options)
     before = signal.getsignal(number)
@@ -89,7 +87,7 @@ def test_a_signal_keeps_the_step_and_the_resumed_run_equals_the_whole_one_bit_fo
     assert history(tmp_path / "whole") == history(tmp_path / "cut")
 
 
-def test_a_second_signal_stops_at_once_and_says_what_is_lost(tiny_model, rows, tmp_path):
+def test_second_signal_stops_at_once(tiny_model, rows, tmp_path):
     with pytest.raises(KeyboardInterrupt, match="before the first checkpoint"):
         run(tiny_model, rows, tmp_path / "cut", callbacks=[signalled(4, signal.SIGINT, 2)], save_steps=100)
     assert not checkpoints.complete_checkpoints(tmp_path / "cut" / "checkpoints")
@@ -97,20 +95,20 @@ def test_a_second_signal_stops_at_once_and_says_what_is_lost(tiny_model, rows, t
         run(tiny_model, rows, tmp_path / "cut", callbacks=[signalled(4, signal.SIGINT, 2)])
 
 
-def test_losses_that_were_not_logged_yet_are_logged_ahead_of_the_end(tiny_model, rows, tmp_path):
+def test_signal_logs_the_losses_since_the_last_line(tiny_model, rows, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(tiny_model, rows, tmp_path / "cut", callbacks=[signalled(4, signal.SIGINT)], logging_steps=3)
     assert [line["step"] for line in history(tmp_path / "cut")] == [1, 3, 5]
 
 
-def test_several_processes_are_left_to_the_one_that_started_them(tmp_path, monkeypatch):
+def test_signals_of_several_processes_are_not_handled(tmp_path, monkeypatch):
     monkeypatch.setattr("fintune.training.distributed.world_size", lambda: 2)
     before = signal.getsignal(signal.SIGTERM)
     with stopping_after_step(StopAfterStep(), tmp_path):
         assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_the_plan_names_the_step_from_which_training_goes_on(tmp_path):
+def test_plan_names_the_step_to_resume_from(tmp_path):
     word = next(step.resume_word for step in build_steps(Config()) if step.name == "train")
     assert word(tmp_path) == "run"
     for name in ("checkpoint-2", "checkpoint-16", "checkpoint-20"):

@@ -3,7 +3,7 @@ from __future__ import annotations
 from fintune.training import metrics
 
 
-def test_lines_behind_the_checkpoint_are_dropped(tmp_path):
+def test_truncate_drops_lines_after_the_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
     for step in (1, 2, 3):
         metrics.append(path, {"step": step})

@@ -9,7 +9,7 @@ import pytest
 from fintune.config import AdapterOptions, Config, TrainOptions
 from fintune.errors import ConfigError, ResourceError
 from fintune.models import load as models
-from fintune.pipeline.stages.train import check
+from fintune.pipeline.stages.train import check_training
 from fintune.training import lora, metrics, optimizers, sft
 from fintune.training.memory.model import AdapterMethod, DecoderShape, StepSetting, static_bytes
 from support.prepared_rows import prepared
@@ -43,7 +43,7 @@ def run(tiny_model, rows, folder, *, stop=None, **options):
     defaults = {"per_device_train_batch_size": 2, "max_steps": 4, "save_steps": 2, "learning_rate": 1e-2}
     chosen = TrainOptions(**(defaults | options))
     tokenizer = models.load_tokenizer(ref)
-    sft.train(model, tokenizer, rows, chosen, compute="float32", seed=5, folder=folder, extra_callbacks=[look])
+    sft.train_model(model, tokenizer, rows, chosen, compute="float32", seed=5, folder=folder, extra_callbacks=[look])
     return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}, look.optimizer
 
 
@@ -70,7 +70,7 @@ def test_the_chosen_optimizer_trains(tiny_model, rows, tmp_path, name, kind, sta
     assert any(bool(weight.any()) for part, weight in weights.items() if "lora_B" in part)
 
 
-def test_an_interrupted_run_with_8_bit_moments_equals_the_uninterrupted_one(tiny_model, rows, tmp_path):
+def test_interrupted_run_with_8_bit_moments_resumes(tiny_model, rows, tmp_path):
     whole, _ = run(tiny_model, rows, tmp_path / "whole", optim="adamw_8bit")
     with pytest.raises(KeyboardInterrupt):
         run(tiny_model, rows, tmp_path / "cut", optim="adamw_8bit", stop=3)
@@ -93,7 +93,7 @@ def test_warm_up_steps_override_the_ratio(tiny_model, rows, tmp_path, capsys):
     assert "never reached" not in capsys.readouterr().err
 
 
-def test_a_warm_up_that_never_ends_is_said(tiny_model, rows, tmp_path, capsys):
+def test_warm_up_that_never_ends_is_reported(tiny_model, rows, tmp_path, capsys):
     run(tiny_model, rows, tmp_path / "run", warmup_steps=5, max_steps=2)
     told = " ".join(capsys.readouterr().err.split())
     assert "train.warmup_steps is 5 of 2 steps: train.learning_rate is never reached" in told
@@ -102,10 +102,10 @@ def test_a_warm_up_that_never_ends_is_said(tiny_model, rows, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "hint"), [("paged_adamw_8bit", "set it to adamw_8bit"), ("paged_adamw_32bit", "set it to adamw_torch,")]
 )
-def test_pages_without_a_gpu_are_refused_before_training(name, hint, monkeypatch):
+def test_paged_optimizers_need_a_gpu(name, hint, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match=f"train.optimizer: {name} .*there is no GPU: {hint}"):
-        check(Config(train=TrainOptions(optim=name)))
+    with pytest.raises(ConfigError, match=f"train.optim: {name} .*there is no GPU: {hint}"):
+        check_training(Config(train=TrainOptions(optim=name)))
     optimizers.check_optimizer(name, cuda=True)
 
 
@@ -116,7 +116,7 @@ def test_a_missing_package_is_named(monkeypatch):
     optimizers.check_optimizer("adafactor", cuda=False)
 
 
-def test_every_optimizer_has_transformers_name_and_its_bytes():
+def test_optimizers_have_names_and_bytes():
     from transformers.training_args import OptimizerNames
 
     (choices,) = [TrainOptions.model_fields["optim"].annotation.__args__]

@@ -28,7 +28,7 @@ def row(id_: str, prompt: list[int], chosen: list[int], rejected: list[int]) -> 
 ROWS = [row("a", [1, 2], [3], [4, 5, 6]), row("b", [7], [8, 9], [10])]
 
 
-def test_chosen_answers_stand_above_rejected_ones_behind_the_same_prompt():
+def test_collator_puts_chosen_above_rejected():
     batch = PreferenceCollator(0, multiple=8)(ROWS)
     assert batch["ids"] == ["a", "b"]
     assert batch["input_ids"].shape == (4, 8)
@@ -37,7 +37,7 @@ def test_chosen_answers_stand_above_rejected_ones_behind_the_same_prompt():
     assert batch["attention_mask"].sum(1).tolist() == [3, 3, 5, 2]
 
 
-def test_kto_compares_each_prompt_with_an_answer_to_another():
+def test_collator_pairs_prompts_with_other_answers():
     batch = PreferenceCollator(0, unpaired=True)(ROWS)
     assert batch["label"].tolist() == [True, True, False, False]
     answers = {tuple(ROWS[n]["input_ids"][len(p) :]): n for n, p in enumerate(([1, 2], [7]))}
@@ -51,7 +51,7 @@ def answer(id_: str, prompt: list[int], completion: list[int], label: bool) -> d
     return {**row(id_, prompt, completion, []), "label": label}
 
 
-def test_answers_without_a_partner_keep_their_label_and_are_compared_with_one_to_another_prompt():
+def test_collator_keeps_labels_of_unpaired_answers():
     rows = [answer("a", [1, 2], [3], True), answer("b", [1, 2], [4, 5], False), answer("c", [7], [8], True)]
     batch = PreferenceCollator(0, unpaired=True)([*rows, {**ROWS[0], "label": True}])
     assert batch["label"].tolist() == [True, False, True, True, False]
@@ -59,7 +59,7 @@ def test_answers_without_a_partner_keep_their_label_and_are_compared_with_one_to
     assert batch["input_ids"][4, :5].tolist() == [1, 2, 4, 5, 6]
 
 
-def test_answers_to_one_prompt_beside_each_other_are_not_taken_for_answers_to_another():
+def test_collator_shifts_past_answers_to_one_prompt():
     rows = [answer(f"{p}{n}", [p], [10 * p + n], n > 0) for p in (1, 2, 3) for n in (0, 1)]
     batch = PreferenceCollator(0, unpaired=True)(rows)
     assert [int(own[0]) for own in batch["KL_input_ids"]] == [1, 1, 2, 2, 3, 3]
@@ -79,7 +79,7 @@ def test_answers_to_one_prompt_beside_each_other_are_not_taken_for_answers_to_an
         ((10, 100), {"desirable_weight": 1, "undesirable_weight": 1}, (1, 1)),
     ],
 )
-def test_labels_weigh_as_the_paper_has_it_unless_both_weights_are_given(counts, given, weights):
+def test_label_weights_follow_the_paper(counts, given, weights):
     from fintune.config import TrainOptions
 
     options = TrainOptions(objective="kto", **given)
@@ -89,7 +89,7 @@ def test_labels_weigh_as_the_paper_has_it_unless_both_weights_are_given(counts, 
         assert 1 - 1e-9 <= found[0] * counts[0] / (found[1] * counts[1]) <= 4 / 3 + 1e-9
 
 
-def test_held_out_answers_are_counted_by_label_and_a_label_without_any_is_not_spoken_of():
+def test_answer_figures_by_label():
     one, two = AnswerFigures(), AnswerFigures()
     one.add([True, True, False], [0.2, -0.1, -0.3], [-1.0, -2.0, -3.0], loss=0.4, kl=0.1)
     one.add([False], [0.1], [-5.0], loss=0.8, kl=0.5)
@@ -119,12 +119,12 @@ def test_held_out_answers_are_counted_by_label_and_a_label_without_any_is_not_sp
     )
 
 
-def test_a_row_that_trains_nothing_is_refused_with_its_id():
+def test_collator_refuses_rows_that_train_nothing():
     with pytest.raises(DataError, match="id a: no token of this example is trained"):
         PreferenceCollator(0)([{**ROWS[0], "completion_mask": [0, 0, 0]}])
 
 
-def test_the_length_of_a_pair_counts_its_prompt_twice():
+def test_pair_length_counts_the_prompt_twice():
     from datasets import Dataset
 
     assert preference_lengths(Dataset.from_list(ROWS)) == [3 + 2 + 3, 3 + 1 + 1]
@@ -132,19 +132,19 @@ def test_the_length_of_a_pair_counts_its_prompt_twice():
     assert preference_lengths(alone) == [3, 3 + 2 + 3]
     assert count_labels(alone) == (2, 1)
     assert count_labels(Dataset.from_list(ROWS)) == (2, 2)
-    with pytest.raises(ArtifactError, match="no preference pairs"):
+    with pytest.raises(ArtifactError, match="not preference pairs"):
         preference_lengths(Dataset.from_list([{"input_ids": [1], "completion_mask": [1]}]))
 
 
 @pytest.mark.parametrize(("num_rows", "size"), [(7, 3), (6, 3), (1, 2), (9, 2), (2, 4)])
-def test_no_pair_is_measured_alone_beside_others(num_rows, size):
+def test_batches_have_no_single_last_row(num_rows, size):
     order = list(range(num_rows))[::-1]
     made = batch_preference_rows([{"n": n} for n in range(num_rows)], order, size)
     assert [each["n"] for batch in made for each in batch] == order
     assert all(len(batch) > 1 for batch in made) or num_rows == 1
 
 
-def test_the_last_step_of_kto_is_a_whole_one():
+def test_kto_fills_the_last_step():
     from fintune.config import TrainOptions
     from fintune.training.sft import make_schedule
 
@@ -167,7 +167,7 @@ class Model:
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 10.0])
-def test_orpo_weighs_the_odds_as_trl_does_and_learns_the_chosen_answer(monkeypatch, scale):
+def test_orpo_loss_equals_trl(monkeypatch, scale):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     from trl.experimental.orpo import ORPOTrainer
 

@@ -52,7 +52,7 @@ def shown(folder, name):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_tensorboard_shows_what_metrics_say(tiny_model, inputs, tmp_path):
+def test_tensorboard_shows_the_metrics(tiny_model, inputs, tmp_path):
     train(config(tiny_model, "tensorboard"), inputs, tmp_path / "train")
     for name, key in (("train/loss", "loss"), ("eval/loss", "eval_loss"), ("train/learning_rate", "learning_rate")):
         expected = written(tmp_path / "train", key)
@@ -61,7 +61,7 @@ def test_tensorboard_shows_what_metrics_say(tiny_model, inputs, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_tensorboard_forgets_what_a_resumed_run_does_again(tmp_path):
+def test_tensorboard_replaces_repeated_steps(tmp_path):
     logs = {"loss": 1.0}
     state = SimpleNamespace(global_step=0)
     for done, steps in ((0, (1, 2, 3)), (2, (3, 4))):
@@ -73,7 +73,7 @@ def test_tensorboard_forgets_what_a_resumed_run_does_again(tmp_path):
     assert shown(tmp_path, "train/loss") == {1: 1, 2: 2, 3: 23, 4: 24}
 
 
-def test_a_missing_package_is_named_before_anything_is_read(tiny_model, tmp_path, monkeypatch):
+def test_missing_reporter_is_refused_first(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(callbacks.importlib.util, "find_spec", lambda name: None if name == "wandb" else object())
     with pytest.raises(ResourceError, match=r"train.report_to: wandb is not installed: pip install wandb"):
         train(config(tiny_model, "wandb"), {"prepare": tmp_path / "none"}, tmp_path)
@@ -109,9 +109,7 @@ def use(monkeypatch, fake):
     monkeypatch.setattr(callbacks, "check_reporters", lambda _names: None)
 
 
-def test_wandb_is_given_name_options_and_every_figure_and_a_resumed_run_its_id(
-    tiny_model, inputs, tmp_path, monkeypatch
-):
+def test_wandb_gets_options_figures_and_resumed_id(tiny_model, inputs, tmp_path, monkeypatch):
     fake = FakeWandb()
     use(monkeypatch, fake)
     train(config(tiny_model, "wandb"), inputs, tmp_path / "train")
@@ -125,7 +123,7 @@ def test_wandb_is_given_name_options_and_every_figure_and_a_resumed_run_its_id(
     assert fake.begun[1]["id"] == begun["id"]
 
 
-def test_a_refusal_of_wandb_is_one_line_with_what_to_do(tiny_model, inputs, tmp_path, monkeypatch):
+def test_wandb_error_is_one_line_with_a_hint(tiny_model, inputs, tmp_path, monkeypatch):
     use(monkeypatch, FakeWandb(refuse="api_key not configured (no-tty)\nmore"))
     with pytest.raises(ResourceError, match=r"wandb does not start \(api_key not configured \(no-tty\)\): run `wandb"):
         train(config(tiny_model, "wandb"), inputs, tmp_path / "train")

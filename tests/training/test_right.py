@@ -52,7 +52,7 @@ def trained_text(tokenizer, row):
         ("all", (3,), "add(1, 2)<|im_end|>multiply(5, 6)<|im_end|>"),
     ],
 )
-def test_the_loss_is_on_the_chosen_turns_and_their_ends_alone(tokenizer, train_on, untrained, expected):
+def test_loss_covers_selected_turns_and_their_ends(tokenizer, train_on, untrained, expected):
     encoder = ConversationEncoder(tokenizer, system="", train_on=train_on, max_length=400)
     (row,) = encoder.encode("x", TURNS, untrained=untrained).rows
     assert (
@@ -64,7 +64,7 @@ def test_the_loss_is_on_the_chosen_turns_and_their_ends_alone(tokenizer, train_o
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_every_row_trains_its_end_of_turn_and_never_the_padding(tokenizer, rows, packed):
+def test_rows_train_the_end_of_turn_and_no_padding(tokenizer, rows, packed):
     end = chat.end_of_turn_ids(tokenizer)[0]
     batch = list(rows)
     if packed:
@@ -93,7 +93,7 @@ def test_the_prompts_end_of_turn_tokens_are_not_trained(tokenizer, rows):
     assert int((out["labels"] == end).sum()) < int((out["input_ids"] == end).sum())
 
 
-def test_a_template_with_bos_gives_one_and_only_in_front(tokenizer):
+def test_template_with_bos_gives_one_bos(tokenizer):
     import copy
 
     own = copy.deepcopy(tokenizer)
@@ -121,7 +121,7 @@ def step_losses(tiny_model, rows, folder, fused_layers, batch_size, **options):
     asked = TrainOptions(
         per_device_train_batch_size=batch_size, max_steps=3, learning_rate=1e-2, fused_layers=fused_layers
     )
-    sft.train(model, models.load_tokenizer(ref), rows, asked, compute="float32", seed=5, folder=folder)
+    sft.train_model(model, models.load_tokenizer(ref), rows, asked, compute="float32", seed=5, folder=folder)
     return [(line["loss"], line["grad_norm"]) for line in metrics.read(folder / "metrics.jsonl")]
 
 
@@ -134,7 +134,7 @@ def test_packed_rows_give_the_loss_and_gradient_of_padded_ones(tiny_model, rows,
         assert a == pytest.approx(b, rel=1e-4)
 
 
-def test_rows_behind_each_other_do_not_see_each_other(tiny_model, rows):
+def test_packed_rows_do_not_attend_to_each_other(tiny_model, rows):
     """A row's losses in a pack are those that it has alone."""
     from fintune.training.fused.batch import PackedCollator, SequenceBounds
     from fintune.training.fused.model import FusedModel

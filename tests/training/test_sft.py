@@ -46,7 +46,7 @@ def run(
     if spoil:
         spoil(model)
     defaults = {"per_device_train_batch_size": 4, "max_steps": 8, "save_steps": 3, "learning_rate": 1e-2}
-    sft.train(
+    sft.train_model(
         model,
         models.load_tokenizer(ref),
         rows,
@@ -79,7 +79,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tiny_model, rows, tmp_path):
+def test_resumed_run_equals_the_uninterrupted_one(tiny_model, rows, tmp_path):
     whole = run(tiny_model, rows, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run(tiny_model, rows, tmp_path / "cut", callbacks=[stop_at(5)])
@@ -114,7 +114,7 @@ def test_eight_examples_at_once_equal_eight_accumulated(tiny_model, rows, tmp_pa
     assert max(float((at_once[n] - accumulated[n]).abs().max()) for n in at_once) < 1e-3
 
 
-def test_the_head_over_trained_positions_gives_trls_loss_and_gradients(tiny_model, rows, tmp_path, monkeypatch):
+def test_label_only_head_equals_trl(tiny_model, rows, tmp_path, monkeypatch):
     own = run(tiny_model, rows, tmp_path / "own", dropout=0.0, max_steps=2)
     monkeypatch.setattr(trainers, "use_label_only_head", lambda _model: False)
     trl = run(tiny_model, rows, tmp_path / "trl", dropout=0.0, max_steps=2)
@@ -124,9 +124,7 @@ def test_the_head_over_trained_positions_gives_trls_loss_and_gradients(tiny_mode
     assert max(float((own[n] - trl[n]).abs().max()) for n in own) < 1e-3
 
 
-def test_weights_stored_in_the_compute_type_give_the_losses_of_weights_cast_in_every_step(
-    tiny_model, rows, tmp_path, monkeypatch
-):
+def test_stored_bfloat16_weights_equal_autocast(tiny_model, rows, tmp_path, monkeypatch):
     cast_once = run(tiny_model, rows, tmp_path / "once", compute="bfloat16")
     monkeypatch.setattr(trainers, "store_frozen_weights", lambda _model, _dtype: 0)
     cast_always = run(tiny_model, rows, tmp_path / "always", compute="bfloat16")
@@ -134,7 +132,7 @@ def test_weights_stored_in_the_compute_type_give_the_losses_of_weights_cast_in_e
     assert history(tmp_path / "once") == history(tmp_path / "always")
 
 
-def test_only_adapted_lora_layers_change_their_type(tiny_model):
+def test_store_frozen_weights_changes_lora_layers_only(tiny_model):
     for kind, stored in (("lora", torch.bfloat16), ("dora", torch.float32)):
         base = models.load_model(models.fetch(str(tiny_model)), dtype="float32", device="cpu")
         model = lora.attach_adapter(base, AdapterOptions(kind=kind, r=4, lora_alpha=8))
@@ -155,7 +153,7 @@ def test_bfloat16_trains_float32_adapters_close_to_float32(tiny_model, rows, tmp
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
-def test_the_fused_layers_train_as_transformers_own(tiny_model, rows, tmp_path, kind, gradient_checkpointing):
+def test_fused_layers_train_like_transformers(tiny_model, rows, tmp_path, kind, gradient_checkpointing):
     common = {
         "dropout": 0.0,
         "kind": kind,
@@ -179,7 +177,7 @@ def test_the_fused_layers_train_as_transformers_own(tiny_model, rows, tmp_path, 
     assert max(float((own[n] - theirs[n]).abs().max()) for n in own) < 1e-3
 
 
-def test_a_run_through_fused_layers_with_dropout_resumes_bit_for_bit(tiny_model, rows, tmp_path):
+def test_fused_run_with_dropout_resumes_exactly(tiny_model, rows, tmp_path):
     fused = {"dropout": 0.1, "kind": "dora", "fused_layers": "always"}
     whole = run(tiny_model, rows, tmp_path / "whole", **fused)
     with pytest.raises(KeyboardInterrupt):
@@ -189,7 +187,7 @@ def test_a_run_through_fused_layers_with_dropout_resumes_bit_for_bit(tiny_model,
     assert history(tmp_path / "whole") == history(tmp_path / "cut")
 
 
-def test_fused_layers_that_cannot_be_had_are_refused_with_the_reason(tiny_model, rows, tmp_path):
+def test_unsupported_fused_layers_are_refused(tiny_model, rows, tmp_path):
     def attend_through_a_window(model):
         model.get_base_model().config.use_sliding_window = True
         model.get_base_model().config.sliding_window = 64
@@ -208,7 +206,7 @@ def test_the_magnitude_of_dora_moves(tiny_model, rows, tmp_path):
 
 @pytest.mark.parametrize("fused_layers", ["never", "always"])
 @pytest.mark.parametrize(("compute", "wider"), [("float32", ""), ("bfloat16", ", or set train.dtype to float32")])
-def test_a_loss_that_is_not_finite_names_step_and_examples(tiny_model, rows, tmp_path, fused_layers, compute, wider):
+def test_non_finite_loss_names_step_and_examples(tiny_model, rows, tmp_path, fused_layers, compute, wider):
     def spoil(model):
         next(weight for name, weight in model.named_parameters() if "lora_A" in name).data.fill_(float("nan"))
 
@@ -220,12 +218,12 @@ def test_a_loss_that_is_not_finite_names_step_and_examples(tiny_model, rows, tmp
     assert raised.value.hint == f"lower train.learning_rate{wider}"  # no word of checkpoints
 
 
-def test_the_last_step_has_a_line_though_it_is_no_multiple_of_those_that_are_logged(tiny_model, rows, tmp_path):
+def test_last_step_is_always_logged(tiny_model, rows, tmp_path):
     run(tiny_model, rows, tmp_path / "run", logging_steps=4, max_steps=6, save_steps=99)
     assert [line["step"] for line in history(tmp_path / "run")] == [1, 4, 6]
 
 
-def test_a_resumed_run_logs_the_losses_of_the_whole_one_though_not_every_step_has_a_line(tiny_model, rows, tmp_path):
+def test_resumed_run_logs_equal_losses_with_sparse_log(tiny_model, rows, tmp_path):
     options = {"logging_steps": 4, "max_steps": 5, "per_device_train_batch_size": 2}
     run(tiny_model, rows, tmp_path / "whole", **options)
     with pytest.raises(KeyboardInterrupt):
@@ -240,14 +238,14 @@ def test_two_checkpoints_are_kept_while_training(tiny_model, rows, tmp_path):
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["checkpoint-6", "checkpoint-8"]
 
 
-def test_an_unknown_target_is_refused_with_those_there_are(tiny_model):
+def test_unknown_target_module_is_refused(tiny_model):
     model = models.load_model(models.fetch(str(tiny_model)), dtype="float32", device="cpu")
     with pytest.raises(ConfigError, match=r"no linear layer 'q_prj': use some of down_proj, .*q_proj"):
-        lora.attach_adapter(model, AdapterOptions(targets=("q_prj",)))
+        lora.attach_adapter(model, AdapterOptions(target_modules=("q_prj",)))
 
 
 @pytest.mark.parametrize("fused_layers", ["never", "always"])
-def test_a_gradient_that_is_not_finite_names_step_and_examples(tiny_model, rows, tmp_path, fused_layers):
+def test_non_finite_gradient_names_the_examples(tiny_model, rows, tmp_path, fused_layers):
     """The loss is finite all the time; a hook spoils the gradient of one matrix in the second step."""
     calls = []
 
@@ -267,7 +265,7 @@ def test_a_gradient_that_is_not_finite_names_step_and_examples(tiny_model, rows,
     assert [line["step"] for line in history(tmp_path / "run")] == [1]
 
 
-def test_many_examples_are_counted_and_not_all_named():
+def test_non_finite_error_counts_many_examples():
     told = str(evaluate.bad_loss_error(3, [f"x{i}" for i in range(40)], SimpleNamespace(bf16=True, fp16=False)))
     assert "x31 and 8 more: lower" in told
     assert "x32" not in told

@@ -12,7 +12,7 @@ from fintune.util.console import quiet_libraries
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo", "kto"])
-def test_one_process_keeps_to_one_of_the_gpus_that_it_sees(objective, tmp_path, monkeypatch):
+def test_one_process_uses_one_gpu(objective, tmp_path, monkeypatch):
     name = {"sft": "SFTConfig", "dpo": "DPOConfig", "kto": "KTOConfig"}[objective]
 
     class SeesTwo(getattr(trl, name)):

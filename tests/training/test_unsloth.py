@@ -57,7 +57,7 @@ from fintune.training import unsloth_worker
 unsloth_worker._has_cuda = lambda: {cuda}
 assert sys.argv[1:3] == ["-m", "fintune.training.unsloth_worker"]
 del sys.argv[1:3]
-unsloth_worker.main()
+unsloth_worker.run_worker()
 """
 
 
@@ -97,7 +97,7 @@ def config(model: Path, **options: object) -> Config:
     )
 
 
-def test_the_other_process_trains_the_same_rows_in_the_same_order(tiny_model, inputs, tmp_path):
+def test_unsloth_trains_the_same_rows_in_the_same_order(tiny_model, inputs, tmp_path):
     python = stand_in(tmp_path / "site")
     for name, more in (("own", {}), ("unsloth", {"backend": "unsloth", "backend_python": python})):
         (tmp_path / name).mkdir()
@@ -114,12 +114,12 @@ def test_the_other_process_trains_the_same_rows_in_the_same_order(tiny_model, in
     assert not (tmp_path / "unsloth" / "unsloth").exists()
 
 
-def test_a_process_that_dies_or_runs_out_of_memory_is_one_line(tiny_model, inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(unsloth, "_ask_worker", lambda _python: {"unsupported_reason": ""})
+def test_unsloth_process_error_is_one_line(tiny_model, inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(unsloth, "_ask_worker", lambda _python: {"problem": ""})
     chosen = config(tiny_model, backend="unsloth", backend_python=stand_in(tmp_path / "site"))
     for trouble, told in (
         ("killed", "Unsloth's process was ended by SIGKILL"),
-        ("memory", r"out of memory while training with Unsloth \(CUDA out of memory\. Tr.*\): lower train.batch_size"),
+        ("memory", r"out of memory while training with Unsloth \(CUDA out of memory\. Tr.*\): lower train.per_device"),
     ):
         monkeypatch.setenv("STAND_IN", trouble)
         with pytest.raises(ResourceError, match=told):
@@ -135,7 +135,7 @@ def test_a_process_that_dies_or_runs_out_of_memory_is_one_line(tiny_model, input
         (None, "unsloth is not installed"),
     ],
 )
-def test_where_unsloth_cannot_work_is_told_before_training(tiny_model, tmp_path, there, told):
+def test_unsloth_environment_problem_is_refused(tiny_model, tmp_path, there, told):
     python = stand_in(tmp_path / "site", **there) if there is not None else None
     if there is None and _installed():
         pytest.skip("Unsloth is installed here")
@@ -149,7 +149,7 @@ def _installed() -> bool:
     return importlib.util.find_spec("unsloth") is not None
 
 
-def test_a_python_that_is_none_or_has_no_fintune_is_told(tiny_model, tmp_path):
+def test_unsloth_python_without_fintune_is_refused(tiny_model, tmp_path):
     with pytest.raises(ConfigError, match=r"train\.backend_python: .*nowhere does not exist"):
         unsloth.check_environment(config(tiny_model, backend="unsloth", backend_python=tmp_path / "nowhere"))
     (tmp_path / "broken").write_text("#!/bin/sh\necho no module named fintune >&2\nexit 1\n", encoding="utf-8")
@@ -158,17 +158,17 @@ def test_a_python_that_is_none_or_has_no_fintune_is_told(tiny_model, tmp_path):
         unsloth.check_environment(config(tiny_model, backend="unsloth", backend_python=tmp_path / "broken"))
 
 
-def test_the_check_is_one_line_of_json():
+def test_unsloth_check_prints_one_line_of_json():
     import subprocess
 
     command = [sys.executable, "-m", unsloth.WORKER, "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
     assert found["versions"]["torch"]
-    assert set(found) == {"versions", "unsupported_reason"}
+    assert set(found) == {"versions", "problem"}
 
 
-def test_an_interruption_is_passed_on_once_and_waited_for(tmp_path):
+def test_unsloth_interruption_is_passed_on_once(tmp_path):
     ready, kept = tmp_path / "ready", tmp_path / "kept"
     code = (
         "import pathlib, signal, sys, time\n"

@@ -103,7 +103,7 @@ def check_training(config: Config) -> None:
     """Refuse what would stop the training."""
     from fintune.pipeline.stages import train
 
-    train.check(config)
+    train.check_training(config)
     check_base(config)
 
 

@@ -13,7 +13,7 @@ from fintune.util.console import console
 from fintune.util.system import configure_environment
 
 
-def main() -> None:
+def run_rank() -> None:
     """Join the other processes and train; write the error that stopped it for the process that started this one."""
     configure_environment()
     from fintune.pipeline.stages.train import train_as_rank
@@ -27,10 +27,10 @@ def main() -> None:
     try:
         train_as_rank(config, prepare, folder)
     except FintuneError as error:
-        distributed.write_error(job_file, distributed.rank(), error)
+        distributed.write_error(job_file, distributed.process_rank(), error)
         sys.exit(2)
     distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    run_rank()

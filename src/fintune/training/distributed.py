@@ -81,7 +81,7 @@ def destroy_process_group() -> None:
     _world.rank, _world.size = 0, 1
 
 
-def rank() -> int:
+def process_rank() -> int:
     """Return the rank of this process, from 0."""
     return _world.rank
 

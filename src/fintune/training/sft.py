@@ -74,7 +74,7 @@ def examples_per_step(options: TrainOptions) -> int:
     return options.per_device_train_batch_size * options.gradient_accumulation_steps * distributed.world_size()
 
 
-def train(
+def train_model(
     model: PeftModel | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,

@@ -8,8 +8,8 @@ in the stage's folder::
     unsloth.json          from the process: {versions, peak_gib}
     metrics.jsonl, checkpoints/, best/, adapter/   as the builtin training writes them
 
-``PYTHON -m fintune.training.unsloth_worker --check`` prints one line of JSON, {versions, unsupported_reason}. The
-reason is empty if Unsloth can train.
+``PYTHON -m fintune.training.unsloth_worker --check`` prints one line of JSON, {versions, problem}. The
+problem is empty if Unsloth can train.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ def check_environment(config: Config) -> None:
         ConfigError: ``train.backend_python`` does not exist.
         ResourceError: There is no CUDA GPU, or Unsloth is missing, or installed libraries are too new or old for it.
     """
-    reason = _ask_worker(_python(config))["unsupported_reason"]
-    if not reason:
+    problem = _ask_worker(_python(config))["problem"]
+    if not problem:
         return
     hint = (
         "install Unsloth in an environment with versions that it supports, and set train.backend_python to its python"
     )
-    if "CUDA" in reason:
+    if "CUDA" in problem:
         hint = "set train.backend to builtin, which also trains on a CPU"
-    raise ResourceError(f"train.backend: unsloth cannot work here: {reason}", hint=hint, option="train.backend")
+    raise ResourceError(f"train.backend: unsloth cannot work here: {problem}", hint=hint, option="train.backend")
 
 
-def train(config: Config, *, model: Path, prepare: Path, folder: Path, compute: str) -> None:
+def train_with_unsloth(config: Config, *, model: Path, prepare: Path, folder: Path, compute: str) -> None:
     """Train in the other process; resumes from the last complete checkpoint in ``folder/checkpoints``.
 
     Args:

@@ -1,7 +1,7 @@
 """The process that trains with Unsloth, ``python -m fintune.training.unsloth_worker JOB``.
 
 Unsloth makes the model and its adapter. Order of the examples, masks, loop, log and checkpoints are those of
-:func:`fintune.training.sft.train`. The files are described in ``fintune.training.unsloth``.
+:func:`fintune.training.sft.train_model`. The files are described in ``fintune.training.unsloth``.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ _EXTRAS = ("", "huggingface", "huggingfacenotorch")
 """Extras under which Unsloth's metadata lists its requirements."""
 
 
-def main() -> None:
+def run_worker() -> None:
     """Check or train; write the error that stopped it for the process that started this one."""
     if sys.argv[1] == "--check":
-        sys.stdout.write(json.dumps({"versions": versions(), "unsupported_reason": unsupported_reason()}) + "\n")
+        sys.stdout.write(json.dumps({"versions": versions(), "problem": environment_problem()}) + "\n")
         return
     job_file = Path(sys.argv[1])
     distributed.exit_with_parent()
     try:
-        run(json.loads(job_file.read_text(encoding="utf-8")))
+        run_job(json.loads(job_file.read_text(encoding="utf-8")))
     except FintuneError as error:
         distributed.write_error(job_file, 0, error)
         sys.exit(2)
@@ -62,7 +62,7 @@ def versions() -> dict[str, str]:
     return installed
 
 
-def unsupported_reason() -> str:
+def environment_problem() -> str:
     """Return why Unsloth cannot work here; an empty string if it can."""
     installed = versions()
     if "unsloth" not in installed:
@@ -94,11 +94,11 @@ def _has_cuda() -> bool:
     return bool(torch.cuda.is_available())
 
 
-def run(job: dict[str, Any]) -> None:
+def run_job(job: dict[str, Any]) -> None:
     """Train as the job says.
 
     Raises:
-        FintuneError: As :func:`fintune.training.sft.train`.
+        FintuneError: As :func:`fintune.training.sft.train_model`.
         ResourceError: Out of memory.
     """
     import unsloth  # noqa: F401, I001 - before the libraries that it changes
@@ -120,7 +120,7 @@ def run(job: dict[str, Any]) -> None:
     with advice_on_memory(hint, during="training with Unsloth"):
         longest = max(len(ids) for split in (rows, eval_rows) for ids in split["input_ids"])
         model = _load_model(config, job["model"], job["compute"], longest, recomputes=recomputes)
-        sft.train(
+        sft.train_model(
             model,
             models.load_tokenizer(models.fetch(job["model"])),
             rows,
@@ -169,4 +169,4 @@ def _load_model(config: Config, folder: str, compute: str, longest: int, *, reco
 
 
 if __name__ == "__main__":
-    main()
+    run_worker()

@@ -39,7 +39,7 @@ def test_a_large_gpu_recomputes_nothing(lines):
     assert said[2:] == [
         "a step: one pass over a batch of 16",
         "- no layer recomputed: all activations fit 78.8 GiB",
-        "- 4 bits are not needed: 16 bits fit",
+        "- 4 bits are not needed: the 16-bit model fits",
     ]
 
 
@@ -72,24 +72,26 @@ def test_transformers_layers_are_planned_as_they_are_run(lines):
         lines(40, "train.per_device_train_batch_size=4", "train.fused_layers=never")[1:],
     )
     assert len(modules) == 1
-    assert modules[0].endswith("of 38.8 with transformers' layers")
+    assert modules[0].endswith("of 38.8 with the layers of transformers")
     assert fused[0].split()[1] != modules[0].split()[2]
-    assert lines(16, "train.fused_layers=never")[1].endswith("of 14.8 with transformers' layers, all layers recomputed")
+    assert lines(16, "train.fused_layers=never")[1].endswith(
+        "of 14.8 with the layers of transformers, all layers recomputed"
+    )
     with pytest.raises(
         ResourceError,
-        match=r"layers recomputed, and 7\.8 GiB may be used: use a smaller train.per_device_train_batch_s",
+        match=r"layers recomputed, but only 7\.8 GiB may be used: use a smaller train.per",
     ):
         lines(9, "train.fused_layers=never")
 
 
 def test_the_limit_is_told_where_it_comes_from(lines):
     assert lines(24, "train.max_memory_gib=14")[1].endswith("of 14.0 (train.max_memory_gib)")
-    with pytest.raises(ResourceError, match=r"and 0 MiB may be used"):
+    with pytest.raises(ResourceError, match=r"only 0 MiB may be used"):
         lines(1)
 
 
 def test_sizes_below_a_gib_and_sizes_near_each_other_are_told_apart(lines):
-    with pytest.raises(ResourceError, match=r"needs .* GiB for .*, and 512 MiB may be used"):
+    with pytest.raises(ResourceError, match=r"needs .* GiB for .*, only 512 MiB may be used"):
         lines(24, "train.max_memory_gib=0.5")
     assert format_distinct(600 * 2**20, 512 * 2**20) == ("600 MiB", "512 MiB")
     assert format_distinct(int(7.84 * GIB), int(7.81 * GIB)) == ("7.84 GiB", "7.81 GiB")
@@ -110,7 +112,7 @@ def test_models_and_methods_without_a_plan_are_refused(lines):
         lines(24, model={**LLAMA_3B, "model_type": "gemma3"})
     with pytest.raises(ConfigError, match=r"not adapter\.kind: full"):
         lines(24, "adapter.kind=full")
-    with pytest.raises(ConfigError, match=r"knows train\.backend: own, not unsloth"):
+    with pytest.raises(ConfigError, match=r"knows train\.backend: builtin, not unsloth"):
         lines(24, "train.backend=unsloth")
     with pytest.raises(ConfigError, match=r"knows adapters of q_proj, .*, not of nonsense"):
         lines(24, "adapter.target_modules=[nonsense]")
@@ -135,7 +137,7 @@ def test_of_a_model_on_the_hub_only_the_configuration_is_fetched(hub, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("model: {name: owner/model}\nprompt: {max_length: 1024}\n")
     said = plan(load(path, ()).config, gib=80)
-    assert said[0].startswith("owner/model, lora r=16 on 16bit weights")
+    assert said[0].startswith("owner/model, lora r=16 on 16-bit weights")
     fetched = [request for request in hub.asked if "/resolve/" in request]
     assert "GET /owner/model/resolve/main/config.json" in fetched
     assert all(request.endswith("/config.json") for request in fetched)
@@ -159,7 +161,7 @@ def test_a_folder_with_a_configuration_alone_is_planned(tiny_model, tmp_path):
     config = json.loads((tiny_model / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "head_dim": 128, **LLAMA_3B}))
     said = plan(load(None, [f"model.name={folder}", "train.per_device_train_batch_size=1"]).config, gib=24)
-    assert said[0].startswith(f"{folder}, lora r=16 on 16bit weights, 1 example a step")
+    assert said[0].startswith(f"{folder}, lora r=16 on 16-bit weights, 1 example a step")
     assert said[1].startswith("fits: ")
 
 

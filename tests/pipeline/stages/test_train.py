@@ -39,7 +39,7 @@ def weights(folder):
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
-def test_the_adapter_loads_with_peft_and_changes_the_model(tiny_model, inputs, tmp_path):
+def test_train_adapter_loads_with_peft(tiny_model, inputs, tmp_path):
     from peft import PeftModel
 
     from fintune.util.console import quiet_libraries
@@ -60,7 +60,7 @@ def test_the_adapter_loads_with_peft_and_changes_the_model(tiny_model, inputs, t
     assert facts["num_tokens"] == metrics.read(tmp_path / "train/metrics.jsonl")[-1]["tokens"] > 0
 
 
-def test_an_attempt_that_ended_after_the_adapter_is_only_finished(tiny_model, inputs, tmp_path):
+def test_train_only_finishes_an_attempt_with_an_adapter(tiny_model, inputs, tmp_path):
     (tmp_path / "train").mkdir()
     first = train(config(tiny_model), inputs, tmp_path / "train")
     stamp = (tmp_path / "train/adapter/adapter_model.safetensors").stat().st_mtime_ns
@@ -68,7 +68,7 @@ def test_an_attempt_that_ended_after_the_adapter_is_only_finished(tiny_model, in
     assert (tmp_path / "train/adapter/adapter_model.safetensors").stat().st_mtime_ns == stamp
 
 
-def test_a_killed_run_goes_on_and_equals_the_uninterrupted_one(tiny_model, inputs, tmp_path):
+def test_train_killed_once_equals_uninterrupted(tiny_model, inputs, tmp_path):
     asked = config(tiny_model, max_steps=60, save_steps=1)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir()
@@ -96,7 +96,7 @@ def test_a_killed_run_goes_on_and_equals_the_uninterrupted_one(tiny_model, input
 
 
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_run_killed_again_and_again_equals_the_uninterrupted_one(tiny_model, inputs, tmp_path, seed):
+def test_train_killed_repeatedly_equals_uninterrupted(tiny_model, inputs, tmp_path, seed):
     asked = config(
         tiny_model,
         max_steps=24,
@@ -151,14 +151,14 @@ def test_a_run_killed_again_and_again_equals_the_uninterrupted_one(tiny_model, i
         ),
     ],
 )
-def test_out_of_memory_is_one_line_with_what_to_change(tiny_model, inputs, tmp_path, monkeypatch, options, advice):
+def test_out_of_memory_is_one_line_with_options(tiny_model, inputs, tmp_path, monkeypatch, options, advice):
     from fintune.errors import ResourceError
     from fintune.training import sft
 
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nmore lines")
 
-    monkeypatch.setattr(sft, "train", full)
+    monkeypatch.setattr(sft, "train_model", full)
     (tmp_path / "train").mkdir()
     with pytest.raises(ResourceError) as raised:
         train(config(tiny_model, **options), inputs, tmp_path / "train")
@@ -167,12 +167,12 @@ def test_out_of_memory_is_one_line_with_what_to_change(tiny_model, inputs, tmp_p
     assert "\n" not in str(raised.value)
 
 
-def test_memory_that_runs_out_on_a_cpu_is_one_line_with_the_same_advice(tiny_model, inputs, tmp_path, monkeypatch):
+def test_out_of_memory_on_a_cpu_has_the_same_advice(tiny_model, inputs, tmp_path, monkeypatch):
     """The allocator is really asked for more than there is: 2^50 bytes."""
     from fintune.errors import ResourceError
     from fintune.training import sft
 
-    monkeypatch.setattr(sft, "train", lambda *_, **__: torch.empty(1 << 50, dtype=torch.uint8))
+    monkeypatch.setattr(sft, "train_model", lambda *_, **__: torch.empty(1 << 50, dtype=torch.uint8))
     (tmp_path / "train").mkdir()
     with pytest.raises(ResourceError, match=r"^out of memory \(DefaultCPUAllocator: can't allocate memory") as raised:
         train(config(tiny_model, per_device_train_batch_size=8), inputs, tmp_path / "train")
@@ -180,7 +180,7 @@ def test_memory_that_runs_out_on_a_cpu_is_one_line_with_the_same_advice(tiny_mod
     assert "\n" not in str(raised.value)
 
 
-def test_a_model_that_does_not_fit_the_memory_is_told_with_what_to_do(tiny_model, inputs, tmp_path, monkeypatch):
+def test_model_too_large_for_memory_has_a_hint(tiny_model, inputs, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
     from fintune.errors import ResourceError
@@ -193,7 +193,7 @@ def test_a_model_that_does_not_fit_the_memory_is_told_with_what_to_do(tiny_model
         train(config(tiny_model), inputs, tmp_path / "train")
 
 
-def test_out_of_memory_on_a_gpu_names_the_overrides_that_fit(tiny_model, inputs, tmp_path, monkeypatch):
+def test_out_of_memory_on_a_gpu_names_fitting_overrides(tiny_model, inputs, tmp_path, monkeypatch):
     from fintune.errors import ResourceError
     from fintune.training import sft
     from fintune.training.memory import planner
@@ -204,7 +204,7 @@ def test_out_of_memory_on_a_gpu_names_the_overrides_that_fit(tiny_model, inputs,
         monkeypatch.setattr(planner, "free_bytes", lambda *_: planner.RESERVE_BYTES + 2_500_000)
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(sft, "train", full)
+    monkeypatch.setattr(sft, "train_model", full)
     (tmp_path / "train").mkdir()
     with pytest.raises(
         ResourceError,
@@ -215,9 +215,7 @@ def test_out_of_memory_on_a_gpu_names_the_overrides_that_fit(tiny_model, inputs,
 
 
 @pytest.mark.parametrize("fused_layers", ["never", "always"])
-def test_accuracy_decides_by_the_programs_that_the_model_writes(
-    tiny_model, inputs, tmp_path, monkeypatch, fused_layers
-):
+def test_best_accuracy_selects_by_generated_programs(tiny_model, inputs, tmp_path, monkeypatch, fused_layers):
     """Gold results are set to what the model's own greedy programs give, so that some evaluation finds them."""
     from fintune.evaluation.questions import GoldQuestion
 
@@ -244,7 +242,7 @@ def test_accuracy_decides_by_the_programs_that_the_model_writes(
     assert (facts["kept_step"], facts["eval_accuracy"]) == (4, 0.5)
 
 
-def test_right_is_what_executes_to_the_gold_result(inputs):
+def test_question_is_correct_if_it_executes_to_gold(inputs):
     from fintune.evaluation.questions import read_questions
 
     path = inputs["prepare"] / "gold.json"
@@ -258,7 +256,7 @@ def test_right_is_what_executes_to_the_gold_result(inputs):
     assert not questions[0].is_correct("nonsense")
 
 
-def test_evaluation_draws_the_same_examples_every_time(tiny_model, inputs, tmp_path):
+def test_evaluation_samples_are_repeatable(tiny_model, inputs, tmp_path):
     losses = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

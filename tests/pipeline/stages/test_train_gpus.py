@@ -145,7 +145,7 @@ def kill_one_rank(folder, steps):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are found below /proc")
-def test_a_killed_process_ends_all_and_the_same_command_goes_on(tiny_model, prepare, tmp_path):
+def test_killed_process_ends_all_and_training_resumes(tiny_model, prepare, tmp_path):
     before = signal.getsignal(signal.SIGINT)
     plain = {"max_steps": 16, "eval_steps": None, "select_checkpoint": "last", "learning_rate": 1e-3}
     asked = config(tiny_model, per_device_train_batch_size=2, **plain)

@@ -48,9 +48,7 @@ def logp(model, tokenizer, one: LabelledAnswer) -> float:
     return float(taken[torch.tensor(encoded.completion_mask[1:]) == 1].sum())
 
 
-def test_desired_answers_gain_over_undesired_ones_and_the_figures_are_those_of_the_saved_adapter(
-    tiny_model, data, answers, tmp_path, capsys
-):
+def test_kto_figures_are_those_of_the_saved_adapter(tiny_model, data, answers, tmp_path, capsys):
     from peft import PeftModel
 
     from fintune.util.console import quiet_libraries
@@ -89,7 +87,7 @@ def test_desired_answers_gain_over_undesired_ones_and_the_figures_are_those_of_t
     assert "rewards/accuracies" not in str(lines(tmp_path))
 
 
-def test_the_first_loss_is_that_of_equal_models_times_the_weights_of_its_labels(tiny_model, data, answers, tmp_path):
+def test_kto_first_loss_is_that_of_equal_models(tiny_model, data, answers, tmp_path):
     found = {}
     for name, more in {"plain": (1.0, 1.0), "weighed": (3.0, 0.5)}.items():
         (tmp_path / name).mkdir()
@@ -102,12 +100,12 @@ def test_the_first_loss_is_that_of_equal_models_times_the_weights_of_its_labels(
     assert abs(found["weighed"]["loss"] - 0.5) > 1e-3
 
 
-def test_an_interrupted_run_goes_on_and_equals_the_uninterrupted_one(tiny_model, data, answers, tmp_path, monkeypatch):
+def test_interrupted_run_equals_the_uninterrupted_one(tiny_model, data, answers, tmp_path, monkeypatch):
     asked = options(tiny_model, data, "train.save_steps=2", "train.eval_steps=2", "train.select_checkpoint=best_loss")
     check_that_an_interrupted_run_equals_the_uninterrupted_one(asked, answers, tmp_path, monkeypatch)
 
 
-def test_held_out_answers_are_measured_one_by_one_whatever_the_batch(tiny_model, data, answers, tmp_path):
+def test_held_out_answers_do_not_depend_on_the_batch(tiny_model, data, answers, tmp_path):
     found = []
     for size in (3, 8):
         folder = tmp_path / str(size)
@@ -125,7 +123,7 @@ def test_held_out_answers_are_measured_one_by_one_whatever_the_batch(tiny_model,
         assert found[0][name] == pytest.approx(found[1][name], rel=1e-5)
 
 
-def test_pairs_and_answers_without_a_partner_train_together(tiny_model, data, tmp_path):
+def test_pairs_and_unpaired_answers_train_together(tiny_model, data, tmp_path):
     pairs = write_rows(tmp_path / "p.jsonl", [{**row, "prompt": f"second {row['prompt']}"} for row in pair_rows(12)])
     asked = options(
         tiny_model,
@@ -156,7 +154,7 @@ def test_pairs_and_answers_without_a_partner_train_together(tiny_model, data, tm
         (["train.per_device_train_batch_size=1"], "set train.per_device_train_batch_size to 2 or more"),
     ],
 )
-def test_options_that_do_not_fit_are_refused_by_name(tiny_model, data, changed, told):
+def test_unfitting_options_are_refused(tiny_model, data, changed, told):
     with pytest.raises(ConfigError, match=told) as raised:
         options(tiny_model, data, *changed)
     assert "\n" not in str(raised.value)

@@ -64,7 +64,7 @@ def base(model, **options):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_each_method_trains_and_its_result_loads_and_differs_from_the_base(tiny_model, prepare, tmp_path, method):
+def test_method_trains_and_its_result_loads(tiny_model, prepare, tmp_path, method):
     from fintune.util.console import quiet_libraries
 
     facts = train(config(tiny_model, method), {"prepare": prepare}, tmp_path)
@@ -87,13 +87,13 @@ def test_each_method_trains_and_its_result_loads_and_differs_from_the_base(tiny_
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_each_method_trains_in_bfloat16_with_recomputed_activations(tiny_model, prepare, tmp_path, method):
+def test_method_trains_in_bfloat16_with_checkpointing(tiny_model, prepare, tmp_path, method):
     asked = config(tiny_model, method, precision="bfloat16", gradient_checkpointing=True, max_steps=3)
     train(asked, {"prepare": prepare}, tmp_path)
     assert all(3 < loss < 7 for loss in losses(tmp_path))
 
 
-def test_every_weight_moves_in_full_fine_tuning_and_the_configuration_stays(tiny_model, prepare, tmp_path):
+def test_full_moves_every_weight_and_keeps_the_config(tiny_model, prepare, tmp_path):
     train(config(tiny_model, "full", max_steps=3), {"prepare": prepare}, tmp_path)
     before = dict(base(tiny_model).named_parameters())
     after = dict(base(tmp_path / "model").named_parameters())
@@ -106,7 +106,7 @@ def test_every_weight_moves_in_full_fine_tuning_and_the_configuration_stays(tiny
         )
 
 
-def test_base_weights_in_four_bits_change_the_losses_and_take_half_a_byte(tiny_model, prepare, tmp_path):
+def test_four_bit_weights_take_half_a_byte(tiny_model, prepare, tmp_path):
     for method in ("lora", "qlora"):
         (tmp_path / method).mkdir()
         train(config(tiny_model, method, max_steps=2), {"prepare": prepare}, tmp_path / method)
@@ -119,7 +119,7 @@ def test_base_weights_in_four_bits_change_the_losses_and_take_half_a_byte(tiny_m
 
 @pytest.mark.parametrize(("method", "init"), [("lora", "pissa"), ("dora", "pissa"), ("qlora", "loftq")])
 @pytest.mark.parametrize("rslora", [False, True])
-def test_an_adapter_that_begins_at_something_is_saved_for_the_unchanged_base(
+def test_pissa_and_loftq_are_saved_for_the_unchanged_base(
     tiny_model, prepare, tmp_path, monkeypatch, method, init, rslora
 ):
     from fintune.training import lora
@@ -145,7 +145,7 @@ def test_an_adapter_that_begins_at_something_is_saved_for_the_unchanged_base(
     assert float((loaded - seen["trained"]).abs().max()) < (1e-4 if init == "pissa" else moved / 2)
 
 
-def test_loftq_begins_nearer_to_the_exact_weights_than_four_bits_alone(tiny_model):
+def test_loftq_starts_closer_to_the_exact_weights(tiny_model):
     from fintune.config import AdapterOptions
     from fintune.training import lora
 
@@ -156,7 +156,7 @@ def test_loftq_begins_nearer_to_the_exact_weights_than_four_bits_alone(tiny_mode
     assert 0 < float((logits(model) - exact).square().mean()) < before * 0.8
 
 
-def test_a_look_at_four_bit_weights_in_evaluation_leaves_the_gradients_as_they_were(tiny_model):
+def test_evaluation_keeps_the_gradients_of_4_bit_weights(tiny_model):
     from fintune.config import AdapterOptions
     from fintune.training import lora
 
@@ -213,12 +213,12 @@ def test_rslora_scales_by_the_root_of_the_rank(tiny_model):
         ),
     ],
 )
-def test_what_does_not_go_together_is_refused_by_name(options, message):
+def test_conflicting_options_are_refused(options, message):
     with pytest.raises(ValidationError, match=message):
         Config.model_validate(options)
 
 
-def test_what_full_fine_tuning_left_is_merged_and_predicted_with(tiny_model, prepare, tmp_path):
+def test_full_result_is_merged_and_predicts(tiny_model, prepare, tmp_path):
     from fintune.pipeline.stages.merge import merge
     from fintune.pipeline.stages.predict import predict
 
@@ -240,7 +240,7 @@ def test_what_full_fine_tuning_left_is_merged_and_predicted_with(tiny_model, pre
     assert said["adapter"] == said["merged"]
 
 
-def test_a_full_fine_tuning_that_moved_nothing_is_not_merged(tiny_model, prepare, tmp_path):
+def test_full_result_without_changes_is_not_merged(tiny_model, prepare, tmp_path):
     from fintune.errors import ArtifactError
     from fintune.pipeline.stages.merge import merge
     from fintune.training import full
@@ -253,7 +253,7 @@ def test_a_full_fine_tuning_that_moved_nothing_is_not_merged(tiny_model, prepare
         merge(config(tiny_model, "full"), inputs, tmp_path / "merge")
 
 
-def test_a_sixteen_bit_merge_of_full_fine_tuning_keeps_sixteen_bits(tiny_model, prepare, tmp_path):
+def test_full_result_merges_into_16_bits(tiny_model, prepare, tmp_path):
     from fintune.pipeline.stages.merge import merge
 
     for name in ("train", "merge"):
@@ -271,7 +271,7 @@ def test_a_sixteen_bit_merge_of_full_fine_tuning_keeps_sixteen_bits(tiny_model, 
 
 
 @pytest.mark.parametrize("fused_layers", ["never", "always"])
-def test_a_small_step_on_four_bit_weights_is_not_rounded_away(tiny_model, prepare, tmp_path, fused_layers):
+def test_small_step_on_4_bit_weights_is_not_rounded_away(tiny_model, prepare, tmp_path, fused_layers):
     """In bfloat16 a weight of 0.1 stays where it is under a step of 1e-5."""
     from safetensors.torch import load_file
 

@@ -51,7 +51,7 @@ def margin(model, tokenizer, pair: Pair) -> float:
     return logp(pair.chosen) - logp(pair.rejected)
 
 
-def test_dpo_raises_the_margin_of_held_out_pairs_and_leaves_the_reference_alone(tiny_model, data, pairs, tmp_path):
+def test_dpo_raises_the_margin_and_keeps_the_reference(tiny_model, data, pairs, tmp_path):
     from peft import PeftModel
 
     from fintune.util.console import quiet_libraries
@@ -83,9 +83,7 @@ def test_dpo_raises_the_margin_of_held_out_pairs_and_leaves_the_reference_alone(
 
 @pytest.mark.parametrize(("objective", "first"), [("dpo", math.log(2)), ("kto", 0.5)])
 @pytest.mark.parametrize("method", ["model.quantization=none", "model.quantization=nf4", "adapter.kind=dora"])
-def test_the_first_loss_is_that_of_equal_models_on_any_weights(
-    tiny_model, data, pairs, tmp_path, objective, first, method
-):
+def test_first_loss_is_that_of_equal_models(tiny_model, data, pairs, tmp_path, objective, first, method):
     train(options(tiny_model, data, objective, method, "train.max_steps=2"), {"prepare": pairs}, tmp_path)
     begin, then = lines(tmp_path)
     assert begin["loss"] == pytest.approx(first, rel=1e-6)
@@ -94,9 +92,7 @@ def test_the_first_loss_is_that_of_equal_models_on_any_weights(
     assert {weight.dtype for weight in weights(tmp_path).values()} == {torch.float32}
 
 
-def test_the_reference_is_the_model_without_its_adapter_and_no_checkpoint_holds_another(
-    tiny_model, data, pairs, tmp_path, monkeypatch
-):
+def test_checkpoints_hold_no_reference_adapter(tiny_model, data, pairs, tmp_path, monkeypatch):
     """TRL would keep a copy of the adapter, and write it into every checkpoint."""
     from fintune.training import checkpoints
 
@@ -106,7 +102,7 @@ def test_the_reference_is_the_model_without_its_adapter_and_no_checkpoint_holds_
         seen.extend(folder.rglob("adapter_model.safetensors"))
         kept.add(num_kept)
 
-    monkeypatch.setattr(checkpoints, "drop_old", look)
+    monkeypatch.setattr(checkpoints, "drop_old_checkpoints", look)
     asked = options(tiny_model, data, "dpo", "train.save_steps=3", "train.save_total_limit=5")
     train(asked, {"prepare": pairs}, tmp_path)
     assert kept == {5}
@@ -115,9 +111,7 @@ def test_the_reference_is_the_model_without_its_adapter_and_no_checkpoint_holds_
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_an_interrupted_run_goes_on_and_equals_the_uninterrupted_one(
-    tiny_model, data, pairs, tmp_path, objective, monkeypatch
-):
+def test_interrupted_run_equals_the_uninterrupted_one(tiny_model, data, pairs, tmp_path, objective, monkeypatch):
     asked = options(
         tiny_model, data, objective, "train.save_steps=2", "train.eval_steps=2", "train.select_checkpoint=best_loss"
     )
@@ -125,7 +119,7 @@ def test_an_interrupted_run_goes_on_and_equals_the_uninterrupted_one(
 
 
 @pytest.mark.slow
-def test_a_run_killed_again_and_again_equals_the_uninterrupted_one(tiny_model, data, pairs, tmp_path):
+def test_train_killed_repeatedly_equals_uninterrupted(tiny_model, data, pairs, tmp_path):
     asked = options(
         tiny_model,
         data,
@@ -150,7 +144,7 @@ def test_a_run_killed_again_and_again_equals_the_uninterrupted_one(tiny_model, d
     assert all(torch.equal(weights(cut)[name], weight) for name, weight in weights(whole).items())
 
 
-def test_held_out_pairs_are_measured_one_by_one_whatever_the_batch(tiny_model, data, pairs, tmp_path):
+def test_held_out_pairs_do_not_depend_on_the_batch(tiny_model, data, pairs, tmp_path):
     """Ten pairs in passes of 4, 4 and 2, or of 8 and 2: each pair counts the same."""
     found = []
     for size in (4, 8):
@@ -174,14 +168,14 @@ def test_held_out_pairs_are_measured_one_by_one_whatever_the_batch(tiny_model, d
     assert found[0]["eval_logps/rejected"] == pytest.approx(found[1]["eval_logps/rejected"], rel=1e-5)
 
 
-def test_rows_that_are_no_pairs_are_refused_by_training(tiny_model, data, tmp_path):
+def test_rows_without_pairs_are_refused(tiny_model, data, tmp_path):
     (tmp_path / "train").mkdir()
     rows = {"prepare": prepared(tmp_path / "prepare", tiny_model)}
-    with pytest.raises(ArtifactError, match="no preference pairs: run prepare again"):
+    with pytest.raises(ArtifactError, match="not preference pairs"):
         train(options(tiny_model, data, "dpo"), rows, tmp_path / "train")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_pairs(tiny_model, data, pairs, tmp_path):
+def test_non_finite_loss_names_step_and_pairs(tiny_model, data, pairs, tmp_path):
     config = options(tiny_model, data, "dpo", "train.learning_rate=1e30", "train.dtype=float32")
     with pytest.raises(FintuneError, match=r"not finite at step \d+") as raised:
         train(config, {"prepare": pairs}, tmp_path)
@@ -213,13 +207,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_pairs(tiny_model,
         (["train.objective=ppo"], "train.objective"),
     ],
 )
-def test_combinations_that_are_not_proven_are_refused_by_name(tiny_model, data, changed, told):
+def test_unproven_combinations_are_refused(tiny_model, data, changed, told):
     with pytest.raises(ConfigError, match=told) as raised:
         options(tiny_model, data, "dpo", *changed)
     assert "\n" not in str(raised.value)
 
 
-def test_the_chosen_answers_loss_is_added_where_asked(tiny_model, data, pairs, tmp_path):
+def test_rpo_alpha_adds_the_chosen_loss(tiny_model, data, pairs, tmp_path):
     found = {}
     for weight in (0, 0.5):
         folder = tmp_path / str(weight)

@@ -90,7 +90,7 @@ def folders(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("full")])
-def test_an_interrupted_run_goes_on_to_the_same_bits(tiny_model, inputs, tmp_path, monkeypatch, kind):
+def test_interrupted_run_resumes_to_the_same_bits(tiny_model, inputs, tmp_path, monkeypatch, kind):
     if KINDS[kind].get("model", {}).get("quantization") == "nf4":
         pytest.importorskip("bitsandbytes")
     asked, append = config(tiny_model, kind), metrics.append
@@ -111,7 +111,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tiny_model, inputs, tmp_pat
     check_alike(whole, cut)
 
 
-def test_full_fine_tuning_that_was_killed_goes_on_to_the_same_bits(tiny_model, inputs, tmp_path):
+def test_killed_full_run_resumes_to_the_same_bits(tiny_model, inputs, tmp_path):
     asked = config(tiny_model, "full, best loss")
     whole, cut = folders(tmp_path)
     command = [sys.executable, "-c", KILLED, asked.model_dump_json(), str(inputs["prepare"]), str(cut)]

@@ -62,7 +62,7 @@ def trained(family, *, dora=False, num_checkpointed=0, **lora):
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj", "down_proj"]])
 @pytest.mark.parametrize("num_checkpointed", [0, 1])
-def test_loss_and_gradients_are_those_of_the_modules_with_the_same_masks(family, dora, targets, num_checkpointed):
+def test_dropout_gives_the_gradients_of_the_modules(family, dora, targets, num_checkpointed):
     theirs = with_masks(make(family, dora=dora, targets=targets, lora_dropout=SHARE))
     expected = loss_of_modules(theirs)
     expected.backward()
@@ -72,14 +72,14 @@ def test_loss_and_gradients_are_those_of_the_modules_with_the_same_masks(family,
 
 
 @pytest.mark.parametrize("lora", [{"rank_pattern": {"q_proj": 8}}, {"alpha_pattern": {"v_proj": 2}}])
-def test_ranks_and_factors_may_differ_from_part_to_part(lora):
+def test_ranks_and_scalings_may_differ_in_a_group(lora):
     theirs = with_masks(make("llama", dora=True, lora_dropout=SHARE, **lora))
     loss_of_modules(theirs).backward()
     _, own = trained("llama", dora=True, **lora)
     assert largest_difference(gradients(own), gradients(theirs)) < 1e-5
 
 
-def test_each_batch_has_masks_of_its_own_and_an_evaluation_none():
+def test_batches_have_new_masks_and_evaluations_none():
     model = FusedModel(make("llama", lora_dropout=SHARE), dtype=torch.float32)
     plain = FusedModel(make("llama"), dtype=torch.float32)
     torch.manual_seed(0)
@@ -89,14 +89,14 @@ def test_each_batch_has_masks_of_its_own_and_an_evaluation_none():
     assert loss_of_layers(model, training=False).mean.item() == loss_of_layers(plain).mean.item() != first
 
 
-def test_masks_differ_from_place_to_place():
+def test_masks_differ_between_layers():
     seeds = {dropout_mask(SHARE, 1, layer, group).seed for layer in range(3) for group in range(4)}
     assert len({seed + place for seed in seeds for place in range(3)}) == 3 * 4 * 3
     assert dropout_mask(0.0, 1, 0, 0) is None
     assert dropout_mask(SHARE, None, 0, 0) is None
 
 
-def test_a_mask_keeps_its_share_and_the_mean():
+def test_mask_keeps_its_probability_and_the_mean():
     x = torch.ones(200, 300)
     made = kernels_torch.dropout(x, SHARE, 3)
     assert float((made == 0).float().mean()) == pytest.approx(SHARE, abs=0.01)
@@ -105,7 +105,7 @@ def test_a_mask_keeps_its_share_and_the_mean():
     assert not torch.equal(made, kernels_torch.dropout(x, SHARE, 4))
 
 
-def test_adapters_with_different_dropouts_are_named():
+def test_different_dropouts_are_unsupported():
     model = make("llama", lora_dropout=SHARE)
     model.get_base_model().model.layers[0].mlp.up_proj.lora_dropout["default"].p = 0.1
     assert unsupported_reason(model) == "its adapters have different dropouts"

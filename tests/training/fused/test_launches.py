@@ -66,7 +66,7 @@ def per_layer(monkeypatch, **options):
     return each, found[0] - each
 
 
-def test_dora_adds_three_launches_a_layer_and_its_factors_once_a_step(monkeypatch):
+def test_dora_adds_three_launches_per_layer(monkeypatch):
     lora, lora_once = per_layer(monkeypatch)
     dora, dora_once = per_layer(monkeypatch, dora=True)
     assert dora - lora <= 3  # two factors' backward passes, and the sum of the blocks

@@ -96,7 +96,7 @@ def largest_difference(own, theirs):
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj", "down_proj"]])
 @pytest.mark.parametrize("num_checkpointed", [0, 1])
-def test_loss_and_gradients_are_those_of_the_modules(family, dora, targets, num_checkpointed):
+def test_loss_and_gradients_equal_the_modules(family, dora, targets, num_checkpointed):
     theirs, own = (make(family, dora=dora, targets=targets) for _ in range(2))
     expected = loss_of_modules(theirs)
     expected.backward()
@@ -108,7 +108,7 @@ def test_loss_and_gradients_are_those_of_the_modules(family, dora, targets, num_
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_in_bfloat16_they_are_as_close_as_rounding_allows(dora):
+def test_bfloat16_is_as_close_as_peft_autocast(dora):
     exact, theirs, own = (make("llama", dora=dora) for _ in range(3))
     loss_of_modules(exact).backward()
     expected = loss_of_modules(theirs, torch.bfloat16)
@@ -124,7 +124,7 @@ def test_in_bfloat16_they_are_as_close_as_rounding_allows(dora):
 @pytest.mark.parametrize(
     "lora", [{"use_rslora": True}, {"rank_pattern": {"q_proj": 8}}, {"alpha_pattern": {"v_proj": 2}}]
 )
-def test_ranks_and_factors_may_differ_from_part_to_part(lora):
+def test_ranks_and_scalings_may_differ_in_a_group(lora):
     theirs, own = (make("llama", dora=True, **lora) for _ in range(2))
     loss_of_modules(theirs).backward()
     loss_of_layers(FusedModel(own, dtype=torch.float32)).mean.backward()
@@ -132,7 +132,7 @@ def test_ranks_and_factors_may_differ_from_part_to_part(lora):
 
 
 @pytest.mark.parametrize("hold", [True, False])
-def test_steps_of_the_optimiser_reach_the_layers(hold):
+def test_optimizer_steps_reach_the_layers(hold):
     losses = []
     for fused in (False, True):
         model = make("llama", dora=True)
@@ -151,7 +151,7 @@ def test_steps_of_the_optimiser_reach_the_layers(hold):
     assert losses[0][-1] < losses[0][0] - 0.05
 
 
-def test_the_modules_still_compute_the_same_after_their_weights_were_taken_over():
+def test_modules_compute_the_same_with_held_weights():
     model = make("qwen2")
     before = loss_of_modules(model).detach()
     names = {name: weight.shape for name, weight in model.named_parameters()}
@@ -160,7 +160,7 @@ def test_the_modules_still_compute_the_same_after_their_weights_were_taken_over(
     assert torch.equal(loss_of_modules(model).detach(), before)
 
 
-def test_the_head_gives_the_loss_of_every_label_in_pieces(monkeypatch):
+def test_loss_is_the_same_in_chunks(monkeypatch):
     from fintune.training.fused import loss
 
     model = make("llama")
@@ -188,13 +188,13 @@ def test_evaluation_takes_no_gradient():
         (lambda model: setattr(model.get_base_model().config, "attention_dropout", 0.1), "its attention has dropout"),
     ],
 )
-def test_what_cannot_be_run_is_named(spoil, reason):
+def test_unsupported_reason_names_the_feature(spoil, reason):
     model = make("llama")
     assert unsupported_reason(model) is None
     spoil(model)
     assert reason in unsupported_reason(model)
 
 
-def test_adapters_that_differ_from_layer_to_layer_are_named():
+def test_uneven_adapters_are_unsupported():
     assert "different ranks" in unsupported_reason(make("llama", rank_pattern={"layers.0.self_attn.q_proj": 8}))
     assert "not every layer's q_proj" in unsupported_reason(make("llama", targets=["q_proj"], layers_to_transform=[1]))

@@ -42,7 +42,7 @@ def check(buffers):
 
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("with_branch", [False, True])
-def test_norm_of_a_sum(draw, factors, scaled, with_branch):
+def test_add_norm(draw, factors, scaled, with_branch):
     residual, weight, scale = draw(TOKENS, HIDDEN), draw(HIDDEN), factors(HIDDEN, scaled)
     branch = draw(TOKENS, HIDDEN) if with_branch else None
     buffers, outs = wide(HIDDEN)
@@ -59,7 +59,7 @@ def test_norm_of_a_sum(draw, factors, scaled, with_branch):
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-def test_sum(draw, factors, scaled):
+def test_add(draw, factors, scaled):
     given = draw(TOKENS, HIDDEN), draw(TOKENS, HIDDEN), factors(HIDDEN, scaled)
     close(launch_triton.add(*given), kernels_torch.add(*given))
 
@@ -120,7 +120,7 @@ def check_sums(pairs):
 
 
 @pytest.mark.parametrize("tokens", [7, 300])
-def test_gradients_of_magnitudes(draw, factors, tokens):
+def test_scale_grad_sums_magnitude_gradients(draw, factors, tokens):
     grad, branch = draw(tokens, HIDDEN), draw(tokens, HIDDEN)
     scale, values = factors(HIDDEN, True), factors(HIDDEN, True)
     pairs = [magnitudes(module, tokens, values) for module in (launch_triton, kernels_torch)]
@@ -130,7 +130,7 @@ def test_gradients_of_magnitudes(draw, factors, tokens):
     check_sums(pairs)
 
 
-def test_the_gates_backward_pass_takes_magnitudes_along(draw, factors):
+def test_gate_backward_sums_magnitude_gradients(draw, factors):
     both, scale, values = draw(TOKENS, 160), factors(160, True), factors(160, True)
     pairs = [magnitudes(module, TOKENS, values) for module in (launch_triton, kernels_torch)]
     buffers, outs = wide(160)
@@ -145,7 +145,7 @@ def test_the_gates_backward_pass_takes_magnitudes_along(draw, factors):
 
 @pytest.mark.parametrize(("biased", "normed"), [(False, False), (True, True)])
 @pytest.mark.parametrize(("heads", "key_heads", "width"), [(4, 2, 24), (20, 4, 8)])
-def test_the_heads_backward_pass_takes_magnitudes_along(draw, factors, biased, normed, heads, key_heads, width):
+def test_join_heads_sums_magnitude_gradients(draw, factors, biased, normed, heads, key_heads, width):
     features = (heads + 2 * key_heads) * width
     parts = HeadTransform(
         num_heads=heads,
@@ -167,7 +167,7 @@ def test_the_heads_backward_pass_takes_magnitudes_along(draw, factors, biased, n
     check_sums(pairs)
 
 
-def test_factors_of_dora_are_those_of_the_sum_of_the_matrices(draw, factors):
+def test_dora_scale_equals_the_norm_of_the_sum(draw, factors):
     weights, a, b, magnitude = draw(3, 50, HIDDEN), draw(3, 6, HIDDEN), draw(3, 50, 10)[:, :, :6], factors(50, True)
     expected = magnitude / (weights + 0.7 * b @ a).norm(dim=2)
     given = weights @ a.mT, b, a @ a.mT, weights.pow(2).sum(2), magnitude.expand(3, 50).contiguous(), 0.7
@@ -205,7 +205,7 @@ def test_cross_entropy(draw, with_grad):
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_four_bit_numbers_are_unpacked_as_bitsandbytes_does(draw, nested):
+def test_unpack_nf4_equals_bitsandbytes(draw, nested):
     functional = pytest.importorskip("bitsandbytes.functional")
     weights = draw(96, 192).to(torch.bfloat16)
     packed, state = functional.quantize_4bit(weights, quant_type="nf4", compress_statistics=nested)

@@ -56,8 +56,9 @@ def plan(config: Config, *, gib: float | None = None, longest: int | None = None
     longest = longest or config.prompt.max_length
     gpus = config.train.gpus * config.train.machines
     examples = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps * gpus
+    bits = "16-bit" if config.model.quantization == "none" else "4-bit"
     head = (
-        f"{config.model.name}, {config.adapter.kind} r={config.adapter.r} on {config.model.quantization} weights, "
+        f"{config.model.name}, {config.adapter.kind} r={config.adapter.r} on {bits} weights, "
         f"{examples} example{'s' if examples > 1 else ''} a step of at most {longest} tokens"
     )
     check_combinations(config)

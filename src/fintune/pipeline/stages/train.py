@@ -54,7 +54,7 @@ def train(config: Config, inputs: Mapping[str, Path], folder: Path) -> dict[str,
         ConfigError: The model does not have a target layer.
         ResourceError: A package is missing, or there is not enough memory.
     """
-    check(config)
+    check_training(config)
     rows = _load_rows(inputs["prepare"] / "tokens" / "train")
     result = _result_folder(config, folder)
     # An earlier attempt may have been interrupted after the result was written and before the stage ended.
@@ -78,7 +78,7 @@ def train_as_rank(config: Config, prepare: Path, folder: Path) -> None:
         _train(config, prepare, rows, folder, _result_folder(config, folder))
 
 
-def check(config: Config) -> None:
+def check_training(config: Config) -> None:
     """Refuse what is sure to fail later: missing packages and GPUs, and unproven combinations. Loads no model.
 
     Raises:
@@ -110,7 +110,9 @@ def _train(config: Config, prepare: Path, rows: Dataset, folder: Path, result: P
     say(f"precision {precision.dtype}: {precision.reason}{four_bit}")
     base_folder = models.fetch_base(config)
     if config.train.backend == "unsloth":
-        unsloth.train(config, model=base_folder.path, prepare=prepare, folder=folder, compute=precision.dtype)
+        unsloth.train_with_unsloth(
+            config, model=base_folder.path, prepare=prepare, folder=folder, compute=precision.dtype
+        )
         return
     tokenizer = models.load_tokenizer(base_folder, trust_remote_code=config.model.trust_remote_code)
     set_seed(config.run.seed)
@@ -121,7 +123,7 @@ def _train(config: Config, prepare: Path, rows: Dataset, folder: Path, result: P
         options = options.model_copy(update={"fused_layers": "never", "sharding": "full"})
     base = _load_base(config, base_folder, precision, is_sharded=is_sharded)
     run = partial(
-        sft.train,
+        sft.train_model,
         tokenizer=tokenizer,
         rows=rows,
         options=options,

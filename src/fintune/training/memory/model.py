@@ -285,7 +285,7 @@ def _head_bytes(shape: DecoderShape, tokens: int, num_labels: int) -> int:
 # -- sizes as text
 
 
-def format_bytes(num_bytes: int, decimals: int = 1) -> str:
+def format_gib(num_bytes: int, decimals: int = 1) -> str:
     """Return ``9.4 GiB``, or below one GiB ``614 MiB`` with one decimal less."""
     if num_bytes >= GIB:
         return f"{num_bytes / GIB:.{decimals}f} GiB"
@@ -294,7 +294,7 @@ def format_bytes(num_bytes: int, decimals: int = 1) -> str:
 
 def format_distinct(needed: int, limit: int) -> tuple[str, str]:
     """Format two different sizes with as many decimals as it takes to show the difference."""
-    pairs = ((format_bytes(needed, decimals), format_bytes(limit, decimals)) for decimals in (1, 2, 3))
+    pairs = ((format_gib(needed, decimals), format_gib(limit, decimals)) for decimals in (1, 2, 3))
     return next((pair for pair in pairs if pair[0] != pair[1]), (f"{needed:,} bytes", f"{limit:,} bytes"))
 
 
@@ -306,8 +306,8 @@ def format_usage(used: int, limit: int, suffix: str = "") -> str:
         limit: Bytes that may be allocated.
         suffix: Text after the first size, for example ``" predicted"``.
     """
-    unit = format_bytes(used).split()[1]
-    return f"{format_bytes(used)}{suffix} of {format_bytes(limit).removesuffix(f' {unit}')}"
+    unit = format_gib(used).split()[1]
+    return f"{format_gib(used)}{suffix} of {format_gib(limit).removesuffix(f' {unit}')}"
 
 
 # -- the choice for the fused layers
@@ -398,14 +398,14 @@ def _pass_reasons(plan: MemoryPlan, batch_size: int, recompute: bool | None) -> 
         layers = "without recomputed layers" if recompute is False else "even with every layer recomputed"
         yield (
             f"{plan.batch_size} of {batch_size} examples a pass, {plan.accumulation} passes a step: "
-            f"{batch_size} do not fit {format_bytes(plan.limit_bytes)} {layers}"
+            f"{batch_size} do not fit {format_gib(plan.limit_bytes)} {layers}"
         )
 
 
 def _layer_reasons(
     shape: DecoderShape, method: AdapterMethod, plan: MemoryPlan, recompute: bool | None
 ) -> Iterator[str]:
-    setting, limit = plan.setting, format_bytes(plan.limit_bytes)
+    setting, limit = plan.setting, format_gib(plan.limit_bytes)
     if recompute is not None:
         yield f"{'every' if recompute else 'no'} layer recomputed, as set by train.gradient_checkpointing"
     elif setting.num_checkpointed == 0:

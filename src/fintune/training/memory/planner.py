@@ -25,8 +25,8 @@ from fintune.training.memory.model import (
     MemoryPlan,
     choose_plan,
     divisors,
-    format_bytes,
     format_distinct,
+    format_gib,
     format_usage,
     transformers_peak_bytes,
 )
@@ -322,7 +322,7 @@ def _chooses_recomputation(model: PeftModel | PreTrainedModel, options: TrainOpt
         return True
     num_shards = distributed.world_size() if distributed.is_sharded(options) else 1
     recompute = recomputes_layers(*known, options, longest=longest, limit=limit, num_shards=num_shards)
-    usable = format_bytes(limit)
+    usable = format_gib(limit)
     say(f"layers: {f'all recomputed to fit {usable}' if recompute else f'none recomputed: all fit {usable}'}")
     return recompute
 
