@@ -9,7 +9,7 @@ import pytest
 from fintune.config import Config, DataOptions
 from fintune.report.run_data import RunData
 from fintune.report.run_page import render_run
-from fintune.report.sections.data import data_section, trained_questions_warning
+from fintune.report.sections.data import data_section
 
 LENGTHS = {"mean": 9.0, "p50": 9, "p95": 14, "max": 15, "total": 90, "histogram": [[0, 10, 6], [10, 20, 4]]}
 
@@ -83,14 +83,8 @@ def test_chat_counts_are_of_conversations_and_turns(report):
     assert rows["conversations cut to fit"] == ["1", "1"]
     assert rows["turns cut"] == ["2 of 40", "2 of 40"]
     assert rows["dropped: too long"] == ["1", "0"]
-    assert rows["tokens per epoch"] == ["1,234", "1,234"]
+    assert rows["token rows"] == ["15", "2"]
     assert not [name for name in rows if "page" in name or "evidence" in name]
-
-
-def test_trained_evaluation_questions_mark_the_accuracy(report):
-    assert trained_questions_warning({}) == trained_questions_warning(report) == ""
-    warning = trained_questions_warning({**report, "num_shared_questions": 1})
-    assert warning.startswith("1 of 1 evaluation questions were also trained on.")
 
 
 def test_page_of_a_chat_run_names_its_sources(report):

@@ -189,3 +189,9 @@ def test_options_are_shown_as_they_were_set_and_their_names_do_not_break():
     assert '["rows.jsonl", {"path": "hub:a/b", "weight": 2.0}]' in outline(html).text
     assert "<code>data.sources</code></th>" in html
     assert "tbody th > code { white-space: nowrap; }" in html
+
+
+def test_page_shows_the_warning_about_the_evaluation(page):
+    warned = dataclasses.replace(page, data={**page.data, "eval_warning": "3 questions are trained on"})
+    assert "Caution: 3 questions are trained on" in " ".join(outline(render_run(warned)).text.split())
+    assert "Caution" not in outline(render_run(page)).text

@@ -12,7 +12,7 @@ from fintune.report.formatting import fill_template, kind_label
 from fintune.report.run_data import RunData
 from fintune.report.sections.accuracy import accuracy_section, confidence_section, headline
 from fintune.report.sections.agreement import agreement_section, replay_section
-from fintune.report.sections.data import data_section, trained_questions_warning
+from fintune.report.sections.data import data_section
 from fintune.report.sections.provenance import header_facts, provenance_section
 from fintune.report.sections.training import regression_section, training_section
 
@@ -48,7 +48,7 @@ def render_run(run: RunData) -> str:
         title=f"{run.name} - fintune run",
         name=run.name,
         headline=headline(run),
-        warning=trained_questions_warning(run.data) if run.measured else "",
+        warning=run.data.get("eval_warning", "") if run.measured else "",
         facts=header_facts(run),
         titles=titles,
         **sections,

@@ -181,7 +181,7 @@ def test_the_page_shows_the_trained_tokens_and_nothing_else_as_trained(config: C
         assert words in parsed.text, words
     assert "A/3.pdf-1" in parsed.text
     assert "no program" in parsed.text
-    assert 'id="prompt-plot-wide-' in html
+    assert 'id="prompt-plot-' in html
     assert 'id="completion-plot-narrow-' in html
 
 
@@ -228,7 +228,7 @@ def test_files_and_thoughts_that_are_left_out_are_told(tmp_path: Path, tiny_mode
     options = ["data.source=chat", f"data.sources=[{tmp_path / 'data'}]", f"model.name={tiny_model}"]
     config = load(None, [*options, f"run.dir={tmp_path}", "run.name=c"]).config
     for text in (printed(config, num_examples=0), outline(page(config, tmp_path)).text):
-        assert f"{tmp_path / 'data'}: 2 thoughts in a field of their own left out" in text
+        assert f"{tmp_path / 'data'}: 2 thoughts in a separate field left out" in text
         assert f"{tmp_path / 'data'}: 1 file not read: faq.xlsx (the known suffixes are " in text
 
 

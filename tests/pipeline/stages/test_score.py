@@ -36,8 +36,8 @@ def test_score_stage_summary_has_no_program_rate(tmp_path: Path, gold: Path) -> 
     assert facts["summary"].endswith(", invalid 0.00%, no program 66.67% of 3")
 
 
-def test_score_stage_summary_warns_of_trained_questions(tmp_path: Path, gold: Path) -> None:
-    (tmp_path / "report.json").write_text(json.dumps({"num_shared_questions": 2}))
+def test_score_stage_summary_has_the_warning_of_prepare(tmp_path: Path, gold: Path) -> None:
+    (tmp_path / "report.json").write_text(json.dumps({"eval_warning": "2 questions are trained on"}))
     (tmp_path / "predictions.jsonl").write_text("".join(json.dumps(run_row(name)) + "\n" for name in PROGRAMS))
     facts = score(Config(), {"prepare": tmp_path, "predict/base": tmp_path}, tmp_path, kind="base")
-    assert "2 evaluation questions were also trained on" in facts["summary"]
+    assert "2 questions are trained on" in facts["summary"]

@@ -24,19 +24,8 @@ from fintune.data.report import NOT_USED, Lengths, PrepareReport
 from fintune.data.tokenize import TokenRow
 from fintune.manifest import MANIFEST
 from fintune.models import load as models
-from fintune.report.inspect_page import (
-    InspectPage,
-    Piece,
-    Shown,
-    counts,
-    dropped,
-    left_out,
-    num_more,
-    problems,
-    render_inspect,
-    restricted,
-    sources,
-)
+from fintune.report.inspect_page import InspectPage, Piece, Shown, left_out, num_more, render_inspect
+from fintune.report.sections.data import count_rows, dropped_rows, problems, restricted_names, source_rows
 from fintune.util.files import check_outputs, write_output
 from fintune.util.sampling import describe_row, file_of_row, stratified_indices
 from fintune.util.text import escape_control_chars
@@ -47,6 +36,8 @@ if TYPE_CHECKING:
 SAMPLE = 200
 """Records a split that are encoded where no prepared folder is at hand."""
 BAR_WIDTH = 40
+_SOURCE_COLUMNS = (0, 1, 2, 5, 6, 7)
+"""Columns of the page's table of sources that the terminal has room for."""
 
 PROMPT_STYLE, SPECIAL_STYLE = "dim", "dim reverse"
 TRAINED_STYLE, TRAINED_SPECIAL_STYLE = "green", "bold green reverse"
@@ -94,15 +85,16 @@ def inspect(config: Config, console: Console, *, num_examples: int = 3, html: Pa
 def _print(page: InspectPage, report: PrepareReport, console: Console) -> None:
     coloured = console.color_system is not None
     console.print(Text(page.origin, style="bold"))
-    console.print(_table(("", "train", "eval"), counts(page.report), numbers=(1, 2)))
-    if found := sources(page.report):
-        head = ("source", "rows", "usable rows by shape", "to train on", "held out", "licence")
-        console.print("", _table(head, found, numbers=(1, 3, 4)), sep="\n")
-    if each := restricted(page.report):
-        console.print(Text.assemble(("  not for commercial use ", "yellow"), ", ".join(each)))
+    console.print(_table(("", "train", "eval"), count_rows(page.report), numbers=(1, 2)))
+    if sources := [row for row in source_rows(page.report) if len(row) > _SOURCE_COLUMNS[-1]]:  # not those of files
+        head = ("source", "rows", "usable rows by format", "train", "held out", "licence")
+        rows = [[str(row[index]) for index in _SOURCE_COLUMNS] for row in sources]
+        console.print("", _table(head, rows, numbers=(1, 3, 4)), sep="\n")
+    if names := restricted_names(page.report):
+        console.print(Text.assemble(("  not for commercial use ", "yellow"), ", ".join(names)))
     for line in left_out(page.report):
         console.print(Text(f"  {line}"), soft_wrap=True)
-    if gone := dropped(page.report):
+    if gone := dropped_rows(page.report):
         console.print("", _table(("dropped", "where", "rows"), gone, numbers=(2,)), sep="\n")
     for problem in problems(page.report):
         console.print(Text.assemble(("  not used ", "red"), escape_control_chars(problem)))

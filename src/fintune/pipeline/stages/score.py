@@ -28,12 +28,12 @@ def score(config: Config, inputs: Mapping[str, Path], folder: Path, *, kind: str
     files.write_output(folder / "score.csv", result.to_csv())
     files.write_output(folder / "score.json", result.to_json())
     figures = result.score
-    trained = _num_trained_questions(inputs["prepare"])
-    overlap = f"; caution: {trained} evaluation questions were also trained on" if trained else ""
+    warning = _eval_warning(inputs["prepare"])
+    caution = f"; caution: {warning}" if warning else ""
     no_program = f", no program {figures.no_program_rate:.2%}" if figures.no_program_rate else ""
     return {
         "summary": f"execution {figures.execution_accuracy:.2%}, program {figures.program_accuracy:.2%}, "
-        f"invalid {figures.invalid_rate:.2%}{no_program} of {figures.num_predictions}{overlap}",
+        f"invalid {figures.invalid_rate:.2%}{no_program} of {figures.num_predictions}{caution}",
         "num_predictions": figures.num_predictions,
         "execution_accuracy": figures.execution_accuracy,
         "program_accuracy": figures.program_accuracy,
@@ -41,7 +41,7 @@ def score(config: Config, inputs: Mapping[str, Path], folder: Path, *, kind: str
     }
 
 
-def _num_trained_questions(prepare: Path) -> int:
-    """Number of evaluation questions that are also trained on, from the report of ``prepare``."""
-    report = prepare / "report.json"
-    return int(files.read_json(report).get("num_shared_questions", 0)) if report.is_file() else 0
+def _eval_warning(prepare: Path) -> str:
+    """Why the evaluation says little about new questions, from the report of ``prepare``; "" if it does not."""
+    path = prepare / "report.json"
+    return str(files.read_json(path).get("eval_warning", "")) if path.is_file() else ""
