@@ -331,7 +331,7 @@ class _Known:
     @staticmethod
     def _parts(record: dict[str, Any]) -> Iterator[tuple[str, object]]:
         from fintune.evaluation.audit import question_words
-        from fintune.finqa.identity import group_of
+        from fintune.finqa.page import group_of
 
         yield "page id", group_of(record["id"], "page")
         yield "page text", question_words(" ".join((*record["pre_text"], *record["post_text"])))
@@ -358,7 +358,7 @@ def _turns(folder: Path, finqa: Sequence[dict[str, Any]], out: Counter[str]) -> 
     program), or if another turn or one of FinQA's own rows asks the same about the same page.
     """
     from fintune.evaluation.audit import question_words
-    from fintune.finqa.identity import group_of
+    from fintune.finqa.page import group_of
     from fintune.finqa.parse import ParseError, parse
 
     pages = _read(folder / "train_pages.json.gz")

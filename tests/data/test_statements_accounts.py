@@ -6,7 +6,7 @@ import pytest
 
 from fintune.data.synthetic.company import line_names, make_accounts, make_company, phrases, split_total
 from fintune.data.synthetic.page import PageContext
-from fintune.data.synthetic.tables import TABLE_WEIGHTS, make_table
+from fintune.data.synthetic.tables import TABLE_WEIGHTS, make_page_table
 
 
 def cell_value(cell: str) -> float:
@@ -41,7 +41,7 @@ def test_make_table_keeps_the_identities(kind, small):
         company = make_company(7, index, small=small)
         rng = random.Random(index)
         books = make_accounts(company, rng, small=small)
-        table = make_table(kind, PageContext(company, books, books.years[-1], rng, small))
+        table = make_page_table(kind, PageContext(company, books, books.years[-1], rng, small))
         rows = list(table.rows)
         if table.series and table.series[0].row_name is None and kind not in ("maturities", "leases"):
             rows = list(zip(*rows, strict=True))  # years run down

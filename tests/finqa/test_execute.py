@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finqa.test_program import programs
-from fintune.finqa.execute import Execution, execute, run
+from fintune.finqa.execute import Execution, execute, run_program
 from fintune.finqa.official import cell_number, str_to_num
 from fintune.finqa.program import Program, tokenize
 from fintune.finqa.trace import trace
@@ -139,7 +139,7 @@ def test_a_constant_without_a_number_throws() -> None:
     ],
 )
 def test_a_failure_has_a_reason(text: str, reason: str) -> None:
-    assert run(tokenize(text), TABLE).reason == reason
+    assert run_program(tokenize(text), TABLE).reason == reason
 
 
 @given(
@@ -161,7 +161,7 @@ def test_the_trace_and_the_official_path_agree(program: Program, table: list[lis
 @given(st.lists(st.text(st.sampled_from("add(#0)|1- %_,tblemx")), max_size=9), st.lists(st.lists(st.text(max_size=4))))
 def test_nothing_that_a_model_writes_raises(tokens: list[str], table: list[list[str]]) -> None:
     execution = execute(tokens, table)
-    assert execution == run(tokens, table).execution
+    assert execution == run_program(tokens, table).execution
     assert execution == trace(tokens, table).execution
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from fintune.data.finqa_json import read_finqa
-from fintune.finqa.page import page_units, table_row_to_text
+from fintune.finqa.page import LEVELS, group_of, page_units, table_row_to_text
 from fintune.records import FinQARecord
 from support.paths import ROOT
 
@@ -50,3 +50,17 @@ def test_real_evidence_equals_the_units_but_for_spaces_around_punctuation() -> N
             num_all += 1
     assert num_all > 1000
     assert num_equal / num_all > 0.95
+
+
+@pytest.mark.parametrize(
+    ("record_id", "groups"),
+    [
+        ("ETR/2009/page_107.pdf-2", ("ETR/2009/page_107.pdf", "ETR/2009", "ETR")),
+        ("A-B/2009/page_1.pdf-D12", ("A-B/2009/page_1.pdf", "A-B/2009", "A-B")),
+        ("page-3", ("page", "page", "page")),
+        ("ACME/page-3", ("ACME/page", "ACME", "ACME")),
+        ("plain", ("plain", "plain", "plain")),
+    ],
+)
+def test_an_id_names_page_report_and_company(record_id: str, groups: tuple[str, ...]) -> None:
+    assert tuple(group_of(record_id, level) for level in LEVELS) == groups

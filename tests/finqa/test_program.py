@@ -3,17 +3,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fintune.errors import FintuneError
-from fintune.finqa.constants import CONSTANTS, OPERATIONS, TABLE_OPERATIONS
 from fintune.finqa.parse import ParseError, parse, parse_nested, parse_tokens
 from fintune.finqa.program import (
+    CONSTANTS,
     MAX_NESTED_CHARS,
+    OPERATIONS,
+    TABLE_OPERATIONS,
     Constant,
     Nothing,
     Number,
     Program,
+    ProgramStep,
     Reference,
     RowName,
-    Step,
     extract_program,
     tokenize,
     untokenize,
@@ -28,16 +30,16 @@ ROWS = st.text(st.sampled_from("abz é&'-.0:$"), min_size=1).filter(lambda name:
 
 @st.composite
 def programs(draw: st.DrawFn, max_steps: int = 6) -> Program:
-    steps: list[Step] = []
+    steps: list[ProgramStep] = []
     for number in range(draw(st.integers(1, max_steps))):
         operation = draw(st.sampled_from(OPERATIONS))
         if operation in TABLE_OPERATIONS:
-            steps.append(Step(operation, draw(ROWS), Nothing()))
+            steps.append(ProgramStep(operation, draw(ROWS), Nothing()))
             continue
         kinds = [NUMBERS, st.sampled_from(CONSTANTS).map(Constant)]
         if number:
             kinds.append(st.integers(0, number - 1).map(Reference))
-        steps.append(Step(operation, draw(st.one_of(kinds)), draw(st.one_of(kinds))))
+        steps.append(ProgramStep(operation, draw(st.one_of(kinds)), draw(st.one_of(kinds))))
     return Program(tuple(steps))
 
 
@@ -64,9 +66,9 @@ def test_all_gold_programs_round_trip(name: str) -> None:
 def test_the_tree_is_typed() -> None:
     assert parse("table_max(net sales, none), multiply(#0, 5.2%), exp(#1, const_m1)") == Program(
         (
-            Step("table_max", RowName("net sales"), Nothing()),
-            Step("multiply", Reference(0), Number("5.2%")),
-            Step("exp", Reference(1), Constant("const_m1")),
+            ProgramStep("table_max", RowName("net sales"), Nothing()),
+            ProgramStep("multiply", Reference(0), Number("5.2%")),
+            ProgramStep("exp", Reference(1), Constant("const_m1")),
         )
     )
 
@@ -142,7 +144,10 @@ def test_a_step_used_twice_stays_one_step_when_nested_and_back() -> None:
 
 def test_a_nested_form_that_doubles_with_each_step_is_refused() -> None:
     doubling = Program(
-        (Step("add", Number("1"), Number("2")), *(Step("add", Reference(n), Reference(n)) for n in range(60)))
+        (
+            ProgramStep("add", Number("1"), Number("2")),
+            *(ProgramStep("add", Reference(n), Reference(n)) for n in range(60)),
+        )
     )
     with pytest.raises(FintuneError, match=str(MAX_NESTED_CHARS)):
         _ = doubling.nested

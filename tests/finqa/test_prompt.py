@@ -7,7 +7,15 @@ import pytest
 
 from fintune.data.finqa_json import read_finqa
 from fintune.finqa.cleaning import clean_question
-from fintune.finqa.prompt import TooLongError, ask, build_messages, excerpt, page_lines, prompt_budget, table_lines
+from fintune.finqa.prompt import (
+    TooLongError,
+    build_messages,
+    excerpt,
+    page_lines,
+    prompt_budget,
+    question_line,
+    table_lines,
+)
 from fintune.records import FinQARecord, Message
 from support.paths import ROOT
 
@@ -106,7 +114,7 @@ def test_the_question_is_cleaned_once_wherever_it_is_asked() -> None:
     line = f"Question: {clean_question(record.qa.question)}"
     assert clean_question(line) != line
     built = build_messages(record, system="", budget=1000, count_tokens=count)
-    asked = [built.messages[-1].content, excerpt(record, ["text_0"]), ask(record.qa.question)]
+    asked = [built.messages[-1].content, excerpt(record, ["text_0"]), question_line(record.qa.question)]
     assert [text.splitlines()[-1] for text in asked] == [line] * 3
 
 

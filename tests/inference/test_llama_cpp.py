@@ -10,8 +10,17 @@ from tokenizers import Tokenizer
 
 from fintune.errors import ModelError
 from fintune.export.gguf.writer import write_gguf
-from fintune.finqa.ending import ending
-from fintune.finqa.grammar import Characters, Grammar, Repeated, Series, Text, general, restricted, vocabulary
+from fintune.finqa.grammar import (
+    Characters,
+    Grammar,
+    Repeated,
+    Series,
+    Text,
+    general,
+    restricted,
+    shortest_ending,
+    vocabulary,
+)
 from fintune.inference.llama_cpp import LlamaCppEngine
 from fintune.inference.llama_requests import read_gguf_numbers
 from fintune.inference.prefix_cache import num_shared_tokens
@@ -264,7 +273,7 @@ def test_a_grammar_is_kept_to_and_ended(engine, grammars, temperature):
     found = sorted_by_prompt(engine.generate(PROMPTS, decoding))
     assert len(found) == 14
     for place, each in enumerate(found):
-        end = ending(grammars[place // 2], each.text.rstrip("\ufffd"))
+        end = shortest_ending(grammars[place // 2], each.text.rstrip("\ufffd"))
         assert end is not None
         assert (each.finish_reason == "stop") == (each.token_ids[-1] == 2)
         assert end == "" or each.finish_reason == "length"

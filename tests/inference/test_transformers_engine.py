@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 
 from fintune.errors import ModelError
-from fintune.finqa.ending import ending
-from fintune.finqa.grammar import general, restricted, vocabulary
+from fintune.finqa.grammar import general, restricted, shortest_ending, vocabulary
 from fintune.inference import transformers_engine
 from fintune.inference.prefix_cache import PrefixSplit
 from fintune.inference.protocol import Decoding, sorted_by_prompt
@@ -248,7 +247,7 @@ def test_a_grammar_is_kept_to_and_ended(model, tokenizer, prompts, grammars, tem
     decoding = Decoding(120, temperature=temperature, grammars=grammars)
     found = sorted_by_prompt(TransformersEngine(model, tokenizer, 4).generate(prompts, decoding))
     for grammar, each in zip(grammars, found, strict=True):
-        end = ending(grammar, each.text.rstrip("\ufffd"))
+        end = shortest_ending(grammar, each.text.rstrip("\ufffd"))
         assert end is not None
         assert (each.finish_reason == "stop") == (each.token_ids[-1] == tokenizer.eos_token_id)
         assert end == "" or each.finish_reason == "length"
@@ -272,5 +271,5 @@ def test_logits_wider_than_the_tokenizer_are_no_obstacle(tokenizer, prompts):
         ).eval()
     decoding = Decoding(40, temperature=1.0, grammars=(PAGES[0],) * 2)
     for each in sorted_by_prompt(TransformersEngine(wide, tokenizer, 2).generate(prompts[:2], decoding)):
-        assert ending(PAGES[0], each.text) is not None
+        assert shortest_ending(PAGES[0], each.text) is not None
         assert max(each.token_ids) < len(tokenizer)

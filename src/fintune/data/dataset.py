@@ -21,7 +21,7 @@ from fintune.data.objective_filter import RowKind, dedup_messages, no_rows_error
 from fintune.data.report import SourceReport
 from fintune.data.tokenize import DroppedRow
 from fintune.errors import DataError
-from fintune.finqa.identity import page_content
+from fintune.finqa.page import page_content
 from fintune.records import FinQARecord
 from fintune.util.console import track
 from fintune.util.sampling import draw_indices

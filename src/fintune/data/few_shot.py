@@ -19,10 +19,10 @@ from fintune.data.dataset import load_finqa_splits
 from fintune.errors import ArtifactError, DataError
 from fintune.finqa.evidence import derive
 from fintune.finqa.execute import execute
-from fintune.finqa.identity import group_of
+from fintune.finqa.page import group_of
 from fintune.finqa.program import tokenize
 from fintune.finqa.prompt import excerpt, prompt_budget
-from fintune.finqa.similarity import SimilarTexts
+from fintune.finqa.text_similarity import SimilarTexts
 from fintune.records import Example, FinQARecord, Message
 from fintune.util.console import track
 

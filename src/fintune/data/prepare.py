@@ -31,7 +31,7 @@ from fintune.data.tokenize_chat import ConversationEncoder
 from fintune.data.tokenize_finqa import FinqaEncoder
 from fintune.errors import DataError
 from fintune.finqa.distribution import FINQA_TEST, distribution
-from fintune.finqa.identity import group_of
+from fintune.finqa.page import group_of
 from fintune.models import chat_template as chat
 from fintune.records import FinQARecord, LabelledAnswer, Pair
 from fintune.util.console import track

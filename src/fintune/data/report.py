@@ -68,7 +68,7 @@ class SplitReport(Record):
         num_cut_examples: Examples whose page, or conversation, was cut.
         num_cut_units: Sentences and table rows, or turns, that were cut.
         num_units: Sentences and table rows of all pages, or turns of all conversations.
-        cleaned: Changes of the texts by rule of `fintune.finqa.cleaning_rules`, the most frequent first.
+        cleaned: Changes of the texts by rule of `fintune.finqa.cleaning`, the most frequent first.
         prompt_tokens: Tokens of the prompts, template included.
         completion_tokens: Tokens of the completions, end of turn included.
         num_rows: Rows of tokens. Questions about one page may share a row (``data.group_questions``).

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from fintune.data.tokenize import DroppedRow, TokenizedExample, TokenRow
 from fintune.errors import DataError, ModelError
 from fintune.finqa.page import count_edits
-from fintune.finqa.prompt import QUESTION_HEADING, Built, ask, build_messages, prompt_budget
+from fintune.finqa.prompt import QUESTION_HEADING, Built, build_messages, prompt_budget, question_line
 from fintune.models import chat_template as chat
 from fintune.models.chat_cache import CachedChatTokenizer
 from fintune.records import Example, FinQARecord, Message
@@ -135,7 +135,7 @@ class FinqaEncoder:
         for record, result in members:
             answer = Message(role="assistant", content=result.example.completion)
             if row is not None and len(ids) < self._num_questions:
-                question = Message(role="user", content=ask(record.qa.question))
+                question = Message(role="user", content=question_line(record.qa.question))
                 longer = self._extend(row, [*messages, question], answer.content)
                 if len(longer.input_ids) <= self._max_length:
                     ids, messages, row = [*ids, record.id], [*messages, question, answer], longer

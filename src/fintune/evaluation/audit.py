@@ -17,8 +17,8 @@ from fintune.errors import DataError
 from fintune.finqa.evidence import AGREEMENTS, Agreement, agreement, derive
 from fintune.finqa.execute import NO_RESULT, Execution
 from fintune.finqa.grammar import can_be_named, outside, vocabulary
-from fintune.finqa.identity import LEVELS, group_of, page_content
 from fintune.finqa.official import cell_number
+from fintune.finqa.page import LEVELS, group_of, page_content
 from fintune.finqa.parse import parse
 from fintune.finqa.program import Program, Reference, tokenize
 from fintune.finqa.trace import Trace, trace

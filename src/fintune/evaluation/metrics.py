@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from fintune.errors import DataError
 from fintune.evaluation.statistics import Interval, wilson
-from fintune.finqa.verdict import EvidenceKind, Outcome, QuestionType, Verdict, judge
+from fintune.finqa.verdict import EvidenceKind, PredictionOutcome, QuestionType, Verdict, judge
 from fintune.records import FinQARecord, Record
 
 _Key = TypeVar("_Key", int, str, EvidenceKind, QuestionType)
@@ -78,7 +78,7 @@ class Score(Rates):
     num_gold_not_comparable: int
     whole_file: WholeFile
     tolerant: Tolerant
-    outcomes: dict[Outcome, int]
+    outcomes: dict[PredictionOutcome, int]
     by_num_steps: dict[int, Rates]
     by_operation: dict[str, Rates]
     by_evidence: dict[EvidenceKind, Rates]

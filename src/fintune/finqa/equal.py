@@ -20,9 +20,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from fintune.errors import DataError
-from fintune.finqa.constants import ARITHMETIC_OPERATIONS
 from fintune.finqa.expression import Graph, Node, differ
 from fintune.finqa.official import split_step, split_steps, structure_error
+from fintune.finqa.program import ARITHMETIC_OPERATIONS
 
 if TYPE_CHECKING:
     from sympy import Basic

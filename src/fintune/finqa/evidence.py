@@ -2,7 +2,7 @@
 
 An operand that stands in one place names it. One that stands in several is taken from a place that another operand
 needs anyway, then from the place that most open operands share, then from the one nearest to the question in words
-(:func:`fintune.finqa.relevance.rank`). An operand in the table's header belongs to the rows below it, as in
+(:func:`fintune.finqa.text_similarity.rank_lines`). An operand in the table's header belongs to the rows below it, as in
 ``gold_inds``, where the header goes with every row.
 """
 
@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 
 from fintune.finqa.execute import Table
 from fintune.finqa.page import table_row_to_text
-from fintune.finqa.relevance import rank
+from fintune.finqa.text_similarity import rank_lines
 from fintune.finqa.trace import trace
 
 Agreement: TypeAlias = Literal["exact", "covers", "within", "overlaps", "apart"]
@@ -88,7 +88,7 @@ def _nearness(units: Mapping[str, str], question: str) -> dict[str, int]:
     """Place of each unit in the order of relevance, 0 for the most relevant."""
     keys = list(units)
     rows = [k for k, key in enumerate(keys) if key.startswith("table_")]
-    return {keys[k]: place for place, k in enumerate(rank(question, list(units.values()), rows))}
+    return {keys[k]: place for place, k in enumerate(rank_lines(question, list(units.values()), rows))}
 
 
 def _cover(places: Mapping[str, Collection[str]], nearness: Mapping[str, int]) -> set[str]:

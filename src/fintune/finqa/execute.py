@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
-from fintune.finqa.constants import ARITHMETIC_OPERATIONS
 from fintune.finqa.official import cell_number, split_step, split_steps, str_to_num, structure_error
+from fintune.finqa.program import ARITHMETIC_OPERATIONS
 
 Value: TypeAlias = float | complex | str
 Table: TypeAlias = Sequence[Sequence[str]]
@@ -98,10 +98,10 @@ def execute(tokens: Sequence[str], table: Table) -> Execution:
     Returns:
         The official verdict; never raises for what a program or a table holds.
     """
-    return run(tokens, table).execution
+    return run_program(tokens, table).execution
 
 
-def run(tokens: Sequence[str], table: Table) -> Run:
+def run_program(tokens: Sequence[str], table: Table) -> Run:
     """Execute a program and keep every step; same arguments and verdict as `execute`."""
     body = tokens[:-1]
     if broken := structure_error(body):

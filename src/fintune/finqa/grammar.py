@@ -13,13 +13,21 @@ takes only what can be said about one page: see `Vocabulary`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from fintune.finqa.constants import ARITHMETIC_OPERATIONS, CONSTANTS, NOTHING, TABLE_OPERATIONS
 from fintune.finqa.official import cell_number
-from fintune.finqa.program import Constant, Number, Program, RowName
+from fintune.finqa.program import (
+    ARITHMETIC_OPERATIONS,
+    CONSTANTS,
+    NOTHING,
+    TABLE_OPERATIONS,
+    Constant,
+    Number,
+    Program,
+    RowName,
+)
 
 MAX_STEPS = 6
 """One more than the longest gold program of FinQA has."""
@@ -241,3 +249,66 @@ def _write(rule: Expression, names: Mapping[str, str], marks: str, *, part: bool
     else:
         text, joined = " ".join(_write(each, names, marks, part=True) for each in rule.parts), True
     return f"({text})" if part and joined else text
+
+
+_Parts: TypeAlias = tuple[Expression, ...]
+
+_SAMPLES = "1a"
+"""A character of each class that the grammars have, so that an ending holds no zero to divide by."""
+
+
+def shortest_ending(grammar: Grammar, text: str) -> str | None:
+    """The shortest text that makes ``text`` a whole one; "" where it is whole, None where no program begins so."""
+    rules = grammar.rules
+    states: set[_Parts] = {(Rule(next(iter(rules))),)}
+    for character in text:
+        states = {rest for state in states for rest in _after(state, character, rules)}
+    ends = ["".join(_shortest(part, rules) for part in state) for state in states]
+    return min(ends, key=lambda end: (len(end), end), default=None)
+
+
+def is_complete(grammar: Grammar, text: str) -> bool:
+    """Whether the grammar has this text."""
+    return shortest_ending(grammar, text) == ""
+
+
+def _after(parts: _Parts, character: str, rules: Mapping[str, Expression]) -> Iterator[_Parts]:
+    """What is still to come of a row of parts behind a character, for each way to read it."""
+    if not parts:
+        return
+    head, tail = parts[0], parts[1:]
+    if isinstance(head, Text):
+        if head.value.startswith(character):
+            left = head.value[1:]
+            yield (Text(left), *tail) if left else tail
+        elif not head.value:
+            yield from _after(tail, character, rules)
+    elif isinstance(head, Characters):
+        if re.fullmatch(f"[{head.inside}]", character):
+            yield tail
+    elif isinstance(head, Rule):
+        yield from _after((rules[head.name], *tail), character, rules)
+    elif isinstance(head, Series):
+        yield from _after((*head.parts, *tail), character, rules)
+    elif isinstance(head, Choice):
+        for option in head.options:
+            yield from _after((option, *tail), character, rules)
+    else:
+        again = () if head.sign == "?" else (Repeated(head.item, "*"),)
+        yield from _after((head.item, *again, *tail), character, rules)
+        if head.sign != "+":
+            yield from _after(tail, character, rules)
+
+
+def _shortest(expression: Expression, rules: Mapping[str, Expression]) -> str:
+    if isinstance(expression, Text):
+        return expression.value
+    if isinstance(expression, Characters):
+        return next(sample for sample in _SAMPLES if re.fullmatch(f"[{expression.inside}]", sample))
+    if isinstance(expression, Rule):
+        return _shortest(rules[expression.name], rules)
+    if isinstance(expression, Series):
+        return "".join(_shortest(part, rules) for part in expression.parts)
+    if isinstance(expression, Choice):
+        return min((_shortest(option, rules) for option in expression.options), key=lambda end: (len(end), end))
+    return _shortest(expression.item, rules) if expression.sign == "+" else ""

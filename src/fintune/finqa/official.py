@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fintune.finqa.constants import OPERATIONS
+from fintune.finqa.program import OPERATIONS
 
 
 def structure_error(body: Sequence[str]) -> str | None:

@@ -7,15 +7,18 @@ the header as row 0: the keys of ``gold_inds``. Follows the preprocessing of git
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from fintune.errors import DataError
-from fintune.finqa.cleaning import Edit, clean, restore
-from fintune.finqa.cleaning_rules import Kind
+from fintune.finqa.cleaning import Edit, TextKind, clean, restore
 from fintune.records import FinQARecord
+
+Level: TypeAlias = Literal["page", "report", "company"]
+
+LEVELS: tuple[Level, ...] = ("page", "report", "company")
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def restore_record(cleaned: FinQARecord, edits: Sequence[Sequence[Edit]]) -> Fin
     return _filled(cleaned, [restore(text, each) for text, each in zip(texts, edits, strict=True)])
 
 
-def _texts(record: FinQARecord) -> list[tuple[Kind | None, str]]:
+def _texts(record: FinQARecord) -> list[tuple[TextKind | None, str]]:
     """All texts with their kinds; None for a row's name."""
     page = _page_texts(record.pre_text, record.table, record.post_text)
     return [*page, ("question", record.qa.question)]
@@ -113,10 +116,10 @@ def _texts(record: FinQARecord) -> list[tuple[Kind | None, str]]:
 
 def _page_texts(
     pre_text: Sequence[str], table: Sequence[Sequence[str]], post_text: Sequence[str]
-) -> list[tuple[Kind | None, str]]:
-    cells: list[tuple[Kind | None, str]] = [("cell" if k else None, c) for row in table for k, c in enumerate(row)]
-    before: list[tuple[Kind | None, str]] = [("sentence", text) for text in pre_text]
-    after: list[tuple[Kind | None, str]] = [("sentence", text) for text in post_text]
+) -> list[tuple[TextKind | None, str]]:
+    cells: list[tuple[TextKind | None, str]] = [("cell" if k else None, c) for row in table for k, c in enumerate(row)]
+    before: list[tuple[TextKind | None, str]] = [("sentence", text) for text in pre_text]
+    after: list[tuple[TextKind | None, str]] = [("sentence", text) for text in post_text]
     return [*before, *cells, *after]
 
 
@@ -128,3 +131,19 @@ def _filled(record: FinQARecord, texts: Sequence[str]) -> FinQARecord:
     post_text = tuple(next(rest) for _ in record.post_text)
     qa = record.qa.model_copy(update={"question": next(rest)})
     return record.model_copy(update={"pre_text": pre_text, "table": table, "post_text": post_text, "qa": qa})
+
+
+def group_of(record_id: str, level: Level) -> str:
+    """Return the page, report or company that a record id names.
+
+    An id without "/" is its own page, report and company.
+    """
+    page = record_id.rpartition("-")[0] or record_id
+    parts = page.split("/")
+    keep = {"page": len(parts), "report": max(1, len(parts) - 1), "company": max(1, len(parts) - 2)}
+    return "/".join(parts[: keep[level]])
+
+
+def page_content(record: FinQARecord) -> Hashable:
+    """The text and the table of a record: equal for two questions about one page, whatever their ids are."""
+    return record.pre_text, record.table, record.post_text

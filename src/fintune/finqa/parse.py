@@ -6,8 +6,22 @@ import re
 from collections.abc import Sequence
 
 from fintune.errors import DataError
-from fintune.finqa.constants import ARITHMETIC_OPERATIONS, END, NOTHING, OPERATIONS, TABLE_OPERATIONS
-from fintune.finqa.program import Argument, Constant, Nothing, Number, Program, Reference, RowName, Step, untokenize
+from fintune.finqa.program import (
+    ARITHMETIC_OPERATIONS,
+    END,
+    NOTHING,
+    OPERATIONS,
+    TABLE_OPERATIONS,
+    Argument,
+    Constant,
+    Nothing,
+    Number,
+    Program,
+    ProgramStep,
+    Reference,
+    RowName,
+    untokenize,
+)
 
 _NUMBER = re.compile(r"-?(?:\d+\.?\d*|\.\d+)%?", re.ASCII)
 _CONSTANT = re.compile(r"const_m?(?:\d+\.?\d*|\.\d+)", re.ASCII)
@@ -36,7 +50,7 @@ def parse(text: str) -> Program:
     Raises:
         ParseError: The text is no program; with the position and what was expected there.
     """
-    steps: list[Step] = []
+    steps: list[ProgramStep] = []
     position = 0
     while True:
         operation, position = _operation(text, position)
@@ -48,7 +62,7 @@ def parse(text: str) -> Program:
         atom, position = _atom(text, position)
         second = _second(text, start, atom, operation, num_steps=len(steps))
         position = _literal(text, position, ")")
-        steps.append(Step(operation, first, second))
+        steps.append(ProgramStep(operation, first, second))
         if position == len(text):
             return Program(tuple(steps))
         if not text.startswith(", ", position):
@@ -80,7 +94,7 @@ def parse_nested(text: str) -> Program:
     Raises:
         ParseError: The text is no nested program; with the position and what was expected there.
     """
-    steps: dict[Step, int] = {}
+    steps: dict[ProgramStep, int] = {}
     # A stack instead of recursion: an untrusted text may nest deeper than Python calls do.
     open_steps: list[tuple[str, list[Argument]]] = []
     position = 0
@@ -108,7 +122,7 @@ def parse_nested(text: str) -> Program:
                 position = _literal(text, position, ", ")
                 break
             position = _literal(text, position, ")")
-            number = steps.setdefault(Step(operation, arguments[0], arguments[1]), len(steps))
+            number = steps.setdefault(ProgramStep(operation, arguments[0], arguments[1]), len(steps))
             open_steps.pop()
             if not open_steps:
                 if position < len(text):

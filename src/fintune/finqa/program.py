@@ -19,7 +19,33 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from fintune.errors import DataError
-from fintune.finqa.constants import END, NOTHING
+
+ARITHMETIC_OPERATIONS = ("add", "subtract", "multiply", "divide", "exp", "greater")
+"""Operations over two numbers; ``greater`` gives "yes" or "no"."""
+
+TABLE_OPERATIONS = ("table_max", "table_min", "table_sum", "table_average")
+"""Operations over all cells of one table row; the second argument is ``none``."""
+
+OPERATIONS = ARITHMETIC_OPERATIONS + TABLE_OPERATIONS
+
+CONSTANTS = (
+    *(f"const_{value}" for value in range(1, 11)),
+    "const_100",
+    "const_1000",
+    "const_10000",
+    "const_100000",
+    "const_1000000",
+    "const_10000000",
+    "const_1000000000",
+    "const_m1",
+)
+"""Constants of the official generator's vocabulary; ``const_m1`` is -1. The evaluator takes ``const_<any number>``."""
+
+END = "EOF"
+"""Last token of every program in the official prediction format."""
+
+NOTHING = "none"
+"""Second argument of a table operation."""
 
 MAX_NESTED_CHARS = 100_000
 """`Program.nested` refuses to grow beyond this: a chain of steps that use the last one twice doubles with each."""
@@ -72,7 +98,7 @@ Argument: TypeAlias = Number | Constant | Reference | RowName | Nothing
 
 
 @dataclass(frozen=True)
-class Step:
+class ProgramStep:
     """One operation with its two arguments."""
 
     operation: str
@@ -89,7 +115,7 @@ class Step:
 class Program:
     """A program of at least one step; its result is the last step's."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[ProgramStep, ...]
 
     @property
     def text(self) -> str:

@@ -25,7 +25,7 @@ from itertools import zip_longest
 from fintune.errors import DataError
 from fintune.finqa.cleaning import clean_cell, clean_question, clean_sentence
 from fintune.finqa.page import PageUnit, units_of_page
-from fintune.finqa.relevance import rank
+from fintune.finqa.text_similarity import rank_lines
 from fintune.records import FinQARecord, Message
 
 TokenCount = Callable[[str], int]
@@ -79,10 +79,10 @@ def build_messages(
     count_tokens: TokenCount,
     count_prompt: PromptCount | None = None,
 ) -> Built:
-    """The prompt for a record, its page cut where it is too long.
+    """Build the prompt for a record; a page that is too long is cut.
 
-    Units go from the least relevant to the question upward (:func:`~fintune.finqa.relevance.rank`); the table's header
-    goes last of all, the question never.
+    The least relevant units are left out first (:func:`~fintune.finqa.text_similarity.rank_lines`), the table's header
+    last, and the question never.
 
     Args:
         record: Page and question; nothing of its program, answer or evidence is read.
@@ -111,7 +111,7 @@ def build_messages(
     num_tokens = measure(messages)
     if num_tokens > budget:
         rows = {k for k, (unit, _) in enumerate(lines) if unit.kind == "table"}
-        order = rank(question, [line for _, line in lines], rows, first=sorted(rows)[:1])
+        order = rank_lines(question, [line for _, line in lines], rows, first=sorted(rows)[:1])
         kept, messages, num_tokens = _cut(lines, order, build, measure, budget, count_tokens)
     units = tuple(unit for k, (unit, _) in enumerate(lines) if k in kept)
     return Built(messages, len(lines) - len(kept), units, num_tokens)
@@ -227,13 +227,13 @@ def _content(lines: Sequence[tuple[PageUnit, str]], question: str) -> str:
         if line:
             blocks[-1].append(line)
     parts = ["\n".join(block) for block in blocks if block]
-    return "\n\n".join([*parts, _asking(question)])
+    return "\n\n".join([*parts, _question_line(question)])
 
 
-def ask(question: str) -> str:
+def question_line(question: str) -> str:
     """The line that asks; alone, it is a further question about a page that was shown before."""
-    return _asking(clean_question(question))
+    return _question_line(clean_question(question))
 
 
-def _asking(question: str) -> str:
+def _question_line(question: str) -> str:
     return f"{QUESTION_HEADING} {question}"

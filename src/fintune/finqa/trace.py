@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from fintune.finqa.execute import Execution, OperandRun, Run, Table, Value, run
+from fintune.finqa.execute import Execution, OperandRun, Run, Table, Value, run_program
 
 OperandKind: TypeAlias = Literal["cell", "sentence", "constant", "step", "row", "elsewhere"]
 
@@ -75,7 +75,7 @@ def trace(tokens: Sequence[str], table: Table, sentences: Sequence[str] = ()) ->
         table: Rows of cells.
         sentences: ``pre_text + post_text``, in whose order sentences are counted.
     """
-    ran: Run = run(tokens, table)
+    ran: Run = run_program(tokens, table)
     page = _Page(table, sentences)
     steps = tuple(
         TracedStep(

@@ -14,17 +14,16 @@ from functools import lru_cache
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 from fintune.errors import DataError
-from fintune.finqa.constants import OPERATIONS
 from fintune.finqa.equal import equal_program
-from fintune.finqa.execute import NO_RESULT, Execution, execute, run
+from fintune.finqa.execute import NO_RESULT, Execution, execute, run_program
 from fintune.finqa.official import split_step, split_steps
-from fintune.finqa.program import tokenize, untokenize
+from fintune.finqa.program import OPERATIONS, tokenize, untokenize
 from fintune.records import FinQARecord, Record
 
 EvidenceKind: TypeAlias = Literal["table", "text", "both", "unknown"]
 QuestionType: TypeAlias = Literal["percent", "yes_no", "amount"]
-Outcome: TypeAlias = Literal["equal_program", "other_program", "wrong_result", "no_result", "invalid"]
-OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+PredictionOutcome: TypeAlias = Literal["equal_program", "other_program", "wrong_result", "no_result", "invalid"]
+OUTCOMES: tuple[PredictionOutcome, ...] = get_args(PredictionOutcome)
 
 PERCENT = re.compile(r"percent|%|growth rate|portion", re.IGNORECASE)
 NUMBER = re.compile(r"-?(?:\d[\d,]*\.?\d*|\.\d+)", re.ASCII)
@@ -57,7 +56,7 @@ class OfficialVerdict(Record):
     program_correct: bool
     invalid: bool
     result: float | str
-    outcome: Outcome
+    outcome: PredictionOutcome
 
 
 class Verdict(OfficialVerdict):
@@ -107,7 +106,7 @@ def judge(record: FinQARecord, tokens: Sequence[str]) -> tuple[Verdict, bool]:
         The verdict, and whether the official comparison can read the gold program at all.
     """
     gold = _gold(record.qa.program)
-    ran = run(tokens, record.table)
+    ran = run_program(tokens, record.table)
     execution, exe_ans = ran.execution, record.qa.exe_ans
     exe_correct = is_execution_correct(execution, exe_ans)
     comparable = True
@@ -156,7 +155,7 @@ def _gold(program: str) -> _Gold:
     return _Gold(tokens, len(named), tuple(name for name in OPERATIONS if name in named))
 
 
-def _outcome(execution: Execution, exe_correct: bool, program_correct: bool) -> Outcome:
+def _outcome(execution: Execution, exe_correct: bool, program_correct: bool) -> PredictionOutcome:
     if execution.invalid:
         return "invalid"
     if exe_correct:

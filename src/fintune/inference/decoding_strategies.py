@@ -11,9 +11,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from fintune.config import PredictOptions
-from fintune.finqa.ending import ending
 from fintune.finqa.execute import NO_RESULT, Table, execute
-from fintune.finqa.grammar import Grammar, general, restricted, vocabulary
+from fintune.finqa.grammar import Grammar, general, restricted, shortest_ending, vocabulary
 from fintune.finqa.program import extract_program, tokenize
 from fintune.inference.protocol import Completion, Decoding
 from fintune.records import Candidate, FinQARecord, Prediction
@@ -97,7 +96,7 @@ def _candidate(completion: Completion, table: Table, grammar: Grammar | None) ->
     if grammar is not None:
         # A character whose last bytes were cut off is not part of the model's text.
         whole = completion.text.rstrip("\ufffd") if completion.finish_reason == "length" else completion.text
-        end = ending(grammar, whole)
+        end = shortest_ending(grammar, whole)
         program = program if end is None else whole + end
     execution = execute(tokenize(program), table)
     has_result = not execution.invalid and execution.result != NO_RESULT

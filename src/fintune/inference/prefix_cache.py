@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from fintune.errors import PromptError
-from fintune.finqa.identity import page_content
+from fintune.finqa.page import page_content
 from fintune.records import FinQARecord
 
 Ids = list[int]

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from fintune.finqa.cleaning import clean
 from fintune.finqa.execute import Value
-from fintune.finqa.identity import page_content
+from fintune.finqa.page import page_content
 from fintune.finqa.parse import ParseError, parse
 from fintune.finqa.program import Number, RowName, tokenize
 from fintune.finqa.trace import Operand, Trace, magnitudes, trace

@@ -12,7 +12,7 @@ from fintune.cli.commands.audit import audit_files
 from fintune.data.finqa_json import read_finqa
 from fintune.errors import DataError, FintuneError
 from fintune.evaluation.audit import FINDINGS
-from fintune.finqa.identity import group_of
+from fintune.finqa.page import group_of
 from support.paths import ROOT
 
 SHARED = ROOT.parent / "shared" / "finqa"

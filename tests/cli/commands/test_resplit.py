@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from fintune.cli.commands.audit import Resplit, resplit
 from fintune.errors import DataError
-from fintune.finqa.identity import group_of
+from fintune.finqa.page import group_of
 from fintune.records import FinQAQuestion, FinQARecord
 
 QA = FinQAQuestion(question="q", program="add(1, 2)", exe_ans=3.0)

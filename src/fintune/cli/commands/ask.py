@@ -9,9 +9,8 @@ from typing import Any
 
 from fintune.config import PredictOptions, PromptOptions
 from fintune.errors import ModelError, PromptError
-from fintune.finqa.constants import OPERATIONS
 from fintune.finqa.page import page_units
-from fintune.finqa.program import tokenize
+from fintune.finqa.program import OPERATIONS, tokenize
 from fintune.finqa.prompt import build_messages, prompt_budget
 from fintune.finqa.trace import Operand, Trace, trace
 from fintune.inference.decoding_strategies import choose_prediction, decoding_from_options, make_grammars

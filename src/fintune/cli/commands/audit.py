@@ -14,7 +14,7 @@ from fintune.data.finqa_json import WITHOUT_STRICT, read_finqa, read_objects
 from fintune.errors import DataError, FintuneError
 from fintune.evaluation.audit import FINDINGS, NEAR, Overlap, SplitAudit, Splits, audit_split, find_overlaps
 from fintune.finqa.evidence import Agreement
-from fintune.finqa.identity import Level, group_of
+from fintune.finqa.page import Level, group_of
 from fintune.records import FinQARecord, Record
 from fintune.report.tables import make_table
 from fintune.util.files import check_outputs, make_folder, write_output

@@ -9,7 +9,7 @@ from fintune.data.synthetic.company import Company, make_accounts, make_company
 from fintune.data.synthetic.page import Contents, Fact, Page, PageContext, Size
 from fintune.data.synthetic.query import Draft
 from fintune.data.synthetic.questions import draw_draft
-from fintune.data.synthetic.tables import TABLE_WEIGHTS, make_table
+from fintune.data.synthetic.tables import TABLE_WEIGHTS, make_page_table
 from fintune.data.synthetic.text import COMPARABLE_FACTS, FACT_KINDS, draw_filler, draw_lead_in, make_fact
 from fintune.errors import DataError
 from fintune.finqa.execute import execute
@@ -61,7 +61,7 @@ def generate(
 def make_page(kind: str, context: PageContext) -> Page:
     """Make one page of a company's report: a table, the facts around it, and sentences that no question needs."""
     rng, small = context.rng, context.small
-    table = make_table(kind, context)
+    table = make_page_table(kind, context)
     # One fact beside a large table, one or two beside others, so that small pages are of one length.
     is_large = len(table.rows) * (len(table.rows[0]) - 1) > 8
     num_facts = rng.randint(4, 8) if not small else 1 if is_large else rng.choice((1, 2, 2))

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
 from fintune.data.synthetic.company import phrases
 from fintune.data.synthetic.page import Contents, NumberSeries, Page, PageNumber
-from fintune.finqa.program import Argument, Constant, Nothing, Number, Program, Reference, RowName, Step
+from fintune.finqa.program import Argument, Constant, Nothing, Number, Program, ProgramStep, Reference, RowName
 
 AnswerForm: TypeAlias = Literal["number", "percent", "yes_no"]
 Operands: TypeAlias = Mapping[str, PageNumber | NumberSeries | int]
@@ -126,7 +126,7 @@ def _parse_template(template: str) -> ast.expr:
 
 def _fill(template: str, operands: Operands) -> tuple[Program, tuple[PageNumber, ...]]:
     """Return the program of a template, and its numbers in the order in which the steps use them."""
-    steps: dict[str, Step] = {}
+    steps: dict[str, ProgramStep] = {}
     evidence: list[PageNumber] = []
 
     def argument(node: ast.expr) -> Argument:
@@ -136,7 +136,7 @@ def _fill(template: str, operands: Operands) -> tuple[Program, tuple[PageNumber,
                 calls_first = sorted(node.args, key=lambda item: not isinstance(item, ast.Call))
                 arguments = {item: argument(item) for item in calls_first}
                 first, second = (*(arguments[item] for item in node.args), Nothing())[:2]
-                steps[text] = Step(ast.unparse(node.func), first, second)
+                steps[text] = ProgramStep(ast.unparse(node.func), first, second)
             return Reference(list(steps).index(text))
         operand = operands[node.id] if isinstance(node, ast.Name) else ast.literal_eval(node)
         if isinstance(operand, int):

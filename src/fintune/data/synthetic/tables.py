@@ -33,7 +33,7 @@ _Lines: TypeAlias = dict[str, Mapping[int, int]]
 _Texts: TypeAlias = dict[str, tuple[Measure, dict[int, str]]]
 
 
-def make_table(kind: str, context: PageContext) -> PageTable:
+def make_page_table(kind: str, context: PageContext) -> PageTable:
     """Make a table; in a small page it has at most 5 rows and 3 years.
 
     Args:

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import quote
 
-from fintune.finqa.constants import TABLE_OPERATIONS
 from fintune.finqa.official import split_step, split_steps, str_to_num
-from fintune.finqa.program import tokenize
+from fintune.finqa.program import TABLE_OPERATIONS, tokenize
 from fintune.finqa.verdict import Verdict
 from fintune.report.formatting import Cell, HtmlTable, format_percent
 from fintune.report.plots import share_plot
