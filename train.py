@@ -1,7 +1,5 @@
 """Train an adapter on a folder of conversations, with the guide's flags; see docs/finance.md."""
 
-from __future__ import annotations
-
 from fintune.cli.legacy.finance import TRAIN
 from fintune.cli.main import main
 

@@ -1,7 +1,5 @@
 """Fine-tune, merge and quantize a model on finance data, with the guide's flags; see docs/finance.md."""
 
-from __future__ import annotations
-
 from fintune.cli.legacy.finance import PIPELINE
 from fintune.cli.main import main
 

@@ -1,7 +1,5 @@
 """Answer every question of a FinQA file with a program, with the guide's flags, as `fintune predict --model` does."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

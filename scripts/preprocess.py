@@ -1,7 +1,5 @@
 """Write a FinQA file as a Hugging Face dataset folder, with the guide's flags; see docs/guide_finqa.md."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import click

@@ -1,7 +1,5 @@
 """Print the official FinQA scores of a file of predictions, with the guide's flags, as `fintune score` does."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import click

@@ -1,9 +1,7 @@
 """Train a DoRA adapter on FinQA, with the guide's flags; see docs/guide_finqa.md."""
 
-from __future__ import annotations
-
-from fintune.cli.legacy.finqa import make_train_command
+from fintune.cli.legacy.finqa import TRAIN_DORA
 from fintune.cli.main import main
 
 if __name__ == "__main__":
-    main(make_train_command(use_dora=True), "train_dora.py")
+    main(TRAIN_DORA, "train_dora.py")

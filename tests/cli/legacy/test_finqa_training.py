@@ -59,7 +59,7 @@ def flags(model: Path, dataset: Path, output: Path, **others: object) -> list[st
 
 
 def call(arguments: list[str], *, use_dora: bool = True) -> None:
-    finqa.make_train_command(use_dora=use_dora)(arguments, standalone_mode=False)
+    (finqa.TRAIN_DORA if use_dora else finqa.TRAIN_LORA)(arguments, standalone_mode=False)
 
 
 def adapter_config(folder: Path) -> dict[str, object]:

@@ -63,13 +63,13 @@ def test_pasted_comment_stops_the_command(rest):
     assert "remove the comment" in done.err
 
 
-@pytest.mark.parametrize("command", [finance.PIPELINE, finance.TRAIN, finqa.make_train_command(use_dora=True)])
+@pytest.mark.parametrize("command", [finance.PIPELINE, finance.TRAIN, finqa.TRAIN_DORA])
 def test_help_lists_every_flag(command):
     done = fintune("--help", command=command)
     assert done.status == 0
     assert all(param.opts[0] in done.out for param in command.params if isinstance(param, click.Option))
 
 
-@pytest.mark.parametrize("table", [finance._PIPELINE, finance._TRAIN, finqa._flags(use_dora=True)])
+@pytest.mark.parametrize("table", [finance._PIPELINE, finance._TRAIN, finqa.FLAGS])
 def test_tables_name_existing_options(table):
     assert {flag.option for flag in table if flag.option} <= {key for key, _ in fields()}

@@ -120,7 +120,7 @@ def test_finqa_guide_runs(folder, model, monkeypatch):
 
 
 def test_pasted_comment_stops_the_command(folder, monkeypatch):
-    monkeypatch.setattr(finqa, "_train", lambda *_: pytest.fail("training started with a part of the flags"))
+    monkeypatch.setattr(finqa, "_data", lambda *_: pytest.fail("training started with a part of the flags"))
     first, rest = as_pasted(FINQA["train"])
     done = script(first, folder)
     assert (done.status, rest[0]) == (2, "--lora_r")

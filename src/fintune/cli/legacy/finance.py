@@ -7,7 +7,6 @@ Adapter, merged folder and GGUF files appear at the paths that the flags name.
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,17 +27,11 @@ GUIDE_MODEL = "DSR1/DSR1-Distill-Qwen-14B"
 MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B"
 """Name of the guide's model on the Hugging Face hub."""
 INVESTOPEDIA = "hub:FinLang/investopedia-instruction-tuning-dataset"
-_FIXED: Mapping[str, Any] = {
-    "run.name": "run",
-    "run.seed": 3407,
-    "data.source": "chat",
-    "adapter.target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    "train.warmup_steps": 5,
-    "train.optim": "adamw_8bit",
-    "train.save_steps": 500,
-    "train.save_total_limit": 3,
-    "merge.dtype": "float16",
-}
+_FIXED = (
+    *("run.name=run", "run.seed=3407", "data.source=chat", "merge.dtype=float16"),
+    *("train.warmup_steps=5", "train.optim=adamw_8bit", "train.save_steps=500", "train.save_total_limit=3"),
+    "adapter.target_modules=q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
+)
 """Options that the guide sets without a flag."""
 _NEWEST = ("checkpoint-latest", "latest", "last", "true")
 """Values of ``--resume_from_checkpoint`` that mean the newest checkpoint."""
@@ -88,11 +81,7 @@ _TRAIN = (*_TRAINING, Flag("output_dir", _OUTPUT, "Folder for adapter, tokenizer
 
 
 def train_financial_model(flags: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Run every stage that is not skipped, and put the results where the flags say.
-
-    Raises:
-        FintuneError: A mistake of the user or a missing tool, before training where it can be known.
-    """
+    """Run every stage that is not skipped, and put the results where the flags say."""
     kind, file = flags["quantization_target"].upper(), flags["gguf_q4_path"]
     source = {"path": flags["investopedia"], "format": "question_answer", "max_rows": flags["investopedia_rows"]}
     sources = [] if flags["investopedia"].lower() == "none" else [source]
@@ -104,7 +93,10 @@ def train_financial_model(flags: dict[str, Any], overrides: Sequence[str]) -> No
     if "q4_k_m" in file.name.lower() and kind != "Q4_K_M" and not flags["skip_quantization"]:
         say(f"{file} will hold {kind}; --gguf_q4_path sets another name")
     skipped = [stage for stage, flag in _SKIPS.items() if flags[flag]]
-    _require_results(config, skipped)
+    last = max((place for place, stage in enumerate(_SKIPS) if stage not in skipped), default=0)
+    for stage in [*_SKIPS][:last]:
+        if stage in skipped and Slot(config.folder, stage).manifest() is None:
+            raise ConfigError(f"--{_SKIPS[stage]}: {config.folder} has no result of {stage}", hint="leave the flag out")
     outputs = _adapter(config, "--lora_output_dir", flags["lora_output_dir"])
     if not flags["skip_merge"]:
         outputs.append(Output("--merged_model_dir", flags["merged_model_dir"], "merge", config.folder / "merge"))
@@ -125,11 +117,7 @@ def train_financial_model(flags: dict[str, Any], overrides: Sequence[str]) -> No
 
 
 def train(flags: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Prepare the data and train, and put the adapter where the flag says.
-
-    Raises:
-        FintuneError: A mistake of the user.
-    """
+    """Prepare the data and train, and put the adapter where the flag says."""
     config = _config(_TRAIN, flags, overrides, [])
     # Unfinished training resumes with the data that it started with, also if train_financial_model.py started it.
     is_resumed = bool(flags["resume_from_checkpoint"]) and Slot(config.folder, "prepare").manifest() is not None
@@ -159,8 +147,9 @@ def _config(
             say("no CUDA GPU: training uses 16-bit weights (--training_quantization 4bit forces 4-bit weights)")
     flags["training_quantization"] = "nf4" if bits == "4bit" else "none"
     flags["dataset_folder"] = [{"path": str(flags["dataset_folder"])}, *more_sources]
-    fixed = [f"{key}={json.dumps(value)}" for key, value in _FIXED.items()]
-    return load(None, [*fixed, *as_overrides(table, flags), *shlex.split(flags["extra_train_args"]), *overrides]).config
+    return load(
+        None, [*_FIXED, *as_overrides(table, flags), *shlex.split(flags["extra_train_args"]), *overrides]
+    ).config
 
 
 def _adapter(config: Config, flag: str, path: Path) -> list[Output]:
@@ -183,17 +172,6 @@ def _with_tokenizer(step: Step) -> Step:
     return dataclasses.replace(step, run=run) if step.name == "train" else step
 
 
-def _require_results(config: Config, skipped: Sequence[str]) -> None:
-    """Refuse to skip a stage without a result that a later stage needs."""
-    stages = [*_SKIPS]
-    while stages and stages[-1] in skipped:
-        stages.pop()
-    for stage in stages:
-        if stage in skipped and Slot(config.folder, stage).manifest() is None:
-            what = f"--{_SKIPS[stage]}: {config.folder} has no result of {stage}, which later stages need"
-            raise ConfigError(what, hint="leave the flag out")
-
-
 def _run(config: Config, flags: Mapping[str, Any], skipped: Sequence[str], outputs: Sequence[Output]) -> bool:
     """Run the stages and write the outputs; False if ``--dry_run`` only asks for the plan."""
     from fintune.pipeline.runner import Pipeline
@@ -205,8 +183,7 @@ def _run(config: Config, flags: Mapping[str, Any], skipped: Sequence[str], outpu
     pipeline = Pipeline(config, steps, Selection(skip=skipped, redo=flags["redo"]), called=str(config.folder))
     plan = pipeline.preview()
     if flags["resume_from_checkpoint"]:
-        word = next(word for step, word in plan if step.name == "train")
-        _check_checkpoint(config.folder, Path(flags["resume_from_checkpoint"]), word)
+        _check_checkpoint(config.folder, Path(flags["resume_from_checkpoint"]), {s.name: w for s, w in plan}["train"])
     if flags["dry_run"]:
         stdout().print(plan_table([(step.name, word, step.inputs) for step, word in plan]))
         return False

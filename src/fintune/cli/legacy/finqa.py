@@ -28,53 +28,41 @@ _REPORTERS = {"none": [], "tensorboard": ["tensorboard"], "wandb": ["wandb"], "a
 _STRATEGY = click.Choice(("no", "steps", "epoch"))
 
 
-def _flags(use_dora: bool) -> tuple[Flag, ...]:
-    """The flags of a script that trains DoRA or LoRA if ``--use_dora`` is left out."""
-    method = f"DoRA (true) or LoRA (false). Default: {str(use_dora).lower()}."
-    return (
-        Flag("base_model", str, "Hub id, local folder or builtin:smollm2-135m.", "model.name", is_required=True),
-        Flag("dataset_dir", PATH, "What preprocess.py or save_to_disk wrote.", "data.train", is_required=True),
-        Flag("output_dir", PATH, "Folder for the adapter and the run.", "run.dir", is_required=True),
-        Flag("overwrite_output_dir", TRUE_OR_FALSE, "Prepare and train again, and replace what is in --output_dir."),
-        Flag("epochs", 3.0, "Passes over the data.", "train.num_train_epochs"),
-        Flag("per_device_train_batch_size", 4, "Examples per forward pass.", "train.per_device_train_batch_size"),
-        Flag("lr", 1e-4, "Peak learning rate.", "train.learning_rate"),
-        Flag("weight_decay", 0.0, "Weight decay of AdamW.", "train.weight_decay"),
-        Flag("gradient_accumulation_steps", 1, "Passes per optimizer step.", "train.gradient_accumulation_steps"),
-        Flag("use_bf16", TRUE_OR_FALSE, "bfloat16, or float16 on a GPU and float32 on a CPU.", "train.dtype"),
-        Flag("use_4bit", TRUE_OR_FALSE, "4-bit base weights (QLoRA, QDoRA).", "model.quantization"),
-        Flag("gradient_checkpointing", TRUE_OR_FALSE, "Recompute all layers or none.", "train.gradient_checkpointing"),
-        Flag("lora_r", 16, "Rank of the adapter.", "adapter.r"),
-        Flag("lora_alpha", 32, "Scale of the adapter.", "adapter.lora_alpha"),
-        Flag("lora_dropout", 0.0, "Dropout before the adapter.", "adapter.lora_dropout"),
-        Flag("use_dora", TRUE_OR_FALSE, method, "adapter.kind"),
-        Flag("logging_steps", 20, "Steps between lines of run/train/metrics.jsonl.", "train.logging_steps"),
-        Flag("save_strategy", _STRATEGY, "When checkpoints are saved. Default: steps."),
-        Flag("save_steps", 100, "Steps between checkpoints with --save_strategy steps.", "train.save_steps"),
-        Flag("eval_strategy", _STRATEGY, "When the evaluation loss is measured. Default: no."),
-        Flag("eval_steps", 100, "Steps between evaluations with --eval_strategy steps.", "train.eval_steps"),
-        Flag("eval_dataset_dir", PATH, "Evaluation split, if --dataset_dir has none.", "data.eval"),
-        Flag("push_to_hub", TRUE_OR_FALSE, "Upload the adapter. Needs a token (hf auth login)."),
-        Flag("hub_model_id", str, "Repository. Default: the name of --output_dir in your account."),
-        Flag("hub_strategy", click.Choice(["end", "epoch"]), "Upload at the end (default) or after every epoch."),
-        Flag("report_to", click.Choice([*_REPORTERS]), "Tracker of the losses. Default: none.", "train.report_to"),
-        Flag("max_length", 2048, "Tokens of prompt and completion. The page is cut to fit.", "prompt.max_length"),
-        Flag("seed", 17, "Seed of order, sampling and initialization.", "run.seed"),
-        REDO,
-    )
+FLAGS = (
+    Flag("base_model", str, "Hub id, local folder or builtin:smollm2-135m.", "model.name", is_required=True),
+    Flag("dataset_dir", PATH, "What preprocess.py or save_to_disk wrote.", "data.train", is_required=True),
+    Flag("output_dir", PATH, "Folder for the adapter and the run.", "run.dir", is_required=True),
+    Flag("overwrite_output_dir", TRUE_OR_FALSE, "Prepare and train again, and replace what is in --output_dir."),
+    Flag("epochs", 3.0, "Passes over the data.", "train.num_train_epochs"),
+    Flag("per_device_train_batch_size", 4, "Examples per forward pass.", "train.per_device_train_batch_size"),
+    Flag("lr", 1e-4, "Peak learning rate.", "train.learning_rate"),
+    Flag("weight_decay", 0.0, "Weight decay of AdamW.", "train.weight_decay"),
+    Flag("gradient_accumulation_steps", 1, "Passes per optimizer step.", "train.gradient_accumulation_steps"),
+    Flag("use_bf16", TRUE_OR_FALSE, "bfloat16, or float16 on a GPU and float32 on a CPU.", "train.dtype"),
+    Flag("use_4bit", TRUE_OR_FALSE, "4-bit base weights (QLoRA, QDoRA).", "model.quantization"),
+    Flag("gradient_checkpointing", TRUE_OR_FALSE, "Recompute all layers or none.", "train.gradient_checkpointing"),
+    Flag("lora_r", 16, "Rank of the adapter.", "adapter.r"),
+    Flag("lora_alpha", 32, "Scale of the adapter.", "adapter.lora_alpha"),
+    Flag("lora_dropout", 0.0, "Dropout before the adapter.", "adapter.lora_dropout"),
+    Flag("use_dora", TRUE_OR_FALSE, "DoRA instead of LoRA.", "adapter.kind"),
+    Flag("logging_steps", 20, "Steps between lines of run/train/metrics.jsonl.", "train.logging_steps"),
+    Flag("save_strategy", _STRATEGY, "When checkpoints are saved. Default: steps."),
+    Flag("save_steps", 100, "Steps between checkpoints with --save_strategy steps.", "train.save_steps"),
+    Flag("eval_strategy", _STRATEGY, "When the evaluation loss is measured. Default: no."),
+    Flag("eval_steps", 100, "Steps between evaluations with --eval_strategy steps.", "train.eval_steps"),
+    Flag("eval_dataset_dir", PATH, "Evaluation split, if --dataset_dir has none.", "data.eval"),
+    Flag("push_to_hub", TRUE_OR_FALSE, "Upload the adapter. Needs a token (hf auth login)."),
+    Flag("hub_model_id", str, "Repository. Default: the name of --output_dir in your account."),
+    Flag("hub_strategy", click.Choice(["end", "epoch"]), "Upload at the end (default) or after every epoch."),
+    Flag("report_to", click.Choice([*_REPORTERS]), "Tracker of the losses. Default: none.", "train.report_to"),
+    Flag("max_length", 2048, "Tokens of prompt and completion. The page is cut to fit.", "prompt.max_length"),
+    Flag("seed", 17, "Seed of order, sampling and initialization.", "run.seed"),
+    REDO,
+)
+_DORA_FLAGS = [Flag("use_dora", True, flag.help, flag.option) if flag.name == "use_dora" else flag for flag in FLAGS]
 
 
-def make_train_command(*, use_dora: bool) -> click.Command:
-    """Make the command of a script that trains DoRA or LoRA if ``--use_dora`` is left out."""
-    table = _flags(use_dora)
-
-    def train(flags: dict[str, Any], overrides: list[str]) -> None:
-        _train(table, {**flags, "use_dora": use_dora if flags["use_dora"] is None else flags["use_dora"]}, overrides)
-
-    return make_command(train, table, "Fine-tune an adapter (LoRA, QLoRA, DoRA, QDoRA) on FinQA.")
-
-
-def _train(table: Sequence[Flag], flags: dict[str, Any], overrides: Sequence[str]) -> None:
+def train(flags: dict[str, Any], overrides: Sequence[str]) -> None:
     """Prepare the data, train, put the adapter into its folder, and push it."""
     from fintune.pipeline.runner import Pipeline
     from fintune.pipeline.step import Selection
@@ -88,7 +76,7 @@ def _train(table: Sequence[Flag], flags: dict[str, Any], overrides: Sequence[str
         overrides = [f"publish.repo_id={repo}", "publish.each_epoch=true", *overrides]
     values, data = _data(flags)
     # Steps of an epoch are known when the data are prepared.
-    config = _config(table, values, [*data, *overrides], steps_per_epoch=1)
+    config = _config(values, [*data, *overrides], steps_per_epoch=1)
     adapter = Output("--output_dir", folder, "train", config.folder / "train" / "adapter", is_copy=True)
     check([adapter], config.folder, flags["dataset_dir"], overwrite=overwrite)
     redo = {"prepare", "train", *flags["redo"]} if overwrite else {*flags["redo"]}
@@ -97,7 +85,7 @@ def _train(table: Sequence[Flag], flags: dict[str, Any], overrides: Sequence[str
     (prepared,) = Pipeline(config, steps, Selection(redo=redo & {"prepare"})).run()
     batch = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
     steps_per_epoch = max(1, math.ceil(prepared.facts["num_train_rows"] / batch))
-    config = _config(table, values, [*data, *overrides], steps_per_epoch=steps_per_epoch)
+    config = _config(values, [*data, *overrides], steps_per_epoch=steps_per_epoch)
     steps = [replaces(step, [adapter]) for step in build_steps(config)]
     Pipeline(config, steps, Selection(only=("train",), redo=redo - {"prepare"})).run()
     adapter.write(overwrite=overwrite)
@@ -111,12 +99,12 @@ def _train(table: Sequence[Flag], flags: dict[str, Any], overrides: Sequence[str
         click.echo(f"To score the answers: python scripts/{score}")
 
 
-def _data(flags: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return the flags with the files of the data in place of their folders, and more overrides of the data.
+TRAIN_LORA = make_command(train, FLAGS, "Fine-tune a LoRA adapter on FinQA.")
+TRAIN_DORA = make_command(train, _DORA_FLAGS, "Fine-tune a DoRA adapter on FinQA.")
 
-    Raises:
-        ConfigError: An evaluation is asked for, and there is nothing to evaluate on.
-    """
+
+def _data(flags: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the flags with the files of the data in place of their folders, and more overrides of the data."""
     train_folder, eval_folder = split_folders(flags["dataset_dir"])
     if flags["eval_dataset_dir"] is not None:
         eval_folder = split_folders(flags["eval_dataset_dir"])[0]
@@ -135,7 +123,7 @@ def _data(flags: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return values, ["data.source=finqa", *([] if eval_file else ["data.max_eval_samples=1"])]
 
 
-def _config(table: Sequence[Flag], flags: dict[str, Any], overrides: Sequence[str], *, steps_per_epoch: int) -> Config:
+def _config(flags: dict[str, Any], overrides: Sequence[str], *, steps_per_epoch: int) -> Config:
     from fintune.config.load import load
 
     dtype = None if flags["use_bf16"] is None else "bfloat16"
@@ -151,4 +139,4 @@ def _config(table: Sequence[Flag], flags: dict[str, Any], overrides: Sequence[st
         "save_steps": {"no": _NEVER, "epoch": steps_per_epoch}.get(flags["save_strategy"], flags["save_steps"]),
         "eval_steps": {"steps": flags["eval_steps"], "epoch": steps_per_epoch}.get(flags["eval_strategy"]),
     }
-    return load(None, ["run.name=run", *as_overrides(table, values), *overrides]).config
+    return load(None, ["run.name=run", *as_overrides(FLAGS, values), *overrides]).config

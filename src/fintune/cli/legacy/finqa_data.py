@@ -39,8 +39,7 @@ def preprocess(source: Path, folder: Path, *, strict: bool = False) -> FinqaFile
         strict: Refuse a file with an unusable record instead of dropping the record.
 
     Raises:
-        DataError: The file cannot be read, no record can be used, or, with ``strict``, one cannot.
-        FintuneError: ``folder`` holds something else, or cannot be written.
+        FintuneError: The file cannot be used, or ``folder`` holds something else or cannot be written.
     """
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     ours = {_RECORDS, "dataset_info.json", "state.json"}
@@ -62,21 +61,18 @@ def preprocess(source: Path, folder: Path, *, strict: bool = False) -> FinqaFile
 
 
 def split_folders(folder: Path) -> tuple[Path, Path | None]:
-    """Return the folders to train on and to evaluate on, the second None if there is none.
-
-    Args:
-        folder: One dataset, or a folder with one dataset per split, such as a saved DatasetDict.
+    """Return the folders of a dataset, or of a folder with one dataset per split, to train on and to evaluate on.
 
     Raises:
         DataError: ``folder`` is neither.
     """
-    if _is_dataset(folder):
-        return folder, None
-    train = next((folder / name for name in _TRAIN if _is_dataset(folder / name)), None)
+    names = (".", *_TRAIN, *_EVAL)
+    found = [name for name in names if any((folder / name / file).is_file() for file in ("state.json", _RECORDS))]
+    train = next((folder / name for name in found if name not in _EVAL), None)
     if train is None:
         what = "no saved dataset here or in a folder named train" if folder.exists() else "no such folder"
         raise DataError(what, path=folder, hint="name what scripts/preprocess.py or datasets.save_to_disk wrote")
-    return train, next((folder / name for name in _EVAL if _is_dataset(folder / name)), None)
+    return train, next((folder / name for name in found if name in _EVAL and "." not in found), None)
 
 
 def finqa_file(folder: Path, copy: Path) -> Path | None:
@@ -103,10 +99,6 @@ def finqa_file(folder: Path, copy: Path) -> Path | None:
     part = copy.with_name(f".{copy.name}.part")
     _write_lines(part, map(_record, rows))
     return part.replace(copy)
-
-
-def _is_dataset(folder: Path) -> bool:
-    return (folder / "state.json").is_file() or (folder / _RECORDS).is_file()
 
 
 def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

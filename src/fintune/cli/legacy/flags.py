@@ -23,8 +23,8 @@ class Flag:
 
     Attributes:
         name: Name without dashes: ``lora_r`` is ``--lora_r``.
-        default: Value if the flag is left out. A type stands for None, False for a flag without a value, and an empty
-            tuple for a flag that may be repeated.
+        default: Value if the flag is left out; a type stands for None, False for a flag without a value, () for a flag
+            that may be repeated.
         help: Sentence of ``--help``.
         option: Key of the option that the flag sets, such as ``adapter.r``; empty if the script reads the flag itself.
         is_required: Whether the flag must be present.
@@ -39,8 +39,9 @@ class Flag:
     def parameter(self) -> click.Option:
         """Return the flag as a click option."""
         settings: dict[str, Any] = {"required": self.is_required, "help": self.help}
-        if self.default is TRUE_OR_FALSE:  # --use_4bit, --use_4bit true or --use_4bit false
+        if self.default is TRUE_OR_FALSE or self.default is True:  # --use_4bit, --use_4bit true or --use_4bit false
             settings |= {"type": click.BOOL, "is_flag": False, "flag_value": "true", "metavar": "true|false"}
+            settings["default"] = self.default is True or None
         elif isinstance(self.default, (type, click.ParamType)):
             settings["type"] = self.default
         elif self.default is False or self.default == ():
@@ -63,7 +64,7 @@ def as_overrides(table: Sequence[Flag], flags: Mapping[str, Any]) -> list[str]:
 def make_command(
     run: Callable[[dict[str, Any], list[str]], None], table: Sequence[Flag], summary: str
 ) -> click.Command:
-    """Make the click command of a script. An error about an option begins with the flag of that option.
+    """Make the click command of a script, whose errors name flags.
 
     Args:
         run: Gets the value of each flag by its name, and the ``key=value`` arguments after the flags.
@@ -76,10 +77,8 @@ def make_command(
             with interrupt_message(RESUME_MESSAGE):
                 run(flags, list(overrides))
         except FintuneError as error:
-            name = next((flag.name for flag in table if flag.option and flag.option == error.option), None)
-            if name is None:
-                raise
-            raise error.renamed(f"--{name}") from None
+            names = [flag.name for flag in table if flag.option and flag.option == error.option]
+            raise error.renamed(f"--{names[0]}") if names else error from None
 
     overrides = click.Argument(["overrides"], nargs=-1, metavar="[KEY=VALUE]...")
     text = f"{summary}\n\nKEY=VALUE sets any option of docs/options.md; it overrides the flags."
@@ -95,11 +94,7 @@ class PastedCommand(click.Command):
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the arguments.
-
-        Raises:
-            UsageError: One of them is a blank or a comment.
-        """
+        """Parse the arguments; a blank or a comment among them is a usage error."""
         if any(arg.startswith("#") or (arg and not arg.strip()) for arg in args):
             what = "a backslash is not the last character of its line, so the shell dropped the flags of the next lines"
             raise click.UsageError(f"{what}: remove the comment or the blanks after the backslash", ctx)

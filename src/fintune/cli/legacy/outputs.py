@@ -31,8 +31,7 @@ class Output:
         stage: Stage of the run that makes the result.
         source: The result in the run's folder.
         is_folder: Whether the result is a folder.
-        is_copy: False: files are hard links to the run's files where the disk allows it. Writing into them would
-            change the run.
+        is_copy: False for hard links to the run's files where the disk allows it. Writing into them changes the run.
     """
 
     flag: str
@@ -49,20 +48,11 @@ class Output:
         files = sorted(file for file in self.source.glob("*") if file.is_file() and file.name != MANIFEST)
         return [(file, self.path / file.name) for file in sorted(files, key=lambda file: file.name == "config.json")]
 
-    def remove(self) -> None:
-        """Delete the files at the output that are the run's."""
-        for source, target in reversed(self.pairs()):
-            if _is_same(source, target):
-                target.unlink()
-
     def write(self, *, overwrite: bool = False) -> None:
         """Put the run's files at the output. A file appears there when it is complete.
 
-        Args:
-            overwrite: Whether files that are not the run's are replaced.
-
         Raises:
-            ArtifactError: A file that is not the run's is in the way.
+            ArtifactError: A file that is not the run's is in the way, and ``overwrite`` is False.
             ResourceError: A file cannot be written.
         """
         for source, target in self.pairs():
@@ -84,14 +74,22 @@ class Output:
                 part.unlink(missing_ok=True)
 
 
-def check(outputs: Sequence[Output], run: Path, data: Path, *, overwrite: bool = False) -> None:
-    """Refuse outputs that would overwrite something or cannot be written. Nothing is touched.
+def replaces(step: Step, outputs: Sequence[Output]) -> Step:
+    """Return the step so that it deletes its former files at the outputs when its new result is complete."""
 
-    Args:
-        outputs: What will be written.
-        run: Folder of the run.
-        data: Folder whose files are all read as data.
-        overwrite: Whether files that are not the run's may be replaced.
+    def run(*arguments: Any) -> dict[str, Any]:
+        facts = step.run(*arguments)
+        for output in (output for output in outputs if output.stage == step.name):
+            for source, target in reversed(output.pairs()):
+                if _is_same(source, target):
+                    target.unlink()
+        return facts
+
+    return dataclasses.replace(step, run=run)
+
+
+def check(outputs: Sequence[Output], run: Path, data: Path, *, overwrite: bool = False) -> None:
+    """Refuse outputs that would overwrite something, be read as data, or cannot be written. Nothing is touched.
 
     Raises:
         ConfigError: The first such output, with its flag.
@@ -103,9 +101,8 @@ def check(outputs: Sequence[Output], run: Path, data: Path, *, overwrite: bool =
 
 def _reasons(output: Output, outputs: Sequence[Output], run: Path, data: Path, overwrite: bool) -> Iterator[str]:
     path, folder = output.path.resolve(), nearest_existing(output.path if output.is_folder else output.path.parent)
-    for other in outputs:
-        inner = other.path.resolve()
-        if other.flag != output.flag and (path == inner or (not output.is_folder and inner.is_relative_to(path))):
+    for other in (other for other in outputs if other.flag != output.flag):
+        if path == other.path.resolve() or (not output.is_folder and other.path.resolve().is_relative_to(path)):
             yield f"{other.flag} {other.path} needs the same path"
     if path.is_relative_to(run.resolve()):
         yield f"it is inside {run}, the folder of the run"
@@ -118,18 +115,6 @@ def _reasons(output: Output, outputs: Sequence[Output], run: Path, data: Path, o
     for file in [] if overwrite else sorted(found | {*sources}):
         if os.path.lexists(file) and not _is_same(sources.get(file), file):
             yield f"{file} exists and is not a file of the run in {run}"
-
-
-def replaces(step: Step, outputs: Sequence[Output]) -> Step:
-    """Return the step so that it deletes its former outputs when its new result is complete."""
-
-    def run(*arguments: Any) -> dict[str, Any]:
-        facts = step.run(*arguments)
-        for output in (output for output in outputs if output.stage == step.name):
-            output.remove()
-        return facts
-
-    return dataclasses.replace(step, run=run)
 
 
 def _is_same(source: Path | None, target: Path) -> bool:
