@@ -8,7 +8,7 @@ import pytest
 from fintune.finqa.program import tokenize
 from fintune.finqa.verdict import OUTCOMES, OfficialVerdict, judge
 from fintune.records import Candidate, FinQARecord
-from fintune.report.browser import Answer, browser_blocks, find_used_parts, script_json
+from fintune.report.browser import BrowserAnswer, browser_blocks, find_used_parts, script_json
 from support.example_run import NASTY, predictions, records
 from support.paths import ROOT
 
@@ -90,7 +90,7 @@ def test_every_operand_of_nearly_all_gold_programs_of_dev_is_found():
 def test_each_outcome_is_told_by_its_place_and_the_judged_tokens_are_run(tokens, outcome):
     item = record()
     verdict, _ = judge(item, tokens)
-    answers = {"predicted": {item.id: Answer(tokens, verdict.program, verdict)}}
+    answers = {"predicted": {item.id: BrowserAnswer(tokens, verdict.program, verdict)}}
     [answer] = json.loads(browser_blocks([item], answers, {})[0])["examples"][0]["m"]
     assert OUTCOMES[answer["c"]] == verdict.outcome == outcome
     assert (answer["s"] == []) == (outcome == "no_result")
@@ -117,8 +117,10 @@ def test_the_index_tells_steps_verdicts_cuts_and_missing_predictions():
     )
     first, second = predictions(items, "base")[:2]
     answers = {
-        first.id: Answer.from_prediction(first.model_copy(update={"finish_reason": "length"}), invalid),
-        second.id: Answer.from_prediction(second.model_copy(update={"finish_reason": "stop", "text": "so: x"}), None),
+        first.id: BrowserAnswer.from_prediction(first.model_copy(update={"finish_reason": "length"}), invalid),
+        second.id: BrowserAnswer.from_prediction(
+            second.model_copy(update={"finish_reason": "stop", "text": "so: x"}), None
+        ),
     }
     index = json.loads(browser_blocks(items, {"base": answers}, {items[1].id: 4})[0])
     one, two, three = index["examples"]
@@ -143,7 +145,7 @@ def test_an_answer_says_how_certain_the_model_was_and_what_agreed_with_it():
     )
     voted = voted.model_copy(update={"confidence": 0.5, "program": "add(1, 2)", "candidates": candidates})
     made = (alone.model_copy(update={"confidence": 0.414}), voted, unknown)
-    answers = {each.id: Answer.from_prediction(each, None) for each in made}
+    answers = {each.id: BrowserAnswer.from_prediction(each, None) for each in made}
     examples = json.loads(browser_blocks(items, {"adapter": answers}, {})[0])["examples"]
     assert [example["m"][0].get("k") for example in examples] == [
         "confidence 41 %",

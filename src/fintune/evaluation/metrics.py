@@ -1,7 +1,8 @@
-"""FinQA scores: the official verdicts as the headline, other views beside it under names of their own.
+"""FinQA scores over many predictions: the official figures, and other views under their own names.
 
-The headline is what github.com/czyssrs/FinQA, code/evaluate/evaluate.py prints: exact equality of the executed result
-with ``exe_ans`` (rounded to 5 decimals) and symbolic equality of the programs, both over the number of predictions.
+The official figures are those that github.com/czyssrs/FinQA, code/evaluate/evaluate.py prints: exact equality of the
+executed result with ``exe_ans`` (rounded to 5 decimals) and symbolic equality of the programs, both over the number of
+predictions.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _Key = TypeVar("_Key", int, str, EvidenceKind, QuestionType)
 
 
 class Rates(Record):
-    """Official figures of a set of predictions, as fractions, each with its Wilson 95 % interval."""
+    """The official figures of a set of predictions: fractions with their 95 % intervals (Wilson's)."""
 
     num_predictions: int
     execution_accuracy: float
@@ -32,12 +33,12 @@ class Rates(Record):
 
     @property
     def no_program_rate(self) -> float:
-        """Share of completions without one complete step, which officially is not invalid; known of `Score` alone."""
+        """Share of completions without one complete step; officially they are not invalid. Only `Score` knows it."""
         return 0.0
 
 
 class WholeFile(Record):
-    """Figures over every question of the gold file: a missing id is wrong, of several predictions the first counts."""
+    """Figures over every question of the gold file. A missing id is wrong; of several predictions the first counts."""
 
     num_gold: int
     num_missing: int
@@ -48,10 +49,10 @@ class WholeFile(Record):
 
 
 class Tolerant(Record):
-    """Views that are no official figure, as fractions of the predictions; see `Verdict` for each.
+    """Views that are no official figure, as fractions of the predictions. `Verdict` describes them.
 
-    ``answer_agreement`` is a fraction of the ``num_with_answer`` predictions whose question has a usable answer, None
-    where there are none.
+    ``answer_agreement`` is a fraction of the ``num_with_answer`` predictions whose question has a usable answer; None
+    if there is no such prediction.
     """
 
     sign_insensitive: float
@@ -62,15 +63,19 @@ class Tolerant(Record):
 
 
 class Score(Rates):
-    """All figures of a set of predictions; the `Rates` are over the predictions, as in the official script.
+    """All figures of a set of predictions. The `Rates` are over the predictions, as in the official script.
 
     Attributes:
-        num_duplicates: Predictions for an id that has an earlier one; they count, as they do officially.
-        num_equality_raised: See `Verdict.equality_raised`.
-        num_gold_not_comparable: Predictions at which the official comparison stops, since the gold program is none.
-        outcomes: Predictions by `Verdict.outcome`.
-        by_num_steps: By steps of the gold program.
-        by_operation: By operation of the gold program; one with two operations counts under both.
+        num_duplicates: Number of predictions for an id that has an earlier one. They count, as they do officially.
+        num_equality_raised: Number of verdicts with `Verdict.equality_raised`.
+        num_gold_not_comparable: Number of predictions whose gold program the official comparison cannot read.
+        whole_file: Figures over the whole gold file.
+        tolerant: Views that are no official figure.
+        outcomes: Number of predictions by `Verdict.outcome`.
+        by_num_steps: Figures by number of steps of the gold program.
+        by_operation: Figures by operation of the gold program. A program with two operations counts under both.
+        by_evidence: Figures by source of the gold evidence.
+        by_question_type: Figures by type of question.
     """
 
     num_duplicates: int
@@ -86,31 +91,31 @@ class Score(Rates):
 
     @property
     def no_program_rate(self) -> float:
-        """Share of completions without one complete step, which officially is not invalid."""
+        """Share of completions without one complete step; officially they are not invalid."""
         return self.outcomes.get("no_result", 0) / self.num_predictions
 
 
 def compute_scores(
     gold: Sequence[FinQARecord], predictions: Sequence[tuple[str, Sequence[str]]]
 ) -> tuple[Score, list[Verdict]]:
-    """Score predictions.
+    """Compute all figures.
 
     Args:
         gold: Records with unique ids.
-        predictions: Id and official tokens ("EOF" included) of each.
+        predictions: Id and official tokens ("EOF" included) of every prediction.
 
     Returns:
-        The figures, and one verdict a prediction, in order.
+        The figures, and the verdicts in the order of the predictions.
 
     Raises:
-        DataError: There is no prediction, or one has an id that is not in ``gold``.
+        DataError: There is no prediction, or a prediction has an id that is not in ``gold``.
     """
     if not predictions:
         raise DataError("there are no predictions to score")
     records = {record.id: record for record in gold}
     verdicts: list[Verdict] = []
     num_gold_not_comparable = 0
-    # Python looks for garbage among all pages once in a while, which took a sixth of the time; they are none.
+    # Without this, Python looks for garbage among all pages, which took a sixth of the time.
     gc.freeze()
     try:
         for record_id, tokens in predictions:

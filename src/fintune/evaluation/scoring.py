@@ -186,7 +186,7 @@ def read_verdicts(path: Path) -> dict[str, OfficialVerdict]:
 
 def _unreadable(path: Path, error: Exception) -> ArtifactError:
     step = f"score/{path.parent.name}"
-    return ArtifactError(f"{path} cannot be read ({first_line(error)})", hint=f"rerun the step with --redo {step}")
+    return ArtifactError(f"{path} cannot be read ({first_line(error)})", hint=f"--redo {step} reruns it")
 
 
 def _read(predictions: Predictions) -> PredictionFile:

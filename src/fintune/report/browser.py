@@ -50,7 +50,7 @@ class UsedParts:
 
 
 @dataclass(frozen=True)
-class Answer:
+class BrowserAnswer:
     """A prediction for one question.
 
     Attributes:
@@ -72,7 +72,7 @@ class Answer:
     confidence: str = ""
 
     @classmethod
-    def from_prediction(cls, prediction: Prediction, verdict: OfficialVerdict | None) -> Answer:
+    def from_prediction(cls, prediction: Prediction, verdict: OfficialVerdict | None) -> BrowserAnswer:
         """Take the answer from a prediction of a run."""
         program = prediction.program
         text = "" if prediction.text.strip() == program else prediction.text
@@ -118,7 +118,7 @@ def find_used_parts(record: FinQARecord) -> UsedParts:
 
 def browser_blocks(
     records: Sequence[FinQARecord],
-    answers: Mapping[str, Mapping[str, Answer]],
+    answers: Mapping[str, Mapping[str, BrowserAnswer]],
     num_cut: Mapping[str, int],
     num_compared: int | None = None,
 ) -> tuple[str, str]:
@@ -238,7 +238,7 @@ def _trace(record: FinQARecord, tokens: Sequence[str]) -> Trace:
     return trace(tokens, record.table, (*record.pre_text, *record.post_text))
 
 
-def _answer(record: FinQARecord, answer: Answer | None, gold: UsedParts) -> dict[str, Any] | None:
+def _answer(record: FinQARecord, answer: BrowserAnswer | None, gold: UsedParts) -> dict[str, Any] | None:
     if answer is None:
         return None
     traced = _trace(record, answer.tokens)

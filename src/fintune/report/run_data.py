@@ -15,7 +15,7 @@ from fintune.records import FinQARecord, Prediction
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredKind:
     """The figures of one kind of model.
 
     Attributes:
@@ -38,7 +38,7 @@ class ModeResults:
     """The results of one decoding mode; the fields are those of :class:`RunData`."""
 
     mode: DecodingMode
-    measured: Sequence[Measured]
+    measured: Sequence[MeasuredKind]
     predictions: Mapping[str, Mapping[str, Prediction]]
     verdicts: Mapping[str, Mapping[str, OfficialVerdict]]
 
@@ -81,7 +81,7 @@ class RunData:
 
     name: str
     config: Config
-    measured: Sequence[Measured] = ()
+    measured: Sequence[MeasuredKind] = ()
     metrics: Sequence[Mapping[str, Any]] = ()
     replay: Mapping[str, Any] = field(default_factory=dict)
     guard: Mapping[str, Any] = field(default_factory=dict)

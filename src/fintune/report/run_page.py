@@ -7,7 +7,7 @@ left out if its stage was skipped.
 from __future__ import annotations
 
 from fintune.evaluation.agreement import NEAR_TIE_NATS
-from fintune.report.browser import Answer, browser_blocks
+from fintune.report.browser import BrowserAnswer, browser_blocks
 from fintune.report.formatting import fill_template, kind_label
 from fintune.report.run_data import RunData
 from fintune.report.sections.accuracy import accuracy_section, confidence_section, headline
@@ -68,7 +68,7 @@ def _browser(run: RunData) -> tuple[str, str]:
     modes += [(other.mode, other.predictions, other.verdicts) for other in run.other_modes]
     answers = {
         kind_label(kind, mode): {
-            id_: Answer.from_prediction(prediction, verdicts.get(kind, {}).get(id_))
+            id_: BrowserAnswer.from_prediction(prediction, verdicts.get(kind, {}).get(id_))
             for id_, prediction in by_id.items()
         }
         for mode, predictions, verdicts in modes

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from fintune.evaluation.metrics import Rates, Score
 from fintune.evaluation.scoring import ScoreResult
-from fintune.report.browser import Answer, browser_blocks
+from fintune.report.browser import BrowserAnswer, browser_blocks
 from fintune.report.formatting import (
     Cell,
     HtmlTable,
@@ -43,11 +43,11 @@ def render_score(result: ScoreResult, name: str, gold_name: str, digests: Mappin
         gold_name: What the gold file is called.
         digests: SHA-256 of each file, by its name.
     """
-    answers: dict[str, Answer] = {}
+    answers: dict[str, BrowserAnswer] = {}
     for verdict, tokens in zip(result.verdicts, result.tokens, strict=True):
         # Of several predictions for an id the page shows the first, which counts over the whole file.
         error = "" if verdict.exe_correct else error_kind(verdict)
-        answers.setdefault(verdict.id, Answer(tokens, verdict.program, verdict, error=error))
+        answers.setdefault(verdict.id, BrowserAnswer(tokens, verdict.program, verdict, error=error))
     records = [record for record in result.records if record.id in answers]
     index, pages = browser_blocks(records, {"predicted": answers}, {})
     outcomes = {verdict.outcome for verdict in result.verdicts}

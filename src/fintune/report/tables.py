@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _FIGURES = ("execution", "95 % interval", "program", "invalid", "seconds")
 
 
-def make_table(*columns: str, left: Iterable[str] = ()) -> Table:
+def plain_table(*columns: str, left: Iterable[str] = ()) -> Table:
     """Make a table without lines; all columns but the first and those of ``left`` are aligned to the right."""
     table = Table(*columns, box=None, pad_edge=False)
     for column, name in zip(table.columns[1:], columns[1:], strict=True):
@@ -114,7 +114,7 @@ def score_table(scores: Mapping[str, Rates], what: str = "predictions") -> Table
     """Official figures, one row for each set of predictions, and the share without a program if there is one."""
     columns = (what, "n", "execution accuracy", "95 % interval", "program accuracy", "invalid")
     has_no_program = any(score.no_program_rate for score in scores.values())
-    table = make_table(*columns, *(["no program"] if has_no_program else []))
+    table = plain_table(*columns, *(["no program"] if has_no_program else []))
     for name, score in scores.items():
         table.add_row(
             name,
@@ -136,7 +136,7 @@ def _mode_table(
     kinds: Mapping[str, Mapping[str, ScoredSet]], modes: Sequence[str], what: str, titles: Mapping[str, str]
 ) -> Table:
     heads = [f"{'' if index else titles[mode]}\n{name}" for mode in modes for index, name in enumerate(_FIGURES)]
-    table = make_table(f"\n{what}", "\nn", *heads)
+    table = plain_table(f"\n{what}", "\nn", *heads)
     for kind, by_mode in kinds.items():
         numbers = dict.fromkeys(str(one.score.num_predictions) for one in by_mode.values())
         cells = [cell for mode in modes for cell in _mode_cells(by_mode.get(mode))]
@@ -162,7 +162,7 @@ def _difference_table(
     kinds: Mapping[str, Mapping[str, ScoredSet]], mode: str, first: str, what: str, titles: Mapping[str, str]
 ) -> Table:
     heading = f"{titles[mode]} against {titles[first]}"
-    table = make_table(
+    table = plain_table(
         f"{heading}\n{what}", "\nn", "\npoints", "\n95 % interval", "answers\ngained", "\nlost", "times the\nseconds"
     )
     for kind, by_mode in kinds.items():
@@ -184,7 +184,7 @@ def _difference_cells(compared: PairedComparison) -> list[str]:
 def headline_table(score: Score, name: str) -> Table:
     """The official figures over the predictions and over the whole gold file, each with its interval."""
     whole = score.whole_file
-    table = make_table(name, "predictions", "95 % interval", "whole file", "95 % interval")
+    table = plain_table(name, "predictions", "95 % interval", "whole file", "95 % interval")
     for words, field in (("execution accuracy", "execution_accuracy"), ("program accuracy", "program_accuracy")):
         cells = [
             cell
@@ -203,7 +203,7 @@ def headline_table(score: Score, name: str) -> Table:
 def views_table(score: Score) -> Table:
     """The views that are no official figure."""
     views = score.tolerant
-    table = make_table("other views, not official", "share", "n")
+    table = plain_table("other views, not official", "share", "n")
     for words, value in (
         ("right up to the sign", views.sign_insensitive),
         ("right up to a factor of 100", views.scale_100),

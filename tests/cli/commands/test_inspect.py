@@ -182,7 +182,7 @@ def test_the_page_shows_the_trained_tokens_and_nothing_else_as_trained(config: C
     assert "A/3.pdf-1" in parsed.text
     assert "no program" in parsed.text
     assert 'id="prompt-plot-' in html
-    assert 'id="completion-plot-narrow-' in html
+    assert 'id="completion-plot-' in html
 
 
 def test_the_page_of_conversations_names_sources_drops_and_licences_and_escapes_all(

@@ -16,7 +16,7 @@ from fintune.evaluation.audit import FINDINGS, NEAR, Overlap, SplitAudit, Splits
 from fintune.finqa.evidence import Agreement
 from fintune.finqa.page import Level, group_of
 from fintune.records import FinQARecord, Record
-from fintune.report.tables import make_table
+from fintune.report.tables import plain_table
 from fintune.util.files import check_outputs, make_folder, write_output
 
 _ENDINGS = (".gz", ".json", ".jsonl")
@@ -215,7 +215,7 @@ def _write_splits(folder: Path, new: Resplit, by: Level, files: Sequence[Path]) 
 
 def _findings_table(splits: Mapping[str, SplitAudit]) -> Table:
     """Findings by kind, one column for each file, and an example id."""
-    table = make_table("", *splits, "example", left=["example"])
+    table = plain_table("", *splits, "example", left=["example"])
     for name, attribute in _SIZES.items():
         table.add_row(name, *(f"{getattr(audit, attribute)}" for audit in splits.values()), "")
     for reason in sorted({reason for audit in splits.values() for reason in audit.dropped}):
@@ -230,7 +230,7 @@ def _findings_table(splits: Mapping[str, SplitAudit]) -> Table:
 
 def _evidence_table(splits: Mapping[str, SplitAudit]) -> Table:
     """Derived evidence compared with the annotated, one column for each file."""
-    table = make_table("evidence derived from the operands", *splits)
+    table = plain_table("evidence derived from the operands", *splits)
     audits = [audit.evidence for audit in splits.values()]
     table.add_row("records with gold_inds", *(str(audit.num_annotated) for audit in audits))
     for kind, meaning in _AGREEMENT.items():
@@ -248,7 +248,7 @@ def _evidence_table(splits: Mapping[str, SplitAudit]) -> Table:
 def _overlap_table(overlap: Overlap) -> Table:
     first, second = overlap.first, overlap.second
     columns = (f"{first} and {second} share", "number", f"records of {first}", f"of {second}", "example")
-    table = make_table(*columns, left=["example"])
+    table = plain_table(*columns, left=["example"])
     for name, meaning in _SHARED.items():
         shared = overlap.shared[name]
         example = shared.second_ids[0] if shared.second_ids else ""
@@ -258,7 +258,7 @@ def _overlap_table(overlap: Overlap) -> Table:
 
 
 def _resplit_table(new: Resplit) -> Table:
-    table = make_table("written", "records before", "now", "from another file", "groups")
+    table = plain_table("written", "records before", "now", "from another file", "groups")
     for name, records in new.splits.items():
         numbers = (new.num_before[name], len(records), new.num_moved[name], len(new.groups[name]))
         table.add_row(f"{name}.json", *map(str, numbers))

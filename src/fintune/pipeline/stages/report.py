@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from fintune.config import GGUF_KINDS, MODE_SEPARATOR, Config, DecodingMode, split_kind_and_mode
 from fintune.errors import ArtifactError
@@ -15,7 +16,7 @@ from fintune.evaluation.scoring import read_score, read_verdicts
 from fintune.manifest import MANIFEST, Facts, Manifest
 from fintune.records import Example, FinQARecord, Prediction
 from fintune.report.formatting import KIND_LABELS
-from fintune.report.run_data import Measured, ModeResults, Provenance, RunData
+from fintune.report.run_data import MeasuredKind, ModeResults, Provenance, RunData
 from fintune.report.run_page import render_run
 from fintune.util.files import write_atomically
 from fintune.util.text import first_line
@@ -91,7 +92,7 @@ def _mode_results(mode: DecodingMode, index: int, inputs: Mapping[str, Path]) ->
         if (step := f"score/{name}") in inputs
     }
     measured = [
-        Measured(
+        MeasuredKind(
             kind=kind,
             score=read_score(inputs[f"score/{names[kind]}"] / "score.json"),
             num_unended=sum(prediction.finish_reason == "length" for prediction in predictions[kind].values()),
@@ -117,10 +118,8 @@ def _weights_bytes(kind: str, inputs: Mapping[str, Path]) -> int | None:
 
 def _provenance(step: str, folder: Path) -> Provenance:
     path = folder / MANIFEST
-    try:
+    with _reading(path):
         manifest = Manifest.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise _unreadable(path, error) from None
     return Provenance(
         step=step,
         finished=manifest.finished,
@@ -150,40 +149,35 @@ def _token_names(inputs: Mapping[str, Path]) -> dict[int, str]:
 
 
 def _records(path: Path) -> list[FinQARecord]:
-    try:
+    with _reading(path):
         return [FinQARecord.model_validate(row) for row in json.loads(path.read_bytes())]
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from None
 
 
 def _models(path: Path, model: type[M]) -> Iterator[M]:
-    for row in _json_lines(path):
-        try:
-            yield model.model_validate(row)
-        except ValidationError as error:
-            raise _unreadable(path, error) from None
+    with _reading(path):
+        yield from map(model.model_validate, _json_lines(path))
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                yield json.loads(line)
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from None
+    with _reading(path), path.open(encoding="utf-8") as file:
+        yield from map(json.loads, file)
 
 
 def _json_object(path: Path) -> dict[str, Any]:
-    try:
+    with _reading(path):
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from None
-    if not isinstance(content, dict):
-        raise _unreadable(path, ValueError("not a JSON object"))
-    return content
+        if not isinstance(content, dict):
+            raise ValueError("not a JSON object")
+        return content
 
 
-def _unreadable(path: Path, error: Exception) -> ArtifactError:
-    name, above = path.parent.name, path.parent.parent.name
-    step = f"{above}/{name}" if split_kind_and_mode(name)[0] in KIND_LABELS else name
-    return ArtifactError(f"{path} cannot be read ({first_line(error)})", hint=f"rerun the step with --redo {step}")
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Name the file and the step to rerun if the file is missing or has another form."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # pydantic's ValidationError is a ValueError
+        name, above = path.parent.name, path.parent.parent.name
+        step = f"{above}/{name}" if split_kind_and_mode(name)[0] in KIND_LABELS else name
+        message = f"{path} cannot be read ({first_line(error)})"
+        raise ArtifactError(message, hint=f"--redo {step} reruns it") from None

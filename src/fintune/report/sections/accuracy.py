@@ -20,7 +20,7 @@ from fintune.report.formatting import (
     kind_label,
 )
 from fintune.report.plots import Curve, Dot, coverage_plot, dot_plot
-from fintune.report.run_data import Measured, ModeResults, RunData
+from fintune.report.run_data import MeasuredKind, ModeResults, RunData
 from fintune.report.sections.training import regression_sentence
 
 GROUPS = (
@@ -62,7 +62,7 @@ def headline(run: RunData) -> dict[str, str]:
     return _unscored_headline(run)
 
 
-def _shipped_file(by_kind: Mapping[str, Measured], after: Measured) -> str:
+def _shipped_file(by_kind: Mapping[str, MeasuredKind], after: MeasuredKind) -> str:
     quantized = [kind for kind in reversed(list(KIND_LABELS)) if kind.startswith("Q") and kind in by_kind]
     smallest = by_kind.get("Q4_K_M") or (by_kind[quantized[0]] if quantized else None)
     if smallest is None or smallest is after:
@@ -122,14 +122,14 @@ def decoding_sentence(config: Config) -> str:
     return f"{_MODE_SENTENCES[options.decoding_modes[0]]} {strategy}".strip()
 
 
-def measured_in_all_modes(run: RunData) -> list[tuple[Measured, str]]:
+def measured_in_all_modes(run: RunData) -> list[tuple[MeasuredKind, str]]:
     """Every measurement with its decoding mode ("" for the first one), kinds in the order of the chain."""
     modes = [("", run.measured), *((other.mode, other.measured) for other in run.other_modes)]
     results = [(measured, mode) for mode, group in modes for measured in group]
     return sorted(results, key=lambda result: list(KIND_LABELS).index(result[0].kind))
 
 
-def common_n(measured: Sequence[Measured]) -> str:
+def common_n(measured: Sequence[MeasuredKind]) -> str:
     """The number of questions if it is the same for all, else ""."""
     numbers = {m.score.num_predictions for m in measured}
     return f"{numbers.pop():,}" if len(numbers) == 1 else ""
@@ -139,7 +139,7 @@ def _label_cell(kind: str) -> Cell:
     return Cell(KIND_LABELS[kind], swatch=kind_colour(kind), style="nowrap")
 
 
-def _figures(measured: Measured) -> list[str | Cell]:
+def _figures(measured: MeasuredKind) -> list[str | Cell]:
     score = measured.score
     return [
         Cell(format_percent(score.execution_accuracy), style="strong"),
@@ -153,16 +153,16 @@ def _figures(measured: Measured) -> list[str | Cell]:
 _FIGURE_NAMES = ("execution\naccuracy", "95 %\ninterval", "program\naccuracy", "invalid", "seconds")
 
 
-def _megabytes(measured: Measured) -> str:
+def _megabytes(measured: MeasuredKind) -> str:
     return "" if measured.weights_bytes is None else f"{measured.weights_bytes / 1e6:,.1f}"
 
 
-def _accuracy_table(measured: Sequence[Measured]) -> HtmlTable:
+def _accuracy_table(measured: Sequence[MeasuredKind]) -> HtmlTable:
     rows = [[_label_cell(m.kind), f"{m.score.num_predictions:,}", *_figures(m), _megabytes(m)] for m in measured]
     return HtmlTable("Accuracy", ("model", "n", *_FIGURE_NAMES, "MB"), rows, numeric=range(1, 8))
 
 
-def _accuracy_plot(measured: Sequence[tuple[Measured, str]]) -> str:
+def _accuracy_plot(measured: Sequence[tuple[MeasuredKind, str]]) -> str:
     rows = [
         Dot(
             kind_label(m.kind, mode).replace("GGUF ", ""),
@@ -179,7 +179,7 @@ def _accuracy_plot(measured: Sequence[tuple[Measured, str]]) -> str:
     return dot_plot("accuracy-plot", f"Execution accuracy: {words}", rows, axis)
 
 
-def _breakdowns(measured: Sequence[tuple[Measured, str]]) -> Iterator[HtmlTable]:
+def _breakdowns(measured: Sequence[tuple[MeasuredKind, str]]) -> Iterator[HtmlTable]:
     """Execution accuracy by group of questions: groups in rows, kinds of model and modes in columns."""
     for name, attribute in GROUPS:
         groups = [getattr(m.score, attribute) for m, _ in measured]
