@@ -50,7 +50,7 @@ def test_a_gap_that_is_not_known_explains_nothing():
     assert not found.faithful
 
 
-def test_without_token_ids_texts_are_compared_and_no_place_is_named():
+def test_compare_predictions_without_token_ids_compares_text():
     found = compare_predictions([said("a", "x"), said("b", "z")], [said("a", "y"), said("b", "z")])
     assert found.num_same_completion == 1
     assert found.differences[0].position is None
@@ -64,11 +64,11 @@ def test_a_completion_that_goes_on_differs_where_the_other_ended():
     assert difference.near_tie is None
 
 
-def test_an_end_token_that_only_one_engine_hands_over_is_no_difference():
+def test_compare_predictions_ignores_a_missing_end_token():
     assert compare_predictions([said("a", "x", (1, 2))], [said("a", "x", (1,))]).num_same_completion == 1
 
 
-def test_other_text_around_the_same_program_is_listed_but_leaves_the_copy_faithful():
+def test_faithful_allows_other_text_around_the_program():
     a, b = said("a", "x", (1,), (2.0,), text="x"), said("a", "x", (4,), (2.0,), text="so x")
     found = compare_predictions([a], [b])
     assert found.num_same_program == 1
@@ -77,7 +77,7 @@ def test_other_text_around_the_same_program_is_listed_but_leaves_the_copy_faithf
     assert found.faithful
 
 
-def test_examples_that_only_one_side_answered_are_counted_and_break_faithfulness():
+def test_faithful_needs_the_same_examples():
     found = compare_predictions([said("a", "x"), said("b", "x")], [said("b", "x"), said("c", "x"), said("d", "x")])
     assert (found.num_common, found.num_only_a, found.num_only_b) == (1, 1, 2)
     assert not found.faithful

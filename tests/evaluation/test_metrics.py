@@ -45,7 +45,7 @@ def _tokens(*rows: tuple[str, str]) -> list[tuple[str, list[str]]]:
     return [(record_id, tokenize(program)) for record_id, program in rows]
 
 
-def test_the_headline_is_over_the_predictions_and_the_whole_file_beside_it() -> None:
+def test_compute_scores_over_predictions_and_whole_file() -> None:
     figures, verdicts = compute_scores(
         GOLD,
         _tokens(
@@ -129,7 +129,7 @@ def test_a_scaled_result_is_compared_before_it_is_rounded() -> None:
     assert verdict.scale_100
 
 
-def test_an_equal_program_with_another_result_is_program_correct_and_reported() -> None:
+def test_equal_program_with_another_result_is_counted() -> None:
     figures, [verdict] = compute_scores(
         [record("x", "add(1, 2)")], _tokens(("x", "subtract(1, 1), divide(2, #0), add(1, 2)"))
     )
@@ -169,7 +169,7 @@ def test_agreement_with_the_free_text_answer(result: float, answer: str | None, 
     assert agrees_with_answer(Execution(False, round(result, 5), result), answer) is agrees
 
 
-def test_a_yes_agrees_with_yes_and_an_invalid_program_with_nothing() -> None:
+def test_agrees_with_answer_of_yes_and_of_invalid_programs() -> None:
     assert agrees_with_answer(Execution(False, "yes"), " Yes ") is True
     assert agrees_with_answer(Execution(True, 3.0, 3.0), "3") is False
 

@@ -15,6 +15,7 @@ from fintune.errors import DataError
 from fintune.evaluation.scoring import score_predictions
 from fintune.records import FinQARecord, Prediction
 from support.official import SHARED, needs_shared
+from support.paths import ROOT
 from support.scored_files import PROGRAMS, gold_row, official_row, run_row, text_row, write_gold, write_rows
 
 
@@ -242,3 +243,9 @@ def test_public_score_needs_no_torch() -> None:
 def test_package_has_no_other_public_name() -> None:
     with pytest.raises(AttributeError, match="no attribute 'scores'"):
         fintune.scores  # noqa: B018
+
+
+def test_docs_example_of_rows_in_memory_runs() -> None:
+    blocks = (ROOT / "docs" / "scoring.md").read_text(encoding="utf-8").split("```python\n")[1:]
+    [in_memory] = [block.split("```")[0] for block in blocks if "table =" in block]
+    subprocess.run([sys.executable, "-c", in_memory], check=True)

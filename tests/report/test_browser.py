@@ -35,11 +35,11 @@ def test_operands_are_found_only_in_the_rows_that_are_evidence():
     assert not used.derived
 
 
-def test_a_negative_cell_in_parentheses_is_found_without_its_sign():
+def test_used_parts_ignore_the_sign_of_a_cell():
     assert (2, 1) in find_used_parts(record(gold_inds={"table_2": "..."})).cells
 
 
-def test_without_gold_inds_the_whole_page_is_searched_and_that_is_said():
+def test_used_parts_without_gold_inds_search_the_whole_page():
     used = find_used_parts(record(program="subtract(50, 1250.5)"))
     assert used.derived
     assert used.cells == ((1, 1), (2, 2))
@@ -50,7 +50,7 @@ def test_a_table_operation_uses_the_filled_cells_of_its_row():
     assert find_used_parts(record(program="table_max(c, none)", gold_inds={"table_3": ""})).cells == ((3, 1),)
 
 
-def test_sentences_count_across_the_table_and_mark_operands_with_currency_and_percent():
+def test_used_parts_mark_operands_with_currency_and_percent():
     used = find_used_parts(record(program="multiply(50%, 1250.5)", gold_inds={"text_1": "", "text_2": ""}))
     assert used.sentences == {1: (3, 5), 2: ()}
 
@@ -71,7 +71,7 @@ def test_evidence_that_the_page_does_not_have_is_left_out():
 
 
 @pytest.mark.skipif(not DEV.exists(), reason="needs FinQA's dev set beside the repository")
-def test_every_operand_of_nearly_all_gold_programs_of_dev_is_found():
+def test_used_parts_find_nearly_all_operands_of_dev():
     items = [FinQARecord.model_validate(row) for row in json.loads(gzip.decompress(DEV.read_bytes()))]
     marked = [used for used in map(find_used_parts, items) if used.cells or any(used.sentences.values())]
     assert len(marked) >= 0.99 * len(items)
@@ -87,7 +87,7 @@ def test_every_operand_of_nearly_all_gold_programs_of_dev_is_found():
         (tokenize("subtract(50, x)"), "invalid"),
     ],
 )
-def test_each_outcome_is_told_by_its_place_and_the_judged_tokens_are_run(tokens, outcome):
+def test_browser_index_has_outcome_and_step_values(tokens, outcome):
     item = record()
     verdict, _ = judge(item, tokens)
     answers = {"predicted": {item.id: BrowserAnswer(tokens, verdict.program, verdict)}}
@@ -96,7 +96,7 @@ def test_each_outcome_is_told_by_its_place_and_the_judged_tokens_are_run(tokens,
     assert (answer["s"] == []) == (outcome == "no_result")
 
 
-def test_json_for_a_page_cannot_leave_its_element_and_comes_back_whole():
+def test_script_json_cannot_leave_its_element():
     text = script_json({"x": NASTY})
     assert not set("<>&\u2028\n") & set(text)
     assert json.loads(text) == {"x": NASTY}
@@ -110,7 +110,7 @@ def test_pages_that_questions_share_are_stored_once():
     assert json.loads(pages.split("\n")[0])["t"][1] == ["a", "$ 50", "7"]
 
 
-def test_the_index_tells_steps_verdicts_cuts_and_missing_predictions():
+def test_browser_index_has_verdicts_cuts_and_missing_answers():
     items = records(3)
     invalid = OfficialVerdict(
         id=items[0].id, exe_correct=False, program_correct=False, invalid=True, result="n/a", outcome="invalid"
@@ -135,7 +135,7 @@ def test_the_index_tells_steps_verdicts_cuts_and_missing_predictions():
     assert three["m"] == [None]
 
 
-def test_an_answer_says_how_certain_the_model_was_and_what_agreed_with_it():
+def test_browser_index_has_the_confidence_of_an_answer():
     items = records(3)
     alone, voted, unknown = predictions(items, "adapter")
     results = (2.0, 2.0, 5.0, None)

@@ -85,7 +85,7 @@ def test_two_drawings_of_the_same_are_the_same():
     assert again == drawn()["shares"]
 
 
-def test_a_loss_that_falls_far_gets_a_logarithmic_axis_with_its_name():
+def test_loss_plot_is_logarithmic_for_a_large_range():
     assert "log scale" in drawn()["loss"]
     assert "log scale" not in drawn()["short"]
 
@@ -99,7 +99,7 @@ def test_smoothing_keeps_length_ends_and_straight_lines():
     assert moving_average([4.0]) == [4.0]
 
 
-def test_a_single_held_out_example_does_not_flatten_the_lengths_of_training():
+def test_length_plot_leaves_out_a_small_second_histogram():
     train = [(start, start + 100, 10) for start in range(0, 1000, 100)]
     alone = length_plot("lengths", "Lengths", [train])
     few = length_plot("lengths", "Lengths", [train, [(700, 800, 19)]])

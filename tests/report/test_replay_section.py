@@ -33,7 +33,7 @@ def page(tmp_path_factory) -> RunData:
     return collect(config, write_run(tmp_path_factory.mktemp("run"), config, records(12)))
 
 
-def test_each_form_has_its_divergence_agreement_and_perplexity_beside_its_accuracy(page):
+def test_replay_section_has_kl_agreement_and_perplexity(page):
     found = replay_section(dataclasses.replace(page, replay=REPLAYED))
     accuracy = {measured.kind: measured.score.execution_accuracy for measured in page.measured}
     assert [tuple(row[:4]) for row in found["table"].texts()] == [
@@ -65,7 +65,7 @@ def test_without_a_replay_there_is_no_such_part(page):
     assert 'id="replay"' not in render_run(page)
 
 
-def test_the_trained_weights_are_the_reference_where_there_is_no_adapter(page):
+def test_replay_section_refers_to_trained_weights(page):
     figures = {"trained": REPLAYED["replayed"]["adapter"], "F16": REPLAYED["replayed"]["F16"]}
     found = replay_section(dataclasses.replace(page, replay=REPLAYED | {"replayed": figures}))
     assert [tuple(row[:2]) for row in found["table"].texts()] == [("trained", "reference"), ("GGUF F16", "0.000012")]

@@ -61,7 +61,7 @@ def test_tables_have_headers_with_a_scope(parsed):
     assert all(attrs.get("scope") in {"row", "col"} for attrs in headers)
 
 
-def test_every_kind_is_listed_with_n_interval_size_and_both_accuracies(page, parsed):
+def test_page_lists_every_kind_with_its_figures(page, parsed):
     low, high = page.measured[1].score.execution_accuracy_interval
     assert f"{100 * low:.1f}\u2013{100 * high:.1f}" in parsed.text
     for words in ("base", "adapter", "merged", "GGUF F16", "GGUF Q4_K_M", "n = 24", "0.1", "0.3"):
@@ -76,7 +76,7 @@ def test_every_pair_of_trained_kinds_is_compared(parsed):
     assert "base and" not in parsed.text
 
 
-def test_a_differing_example_shows_its_token_both_gaps_and_the_verdict(page, config):
+def test_page_shows_token_and_gaps_of_a_difference(page, config):
     here = {each.id: each for each in predictions(page.records, "adapter")}
     one = next(iter(here.values()))
     moved = one.model_copy(
@@ -155,7 +155,7 @@ def test_data_shows_drops_cuts_lengths_and_finqas_distribution(html, parsed):
         ({"provenance": ()}, None, "provenance"),
     ],
 )
-def test_a_part_whose_stage_was_skipped_is_left_out_with_its_link(page, without, gone, left):
+def test_page_leaves_out_sections_of_skipped_stages(page, without, gone, left):
     found = outline(render_run(dataclasses.replace(page, **without)))
     sections = [attrs["id"] for tag, attrs in found.tags if tag == "section"]
     links = [attrs["href"][1:] for tag, attrs in found.tags if tag == "a"]
@@ -182,7 +182,7 @@ def test_a_run_with_nothing_done_still_says_how_it_is_set_up(config):
     assert "train.num_train_epochs" in text
 
 
-def test_options_are_shown_as_they_were_set_and_their_names_do_not_break():
+def test_page_shows_options_as_they_were_set():
     rows, hub = {"path": "rows.jsonl"}, {"path": "hub:a/b", "weight": 2.0}
     config = Config.model_validate({"run": {"name": "mine"}, "data": {"source": "chat", "sources": [rows, hub]}})
     html = render_run(RunData(name="mine", config=config))

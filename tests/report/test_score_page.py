@@ -81,7 +81,7 @@ def test_tolerant_views_stand_under_their_own_names(parsed):
         assert name in parsed.text
 
 
-def test_the_page_is_one_file_with_unique_ids_and_links_that_lead_somewhere(html, parsed):
+def test_score_page_has_unique_ids_and_valid_links(html, parsed):
     ids = [attrs["id"] for _, attrs in parsed.tags if attrs.get("id")]
     assert len(ids) == len(set(ids))
     links = [unquote(attrs["href"][1:]) for tag, attrs in parsed.tags if tag == "a"]
@@ -98,7 +98,7 @@ def test_what_the_files_hold_cannot_become_markup(html, parsed):
     assert not [attrs for tag, attrs in parsed.tags if tag == "img"]
 
 
-def test_only_questions_with_a_prediction_are_shown_and_of_two_the_first(parsed):
+def test_score_page_shows_the_first_prediction_for_an_id(parsed):
     assert len(json.loads(parsed.blocks["example-index"])["examples"]) == len(PREDICTED)
     items = [RECORDS[0], RECORDS[0]]
     figures, verdicts = compute_scores(RECORDS, [(item.id, PREDICTED[k]) for k, item in enumerate(items)])
@@ -155,7 +155,7 @@ def test_every_error_of_the_official_vectors_has_a_kind():
 
 
 @needs_chromium
-def test_in_a_browser_gold_and_prediction_stand_beside_each_other_step_by_step(html, tmp_path):
+def test_browser_shows_gold_and_prediction_side_by_side(html, tmp_path):
     (tmp_path / "page.html").write_text(html, encoding="utf-8")
     shown = opened(tmp_path / "page.html", f"example:{RECORDS[2].id}", tmp_path / "profile")
     assert "1 of 6 examples" in shown
@@ -167,7 +167,7 @@ def test_in_a_browser_gold_and_prediction_stand_beside_each_other_step_by_step(h
 
 
 @needs_chromium
-def test_in_a_browser_a_number_from_the_wrong_cell_or_from_nowhere_is_told_from_golds(tmp_path):
+def test_browser_marks_numbers_from_other_cells_or_nowhere(tmp_path):
     item = record(
         table=(("", "2010", "2009"), ("revenue", "50", "40"), ("costs", "30", "20")),
         post_text=("taxes were 7 .",),
@@ -189,14 +189,14 @@ def test_in_a_browser_a_number_from_the_wrong_cell_or_from_nowhere_is_told_from_
 
 
 @needs_chromium
-def test_in_a_browser_the_examples_of_a_kind_of_error_are_listed(html, tmp_path):
+def test_browser_lists_the_examples_of_a_kind_of_error(html, tmp_path):
     (tmp_path / "page.html").write_text(html, encoding="utf-8")
     shown = opened(tmp_path / "page.html", "error:no%20complete%20step", tmp_path / "profile")
     assert "1 of 6 examples" in shown
 
 
 @needs_chromium
-def test_in_a_browser_filters_count_what_the_score_counts_on_a_file_as_large_as_the_test_set(tmp_path):
+def test_browser_filters_count_what_the_score_counts(tmp_path):
     items = records(1147)
     result = scored(
         [PREDICTED[k % 6] if k % 6 > 3 else tokenize(RECORDS[k % 2].qa.program) for k in range(1147)], items

@@ -45,7 +45,7 @@ def test_without_evaluations_none_is_spoken_of() -> None:
     assert shown["legend"] == [("s1", "training loss")]
 
 
-def test_preference_training_shows_its_margins_and_says_what_its_loss_is() -> None:
+def test_training_section_of_preference_pairs() -> None:
     lines = [
         {"step": step, "loss": 0.69 / step, "rewards/margins": 0.1 * step, "rewards/accuracies": 0.5 + 0.1 * step}
         for step in range(1, 4)
@@ -60,7 +60,7 @@ def test_preference_training_shows_its_margins_and_says_what_its_loss_is() -> No
     assert not training_section([{"step": 1, "loss": 2.0}])["words"].startswith("The loss is the preference loss")
 
 
-def test_training_on_labelled_answers_shows_margins_and_the_sides_of_the_reference_by_label() -> None:
+def test_training_section_of_labelled_answers() -> None:
     lines = [{"step": 1, "loss": 0.5, "kl": 0.0}, {"step": 2, "loss": 0.4, "kl": 0.1, "rewards/margins": 0.2}]
     lines += [
         {"step": step, "eval_loss": 0.5, "eval_rewards/margins": 0.1 * step, "eval_rewards/chosen_right": 0.5 * step}

@@ -91,7 +91,7 @@ def test_written_splits_keep_the_keys_that_fintune_does_not_read(files: list[Pat
     assert written["A/1/p-1"] == rows[0]
 
 
-def test_three_files_stay_three_near_their_sizes_and_the_place_is_told(tmp_path: Path) -> None:
+def test_audit_splits_three_files_near_their_sizes(tmp_path: Path) -> None:
     paths = []
     for name, number in (("train", 60), ("dev", 20), ("test", 20)):
         # Every company has pages in each file, more of them in the larger ones.

@@ -97,7 +97,7 @@ def test_importing_the_stage_loads_nothing_heavy():
 
 
 @needs_chromium
-def test_in_a_browser_the_page_runs_without_an_error_and_opens_an_example(inputs, folder, tmp_path):
+def test_browser_opens_an_example_without_an_error(inputs, folder, tmp_path):
     report(CONFIG, inputs, folder)
     shown = opened(folder / "index.html", "example:ACME1/2010/page_1.pdf-1", tmp_path / "profile")
     assert "1 of 6 examples" in shown
