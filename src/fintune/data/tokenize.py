@@ -7,17 +7,15 @@ time alone, never the result.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import pickle
 import queue
-import signal
+import subprocess
+import sys
 import threading
 from array import array
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
 
 from fintune.errors import DataError, FintuneError
@@ -33,8 +31,6 @@ _CHUNK_CHARACTERS = 200_000
 _CHARACTERS_PER_WORKER = 4_000_000
 """A worker process takes a second to start, in which about this much is tokenized."""
 _MAX_WORKERS = 8
-_CHUNKS_IN_FLIGHT = 2
-"""Chunks that each worker holds, so that it never waits for the next one."""
 
 
 @dataclass(frozen=True)
@@ -212,82 +208,86 @@ def _pickled(start: object) -> bytes | None:
         return None
 
 
-class _Worker:
-    """A worker process and the numbers of the chunks that it has."""
-
-    def __init__(self, payload: bytes) -> None:
-        # "spawn", because a forked copy of a process with threads (tokenizers, torch) may deadlock.
-        context = multiprocessing.get_context("spawn")
-        self.connection, other_end = context.Pipe()
-        self.process = context.Process(target=_work, args=(other_end,), daemon=True)
-        self.process.start()
-        other_end.close()  # so that the end of the worker is the end of the connection
-        self.chunks: deque[int] = deque()
-        self.connection.send(payload)
-
-    def stop(self) -> None:
-        self.connection.close()  # the worker ends when it cannot read
-        self.process.join(1)
-        if self.process.is_alive():
-            self.process.terminate()
-            self.process.join()
+_BOOTSTRAP = """import pickle, sys
+sys.path[:] = pickle.load(sys.stdin.buffer)
+from fintune.data.tokenize import work
+work()
+"""
 
 
-def _work(connection: Connection) -> None:
-    """Tokenize chunks until the other end is closed, in a worker process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this process
+def work() -> None:
+    """Tokenize the chunks that come on standard input until it ends, in a worker process."""
+    output = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints must not get between the results
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
-    chunks: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    # A thread reads, because both ends would wait forever if each sent more than the pipe holds.
-    threading.Thread(target=_receive, args=(connection, chunks), daemon=True).start()
-    with contextlib.suppress(EOFError, OSError):
-        payload = chunks.get()
-        tokenize = pickle.loads(payload)() if payload else None  # noqa: S301 - sent by the parent process
-        while tokenize and (chunk := chunks.get()) is not None:
+    with contextlib.suppress(EOFError, BrokenPipeError):  # the parent process has ended
+        tokenize = pickle.load(sys.stdin.buffer)()  # noqa: S301 - the parent process sends it
+        while True:
+            chunk = pickle.load(sys.stdin.buffer)  # noqa: S301 - the parent process sends it
             try:
                 results = tokenize(chunk)
             except FintuneError as error:
                 results = error
-            connection.send(results)
-
-
-def _receive(connection: Connection, chunks: queue.SimpleQueue[Any]) -> None:
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            chunks.put(connection.recv())
-    chunks.put(None)
+            pickle.dump(results, output)
+            output.flush()
 
 
 def _run_in_workers(payload: bytes, chunks: Sequence[Sequence[T]], num_workers: int) -> Iterator[Any]:
-    workers: list[_Worker] = []
-    done: dict[int, Any] = {}
+    """Tokenize chunks in processes of their own, with a thread for each that sends chunks and receives results.
+
+    The processes run a fresh Python. A forked copy of a process with threads (tokenizers, torch) may deadlock, and
+    `multiprocessing` would import the user's script again. They get no Ctrl-C, and end with their standard input.
+    """
+    command = [sys.executable, "-c", _BOOTSTRAP]
+    processes: list[subprocess.Popen[bytes]] = []
+    received: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
     waiting = iter(range(len(chunks)))
+    done: dict[int, Any] = {}
     try:
-        workers += [_Worker(payload) for _ in range(num_workers)]
-        for worker in workers * _CHUNKS_IN_FLIGHT:
-            _send_next(worker, waiting, chunks)
+        for _ in range(num_workers):
+            process = subprocess.Popen(  # noqa: S603 - this interpreter
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+            )
+            processes.append(process)
+            threading.Thread(target=_feed, args=(process, payload, chunks, waiting, received), daemon=True).start()
         for number in range(len(chunks)):
             while number not in done:
-                for ready in wait([worker.connection for worker in workers if worker.chunks]):
-                    worker = next(worker for worker in workers if worker.connection is ready)
-                    done[worker.chunks.popleft()] = worker.connection.recv()
-                    _send_next(worker, waiting, chunks)
+                with contextlib.suppress(queue.Empty):  # a timeout, so that Ctrl-C is noticed everywhere
+                    chunk_number, results = received.get(timeout=1)
+                    done[chunk_number] = results
+                    if isinstance(results, (OSError, EOFError, pickle.PickleError)):
+                        raise DataError(
+                            "a process that tokenizes the data ended early",
+                            hint="it may have run out of memory; set data.num_proc=0 to tokenize in the main process",
+                        ) from results
             results = done.pop(number)
             if isinstance(results, FintuneError):
                 raise results
             yield from results
-    except (EOFError, ConnectionError) as error:
-        raise DataError(
-            "a process that tokenizes the data ended early",
-            hint="it may have run out of memory; set data.num_proc: 0 to tokenize in one process",
-        ) from error
     finally:
-        for worker in workers:
-            worker.stop()
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
-def _send_next(worker: _Worker, waiting: Iterator[int], chunks: Sequence[Sequence[Any]]) -> None:
-    number = next(waiting, None)
-    if number is not None:
-        worker.chunks.append(number)
-        worker.connection.send(chunks[number])
+def _feed(
+    process: subprocess.Popen[bytes],
+    payload: bytes,
+    chunks: Sequence[Sequence[Any]],
+    waiting: Iterator[int],
+    received: queue.SimpleQueue[tuple[int, Any]],
+) -> None:
+    assert process.stdin is not None and process.stdout is not None, "both are pipes"
+    number = -1
+    with process.stdin as stdin, process.stdout as stdout:
+        try:
+            pickle.dump(sys.path, stdin)
+            stdin.write(payload)
+            for number in waiting:
+                pickle.dump(chunks[number], stdin)
+                stdin.flush()
+                received.put((number, pickle.load(stdout)))  # noqa: S301 - the worker process sends it
+        except (OSError, EOFError, pickle.PickleError) as error:
+            received.put((number, error))
+            with contextlib.suppress(OSError):
+                stdin.close()

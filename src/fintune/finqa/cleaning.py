@@ -27,16 +27,16 @@ class CleaningRule:
         does: What it does, in words.
         example: A text before and after.
         kinds: Texts that it is for.
-        mark: Stands wherever the pattern matches; most texts lack it, and looking for it is quick.
+        may_match: A quick check, which every text passes that the pattern matches. Most texts fail it.
         pattern: What it finds.
-        replacement: What it writes, as in `re.sub`.
+        replacement: The text that it writes, or a function of the match.
     """
 
     name: str
     does: str
     example: tuple[str, str]
     kinds: frozenset[TextKind]
-    mark: str
+    may_match: Callable[[str], bool]
     pattern: re.Pattern[str]
     replacement: str | Callable[[re.Match[str]], str]
 
@@ -50,11 +50,20 @@ def _rule(
     does: str,
     example: tuple[str, str],
     kinds: Sequence[TextKind],
-    mark: str,
+    mark: str | Callable[[str], bool],
     pattern: str,
     replacement: str | Callable[[re.Match[str]], str],
 ) -> CleaningRule:
-    return CleaningRule(name, does, example, frozenset(kinds), mark, re.compile(pattern), replacement)
+    may_match = (lambda text: mark in text) if isinstance(mark, str) else mark
+    return CleaningRule(name, does, example, frozenset(kinds), may_match, re.compile(pattern), replacement)
+
+
+def _has_odd_space(text: str) -> bool:
+    return " ".join(text.split()) != text
+
+
+def _has_bullet(text: str) -> bool:
+    return "f0b7" in text or "25cf" in text or "25e6" in text or "25aa" in text
 
 
 _YEAR_BEFORE = "in of on or to by from and for than since until during fiscal year years ended ending through"
@@ -84,7 +93,7 @@ RULES: tuple[CleaningRule, ...] = (
         "white space is squeezed (of a question: left out before it)",
         ("cash  rose ", "cash rose"),
         ["sentence", "cell"],
-        "",
+        _has_odd_space,
         r"\A\s+|\s+\Z|[^\S ]\s*| \s+",
         _one_space,
     ),
@@ -105,7 +114,7 @@ RULES: tuple[CleaningRule, ...] = (
         ["sentence"],
         "2018 2018",
         r"(?<!\S)2018 2018(?=[a-z])((?:(?!2018 2018).){1,120}?) 2019 2019(?!\S)",
-        r'"\1"',
+        lambda match: f'"{match[1]}"',
     ),
     _rule(
         "opening quote",
@@ -157,7 +166,7 @@ RULES: tuple[CleaningRule, ...] = (
         "f0b7, 25cf, 25e6 and 25aa alone are bullets",
         ("25cf in august", "\u2022 in august"),
         ["sentence"],
-        "",
+        _has_bullet,
         r"(?<!\S)(?:f0b7|25cf|25e6|25aa)(?!\S)",
         "\u2022",
     ),
@@ -168,7 +177,7 @@ RULES: tuple[CleaningRule, ...] = (
         ["sentence", "cell"],
         " ( ",
         r"(?<!\S)-([\d.,]+) \( \1 \)",
-        r"-\1",
+        lambda match: f"-{match[1]}",
     ),
     _rule(
         "percentage",
@@ -177,7 +186,7 @@ RULES: tuple[CleaningRule, ...] = (
         ["sentence", "cell"],
         "% ( ",
         r"([^\s()]*)( ?)% \( +\1 ?% \)",
-        r"\1\2%",
+        lambda match: f"{match[1]}{match[2]}%",
     ),
 )
 """In the order in which they are applied."""
@@ -215,13 +224,13 @@ def clean(text: str, kind: TextKind = "sentence") -> tuple[str, tuple[Edit, ...]
     """
     edits: list[Edit] = []
     for rule in _BY_KIND[kind]:
-        if rule.mark not in text:
+        if not rule.may_match(text):
             continue
         shift = 0
         parts: list[str] = []
         end = 0
         for match in rule.pattern.finditer(text):
-            new = match.expand(rule.replacement) if isinstance(rule.replacement, str) else rule.replacement(match)
+            new = rule.replacement if isinstance(rule.replacement, str) else rule.replacement(match)
             edits.append(Edit(rule.name, match.start() + shift, match[0], new))
             shift += len(new) - len(match[0])
             parts += (text[end : match.start()], new)
