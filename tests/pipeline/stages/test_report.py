@@ -103,4 +103,4 @@ def test_browser_opens_an_example_without_an_error(inputs, folder, tmp_path):
     assert "1 of 6 examples" in shown
     assert re.search(r'<td class="used( read)?"[^>]*>\$ 141</td>', shown)
     assert "names no evidence" in shown
-    assert "#0 = 34" in shown
+    assert '<td class="mono num">34</td>' in shown
