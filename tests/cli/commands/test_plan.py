@@ -91,7 +91,7 @@ def test_the_limit_is_told_where_it_comes_from(lines):
 
 
 def test_sizes_below_a_gib_and_sizes_near_each_other_are_told_apart(lines):
-    with pytest.raises(ResourceError, match=r"needs .* GiB for .*, only 512 MiB may be used"):
+    with pytest.raises(ResourceError, match=r"needs .* GiB for .*, but only 512 MiB may be used"):
         lines(24, "train.max_memory_gib=0.5")
     assert format_distinct(600 * 2**20, 512 * 2**20) == ("600 MiB", "512 MiB")
     assert format_distinct(int(7.84 * GIB), int(7.81 * GIB)) == ("7.84 GiB", "7.81 GiB")

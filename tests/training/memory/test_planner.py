@@ -21,7 +21,7 @@ from fintune.training.memory.model import (
     choose_plan,
     transformers_peak_bytes,
 )
-from fintune.training.memory.planner import MemoryShortage, advise_less_memory
+from fintune.training.memory.planner import MemoryRequest
 from support.model_shapes import LLAMA_3B
 
 torch = pytest.importorskip("torch")
@@ -45,8 +45,8 @@ def test_four_bit_need_agrees_with_the_16_bit_plan(method, gib, batch_size):
     sizes = {"batch_size": batch_size, "accumulation": 1, "longest": 2048, "limit_bytes": limit}
     fits = choose_plan(QWEN_14B, sixteen_bit, **sizes).fits
     options = TrainOptions(per_device_train_batch_size=batch_size)
-    text = planner.describe_four_bit_need(QWEN_14B, method, options, longest=2048, limit=limit)
-    assert text.startswith("4 bits are not needed" if fits else "4 bits are needed")
+    request = MemoryRequest(QWEN_14B, method, options, 2048, limit)
+    assert request.describe_four_bit_need().startswith("4 bits are not needed" if fits else "4 bits are needed")
 
 
 # -- plan.json
@@ -79,16 +79,17 @@ def test_record_peak_without_a_plan(tmp_path, monkeypatch, capsys):
 def test_layers_are_recomputed_unless_activations_surely_fit():
     method, options = AdapterMethod(16), TrainOptions(per_device_train_batch_size=16)
     need = transformers_peak_bytes(SHAPE, method, tokens=16 * 64, recomputed=False, accumulates=False)
-    assert planner.recomputes_layers(SHAPE, method, options, longest=64, limit=need)
-    assert not planner.recomputes_layers(SHAPE, method, options, longest=64, limit=int(need / 0.89))
+    request = MemoryRequest(SHAPE, method, options, 64, need)
+    assert request.recomputes_layers()
+    assert not replace(request, limit=int(need / 0.89)).recomputes_layers()
     # Divided weights leave memory for activations.
-    assert not planner.recomputes_layers(SHAPE, method, options, longest=64, limit=need, num_shards=8)
+    assert not replace(request, num_shards=8).recomputes_layers()
 
 
 @pytest.mark.parametrize("choice", [True, False])
 def test_set_gradient_checkpointing_is_followed(choice):
     options = TrainOptions(gradient_checkpointing=choice)
-    assert planner.recomputes_layers(SHAPE, AdapterMethod(16), options, longest=10**6, limit=1) is choice
+    assert MemoryRequest(SHAPE, AdapterMethod(16), options, 10**6, 1).recomputes_layers() is choice
     assert planner.resolve_checkpointing(SimpleNamespace(), options, [8]) is options
 
 
@@ -127,8 +128,10 @@ def config(quantization="none", kind="lora", **train):
     )
 
 
-def shortage(gib, *, followed_plan=False, longest=1024, **model):
-    return MemoryShortage({**LLAMA_3B, **model}, longest, int(gib * GIB), followed_plan)
+def advise(config, gib, *, followed_plan=False, longest=1024, **model):
+    model_config = None if gib is None else {**LLAMA_3B, **model}
+    limit = int((gib or 0) * GIB)
+    return planner.advise_less_memory(config, model_config, longest=longest, limit=limit, followed_plan=followed_plan)
 
 
 def overrides(advice):
@@ -136,7 +139,7 @@ def overrides(advice):
 
 
 def test_fused_layers_get_the_limit_that_changes_the_plan():
-    advice = advise_less_memory(config(), shortage(24, followed_plan=True))
+    advice = advise(config(), 24, followed_plan=True)
     assert overrides(advice).keys() == {"train.max_memory_gib"}
     limit = float(overrides(advice)["train.max_memory_gib"])
     before, after = (
@@ -150,7 +153,7 @@ def test_fused_layers_get_the_limit_that_changes_the_plan():
 
 
 def test_transformers_layers_get_smaller_passes_of_the_same_step():
-    advice = advise_less_memory(config(gradient_accumulation_steps=2, gradient_checkpointing=False), shortage(24))
+    advice = advise(config(gradient_accumulation_steps=2, gradient_checkpointing=False), 24)
     size, passes = (
         int(overrides(advice)[f"train.{name}"])
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -165,7 +168,7 @@ def test_transformers_layers_get_smaller_passes_of_the_same_step():
 def test_advice_tries_recomputation_then_4_bits_then_shorter():
     # One example of 16,384 tokens a pass cannot be divided.
     options = config(per_device_train_batch_size=1, gradient_checkpointing=False)
-    advice = [advise_less_memory(options, shortage(gib, longest=16384)) for gib in (24, 11, 6.5, 1)]
+    advice = [advise(options, gib, longest=16384) for gib in (24, 11, 6.5, 1)]
     assert overrides(advice[0]) == {"train.gradient_checkpointing": "true"}
     assert "model.quantization" in overrides(advice[1])
     assert int(overrides(advice[2])["prompt.max_length"]) < 16384
@@ -175,22 +178,22 @@ def test_advice_tries_recomputation_then_4_bits_then_shorter():
 
 
 def test_recomputed_layers_are_not_advised_to_be():
-    assert overrides(advise_less_memory(config(), shortage(24))) == {
+    assert overrides(advise(config(), 24)) == {
         "train.per_device_train_batch_size": "8",
         "train.gradient_accumulation_steps": "2",
     }
-    assert "gradient_checkpointing" not in advise_less_memory(config(), shortage(24, model_type="gemma3"))
-    assert "gradient_checkpointing" in advise_less_memory(config(), None)
+    assert "gradient_checkpointing" not in advise(config(), 24, model_type="gemma3")
+    assert "gradient_checkpointing" in advise(config(), None)
 
 
 def test_forbidden_recomputation_is_advised_first():
-    advice = advise_less_memory(config(gradient_checkpointing=False), shortage(48, followed_plan=True))
+    advice = advise(config(gradient_checkpointing=False), 48, followed_plan=True)
     assert overrides(advice)["train.gradient_checkpointing"] == "true"
 
 
 def test_settings_that_ran_out_of_memory_are_not_advised():
     options = config(quantization="nf4", per_device_train_batch_size=1, gradient_checkpointing=True)
-    advice = advise_less_memory(options, shortage(60))
+    advice = advise(options, 60)
     assert "gradient_checkpointing" not in advice
     assert "model.quantization" not in advice
 
@@ -200,7 +203,7 @@ def test_settings_that_ran_out_of_memory_are_not_advised():
 def test_advice_is_one_line_of_overrides_that_load(gib, followed_plan, tmp_path):
     from fintune.config.load import load
 
-    advice = advise_less_memory(config(), shortage(gib, followed_plan=followed_plan))
+    advice = advise(config(), gib, followed_plan=followed_plan)
     assert "\n" not in advice
     path = tmp_path / "run.yaml"
     path.write_text("model: {name: x}\n")
@@ -209,15 +212,13 @@ def test_advice_is_one_line_of_overrides_that_load(gib, followed_plan, tmp_path)
 
 def test_general_advice_keeps_the_examples_of_a_step():
     for batch_size, accumulation in ((8, 1), (4, 4), (2, 3)):
-        advice = advise_less_memory(
-            config(per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation), None
-        )
+        advice = advise(config(per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation), None)
         size, passes = map(int, re.search(r"batch_size=(\d+) train.gradient_accumulation_steps=(\d+)", advice).groups())
         assert (size * passes, size) == (batch_size * accumulation, batch_size // 2)
 
 
 def test_general_advice_for_models_without_prediction():
-    for unknown in (None, shortage(24, model_type="gemma3")):
-        advice = advise_less_memory(config(), unknown)
+    for gib in (None, 24):
+        advice = advise(config(), gib, model_type="gemma3")
         assert advice.startswith("set train.per_device_train_batch_size=8 train.gradient_accumulation_steps=2, or ")
-    assert "adapter.kind=lora" in advise_less_memory(config(kind="full"), shortage(24))
+    assert "adapter.kind=lora" in advise(config(kind="full"), 24)

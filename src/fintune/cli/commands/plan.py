@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fintune.config import Config
 from fintune.errors import ConfigError, ResourceError
 from fintune.models import load as models
@@ -63,23 +65,19 @@ def plan(config: Config, *, gib: float | None = None, longest: int | None = None
     )
     check_combinations(config)
     may_divide = gpus > 1 and config.train.sharding == "auto" and config.model.quantization == "none"
-    if config.train.sharding == "full" or (
-        may_divide and not planner.fits_one_gpu(config, model_config, longest, limit)
-    ):
-        return [
-            head,
-            planner.describe_transformers_plan(config, model_config, longest=longest, limit=limit, sharded=True),
-        ]
+    request = planner.MemoryRequest.from_config(config, model_config, longest, limit)
+    if config.train.sharding == "full" or (may_divide and not request.choose_plan().fits):
+        return [head, replace(request, num_shards=gpus).describe_transformers_plan()]
     if config.train.fused_layers == "never":
-        return [head, planner.describe_transformers_plan(config, model_config, longest=longest, limit=limit)]
-    made, advice = planner.plan_for_config(config, model_config, longest=longest, limit=limit)
+        return [head, request.describe_transformers_plan()]
+    made = request.require_plan()
     on_each = f" on each of {gpus} GPUs, which hold the whole model" if gpus > 1 else ""
     return [
         head,
         f"fits: {format_usage(made.predicted_bytes, limit, ' predicted')} ({_limit_told(limit, total)})",
         f"a step: {_passes(made)}{on_each}",
         *(f"- {reason}" for reason in made.reasons),
-        f"- {advice}",
+        f"- {request.describe_four_bit_need()}",
     ]
 
 

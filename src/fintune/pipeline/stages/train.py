@@ -249,16 +249,17 @@ def _memory_advice(config: Config, rows: Dataset, folder: Path) -> AbstractConte
     def advice() -> str:
         import torch
 
-        shortage = None
+        model_config, limit = None, 0
         if torch.cuda.is_available():
-            model_folder = models.fetch_config(config.model.name, revision=config.model.revision)
-            shortage = planner.MemoryShortage(
-                model_config=read_model_config(model_folder),
-                longest=max(map(len, rows["input_ids"])),
-                limit_bytes=planner.usable_bytes(config.train.max_memory_gib, planner.free_bytes()),
-                followed_plan="predicted_peak_gib" in planner.read_plan(folder),
-            )
-        return planner.advise_less_memory(config, shortage)
+            model_config = read_model_config(models.fetch_config(config.model.name, revision=config.model.revision))
+            limit = planner.usable_bytes(config.train.max_memory_gib, planner.free_bytes())
+        return planner.advise_less_memory(
+            config,
+            model_config,
+            longest=max(map(len, rows["input_ids"])),
+            limit=limit,
+            followed_plan="predicted_peak_gib" in planner.read_plan(folder),
+        )
 
     return advice_on_memory(advice)
 

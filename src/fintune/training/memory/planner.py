@@ -47,152 +47,167 @@ _TIGHTER_SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)
 _SHORTEST_LENGTH = 128
 
 
-def _plan_with_options(
-    shape: DecoderShape, method: AdapterMethod, options: TrainOptions, *, longest: int, limit: int
-) -> MemoryPlan:
-    return choose_plan(
-        shape,
-        method,
-        batch_size=options.per_device_train_batch_size,
-        accumulation=options.gradient_accumulation_steps,
-        longest=longest,
-        limit_bytes=limit,
-        recompute=options.gradient_checkpointing,
-    )
+@dataclass(frozen=True)
+class MemoryRequest:
+    """A training whose settings are to fit a GPU.
 
-
-def require_plan(
-    shape: DecoderShape, method: AdapterMethod, options: TrainOptions, *, longest: int, limit: int
-) -> MemoryPlan:
-    """Choose settings that fit under the options.
-
-    Args:
+    Attributes:
         shape: Sizes of the model.
         method: What is trained.
-        options: Batch size, accumulation, gradient checkpointing.
-        longest: Tokens of the longest example.
-        limit: Bytes that may be allocated.
-
-    Raises:
-        ResourceError: Not even one example a pass fits.
+        options: Batch size, accumulation and gradient checkpointing as they are set.
+        longest: Tokens of the longest example. A batch of such examples must fit.
+        limit: Bytes that may be allocated, see :func:`usable_bytes`.
+        num_shards: GPUs among which the frozen weights are divided.
     """
-    plan = _plan_with_options(shape, method, options, longest=longest, limit=limit)
-    if plan.fits:
-        return plan
-    changes = ["a shorter prompt.max_length", "a smaller adapter.r", "a smaller model"]
-    layers = "every layer recomputed"
-    if options.gradient_checkpointing is False:
-        changes.insert(0, "train.gradient_checkpointing=true")
-        layers = "no layer recomputed"
-    if not method.four_bit:
-        changes.insert(0, "model.quantization=nf4")
-    needed, usable = format_distinct(plan.predicted_bytes, limit)
-    raise ResourceError(
-        f"training needs {needed} for one example of {longest} tokens with {layers}, but only {usable} may be used",
-        hint=f"use {', or '.join(changes)}",
-    )
 
+    shape: DecoderShape
+    method: AdapterMethod
+    options: TrainOptions
+    longest: int
+    limit: int
+    num_shards: int = 1
 
-def describe_four_bit_need(
-    shape: DecoderShape, method: AdapterMethod, options: TrainOptions, *, longest: int, limit: int
-) -> str:
-    """Say in a sentence whether the model fits only in 4 bits; arguments as for :func:`require_plan`."""
-    if _plan_with_options(shape, replace(method, four_bit=False), options, longest=longest, limit=limit).fits:
-        return "4 bits are not needed: the 16-bit model fits"
-    return "4 bits are needed: the 16-bit model does not fit"
+    @classmethod
+    def from_config(cls, config: Config, model_config: Mapping[str, Any], longest: int, limit: int) -> MemoryRequest:
+        """Make the request of a configuration whose model is not loaded.
 
+        Args:
+            config: The run.
+            model_config: The model's ``config.json``.
+            longest: Tokens of the longest example.
+            limit: Bytes that may be allocated.
+        """
+        adapter = config.adapter
+        is_all = "all-linear" in adapter.target_modules
+        method = AdapterMethod(
+            adapter.r,
+            tuple(name for name in LINEAR_LAYERS if is_all or name in adapter.target_modules),
+            dora=adapter.kind == "dora",
+            four_bit=config.model.quantization == "nf4",
+            moment_bytes=MOMENT_BYTES[config.train.optim],
+            dropout=adapter.lora_dropout > 0,
+        )
+        return cls(DecoderShape.from_config(model_config), method, config.train, longest, limit)
 
-# -- the planner for a model, and for a configuration
+    @classmethod
+    def from_model(cls, model: PeftModel, options: TrainOptions, lengths: Sequence[int]) -> MemoryRequest:
+        """Make the request of an adapted model on its GPU.
 
+        Args:
+            model: The model.
+            options: Training options.
+            lengths: Tokens of each example.
+        """
+        from peft.tuners.lora import LoraLayer
 
-def plan_for_model(model: PeftModel, options: TrainOptions, lengths: Sequence[int]) -> MemoryPlan:
-    """Choose and print the settings for an adapted model on its GPU.
+        adapted = {
+            path.rpartition(".")[2]: module for path, module in model.named_modules() if isinstance(module, LoraLayer)
+        }
+        first = next(iter(adapted.values()))
+        (name,) = first.active_adapters
+        method = AdapterMethod(
+            rank=max(module.r[name] for module in adapted.values()),
+            targets=tuple(adapted),
+            dora=name in first.lora_magnitude_vector,
+            four_bit=getattr(first.get_base_layer().weight, "quant_state", None) is not None,
+            moment_bytes=MOMENT_BYTES[options.optim],
+            dropout=any(getattr(dropout, "p", 0) > 0 for dropout in first.lora_dropout.values()),
+        )
+        shape = DecoderShape.from_config(model.get_base_model().config.to_dict())
+        device = model.device if model.device.type == "cuda" else None
+        limit = distributed.all_reduce_min(usable_bytes(options.max_memory_gib, free_bytes(device)))
+        num_shards = distributed.world_size() if distributed.is_sharded(options) else 1
+        return cls(shape, method, options, max(lengths), limit, num_shards)
 
-    Args:
-        model: A model that the fused layers support.
-        options: Batch size, accumulation, memory limit.
-        lengths: Tokens of each example.
+    def in_four_bits(self, four_bit: bool) -> MemoryRequest:
+        """Return the same request with the base weights in 4 or 16 bits."""
+        return replace(self, method=replace(self.method, four_bit=four_bit))
 
-    Raises:
-        ResourceError: Not even one example a pass fits.
-    """
-    method = method_of_model(model, options)
-    shape = DecoderShape.from_config(model.get_base_model().config.to_dict())
-    limit = distributed.all_reduce_min(usable_bytes(options.max_memory_gib, free_bytes(model.device)))
-    plan = require_plan(shape, method, options, longest=max(lengths), limit=limit)
-    for reason in (
-        *plan.reasons,
-        describe_four_bit_need(shape, method, options, longest=max(lengths), limit=limit),
-    ):
-        say(f"plan: {reason}")
-    say(f"plan: {format_usage(plan.predicted_bytes, plan.limit_bytes, ' predicted')}")
-    return plan
+    # -- with the fused layers
 
+    def choose_plan(self) -> MemoryPlan:
+        """Choose the fastest settings of the fused layers that fit; if none fit, the smallest ones."""
+        return choose_plan(
+            self.shape,
+            self.method,
+            batch_size=self.options.per_device_train_batch_size,
+            accumulation=self.options.gradient_accumulation_steps,
+            longest=self.longest,
+            limit_bytes=self.limit,
+            recompute=self.options.gradient_checkpointing,
+        )
 
-def plan_for_config(
-    config: Config, model_config: Mapping[str, Any], *, longest: int, limit: int
-) -> tuple[MemoryPlan, str]:
-    """Choose the settings for a configuration whose model is not loaded.
+    def require_plan(self) -> MemoryPlan:
+        """Choose settings of the fused layers that fit.
 
-    Args:
-        config: The run.
-        model_config: The model's ``config.json``.
-        longest: Tokens of the longest example.
-        limit: Bytes that may be allocated.
+        Raises:
+            ResourceError: Not even one example a pass fits.
+        """
+        plan = self.choose_plan()
+        if plan.fits:
+            return plan
+        changes = ["a shorter prompt.max_length", "a smaller adapter.r", "a smaller model"]
+        layers = "every layer recomputed"
+        if self.options.gradient_checkpointing is False:
+            changes.insert(0, "train.gradient_checkpointing=true")
+            layers = "no layer recomputed"
+        if not self.method.four_bit:
+            changes.insert(0, "model.quantization=nf4")
+        needed, usable = format_distinct(plan.predicted_bytes, self.limit)
+        raise ResourceError(
+            f"training needs {needed} for one example of {self.longest} tokens with {layers}, but only {usable} may be "
+            "used",
+            hint=f"use {', or '.join(changes)}",
+        )
 
-    Returns:
-        The plan, and a sentence that says whether 4 bits are needed.
+    def describe_four_bit_need(self) -> str:
+        """Say in a sentence whether the model fits only in 4 bits."""
+        if self.in_four_bits(False).choose_plan().fits:
+            return "4 bits are not needed: the 16-bit model fits"
+        return "4 bits are needed: the 16-bit model does not fit"
 
-    Raises:
-        ResourceError: Not even one example a pass fits.
-    """
-    shape, method = DecoderShape.from_config(model_config), method_of_config(config)
-    four_bit_need = describe_four_bit_need(shape, method, config.train, longest=longest, limit=limit)
-    return require_plan(shape, method, config.train, longest=longest, limit=limit), four_bit_need
+    # -- with the layers of transformers
 
+    def transformers_peak(self, *, recomputed: bool) -> int:
+        """Predict the largest allocation with the layers of transformers."""
+        return transformers_peak_bytes(
+            self.shape,
+            self.method,
+            tokens=self.options.per_device_train_batch_size * self.longest,
+            recomputed=recomputed,
+            accumulates=self.options.gradient_accumulation_steps > 1,
+            num_shards=self.num_shards,
+        )
 
-def fits_one_gpu(config: Config, model_config: Mapping[str, Any], longest: int, limit: int) -> bool:
-    """Whether the base and the smallest pass fit one GPU; True for a model that the planner does not know."""
-    if model_config.get("model_type") not in FUSED_FAMILIES:
-        return True
-    try:
-        plan_for_config(config, model_config, longest=longest, limit=limit)
-    except ResourceError:
-        return False
-    return True
+    def recomputes_layers(self) -> bool:
+        """Whether the layers of transformers are recomputed: as set, else if their activations may not fit."""
+        if self.options.gradient_checkpointing is not None:
+            return self.options.gradient_checkpointing
+        return self.transformers_peak(recomputed=False) > SAFE_SHARE * self.limit
 
+    def describe_transformers_plan(self) -> str:
+        """Say in a sentence what a GPU needs for the layers of transformers.
 
-def method_of_model(model: PeftModel, options: TrainOptions) -> AdapterMethod:
-    """Read from an adapted model what is trained."""
-    from peft.tuners.lora import LoraLayer
-
-    adapted = {
-        path.rpartition(".")[2]: module for path, module in model.named_modules() if isinstance(module, LoraLayer)
-    }
-    first = next(iter(adapted.values()))
-    (name,) = first.active_adapters
-    return AdapterMethod(
-        rank=max(module.r[name] for module in adapted.values()),
-        targets=tuple(adapted),
-        dora=name in first.lora_magnitude_vector,
-        four_bit=getattr(first.get_base_layer().weight, "quant_state", None) is not None,
-        moment_bytes=MOMENT_BYTES[options.optim],
-        dropout=any(getattr(dropout, "p", 0) > 0 for dropout in first.lora_dropout.values()),
-    )
-
-
-def method_of_config(config: Config) -> AdapterMethod:
-    """Read from a configuration what is trained."""
-    adapter = config.adapter
-    is_all = "all-linear" in adapter.target_modules
-    return AdapterMethod(
-        adapter.r,
-        tuple(name for name in LINEAR_LAYERS if is_all or name in adapter.target_modules),
-        dora=adapter.kind == "dora",
-        four_bit=config.model.quantization == "nf4",
-        moment_bytes=MOMENT_BYTES[config.train.optim],
-        dropout=adapter.lora_dropout > 0,
-    )
+        Raises:
+            ResourceError: The batch does not fit.
+        """
+        recomputed, is_sharded = self.recomputes_layers(), self.num_shards > 1
+        peak = self.transformers_peak(recomputed=recomputed)
+        where = "with the layers of transformers"
+        if is_sharded:
+            where = f"on each of {self.num_shards} GPUs, the frozen weights divided (FSDP2)"
+        where += ", all layers recomputed" if recomputed else ""
+        if peak <= self.limit:
+            return f"fits: about {format_usage(peak, self.limit)} {where}"
+        hint = "model.quantization=nf4"
+        if self.options.per_device_train_batch_size > 1:
+            hint = "a smaller train.per_device_train_batch_size with more train.gradient_accumulation_steps"
+        hint += "" if recomputed else ", train.gradient_checkpointing=true"
+        needed, usable = format_distinct(peak, self.limit)
+        raise ResourceError(
+            f"training needs about {needed} {where}, but only {usable} may be used",
+            hint=f"use {hint}{', or more GPUs' if is_sharded else ''}",
+        )
 
 
 def usable_bytes(max_memory_gib: float | None, free: int) -> int:
@@ -209,137 +224,71 @@ def free_bytes(device: object = None) -> int:
     return int(free + torch.cuda.memory_reserved(device))
 
 
-# -- the layers of transformers
+def fits_one_gpu(config: Config, model_config: Mapping[str, Any], longest: int, limit: int) -> bool:
+    """Whether the base and the smallest pass fit one GPU; True for a model that the planner does not know."""
+    if model_config.get("model_type") not in FUSED_FAMILIES:
+        return True
+    return MemoryRequest.from_config(config, model_config, longest, limit).choose_plan().fits
 
 
-def _transformers_peak(
-    shape: DecoderShape,
-    method: AdapterMethod,
-    options: TrainOptions,
-    longest: int,
-    num_shards: int,
-    *,
-    recomputed: bool,
-) -> int:
-    return transformers_peak_bytes(
-        shape,
-        method,
-        tokens=options.per_device_train_batch_size * longest,
-        recomputed=recomputed,
-        accumulates=options.gradient_accumulation_steps > 1,
-        num_shards=num_shards,
-    )
-
-
-def recomputes_layers(
-    shape: DecoderShape,
-    method: AdapterMethod,
-    options: TrainOptions,
-    *,
-    longest: int,
-    limit: int,
-    num_shards: int = 1,
-) -> bool:
-    """Whether the layers of transformers are recomputed: as set in the options, else if their activations do not fit.
+def plan_for_model(model: PeftModel, options: TrainOptions, lengths: Sequence[int]) -> MemoryPlan:
+    """Choose and print the settings of the fused layers for a model on its GPU.
 
     Args:
-        shape: Sizes of the model.
-        method: What is trained.
-        options: Batch size, accumulation, gradient checkpointing.
-        longest: Tokens of the longest example.
-        limit: Bytes that may be allocated.
-        num_shards: GPUs among which the frozen weights are divided.
-    """
-    if options.gradient_checkpointing is not None:
-        return options.gradient_checkpointing
-    return _transformers_peak(shape, method, options, longest, num_shards, recomputed=False) > SAFE_SHARE * limit
-
-
-def describe_transformers_plan(
-    config: Config, model_config: Mapping[str, Any], *, longest: int, limit: int, sharded: bool = False
-) -> str:
-    """Say in a sentence what a GPU needs for the layers of transformers.
-
-    Args:
-        config: The run.
-        model_config: The model's ``config.json``.
-        longest: Tokens of the longest example.
-        limit: Bytes that may be allocated.
-        sharded: Whether the base is divided among all GPUs.
+        model: A model that the fused layers support.
+        options: Training options.
+        lengths: Tokens of each example.
 
     Raises:
-        ResourceError: The batch does not fit.
+        ResourceError: Not even one example a pass fits.
     """
-    train = config.train
-    shape, method = DecoderShape.from_config(model_config), method_of_config(config)
-    num_shards = train.gpus * train.machines if sharded else 1
-    recomputed = recomputes_layers(shape, method, train, longest=longest, limit=limit, num_shards=num_shards)
-    peak = _transformers_peak(shape, method, train, longest, num_shards, recomputed=recomputed)
-    where = "with the layers of transformers"
-    if sharded:
-        where = f"on each of {num_shards} GPUs, the frozen weights divided (FSDP2)"
-    where += ", all layers recomputed" if recomputed else ""
-    if peak > limit:
-        hint = "model.quantization=nf4"
-        if train.per_device_train_batch_size > 1:
-            hint = "a smaller train.per_device_train_batch_size with more train.gradient_accumulation_steps"
-        hint += "" if recomputed else ", train.gradient_checkpointing=true"
-        needed, usable = format_distinct(peak, limit)
-        raise ResourceError(
-            f"training needs about {needed} {where}, but only {usable} may be used",
-            hint=f"use {hint}{', or more GPUs' if sharded else ''}",
-        )
-    return f"fits: about {format_usage(peak, limit)} {where}"
+    request = MemoryRequest.from_model(model, options, lengths)
+    plan = request.require_plan()
+    for reason in (*plan.reasons, request.describe_four_bit_need()):
+        say(f"plan: {reason}")
+    say(f"plan: {format_usage(plan.predicted_bytes, plan.limit_bytes, ' predicted')}")
+    return plan
 
 
 def resolve_checkpointing(
     model: PeftModel | PreTrainedModel, options: TrainOptions, lengths: Sequence[int]
 ) -> TrainOptions:
-    """Return the options with ``train.gradient_checkpointing`` set; print the choice if it was open and there is a GPU.
+    """Return the options with ``train.gradient_checkpointing`` set for the layers of transformers.
+
+    The choice is printed if the option was not set and there is a GPU.
 
     Args:
-        model: A model that trains through the layers of transformers.
-        options: The options as they were set.
+        model: The model.
+        options: Training options.
         lengths: Tokens of each example.
     """
     if options.gradient_checkpointing is not None:
         return options
     import torch
 
-    on_gpu = model.device.type == "cuda" or (distributed.is_sharded(options) and torch.cuda.is_available())
-    recompute = on_gpu and _chooses_recomputation(model, options, max(lengths))
+    recompute = False
+    if model.device.type == "cuda" or (distributed.is_sharded(options) and torch.cuda.is_available()):
+        request = MemoryRequest.from_model(model, options, lengths) if _is_predictable(model, options) else None
+        recompute = request is None or request.recomputes_layers()
+        if request is None:
+            say(
+                "layers: all recomputed, because their memory cannot be predicted for this model or method "
+                "(train.gradient_checkpointing)"
+            )
+        else:
+            usable = format_gib(request.limit)
+            say(f"layers: {'all recomputed to fit' if recompute else 'none recomputed: all fit'} {usable}")
     return options.model_copy(update={"gradient_checkpointing": recompute})
 
 
-def _chooses_recomputation(model: PeftModel | PreTrainedModel, options: TrainOptions, longest: int) -> bool:
-    limit = distributed.all_reduce_min(usable_bytes(options.max_memory_gib, free_bytes()))
-    known = _known_sizes(model, options)
-    if known is None:
-        say(
-            "layers: all recomputed, because their memory cannot be predicted for this model or method "
-            "(train.gradient_checkpointing)"
-        )
-        return True
-    num_shards = distributed.world_size() if distributed.is_sharded(options) else 1
-    recompute = recomputes_layers(*known, options, longest=longest, limit=limit, num_shards=num_shards)
-    usable = format_gib(limit)
-    say(f"layers: {f'all recomputed to fit {usable}' if recompute else f'none recomputed: all fit {usable}'}")
-    return recompute
-
-
-def _known_sizes(
-    model: PeftModel | PreTrainedModel, options: TrainOptions
-) -> tuple[DecoderShape, AdapterMethod] | None:
-    """Return the sizes for the prediction; None for a model or method that it does not hold for."""
+def _is_predictable(model: PeftModel | PreTrainedModel, options: TrainOptions) -> bool:
     from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
 
     if not isinstance(model, PeftModel) or options.objective != "sft":
-        return None
-    config = model.get_base_model().config.to_dict()
-    if config.get("model_type") not in FUSED_FAMILIES:
-        return None
-    method = method_of_model(model, options)
-    return (DecoderShape.from_config(config), method) if set(method.targets) <= set(LINEAR_LAYERS) else None
+        return False
+    names = {path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, LoraLayer)}
+    return model.get_base_model().config.model_type in FUSED_FAMILIES and names <= set(LINEAR_LAYERS)
 
 
 # -- plan.json
@@ -381,100 +330,81 @@ def read_plan(folder: Path) -> dict[str, Any]:
 # -- after training ran out of memory
 
 
-@dataclass(frozen=True)
-class MemoryShortage:
-    """The training that ran out of GPU memory.
-
-    Attributes:
-        model_config: The model's ``config.json``.
-        longest: Tokens of the longest example.
-        limit_bytes: Memory that could be allocated, see :func:`usable_bytes`.
-        followed_plan: Whether the fused layers ran by a plan, which needed more than predicted.
-    """
-
-    model_config: Mapping[str, Any]
-    longest: int
-    limit_bytes: int
-    followed_plan: bool
-
-
-def advise_less_memory(config: Config, shortage: MemoryShortage | None) -> str:
-    """Return the overrides to add, as an imperative.
+def advise_less_memory(
+    config: Config, model_config: Mapping[str, Any] | None, *, longest: int, limit: int, followed_plan: bool
+) -> str:
+    """Return the overrides to add after training ran out of memory, as an imperative.
 
     Args:
         config: The run.
-        shortage: What is known of the memory; None on a CPU.
+        model_config: The model's ``config.json``; None on a CPU, whose memory is not predicted.
+        longest: Tokens of the longest example.
+        limit: Bytes that could be allocated.
+        followed_plan: Whether the fused layers ran by a plan, which needed more than predicted.
     """
-    is_known = shortage is not None and shortage.model_config.get("model_type") in FUSED_FAMILIES
-    if shortage is None or not is_known or config.adapter.kind == "full":
-        return _general_advice(config, on_gpu=shortage is not None)
-    shape, method = DecoderShape.from_config(shortage.model_config), method_of_config(config)
-    if shortage.followed_plan:
-        return _advise_tighter_plan(config, shortage, shape, method)
-    return _advise_smaller_passes(config, shortage, shape, method)
+    is_known = model_config is not None and model_config.get("model_type") in FUSED_FAMILIES
+    if model_config is None or not is_known or config.adapter.kind == "full":
+        return _general_advice(config, on_gpu=model_config is not None)
+    request = MemoryRequest.from_config(config, model_config, longest, limit)
+    return _advise_tighter_plan(request) if followed_plan else _advise_smaller_passes(request)
 
 
-def _advise_tighter_plan(config: Config, shortage: MemoryShortage, shape: DecoderShape, method: AdapterMethod) -> str:
+def _advise_tighter_plan(request: MemoryRequest) -> str:
     """Advise a lower limit. The planner then chooses other settings and keeps the examples of a step."""
-    train = config.train
-    limits = [int(share * shortage.limit_bytes) for share in _TIGHTER_SHARES]
-    before = _plan_with_options(shape, method, train, longest=shortage.longest, limit=shortage.limit_bytes)
+    before, limit, options = request.choose_plan(), request.limit, request.options
     # If recomputation was forbidden, allowing it comes before anything else.
-    allowed = ["train.gradient_checkpointing=true"] if train.gradient_checkpointing is False else []
+    allowed = ["train.gradient_checkpointing=true"] if options.gradient_checkpointing is False else []
     if allowed:
-        train = train.model_copy(update={"gradient_checkpointing": True})
-    four_bit = replace(method, four_bit=True)
-    for candidate in dict.fromkeys((method, four_bit)):
-        for limit in limits:
-            plan = _plan_with_options(shape, candidate, train, longest=shortage.longest, limit=limit)
+        options = options.model_copy(update={"gradient_checkpointing": True})
+    for four_bit in dict.fromkeys((request.method.four_bit, True)):
+        for share in _TIGHTER_SHARES:
+            plan = replace(request, options=options, limit=int(share * limit)).in_four_bits(four_bit).choose_plan()
             if plan.fits and plan.predicted_bytes < before.predicted_bytes:
-                overrides = [*allowed] if candidate == method else [*allowed, "model.quantization=nf4"]
+                overrides = [*allowed] if four_bit == request.method.four_bit else [*allowed, "model.quantization=nf4"]
                 overrides.append(f"train.max_memory_gib={int(10 * plan.limit_bytes / GIB) / 10}")
                 passes = f"{plan.accumulation} of {plan.batch_size} examples a step"
-                layers = f"{plan.setting.num_checkpointed} of {shape.layers} layers recomputed"
+                layers = f"{plan.setting.num_checkpointed} of {request.shape.layers} layers recomputed"
                 return _advice(overrides, f"{layers}, {passes}, {plan.predicted_bytes / GIB:.1f} GiB predicted")
-    for longest in _shorter_lengths(shortage.longest):
-        if _plan_with_options(shape, four_bit, train, longest=longest, limit=limits[0]).fits:
-            return _advise_shorter_examples(longest, method, allowed)
+    smallest = replace(request, options=options, limit=int(_TIGHTER_SHARES[0] * limit)).in_four_bits(True)
+    for longest in _shorter_lengths(request.longest):
+        if replace(smallest, longest=longest).choose_plan().fits:
+            return _advise_shorter_examples(longest, request, allowed)
     return _NOTHING_FITS
 
 
-def _advise_smaller_passes(config: Config, shortage: MemoryShortage, shape: DecoderShape, method: AdapterMethod) -> str:
+def _advise_smaller_passes(request: MemoryRequest) -> str:
     """Advise the fastest settings of the layers of transformers that fit, with the same examples in a step."""
-    train, limit = config.train, shortage.limit_bytes
-    was_recomputed = recomputes_layers(shape, method, train, longest=shortage.longest, limit=limit)
-    for size, recomputed, candidate, longest in _candidates(train, shortage, method, was_recomputed):
-        passes = train.gradient_accumulation_steps * (train.per_device_train_batch_size // size)
-        tokens = size * longest
-        peak = transformers_peak_bytes(shape, candidate, tokens=tokens, recomputed=recomputed, accumulates=passes > 1)
-        if peak > SAFE_SHARE * limit:
+    options, was_recomputed = request.options, request.recomputes_layers()
+    for size, recomputed, four_bit, longest in _candidates(request, was_recomputed):
+        passes = options.gradient_accumulation_steps * (options.per_device_train_batch_size // size)
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": passes}
+        candidate = replace(request, options=options.model_copy(update=sizes), longest=longest).in_four_bits(four_bit)
+        peak = candidate.transformers_peak(recomputed=recomputed)
+        if peak > SAFE_SHARE * request.limit:
             continue
         overrides = []
-        if size != train.per_device_train_batch_size:
-            overrides += [f"train.per_device_train_batch_size={size}", f"train.gradient_accumulation_steps={passes}"]
+        if size != options.per_device_train_batch_size:
+            overrides += [f"train.{name}={value}" for name, value in sizes.items()]
         if recomputed and not was_recomputed:
             overrides.append("train.gradient_checkpointing=true")
-        if longest < shortage.longest:
-            return _advise_shorter_examples(longest, method, overrides)
-        if candidate != method:
+        if longest < request.longest:
+            return _advise_shorter_examples(longest, request, overrides)
+        if four_bit != request.method.four_bit:
             overrides.append("model.quantization=nf4")
         if overrides:  # without any, these are the settings that ran out of memory
-            usable = f"{limit / GIB:.1f} that may be used"
+            usable = f"{request.limit / GIB:.1f} that may be used"
             return _advice(overrides, f"about {peak / GIB:.1f} GiB of {usable}, the same examples a step")
     return _NOTHING_FITS
 
 
-def _candidates(
-    train: TrainOptions, shortage: MemoryShortage, method: AdapterMethod, was_recomputed: bool
-) -> Iterator[tuple[int, bool, AdapterMethod, int]]:
-    """Yield batch size, recomputation, method and longest example, the fastest settings first."""
-    four_bit = replace(method, four_bit=True)
-    for candidate in dict.fromkeys((method, four_bit)):
+def _candidates(request: MemoryRequest, was_recomputed: bool) -> Iterator[tuple[int, bool, bool, int]]:
+    """Yield batch size, recomputation, 4 bits and longest example, the fastest settings first."""
+    for four_bit in dict.fromkeys((request.method.four_bit, True)):
         for recomputed in (True,) if was_recomputed else (False, True):
-            for size in divisors(train.per_device_train_batch_size):
-                yield size, recomputed, candidate, shortage.longest
-    for longest in _shorter_lengths(shortage.longest):
-        yield 1, True, four_bit, longest
+            for size in divisors(request.options.per_device_train_batch_size):
+                yield size, recomputed, four_bit, request.longest
+    for longest in _shorter_lengths(request.longest):
+        yield 1, True, True, longest
 
 
 def _shorter_lengths(longest: int) -> range:
@@ -483,15 +413,15 @@ def _shorter_lengths(longest: int) -> range:
 
 def _advice(overrides: list[str], effect: str) -> str:
     # Options that cannot change the result leave the checkpoints valid.
-    is_neutral = all(
-        option.startswith(("train.max_memory_gib", "train.gradient_checkpointing")) for option in overrides
-    )
+    neutral = ("train.max_memory_gib", "train.gradient_checkpointing")
+    is_neutral = all(option.startswith(neutral) for option in overrides)
     after = ", then training resumes from its last checkpoint" if is_neutral else ", and --redo train"
     return f"add {' '.join(overrides)} ({effect}){after}"
 
 
-def _advise_shorter_examples(longest: int, method: AdapterMethod, others: list[str]) -> str:
-    overrides = [f"prompt.max_length={longest}", *others, *([] if method.four_bit else ["model.quantization=nf4"])]
+def _advise_shorter_examples(longest: int, request: MemoryRequest, others: list[str]) -> str:
+    overrides = [f"prompt.max_length={longest}", *others]
+    overrides += [] if request.method.four_bit else ["model.quantization=nf4"]
     return f"add {' '.join(overrides)} (longer examples do not fit with any setting), and --redo prepare"
 
 
