@@ -1,4 +1,4 @@
-"""Everything that crosses a file border, as frozen pydantic models: what is read is checked, all is written."""
+"""The records that are written to files and read back, as frozen pydantic models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 
 class Record(BaseModel):
-    """Base of all records: immutable; unknown keys are refused unless a subclass says otherwise."""
+    """Base of all records: immutable, without unknown keys unless a subclass allows them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -21,21 +21,21 @@ class Message(Record):
 
 
 def _text_or_number(value: Any) -> Any:
-    # Some copies of FinQA hold exe_ans of yes/no questions as strings and all others as numbers; bool is neither.
+    # Copies of FinQA have exe_ans as a string for yes/no questions, and as a number for all others. A bool is neither.
     if isinstance(value, bool):
         raise ValueError("exe_ans must be a number, 'yes' or 'no'")
     return value
 
 
 class FinQAQuestion(Record):
-    """The ``qa`` object of a FinQA record (github.com/czyssrs/FinQA); further official keys are ignored.
+    """The ``qa`` object of a FinQA record (github.com/czyssrs/FinQA). Its other official keys are ignored.
 
     Attributes:
-        program: Linear form, ``subtract(5829, 5735), divide(#0, 5735)``.
-        program_re: The same program nested, or None.
-        exe_ans: What the program executes to, rounded to 5 decimals; "yes" or "no" for ``greater``.
-        gold_inds: Evidence, ``{"table_1": row text, "text_3": sentence}``; None where not known.
-        answer: The annotator's free-text answer; never used by the official score.
+        program: The program in linear form, ``subtract(5829, 5735), divide(#0, 5735)``.
+        program_re: The same program in nested form, or None.
+        exe_ans: The result of the program, rounded to 5 decimals; "yes" or "no" for ``greater``.
+        gold_inds: The evidence, ``{"table_1": row text, "text_3": sentence}``; None if unknown.
+        answer: The annotator's answer in free text. The official score never uses it.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -55,7 +55,7 @@ class FinQARecord(Record):
         id: ``COMPANY/YEAR/page_N.pdf-K``.
         pre_text: Sentences before the table.
         post_text: Sentences after the table.
-        table: Rows of cells, row 0 is the header; cell 0 of a row is its name.
+        table: Rows of cells. Row 0 is the header, and cell 0 of a row is its name.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -68,12 +68,12 @@ class FinQARecord(Record):
 
 
 class Example(Record):
-    """One prompt and the completion that a model should give to it.
+    """One prompt and its completion.
 
     Attributes:
         messages: The turns before the completion; the last is the user's.
         completion: The assistant's turn, without template tokens.
-        num_cut: Units of the page (sentences, table rows) that were left out to fit the context.
+        num_cut: Units of the page (sentences, table rows), or turns, that were left out to fit the context.
     """
 
     id: str
@@ -87,8 +87,8 @@ class Pair(Record):
 
     Attributes:
         messages: The turns before the answer; the last is the user's.
-        chosen: The better one, without template tokens.
-        rejected: The worse one.
+        chosen: The better answer, without template tokens.
+        rejected: The worse answer, without template tokens.
     """
 
     id: str
@@ -98,12 +98,12 @@ class Pair(Record):
 
 
 class LabelledAnswer(Record):
-    """One prompt with one answer that is desired or not, for preference training without pairs.
+    """One prompt with one answer and its label, for preference training without pairs.
 
     Attributes:
         messages: The turns before the answer; the last is the user's.
         completion: The answer, without template tokens.
-        label: Whether it is desired.
+        label: Whether the answer is desired.
     """
 
     id: str
@@ -116,10 +116,10 @@ class Candidate(Record):
     """One of several completions of a prompt.
 
     Attributes:
-        program: The program read from it.
+        program: The program in the completion.
         logprob: See `Prediction`.
-        result: What the program executes to, rounded as officially; None where it does not run.
-        num_tokens: Generated tokens.
+        result: The result of the program, rounded as in the official script; None if it has no result.
+        num_tokens: Number of generated tokens.
     """
 
     program: str
@@ -129,22 +129,22 @@ class Candidate(Record):
 
 
 class Prediction(Record):
-    """What an engine gave for one prompt.
+    """The answer of a model to one prompt.
 
     Attributes:
-        text: The completion as decoded, special tokens removed.
-        program: The program read from it, in linear form ("" where there is none).
-        finish_reason: "stop" when the end-of-turn token came, "length" when the limit did.
+        text: The decoded completion, without special tokens.
+        program: The program in it, in linear form; empty if there is none.
+        finish_reason: "stop" if the end-of-turn token was generated, "length" if the token limit was reached.
         seconds: Share of the batch's wall time.
-        num_prompt_tokens: Length of the rendered prompt.
-        token_ids: Generated tokens, end-of-turn included.
-        margins: For each generated token the natural-log probability gap between the best and the second-best
-            token; a small gap marks a near-tie, at which two faithful copies of a model may part.
+        num_prompt_tokens: Tokens of the rendered prompt.
+        token_ids: Generated tokens, end of turn included.
+        margins: For each generated token, the gap between the natural-log probabilities of the best and the second-best
+            token. A small gap marks a near-tie, at which two faithful copies of a model may differ.
         logprob: Natural-log probability of the whole completion in the model's own distribution (before temperature,
-            top_p and grammar); None where the engine does not tell it.
-        confidence: The share of the candidates that agree on the result where they voted, else the probability of the
-            completion; None where neither is known.
-        candidates: All completions of the prompt where there were several.
+            top_p and grammar); None if the engine does not report it.
+        confidence: If candidates voted, the share of them that agree on the result; else the probability of the
+            completion; None if neither is known.
+        candidates: All completions of the prompt, if there were several.
     """
 
     id: str

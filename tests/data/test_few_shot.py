@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fintune.data.few_shot import Shots
+from fintune.data.few_shot import ShotSelector
 from fintune.errors import DataError
 from fintune.records import FinQAQuestion, FinQARecord, Message
 
@@ -38,44 +38,44 @@ def insert(shots, question="what was the change in net revenue?", budget=10_000,
 
 
 def test_shots_are_turns_between_the_system_and_the_question_the_most_similar_last():
-    shots = Shots(TRAIN, [], 2)
+    shots = ShotSelector(TRAIN, [], 2)
     system, *turns, asked = insert(shots)
     assert [system, asked] == ASKED
     assert [turn.role for turn in turns] == ["user", "assistant", "user", "assistant"]
     assert [turn.content for turn in turns[1::2]] == ["subtract(30, 20)", "subtract(120, 100)"]
-    assert shots.prompts.used == {"Z/2019/page_9.pdf-1": ("A/2019/page_1.pdf-1", "B/2019/page_2.pdf-1")}
+    assert shots.use.used == {"Z/2019/page_9.pdf-1": ("A/2019/page_1.pdf-1", "B/2019/page_2.pdf-1")}
 
 
 def test_a_shot_shows_its_evidence_and_the_header_but_not_the_page():
-    user, _ = Shots(TRAIN, [], 1).choose("what was the change in net revenue?")[0].turns
+    user, _ = ShotSelector(TRAIN, [], 1).select("what was the change in net revenue?")[0].turns
     assert user.content == (
         "in millions\nnet revenue | 2019: 120 | 2018: 100\n\nQuestion: what was the change in net revenue?"
     )
-    user, _ = Shots(TRAIN, [], 1).choose("how much cash was there?")[0].turns
+    user, _ = ShotSelector(TRAIN, [], 1).select("how much cash was there?")[0].turns
     assert user.content == "cash was 55 in 2019 .\n\nQuestion: how much cash was there in 2019?"
 
 
 def test_golds_without_a_result_or_with_operands_from_nowhere_are_no_shots():
-    chosen = {shot.id for shot in Shots(TRAIN, [], 9).choose("what was the change in net revenue? cash")}
+    chosen = {shot.id for shot in ShotSelector(TRAIN, [], 9).select("what was the change in net revenue? cash")}
     assert chosen == {"A/2019/page_1.pdf-1", "B/2019/page_2.pdf-1", "C/2019/page_3.pdf-1"}
 
 
 @pytest.mark.parametrize("scored", ["A/2019/page_1.pdf-1", "A/2019/page_1.pdf-7"])
 def test_no_shot_comes_from_a_page_that_is_scored(scored):
-    shots = Shots(TRAIN, ["Y/2019/page_1.pdf-1", scored], 1)
+    shots = ShotSelector(TRAIN, ["Y/2019/page_1.pdf-1", scored], 1)
     insert(shots)
     assert shots.num_excluded == 1
-    assert shots.prompts.used["Z/2019/page_9.pdf-1"] == ("B/2019/page_2.pdf-1",)
+    assert shots.use.used["Z/2019/page_9.pdf-1"] == ("B/2019/page_2.pdf-1",)
 
 
 def test_the_least_similar_shots_give_way_and_are_counted():
-    shots = Shots(TRAIN, [], 2)
-    both, one = words(insert(shots)), words(insert(Shots(TRAIN, [], 1)))
+    shots = ShotSelector(TRAIN, [], 2)
+    both, one = words(insert(shots)), words(insert(ShotSelector(TRAIN, [], 1)))
     assert words(ASKED) < one < both
     assert words(insert(shots, budget=both - 1, record_id="Z/1-1")) == one
     assert insert(shots, budget=one - 1, record_id="Z/1-2") == tuple(ASKED)
-    assert [len(shots.prompts.used[each]) for each in ("Z/2019/page_9.pdf-1", "Z/1-1", "Z/1-2")] == [2, 1, 0]
-    assert shots.prompts.facts() == {
+    assert [len(shots.use.used[each]) for each in ("Z/2019/page_9.pdf-1", "Z/1-1", "Z/1-2")] == [2, 1, 0]
+    assert shots.use.facts() == {
         "num_shots_used": 3,
         "num_shots_left_out": 3,
         "shot_ids": ["A/2019/page_1.pdf-1", "B/2019/page_2.pdf-1"],
@@ -84,4 +84,4 @@ def test_the_least_similar_shots_give_way_and_are_counted():
 
 def test_training_data_on_scored_pages_alone_is_refused():
     with pytest.raises(DataError, match="no shots can be chosen: all 1 training records"):
-        Shots(TRAIN[:1], ["A/2019/page_1.pdf-2"], 1)
+        ShotSelector(TRAIN[:1], ["A/2019/page_1.pdf-2"], 1)

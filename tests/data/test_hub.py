@@ -216,3 +216,25 @@ def test_unresolved_hub_is_tried_once(monkeypatch, capfd):
         hub.check_split(hub.HubSplit("ann/none-such"))
     assert "Retry" not in capfd.readouterr().err
     assert before == (constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE)
+
+
+PLAIN_DOWNLOAD = f"""
+import huggingface_hub
+huggingface_hub.hf_hub_download({NAME!r}, "train.csv", repo_type="dataset")
+"""
+
+
+def test_hub_library_starts_a_broken_download_again(server, tmp_path):
+    """Why `fetch_file` exists: the library's next process does not ask for the rest of a file."""
+    environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hf")}
+
+    def download() -> int:
+        command = [sys.executable, "-c", PLAIN_DOWNLOAD]
+        return subprocess.run(command, env=environment, capture_output=True, check=False, timeout=60).returncode
+
+    server.break_after = [1000] * 6  # the library tries five times more
+    assert download() != 0
+    server.break_after.clear()
+    server.ranges.clear()
+    assert download() == 0
+    assert server.ranges == [None]

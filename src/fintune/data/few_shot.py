@@ -1,9 +1,8 @@
-"""Few-shot prompts: solved questions of the training data, the most similar ones, before the question.
+"""Few-shot prompts: solved questions of the training data before the question, the most similar ones.
 
-A shot is a turn of its own: the evidence of a training question with the question, answered by its gold program. Only
-the evidence is shown, because a whole page is as long as the prompt it would help. No shot comes from a page or has the
-id of a question that is scored, so that no answer is shown. Shots give way before the page does: where they do not all
-fit, the least similar are left out.
+A shot is the evidence of a training question with the question, answered by its gold program. It shows the evidence
+alone, because a whole page is as long as the prompt that it would help. No shot is about the page of a scored question,
+so no answer is shown. The page has priority: if not all shots fit, the least similar are left out.
 """
 
 from __future__ import annotations
@@ -29,20 +28,15 @@ from fintune.util.console import track
 
 @dataclass(frozen=True)
 class Shot:
-    """A solved question.
-
-    Attributes:
-        id: The training record's.
-        turns: The user's and the assistant's.
-    """
+    """A solved question: the id of the training record, and the turns of user and assistant."""
 
     id: str
     turns: tuple[Message, Message]
 
 
 @dataclass
-class Prompts:
-    """What became of the shots of all prompts.
+class ShotUse:
+    """Which shots were used.
 
     Attributes:
         used: Ids of the shots by the id of the question, the most similar first.
@@ -53,30 +47,30 @@ class Prompts:
     num_left_out: int = 0
 
     def facts(self) -> dict[str, object]:
-        """For the manifest."""
-        times = Counter(shot for shots in self.used.values() for shot in shots)
+        """Return the facts for the manifest."""
+        counts = Counter(shot for shots in self.used.values() for shot in shots)
         return {
-            "num_shots_used": times.total(),
+            "num_shots_used": counts.total(),
             "num_shots_left_out": self.num_left_out,
-            "shot_ids": sorted(times),
+            "shot_ids": sorted(counts),
         }
 
 
-class Shots:
-    """Chooses and inserts shots.
+class ShotSelector:
+    """Select shots and insert them into prompts.
 
     Args:
         train: Training records.
         scored: Ids of all questions that are scored.
-        number: Shots of a prompt.
+        number: Number of shots in a prompt.
 
     Raises:
-        DataError: No training record is left that is on none of the scored pages.
+        DataError: Every training record is about the page of a scored question.
     """
 
     def __init__(self, train: Sequence[FinQARecord], scored: Iterable[str], number: int) -> None:
-        pages = {group_of(each, "page") for each in scored}
-        self._records = [each for each in train if group_of(each.id, "page") not in pages]
+        pages = {group_of(record_id, "page") for record_id in scored}
+        self._records = [record for record in train if group_of(record.id, "page") not in pages]
         self.num_excluded = len(train) - len(self._records)
         if not self._records:
             raise DataError(
@@ -84,22 +78,22 @@ class Shots:
                 hint="give other training data, or set the number of shots to 0",
             )
         self._number = number
-        self._similar = SimilarTexts([each.qa.question for each in self._records])
-        self._made: dict[int, Shot | None] = {}
-        self.prompts = Prompts()
+        self._similar = SimilarTexts([record.qa.question for record in self._records])
+        self._shots: dict[int, Shot | None] = {}
+        self.use = ShotUse()
 
-    def choose(self, question: str) -> list[Shot]:
-        """The shots for a question, the most similar first."""
-        chosen: list[Shot] = []
-        for place, _ in self._similar.nearest(question):
-            if len(chosen) == self._number:
+    def select(self, question: str) -> list[Shot]:
+        """Return the shots for a question, the most similar first."""
+        selected: list[Shot] = []
+        for index, _ in self._similar.nearest(question):
+            if len(selected) == self._number:
                 break
-            if place not in self._made:
-                self._made[place] = _shot(self._records[place])
-            shot = self._made[place]
+            if index not in self._shots:
+                self._shots[index] = _make_shot(self._records[index])
+            shot = self._shots[index]
             if shot is not None:
-                chosen.append(shot)
-        return chosen
+                selected.append(shot)
+        return selected
 
     def insert(
         self,
@@ -110,32 +104,32 @@ class Shots:
         budget: int,
         count: Callable[[Sequence[Message]], int],
     ) -> tuple[Message, ...]:
-        """A prompt with as many shots as fit, the most similar nearest to the question.
+        """Return the prompt with as many shots as fit, the most similar next to the question.
 
         Args:
-            record_id: The question's.
-            question: What is asked.
-            messages: System message, where there is one, and the user's; cut to the budget already.
-            budget: Tokens that the prompt may have.
-            count: Tokens of rendered messages.
+            record_id: Id of the question.
+            question: The question.
+            messages: System message, if there is one, and the user's, which fits the budget.
+            budget: Maximum number of tokens of the prompt.
+            count: Returns the number of tokens of rendered messages.
         """
-        chosen = self.choose(question)
-        fitting = len(chosen)
-        while fitting:
-            turns = [turn for shot in reversed(chosen[:fitting]) for turn in shot.turns]
-            whole = (*messages[:-1], *turns, messages[-1])
-            if count(whole) <= budget:
+        selected = self.select(question)
+        num_fitting = len(selected)
+        while num_fitting:
+            turns = [turn for shot in reversed(selected[:num_fitting]) for turn in shot.turns]
+            prompt = (*messages[:-1], *turns, messages[-1])
+            if count(prompt) <= budget:
                 break
-            fitting -= 1
+            num_fitting -= 1
         else:
-            whole = tuple(messages)
-        self.prompts.used[record_id] = tuple(shot.id for shot in chosen[:fitting])
-        self.prompts.num_left_out += len(chosen) - fitting
-        return whole
+            prompt = tuple(messages)
+        self.use.used[record_id] = tuple(shot.id for shot in selected[:num_fitting])
+        self.use.num_left_out += len(selected) - num_fitting
+        return prompt
 
 
-def _shot(record: FinQARecord) -> Shot | None:
-    """None where the gold program has no result, or an operand that stands nowhere on the page."""
+def _make_shot(record: FinQARecord) -> Shot | None:
+    """Return None if the gold program has no result, or one of its operands is not on the page."""
     tokens = tokenize(record.qa.program)
     if execute(tokens, record.table).invalid:
         return None
@@ -151,35 +145,36 @@ def _shot(record: FinQARecord) -> Shot | None:
 
 def examples_with_shots(
     config: Config, prepare: Path, examples: Sequence[Example], count: Callable[[Sequence[Message]], int]
-) -> tuple[list[Example], Prompts]:
-    """The evaluation examples of a run with shots from its training data.
+) -> tuple[list[Example], ShotUse]:
+    """Insert shots from a run's training data into its evaluation examples.
 
     Args:
-        config: The run; ``predict.num_fewshot`` is not 0.
-        prepare: Its finished folder.
+        config: The configuration of the run, with ``predict.num_fewshot`` above 0.
+        prepare: The finished ``prepare`` folder of the run.
         examples: All evaluation examples.
-        count: Tokens of rendered messages.
+        count: Returns the number of tokens of rendered messages.
 
     Raises:
-        ArtifactError: The training data is not what the folder was made from.
-        DataError: It cannot be read, or all of it asks about pages that are scored.
+        ArtifactError: The folder was made from other training data.
+        DataError: The data cannot be read, or all of it is about pages that are scored.
     """
     with (prepare / "train.jsonl").open(encoding="utf-8") as lines:
-        trained = {each.id for each in map(Example.model_validate_json, lines)}
-    records = [each for each in load_finqa_splits(config)["train"].records if each.id in trained]
+        trained = {Example.model_validate_json(line).id for line in lines}
+    records = [record for record in load_finqa_splits(config)["train"].records if record.id in trained]
     if len(records) != len(trained):
         raise ArtifactError(
-            f"{prepare} was made from other training data: {len(trained) - len(records)} of its examples are not there",
+            f"{prepare} was made from other training data: {len(trained) - len(records)} of its examples are missing",
             hint="put the files back, or run fintune prepare again",
         )
     gold = json.loads((prepare / "gold.json").read_text(encoding="utf-8"))
-    questions = {each.id: each.qa.question for each in map(FinQARecord.model_validate, gold)}
-    shots = Shots(records, [each.id for each in examples], config.predict.num_fewshot)
+    questions = {record.id: record.qa.question for record in map(FinQARecord.model_validate, gold)}
+    selector = ShotSelector(records, [example.id for example in examples], config.predict.num_fewshot)
     budget = prompt_budget(config.prompt.max_length)
-    made = [
-        each.model_copy(
-            update={"messages": shots.insert(each.id, questions[each.id], each.messages, budget=budget, count=count)}
-        )
-        for each in track(examples, "choose shots", len(examples))
+    prompts = [
+        selector.insert(example.id, questions[example.id], example.messages, budget=budget, count=count)
+        for example in track(examples, "choose shots", len(examples))
     ]
-    return made, shots.prompts
+    with_shots = [
+        example.model_copy(update={"messages": messages}) for example, messages in zip(examples, prompts, strict=True)
+    ]
+    return with_shots, selector.use

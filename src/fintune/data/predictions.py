@@ -1,13 +1,15 @@
-"""Files of predicted programs, in every form that the scorer takes.
+"""Read predicted programs, in every form that the scorer takes.
 
-The official list, ``[{"id": ..., "predicted": ["subtract(", "5829", ...]}, ...]``; ``{"id": ..., "program":
-"subtract(5829, 5735), ..."}``; and the records that this package writes, whose ``program`` is read. As one JSON list or
-one object a line, plain or gzip, told by the content. A text is cut into tokens as the official script cuts gold ones.
+The forms are the official list ``[{"id": ..., "predicted": ["subtract(", "5829", ...]}, ...]``, rows ``{"id": ...,
+"program": "subtract(5829, 5735), ..."}``, and this package's own predictions, of which ``program`` is read. A file has
+a JSON list or one object a line, plain or gzip, which is detected from its content. A program as text is split into
+tokens as the official script splits gold programs.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -19,11 +21,12 @@ from fintune.errors import DataError
 from fintune.finqa.program import tokenize
 
 _HINT = 'expected {"id": ..., "predicted": [tokens]} or {"id": ..., "program": "text"}, as a JSON list or a line each'
+_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 @dataclass(frozen=True)
 class PredictedProgram:
-    """One row of a file: 1-based row, id, official tokens, and the time of the completion where the row tells it."""
+    """One row: its number from 1, its id, official tokens, and the seconds of the completion if the row has them."""
 
     row: int
     id: str
@@ -33,13 +36,13 @@ class PredictedProgram:
 
 @dataclass
 class PredictionFile:
-    """What a file of predictions gave.
+    """The predictions of a file.
 
     Attributes:
-        path: The file; None for rows that come from memory.
-        predictions: Usable rows in file order; an id may recur.
-        unusable: Number of rows that are none, by reason; a file that breaks off counts once.
-        problems: One error for each of those, with row and id.
+        path: The file; None for rows in memory.
+        predictions: Usable rows in file order. Several may have one id.
+        unusable: Number of unusable rows by reason. A file that breaks off counts as one row.
+        problems: One error for each unusable row, with row and id.
     """
 
     path: Path | None = None
@@ -54,18 +57,17 @@ class PredictionFile:
 
 
 def read_predictions(path: Path) -> PredictionFile:
-    """Read a file of predictions; what breaks off is read up to there.
+    """Read a file of predictions. A file that breaks off is read up to there.
 
     Raises:
-        DataError: The file is missing, unreadable or empty, or no row of it can be used.
+        DataError: The file is missing, unreadable or empty, or none of its rows can be used.
     """
-    found = PredictionFile(path)
+    file = PredictionFile(path)
     text, damage = read_text(path, hint=_HINT)
-    # Damage ends the text, and what ends early is reported once, as that.
-    for row, value in _rows(found, text, damage):
-        _take(found, row, value)
-    _require_rows(found)
-    return found
+    start = text.lstrip()[0]
+    if start not in "[{":
+        raise DataError("neither a JSON list nor JSON lines", path=path, hint=_HINT)
+    return _collect(file, _list_rows(file, text, damage) if start == "[" else _line_rows(file, text, damage))
 
 
 def collect_predictions(rows: Iterable[object]) -> PredictionFile:
@@ -74,68 +76,54 @@ def collect_predictions(rows: Iterable[object]) -> PredictionFile:
     Raises:
         DataError: No row can be used.
     """
-    found = PredictionFile()
-    for row, value in enumerate(rows, start=1):
-        _take(found, row, value)
-    _require_rows(found)
-    return found
+    return _collect(PredictionFile(), enumerate(rows, start=1))
 
 
-def _require_rows(found: PredictionFile) -> None:
-    if not found.predictions:
-        if not found.problems:
-            raise DataError("holds no predictions", path=found.path, hint=_HINT)
-        raise DataError(f"no row can be scored; the first problem: {found.problems[0].message}", hint=_HINT)
+def _collect(file: PredictionFile, rows: Iterable[tuple[int, object]]) -> PredictionFile:
+    for row, value in rows:
+        _add_row(file, row, value)
+    if not file.predictions and file.problems:
+        raise DataError(f"no row can be scored; the first problem: {file.problems[0].message}", hint=_HINT)
+    if not file.predictions:
+        raise DataError("there are no predictions", path=file.path, hint=_HINT)
+    return file
 
 
-def _rows(found: PredictionFile, text: str, damage: str | None) -> Iterator[tuple[int, object]]:
-    start = text.lstrip()[0]
-    if start == "[":
-        yield from _list(found, text, damage)
-    elif start == "{":
-        yield from _lines(found, text, damage)
-    else:
-        raise DataError("neither a JSON list nor JSON lines", path=found.path, hint=_HINT)
-
-
-def _list(found: PredictionFile, text: str, damage: str | None) -> Iterator[tuple[int, object]]:
+def _list_rows(file: PredictionFile, text: str, damage: str | None) -> Iterator[tuple[int, object]]:
     try:
-        rows = json.loads(text)
+        yield from enumerate(json.loads(text), 1)
     except (ValueError, RecursionError) as error:
-        yield from _broken_list(found, text, damage or f"not JSON ({error})")
-    else:
-        yield from enumerate(rows, 1)
+        yield from _broken_list_rows(file, text, damage or f"not JSON ({error})")
 
 
-def _broken_list(found: PredictionFile, text: str, why: str) -> Iterator[tuple[int, object]]:
-    # Element by element: all before the place where the list breaks can still be scored.
+def _broken_list_rows(file: PredictionFile, text: str, why: str) -> Iterator[tuple[int, object]]:
+    # Element by element, because all rows before the break can be scored.
     decoder = json.JSONDecoder()
     position, row = text.index("[") + 1, 0
     while True:
-        position = _skip(text, position, " \t\r\n")
+        position = _skip_space(text, position)
         try:
             value, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError):
             break
         row += 1
         yield row, value
-        position = _skip(text, position, " \t\r\n")
+        position = _skip_space(text, position)
         if not text.startswith(",", position):
             break
         position += 1
-    ends = not text[position:].strip() or not text.rstrip().endswith("]")
-    if ends and why.startswith("not JSON"):
+    has_ended = not text[position:].strip() or not text.rstrip().endswith("]")
+    if has_ended and why.startswith("not JSON"):
         why = "truncated JSON"
-    found.report(why.split(" (", maxsplit=1)[0], f"{why}: the list breaks off here", row + 1)
+    file.report(why.split(" (", maxsplit=1)[0], f"{why}: the list breaks off here", row + 1)
 
 
-def _skip(text: str, position: int, characters: str) -> int:
-    while position < len(text) and text[position] in characters:
-        position += 1
-    return position
+def _skip_space(text: str, position: int) -> int:
+    match = _SPACE.match(text, position)
+    return match.end() if match else position
 
 
-def _lines(found: PredictionFile, text: str, damage: str | None) -> Iterator[tuple[int, object]]:
+def _line_rows(file: PredictionFile, text: str, damage: str | None) -> Iterator[tuple[int, object]]:
     lines = [(row, line) for row, line in enumerate(text.split("\n"), 1) if line.strip()]
     last = lines[-1][0]
     for row, line in lines:
@@ -143,33 +131,33 @@ def _lines(found: PredictionFile, text: str, damage: str | None) -> Iterator[tup
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
             if row == last and damage:
-                break
-            breaks_off = row == last and not text.endswith("\n")
-            why = "truncated line" if breaks_off else f"not JSON ({error})"
-            found.report(why.split(" (", maxsplit=1)[0], why, row)
+                break  # reported below, once
+            is_cut = row == last and not text.endswith("\n")
+            why = "truncated line" if is_cut else f"not JSON ({error})"
+            file.report(why.split(" (", maxsplit=1)[0], why, row)
             continue
         yield row, value
     if damage:
-        found.report(damage.split(" (")[0], f"{damage}: it breaks off here", last)
+        file.report(damage.split(" (")[0], f"{damage}: it breaks off here", last)
 
 
-def _take(found: PredictionFile, row: int, value: object) -> None:
+def _add_row(file: PredictionFile, row: int, value: object) -> None:
     if not isinstance(value, dict):
-        found.report("not an object", "not a JSON object", row)
+        file.report("not an object", "not a JSON object", row)
         return
     record_id = value.get("id")
     if not isinstance(record_id, str) or not record_id:
-        found.report("no id", "no id", row)
+        file.report("no id", "no id", row)
         return
     key = next((key for key in ("predicted", "program") if value.get(key) is not None), None)
     if key is None:
-        found.report("no program", "no program: neither 'predicted' nor 'program' is there", row, record_id)
+        file.report("no program", "no program: it has neither 'predicted' nor 'program'", row, record_id)
         return
-    program, told = value[key], value.get("seconds")
-    seconds = float(told) if isinstance(told, int | float) and 0 <= told <= sys.float_info.max else None
+    program, duration = value[key], value.get("seconds")
+    seconds = float(duration) if isinstance(duration, int | float) and 0 <= duration <= sys.float_info.max else None
     if isinstance(program, str):
-        found.predictions.append(PredictedProgram(row, record_id, tuple(tokenize(program)), seconds))
-    elif isinstance(program, list) and all(isinstance(piece, str) for piece in program):
-        found.predictions.append(PredictedProgram(row, record_id, tuple(program), seconds))
+        file.predictions.append(PredictedProgram(row, record_id, tuple(tokenize(program)), seconds))
+    elif isinstance(program, list) and all(isinstance(token, str) for token in program):
+        file.predictions.append(PredictedProgram(row, record_id, tuple(program), seconds))
     else:
-        found.report("bad program", f"{key!r} is neither a text nor a list of texts", row, record_id)
+        file.report("bad program", f"{key!r} is neither a text nor a list of texts", row, record_id)

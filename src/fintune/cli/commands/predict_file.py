@@ -18,7 +18,7 @@ from typing import Any
 
 from fintune.config import Config
 from fintune.data.dataset import draw_records
-from fintune.data.few_shot import Shots
+from fintune.data.few_shot import ShotSelector
 from fintune.data.finqa_json import read_finqa
 from fintune.errors import ArtifactError, DataError
 from fintune.finqa.program import tokenize
@@ -91,7 +91,7 @@ class _Prompts:
     num_cut: int
     dropped: dict[str, int]
     problems: list[str]
-    shots: Shots | None
+    shots: ShotSelector | None
 
 
 def predict_file(job: FileJob, config: Config) -> FilePredictions:
@@ -129,15 +129,17 @@ def predict_file(job: FileJob, config: Config) -> FilePredictions:
     return FilePredictions(facts, prompts.problems)
 
 
-def _shots(job: FileJob, records: Sequence[FinQARecord]) -> Shots | None:
+def _shots(job: FileJob, records: Sequence[FinQARecord]) -> ShotSelector | None:
     if job.num_shots == 0:
         return None
     if job.train is None:
         raise DataError("shots need training data", hint="name a FinQA file of training questions")
-    return Shots(read_finqa(job.train).records, [each.id for each in records], job.num_shots)
+    return ShotSelector(read_finqa(job.train).records, [each.id for each in records], job.num_shots)
 
 
-def _prompts(records: Sequence[FinQARecord], model: LanguageModel, config: Config, shots: Shots | None) -> _Prompts:
+def _prompts(
+    records: Sequence[FinQARecord], model: LanguageModel, config: Config, shots: ShotSelector | None
+) -> _Prompts:
     budget = prompt_budget(config.prompt.max_length)
     made = _Prompts([], {}, 0, {}, [], shots)
     for record in track(records, "prompts", len(records)):
@@ -211,11 +213,7 @@ def _facts(predictions: Sequence[Prediction], prompts: _Prompts) -> dict[str, An
         "predict_seconds": round(sum(each.seconds for each in predictions), 3),
         "num_gold": len(known),
         "execution_accuracy": round(sum(known) / len(known), 6) if known else None,
-        **(
-            {}
-            if prompts.shots is None
-            else {**prompts.shots.prompts.facts(), "num_excluded": prompts.shots.num_excluded}
-        ),
+        **({} if prompts.shots is None else {**prompts.shots.use.facts(), "num_excluded": prompts.shots.num_excluded}),
     }
 
 
@@ -247,7 +245,7 @@ def _write(
         "seed": config.run.seed,
         "options": {"prompt": config.prompt.model_dump(mode="json"), "predict": config.predict.model_dump(mode="json")},
         "facts": facts,
-        "shots": {} if prompts.shots is None else prompts.shots.prompts.used,
+        "shots": {} if prompts.shots is None else prompts.shots.use.used,
         "versions": installed_versions(),
         "commit": checkout_commit(),
     }
