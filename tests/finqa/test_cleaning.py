@@ -42,7 +42,7 @@ def records() -> list[FinQARecord]:
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
-def test_the_example_of_a_rule_is_what_the_rule_does(rule: CleaningRule) -> None:
+def test_rules_do_what_their_examples_show(rule: CleaningRule) -> None:
     before, after = rule.example
     for kind in rule.kinds:
         cleaned, edits = clean(before, kind)
@@ -52,17 +52,17 @@ def test_the_example_of_a_rule_is_what_the_rule_does(rule: CleaningRule) -> None
 
 @settings(deadline=None)
 @given(st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=12).map("".join), st.sampled_from(KINDS))
-def test_every_text_can_be_restored(text: str, kind: TextKind) -> None:
+def test_restore_undoes_clean(text: str, kind: TextKind) -> None:
     assert restore(*clean(text, kind)) == text
 
 
 @settings(deadline=None)
 @given(st.text(alphabet=" \t\n\x1c\xa0\u3000ab"))
-def test_white_space_of_a_sentence_is_squeezed_as_split_and_join_do(text: str) -> None:
+def test_clean_sentence_merges_white_space(text: str) -> None:
     assert clean_sentence(text) == " ".join(text.split())
 
 
-def test_the_edits_of_another_text_are_refused() -> None:
+def test_restore_refuses_edits_of_another_text() -> None:
     _, edits = clean("the firm 2019s equity")
     with pytest.raises(DataError, match="'apostrophe' did not write"):
         restore("the firms equity", edits)
@@ -82,7 +82,7 @@ def test_the_edits_of_another_text_are_refused() -> None:
         ("off 2013balance sheet , see note 7 2014leases", "off \u2013balance sheet , see note 7 \u2014leases"),
     ],
 )
-def test_what_is_left_of_unicode_escapes_becomes_the_character(text: str, cleaned: str) -> None:
+def test_clean_sentence_repairs_unicode_escapes(text: str, cleaned: str) -> None:
     assert clean_sentence(text) == cleaned
 
 
@@ -103,7 +103,7 @@ def test_what_is_left_of_unicode_escapes_becomes_the_character(text: str, cleane
         "2019",
     ],
 )
-def test_what_could_be_a_year_or_a_number_stays(text: str) -> None:
+def test_clean_keeps_years_and_numbers(text: str) -> None:
     assert all(clean(text, kind) == (text, ()) for kind in KINDS)
 
 
@@ -128,21 +128,21 @@ def test_what_could_be_a_year_or_a_number_stays(text: str) -> None:
         ("", ""),
     ],
 )
-def test_a_cell_shows_the_number_as_programs_write_it(cell: str, number: str) -> None:
+def test_clean_cell_writes_numbers_as_programs_do(cell: str, number: str) -> None:
     assert clean_cell(cell) == number
 
 
-def test_sentences_keep_their_currency() -> None:
+def test_clean_sentence_keeps_the_currency() -> None:
     text = "a fall of $ 5 million , or 8% ( 8 % ) , to -3 ( 3 )"
     assert clean_sentence(text) == "a fall of $ 5 million , or 8% , to -3"
 
 
 @pytest.mark.parametrize("tail", ["", " ", "\n", "\\n", "\\\\n", " \\n\\n "])
-def test_a_typed_newline_behind_a_question_is_left_out(tail: str) -> None:
+def test_clean_question_removes_typed_newlines(tail: str) -> None:
     assert clean_question(f"what is the margin{tail}") == "what is the margin"
 
 
-def test_sentences_that_are_left_out_keep_their_place_in_a_record() -> None:
+def test_clean_record_keeps_the_numbers_of_sentences() -> None:
     record = FinQARecord.model_validate(
         {
             "id": "A/2009/page_1.pdf-1",
@@ -164,7 +164,7 @@ def test_sentences_that_are_left_out_keep_their_place_in_a_record() -> None:
 
 def literals(program: str) -> Iterator[str]:
     for arguments in re.findall(r"\((.*?)\)(?:, |$)", program):
-        yield from (each for each in arguments.split(", ") if re.fullmatch(r"-?[\d.]+%?", each))
+        yield from (item for item in arguments.split(", ") if re.fullmatch(r"-?[\d.]+%?", item))
 
 
 def numbers_of(record: FinQARecord) -> frozenset[str]:
@@ -172,7 +172,7 @@ def numbers_of(record: FinQARecord) -> frozenset[str]:
 
 
 @real
-def test_every_real_record_can_be_restored_and_cleaning_twice_changes_no_more(records: list[FinQARecord]) -> None:
+def test_clean_record_is_undone_and_idempotent_on_finqa(records: list[FinQARecord]) -> None:
     assert len(records) >= 3340
     for record in records:
         cleaned, edits = clean_record(record)
@@ -181,7 +181,7 @@ def test_every_real_record_can_be_restored_and_cleaning_twice_changes_no_more(re
 
 
 @real
-def test_no_number_of_a_real_program_and_no_row_name_is_changed(records: list[FinQARecord]) -> None:
+def test_clean_record_keeps_program_numbers_and_row_names(records: list[FinQARecord]) -> None:
     num_on_page = num_rows = 0
     for record in records:
         cleaned, _ = clean_record(record)

@@ -28,14 +28,14 @@ def steps(draw: st.DrawFn, max_steps: int = 4) -> Steps:
 
 
 @needs_shared
-def test_every_vector_compares_as_officially() -> None:
+def test_equal_program_agrees_with_all_vectors() -> None:
     gold = {record["id"]: tokenize(record["qa"]["program"]) for record in split("dev")}
     for row in vectors():
         assert equal_program(gold[row["id"]], row["tokens"]) == row["program_correct"], row
 
 
 @needs_shared
-def test_gold_programs_equal_themselves_without_sympy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_program_needs_no_sympy_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("sympy was asked")
 
@@ -48,7 +48,7 @@ def test_gold_programs_equal_themselves_without_sympy(monkeypatch: pytest.Monkey
     "predicted",
     ["add(x, y), add(#0, x)", "add(x, x), add(y, #0)", "add(y, x), add(x, #0)"],
 )
-def test_sums_that_repeat_a_literal_need_no_sympy(predicted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_program_needs_no_sympy_for_repeated_terms(predicted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_simplify", lambda *_: pytest.fail("sympy was asked"))
     assert equal_program(tokenize("add(x, x), add(#0, y)"), tokenize(predicted))
     assert not equal_program(tokenize("add(x, x), add(#0, y)"), tokenize(f"{predicted}, add(#1, y)"))
@@ -56,7 +56,7 @@ def test_sums_that_repeat_a_literal_need_no_sympy(predicted: str, monkeypatch: p
 
 @given(steps(), steps())
 @settings(max_examples=60, deadline=None)
-def test_verdicts_are_those_of_sympy_asked_directly(gold: Steps, predicted: Steps) -> None:
+def test_equal_program_agrees_with_sympy(gold: Steps, predicted: Steps) -> None:
     assert equal_program(official.tokens(gold), official.tokens(predicted)) == official.equal(gold, predicted)
 
 
@@ -87,14 +87,14 @@ def test_verdicts_are_those_of_sympy_asked_directly(gold: Steps, predicted: Step
         ("exp(1, 2)", "divide(1, 2), exp(1, #0)", False),
     ],
 )
-def test_known_verdicts(gold: str, predicted: str, equal: bool) -> None:
+def test_equal_program_known_verdicts(gold: str, predicted: str, equal: bool) -> None:
     assert equal_program(tokenize(gold), tokenize(predicted)) is equal
 
 
 @pytest.mark.parametrize("operation", ARITHMETIC)
 @pytest.mark.parametrize("arguments", [("#0", "x"), ("x", "#0"), ("#0", "#0")])
 @pytest.mark.parametrize("comparison", [("x", "y"), ("x", "x")])
-def test_sympy_takes_no_comparison_as_an_operand(
+def test_equal_program_refuses_comparison_operands(
     operation: str, arguments: tuple[str, str], comparison: tuple[str, str]
 ) -> None:
     gold: Steps = [("add", "x", "y")]
@@ -110,7 +110,7 @@ def test_sympy_takes_no_comparison_as_an_operand(
 
 @given(steps(max_steps=5), steps(max_steps=5))
 @settings(max_examples=200, deadline=None)
-def test_one_node_is_one_sympy_object(first: Steps, second: Steps) -> None:
+def test_graph_node_is_one_sympy_object(first: Steps, second: Steps) -> None:
     graph = Graph()
     left, right = _node(graph, first), _node(graph, second)
     if left == right:
@@ -129,7 +129,7 @@ def _node(graph: Graph, made: Steps) -> int:
     return ids[-1]
 
 
-def test_a_prediction_is_never_evaluated_as_code(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_program_never_evaluates_code(monkeypatch: pytest.MonkeyPatch) -> None:
     import sympy
 
     def refuse(*_: object, **__: object) -> None:
@@ -143,7 +143,7 @@ def test_a_prediction_is_never_evaluated_as_code(monkeypatch: pytest.MonkeyPatch
     assert equal_program(["add(", evil, "2", ")", "divide(", "#0", "2", ")", "EOF"], distributed)
 
 
-def test_a_long_chain_of_squares_is_decided_at_once() -> None:
+def test_differ_is_fast_for_chains_of_squares() -> None:
     squares = ["multiply(", "x", "x", ")", *(t for n in range(60) for t in ("multiply(", f"#{n}", f"#{n}", ")")), "EOF"]
     assert equal_program(["add(", "x", "y", ")", "EOF"], squares) is False
     powers = ["exp(", "x", "y", ")", *(t for n in range(8) for t in ("exp(", "x", f"#{n}", ")")), "EOF"]
@@ -153,6 +153,6 @@ def test_a_long_chain_of_squares_is_decided_at_once() -> None:
 @pytest.mark.parametrize(
     "gold", [["EOF"], ["add(", "1", ")", "EOF"], ["add(", "#3", "1", ")", "EOF"], ["foo(", "1", "2", ")", "EOF"]]
 )
-def test_a_gold_program_that_is_none_is_refused(gold: list[str]) -> None:
+def test_equal_program_refuses_a_broken_gold_program(gold: list[str]) -> None:
     with pytest.raises(DataError, match="cannot be compared"):
         equal_program(gold, ["EOF"])

@@ -23,24 +23,24 @@ TABLE = (
 
 
 @needs_shared
-def test_every_vector_executes_as_officially() -> None:
+def test_execute_agrees_with_all_vectors() -> None:
     gold = {record["id"]: record for record in split("dev")}
     rows = vectors()
     assert len(rows) == 10_113
     for row in rows:
         record = gold[row["id"]]
         execution = execute(row["tokens"], record["table"])
-        found = (
+        verdict = (
             execution.invalid,
             execution.result,
             not execution.invalid and execution.result == record["qa"]["exe_ans"],
         )
-        assert found == (bool(row["invalid"]), row["result"], row["exe_correct"]), row
+        assert verdict == (bool(row["invalid"]), row["result"], row["exe_correct"]), row
 
 
 @needs_shared
 @pytest.mark.parametrize("name", ["train", "dev"])
-def test_every_gold_program_executes_to_its_answer(name: str) -> None:
+def test_execute_gives_the_gold_answers(name: str) -> None:
     for record in split(name):
         execution = execute(tokenize(record["qa"]["program"]), record["table"])
         assert not execution.invalid
@@ -74,7 +74,7 @@ def test_every_gold_program_executes_to_its_answer(name: str) -> None:
         ("add(const_x, 1)", None),
     ],
 )
-def test_a_program_gives_the_official_result(text: str, result: float | str | None) -> None:
+def test_execute_gives_the_official_result(text: str, result: float | str | None) -> None:
     execution = execute(tokenize(text), TABLE)
     if result is None:
         assert execution.invalid
@@ -96,18 +96,18 @@ def test_a_program_gives_the_official_result(text: str, result: float | str | No
         (["add(", "inf", "2", ")", "EOF"], (False, "inf")),
     ],
 )
-def test_broken_token_lists_behave_as_officially(tokens: list[str], expected: tuple[bool, float | str]) -> None:
+def test_execute_handles_broken_tokens_officially(tokens: list[str], expected: tuple[bool, float | str]) -> None:
     execution = execute(tokens, TABLE)
     assert (execution.invalid, execution.result) == expected
 
 
-def test_a_failure_by_a_bad_number_rounds_the_result_so_far_and_one_by_an_exception_does_not() -> None:
+def test_execute_rounds_after_bad_numbers_only() -> None:
     thirds = ["divide(", "1", "3", ")"]
     assert execute([*thirds, "add(", "x", "1", ")", "EOF"], TABLE).result == 0.33333
     assert execute([*thirds, "add(", "#7", "1", ")", "EOF"], TABLE).result == 1 / 3
 
 
-def test_the_number_before_rounding_is_kept() -> None:
+def test_execute_keeps_the_unrounded_number() -> None:
     assert execute(tokenize("divide(1, 3)"), TABLE) == Execution(False, 0.33333, unrounded=1 / 3)
 
 
@@ -115,11 +115,11 @@ def test_the_number_before_rounding_is_kept() -> None:
     ("text", "number"),
     [("1,234", 1234.0), (" 7 ", 7.0), ("5%", 0.05), ("const_100", 100.0), ("$5", None), ("5%x", None)],
 )
-def test_numbers_are_read_as_officially(text: str, number: float | None) -> None:
+def test_str_to_num_reads_officially(text: str, number: float | None) -> None:
     assert str_to_num(text) == number
 
 
-def test_a_constant_without_a_number_throws() -> None:
+def test_str_to_num_raises_for_empty_constants() -> None:
     with pytest.raises(ValueError, match="x"):
         str_to_num("const_x")
     assert cell_number("$ -32 ( 32 )") == -32
@@ -128,24 +128,24 @@ def test_a_constant_without_a_number_throws() -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("foo(1, 2)", "token 1, 'foo(', is no operation"),
+        ("foo(1, 2)", "token 1, 'foo(', is not an operation"),
         ("divide(3, 0)", "step 1: division by zero"),
-        ("add(1, 2), add(#0, x)", "step 2: 'x' is no number"),
-        ("add(#1, 2)", "step 1: '#1' is no earlier step"),
+        ("add(1, 2), add(#0, x)", "step 2: 'x' is not a number"),
+        ("add(#1, 2)", "step 1: '#1' is not an earlier step"),
         ("table_max(nothing, none)", "step 1: the table has no row 'nothing'"),
-        ("table_max(empty, none)", "step 1: cell 1 of row 'empty' is no number: ''"),
+        ("table_max(empty, none)", "step 1: cell 1 of row 'empty' is not a number: ''"),
         ("greater(1, 2), add(#0, 1)", "step 2: add cannot take 'no' and 1.0"),
         ("", "no complete step"),
     ],
 )
-def test_a_failure_has_a_reason(text: str, reason: str) -> None:
+def test_run_program_gives_the_reason_of_a_failure(text: str, reason: str) -> None:
     assert run_program(tokenize(text), TABLE).reason == reason
 
 
 @given(
     programs(), st.lists(st.lists(st.sampled_from(["a", "b", "1", "2 ( 3 )", "", "const_x"]), max_size=4), max_size=4)
 )
-def test_the_trace_and_the_official_path_agree(program: Program, table: list[list[str]]) -> None:
+def test_trace_agrees_with_execute(program: Program, table: list[list[str]]) -> None:
     execution = execute(program.tokens, table)
     traced = trace(program.tokens, table, ["5 and 2 %", "none"])
     assert traced.execution == execution
@@ -159,13 +159,13 @@ def test_the_trace_and_the_official_path_agree(program: Program, table: list[lis
 
 
 @given(st.lists(st.text(st.sampled_from("add(#0)|1- %_,tblemx")), max_size=9), st.lists(st.lists(st.text(max_size=4))))
-def test_nothing_that_a_model_writes_raises(tokens: list[str], table: list[list[str]]) -> None:
+def test_execute_never_raises(tokens: list[str], table: list[list[str]]) -> None:
     execution = execute(tokens, table)
     assert execution == run_program(tokens, table).execution
     assert execution == trace(tokens, table).execution
 
 
-def test_a_trace_says_where_each_operand_stands() -> None:
+def test_trace_locates_operands() -> None:
     table = (("", "2019"), ("sales", "$ 100.5"), ("loss", "( 13 )"))
     sentences = ("sales were 100.5 .", "tax was 21 % in 2019 .")
     program = "subtract(100.5, -13), multiply(#0, 21%), divide(#1, const_100), add(#2, 77), table_sum(sales, none)"
@@ -184,8 +184,8 @@ def test_a_trace_says_where_each_operand_stands() -> None:
     assert (steps[4].operands[0].kind, steps[4].operands[0].cells) == ("row", ((1, 1),))
 
 
-def test_a_trace_of_a_failing_step_keeps_what_was_read() -> None:
+def test_trace_keeps_operands_of_a_failed_step() -> None:
     traced = trace(tokenize("add(1, 2), divide(#0, x)"), TABLE)
     assert traced.steps[1].operands[0].value == 3.0
     assert traced.steps[1].operands[1].value is None
-    assert traced.steps[1].reason == "'x' is no number"
+    assert traced.steps[1].reason == "'x' is not a number"

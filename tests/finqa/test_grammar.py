@@ -65,7 +65,7 @@ RESTRICTED = readers(restricted(WORDS))
 @pytest.mark.parametrize("notation", GENERAL, ids=["lark", "gbnf"])
 @settings(deadline=None)
 @given(program=programs())
-def test_the_general_grammar_takes_what_the_parser_takes(notation: Reader, program: Program) -> None:
+def test_general_accepts_what_the_parser_accepts(notation: Reader, program: Program) -> None:
     assert notation.takes(program.text)
 
 
@@ -94,7 +94,7 @@ PIECES = [
 @pytest.mark.parametrize("notation", GENERAL, ids=["lark", "gbnf"])
 @settings(deadline=None)
 @given(program=programs(max_steps=3), data=st.data())
-def test_a_changed_program_is_in_the_general_grammar_where_the_parser_reads_it(
+def test_general_agrees_with_the_parser_on_changed_text(
     notation: Reader, program: Program, data: st.DataObject
 ) -> None:
     text = program.text
@@ -112,13 +112,13 @@ def test_a_changed_program_is_in_the_general_grammar_where_the_parser_reads_it(
 @needs_shared
 @pytest.mark.parametrize("notation", GENERAL, ids=["lark", "gbnf"])
 @pytest.mark.parametrize("name", ["train", "dev"])
-def test_every_gold_program_is_in_the_general_grammar(notation: Reader, name: str) -> None:
+def test_general_accepts_every_gold_program(notation: Reader, name: str) -> None:
     assert [record["id"] for record in split(name) if not notation.takes(record["qa"]["program"])] == []
 
 
 @needs_shared
 @pytest.mark.parametrize("name", ["train", "dev"])
-def test_every_gold_program_is_in_its_own_grammar(name: str) -> None:
+def test_restricted_accepts_every_gold_program(name: str) -> None:
     refused = []
     for k, record in enumerate(split(name)):
         texts = [*record["pre_text"], *record["post_text"], record["qa"]["question"]]
@@ -130,16 +130,16 @@ def test_every_gold_program_is_in_its_own_grammar(name: str) -> None:
     assert refused == []
 
 
-def test_a_page_gives_its_numbers_as_programs_write_them() -> None:
+def test_vocabulary_has_numbers_as_programs_write_them() -> None:
     assert WORDS.numbers >= {"5829", "5735", "-32", "32", "23.6%", "23.6", "-4.5", "4.5", ".25", "2017", "1000"}
     assert not WORDS.numbers & {"5,829", "$ 5829", "-5829", "5829%", "829", "23", "1,000"}
 
 
-def test_rows_are_those_that_a_table_operation_can_read() -> None:
+def test_vocabulary_has_readable_rows() -> None:
     assert WORDS.rows == {"net sales", 'the "other"'}
 
 
-def test_of_rows_of_one_name_the_last_counts() -> None:
+def test_vocabulary_takes_the_last_row_of_a_name() -> None:
     assert vocabulary([["a", "x"], ["a", "1"]], ()).rows == {"a"}
     assert vocabulary([["a", "1"], ["a", "x"]], ()).rows == set()
 
@@ -163,7 +163,7 @@ def test_of_rows_of_one_name_the_last_counts() -> None:
         (", ".join(["add(1, 2)"] * 7), False),
     ],
 )
-def test_the_grammar_of_a_page_says_only_what_the_page_has(notation: Reader, text: str, known: bool) -> None:
+def test_restricted_accepts_words_of_the_page_only(notation: Reader, text: str, known: bool) -> None:
     assert notation.takes(text) == known
 
 
@@ -177,14 +177,14 @@ def test_the_grammar_of_a_page_says_only_what_the_page_has(notation: Reader, tex
         (", ".join(["add(1, 2)"] * 7), "more steps"),
     ],
 )
-def test_what_is_outside_a_page_is_told(text: str, reason: str) -> None:
-    assert [each.startswith(reason) for each in outside(parse(text), WORDS)] == [True]
+def test_outside_gives_the_reason(text: str, reason: str) -> None:
+    assert [text.startswith(reason) for text in outside(parse(text), WORDS)] == [True]
     assert not RESTRICTED[0].takes(text)
 
 
 @settings(deadline=None)
 @given(st.text(st.sampled_from("ab, é(|#\t"), min_size=1, max_size=8))
-def test_a_row_can_be_named_where_the_parser_reads_its_name(name: str) -> None:
+def test_can_be_named_agrees_with_the_parser(name: str) -> None:
     try:
         read = parse(f"table_max({name}, none)").steps[0].first.text == name
     except ParseError:
@@ -192,18 +192,18 @@ def test_a_row_can_be_named_where_the_parser_reads_its_name(name: str) -> None:
     assert can_be_named(name) == (read and "\t" not in name)
 
 
-def test_a_long_name_does_not_make_the_pattern_go_back_and_forth() -> None:
+def test_can_be_named_is_fast_for_long_names() -> None:
     assert can_be_named(",a " * 20_000 + "a")
     assert not can_be_named(",a " * 20_000 + "(")
 
 
-def test_a_page_without_numbers_and_rows_still_has_constants() -> None:
+def test_restricted_of_an_empty_page_has_constants() -> None:
     notation = Reader(restricted(vocabulary([], [])).lark())
     assert notation.takes("add(const_1, const_2), divide(#0, const_m1)")
     assert not notation.begins("table_max(")
 
 
-def test_the_code_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_docs_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (ROOT / "docs" / "finqa.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     monkeypatch.chdir(tmp_path)
@@ -212,7 +212,7 @@ def test_the_code_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert Reader(Path("page.lark").read_text()).takes("subtract(5829, 5735), divide(#0, 5735)")
 
 
-def test_a_grammar_of_no_step_is_refused() -> None:
+def test_general_refuses_zero_steps() -> None:
     with pytest.raises(ValueError, match="at least one step"):
         general(0)
 
@@ -239,16 +239,16 @@ def llama_cpp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("grammar", "reader"), [(general(), GENERAL[0]), (restricted(WORDS), RESTRICTED[0])])
-def test_what_llama_cpp_writes_under_a_grammar_is_in_it(llama_cpp: Any, grammar: Grammar, reader: Reader) -> None:
+def test_llama_cpp_writes_programs_of_the_grammar(llama_cpp: Any, grammar: Grammar, reader: Reader) -> None:
     written = [llama_cpp(grammar.gbnf(), seed) for seed in range(8)]
     # Random weights may go on for ever, and be cut within a character.
-    texts = [each["content"].rstrip("\ufffd") for each in written]
+    texts = [item["content"].rstrip("\ufffd") for item in written]
     assert [text for text in texts if not reader.begins(text)] == []
     assert len(set(texts)) > 1
     whole = [text for text, each in zip(texts, written, strict=True) if each["stop_type"] == "eos"]
     assert all(parse(text) for text in whole)
 
 
-def test_llama_cpp_refuses_what_is_no_grammar(llama_cpp: Any) -> None:
+def test_llama_cpp_refuses_an_invalid_grammar(llama_cpp: Any) -> None:
     with pytest.raises(ModelError, match="grammar"):
         llama_cpp(general().gbnf().replace("arithmetic ::=", "other ::="), 0)

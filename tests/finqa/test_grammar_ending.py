@@ -30,18 +30,18 @@ PAGE = restricted(vocabulary(TABLE, TEXTS))
         (", ".join(["add(1, 2)"] * 7), None),
     ],
 )
-def test_a_text_is_ended_in_the_shortest_way(text, end):
+def test_shortest_ending_completes_a_text(text, end):
     assert shortest_ending(GENERAL, text) == end
 
 
-def test_the_words_of_a_page_end_a_text_of_the_page():
+def test_shortest_ending_uses_the_words_of_the_page():
     assert shortest_ending(PAGE, "subtract(58") == "29, 1)"
     assert shortest_ending(PAGE, "table_sum(net") == " sales, none)"
     assert shortest_ending(PAGE, "subtract(5836") is None
 
 
 @given(program=programs(), data=st.data())
-def test_every_beginning_can_be_ended_to_a_program(program: Program, data: st.DataObject) -> None:
+def test_shortest_ending_completes_every_beginning(program: Program, data: st.DataObject) -> None:
     text = program.text[: data.draw(st.integers(0, len(program.text)))]
     end = shortest_ending(GENERAL, text)
     assert end is not None
@@ -49,5 +49,5 @@ def test_every_beginning_can_be_ended_to_a_program(program: Program, data: st.Da
     assert is_complete(GENERAL, text + end)
 
 
-def test_a_long_name_is_read_in_a_moment():
+def test_shortest_ending_is_fast_for_long_names():
     assert shortest_ending(GENERAL, "table_max(" + "net sales,of the " * 200 + "x") == ", none)"

@@ -10,7 +10,7 @@ from support.paths import ROOT
 SHARED = ROOT.parent / "shared" / "finqa"
 
 
-def test_units_are_numbered_as_evidence_is_and_stand_in_page_order() -> None:
+def test_page_units_have_the_keys_of_gold_inds() -> None:
     record = FinQARecord.model_validate(
         {
             "id": "A/2009/page_1.pdf-1",
@@ -26,13 +26,13 @@ def test_units_are_numbered_as_evidence_is_and_stand_in_page_order() -> None:
     assert units[3].text == "the revenue of 2009 is $ 12 ;"
 
 
-def test_a_page_without_a_table_has_only_sentences() -> None:
+def test_page_units_without_a_table() -> None:
     qa = {"question": "q", "program": "add(1, 2)", "exe_ans": 3}
     record = FinQARecord.model_validate({"id": "A", "pre_text": [], "post_text": ["a ."], "table": [], "qa": qa})
     assert [unit.key for unit in page_units(record)] == ["text_0"]
 
 
-def test_the_corner_goes_before_the_cells_and_spaces_are_squeezed() -> None:
+def test_table_row_to_text_merges_spaces() -> None:
     header = ("( in millions )", "2009", "2008")
     assert table_row_to_text(header, ("net  sales", "1", "")) == (
         "( in millions ) the net sales of 2009 is 1 ; the net sales of 2008 is ;"
@@ -40,7 +40,7 @@ def test_the_corner_goes_before_the_cells_and_spaces_are_squeezed() -> None:
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no FinQA files beside the repository")
-def test_real_evidence_equals_the_units_but_for_spaces_around_punctuation() -> None:
+def test_page_units_equal_annotated_evidence() -> None:
     num_equal = num_all = 0
     for record in read_finqa(SHARED / "dev.json.gz").records:
         units = {unit.key: unit.text for unit in page_units(record)}
@@ -62,5 +62,5 @@ def test_real_evidence_equals_the_units_but_for_spaces_around_punctuation() -> N
         ("plain", ("plain", "plain", "plain")),
     ],
 )
-def test_an_id_names_page_report_and_company(record_id: str, groups: tuple[str, ...]) -> None:
+def test_group_of_names_page_report_and_company(record_id: str, groups: tuple[str, ...]) -> None:
     assert tuple(group_of(record_id, level) for level in LEVELS) == groups

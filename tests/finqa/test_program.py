@@ -44,7 +44,7 @@ def programs(draw: st.DrawFn, max_steps: int = 6) -> Program:
 
 
 @given(programs())
-def test_every_form_leads_back_to_the_program(program: Program) -> None:
+def test_every_form_parses_back_to_the_program(program: Program) -> None:
     assert parse(program.text) == program
     assert parse_tokens(program.tokens) == program
     assert tokenize(program.text) == program.tokens
@@ -54,7 +54,7 @@ def test_every_form_leads_back_to_the_program(program: Program) -> None:
 
 @needs_shared
 @pytest.mark.parametrize("name", ["train", "dev"])
-def test_all_gold_programs_round_trip(name: str) -> None:
+def test_parse_round_trips_gold_programs(name: str) -> None:
     for record in split(name):
         text, nested = record["qa"]["program"], record["qa"]["program_re"]
         program = parse(text)
@@ -63,7 +63,7 @@ def test_all_gold_programs_round_trip(name: str) -> None:
         assert parse_nested(nested).nested == nested
 
 
-def test_the_tree_is_typed() -> None:
+def test_parse_gives_a_typed_tree() -> None:
     assert parse("table_max(net sales, none), multiply(#0, 5.2%), exp(#1, const_m1)") == Program(
         (
             ProgramStep("table_max", RowName("net sales"), Nothing()),
@@ -98,14 +98,14 @@ def test_the_tree_is_typed() -> None:
         ("add(1, 2), table_max(#0, none)", 21, "table row"),
     ],
 )
-def test_a_text_outside_the_language_is_refused_at_its_place(text: str, position: int, expected: str) -> None:
+def test_parse_error_has_position_and_expectation(text: str, position: int, expected: str) -> None:
     with pytest.raises(ParseError, match=f"at character {position} expected") as caught:
         parse(text)
     assert caught.value.position == position
     assert expected in caught.value.expected
 
 
-def test_a_parse_error_is_a_users_mistake_and_a_value_error() -> None:
+def test_parse_error_is_a_value_error() -> None:
     with pytest.raises(ParseError) as caught:
         parse("add(1, x)")
     assert isinstance(caught.value, FintuneError)
@@ -125,24 +125,24 @@ def test_a_parse_error_is_a_users_mistake_and_a_value_error() -> None:
         ("table_max(a, add(1, 2))", 22),
     ],
 )
-def test_a_nested_text_outside_the_language_is_refused_at_its_place(text: str, position: int) -> None:
+def test_parse_nested_error_has_the_position(text: str, position: int) -> None:
     with pytest.raises(ParseError) as caught:
         parse_nested(text)
     assert caught.value.position == position
 
 
-def test_nesting_may_be_deeper_than_python_calls() -> None:
+def test_parse_nested_reads_deep_nesting() -> None:
     text = "add(" * 5000 + "1, 2)" + ", 3)" * 4999
     assert len(parse_nested(text).steps) == 5000
 
 
-def test_a_step_used_twice_stays_one_step_when_nested_and_back() -> None:
+def test_parse_nested_merges_repeated_steps() -> None:
     program = parse("add(1, 2), multiply(#0, #0)")
     assert program.nested == "multiply(add(1, 2), add(1, 2))"
     assert parse_nested(program.nested) == program
 
 
-def test_a_nested_form_that_doubles_with_each_step_is_refused() -> None:
+def test_nested_refuses_exponential_length() -> None:
     doubling = Program(
         (
             ProgramStep("add", Number("1"), Number("2")),
@@ -165,12 +165,12 @@ def test_a_nested_form_that_doubles_with_each_step_is_refused() -> None:
         ("add(1, 2),  add(#0, 1)", ["add(", "1", "2", ")", " add(", "#0", "1", ")", "EOF"]),
     ],
 )
-def test_any_text_is_cut_as_the_official_script_cuts_it(text: str, tokens: list[str]) -> None:
+def test_tokenize_splits_officially(text: str, tokens: list[str]) -> None:
     assert tokenize(text) == tokens
 
 
 @given(st.text(st.sampled_from("a1(), #\n")))
-def test_cutting_agrees_with_the_rule_spelled_out(text: str) -> None:
+def test_tokenize_agrees_with_the_written_rule(text: str) -> None:
     expected: list[str] = []
     for piece in text.split(", "):
         word = ""
@@ -199,14 +199,14 @@ def test_cutting_agrees_with_the_rule_spelled_out(text: str) -> None:
         "add(1, 2)\r\n",
     ],
 )
-def test_a_program_is_read_from_what_commonly_surrounds_it(completion: str) -> None:
+def test_extract_program_drops_surroundings(completion: str) -> None:
     assert extract_program(completion) == "add(1, 2)"
 
 
 @pytest.mark.parametrize("program", ["add(1, 2", "add(1,2)", "Answer: add(1, 2)", "add(1, 2.", "divide(a, b))"])
-def test_a_program_is_never_mended(program: str) -> None:
+def test_extract_program_never_repairs(program: str) -> None:
     assert extract_program(f"{program}\n") == program
 
 
-def test_an_empty_completion_holds_no_program() -> None:
+def test_extract_program_of_empty_text() -> None:
     assert extract_program(" \n```\n") == ""

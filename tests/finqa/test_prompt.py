@@ -37,7 +37,7 @@ def make(**changes: Any) -> FinQARecord:
     return FinQARecord.model_validate({**raw, **changes})
 
 
-def test_the_prompt_is_text_table_text_and_last_the_question() -> None:
+def test_build_messages_order() -> None:
     built = build_messages(make(), system="Be brief.", budget=1000, count_tokens=count)
     assert built.messages[0] == Message(role="system", content="Be brief.")
     assert built.messages[1].content == (
@@ -57,12 +57,12 @@ def test_the_prompt_is_text_table_text_and_last_the_question() -> None:
     assert len(built.kept) == 7
 
 
-def test_an_empty_system_message_is_left_out() -> None:
+def test_build_messages_without_system_message() -> None:
     built = build_messages(make(), system="", budget=1000, count_tokens=count)
     assert [message.role for message in built.messages] == ["user"]
 
 
-def test_columns_that_share_words_are_named_in_full_by_the_header_and_short_by_the_rows() -> None:
+def test_table_lines_shorten_shared_column_names() -> None:
     table = [["", "december 31 , 2009 ( in millions )", "december 31 , 2008 ( in millions )"], ["cash", "1", "2"]]
     assert table_lines(table) == [
         " | december 31 , 2009 ( in millions ) | december 31 , 2008 ( in millions )",
@@ -70,19 +70,19 @@ def test_columns_that_share_words_are_named_in_full_by_the_header_and_short_by_t
     ]
 
 
-def test_a_bracket_that_only_some_columns_share_stays_whole() -> None:
+def test_table_lines_keep_brackets_whole() -> None:
     table = [["", "volume ( billions )", "cards ( millions )"], ["visa", "1", "2"]]
     assert table_lines(table)[1] == "visa | volume ( billions ): 1 | cards ( millions ): 2"
 
 
-def test_a_single_column_is_named_by_the_header_line() -> None:
+def test_table_lines_name_a_single_column_once() -> None:
     assert table_lines([["", "amount ( in millions )"], ["net revenue", "$ 536.7"]]) == [
         " | amount ( in millions )",
         "net revenue | 536.7",
     ]
 
 
-def test_columns_of_the_same_name_and_rows_of_odd_length_lose_no_cell() -> None:
+def test_table_lines_lose_no_cell() -> None:
     assert table_lines([["", "high", "high"], ["first", "1", "2", "3"], ["second", "4"], [], ["third"]]) == [
         "",
         "first | high: 1 | high: 2 | 3",
@@ -92,12 +92,12 @@ def test_columns_of_the_same_name_and_rows_of_odd_length_lose_no_cell() -> None:
     ]
 
 
-def test_row_names_stay_exactly_as_they_are() -> None:
+def test_table_lines_keep_row_names() -> None:
     name = "$ 5 notes at 6% ( 6 % ) due -3 ( 3 )"
     assert table_lines([["", "2009"], [name, "1"]])[1] == f"{name} | 1"
 
 
-def test_the_prompt_is_clean_and_has_no_line_for_a_lone_stop() -> None:
+def test_build_messages_cleans_texts() -> None:
     record = make(pre_text=["the firm 2019s cash rose .", ".", "it is the 201cbank 201d ."], post_text=["."], table=[])
     built = build_messages(record, system="", budget=1000, count_tokens=count)
     assert built.messages[0].content == (
@@ -108,7 +108,7 @@ def test_the_prompt_is_clean_and_has_no_line_for_a_lone_stop() -> None:
     assert built.kept[0].text == "the firm 2019s cash rose ."
 
 
-def test_the_question_is_cleaned_once_wherever_it_is_asked() -> None:
+def test_question_is_cleaned_once() -> None:
     qa = {"question": "what is 201d201d ?", "program": "add(1, 2)", "exe_ans": 3}  # clean, it would be changed again
     record = make(qa=qa)
     line = f"Question: {clean_question(record.qa.question)}"
@@ -118,14 +118,14 @@ def test_the_question_is_cleaned_once_wherever_it_is_asked() -> None:
     assert [text.splitlines()[-1] for text in asked] == [line] * 3
 
 
-def test_a_lone_stop_takes_no_room_and_is_never_cut() -> None:
+def test_empty_sentences_are_never_cut() -> None:
     record = make(pre_text=["."] * 20, post_text=["the board met in the spring ."], table=[])
     built = build_messages(record, system="", budget=6, count_tokens=lambda text: max(1, len(text.split())))
     assert built.num_cut == 1
     assert len(built.kept) == 20
 
 
-def test_the_cut_takes_what_has_least_to_do_with_the_question_and_counts_it() -> None:
+def test_build_messages_cuts_the_least_relevant() -> None:
     whole = build_messages(make(), system="", budget=1000, count_tokens=count)
     built = build_messages(make(), system="", budget=whole.num_tokens - 4, count_tokens=count)
     assert built.num_cut == 1
@@ -134,7 +134,7 @@ def test_the_cut_takes_what_has_least_to_do_with_the_question_and_counts_it() ->
     assert [unit.key for unit in built.kept] == ["text_1", "table_0", "table_1", "table_2", "text_2", "text_3"]
 
 
-def test_every_budget_is_kept_the_question_stays_and_the_header_goes_last() -> None:
+def test_build_messages_keeps_every_budget() -> None:
     record = make()
     total = build_messages(record, system="s", budget=1000, count_tokens=count).num_tokens
     least = count("s Question: what was the goodwill ?")
@@ -148,12 +148,12 @@ def test_every_budget_is_kept_the_question_stays_and_the_header_goes_last() -> N
             assert "table_0" in keys
 
 
-def test_a_question_that_alone_does_not_fit_is_an_error() -> None:
+def test_build_messages_refuses_too_long_questions() -> None:
     with pytest.raises(TooLongError, match="needs 6 of 5"):
         build_messages(make(), system="", budget=5, count_tokens=count)
 
 
-def test_the_rendered_prompt_decides_where_it_is_longer_than_its_parts() -> None:
+def test_build_messages_counts_the_rendered_prompt() -> None:
     def rendered(messages: Any) -> int:
         # A template whose overhead grows with the number of lines, as no sum over lines can know.
         return sum(count(m.content) + 3 * m.content.count("\n") for m in messages)
@@ -163,7 +163,7 @@ def test_the_rendered_prompt_decides_where_it_is_longer_than_its_parts() -> None
     assert built.num_cut > 0
 
 
-def test_the_answer_does_not_change_the_prompt() -> None:
+def test_build_messages_ignores_the_answer() -> None:
     other = make(
         qa={
             "question": "what was the goodwill ?",
@@ -177,7 +177,7 @@ def test_the_answer_does_not_change_the_prompt() -> None:
     assert one == two
 
 
-def test_the_room_for_the_completion_grows_only_with_one_that_is_longer() -> None:
+def test_prompt_budget_depends_on_long_completions_only() -> None:
     assert prompt_budget(1024) == prompt_budget(1024, 20) == 928
     assert prompt_budget(1024, 100) == 924
     assert prompt_budget(64) == 48
@@ -189,7 +189,7 @@ def literals(program: str) -> list[str]:
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no FinQA files beside the repository")
-def test_no_number_of_a_real_program_is_lost_by_the_form_of_the_prompt() -> None:
+def test_build_messages_keeps_numbers_of_finqa_programs() -> None:
     num_lost = num_all = 0
     for record in read_finqa(SHARED / "dev.json.gz").records:
         table = " ".join(" ".join(row) for row in record.table)

@@ -1,1 +1,1 @@
-"""The FinQA program language: parse, execute, compare, prompt. Standard library only (sympy for symbolic equality)."""
+"""The FinQA program language: parse, execute, compare, prompt, score. Needs only the standard library and sympy."""

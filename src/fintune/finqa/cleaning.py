@@ -1,7 +1,9 @@
-"""Page texts and questions as a prompt shows them; every change is known by its rule and can be undone.
+r"""Page texts and questions as a prompt shows them; every change is recorded with its rule and can be undone.
 
-What is changed stands in `fintune.finqa.cleaning_rules`. Row names stay as they are, because table operations call rows
-by them.
+A program split FinQA's texts into words. It wrote some numbers twice and lost the backslash of Unicode escapes:
+``firm\u2019s`` became ``firm 2019s``. The rules repair this. A text that could be a number stays: ``2013``, ``2014``,
+``2019`` and ``2022`` alone are dashes, apostrophes and bullets in some texts and years in others. Row names are never
+changed, because table operations name rows by them.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Literal
 from fintune.errors import DataError
 
 TextKind = Literal["sentence", "cell", "question"]
-"""What a text is; the names of columns are cells."""
+"""The kind of a text; names of columns are cells."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +25,13 @@ class CleaningRule:
     """One kind of change.
 
     Attributes:
-        name: As counted.
-        does: What it does, in words.
+        name: The name under which changes are counted.
+        does: What the rule does, in words.
         example: A text before and after.
-        kinds: Texts that it is for.
-        may_match: A quick check, which every text passes that the pattern matches. Most texts fail it.
-        pattern: What it finds.
-        replacement: The text that it writes, or a function of the match.
+        kinds: The kinds of text that the rule applies to.
+        may_match: A fast check that every text with a match passes. Most texts fail it.
+        pattern: The pattern to find.
+        replacement: The replacement, or a function of the match.
     """
 
     name: str
@@ -72,7 +74,7 @@ _NO_YEAR = "".join(rf"(?<!\b{word} 201[34])" for word in _YEAR_BEFORE.split())
 RULES: tuple[CleaningRule, ...] = (
     _rule(
         "typed newline",
-        r"the characters \n, typed by hand, at the end are left out",
+        r"the characters \n at the end, typed by hand, are removed",
         ("what was the margin?\\n", "what was the margin?"),
         ["question"],
         "",
@@ -81,7 +83,7 @@ RULES: tuple[CleaningRule, ...] = (
     ),
     _rule(
         "currency",
-        "a dollar sign is left out; no program names it",
+        "a dollar sign is removed; no program contains it",
         ("$ 5829", "5829"),
         ["cell"],
         "$",
@@ -90,7 +92,7 @@ RULES: tuple[CleaningRule, ...] = (
     ),
     _rule(
         "space",
-        "white space is squeezed (of a question: left out before it)",
+        "white space becomes one space (before a question, it is removed)",
         ("cash  rose ", "cash rose"),
         ["sentence", "cell"],
         _has_odd_space,
@@ -100,7 +102,7 @@ RULES: tuple[CleaningRule, ...] = (
     _rule("space", "", (" what fell?", "what fell?"), ["question"], "", r"\A\s+", ""),
     _rule(
         "lone stop",
-        "a sentence that is nothing but a full stop is left out",
+        "a sentence that is only a full stop becomes empty",
         (".", ""),
         ["sentence"],
         ".",
@@ -145,7 +147,7 @@ RULES: tuple[CleaningRule, ...] = (
     ),
     _rule(
         "dash",
-        "2014 or 2013 before letters is a dash, unless the word before speaks of a year",
+        "2014 or 2013 before letters is a dash, unless the word before it introduces a year",
         ("note 8 2014commitments", "note 8 \u2014commitments"),
         ["sentence"],
         " 201",
@@ -189,7 +191,7 @@ RULES: tuple[CleaningRule, ...] = (
         lambda match: f"{match[1]}{match[2]}%",
     ),
 )
-"""In the order in which they are applied."""
+"""The rules in the order in which they are applied."""
 
 
 @dataclass(frozen=True)
@@ -197,10 +199,10 @@ class Edit:
     """One change of a text.
 
     Attributes:
-        rule: Name of the rule that made it.
-        start: Where it begins in the text as the rule left it.
-        old: What stood there.
-        new: What stands there now.
+        rule: The name of the rule.
+        start: The first character of the change, counted in the text after the rule.
+        old: The text before.
+        new: The text after.
     """
 
     rule: str
@@ -218,9 +220,9 @@ _BY_KIND: dict[TextKind, tuple[CleaningRule, ...]] = {
 
 @lru_cache(50_000)  # a page is cleaned for its prompt and for the report
 def clean(text: str, kind: TextKind = "sentence") -> tuple[str, tuple[Edit, ...]]:
-    """A text as a prompt shows it, and what was changed, in order.
+    """Clean a text for a prompt; return it with the changes in order.
 
-    A sentence that is to be left out becomes empty.
+    A sentence that the prompt leaves out becomes empty.
     """
     edits: list[Edit] = []
     for rule in _BY_KIND[kind]:
@@ -241,7 +243,7 @@ def clean(text: str, kind: TextKind = "sentence") -> tuple[str, tuple[Edit, ...]
 
 
 def restore(cleaned: str, edits: Sequence[Edit]) -> str:
-    """The text that `clean` was given.
+    """Undo the changes of `clean`.
 
     Raises:
         DataError: The edits are those of another text.
@@ -251,22 +253,22 @@ def restore(cleaned: str, edits: Sequence[Edit]) -> str:
         if len(before) != edit.start or not after.startswith(edit.new):
             raise DataError(
                 f"the rule {edit.rule!r} did not write {edit.new!r} at {edit.start} of {cleaned[:60]!r}",
-                hint="restore a text with the edits that its own cleaning gave",
+                hint="restore a text with the edits that `clean` returned for it",
             )
         cleaned = before + edit.old + after.removeprefix(edit.new)
     return cleaned
 
 
 def clean_sentence(text: str) -> str:
-    """A sentence as a prompt shows it; empty where it is to be left out."""
+    """Clean a sentence for a prompt; the result is empty if the prompt leaves it out."""
     return clean(text, "sentence")[0]
 
 
 def clean_cell(cell: str) -> str:
-    """A cell, or the name of a column, as programs write its number."""
+    """Clean a cell or the name of a column, so that its number is written as in programs."""
     return clean(cell, "cell")[0]
 
 
 def clean_question(question: str) -> str:
-    """A question as a prompt shows it."""
+    """Clean a question for a prompt."""
     return clean(question, "question")[0]

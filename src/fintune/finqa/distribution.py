@@ -1,4 +1,4 @@
-"""How long programs are and which operations they use, beside what FinQA's test set has."""
+"""Length and operations of programs, to be compared with those of FinQA's test set."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from dataclasses import dataclass
 _STEP = re.compile(r"(?:^|, )([a-z_]+)\(")
 
 LONGEST = 4
-"""Programs of so many steps or more are counted together."""
+"""Programs of this many steps or more are counted together."""
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """Shares of a set of programs.
+    """Shares in a set of programs.
 
     Attributes:
-        steps: Share of the programs with 1, 2, 3 and at least 4 steps, keys "1" to "4+".
-        operations: Share of all steps that use an operation.
+        steps: Share of the programs with 1, 2, 3 and at least 4 steps; the keys are "1" to "4+".
+        operations: Share of the steps that use the operation.
     """
 
     steps: Mapping[str, float]
@@ -47,12 +47,12 @@ FINQA_TEST = Distribution(
 
 
 def operations(program: str) -> list[str]:
-    """The operations of a program's linear form, in order."""
+    """Return the operations of a program's linear form, in order."""
     return _STEP.findall(program)
 
 
 def distribution(programs: Iterable[str]) -> Distribution:
-    """Shares over programs in linear form; all zero where there are none."""
+    """Return the shares over programs in linear form; without programs, all are zero."""
     used: Counter[str] = Counter()
     steps: Counter[str] = Counter()
     for program in programs:

@@ -1,15 +1,15 @@
-"""Program accuracy: whether two programs are one, decided as the official script decides it.
+"""Program accuracy: whether two programs are equal, decided as the official script decides it.
 
-The official script turns the gold program's literals and table steps into symbols, asks that the predicted program use
-no others, and compares what ``sympy.simplify`` makes of the two last steps. That costs some 20 ms a pair. Here sympy is
-asked only where it is needed:
+The official script turns the literals and table steps of the gold program into symbols. The predicted program may use
+no others. The script compares the last steps of both programs after ``sympy.simplify``, which takes about 20 ms a pair.
+Here sympy is used only if it is needed:
 
-1. identical tokens are equal, and so are expressions that sympy builds as one object (``a + b``, ``b + a``);
-2. expressions with different values at some point are not equal, since simplifying changes no value;
-3. what is left is one function in two shapes, ``(a + b) / c`` and ``a / c + b / c``: sympy decides. Symbols are
-   numbered by their place in the gold program, so programs over other numbers share what it made of one shape.
+1. Identical tokens are equal, and so are expressions that sympy builds as one object (``a + b``, ``b + a``).
+2. Expressions with different values at some point are not equal, because simplifying changes no value.
+3. The rest are one function in two shapes, such as ``(a + b) / c`` and ``a / c + b / c``. For these sympy decides.
+   Symbols are numbered by their position in the gold program, so programs of one shape share its cached result.
 
-sympy is given expressions of its own symbols and never a text, so that nothing of a prediction is evaluated as code.
+sympy gets expressions of its own symbols and never a text, so no part of a prediction is evaluated as code.
 """
 
 from __future__ import annotations
@@ -53,18 +53,18 @@ class _Meaning:
 
 
 class _NotComparableError(Exception):
-    """A program that the official comparison cannot read."""
+    """The official comparison cannot read a program."""
 
 
 def equal_program(gold_tokens: Sequence[str], pred_tokens: Sequence[str]) -> bool:
-    """Whether a predicted program equals the gold one.
+    """Return whether a predicted program equals the gold program.
 
     Args:
-        gold_tokens: Official tokens of the gold program, "EOF" included.
-        pred_tokens: Official tokens of the prediction; the last is dropped whatever it is.
+        gold_tokens: The official tokens of the gold program, "EOF" included.
+        pred_tokens: The official tokens of the prediction; the last one is dropped, whatever it is.
 
     Raises:
-        DataError: The gold program is none, so that the official script itself fails on it.
+        DataError: The gold program is not a program, so the official script itself fails on it.
     """
     tokens = tuple(gold_tokens)
     gold = _gold(tokens)
@@ -90,7 +90,7 @@ def _sympy_agrees(gold: _Meaning, graph: Graph, root: int) -> bool:
     try:
         simplified = _simplify(tuple(graph.nodes[: root + 1]), root)
     except Exception:
-        # What sympy cannot simplify is unequal for the official script, whatever the reason.
+        # For the official script, an expression that sympy cannot simplify is unequal, whatever the reason.
         return False
     return bool(_simplify(tuple(gold.graph.nodes[: gold.root + 1]), gold.root) == simplified)
 
@@ -112,7 +112,7 @@ def _meaning(tokens: tuple[str, ...]) -> _Meaning:
     try:
         root = _build(graph, gold.steps, gold.symbols)
     except _NotComparableError as error:
-        # The official script fails on this one, too, but not before it has refused predictions with other literals.
+        # The official script also fails on this program, but first it refuses predictions with other literals.
         return _Meaning(graph, -1, equals_itself=False, failure=str(error))
     try:
         _check_steps(gold.steps, gold.symbols)
@@ -134,8 +134,8 @@ def _read(body: Sequence[str]) -> list[_RawStep]:
             operation, first, second = split_step(key)
         except ValueError as error:
             raise _NotComparableError(str(error)) from None
-        # The key keeps the "|" that parts it from the step before: a table step that comes first and one that comes
-        # later are two symbols, though they read the same row.
+        # The key keeps the "|" between a step and the one before it. So a table step that comes first and one that
+        # comes later are two symbols, even if they read the same row.
         steps.append(_RawStep(key, operation, (first, second)))
     return steps
 
@@ -150,7 +150,7 @@ def _symbols(steps: Sequence[_RawStep]) -> dict[str, int]:
 
 
 def _checked(body: Sequence[str], symbols: dict[str, int]) -> list[_RawStep]:
-    """The steps of a prediction that passes the official test."""
+    """Return the steps of a prediction that passes the official test."""
     if broken := structure_error(body):
         raise _NotComparableError(broken)
     steps = _read(body)
@@ -159,7 +159,7 @@ def _checked(body: Sequence[str], symbols: dict[str, int]) -> list[_RawStep]:
 
 
 def _check_steps(steps: Sequence[_RawStep], symbols: Mapping[str, int]) -> None:
-    """The official test: only the gold program's literals, references to earlier steps."""
+    """Run the official test: only literals of the gold program, and only references to earlier steps."""
     for index, step in enumerate(steps):
         if step.reads_table:
             if step.key not in symbols:
@@ -168,7 +168,7 @@ def _check_steps(steps: Sequence[_RawStep], symbols: Mapping[str, int]) -> None:
         for name in step.arguments:
             if "#" in name:
                 if _reference(name.strip("#")) >= index:
-                    raise _NotComparableError(f"{name!r} is no earlier step")
+                    raise _NotComparableError(f"{name!r} is not an earlier step")
             elif name not in symbols:
                 raise _NotComparableError(f"{name!r} is not in the gold program")
 
@@ -177,11 +177,11 @@ def _reference(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise _NotComparableError(f"{text!r} is no step number") from None
+        raise _NotComparableError(f"{text!r} is not a step number") from None
 
 
 def _build(graph: Graph, steps: Sequence[_RawStep], symbols: dict[str, int]) -> int:
-    """Add the last step and all that it uses to a graph, and return its id; other steps are not looked at."""
+    """Add the last step and all that it uses to a graph, and return its id; other steps are ignored."""
     if not steps:
         raise _NotComparableError("no step")
     ids: dict[int, int] = {}
@@ -191,13 +191,13 @@ def _build(graph: Graph, steps: Sequence[_RawStep], symbols: dict[str, int]) -> 
             ids[index] = graph.symbol(symbols[step.key])
             continue
         if step.operation not in ARITHMETIC_OPERATIONS:
-            raise _NotComparableError(f"{step.operation!r} is no operation")
+            raise _NotComparableError(f"{step.operation!r} is not an operation")
         operands = [
             ids[_reference(name.replace("#", ""))] if "#" in name else graph.symbol(symbols[name])
             for name in step.arguments
         ]
         if any(graph.nodes[operand][0] == "greater" for operand in operands):
-            # For sympy as for the official script, a comparison is no operand of anything.
+            # Neither sympy nor the official script takes a comparison as an operand.
             raise _NotComparableError("the result of greater is used in a calculation")
         ids[index] = graph.node(step.operation, operands[0], operands[1])
     return ids[len(steps) - 1]
@@ -218,7 +218,7 @@ def _used(steps: Sequence[_RawStep]) -> set[int]:
                 continue
             reference = _reference(name.replace("#", ""))
             if not 0 <= reference < index:
-                raise _NotComparableError(f"{name!r} is no earlier step")
+                raise _NotComparableError(f"{name!r} is not an earlier step")
             pending.append(reference)
     return used
 
@@ -227,13 +227,13 @@ def _used(steps: Sequence[_RawStep]) -> set[int]:
 def _simplify(nodes: tuple[Node, ...], root: int) -> Basic:
     from sympy import simplify
 
-    # The script calls simplify(text, evaluate=False); the option reaches only what simplify calls, the text itself is
+    # The script calls simplify(text, evaluate=False). The option affects only what simplify calls. The text itself is
     # read with evaluation on, which is what Python's operators on symbols do.
     return simplify(build_sympy(nodes, root), evaluate=False)
 
 
 def build_sympy(nodes: Sequence[Node], root: int) -> Basic:
-    """The sympy expression of a node, with symbols a0, a1, ... as the official script names them."""
+    """Build the sympy expression of a node, with symbols a0, a1, ... as the official script names them."""
     from sympy import Symbol
 
     built: list[Basic] = []

@@ -1,8 +1,13 @@
 """Execution of FinQA programs as the official script does it (github.com/czyssrs/FinQA, code/evaluate/evaluate.py).
 
-What looks odd here is the official behaviour, which the headline scores rest on: the last token is dropped whatever it
-is, steps after the last ")" are not seen, a table operation on ``#n`` reads the row of an earlier one, of rows with one
-name the last counts, the result alone is rounded. `execute` gives the verdict, `run` the same with every step.
+The published scores depend on the official behaviour, so odd behaviour is kept:
+
+- the last token is dropped, whatever it is, and steps after the last ")" are ignored;
+- a table operation on ``#n`` reads the row of an earlier table operation;
+- if several rows have one name, the last one counts;
+- only the final result is rounded.
+
+`execute` returns the verdict. `run_program` also returns every step.
 """
 
 from __future__ import annotations
@@ -23,10 +28,10 @@ class Execution(NamedTuple):
     """The official verdict on one program.
 
     Attributes:
-        invalid: The official invalid flag. A program without a single step is not invalid, it has no result.
-        result: Number rounded to 5 decimals, "yes", "no", or "n/a" where no step gave a result. A number that is
-            not finite or not real, or joined words, is written as text.
-        unrounded: The number before rounding, None where the result is no finite number.
+        invalid: The official invalid flag. A program without a single step is not invalid: it has no result.
+        result: A number rounded to 5 decimals, "yes", "no", or "n/a" if no step gave a result. A number that is not
+            finite or not real, or joined words, is written as text.
+        unrounded: The number before rounding; None if the result is not a finite number.
     """
 
     invalid: bool
@@ -35,13 +40,13 @@ class Execution(NamedTuple):
 
 
 class OperandRun(NamedTuple):
-    """One argument as the run saw it.
+    """One argument of a step, as the execution read it.
 
     Attributes:
-        text: As written, without surrounding space.
-        value: What it stands for; the numbers of the whole row for a table operation; None where that failed.
-        step: The earlier step that it refers to, 0-based.
-        row: The table row that a table operation read, 0 is the header.
+        text: The argument as written, without surrounding space.
+        value: The value; the numbers of the whole row for a table operation; None if it could not be read.
+        step: The 0-based earlier step that it refers to.
+        row: The table row that a table operation read; 0 is the header.
     """
 
     text: str
@@ -51,13 +56,13 @@ class OperandRun(NamedTuple):
 
 
 class StepRun(NamedTuple):
-    """One step as the run saw it.
+    """One step of an execution.
 
     Attributes:
-        operation: Name of the operation, "" where none could be read.
+        operation: The name of the operation; "" if none could be read.
         operands: The arguments that were read before the step ended.
-        value: Its result, None where it failed.
-        reason: Why it failed, or None.
+        value: The result; None if the step failed.
+        reason: Why the step failed, or None.
     """
 
     operation: str
@@ -67,12 +72,12 @@ class StepRun(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A program's execution with every step that was reached.
+    """The execution of a program, with every step that was reached.
 
     Attributes:
         execution: The verdict.
-        steps: Steps in order; the last may be the one that failed.
-        reason: Why the program is invalid or has no result, in words for people; None where it has one.
+        steps: The steps in order; the last one may have failed.
+        reason: Why the program is invalid or has no result, in words; None if it has a result.
     """
 
     execution: Execution
@@ -81,7 +86,7 @@ class Run(NamedTuple):
 
 
 class _StopError(Exception):
-    """A step failed. Where the official script leaves its loop (and does not throw), it still rounds what it has."""
+    """A step failed. If the official script leaves its loop there without an exception, it still rounds the result."""
 
     def __init__(self, reason: str, *, rounds: bool = False) -> None:
         super().__init__(reason)
@@ -89,20 +94,20 @@ class _StopError(Exception):
 
 
 def execute(tokens: Sequence[str], table: Table) -> Execution:
-    """Execute a program.
+    """Execute a program. No content of a program or a table raises an error.
 
     Args:
-        tokens: Official tokens, "EOF" included: the last one is dropped whatever it is.
+        tokens: The official tokens, "EOF" included: the last one is dropped, whatever it is.
         table: Rows of cells; cell 0 of a row is its name.
 
     Returns:
-        The official verdict; never raises for what a program or a table holds.
+        The official verdict.
     """
     return run_program(tokens, table).execution
 
 
 def run_program(tokens: Sequence[str], table: Table) -> Run:
-    """Execute a program and keep every step; same arguments and verdict as `execute`."""
+    """Execute a program and keep every step; arguments and verdict are those of `execute`."""
     body = tokens[:-1]
     if broken := structure_error(body):
         return Run(Execution(True, NO_RESULT), (), broken)
@@ -120,14 +125,14 @@ def run_program(tokens: Sequence[str], table: Table) -> Run:
             last = value
     execution = _finish(last, invalid=reason is not None, rounds=rounds)
     if reason is None and execution.invalid:
-        reason = f"the result is no number: {execution.result}"
+        reason = f"the result is not a number: {execution.result}"
     elif reason is None and execution.result == NO_RESULT:
         reason = "no complete step"
     return Run(execution, tuple(machine.steps), reason)
 
 
 class _Machine:
-    """State of one execution: results by step, and the row that the last table operation by name has read."""
+    """The state of one execution: the results of the steps, and the row that the last named table operation read."""
 
     def __init__(self, table: Table) -> None:
         self.table = table
@@ -138,7 +143,7 @@ class _Machine:
         self._row_numbers: tuple[float, ...] | None = None
 
     def step(self, index: int, raw: str) -> Value | None:
-        """Run one step and record it; None where the official script passes over it without a word."""
+        """Run one step and record it; return None if the official script skips it silently."""
         operands: list[OperandRun] = []
         operation = ""
         try:
@@ -148,7 +153,7 @@ class _Machine:
             elif operation.startswith("table_"):
                 value = _over_row(operation, self._row_operand(first, operands))
             else:
-                self.steps.append(StepRun(operation, (), reason="no operation; passed over"))
+                self.steps.append(StepRun(operation, (), reason="not an operation; skipped"))
                 return None
         except _StopError as stop:
             self.steps.append(StepRun(operation, tuple(operands), reason=stop.reason))
@@ -171,10 +176,10 @@ class _Machine:
             number = str_to_num(text)
         except ValueError:
             operands.append(OperandRun(text, None))
-            raise _StopError(f"{text!r} is no constant") from None
+            raise _StopError(f"{text!r} is not a constant") from None
         operands.append(OperandRun(text, number))
         if number is None:
-            raise _StopError(f"{text!r} is no number", rounds=True)
+            raise _StopError(f"{text!r} is not a number", rounds=True)
         return number
 
     def _reference(self, text: str, operands: list[OperandRun]) -> Value:
@@ -183,7 +188,7 @@ class _Machine:
             value = self.results[step]
         except (ValueError, KeyError):
             operands.append(OperandRun(text, None))
-            raise _StopError(f"{text!r} is no earlier step") from None
+            raise _StopError(f"{text!r} is not an earlier step") from None
         operands.append(OperandRun(text, value, step=step))
         return value
 
@@ -194,7 +199,7 @@ class _Machine:
             except IndexError:
                 raise _StopError("the table has a row without cells") from None
         if "#" in text:
-            # The reference is looked up and then not used: the row of the last table operation stands in for it.
+            # The reference is looked up but not used: the row of the last table operation takes its place.
             self._reference(text, operands)
             operands[-1] = OperandRun(text, self._row_numbers, operands[-1].step, self._row)
             if self._row_numbers is None:
@@ -216,15 +221,16 @@ class _Machine:
             try:
                 number = cell_number(cell)
             except ValueError:
-                raise _StopError(f"cell {column} of row {row[0]!r} is no constant: {cell!r}") from None
+                raise _StopError(f"cell {column} of row {row[0]!r} is not a constant: {cell!r}") from None
             if number is None:
-                raise _StopError(f"cell {column} of row {row[0]!r} is no number: {cell!r}", rounds=True)
+                raise _StopError(f"cell {column} of row {row[0]!r} is not a number: {cell!r}", rounds=True)
             numbers.append(number)
         return tuple(numbers)
 
 
 def _arithmetic(operation: str, first: Value, second: Value) -> Value:
-    # Earlier results may be words ("yes") or complex: Python's own rules for these decide, as they do officially.
+    # Earlier results may be words ("yes") or complex numbers. Python's rules for them decide, as in the official
+    # script.
     left: float = first  # type: ignore[assignment]
     right: float = second  # type: ignore[assignment]
     try:
@@ -261,7 +267,7 @@ def _over_row(operation: str, numbers: tuple[float, ...]) -> Value:
 
 
 def _total(numbers: Sequence[float]) -> float:
-    # Not sum(): from Python 3.12 on it compensates rounding, and the official figures were made before that.
+    # Not sum(): since Python 3.12 it compensates rounding errors, and the official figures are older.
     total: float = 0
     for number in numbers:
         total += number

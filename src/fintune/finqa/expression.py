@@ -1,7 +1,7 @@
-"""Expressions of programs, stored so that what sympy builds alike is one node, and values that tell the rest apart.
+"""Expressions of programs as graphs, and proofs that two expressions are equal or different without sympy.
 
-Only what can be proved is said here: one node means one sympy object, different values mean different functions. What
-is neither is left to sympy, see `fintune.finqa.equal`.
+Expressions that sympy builds as one object are one node. Expressions with different values at some point are different
+functions. Everything else is left to sympy, see `fintune.finqa.equal`.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ Node: TypeAlias = tuple[str, int, int]
 
 PRIME = (1 << 61) - 1
 MAX_BITS = 4096
-"""Exact numbers beyond this size are given up: squaring in each step doubles them."""
+"""Largest size of exact numbers. Squaring in each step doubles the size, so longer numbers count as unknown."""
 
 _NUM_SIGN_POINTS = 6
 
 
 @dataclass
 class Graph:
-    """Nodes of one or more expressions over numbered symbols; operands come before what uses them.
+    """Nodes of one or more expressions over numbered symbols; operands come before the nodes that use them.
 
     Attributes:
-        nodes: By id.
-        ids: Canonical key to id.
+        nodes: The nodes by id.
+        ids: The ids by canonical key.
     """
 
     nodes: list[Node] = field(default_factory=list)
@@ -36,19 +36,19 @@ class Graph:
     _terms: list[dict[int, int] | None] = field(default_factory=list)
 
     def copy(self) -> Graph:
-        """A graph to add to, which leaves this one as it is."""
+        """Return a copy, to which nodes can be added without changing this graph."""
         return Graph(self.nodes.copy(), self.ids.copy(), self._factors.copy(), self._terms.copy())
 
     def symbol(self, index: int) -> int:
-        """Id of a symbol."""
+        """Return the id of a symbol."""
         return self._intern(("symbol", index), ("symbol", index, 0), None, None)
 
     def node(self, operation: str, left: int, right: int) -> int:
-        """Id of an operation over two nodes.
+        """Return the id of an operation on two nodes.
 
-        Operands of + and * may stand in either order. Sums of symbols in which nothing cancels are one node in
-        whatever order and with whatever parentheses they are written, and so are products and quotients of distinct
-        symbols and of sums of distinct symbols; sympy brings these to one object as it builds them.
+        Operands of + and * may have either order. A sum of symbols in which nothing cancels is one node, whatever its
+        order and parentheses. So are products and quotients of distinct symbols and of sums of distinct symbols. sympy
+        builds each of these as one object.
         """
         sign = -1 if operation in {"subtract", "divide"} else 1
         if operation in {"add", "subtract"}:
@@ -76,7 +76,7 @@ class Graph:
         return {node: 1} if self.nodes[node][0] == "symbol" else self._terms[node]
 
     def _as_product(self, node: int) -> dict[int, int] | None:
-        # A multiple (a + a) is no factor: sympy moves its 2 about, and then the order of the factors matters.
+        # A multiple (a + a) is not a factor: sympy moves its 2, and then the order of the factors matters.
         terms = {node: 1} if self.nodes[node][0] == "symbol" else self._terms[node]
         is_factor = terms is not None and all(abs(number) == 1 for number in terms.values())
         return {node: 1} if is_factor else self._factors[node]
@@ -100,10 +100,11 @@ def _merged(left: dict[int, int] | None, right: dict[int, int] | None, sign: int
 
 
 def differ(graph: Graph, left: int, right: int) -> bool:
-    """Whether two nodes are different functions for certain; False where that was not shown.
+    """Return whether two nodes are proved to be different functions; False means that there is no proof.
 
-    Arithmetic: values modulo a prime at one point of whole numbers; powers where the exponent is a whole number there.
-    Comparisons: their truth at a few rational points. A comparison never equals an arithmetic expression.
+    Arithmetic expressions are compared by their values modulo a prime at one point of whole numbers. A power is
+    computed if its exponent is a whole number there. Comparisons are compared by their truth at a few rational points.
+    A comparison never equals an arithmetic expression.
     """
     kinds = graph.nodes[left][0] == "greater", graph.nodes[right][0] == "greater"
     if kinds[0] != kinds[1]:
@@ -136,7 +137,7 @@ def _modular(nodes: Sequence[Node]) -> list[int | None]:
 
 
 def _coordinate(symbol: int) -> int:
-    # Any spread of whole numbers serves; it is fixed, so that a verdict never depends on chance.
+    # Any set of whole numbers would do. It is fixed, so a verdict never depends on chance.
     return pow(7, 1009 + 613 * symbol, PRIME)
 
 
@@ -147,7 +148,7 @@ def _power(base: int, exponent: int | None) -> int | None:
 
 
 def _exact(nodes: Sequence[Node]) -> list[int | None]:
-    """Values at the same point as whole numbers, where they are that and not too long."""
+    """Return the values at the same point if they are whole numbers and not too long."""
     values: list[int | None] = []
     for operation, left, right in nodes:
         value: int | None = None

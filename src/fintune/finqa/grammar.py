@@ -5,9 +5,14 @@ GBNF   llama.cpp (``grammar`` of its server and tools)
 Lark   llguidance and what builds on it (vLLM, SGLang, ...); an EBNF of rules and upper-case terminals
 =====  ================================================================================================
 
-`general` takes what `fintune.finqa.parse.parse` takes, up to a number of steps (a reference must point below its step,
-so steps are written out one by one) and without control characters and uncommon spaces in row names. `restricted`
-takes only what can be said about one page: see `Vocabulary`.
+`general` accepts what `fintune.finqa.parse.parse` accepts, with two limits. The number of steps is limited, because
+each step has its own rules: a reference must point to an earlier step. Row names have no control characters and no
+uncommon spaces. `restricted` accepts only programs about one page: see `Vocabulary`.
+
+`shortest_ending` completes a text to a program. It uses partial derivatives (V. Antimirov, Partial derivatives of
+regular expressions and finite automaton constructions, 1996): what may follow a text is a set of expressions, each a
+sequence of parts. No rule of these grammars refers to itself, and nothing that may be empty is repeated, so the sets
+stay small.
 """
 
 from __future__ import annotations
@@ -30,10 +35,10 @@ from fintune.finqa.program import (
 )
 
 MAX_STEPS = 6
-"""One more than the longest gold program of FinQA has."""
+"""One step more than the longest gold program of FinQA."""
 
 _BREAKS = r"()#|\x00-\x20\x7f-\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-"""What stands in no word of a row name, as the inside of a character class."""
+"""Characters that no word of a row name contains, as the inside of a character class."""
 _ROW_NAME = re.compile(rf"(?:(?:,*[^,{_BREAKS}])+ +)*(?:(?:,*[^,{_BREAKS}])+,*|,+)")
 _NUMBER = re.compile(r"(-|- |\( *)?((?<![\d.])(?:\d[\d,]*\.?\d*|\.\d+))( ?%)?", re.ASCII)
 
@@ -47,35 +52,35 @@ class Text:
 
 @dataclass(frozen=True)
 class Characters:
-    """One character of a class; ``inside`` is what stands between the brackets, the same in both notations."""
+    """One character of a class; ``inside`` is the text between the brackets, the same in both notations."""
 
     inside: str
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What the rule of this name says."""
+    """A reference to the rule of this name."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Series:
-    """One after the other."""
+    """A sequence of expressions."""
 
     parts: tuple[Expression, ...]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One of several."""
+    """One of several expressions."""
 
     options: tuple[Expression, ...]
 
 
 @dataclass(frozen=True)
 class Repeated:
-    """``?``, ``*`` or ``+`` of one thing."""
+    """An expression with the sign ``?``, ``*`` or ``+``."""
 
     item: Expression
     sign: str
@@ -86,23 +91,23 @@ Expression: TypeAlias = Text | Characters | Rule | Series | Choice | Repeated
 
 @dataclass(frozen=True)
 class Grammar:
-    """Rules by name; the first is where a text begins.
+    """Rules by name; a text begins with the first one.
 
     Attributes:
-        rules: Names are letters and digits, as both notations take them.
-        terminals: Names of rules that Lark must treat as one word, because their parts are single characters.
+        rules: The rules; their names are letters and digits, which both notations accept.
+        terminals: Names of the rules that Lark must treat as one word, because their parts are single characters.
     """
 
     rules: Mapping[str, Expression]
     terminals: frozenset[str] = frozenset()
 
     def gbnf(self) -> str:
-        """The grammar as llama.cpp reads it."""
+        """Write the grammar for llama.cpp."""
         names = {name: "root" if k == 0 else name for k, name in enumerate(self.rules)}
         return "".join(f"{names[name]} ::= {_write(rule, names, '[]')}\n" for name, rule in self.rules.items())
 
     def lark(self) -> str:
-        """The grammar as Lark and llguidance read it."""
+        """Write the grammar for Lark and llguidance."""
         names = {name: name.upper() if name in self.terminals else name for name in self.rules}
         names[next(iter(self.rules))] = "start"
         return "".join(f"{names[name]}: {_write(rule, names, '//')}\n" for name, rule in self.rules.items())
@@ -110,14 +115,14 @@ class Grammar:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a program about one page can name.
+    """The words that a program about one page can use.
 
     Attributes:
-        numbers: As programs write them: without "," and "$"; with "-" where the page has a minus or a bracket before
-            the number, and with "%" where the page has one after it, each also without.
-        rows: Names of the rows that a table operation can read: every cell but the name is a number, and the name holds
-            nothing that ends an argument. Of rows of one name the last counts, as in the official script.
-        constants: Those of FinQA's own vocabulary.
+        numbers: Numbers as programs write them, without "," and "$". If the page has a minus or a bracket before a
+            number, the form with "-" is included; if it has a "%" after it, the form with "%" is included.
+        rows: Names of the rows that a table operation can read: every cell except the name is a number, and nothing in
+            the name ends an argument. If several rows have one name, the last one counts, as in the official script.
+        constants: The constants of FinQA's vocabulary.
     """
 
     numbers: frozenset[str]
@@ -126,11 +131,11 @@ class Vocabulary:
 
 
 def vocabulary(table: Sequence[Sequence[str]], texts: Iterable[str]) -> Vocabulary:
-    """The words of one page.
+    """Return the words of one page.
 
     Args:
         table: Rows of cells.
-        texts: Its sentences, and the question: some programs take a number from there.
+        texts: The sentences of the page, and the question, because some programs take a number from it.
     """
     numbers: set[str] = set()
     for text in (*(cell for row in table for cell in row), *texts):
@@ -144,17 +149,17 @@ def vocabulary(table: Sequence[Sequence[str]], texts: Iterable[str]) -> Vocabula
 
 
 def can_be_named(name: str) -> bool:
-    """Whether a program can call a table row by this name: nothing in it ends an argument, no space at its ends."""
+    """Return whether a program can name a table row so: nothing in it ends an argument, no space is at its ends."""
     return _ROW_NAME.fullmatch(name) is not None
 
 
 def general(max_steps: int = MAX_STEPS) -> Grammar:
-    """The whole language, in programs of at most so many steps."""
+    """Return the grammar of the whole language, for programs of at most ``max_steps`` steps."""
     digits = Repeated(Characters("0-9"), "+")
     point = Series((Text("."), Repeated(Characters("0-9"), "*")))
     amount = Choice((Series((digits, Repeated(point, "?"))), Series((Text("."), digits))))
     word = Repeated(Series((Repeated(Text(","), "*"), Characters(f"^,{_BREAKS}"))), "+")
-    # The comma before "none" belongs to this rule, too: a name may end in commas, and a lexer does not step back.
+    # The comma before "none" is in this rule, too: a name may end in commas, and a lexer does not step back.
     words = Series((Repeated(Series((word, Repeated(Text(" "), "+"))), "*"), _last(word), Text(f", {NOTHING}")))
     return _grammar(
         {
@@ -167,22 +172,22 @@ def general(max_steps: int = MAX_STEPS) -> Grammar:
 
 
 def restricted(words: Vocabulary, max_steps: int = MAX_STEPS) -> Grammar:
-    """What can be said about one page, in programs of at most so many steps."""
+    """Return the grammar of one page, for programs of at most ``max_steps`` steps."""
     lists = {
         "number": words.numbers,
         "constant": words.constants,
         "row": [f"{name}, {NOTHING}" for name in words.rows],
     }
-    # The longest first: some readers take the first that fits.
-    ordered = {kind: sorted(each, key=lambda word: (-len(word), word)) for kind, each in lists.items()}
-    return _grammar({kind: Choice(tuple(map(Text, each))) for kind, each in ordered.items() if each}, max_steps)
+    # The longest first: some readers take the first word that fits.
+    ordered = {kind: sorted(texts, key=lambda text: (-len(text), text)) for kind, texts in lists.items()}
+    return _grammar({kind: Choice(tuple(map(Text, texts))) for kind, texts in ordered.items() if texts}, max_steps)
 
 
 def outside(program: Program, words: Vocabulary, max_steps: int = MAX_STEPS) -> list[str]:
-    """Why `restricted` refuses a program, a reason for each argument that it cannot take; none where it takes it."""
+    """Return why `restricted` refuses a program, a reason for each argument; an accepted program has none."""
     reasons = ["more steps"] if len(program.steps) > max_steps else []
     known = {number.strip("-%") for number in words.numbers}
-    for argument in (each for step in program.steps for each in (step.first, step.second)):
+    for argument in (argument for step in program.steps for argument in (step.first, step.second)):
         if isinstance(argument, Number) and argument.text not in words.numbers:
             other = argument.text.strip("-%") in known
             reasons.append("number with another sign or percent sign" if other else "number that is not on the page")
@@ -216,7 +221,7 @@ def _grammar(words: dict[str, Expression], max_steps: int) -> Grammar:
 
 
 def _last(word: Expression) -> Expression:
-    """The last word of a name, which may end in commas or be nothing else."""
+    """Return the last word of a name, which may end in commas or be only commas."""
     return Choice((Series((word, Repeated(Text(","), "*"))), Repeated(Text(","), "+")))
 
 
@@ -228,13 +233,13 @@ def _can_be_read(row: Sequence[str]) -> bool:
 
 
 def _write(rule: Expression, names: Mapping[str, str], marks: str, *, part: bool = False) -> str:
-    """A rule in one notation.
+    """Write a rule in one notation.
 
     Args:
-        rule: What to write.
-        names: Rule names as the notation has them.
-        marks: What a character class begins and ends with, "[]" or "//".
-        part: It stands within something else, so that what is joined needs brackets.
+        rule: The rule to write.
+        names: The names of the rules in this notation.
+        marks: The delimiters of a character class, "[]" or "//".
+        part: Whether the rule is inside another one, so that a sequence or a choice needs brackets.
     """
     if isinstance(rule, Text):
         return '"' + rule.value.replace("\\", "\\\\").replace('"', '\\"') + '"'
@@ -245,42 +250,42 @@ def _write(rule: Expression, names: Mapping[str, str], marks: str, *, part: bool
     if isinstance(rule, Repeated):
         return _write(rule.item, names, marks, part=True) + rule.sign
     if isinstance(rule, Choice):
-        text, joined = " | ".join(_write(each, names, marks) for each in rule.options), len(rule.options) > 1
+        text, is_joined = " | ".join(_write(option, names, marks) for option in rule.options), len(rule.options) > 1
     else:
-        text, joined = " ".join(_write(each, names, marks, part=True) for each in rule.parts), True
-    return f"({text})" if part and joined else text
+        text, is_joined = " ".join(_write(item, names, marks, part=True) for item in rule.parts), True
+    return f"({text})" if part and is_joined else text
 
 
 _Parts: TypeAlias = tuple[Expression, ...]
 
 _SAMPLES = "1a"
-"""A character of each class that the grammars have, so that an ending holds no zero to divide by."""
+"""A character of every class in the grammars. No ending contains a zero, which a program could divide by."""
 
 
 def shortest_ending(grammar: Grammar, text: str) -> str | None:
-    """The shortest text that makes ``text`` a whole one; "" where it is whole, None where no program begins so."""
+    """Return the shortest text that completes ``text`` to a program; None if no program begins with it."""
     rules = grammar.rules
     states: set[_Parts] = {(Rule(next(iter(rules))),)}
     for character in text:
-        states = {rest for state in states for rest in _after(state, character, rules)}
+        states = {later for state in states for later in _after(state, character, rules)}
     ends = ["".join(_shortest(part, rules) for part in state) for state in states]
     return min(ends, key=lambda end: (len(end), end), default=None)
 
 
 def is_complete(grammar: Grammar, text: str) -> bool:
-    """Whether the grammar has this text."""
+    """Return whether the grammar accepts this text as a whole program."""
     return shortest_ending(grammar, text) == ""
 
 
 def _after(parts: _Parts, character: str, rules: Mapping[str, Expression]) -> Iterator[_Parts]:
-    """What is still to come of a row of parts behind a character, for each way to read it."""
+    """Yield the parts that remain after a character, for every reading of it."""
     if not parts:
         return
     head, tail = parts[0], parts[1:]
     if isinstance(head, Text):
         if head.value.startswith(character):
-            left = head.value[1:]
-            yield (Text(left), *tail) if left else tail
+            remaining = head.value[1:]
+            yield (Text(remaining), *tail) if remaining else tail
         elif not head.value:
             yield from _after(tail, character, rules)
     elif isinstance(head, Characters):

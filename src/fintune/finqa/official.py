@@ -1,6 +1,6 @@
-"""How the official script (github.com/czyssrs/FinQA, code/evaluate/evaluate.py) reads steps and numbers, quirks kept.
+"""Steps and numbers as the official script reads them (github.com/czyssrs/FinQA, code/evaluate/evaluate.py).
 
-Execution and equality both rest on this reading; neither asks whether a program is in the language.
+Its quirks are kept. Execution and equality both use this reading. Neither checks whether a program is in the language.
 """
 
 from __future__ import annotations
@@ -11,33 +11,36 @@ from fintune.finqa.program import OPERATIONS
 
 
 def structure_error(body: Sequence[str]) -> str | None:
-    """Why tokens without their last one fail the official test of structure, None where they pass.
+    """Return why tokens fail the official test of structure, or None if they pass.
 
-    Every fourth token, from the first, must name an operation, and every fourth, from the fourth, must be ")". A name
-    may lack its "(" or have several, an incomplete last step passes.
+    Tokens 1, 5, 9 ... must name an operation, and tokens 4, 8, 12 ... must be ")". A name may lack its "(" or have
+    several of them. An incomplete last step passes.
+
+    Args:
+        body: The tokens without the last one.
     """
     for index, piece in enumerate(body):
         if index % 4 == 0 and piece.strip("(") not in OPERATIONS:
-            return f"token {index + 1}, {piece!r}, is no operation"
+            return f"token {index + 1}, {piece!r}, is not an operation"
         if index % 4 == 3 and piece != ")":
             return f"token {index + 1}, {piece!r}, is not ')': each step has one operation and two arguments"
     return None
 
 
 def split_steps(body: Sequence[str]) -> list[str]:
-    """Steps as the official script sees them: tokens joined with "|", cut at every ")", the rest left out."""
+    """Split tokens into the official steps: joined with "|" and cut at every ")"; what follows the last is dropped."""
     return "|".join(body).split(")")[:-1]
 
 
 def split_step(raw: str) -> tuple[str, str, str]:
-    """Operation and two arguments of one of `split_steps`, stripped; further arguments are ignored.
+    """Return the operation and the two arguments of a step from `split_steps`, stripped; more arguments are ignored.
 
     Raises:
-        ValueError: There are several "(", none, or fewer than two arguments; with the reason.
+        ValueError: The step has no "(", several, or fewer than two arguments. The message is the reason.
     """
     head, *rest = raw.split("(")
     if len(rest) > 1:
-        raise ValueError("'(' stands inside an argument")
+        raise ValueError("an argument contains '('")
     if not rest:
         raise ValueError("no '(' after the operation")
     arguments = rest[0].strip("|").strip().split("|")
@@ -47,14 +50,14 @@ def split_step(raw: str) -> tuple[str, str, str]:
 
 
 def str_to_num(text: str) -> float | None:
-    """Read a number as the official script does, None for what is none.
+    """Read a number as the official script does; return None if the text is not a number.
 
-    Commas are dropped; what Python's ``float`` reads is a number ("1e3", "1_000", "nan"), then ``x%`` is x / 100, then
-    ``const_x`` is x and ``const_m1`` is -1.
+    Commas are dropped. A number is what Python's ``float`` reads ("1e3", "1_000", "nan"), then ``x%``, which is x /
+    100, then ``const_x``, which is x, and ``const_m1``, which is -1.
 
     Raises:
-        ValueError: A constant without a number, ``const_x``; for the official script that is an exception, while other
-            text is an invalid argument.
+        ValueError: A constant has no number, as in ``const_x``. The official script raises an exception there, while
+            other text is an invalid argument.
     """
     text = text.replace(",", "")
     try:
@@ -73,7 +76,7 @@ def str_to_num(text: str) -> float | None:
 
 
 def cell_number(cell: str) -> float | None:
-    """Number of a table cell as table operations read it: without "$", up to the first "("; None where it is none.
+    """Read a table cell as table operations do: without "$" and up to the first "("; None if it is not a number.
 
     Raises:
         ValueError: See `str_to_num`.

@@ -1,7 +1,9 @@
-"""A report page as FinQA sees it: sentences ``text_0 … text_n`` and table rows ``table_0 … table_m``.
+"""A report page in FinQA's terms: sentences ``text_0 … text_n``, table rows ``table_0 … table_m``, and its identity.
 
-``text_k`` is sentence k of the text before and after the table taken together, ``table_k`` is row k of the table with
-the header as row 0: the keys of ``gold_inds``. Follows the preprocessing of github.com/czyssrs/FinQA.
+``text_k`` is sentence k of the text before and after the table together. ``table_k`` is row k of the table, with the
+header as row 0. These are the keys of ``gold_inds``; they follow the preprocessing of github.com/czyssrs/FinQA.
+
+A record id names its page: ``ETR/2009/page_107.pdf-2`` is question 2 about page 107 of ETR's report of 2009.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ class PageUnit:
 
     Attributes:
         kind: "text" or "table".
-        index: k of ``text_k`` or ``table_k``.
-        text: The sentence as it stands, or the row in words (:func:`table_row_to_text`).
+        index: The k of ``text_k`` or ``table_k``.
+        text: The sentence, or the row in words (:func:`table_row_to_text`).
     """
 
     kind: Literal["text", "table"]
@@ -37,26 +39,26 @@ class PageUnit:
 
     @property
     def key(self) -> str:
-        """The name by which ``gold_inds`` calls the unit, ``"table_2"``."""
+        """The name of the unit in ``gold_inds``, such as ``"table_2"``."""
         return f"{self.kind}_{self.index}"
 
 
 def table_row_to_text(header: Sequence[str], row: Sequence[str]) -> str:
-    """A row in words: ``(in millions) the revenue of 2009 is $ 12 ; the revenue of 2008 is 10 ;``.
+    """Return a row in words: ``(in millions) the revenue of 2009 is $ 12 ; the revenue of 2008 is 10 ;``.
 
     Args:
-        header: Cells of row 0; its first, where not empty, goes before the rest.
+        header: Cells of row 0. The first one, if not empty, is put before the rest.
         row: Cells of the row; cell 0 is its name.
     """
     name = row[0] if row else ""
     corner = header[0] if header else ""
     cells = (f"the {name} of {column} is {cell} ;" for column, cell in zip(header[1:], row[1:], strict=False))
-    # Only spaces are squeezed, as the official code does; other white space of a cell stays.
+    # Only spaces are merged, as in the official code. Other white space in a cell stays.
     return " ".join(part for part in " ".join((corner, *cells)).split(" ") if part)
 
 
 def page_units(record: FinQARecord) -> tuple[PageUnit, ...]:
-    """All units in the order of the page: text before, table with its header, text after."""
+    """Return all units in the order of the page: text before the table, table with header, text after the table."""
     return units_of_page(record.pre_text, record.table, record.post_text)
 
 
@@ -87,17 +89,18 @@ def _page_rules(
 
 
 def clean_record(record: FinQARecord) -> tuple[FinQARecord, tuple[tuple[Edit, ...], ...]]:
-    """A record whose texts are clean, and the edits of each: text before, table, text after, question.
+    """Clean the texts of a record; return it with the edits of every text.
 
-    Sentences that are left out stand there empty, so that ``gold_inds`` names the same ones as before. First cells of
-    rows, program, answer and evidence stay as they are. See `fintune.finqa.cleaning`.
+    The order of the edits is text before the table, table, text after the table, question. A sentence that is left out
+    becomes empty, so that ``gold_inds`` still names the same sentences. First cells of rows, program, answer and
+    evidence do not change. See `fintune.finqa.cleaning`.
     """
     results = [(text, ()) if kind is None else clean(text, kind) for kind, text in _texts(record)]
     return _filled(record, [text for text, _ in results]), tuple(edits for _, edits in results)
 
 
 def restore_record(cleaned: FinQARecord, edits: Sequence[Sequence[Edit]]) -> FinQARecord:
-    """The record that `clean_record` was given.
+    """Undo the changes of `clean_record`.
 
     Raises:
         DataError: The edits are those of another record.
@@ -105,11 +108,11 @@ def restore_record(cleaned: FinQARecord, edits: Sequence[Sequence[Edit]]) -> Fin
     texts = [text for _, text in _texts(cleaned)]
     if len(texts) != len(edits):
         raise DataError(f"edits of {len(edits)} texts for a record of {len(texts)}", record_id=cleaned.id)
-    return _filled(cleaned, [restore(text, each) for text, each in zip(texts, edits, strict=True)])
+    return _filled(cleaned, [restore(text, changes) for text, changes in zip(texts, edits, strict=True)])
 
 
 def _texts(record: FinQARecord) -> list[tuple[TextKind | None, str]]:
-    """All texts with their kinds; None for a row's name."""
+    """Return all texts with their kinds; the name of a row has none."""
     page = _page_texts(record.pre_text, record.table, record.post_text)
     return [*page, ("question", record.qa.question)]
 
@@ -124,12 +127,12 @@ def _page_texts(
 
 
 def _filled(record: FinQARecord, texts: Sequence[str]) -> FinQARecord:
-    """The record with other texts, in the order of `_texts`."""
-    rest = iter(texts)
-    pre_text = tuple(next(rest) for _ in record.pre_text)
-    table = tuple(tuple(next(rest) for _ in row) for row in record.table)
-    post_text = tuple(next(rest) for _ in record.post_text)
-    qa = record.qa.model_copy(update={"question": next(rest)})
+    """Return the record with other texts, in the order of `_texts`."""
+    remaining = iter(texts)
+    pre_text = tuple(next(remaining) for _ in record.pre_text)
+    table = tuple(tuple(next(remaining) for _ in row) for row in record.table)
+    post_text = tuple(next(remaining) for _ in record.post_text)
+    qa = record.qa.model_copy(update={"question": next(remaining)})
     return record.model_copy(update={"pre_text": pre_text, "table": table, "post_text": post_text, "qa": qa})
 
 
@@ -145,5 +148,5 @@ def group_of(record_id: str, level: Level) -> str:
 
 
 def page_content(record: FinQARecord) -> Hashable:
-    """The text and the table of a record: equal for two questions about one page, whatever their ids are."""
+    """Return the text and the table of a record; they are equal for two questions about one page, whatever the ids."""
     return record.pre_text, record.table, record.post_text

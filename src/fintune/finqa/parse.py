@@ -1,4 +1,4 @@
-"""The three written forms of a FinQA program into its tree, with the place where a text leaves the language."""
+"""Parsers of the three written forms of a FinQA program; an error says where a text leaves the language."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ _ATOM = re.compile(r"#\d*|(?:(?!, )[^()#|])*", re.ASCII)
 
 
 class ParseError(DataError, ValueError):
-    """A text that is no program.
+    """A text that is not a program.
 
     Attributes:
-        position: 0-based character at which the text leaves the language.
-        expected: What could have stood there.
+        position: The 0-based character at which the text leaves the language.
+        expected: What the language allows there.
     """
 
     def __init__(self, text: str, position: int, expected: str) -> None:
-        found = repr(text[position : position + 20]) if position < len(text) else "the end"
-        super().__init__(f"not a FinQA program: at character {position} expected {expected}, found {found}")
+        actual = repr(text[position : position + 20]) if position < len(text) else "the end"
+        super().__init__(f"not a FinQA program: at character {position} expected {expected}, found {actual}")
         self.position, self.expected = position, expected
 
 
@@ -48,7 +48,7 @@ def parse(text: str) -> Program:
     """Read the linear form; ``parse(text).text == text``.
 
     Raises:
-        ParseError: The text is no program; with the position and what was expected there.
+        ParseError: The text is not a program. The error has the position and what was expected there.
     """
     steps: list[ProgramStep] = []
     position = 0
@@ -74,7 +74,7 @@ def parse_tokens(tokens: Sequence[str]) -> Program:
     """Read the official prediction format; ``parse_tokens(tokens).tokens == list(tokens)``.
 
     Raises:
-        ParseError: The tokens are no program; the position counts in their linear form.
+        ParseError: The tokens are not a program. The position is the one in their linear form.
     """
     text = untokenize(tokens)
     if not tokens or tokens[-1] != END:
@@ -86,16 +86,16 @@ def parse_tokens(tokens: Sequence[str]) -> Program:
 
 
 def parse_nested(text: str) -> Program:
-    """Read the nested form; steps are numbered in the order in which they must run, left argument first.
+    """Read the nested form. Steps are numbered in the order in which they must run, left argument first.
 
-    A step that is written twice becomes one that is used twice, so ``parse_nested(text).nested == text``. The linear
-    form that a nested one was made from comes back except where it had unused steps or another order.
+    A step that is written twice becomes one step that is used twice, so ``parse_nested(text).nested == text``. The
+    original linear form comes back, unless it had unused steps or another order.
 
     Raises:
-        ParseError: The text is no nested program; with the position and what was expected there.
+        ParseError: The text is not a nested program. The error has the position and what was expected there.
     """
     steps: dict[ProgramStep, int] = {}
-    # A stack instead of recursion: an untrusted text may nest deeper than Python calls do.
+    # A stack instead of recursion: an untrusted text may nest deeper than Python's calls can.
     open_steps: list[tuple[str, list[Argument]]] = []
     position = 0
     while True:
@@ -143,9 +143,9 @@ def _one_of_the_operations() -> str:
 
 
 def _atom(text: str, position: int) -> tuple[str, int]:
-    # Everything up to the next separator; what it holds is judged by the caller, who knows the operation.
+    # Everything up to the next separator. The caller checks the content, because it knows the operation.
     match = _ATOM.match(text, position)
-    assert match, "the pattern takes the empty string"
+    assert match, "the pattern matches the empty string"
     return match[0], match.end()
 
 

@@ -1,14 +1,15 @@
-"""FinQA programs in their four forms, and the way between them.
+"""FinQA programs in their four forms, the conversions between them, and the words of the language.
 
 ========  ==========================================================================================
-text      ``subtract(5829, 5735), divide(#0, 5735)``; steps and arguments are parted by exactly ", "
+text      ``subtract(5829, 5735), divide(#0, 5735)``; exactly ", " separates steps and arguments
 tokens    ``["subtract(", "5829", "5735", ")", "divide(", "#0", "5735", ")", "EOF"]``, the scored form
 nested    ``divide(subtract(5829, 5735), 5735)``, FinQA's ``program_re``
 tree      `Program`, typed
 ========  ==========================================================================================
 
-`tokenize` takes any text and cuts it as the official script does, without judging it. `fintune.finqa.parse` reads each
-form into the tree, takes only what is in the language, and says where a text leaves it.
+`tokenize` splits any text as the official script does. It does not check whether the text is a program.
+`fintune.finqa.parse` reads each form into the tree. It takes only what is in the language, and reports where a text
+leaves it. The language is described in Chen et al. 2021, FinQA, section 3 (github.com/czyssrs/FinQA).
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from typing import TypeAlias
 from fintune.errors import DataError
 
 ARITHMETIC_OPERATIONS = ("add", "subtract", "multiply", "divide", "exp", "greater")
-"""Operations over two numbers; ``greater`` gives "yes" or "no"."""
+"""Operations on two numbers; ``greater`` gives "yes" or "no"."""
 
 TABLE_OPERATIONS = ("table_max", "table_min", "table_sum", "table_average")
-"""Operations over all cells of one table row; the second argument is ``none``."""
+"""Operations on all cells of one table row; the second argument is ``none``."""
 
 OPERATIONS = ARITHMETIC_OPERATIONS + TABLE_OPERATIONS
 
@@ -48,7 +49,7 @@ NOTHING = "none"
 """Second argument of a table operation."""
 
 MAX_NESTED_CHARS = 100_000
-"""`Program.nested` refuses to grow beyond this: a chain of steps that use the last one twice doubles with each."""
+"""Longest form that `Program.nested` gives. A step that uses the one before it twice doubles the length."""
 
 _TOKEN = re.compile(r"[^()]*\(|[^()]+|\)")
 _FENCE = re.compile(r"\s*(?:```|~~~)[\w-]*\s*")
@@ -82,7 +83,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class RowName:
-    """First cell of the table row that a table operation reads."""
+    """The first cell of the table row that a table operation reads."""
 
     text: str
 
@@ -99,7 +100,7 @@ Argument: TypeAlias = Number | Constant | Reference | RowName | Nothing
 
 @dataclass(frozen=True)
 class ProgramStep:
-    """One operation with its two arguments."""
+    """An operation and its two arguments."""
 
     operation: str
     first: Argument
@@ -113,24 +114,24 @@ class ProgramStep:
 
 @dataclass(frozen=True)
 class Program:
-    """A program of at least one step; its result is the last step's."""
+    """A program of at least one step. Its result is the result of the last step."""
 
     steps: tuple[ProgramStep, ...]
 
     @property
     def text(self) -> str:
-        """Linear form."""
+        """The linear form."""
         return ", ".join(step.text for step in self.steps)
 
     @property
     def tokens(self) -> list[str]:
-        """Official prediction format, "EOF" included."""
+        """The official prediction format, "EOF" included."""
         parts = ((f"{step.operation}(", step.first.text, step.second.text, ")") for step in self.steps)
         return [token for part in parts for token in part] + [END]
 
     @property
     def nested(self) -> str:
-        """Nested form; steps that the last one does not use vanish, a step used twice is written twice.
+        """The nested form. It lacks the steps that the last one does not use, and repeats a step that is used twice.
 
         Raises:
             DataError: The form is longer than `MAX_NESTED_CHARS`.
@@ -148,9 +149,9 @@ class Program:
 
 
 def tokenize(text: str) -> list[str]:
-    """Cut a program's text into the official tokens, "EOF" included; any text is taken, nothing is stripped.
+    """Split any text into the official tokens, "EOF" included. Nothing is stripped.
 
-    A row name with ", ", "(" or ")" falls apart here, as it does in the official script.
+    A row name that contains ", ", "(" or ")" is split there, as in the official script.
     """
     return [token for piece in text.split(", ") for token in _TOKEN.findall(piece)] + [END]
 
@@ -158,13 +159,12 @@ def tokenize(text: str) -> list[str]:
 def extract_program(text: str) -> str:
     """Read the program from a model's free completion.
 
-    Takes the first line that holds anything, skipping the opening line of a Markdown code fence, and drops what
-    commonly surrounds a program there: white space, backticks, a full stop after the last ")". The program itself is
-    never mended, since the score is over what the model wrote: a missing parenthesis, a wrong separator or words
-    before the program stay.
+    The program is the first line that is not empty and not the opening line of a Markdown code fence. White space,
+    backticks, and a full stop after the last ")" are dropped. The program itself is never repaired, because the score
+    is about what the model wrote: a missing parenthesis, a wrong separator or words before the program stay.
 
     Returns:
-        The linear form, "" where the completion holds nothing.
+        The linear form, or "" if the completion is empty.
     """
     for raw in text.split("\n"):
         if _FENCE.fullmatch(raw):
@@ -176,9 +176,9 @@ def extract_program(text: str) -> str:
 
 
 def untokenize(tokens: Sequence[str]) -> str:
-    """Linear form of official tokens, for people; `tokenize` gives the tokens back where they are a program's.
+    """Join official tokens to the linear form, for people. A final "EOF" is left out.
 
-    Any tokens are taken. A final "EOF" is left out.
+    Any tokens are accepted. `tokenize` gives them back if they are a program.
     """
     body = tokens[:-1] if tokens and tokens[-1] == END else tokens
     text, glue = "", ""

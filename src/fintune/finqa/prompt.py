@@ -1,17 +1,15 @@
 """A page and a question as chat messages, cut to a number of tokens.
 
-The user's message is the text before the table, the table, the text after it and, last, the question; one sentence and
-one table row a line. A table row names its columns, so that a cell is found by row and column name without counting::
+The user's message is the text before the table, the table, the text after it and, last, the question. Every sentence
+and every table row has its own line. A table row names its columns, so a model finds a cell by name without counting::
 
     ( in millions )
     segment revenue | 2009: 1267 | 2008: 1356 | 2007: 1345
 
-Words that all column names share at their beginning or end are left to the header line (:func:`table_lines`).
+Words that all column names share at their beginning or end are only in the header line (:func:`table_lines`).
 
-Numbers stand as the programs of FinQA write them (``subtract(1267, 1356)``). Texts and cells are cleaned by
-`fintune.finqa.cleaning`; a row leaves out its empty cells, the page its empty sentences.
-
-Row names stay as they are, because table operations call rows by them.
+Numbers are written as in FinQA's programs (``subtract(1267, 1356)``). `fintune.finqa.cleaning` cleans texts and cells.
+Empty cells and empty sentences are left out. Row names do not change, because table operations name rows by them.
 """
 
 from __future__ import annotations
@@ -34,11 +32,11 @@ PromptCount = Callable[[Sequence[Message]], int]
 QUESTION_HEADING = "Question:"
 """The beginning of a prompt's last line."""
 COMPLETION_TOKENS = 96
-"""Room kept for the program; FinQA's longest gold needs about 90 tokens where every digit is one."""
+"""Tokens reserved for the program. FinQA's longest gold program needs about 90 if every digit is a token."""
 
 
 class TooLongError(DataError):
-    """A question that alone, with the system message and the template, does not fit."""
+    """The question alone, with the system message and the template, is too long."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +44,10 @@ class Built:
     """A prompt.
 
     Attributes:
-        messages: System message, where there is one, and the user's.
-        num_cut: Sentences and table rows that were left out.
-        kept: Units of the page that the prompt holds, in the order of the page.
-        num_tokens: Length of the prompt as ``count_prompt`` gave it.
+        messages: The system message, if there is one, and the user's message.
+        num_cut: Number of sentences and table rows that were left out.
+        kept: Units of the page in the prompt, in the order of the page.
+        num_tokens: Length of the prompt in tokens, by ``count_prompt``.
     """
 
     messages: tuple[Message, ...]
@@ -59,14 +57,14 @@ class Built:
 
 
 def prompt_budget(max_length: int, num_completion_tokens: int = 0) -> int:
-    """Tokens that a prompt may have.
+    """Return the number of tokens that a prompt may have.
 
-    The room for the completion does not depend on the gold program unless that is longer, so that the cut of a page
-    tells nothing about its answer.
+    The number of tokens that are reserved for the completion does not depend on the gold program, unless the program is
+    longer. So the cut of a page says nothing about its answer.
 
     Args:
         max_length: Tokens of prompt and completion together.
-        num_completion_tokens: Length of the completion, where it is known.
+        num_completion_tokens: Length of the completion in tokens, if it is known.
     """
     return max_length - max(min(COMPLETION_TOKENS, max_length // 4), num_completion_tokens)
 
@@ -85,14 +83,15 @@ def build_messages(
     last, and the question never.
 
     Args:
-        record: Page and question; nothing of its program, answer or evidence is read.
-        system: System message; none where empty.
-        budget: Tokens that the prompt may have.
-        count_tokens: Tokens of a text.
-        count_prompt: Tokens of rendered messages, template included; the sum over their contents where None.
+        record: The page and the question. Program, answer and evidence are not read.
+        system: The system message; if it is empty, there is none.
+        budget: Number of tokens that the prompt may have.
+        count_tokens: Function that returns the number of tokens of a text.
+        count_prompt: Function that returns the number of tokens of rendered messages, template included. If it is None,
+            the tokens of the contents are added up.
 
     Raises:
-        TooLongError: System message and question alone are longer than ``budget``.
+        TooLongError: The system message and the question alone are longer than ``budget``.
     """
 
     def measure(messages: Sequence[Message]) -> int:
@@ -125,23 +124,23 @@ def _cut(
     budget: int,
     count_tokens: TokenCount,
 ) -> tuple[set[int], tuple[Message, ...], int]:
-    """What fits, taken in ``order``; each line is counted once, then the whole prompt until it is exactly right."""
+    """Keep the lines that fit, in ``order``: first by the sum of their tokens, then by the tokens of the prompt."""
     messages = build(set())
     num_tokens = measure(messages)
     if num_tokens > budget:
         raise TooLongError(
             f"the question alone needs {num_tokens} of {budget} prompt tokens", hint="raise prompt.max_length"
         )
-    room = budget - num_tokens
+    remaining_tokens = budget - num_tokens
     taken: list[int] = []
-    # Sentences that cleaning left empty take no room, so none of them is cut.
+    # Sentences that are empty after cleaning need no tokens, so none of them is cut.
     empty = {k for k, (unit, line) in enumerate(lines) if unit.kind == "text" and not line}
     for k in order:
         if k in empty:
             continue
         cost = count_tokens(lines[k][1] + "\n")
-        if cost <= room:
-            room -= cost
+        if cost <= remaining_tokens:
+            remaining_tokens -= cost
             taken.append(k)
     while taken:
         kept = empty | set(taken)
@@ -168,11 +167,11 @@ def _page_lines(
 
 
 def table_lines(table: Sequence[Sequence[str]]) -> list[str]:
-    """One line a row, header first.
+    """Return one line for every row, header first.
 
-    A cell is written ``column: cell``. Where all columns share words at the beginning or the end (``december 31 ,
-    2009`` and ``december 31 , 2008``), the rows have the words that differ and the header line the whole names; a
-    single column is named in the header line alone.
+    A cell is written ``column: cell``. If all columns share words at the beginning or the end (``december 31 , 2009``
+    and ``december 31 , 2008``), the rows have only the words that differ, and the header line has the whole names. A
+    single column is named only in the header line.
     """
     if not table:
         return []
@@ -189,7 +188,7 @@ def table_lines(table: Sequence[Sequence[str]]) -> list[str]:
 def _labels(columns: Sequence[str]) -> list[str]:
     if len(columns) == 1:
         return [""]
-    # A bracket is one word: "( in millions )" is shared as a whole or not at all.
+    # A bracket counts as one word: "( in millions )" is shared as a whole or not at all.
     names = [re.findall(r"\([^()]*\)|\S+", column) for column in columns]
     start = _num_shared(names)
     end = _num_shared([name[start:][::-1] for name in names])
@@ -197,7 +196,7 @@ def _labels(columns: Sequence[str]) -> list[str]:
 
 
 def _num_shared(names: Sequence[Sequence[str]]) -> int:
-    """How many first words all names share, each keeping at least one word of its own."""
+    """Return how many first words all names share; every name keeps at least one word."""
     shortest = min((len(name) for name in names), default=0)
     number = 0
     while number < shortest - 1 and len({name[number] for name in names}) == 1:
@@ -206,14 +205,14 @@ def _num_shared(names: Sequence[Sequence[str]]) -> int:
 
 
 def excerpt(record: FinQARecord, keys: Collection[str]) -> str:
-    """The user's message with a part of the page: the units of these keys, and the header above any row of them.
+    """Return the user's message with a part of the page: the units of these keys, and the header if one is a row.
 
     Args:
-        record: Page and question.
-        keys: ``text_3``, ``table_1`` ...; unknown ones are left out.
+        record: The page and the question.
+        keys: Keys such as ``text_3`` and ``table_1``; unknown keys are ignored.
     """
-    wanted = {*keys, "table_0"} if any(key.startswith("table_") for key in keys) else set(keys)
-    lines = [(unit, line) for unit, line in page_lines(record) if unit.key in wanted]
+    kept = {*keys, "table_0"} if any(key.startswith("table_") for key in keys) else set(keys)
+    lines = [(unit, line) for unit, line in page_lines(record) if unit.key in kept]
     return _content(lines, clean_question(record.qa.question))
 
 
@@ -231,7 +230,7 @@ def _content(lines: Sequence[tuple[PageUnit, str]], question: str) -> str:
 
 
 def question_line(question: str) -> str:
-    """The line that asks; alone, it is a further question about a page that was shown before."""
+    """Return the line of a question; alone, it is another question about a page that an earlier message has."""
     return _question_line(clean_question(question))
 
 

@@ -1,6 +1,6 @@
-"""A program's execution told for people: each step, each operand, and where on the page it stands.
+"""The execution of a program for people: each step, each operand, and the operand's position on the page.
 
-The verdict and all values are those of `fintune.finqa.execute`; only the places are found here.
+The verdict and all values come from `fintune.finqa.execute`. Only the positions are computed here.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ class Operand:
     """One argument of a step.
 
     Attributes:
-        text: As written.
-        kind: Where it came from: a number in a table cell (it may stand in sentences, too), one that stands only in
-            sentences, a constant, an earlier step, a whole table row, or elsewhere: nowhere on the page.
-        value: The number or word; for a row, its numbers; None where it is neither.
-        cells: (row, column) of every cell that holds the number, of the whole row for a table operation; row 0 is the
-            header, column 0 the name.
-        sentences: Indices of every sentence that holds the number.
-        step: The earlier step, 0-based.
+        text: The argument as written.
+        kind: The source: a number in a table cell (and perhaps also in sentences), a number only in sentences, a
+            constant, an earlier step, a whole table row, or elsewhere, which means nowhere on the page.
+        value: The number or word; for a row, its numbers; None if it is neither.
+        cells: (row, column) of every cell that holds the number, or of the whole row for a table operation. Row 0 is
+            the header, column 0 the name.
+        sentences: Indices of all sentences that hold the number.
+        step: The 0-based earlier step.
     """
 
     text: str
@@ -42,7 +42,7 @@ class Operand:
 
 @dataclass(frozen=True)
 class TracedStep:
-    """One step: its operation, operands and result, or the reason why it has none."""
+    """One step: its operation, operands and result, or the reason why there is no result."""
 
     operation: str
     operands: tuple[Operand, ...]
@@ -52,12 +52,12 @@ class TracedStep:
 
 @dataclass(frozen=True)
 class Trace:
-    """A program's execution.
+    """The execution of a program.
 
     Attributes:
         execution: The official verdict.
         steps: Every step that was reached.
-        reason: Why there is no result, None where there is one.
+        reason: Why there is no result; None if there is one.
     """
 
     execution: Execution
@@ -66,14 +66,14 @@ class Trace:
 
 
 def trace(tokens: Sequence[str], table: Table, sentences: Sequence[str] = ()) -> Trace:
-    """Execute a program and find where its operands stand.
+    """Execute a program and find its operands on the page.
 
-    A number stands where the same digits do, whatever the sign, "$" or "%" around them: "-5.2%" is found in "( 5.2 )".
+    A number is wherever its digits are, whatever the sign, "$" or "%" around them: "-5.2%" is found in "( 5.2 )".
 
     Args:
-        tokens: Official tokens, "EOF" included.
+        tokens: The official tokens, "EOF" included.
         table: Rows of cells.
-        sentences: ``pre_text + post_text``, in whose order sentences are counted.
+        sentences: ``pre_text + post_text``; sentences are counted in this order.
     """
     ran: Run = run_program(tokens, table)
     page = _Page(table, sentences)
@@ -87,12 +87,12 @@ def trace(tokens: Sequence[str], table: Table, sentences: Sequence[str] = ()) ->
 
 
 def magnitudes(text: str) -> set[float]:
-    """Every number in a text without its sign; "1,234.5" is one."""
+    """Return all numbers of a text without their signs; "1,234.5" is one number."""
     return {float(digits.replace(",", "")) for digits in _NUMBER.findall(text)}
 
 
 class _Page:
-    """Numbers of a page by where they stand."""
+    """The positions of the numbers of a page."""
 
     def __init__(self, table: Table, sentences: Sequence[str]) -> None:
         self.cells: dict[float, list[tuple[int, int]]] = {}

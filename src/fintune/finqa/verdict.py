@@ -30,12 +30,12 @@ NUMBER = re.compile(r"-?(?:\d[\d,]*\.?\d*|\.\d+)", re.ASCII)
 
 
 def is_execution_correct(execution: Execution, exe_ans: float | str) -> bool:
-    """Whether an execution gives exactly the gold result, which has 5 decimals: the official execution verdict."""
+    """Return whether an execution gives exactly the gold result, which has 5 decimals: the official verdict."""
     return not execution.invalid and execution.result == exe_ans
 
 
 def executes_to_gold(program: str, record: FinQARecord) -> bool:
-    """Whether a program in linear form runs on the record's table and gives exactly its ``exe_ans``."""
+    """Return whether a program in linear form runs on the record's table and gives exactly its ``exe_ans``."""
     return is_execution_correct(execute(tokenize(program), record.table), record.qa.exe_ans)
 
 
@@ -201,7 +201,7 @@ def _question_type(record: FinQARecord) -> QuestionType:
 
 
 def agrees_with_answer(execution: Execution, answer: str | None) -> bool | None:
-    """Whether a result agrees with an annotator's free-text answer.
+    """Return whether a result agrees with an annotator's free-text answer.
 
     A number agrees if it is less than one unit of the answer's last digit away, since annotators round and truncate.
     An answer with "%" is compared with the result and with 100 times the result. Signs count. Units such as "million"

@@ -112,8 +112,8 @@ def test_a_small_confidence_is_not_called_none(confidence, told):
         ("It grew a lot.", "the model wrote text, not a program: It grew a lot."),
         ("The net revenue (in millions) " + 9 * "rose, ", "the model wrote text, not a program: The net revenue"),
         ("42", "the model wrote text, not a program: 42"),
-        ("foo(1, 2)", "token 1, 'foo(', is no operation"),
-        ("subtract(5829, x)", "step 1: 'x' is no number"),
+        ("foo(1, 2)", "token 1, 'foo(', is not an operation"),
+        ("subtract(5829, x)", "step 1: 'x' is not a number"),
         ("subtract, 5829, 5735)", "step 1: no '(' after the operation"),
     ],
 )

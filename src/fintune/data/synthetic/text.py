@@ -224,11 +224,11 @@ class _FillerSlots(dict[str, str]):
 
     def __init__(self, context: PageContext) -> None:
         self.rng, company, year = context.rng, context.company, context.year
-        place, other_place = self.rng.sample(phrases("company")["places"], 2)
+        site, other_site = self.rng.sample(phrases("company")["places"], 2)
         segment, other_segment = self.rng.sample(company.segments, 2)
         names = {"company": company.short_name, "ticker": company.ticker.lower(), "unit": company.unit_name}
         years = {"y": str(year), "p": str(year - 1), "q": str(year - 2), "f": str(year + 1)}
-        super().__init__(names, end=company.year_end, s=segment, s2=other_segment, g=place, g2=other_place, **years)
+        super().__init__(names, end=company.year_end, s=segment, s2=other_segment, g=site, g2=other_site, **years)
         self.most_millions = 400 if company.unit == 1_000_000 else 9
 
     def __missing__(self, key: str) -> str:

@@ -18,21 +18,21 @@ OTHER_NUMBERS = "other numbers"
 OTHER_REASON = "another reason"
 
 _REASONS = (
-    ("is no number: ", "table cell is no number"),
-    ("is no constant: ", "table cell is no number"),
+    ("is not a number: ", "table cell is no number"),
+    ("is not a constant: ", "table cell is no number"),
     ("the table has", "no such table row"),
     ("names no row", "no such table row"),
     ("the row has no cells", "no such table row"),
-    ("is no earlier step", "no such earlier step"),
-    ("is no number", "operand is no number"),
-    ("is no constant", "unknown constant"),
-    ("is no operation", "unknown operation"),
+    ("is not an earlier step", "no such earlier step"),
+    ("is not a number", "operand is no number"),
+    ("is not a constant", "unknown constant"),
+    ("is not an operation", "unknown operation"),
     ("division by zero", "division by zero"),
     ("too large", "result too large"),
     ("cannot take", "yes or no as operand"),
     ("is not ')'", "broken form"),
     ("arguments are needed", "broken form"),
-    ("'(' ", "broken form"),
+    ("'('", "broken form"),
     ("no complete step", "no complete step"),
 )
 """Parts of the reasons of `fintune.finqa.execute`, in the order of the search."""
@@ -62,7 +62,7 @@ def error_kind(verdict: Verdict) -> str:
             return "100 times off"
         return "within 1 %" if verdict.within_1_percent else _kind_by_numbers(verdict)
     reason = verdict.reason or ""
-    if reason.startswith("the result is no number"):
+    if reason.startswith("the result is not a number"):
         return "result is no number"
     return next((name for part, name in _REASONS if part in reason), OTHER_REASON)
 
