@@ -28,10 +28,10 @@ STOPS = (
     ("train", "fintune.training.checkpoints:mark_complete", 1, "SIGKILL"),
     ("train", "fintune.training.metrics:append", 1, "SIGINT"),
     ("merge", "fintune.pipeline.stages.merge:merge_folders", 1, "SIGKILL"),
-    ("merge", "fintune.pipeline.stages.merge:settle_special_tokens", 1, "SIGINT"),
+    ("merge", "fintune.pipeline.stages.merge:write_special_tokens", 1, "SIGINT"),
     ("export", "fintune.export.gguf.writer:_Worker.__call__", 3, "SIGKILL"),
-    ("export", "fintune.pipeline.stages.export:modelfile", 1, "SIGINT"),
-    ("report", "fintune.pipeline.stages.report:render", 1, "SIGKILL"),
+    ("export", "fintune.pipeline.stages.export:render_modelfile", 1, "SIGINT"),
+    ("report", "fintune.pipeline.stages.report:render_run", 1, "SIGKILL"),
     ("files", "fintune.cli.legacy.outputs:_copy_or_link", 3, "SIGKILL"),
     ("files", "fintune.cli.legacy.outputs:Output.write", 1, "SIGINT"),
 )

@@ -120,7 +120,7 @@ def test_attempts_end_where_they_are_stopped(story):
     expected += [["converted", "-", "0"]]
     assert story.attempts == expected, (story.stopped / "log.txt").read_text()
     log = (story.stopped / "log.txt").read_text()
-    assert log.count("interrupted; the same command goes on from ") == sum(stop[3] == "SIGINT" for stop in STOPS)
+    assert log.count("fintune: interrupted") == sum(stop[3] == "SIGINT" for stop in STOPS)
     assert "train: resume" in log
 
 

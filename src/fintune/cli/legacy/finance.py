@@ -113,7 +113,8 @@ def train_financial_model(flags: dict[str, Any], overrides: Sequence[str]) -> No
     if is_done and not flags["skip_quantization"]:
         modelfile = config.folder / "export" / "Modelfile"
         click.echo(f"To serve it: fintune serve {shlex.quote(str(file))}")
-        click.echo(f"To use it in Ollama: ollama create {file.stem} -f {shlex.quote(str(modelfile))}")
+        if modelfile.is_file():
+            click.echo(f"To use it in Ollama: ollama create {file.stem} -f {shlex.quote(str(modelfile))}")
 
 
 def train(flags: dict[str, Any], overrides: Sequence[str]) -> None:
