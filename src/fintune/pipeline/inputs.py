@@ -88,7 +88,7 @@ def check_publishing(config: Config) -> None:
     """Refuse what would stop the push."""
     from fintune.pipeline.stages import publish
 
-    publish.check(config)
+    publish.check_push(config)
 
 
 def check_four_bit_model(config: Config) -> None:
