@@ -23,8 +23,9 @@ from fintune.data.synthetic.query import (
 )
 
 _CHARGES = frozenset({"impairment", "restructuring", "rent", "advertising", "warranty"})
-"""Facts that lowered these lines of the accounts:"""
+"""Facts that lowered income."""
 _LOWERED = frozenset({"operating_income", "pretax_income", "gross_profit"})
+"""Lines of the accounts that these facts lowered."""
 
 
 def _ask_series(
@@ -36,7 +37,7 @@ def _ask_series(
     measures: str = "money",
     num_years: int = 2,
     years: str = "drawn",
-    form: AnswerForm | None = "number",
+    form: AnswerForm | None = None,
 ) -> Draft:
     """Ask about one quantity.
 
@@ -261,73 +262,63 @@ def _kind(make: Callable[..., Draft], *arguments: str) -> _Maker:
     return lambda query: make(query, *arguments)
 
 
-_CATALOGUE: tuple[tuple[str, tuple[int, ...], _Weights, _Maker], ...] = (
-    ("table text", (1,), 14, _series(
-        "change change change change_unit increase", "subtract(b, a)", needs="differ", measures=_ALL, form=None
+_CATALOGUE: tuple[tuple[str, str, _Weights, _Maker], ...] = (
+    ("table text", "1", 14, _series(
+        "change change change change_unit increase", "subtract(b, a)", needs="differ", measures=_ALL
     )),
-    ("table text", (1,), 32, _kind(_ask_part, "share", "divide(p, t)")),
-    ("table text", (1,), 3, _kind(_ask_part, "rest", "subtract(t, p)")),
-    ("table text", (1,), 2, _series("sum_years", "add(a, b)", needs="flow")),
-    ("table text", (1,), 2, _series("ratio_years", "divide(b, a)", needs="same_sign", measures="money count")),
-    ("table text", (1,), 0.8, _series(
+    ("table text", "1", 32, _kind(_ask_part, "share", "divide(p, t)")),
+    ("table text", "1", 3, _kind(_ask_part, "rest", "subtract(t, p)")),
+    ("table text", "1", 2, _series("sum_years", "add(a, b)", needs="flow")),
+    ("table text", "1", 2, _series("ratio_years", "divide(b, a)", needs="same_sign", measures="money count")),
+    ("table text", "1", 0.8, _series(
         "rose rose fell", "greater(b, a)", needs="differ same_sign positive", measures=_ALL, form="yes_no"
     )),
-    ("table text", (2,), 24, _series(
+    ("table text", "2", 24, _series(
         "percent_change percent_change percent_change percent_increase yearly_growth", "divide(subtract(b, a), a)",
         needs="differ same_sign", measures="money count per_share", form="percent",
     )),
-    ("table text", (2,), 3, _series("average_two", "divide(add(a, b), 2)", measures=_ALL, form=None)),
-    ("table text", (2,), 2, _series("sum_three", "add(add(a, l), b)", needs="flow", num_years=3)),
-    ("table text", (2,), 1, _series("billions", "divide(subtract(b, a), 1000)", needs="larger_unit")),
-    ("table text", (2,), 1, _series("yearly_change", "divide(subtract(b, a), n)", num_years=3, years="all")),
-    ("table text", (2,), 2, _kind(_ask_part, "share_rest", "divide(subtract(t, p), t)")),
-    ("table text", (3,), 3, _series(
-        "average_three", "divide(add(add(a, l), b), 3)", measures=_ALL, num_years=3, form=None
-    )),
-    ("table text", (4,), 1, _series(
-        "average_four", "divide(add(add(add(a, l), m), b), 4)", measures=_ALL, num_years=4, form=None
-    )),
-    ("table", (1,), 4.5, _series(
-        "table_average", "table_average(x)", needs="row", measures=_SHOWN, years="all", form=None
-    )),
-    ("table", (1,), 2.4, _series(
-        "table_max", "table_max(x)", needs="row positive", measures=_SHOWN, years="all", form=None
-    )),
-    ("table", (1,), 1.8, _series(
-        "table_min", "table_min(x)", needs="row positive", measures=_SHOWN, years="all", form=None
-    )),
-    ("table", (1,), 4.0, _series("table_sum", "table_sum(x)", needs="row flow", years="all")),
-    ("table", (3,), 0.6, _series("range", "subtract(table_max(x), table_min(x))", needs="row", years="all")),
-    ("table", (2,), 6, _series(
+    ("table text", "2", 3, _series("average_two", "divide(add(a, b), 2)", measures=_ALL)),
+    ("table text", "2", 2, _series("sum_three", "add(add(a, l), b)", needs="flow", num_years=3)),
+    ("table text", "2", 1, _series("billions", "divide(subtract(b, a), 1000)", needs="larger_unit")),
+    ("table text", "2", 1, _series("yearly_change", "divide(subtract(b, a), n)", num_years=3, years="all")),
+    ("table text", "2", 2, _kind(_ask_part, "share_rest", "divide(subtract(t, p), t)")),
+    ("table text", "3", 3, _series("average_three", "divide(add(add(a, l), b), 3)", measures=_ALL, num_years=3)),
+    ("table text", "4", 1, _series("average_four", "divide(add(add(add(a, l), m), b), 4)", measures=_ALL, num_years=4)),
+    ("table", "1", 4.5, _series("table_average", "table_average(x)", needs="row", measures=_SHOWN, years="all")),
+    ("table", "1", 2.4, _series("table_max", "table_max(x)", needs="row positive", measures=_SHOWN, years="all")),
+    ("table", "1", 1.8, _series("table_min", "table_min(x)", needs="row positive", measures=_SHOWN, years="all")),
+    ("table", "1", 4.0, _series("table_sum", "table_sum(x)", needs="row flow", years="all")),
+    ("table", "3", 0.6, _series("range", "subtract(table_max(x), table_min(x))", needs="row", years="all")),
+    ("table", "2", 6, _series(
         "roi", "divide(subtract(b, 100), 100)", measures="index", years="from_first", form="percent"
     )),
-    ("table", (4,), 2, _ask_returns),
-    ("table", (2,), 5.0, _kind(_ask_two_parts, "share_two", "divide(add(p, q), t)")),
-    ("table", (1,), 4.0, _kind(_ask_two_parts, "sum", "add(p, q)")),
-    ("table", (1,), 2.0, _kind(_ask_two_parts, "difference", "subtract(p, q)")),
-    ("table", (1,), 1.0, _kind(_ask_two_parts, "ratio", "divide(p, q)")),
-    ("table", (1,), 0.4, _kind(_ask_two_parts, "greater", "greater(p, q)")),
-    ("table", (3,), 2, _ask_share_change),
-    ("table text both", (1, 2), (12 * 0.6, 12 * 0.4, 12), _kind(_ask_pair, "divide")),
-    ("table text both", (1, 2), (5 * 0.6, 5 * 0.4, 5), _kind(_ask_pair, "add")),
-    ("table text both", (1, 2), (3 * 0.6, 3 * 0.4, 3), _kind(_ask_pair, "subtract")),
-    ("table text both", (1, 2), (0.8 * 0.6, 0.8 * 0.4, 0.8), _kind(_ask_pair, "greater")),
-    ("table text both", (3,), 1, _kind(_ask_pair_change, "share_change", "subtract(divide(x, y), divide(v, w))")),
-    ("table text both", (4,), 0.7, _kind(
+    ("table", "4", 2, _ask_returns),
+    ("table", "2", 5.0, _kind(_ask_two_parts, "share_two", "divide(add(p, q), t)")),
+    ("table", "1", 4.0, _kind(_ask_two_parts, "sum", "add(p, q)")),
+    ("table", "1", 2.0, _kind(_ask_two_parts, "difference", "subtract(p, q)")),
+    ("table", "1", 1.0, _kind(_ask_two_parts, "ratio", "divide(p, q)")),
+    ("table", "1", 0.4, _kind(_ask_two_parts, "greater", "greater(p, q)")),
+    ("table", "3", 2, _ask_share_change),
+    ("table text both", "1 2", (12 * 0.6, 12 * 0.4, 12), _kind(_ask_pair, "divide")),
+    ("table text both", "1 2", (5 * 0.6, 5 * 0.4, 5), _kind(_ask_pair, "add")),
+    ("table text both", "1 2", (3 * 0.6, 3 * 0.4, 3), _kind(_ask_pair, "subtract")),
+    ("table text both", "1 2", (0.8 * 0.6, 0.8 * 0.4, 0.8), _kind(_ask_pair, "greater")),
+    ("table text both", "3", 1, _kind(_ask_pair_change, "share_change", "subtract(divide(x, y), divide(v, w))")),
+    ("table text both", "4", 0.7, _kind(
         _ask_pair_change, "ratio_growth", "divide(subtract(divide(x, y), divide(v, w)), divide(v, w))"
     )),
-    ("table text both", (4,), 1.5, _kind(
+    ("table text both", "4", 1.5, _kind(
         _ask_pair_change, "growth_gap", "subtract(divide(subtract(x, v), v), divide(subtract(y, w), w))"
     )),
-    ("table text both", (4,), 0.7, _kind(
+    ("table text both", "4", 0.7, _kind(
         _ask_pair_change, "total_growth", "divide(subtract(add(x, y), add(v, w)), add(v, w))"
     )),
-    ("both", (1, 2), 2, _ask_without_charge),
-    ("both", (1, 2), 45, _ask_rate),
-    ("both", (2, 3), 12, _ask_product_share),
-    ("both", (2,), 6, _ask_per_piece),
-    ("text", (1, 2), 30, _ask_product),
-    ("table", (1, 2), 40, _ask_product),
+    ("both", "1 2", 2, _ask_without_charge),
+    ("both", "1 2", 45, _ask_rate),
+    ("both", "2 3", 12, _ask_product_share),
+    ("both", "2", 6, _ask_per_piece),
+    ("text", "1 2", 30, _ask_product),
+    ("table", "1 2", 40, _ask_product),
 )  # fmt: skip
 """Evidence, numbers of steps (4 means 4 and more), weight among the kinds of this evidence and length, and maker."""
 
@@ -349,7 +340,7 @@ def draw_draft(page: Page, size: Size, rng: random.Random) -> Draft | None:
     evidence, num_steps = rng.choices(lengths, [weight for weights in mixture.values() for weight in weights])[0]
     kinds: list[tuple[float, _Maker]] = []
     for evidences, steps, weights, make in _CATALOGUE:
-        if evidence in evidences.split() and num_steps in steps:
+        if evidence in evidences.split() and str(num_steps) in steps.split():
             position = evidences.split().index(evidence)
             kinds.append((weights[position] if isinstance(weights, tuple) else weights, make))
     query = Query(page, evidence, rng)

@@ -20,19 +20,13 @@ from fintune.data.synthetic.page import (
 _SCALE_WORDS = {1_000: "thousand", 1_000_000: "million", 1_000_000_000: "billion"}
 
 _SERIES_FACTS: dict[str, tuple[Measure, When, float, float]] = {
-    "rent": ("money", "flow", 0.01, 0.05),
-    "advertising": ("money", "flow", 0.01, 0.06),
-    "impairment": ("money", "flow", 0.01, 0.08),
-    "restructuring": ("money", "flow", 0.01, 0.06),
-    "pension": ("money", "flow", 0.01, 0.05),
-    "warranty": ("money", "flow", 0.005, 0.03),
-    "backlog": ("money", "stock", 0.3, 1.5),
-    "unrecognized_tax": ("money", "stock", 0.02, 0.1),
-    "employees": ("count", "stock", 120, 40_000),
-    "stores": ("count", "stock", 30, 4_000),
-    "tax_rate": ("percent", "flow", 20, 38),
-    "dividend": ("per_share", "flow", 0.2, 4),
-}
+    "rent": ("money", "flow", 0.01, 0.05), "advertising": ("money", "flow", 0.01, 0.06),
+    "impairment": ("money", "flow", 0.01, 0.08), "restructuring": ("money", "flow", 0.01, 0.06),
+    "pension": ("money", "flow", 0.01, 0.05), "warranty": ("money", "flow", 0.005, 0.03),
+    "backlog": ("money", "stock", 0.3, 1.5), "unrecognized_tax": ("money", "stock", 0.02, 0.1),
+    "employees": ("count", "stock", 120, 40_000), "stores": ("count", "stock", 30, 4_000),
+    "tax_rate": ("percent", "flow", 20, 38), "dividend": ("per_share", "flow", 0.2, 4),
+}  # fmt: skip
 """Measure and range of the facts that give one quantity for two or three years; money is a share of revenue."""
 
 
