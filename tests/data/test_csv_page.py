@@ -63,12 +63,12 @@ def test_a_row_that_is_too_long_is_counted_with_the_lines_above():
         read("Apple Inc.\nItem,2019,2018\nRevenue,1,234,1,100\nCosts,1,2\n")
 
 
-def test_a_row_that_is_too_long_for_what_is_no_header_shows_what_was_taken_for_it():
+def test_long_row_shows_supposed_header():
     told = r'in quotes: "1,250" \(row 2 was taken for the header: Acme \| Inc\.\)$'
     with pytest.raises(DataError, match=told):
         read("\nAcme, Inc.\nItem,2019,2018\nRevenue,234,100\nCosts,1,2\n")
 
 
-def test_a_row_that_is_too_long_is_counted_with_the_blank_ones_as_in_a_spreadsheet():
+def test_long_row_is_numbered_with_blank_rows():
     with pytest.raises(DataError, match=r"p\.csv, row 6: has 5 cells"):
         read('Apple Inc.\n\nItem,2019,2018\n,,\n"Net\nsum",5,6\nRevenue,1,234,1,100\nCosts,1,2\n')

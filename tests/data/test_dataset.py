@@ -92,7 +92,7 @@ def test_a_folder_may_mix_shapes_by_file_and_by_row(write, tmp_path):
         ({"id": 1, "conversation": TURNS}, {}),
     ],
 )
-def test_one_row_alone_in_a_file_is_a_row_though_it_holds_a_list_of_objects(tmp_path, indent, row, columns):
+def test_single_row_with_list_of_objects_is_a_row(tmp_path, indent, row, columns):
     (tmp_path / "one.json").write_text(json.dumps(row, indent=indent))
     (tmp_path / "wrapped.json").write_text(
         json.dumps({"title": "A set", "label": "train", "data": [row]}, indent=indent)
@@ -103,7 +103,7 @@ def test_one_row_alone_in_a_file_is_a_row_though_it_holds_a_list_of_objects(tmp_
         assert len(load_source(data, 0, 1, set(), "answers").conversations) == 1
 
 
-def test_broken_rows_are_counted_and_told_with_file_row_field_and_what_to_do(write):
+def test_broken_rows_are_counted_with_row_and_hint(write):
     path = write("x.jsonl", [qa(1), qa(2) | {"answer": ""}, qa(3), {"text": "x"}, qa(4) | {"answer": ""}])
     found = load([path], "data.eval_share=0.5")
     assert found.reports[0].dropped == {"no answer": 2, "unknown format": 1}
@@ -111,7 +111,7 @@ def test_broken_rows_are_counted_and_told_with_file_row_field_and_what_to_do(wri
     assert [problem.split(":")[0].rpartition(" ")[2] for problem in found.problems] == ["2", "4", "5"]
 
 
-def test_tool_calls_are_dropped_and_thoughts_left_out_with_a_count(write):
+def test_tool_calls_are_dropped_and_thoughts_counted(write):
     def row(number: int, **more: object) -> dict[str, object]:
         question, answer = ({"role": role, "content": f"{role} {number}"} for role in ("user", "assistant"))
         return {"messages": [question, answer | more]}
@@ -143,7 +143,7 @@ def test_with_strict_a_question_of_the_message_stays_one(write):
     assert "did you mean 'user'? Repair it, or leave out --strict" in str(caught.value)
 
 
-def test_a_source_without_a_usable_row_stops_the_run_with_the_first_reason(write):
+def test_source_without_usable_row_names_first_reason(write):
     with pytest.raises(DataError, match=r"no row can be used \(unknown format: 2\); the first: .*row 1"):
         load([write("a.jsonl", [qa(1)]), write("x.jsonl", [{"text": "x"}] * 2)])
 
@@ -172,7 +172,7 @@ def test_at_least_one_conversation_is_held_out(write):
     assert (len(found.train), len(found.eval)) == (4, 1)
 
 
-def test_where_nothing_held_out_is_usable_the_next_questions_by_the_hash_are_held_out_too_but_never_all(write):
+def test_holdout_widens_to_next_usable_question(write):
     rows = [{"question": f"What about bonds {n}?", "answer": f"Answer {k} to {n}."} for n in range(6) for k in range(2)]
     options = ["data.source=chat", f"data.sources=[{write('x.jsonl', rows)}]", "data.eval_share=0.000001"]
     data = load_config(None, options).config.data
@@ -194,7 +194,7 @@ def test_where_nothing_held_out_is_usable_the_next_questions_by_the_hash_are_hel
     assert len(divided(*everything)[1]) == 1
 
 
-def test_what_leaves_nothing_to_be_trained_on_is_told_with_its_cure(write):
+def test_nothing_to_train_on_names_fix(write):
     with pytest.raises(DataError, match="of 1 conversations none is left to be trained on: add conversations: one at"):
         load([write("x.jsonl", [qa(1)])])
     with pytest.raises(DataError, match=r"none is left to be trained on: lower data\.eval_share, which is 0\.99"):
@@ -210,7 +210,7 @@ def test_a_source_can_be_held_out_or_trained_on_whole(write):
         load([{"path": str(a), "hold_out": "none"}])
 
 
-def test_exact_and_near_duplicates_are_dropped_across_sources_and_counted_apart(write):
+def test_duplicates_are_dropped_across_sources(write):
     long = "the desk cut its duration because supply was heavy and the meeting was close , " * 3
     rows = [qa(1), qa(2), {"question": "Why?", "answer": long + "so it sold."}]
     again = [qa(2) | {"question": "WHAT  about bonds 2?"}, {"question": "Why?", "answer": long + "so it sold!"}, qa(3)]
@@ -223,7 +223,7 @@ def test_exact_and_near_duplicates_are_dropped_across_sources_and_counted_apart(
     assert load(sources, "data.duplicates=off").reports[1].dropped == {}
 
 
-def test_a_weight_repeats_or_thins_what_is_trained_and_nothing_that_is_held_out(write):
+def test_weight_repeats_or_thins_training_rows_only(write):
     paths = [write(f"{name}.jsonl", [qa(n, name) for n in range(200)]) for name in ("thin", "thick")]
     entries = [{"path": str(path), "weight": weight} for path, weight in zip(paths, (0.25, 2.5), strict=True)]
     found, plain = load(entries, "data.eval_share=0.1"), load(paths, "data.eval_share=0.1")
@@ -235,7 +235,7 @@ def test_a_weight_repeats_or_thins_what_is_trained_and_nothing_that_is_held_out(
     assert len(set(ids(found.train))) == len(found.train)
 
 
-def test_a_limit_draws_by_the_seed_and_keeps_what_it_drew_when_rows_are_moved(write):
+def test_limit_draws_by_seed_in_any_row_order(write):
     rows = [qa(n) for n in range(100)]
     path = write("x.jsonl", rows)
     drawn = {each.conversation.digest for each in _all(load([{"path": str(path), "max_rows": 10}]))}
@@ -247,7 +247,7 @@ def test_a_limit_draws_by_the_seed_and_keeps_what_it_drew_when_rows_are_moved(wr
     assert (len(few.train), len(few.eval)) == (7, 1)
 
 
-def test_a_copy_of_what_a_limit_left_out_comes_from_a_later_source(write):
+def test_copy_beyond_limit_comes_from_later_source(write):
     rows = [qa(n) for n in range(10)]
     first = {"path": str(write("a.jsonl", [*rows, *rows])), "max_rows": 2}
     found = load([first, write("b.jsonl", rows)])
@@ -266,7 +266,7 @@ def test_labels_of_files_that_are_called_the_same_differ(write, tmp_path):
         assert len(set(ids(_all(load(sources))))) == 4
 
 
-def test_paths_with_commas_between_are_several_unless_one_file_is_called_so(write, tmp_path, monkeypatch):
+def test_sources_split_at_commas_unless_file_exists(write, tmp_path, monkeypatch):
     def paths(text: str) -> list[str]:
         options = ["data.source=chat", f"data.sources={text}"]
         return [source.path for source in load_config(None, options).config.data.sources]

@@ -63,7 +63,7 @@ def test_what_is_found_is_what_comparing_every_pair_finds(similarity):
     assert [finder.find(said) for said in edited] == expected
 
 
-def test_conversations_that_differ_in_a_number_alone_are_both_kept():
+def test_conversations_with_other_numbers_are_both_kept():
     draw = random.Random(6)
     question, answer = text(draw), text(draw)
     a, b = (conversation(f"{question} in {year}?", f"{answer} {year}") for year in (2018, 2019))

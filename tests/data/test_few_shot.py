@@ -37,7 +37,7 @@ def insert(shots, question="what was the change in net revenue?", budget=10_000,
     return shots.insert(record_id, question, ASKED, budget=budget, count=words)
 
 
-def test_shots_are_turns_between_the_system_and_the_question_the_most_similar_last():
+def test_shots_come_before_question_most_similar_last():
     shots = ShotSelector(TRAIN, [], 2)
     system, *turns, asked = insert(shots)
     assert [system, asked] == ASKED
@@ -46,7 +46,7 @@ def test_shots_are_turns_between_the_system_and_the_question_the_most_similar_la
     assert shots.use.used == {"Z/2019/page_9.pdf-1": ("A/2019/page_1.pdf-1", "B/2019/page_2.pdf-1")}
 
 
-def test_a_shot_shows_its_evidence_and_the_header_but_not_the_page():
+def test_shot_shows_evidence_and_header_only():
     user, _ = ShotSelector(TRAIN, [], 1).select("what was the change in net revenue?")[0].turns
     assert user.content == (
         "in millions\nnet revenue | 2019: 120 | 2018: 100\n\nQuestion: what was the change in net revenue?"
@@ -55,7 +55,7 @@ def test_a_shot_shows_its_evidence_and_the_header_but_not_the_page():
     assert user.content == "cash was 55 in 2019 .\n\nQuestion: how much cash was there in 2019?"
 
 
-def test_golds_without_a_result_or_with_operands_from_nowhere_are_no_shots():
+def test_unusable_gold_programs_are_no_shots():
     chosen = {shot.id for shot in ShotSelector(TRAIN, [], 9).select("what was the change in net revenue? cash")}
     assert chosen == {"A/2019/page_1.pdf-1", "B/2019/page_2.pdf-1", "C/2019/page_3.pdf-1"}
 

@@ -31,7 +31,7 @@ def write(path: Path, content: object) -> Path:
     return path
 
 
-def test_plain_gzip_and_lines_give_the_same_records_whatever_the_name(tmp_path: Path) -> None:
+def test_finqa_forms_give_same_records(tmp_path: Path) -> None:
     rows = [record(f"A/{n}") for n in range(3)]
     plain = write(tmp_path / "a.json", rows)
     lines = tmp_path / "b.json"
@@ -50,7 +50,7 @@ def test_one_record_on_one_line_is_a_file_of_lines(tmp_path: Path) -> None:
     assert len(read_finqa(write(tmp_path / "a.jsonl", record())).records) == 1
 
 
-def test_a_byte_order_mark_and_a_line_separator_in_the_text_do_no_harm(tmp_path: Path) -> None:
+def test_finqa_file_with_bom_and_line_separator(tmp_path: Path) -> None:
     row = record()
     row["pre_text"] = ["one\u2028two"]
     path = tmp_path / "a.jsonl"
@@ -90,9 +90,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("row", "reason", "why"), BROKEN)
-def test_a_broken_record_is_dropped_by_reason_and_told_with_its_place(
-    tmp_path: Path, row: object, reason: str, why: str
-) -> None:
+def test_broken_record_is_dropped_with_reason_and_row(tmp_path: Path, row: object, reason: str, why: str) -> None:
     path = write(tmp_path / "a.json", [record("A/1"), row, record("A/2")])
     result = read_finqa(path)
     assert [r.id for r in result.records] == ["A/1", "A/2"]
@@ -126,7 +124,7 @@ def test_a_broken_line_is_dropped_and_the_rest_kept(tmp_path: Path) -> None:
     assert result.dropped == {"not JSON": 1}
 
 
-def test_a_file_without_any_usable_record_is_an_error_that_names_reasons_and_the_first(tmp_path: Path) -> None:
+def test_finqa_file_without_usable_record_names_reasons(tmp_path: Path) -> None:
     path = write(tmp_path / "a.json", [record("A/1", program=""), record("A/2", program=None)])
     with pytest.raises(DataError, match=r"no program: 2.*row 1, id A/1"):
         read_finqa(path)
@@ -207,7 +205,7 @@ def test_every_record_of_the_real_files_is_read(name: str, number: int) -> None:
     assert not result.dropped
 
 
-def test_the_objects_of_a_file_are_those_of_its_records_as_they_stand_there(tmp_path: Path) -> None:
+def test_read_objects_keeps_ignored_keys(tmp_path: Path) -> None:
     whole = record("A") | {"table_ori": [["X"]]}
     rows = [record("A", program=""), whole, record("A"), "no object", {"no": "id"}]
     path = write(tmp_path / "a.json", rows)

@@ -125,13 +125,13 @@ TURNS = [turn("user", ASK), turn("assistant", ANSWER)]
         ("1.0", True),
     ],
 )
-def test_an_answer_with_a_label_is_unpaired_preference_however_the_label_is_written(row, written, label):
+def test_label_spellings_make_unpaired_preference(row, written, label):
     shape, found = convert_row({**row, "label": written})
     assert (shape, found.label, found.rejected) == ("unpaired_preference", label, None)
     assert [(each.role, each.content) for each in found.messages] == QA
 
 
-def test_an_unpaired_answer_is_mapped_from_columns_of_other_names():
+def test_unpaired_answer_from_mapped_columns():
     row = {"Frage": ASK, "antwort": {"text": ANSWER}, "gut": "false", "label": "bonds"}
     columns = {"prompt": "Frage", "completion": "antwort.text", "label": "gut"}
     shape, found = convert_row(row, columns=columns)
@@ -141,13 +141,13 @@ def test_an_unpaired_answer_is_mapped_from_columns_of_other_names():
     assert (named.messages[0].content, named.label) == (f"{ASK}\n\nthe page", True)
 
 
-def test_a_named_shape_without_a_label_says_how_to_name_its_column():
+def test_named_format_without_label_suggests_column():
     with pytest.raises(BrokenRowError, match="not in the row") as caught:
         convert_row({"prompt": ASK, "completion": ANSWER, "good": True}, "unpaired_preference")
     assert (caught.value.field, "columns: {label:" in str(caught.value.hint)) == ("label", True)
 
 
-def test_an_empty_label_is_that_of_another_shape_until_labels_are_learned_from():
+def test_empty_label_is_broken_only_if_labels_are_trained():
     row = {"prompt": ASK, "completion": ANSWER, "label": ""}
     assert convert_row(row)[0] == "prompt_completion"
     with pytest.raises(BrokenRowError, match="missing or empty") as caught:
@@ -157,7 +157,7 @@ def test_an_empty_label_is_that_of_another_shape_until_labels_are_learned_from()
     assert convert_row(other, is_labelled=True)[0] == "alpaca"
 
 
-def test_a_label_that_means_something_else_is_passed_over_where_the_shape_is_named():
+def test_named_format_ignores_label_column():
     row = {"prompt": ASK, "completion": ANSWER, "label": "bonds"}
     assert convert_row(row, "prompt_completion")[1].label is None
 
@@ -197,7 +197,7 @@ def test_a_column_called_tools_beside_plain_texts_is_passed_over():
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
-def test_thoughts_in_a_field_of_their_own_are_left_out_and_counted(name):
+def test_thought_fields_are_left_out_and_counted(name):
     turns = [TURNS[0] | {name: None}, TURNS[1] | {name: "Hm."}, *TURNS, TURNS[0], TURNS[1] | {name: "Well."}]
     _, found = convert_row({"messages": turns})
     assert ([each.content for each in found.messages], found.num_thoughts) == ([ASK, ANSWER] * 3, 2)
@@ -238,13 +238,13 @@ def test_columns_of_other_names_are_mapped_and_go_into_objects():
     assert said(row, columns={"question": "Frage", "answer": "qa.antwort"}) == QA
 
 
-def test_a_mapped_column_that_is_not_there_is_answered_with_the_one_that_was_meant():
+def test_missing_mapped_column_suggests_near_name():
     with pytest.raises(BrokenRowError) as caught:
         convert_row({"Frage": ASK, "Antwort": ANSWER}, columns={"question": "Frage", "answer": "Antwrt"})
     assert (caught.value.field, caught.value.hint) == ("Antwrt", "did you mean Antwort?")
 
 
-def test_a_mapped_column_is_found_in_any_case_where_only_one_fits():
+def test_mapped_column_matches_in_any_case():
     columns = {"question": "frage", "answer": "qa.antwort"}
     assert said({"Frage": ASK, "QA": {"Antwort": ANSWER}}, columns=columns) == QA
     assert is_row({"Frage": ASK, "QA": {}}, columns)
@@ -255,7 +255,7 @@ def test_a_mapped_column_is_found_in_any_case_where_only_one_fits():
 
 
 @pytest.mark.parametrize("row", [{"Frage": "a", "Antwort": "b"}, {"question": "a", "response": "b"}])
-def test_fields_of_no_known_shape_are_named_as_the_row_writes_them(row):
+def test_unknown_format_names_fields_as_written(row):
     with pytest.raises(BrokenRowError, match=f"^the fields {', '.join(row)} are no known format$"):
         convert_row(row)
 
@@ -270,7 +270,7 @@ def test_an_empty_field_is_named_as_the_row_writes_it():
 
 
 @pytest.mark.parametrize("empty", [None, "", []])
-def test_an_empty_field_gives_way_to_its_other_name_unless_a_column_is_mapped_to_it(empty):
+def test_empty_field_yields_to_alias_unless_mapped(empty):
     _, found = convert_row({"prompt": ASK, "completion": empty, "response": ANSWER})
     assert found.messages[1].content == ANSWER
     _, found = convert_row({"prompt": ASK, "completion": ANSWER, "response": empty})
@@ -296,7 +296,7 @@ def test_a_shape_that_is_named_wins_over_the_fields():
         ({"Query": ASK, "chosen": ANSWER, "rejected": "no", "label": 1}, {"format_": "preference"}, "prompt", "Query"),
     ],
 )
-def test_a_field_of_the_named_shape_that_no_column_is_tells_of_the_columns_there_are(row, options, field, others):
+def test_missing_field_of_named_format_lists_columns(row, options, field, others):
     with pytest.raises(BrokenRowError) as caught:
         convert_row(row, **options)
     assert (caught.value.field, caught.value.why) == (field, f"not in the row, which has {others}")
@@ -311,7 +311,7 @@ def test_a_field_of_the_named_shape_that_no_column_is_tells_of_the_columns_there
         ({"conversations": [{"from": "human", "value": ASK}], "id": 1}, "messages", "messages"),
     ],
 )
-def test_a_field_that_is_empty_or_told_in_another_way_is_no_other_column(row, shape, field):
+def test_empty_field_suggests_no_other_column(row, shape, field):
     with pytest.raises(BrokenRowError, match="missing") as caught:
         convert_row(row, format_=shape)
     assert caught.value.field == field

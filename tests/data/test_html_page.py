@@ -66,7 +66,7 @@ def test_other_raised_text_is_set_apart(cell, expected):
         "<![]>",
     ],
 )
-def test_marked_sections_as_word_processors_write_them_are_passed_over(section):
+def test_html_marked_sections_are_skipped(section):
     assert read(text=f"Before. {section}</p><p>Text.</p>") == (["Before.", "Text."], "2019", "Revenue", "1,234")
     assert HtmlPage(f"<p>Text.</p><![ {section}").tables == []
 

@@ -80,7 +80,7 @@ def read(server, tmp_path):
     return read
 
 
-def test_a_split_is_read_whole_once_and_then_from_the_cache_without_a_network(read, server, tmp_path):
+def test_split_is_read_from_cache_without_network(read, server, tmp_path):
     first = read()
     assert first["num"] == NUM_ROWS
     assert first["last"]["Context"] == f"Context {NUM_ROWS - 1}, in\nlines"
@@ -103,7 +103,7 @@ def test_a_download_that_breaks_off_goes_on_where_it_stopped(read, server):
     assert "attempt 2 of 3" in found["stderr"]
 
 
-def test_a_download_that_fails_again_and_again_gives_no_row_and_the_next_run_takes_it_up(read, server):
+def test_failed_download_is_resumed_by_next_run(read, server):
     server.break_after = [30_000] * 3
     found = read()
     assert found["kind"] == "ResourceError"
@@ -166,9 +166,7 @@ NO_ROOM = f"no space for hub:{NAME}, split train in /tables: the disk is full: f
         (too_small_disk, ResourceError, NO_ROOM),
     ],
 )
-def test_what_stops_the_making_of_a_dataset_is_told_and_not_that_something_did(
-    monkeypatch, caplog, trouble, kind, told
-):
+def test_dataset_error_names_its_cause(monkeypatch, caplog, trouble, kind, told):
     import datasets
 
     def prepare() -> None:

@@ -48,7 +48,7 @@ def test_a_file_of_no_bytes_is_fetched_too(fetch, tmp_path, monkeypatch):
     assert (tmp_path / "hf" / "hub" / "datasets--FinLang--small" / "blobs" / about.etag).read_bytes() == b""
 
 
-def test_a_file_for_which_there_is_no_room_is_refused_before_it_comes(fetch, tmp_path, monkeypatch):
+def test_file_too_large_for_disk_is_refused_first(fetch, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000))
     with pytest.raises(ResourceError, match="no space for train") as caught:
         fetch()
@@ -69,7 +69,7 @@ def test_the_packages_cache_is_named_where_that_is_full(fetch, tmp_path):
 
 
 @pytest.mark.parametrize("variable", ["HF_HOME", "HF_HUB_CACHE"])
-def test_the_hubs_cache_is_named_where_that_is_full_and_holds_no_half(fetch, tmp_path, monkeypatch, variable):
+def test_full_hub_cache_is_named_and_keeps_no_part(fetch, tmp_path, monkeypatch, variable):
     monkeypatch.setenv(variable, "/somewhere")
 
     def move(source: Path, target: Path) -> None:

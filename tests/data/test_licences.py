@@ -19,7 +19,7 @@ def test_other_licences_are_not_taken_for_such(name):
     assert not is_non_commercial(name)
 
 
-def test_what_the_user_says_comes_before_what_is_known_and_that_before_the_card():
+def test_licence_of_config_wins_over_known_and_card():
     name = "FinLang/investopedia-instruction-tuning-dataset"
     assert licence_of("MIT", hub_name=name, card="x").name == "MIT"
     assert licence_of("", hub_name=name, card="x").name == "CC-BY-NC-4.0"
@@ -71,7 +71,7 @@ def test_every_folder_that_is_read_is_asked_for_its_licence(datasets, pattern, n
     assert (found.name, found.non_commercial) == (name, "nc" in name)
 
 
-def test_what_forbids_commercial_use_in_a_subfolder_binds_beside_what_stands_above_it(datasets):
+def test_licence_in_subfolder_adds_to_the_one_above(datasets):
     (datasets / "README.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
     (datasets / "own" / "README.md").unlink()
     (datasets / "own" / "LICENSE").write_text("Apache License\n", encoding="utf-8")
@@ -114,11 +114,11 @@ def test_a_card_may_name_several_licences_or_one_of_its_own(tmp_path, front, nam
         ("apache-2.0", ["Mitsui in-house, do not copy"], "mitsui-in-house-do-not-copy"),
     ],
 )
-def test_a_model_has_its_bases_licence_and_those_of_its_data_that_ask_for_more(base, data, expected):
+def test_combine_licences_keeps_base_and_binding_data(base, data, expected):
     assert combine_licences(base, data) == expected
 
 
-def test_names_are_written_as_the_hub_writes_them_and_known_where_it_knows_them():
+def test_licence_names_as_on_hub():
     assert hub_name("CC BY-NC 4.0") == "cc-by-nc-4.0"
     assert all(map(is_on_hub, ("apache-2.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "llama3.1", "gemma", "unknown")))
     assert not any(map(is_on_hub, ("llama3.2-and-cc-by-nc-4.0", "house-licence")))

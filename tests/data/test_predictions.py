@@ -5,7 +5,7 @@ import json
 from fintune.data.predictions import read_predictions
 
 
-def test_a_time_that_is_no_number_of_seconds_is_not_known_and_the_prediction_counts(tmp_path):
+def test_prediction_with_bad_seconds_counts(tmp_path):
     times = (2, 0.5, -1, "2", 10**400, float("inf"), float("nan"))
     rows = [{"id": f"r{number}", "program": "add(1, 2)", "seconds": told} for number, told in enumerate(times)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -66,7 +66,7 @@ def test_gzip_is_known_by_its_content(tmp_path):
 
 
 @pytest.mark.parametrize("mark", [",", ";", "\t", "|"])
-def test_a_table_may_use_any_usual_separator_and_cells_may_hold_line_breaks(tmp_path, mark):
+def test_csv_separators_and_line_breaks_in_cells(tmp_path, mark):
     table = write(tmp_path / "t.csv", f'question{mark}answer\n"a{mark}\nb"{mark}1\n"say ""x"""{mark}2\n')
     found = list(read_rows(table))
     assert [row.value for row in found] == [
@@ -157,7 +157,7 @@ def test_a_broken_line_is_told_without_the_parsers_own_line(tmp_path):
     assert str(found[1].value) == "not JSON (Expecting ',' delimiter, character 9)"
 
 
-def test_the_name_of_a_hub_dataset_without_its_mark_is_answered_with_it():
+def test_hub_name_without_prefix_gets_hint():
     with pytest.raises(DataError, match="is written hub:FinLang/some-set"):
         find_files("FinLang/some-set")
 
@@ -247,7 +247,7 @@ LATIN_1 = "not UTF-8 text (line {}, byte {} of it): save it as UTF-8"
         ),
     ],
 )
-def test_a_file_in_another_encoding_is_told_where_and_how_to_save_it(tmp_path, name, data, why):
+def test_other_encoding_names_line_and_hint(tmp_path, name, data, why):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(DataError) as caught:
         list(read_rows(tmp_path / name))

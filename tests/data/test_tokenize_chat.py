@@ -46,7 +46,7 @@ def trained(tokenizer, row) -> list[str]:
     return [tokenizer.decode(span) for span in spans if span]
 
 
-def test_every_answer_is_trained_with_its_end_and_the_rest_is_the_template(tokenizer):
+def test_conversation_trains_every_answer_and_its_end(tokenizer):
     done = encoder(tokenizer).encode("x", TURNS)
     (row,) = done.rows
     assert trained(tokenizer, row) == ["revenue is 12<|im_end|>", "cash is 34<|im_end|>"]
@@ -86,7 +86,7 @@ def test_turns_that_do_not_fit_are_left_out_and_counted(tokenizer):
         encoder(tokenizer, max_length=length - 1).encode("x", TURNS)
 
 
-def test_a_template_that_rewrites_earlier_turns_makes_a_row_of_each_answer(tokenizer):
+def test_rewriting_template_gives_row_per_answer(tokenizer):
     tokenizer.chat_template = THINKING
     first, second = encoder(tokenizer).encode("x", TURNS).rows
     assert (first.id, second.id) == ("x", "x/4")
@@ -96,7 +96,7 @@ def test_a_template_that_rewrites_earlier_turns_makes_a_row_of_each_answer(token
     assert second.input_ids[: len(prompt)] == prompt, "trained behind the very prompt of generation"
 
 
-def test_a_thought_of_the_data_goes_on_where_the_template_begins_one(tokenizer):
+def test_thought_continues_the_templates_own(tokenizer):
     tokenizer.chat_template = THINKING
     thought = Message(role="assistant", content="<think>\nadd both\n</think>\n\nit is 46")
     (row,) = encoder(tokenizer).encode("x", [*TURNS[:2], thought]).rows
@@ -104,7 +104,7 @@ def test_a_thought_of_the_data_goes_on_where_the_template_begins_one(tokenizer):
     assert tokenizer.decode(row.input_ids).count("<think>") == 1
 
 
-def test_an_answer_with_nothing_before_it_is_refused_and_read_where_it_is_not_trained(tokenizer):
+def test_answer_without_prompt_is_refused_if_trained(tokenizer):
     greeted = [Message(role="assistant", content="Hello."), *TURNS[1:3]]
     with pytest.raises(DataError, match="the assistant speaks first") as told:
         encoder(tokenizer).encode("x", greeted)

@@ -33,7 +33,7 @@ def tokenizer() -> Any:
     return make_tokenizer()
 
 
-def test_the_completion_is_the_program_and_only_it_and_the_end_of_turn_are_trained(tokenizer: Any) -> None:
+def test_finqa_encoder_trains_program_and_end_of_turn(tokenizer: Any) -> None:
     encoded = FinqaEncoder(tokenizer, system="Be brief.", max_length=2048).encode(make())
     (row,) = encoded.rows
     trained = [id_ for id_, mask in zip(row.input_ids, row.completion_mask, strict=True) if mask]
@@ -44,7 +44,7 @@ def test_the_completion_is_the_program_and_only_it_and_the_end_of_turn_are_train
     assert encoded.example.num_cut == 0
 
 
-def test_a_long_page_is_cut_to_the_length_and_keeps_what_the_question_names(tokenizer: Any) -> None:
+def test_long_page_is_cut_and_keeps_relevant_units(tokenizer: Any) -> None:
     record = make(num_sentences=200)
     encoded = FinqaEncoder(tokenizer, system="Be brief.", max_length=512).encode(record)
     assert len(encoded.rows[0].input_ids) <= 512
@@ -114,7 +114,7 @@ def test_every_program_of_a_page_is_trained_with_its_end_of_turn(tokenizer, reco
         assert trained(tokenizer, row) == [record.qa.program + end for record in records[first : first + 4]]
 
 
-def test_the_page_stands_once_and_every_question_after_the_answer_before_it(tokenizer, records):
+def test_shared_row_has_page_once_and_all_questions(tokenizer, records):
     row = grouped(tokenizer, records[:4])[0]
     text = tokenizer.decode(row.input_ids)
     header = " ".join(records[0].table[1][0].split())
@@ -144,7 +144,7 @@ def test_a_page_that_was_cut_for_its_question_is_not_shared(tokenizer, records):
     assert all(len(row.id.split()) == 1 for row in rows if cut & set(row.id.split()))
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_with_what_to_set(records):
+def test_shared_rows_refuse_rewriting_template(records):
     tokenizer = make_tokenizer()
     # As reasoning models do: an earlier answer is shortened once there is a later turn.
     tokenizer.chat_template = (

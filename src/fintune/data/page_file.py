@@ -30,12 +30,12 @@ _SHEETS = {".csv", ".tsv", ".txt", ".xlsx", ".xls", ".ods"}
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9\"'(])")
 _ABBREVIATION = re.compile(r"\b(?:[A-Z]|Inc|Corp|Co|Ltd|No|vs|Mr|Ms|Dr|approx|U\.S)\.$")
 _BRACKETED = re.compile(r"([$€£¥]?)\s*\(\s*([$€£¥]?)\s*(\d[\d,]*\.?\d*|\.\d+)\s*\)?\s*\)?\s*(%?)\s*\)?")
-# A footnote mark behind a loss: (5.2)*, (5.2)(a), (5.2) [1].
+# A footnote mark after a loss: (5.2)*, (5.2)(a), (5.2) [1].
 _FOOTNOTE = re.compile(
     r"(?<=[)%])(?:\s*(?:[*\u2020\u2021\u00a7\u00b6#\u00b9\u00b2\u00b3\u2070\u2074-\u2079]+"
     r"|\((?:[A-Za-z]|\d{1,2})\)|\[(?:[A-Za-z]|\d{1,2})\]))+$"
 )
-# Dashes that stand for a minus before a number, but not between two.
+# Dashes that mean a minus before a number, but not between two numbers.
 _DASH = re.compile(r"(?<![\w.%)\]])(?<![\w.%)\]]\s)[\u2012\u2013\ufe63](?=\s?[$€£¥]?\s?\.?\d)")
 _MINUS = re.compile(r"([$€£¥]?)(\s*)-\s*([$€£¥]?)\s*(?=\.?\d)")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?:,\d{3})*(?!\d))")
@@ -53,15 +53,15 @@ def read_page(
     """Read a page and put a question to it.
 
     Args:
-        path: The file; what it is, is told by its name, or by its content where the name says nothing.
-        question: What is asked; the question of a FinQA record is not read.
-        text: Sentences that stand before the table.
-        record_id: Which record of a list of several.
-        decimal: What stands before the decimals of a table's numbers; found out where None. A FinQA record has points.
+        path: The file. Its name decides its kind, or its content if the name does not.
+        question: The question; that of a FinQA record is not read.
+        text: Sentences before the table.
+        record_id: Id of the record, if the file has several.
+        decimal: Decimal separator of the table's numbers; detected if None. A FinQA record has points.
 
     Raises:
-        DataError: The file cannot be read, holds no table or several, no number, one that can be read in two ways, or
-            no records where one is asked for.
+        DataError: The file cannot be read, has no table or several, has no number or one that can be read in two ways,
+            or has no records though one is asked for.
     """
     if not question.strip():
         raise DataError("no question was asked", path=path, hint='put it last, in quotes: "What was ...?"')
@@ -113,16 +113,16 @@ def _with_numbers(page: FinQARecord, path: Path) -> FinQARecord:
 
 
 def sentences(blocks: Sequence[str]) -> list[str]:
-    """Blocks of text cut into sentences."""
-    found: list[str] = []
+    """Split blocks of text into sentences."""
+    pieces: list[str] = []
     for line in (line for block in blocks for line in block.splitlines()):
         start = 0
         for end in _SENTENCE_END.finditer(line):
             if not _ABBREVIATION.search(line[start : end.start()]):
-                found.append(line[start : end.start()])
+                pieces.append(line[start : end.start()])
                 start = end.end()
-        found.append(line[start:])
-    return [_THOUSANDS.sub("", " ".join(each.split())) for each in found if each.strip()]
+        pieces.append(line[start:])
+    return [_THOUSANDS.sub("", " ".join(piece.split())) for piece in pieces if piece.strip()]
 
 
 def _asked(question: str) -> FinQAQuestion:
@@ -184,7 +184,7 @@ def _finqa(path: Path, content: str, record_id: str | None) -> FinQARecord:
 
 
 def _no_texts(fields: Mapping[str, object]) -> Iterator[tuple[str, str]]:
-    """What is not text where FinQA has text, and what to write."""
+    """Yield what is not text in the fields in which FinQA has text, with a hint."""
     for key in ("pre_text", "post_text"):
         lines = fields[key]
         if not isinstance(lines, (list, tuple)) or not all(isinstance(line, str) for line in lines):
@@ -199,8 +199,8 @@ def _no_texts(fields: Mapping[str, object]) -> Iterator[tuple[str, str]]:
                 continue
             text = "" if cell is None else json.dumps(cell)
             kind = "a number" if isinstance(cell, (int, float)) and not isinstance(cell, bool) else "no text"
-            place = f"row {row}, column {column} of its table is {kind} ({json.dumps(cell)[:40]})"
-            yield place, f"write every cell as text: {json.dumps(text[:40])}"
+            problem = f"row {row}, column {column} of its table is {kind} ({json.dumps(cell)[:40]})"
+            yield problem, f"write every cell as text: {json.dumps(text[:40])}"
 
 
 def _near(record_id: str, names: Sequence[str]) -> str | None:
@@ -225,12 +225,12 @@ def _cell(text: str) -> str:
 
 
 class CsvPage(NamedTuple):
-    """What a file holds.
+    """The content of a CSV file.
 
     Attributes:
-        rows: Rows of cells, the header first; [] where there is no table.
+        rows: Rows of cells, the header first; empty if there is no table.
         above: Lines of one cell before the header.
-        sign: What separates the cells.
+        sign: The separator of the cells.
     """
 
     rows: list[list[str]]
@@ -242,16 +242,16 @@ def csv_page(path: Path, content: str) -> CsvPage:
     """Read a table.
 
     Args:
-        path: For messages; ``.tsv`` says that tabs separate.
-        content: The file's text. A first line ``sep=;``, as Excel writes it, says what separates.
+        path: The file, for messages. A ``.tsv`` file has tabs.
+        content: The file's text. A first line ``sep=;``, as Excel writes it, sets the separator.
 
     Raises:
         DataError: Quotes do not close, or a row is longer than the header.
     """
-    told = _SEPARATOR_LINE.match(content)
-    content = content[told.end() :] if told else content
+    separator = _SEPARATOR_LINE.match(content)
+    content = content[separator.end() :] if separator else content
     is_tsv = path.name.lower().removesuffix(".gz").endswith(".tsv")
-    sign = told[1] if told else "\t" if is_tsv else _separator(content)
+    sign = separator[1] if separator else "\t" if is_tsv else _separator(content)
     lines = csv.reader(io.StringIO(content, newline=""), delimiter=sign, strict=True, skipinitialspace=sign != "\t")
     try:
         numbered = [(number, row) for number, row in enumerate(lines, 1) if any(cell.strip() for cell in row)]
@@ -261,7 +261,7 @@ def csv_page(path: Path, content: str) -> CsvPage:
     start = _num_above(rows)
     above, table = [row[0] for row in rows[:start]], rows[start:]
     for (number, _), row in zip(numbered[start:], table, strict=True):
-        # A comma in a number would have shifted the cells behind it.
+        # A comma in a number would have shifted the cells after it.
         if sign == "," and 1 < len(table[0]) < len(row) and any(row[len(table[0]) :]):
             problem = f"has {len(row)} cells where the header has {len(table[0])}"
             head = f"row {numbered[start][0]} was taken for the header: {' | '.join(table[0])[:_HEAD_SHOWN]}"
@@ -270,7 +270,7 @@ def csv_page(path: Path, content: str) -> CsvPage:
 
 
 def _separator(content: str) -> str:
-    """The sign of which most lines hold the same number; text above the table holds others."""
+    """Return the sign that most lines have equally often. Text above the table has other numbers of it."""
     lines = [line for line in _QUOTED.sub("", content).splitlines() if line.strip()]
 
     def evenness(sign: str) -> tuple[int, int, bool]:
@@ -282,7 +282,7 @@ def _separator(content: str) -> str:
 
 
 def _num_above(rows: list[list[str]]) -> int:
-    """How many lines of one cell stand before the header; a header may have a name in its first cell alone, too."""
+    """Count the lines of one cell before the header. A header, too, may have a name in its first cell alone."""
     start = next((k for k, row in enumerate(rows) if any(row[1:])), len(rows))
     is_padded = any(len(row) > 1 for row in rows[:start])
     if is_padded and start < len(rows) and not all(map(_COLUMN_NAME.search, filter(None, rows[start][1:]))):

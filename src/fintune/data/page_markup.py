@@ -11,12 +11,12 @@ _BLOCKS = frozenset(
 )
 _HIDDEN = {"script", "style", "template", "noscript", "head"}
 _MAX_SPAN = 100
-# Raised text stands between these two of Unicode's private characters until its cell or line is whole.
+# Two of Unicode's private characters enclose raised text until its cell or line is complete.
 _RAISED, _LOWERED = "\ue000", "\ue001"
 _SIGN = r"[*\u2020\u2021\u00a7\u00b6#,;]+|\([^\W_]{1,4}\)|\[[^\[\]]{1,20}\]"
 _MARK = rf"(?:\d{{1,3}}|[A-Za-z]|{_SIGN})"
 _FOOTNOTE = rf"{_RAISED}\s*{_MARK}(?:[\s,;]+{_MARK}|{_SIGN})*\s*{_LOWERED}"
-# What stands before a stroke is the upper part of a fraction.
+# Raised text before a stroke is the upper part of a fraction.
 _FOOTNOTES = re.compile(rf"(\s*){_FOOTNOTE}(?:[\s,;]*{_FOOTNOTE})*(?!\s*[/\u2044])")
 _TIMES_TEN = re.compile(r"[\u00d7\u00b7*xX]\s*10$")
 _LEADING, _TRAILING = {"$", "€", "£", "¥", "(", "$(", "-"}, {")", "%", ")%", "%)"}
@@ -36,10 +36,10 @@ class HtmlPage(HTMLParser):
     """Reads a page; see the attributes afterwards. A table that nothing closes ends with the page.
 
     Attributes:
-        tables: Cells of every innermost table with figures, rows in order; a cell over several columns or rows stands
-            in the first one and leaves the others empty. Raised footnote marks are left out, as in the text.
+        tables: Cells of every innermost table with figures, rows in order; a cell over several columns or rows is in
+            the first one, and the others are empty. Raised footnote marks are left out, as in the text.
         before: Lines of text before the first table, its caption the last of them.
-        after: Lines of text behind it.
+        after: Lines of text after it.
     """
 
     def __init__(self, text: str) -> None:
@@ -180,15 +180,15 @@ class _Table:
 
 
 def _plain(text: str, *, is_figure: bool = False) -> str:
-    """Text in one line, without raised footnote marks behind a word; in the cell of a figure also before it."""
+    """Return text in one line, without raised footnote marks after a word. In the cell of a figure, also before it."""
 
-    def without(found: re.Match[str]) -> str:
-        before = text[: found.start()].strip()
+    def remove(match: re.Match[str]) -> str:
+        before = text[: match.start()].strip()
         if _TIMES_TEN.search(before) or not (is_figure or before):
-            return found[0]
-        return " " if found[1] or text[found.end() : found.end() + 1].isalnum() else ""
+            return match[0]
+        return " " if match[1] or text[match.end() : match.end() + 1].isalnum() else ""
 
-    whole = _FOOTNOTES.sub(without, text)
+    whole = _FOOTNOTES.sub(remove, text)
     return " ".join(whole.replace(_RAISED, " ").replace(_LOWERED, " ").split())
 
 
@@ -202,10 +202,10 @@ def _joined(table: list[list[str]]) -> list[list[str]]:
     for row in table:
         cells = list(row)
         for k, cell in enumerate(cells):
-            behind = next((n for n in range(k + 1, len(cells)) if cells[n]), None)
+            after = next((n for n in range(k + 1, len(cells)) if cells[n]), None)
             before = next((n for n in range(k - 1, 0, -1) if cells[n]), None)
-            if k and cell in _LEADING and behind is not None and any(map(str.isdigit, cells[behind])):
-                cells[k], cells[behind] = "", f"{cell} {cells[behind]}"
+            if k and cell in _LEADING and after is not None and any(map(str.isdigit, cells[after])):
+                cells[k], cells[after] = "", f"{cell} {cells[after]}"
             elif k and cell in _TRAILING and before is not None and any(map(str.isdigit, cells[before])):
                 cells[k], cells[before] = "", f"{cells[before]} {cell}"
         rows.append(cells)
@@ -226,12 +226,12 @@ def _together(rows: list[list[str]]) -> list[list[str]]:
 
 
 def has_figures(table: list[list[str]]) -> bool:
-    """Whether digits stand in a table beside its header and the names of its rows."""
+    """Whether a table has digits in other cells than its header and the names of its rows."""
     return any(any(map(str.isdigit, cell)) for row in table[1:] for cell in row[1:])
 
 
 def markdown_page(content: str) -> tuple[list[list[list[str]]], list[str], list[str]]:
-    """Read a page: its tables with figures, and the lines of text before the first of them and behind it.
+    """Read a page: its tables with figures, and the lines of text before the first of them and after it.
 
     Where no table is written with pipes, those in HTML are taken.
     """
@@ -241,8 +241,8 @@ def markdown_page(content: str) -> tuple[list[list[list[str]]], list[str], list[
         return tables, above, below
     end = content.lower().rfind("</table>")
     page = HtmlPage(content[start : end if end > start else len(content)])
-    behind = content[end + len("</table>") :] if end > start else ""
-    return page.tables, [*_lines(content[:start]), *page.before], [*page.after, *_lines(behind)]
+    rest = content[end + len("</table>") :] if end > start else ""
+    return page.tables, [*_lines(content[:start]), *page.before], [*page.after, *_lines(rest)]
 
 
 def is_markdown(content: str) -> bool:
@@ -288,4 +288,4 @@ def _without_marks(text: str) -> str:
     if _HTML.search(text) and _HTML_TABLE not in text.lower():
         page = HtmlPage(text)
         text = " ".join(page.before)
-    return _MARKS.sub(lambda found: found[1] or (_without_marks(found[2]) if found[2] else ""), text)
+    return _MARKS.sub(lambda match: match[1] or (_without_marks(match[2]) if match[2] else ""), text)

@@ -160,7 +160,7 @@ def test_a_page_is_the_id_without_the_question() -> None:
     assert page_of(FinQARecord.model_validate(row)) == "A/2009/page_0.pdf"
 
 
-def test_importing_the_stage_needs_neither_torch_nor_transformers() -> None:
+def test_prepare_imports_no_torch_or_transformers() -> None:
     heavy = "{'torch', 'transformers', 'datasets'} & set(sys.modules)"
     code = f"import sys, fintune.pipeline.stages.prepare, fintune.cli.commands.inspect; sys.exit(bool({heavy}))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -196,9 +196,7 @@ def short_sighted(model: Path, folder: Path, context: int, **config: Any) -> Pat
     return copy
 
 
-def test_rows_beyond_the_models_context_are_refused_with_the_option_and_the_length(
-    config: Config, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_prepare_refuses_rows_beyond_model_context(config: Config, tiny_model: Path, tmp_path: Path) -> None:
     model = short_sighted(tiny_model, tmp_path / "model", 200)
     asked = config.model_copy(update={"model": config.model.model_copy(update={"name": str(model)})})
     folder = tmp_path / "out"

@@ -61,7 +61,7 @@ def options(tmp_path, tiny_model) -> list[str]:
     ]
 
 
-def test_the_folder_holds_examples_pairs_and_tokens_of_every_shape(options, tmp_path):
+def test_prepared_chat_folder_has_all_formats(options, tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
     facts = prepare(load(None, options).config, {}, folder)
@@ -86,7 +86,7 @@ def test_the_folder_holds_examples_pairs_and_tokens_of_every_shape(options, tmp_
     assert any(example.messages[-1].content.startswith("Context: page") for example in made["train"])
 
 
-def test_the_report_and_the_summary_name_shapes_drops_and_the_licence_without_commercial_use(options, tmp_path):
+def test_report_names_formats_drops_and_licence(options, tmp_path):
     facts = prepare(load(None, options).config, {}, tmp_path)
     csv_path = tmp_path / "data" / "investopedia.csv"
     assert f"not for commercial use: {csv_path} (CC-BY-NC-4.0)" in facts["summary"]
@@ -99,7 +99,7 @@ def test_the_report_and_the_summary_name_shapes_drops_and_the_licence_without_co
     assert "trader_dpo_data.jsonl, row 9: " in notes
 
 
-def test_long_conversations_are_cut_to_the_turns_that_fit_and_counted(options, tmp_path):
+def test_long_conversations_are_cut_and_counted(options, tmp_path):
     whole = load(None, options).config
     prepare(whole, {}, tmp_path)
     longest = read_report(tmp_path).train.prompt_tokens.max
@@ -110,9 +110,7 @@ def test_long_conversations_are_cut_to_the_turns_that_fit_and_counted(options, t
     assert "conversations cut to fit" in "\n".join(read_report(again).notes())
 
 
-def test_where_the_held_out_conversation_does_not_fit_the_next_one_is_held_out_and_the_drop_is_counted(
-    tiny_model, tmp_path
-):
+def test_prepare_holds_out_next_if_first_is_too_long(tiny_model, tmp_path):
     rows = [{"question": f"what is {n} ?", "answer": f"it is {n}"} for n in range(6)]
     file, folder = tmp_path / "rows.jsonl", tmp_path / "out"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -139,7 +137,7 @@ def test_nothing_is_predicted_or_scored_without_gold(options):
     assert names == ["preflight", "prepare", "train", "guard", "merge", "export", "replay", "report"]
 
 
-def test_a_run_trains_on_conversations_and_reports_them_and_a_second_one_does_nothing(options, tmp_path):
+def test_chat_run_trains_reports_and_is_up_to_date(options, tmp_path):
     (tmp_path / "c.yaml").write_text(
         "train: {max_steps: 2, per_device_train_batch_size: 2, eval_steps: 1}\n", encoding="utf-8"
     )
@@ -166,7 +164,7 @@ def test_inspect_shows_a_conversation_with_its_trained_turns(options, tmp_path):
     assert "FinQA test" not in done.out
 
 
-def test_strict_stops_the_run_at_the_first_row_and_says_how_to_go_on(options, tmp_path):
+def test_strict_stops_run_at_first_row_with_hint(options, tmp_path):
     (tmp_path / "c.yaml").write_text("", encoding="utf-8")
     for verb in ("run", "prepare"):
         done = fintune(verb, tmp_path / "c.yaml", *options, "--strict")
@@ -191,7 +189,7 @@ def broken_rows(tmp_path, tiny_model, *, num_empty: int = 30) -> list[str]:
     return ["data.source=chat", f"data.sources={sources}", f"model.name={tiny_model}", f"run.dir={tmp_path}"]
 
 
-def test_every_row_that_is_not_used_is_listed_with_its_place_field_and_what_to_do(tmp_path, tiny_model):
+def test_not_used_lists_row_field_and_hint(tmp_path, tiny_model):
     (tmp_path / "c.yaml").write_text("", encoding="utf-8")
     options = broken_rows(tmp_path, tiny_model)
     done = fintune("prepare", tmp_path / "c.yaml", *options)
@@ -217,7 +215,7 @@ def test_nothing_is_listed_where_all_was_used(options, tmp_path):
     assert "in all" not in "\n".join(read_report(tmp_path).notes())
 
 
-def test_a_text_that_ends_a_turn_stops_a_strict_run_with_its_place_and_the_way_out(tmp_path, tiny_model):
+def test_end_token_stops_strict_run_with_row_and_hint(tmp_path, tiny_model):
     options = broken_rows(tmp_path, tiny_model, num_empty=0)
     with pytest.raises(DataError) as caught:
         prepare(load(None, [*options, "data.strict=true"]).config, {}, tmp_path)

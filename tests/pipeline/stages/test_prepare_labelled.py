@@ -49,9 +49,7 @@ def parquet(path: Path, rows: list[dict[str, object]]) -> Path:
 
 
 @pytest.mark.parametrize(("name", "write"), [("r.jsonl", write_rows), ("r.csv", table), ("r.parquet", parquet)])
-def test_kto_keeps_every_answer_with_its_label_behind_the_prompt_that_generation_sees(
-    tiny_model, tmp_path, name, write
-):
+def test_kto_rows_have_label_and_generation_prompt(tiny_model, tmp_path, name, write):
     rows = labelled_rows(8, 4)
     labels = {row["prompt"]: row["label"] for row in rows}
     source = write(tmp_path / name, rows)
@@ -93,7 +91,7 @@ def test_pairs_and_labelled_answers_are_learned_from_together(tiny_model, tmp_pa
     assert report.train.labels["desired"] + report.eval.labels["desired"] == 6 + 8
 
 
-def test_sft_learns_the_desired_answers_and_counts_those_left_out(tiny_model, tmp_path):
+def test_sft_trains_desired_answers_and_counts_others(tiny_model, tmp_path):
     data = write_rows(tmp_path / "d.jsonl", labelled_rows(9, 5))
     prepare(load(None, options(tiny_model, data, objective="sft")).config, {}, tmp_path)
     report = read_report(tmp_path)
@@ -107,7 +105,7 @@ def test_sft_learns_the_desired_answers_and_counts_those_left_out(tiny_model, tm
 
 
 @pytest.mark.parametrize("objective", ["dpo", "orpo"])
-def test_pairs_asked_of_labelled_answers_are_refused_with_what_learns_from_them(tiny_model, tmp_path, objective):
+def test_pairs_from_labelled_answers_suggest_kto(tiny_model, tmp_path, objective):
     data = write_rows(tmp_path / "d.jsonl", labelled_rows(3, 3))
     done = run_prepare(tmp_path, *options(tiny_model, data, objective=objective))
     assert done.status == 2
@@ -138,14 +136,14 @@ def test_labels_that_are_all_alike_are_refused_in_one_line(tiny_model, tmp_path,
     assert told in done.err.splitlines()[-1]
 
 
-def test_kto_of_rows_without_labels_or_pairs_is_refused_with_the_fields_it_needs(tiny_model, tmp_path):
+def test_kto_without_labels_or_pairs_is_refused(tiny_model, tmp_path):
     data = write_rows(tmp_path / "d.jsonl", [{"prompt": f"{n}?", "completion": f"{n}"} for n in range(3)])
     with pytest.raises(DataError, match="neither a labelled answer nor a preference pair among 3 rows") as raised:
         prepare(load(None, options(tiny_model, data)).config, {}, tmp_path)
     assert "prompt, completion and label (true or false)" in str(raised.value)
 
 
-def test_broken_labels_are_told_with_file_row_field_and_what_to_do_and_stop_a_strict_run(tiny_model, tmp_path):
+def test_broken_labels_name_row_and_stop_strict_run(tiny_model, tmp_path):
     rows = labelled_rows(8, 8)
     rows[2]["label"], rows[5]["label"] = "thumbs up", None
     data = write_rows(tmp_path / "d.jsonl", rows)
@@ -158,7 +156,7 @@ def test_broken_labels_are_told_with_file_row_field_and_what_to_do_and_stop_a_st
         prepare(load(None, [*options(tiny_model, data), "data.strict=true"]).config, {}, tmp_path)
 
 
-def test_the_same_answer_counts_once_for_each_label_and_both_stand_in_one_split(tiny_model, tmp_path):
+def test_same_answer_with_two_labels_is_kept_twice(tiny_model, tmp_path):
     rows = labelled_rows(10, 10)
     rows += [{**row, "label": not row["label"]} for row in rows[:4]] + rows[4:7]
     data = write_rows(tmp_path / "d.jsonl", rows)
@@ -182,7 +180,7 @@ def test_held_out_answers_that_are_all_alike_are_told(tiny_model, tmp_path):
     assert any(note.startswith("all held-out answers are desired") for note in notes)
 
 
-def test_of_a_long_labelled_conversation_the_oldest_turns_go_and_the_last_answer_alone_is_trained():
+def test_labelled_conversation_loses_oldest_turns():
     tokenizer = make_tokenizer()
     turns = [Message(role=role, content=f"{role} {n} cash") for n in range(4) for role in ("user", "assistant")]
 

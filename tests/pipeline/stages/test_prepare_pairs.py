@@ -35,7 +35,7 @@ def rows_of(folder: Path, split: str):
     return datasets.load_from_disk(str(folder / "tokens" / split))
 
 
-def test_both_answers_stand_behind_the_prompt_that_generation_sees(tiny_model, tmp_path):
+def test_pair_rows_have_generation_prompt(tiny_model, tmp_path):
     data = write_rows(tmp_path / "d.jsonl", pair_rows(12))
     facts = prepare(load(None, options(tiny_model, data)).config, {}, tmp_path)
     assert "eval preference pairs" in facts["summary"]
@@ -60,7 +60,7 @@ def test_both_answers_stand_behind_the_prompt_that_generation_sees(tiny_model, t
     assert facts["num_train_tokens"] == tokens
 
 
-def test_rows_that_are_no_pairs_are_counted_by_their_shape_and_told(tiny_model, tmp_path):
+def test_rows_without_pair_are_counted_by_format(tiny_model, tmp_path):
     dpo = write_rows(tmp_path / "trader_dpo_data.jsonl", [*pair_rows(12), *SFT])
     sft = write_rows(tmp_path / "trader_sft_data.jsonl", [*SFT, {"prompt": "a?", "completion": "b"}])
     prepare(load(None, options(tiny_model, dpo, sft)).config, {}, tmp_path)
@@ -84,7 +84,7 @@ def test_data_without_a_pair_is_refused_in_one_line(tiny_model, tmp_path):
     )
 
 
-def test_two_rejected_answers_to_one_chosen_are_two_pairs_and_a_repeated_pair_is_one(tiny_model, tmp_path):
+def test_pairs_differ_by_rejected_answer(tiny_model, tmp_path):
     rows = pair_rows(8)
     again = [{**rows[0], "rejected": "table_min(net income, none)"}, rows[1]]
     data = write_rows(tmp_path / "d.jsonl", [*rows, *again])
@@ -94,7 +94,7 @@ def test_two_rejected_answers_to_one_chosen_are_two_pairs_and_a_repeated_pair_is
     assert report.train.num_examples + report.eval.num_examples == 9
 
 
-def test_the_oldest_turns_go_first_and_question_and_answers_never():
+def test_pair_loses_oldest_turns_first():
     tokenizer = make_tokenizer()
     system = Message(role="system", content="You are Dana.")
     turns = [Message(role=role, content=f"{role} {n} cash") for n in range(4) for role in ("user", "assistant")]
@@ -130,14 +130,14 @@ def test_a_pair_that_is_too_long_is_dropped_and_counted(tiny_model, tmp_path):
     assert any("d.jsonl, row 11: " in problem for problem in (*report.train.problems, *report.eval.problems))
 
 
-def test_a_rejected_answer_that_ends_a_turn_inside_is_dropped_or_stops_a_strict_run(tiny_model, tmp_path):
+def test_rejected_answer_with_end_token_is_dropped(tiny_model, tmp_path):
     rows = [*pair_rows(10), {"prompt": "cash?", "chosen": "yes", "rejected": "no<|im_end|>"}]
     data = write_rows(tmp_path / "d.jsonl", rows)
     with pytest.raises(DataError, match=r"d\.jsonl, row 11: rejected: the text contains <\|im_end\|>"):
         prepare(load(None, [*options(tiny_model, data), "data.strict=true"]).config, {}, tmp_path)
 
 
-def test_asking_for_another_objective_names_what_prepare_was_made_with(tiny_model, tmp_path):
+def test_other_objective_names_prepared_one(tiny_model, tmp_path):
     data = write_rows(tmp_path / "d.jsonl", pair_rows(12))
     (tmp_path / "c.yaml").write_text("", encoding="utf-8")
     words = ["run", tmp_path / "c.yaml", *options(tiny_model, data), f"run.dir={tmp_path}", "--only", "prepare"]
@@ -147,7 +147,7 @@ def test_asking_for_another_objective_names_what_prepare_was_made_with(tiny_mode
     assert 'train.objective was "dpo" and is now "sft"' in done.err
 
 
-def test_the_longer_answer_of_a_pair_has_to_fit_the_models_context(tiny_model, tmp_path):
+def test_longer_answer_of_pair_must_fit_context(tiny_model, tmp_path):
     rows = pair_rows(12)
     rows[4]["rejected"] = "cash " * 60
     data = write_rows(tmp_path / "d.jsonl", rows)
