@@ -178,7 +178,7 @@ def test_unusable_checkout_is_refused_before_training(here, model, spoiled):
     assert not (here / "financial_lora").exists()
 
 
-def test_converter_that_lacks_a_package_is_refused_before_training(here, model):
+def test_incomplete_converter_is_refused_before_training(here, model):
     lacks = "import sys\nif '--vocab-only' in sys.argv: import sentencepeace\n"
     tools = make_checkout(here / "tools", converter=lacks + CONVERTER)
     with pytest.raises(ResourceError, match="sentencepeace"):

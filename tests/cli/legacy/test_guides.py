@@ -79,15 +79,15 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """The layout of the FinQA guide, with generated pages."""
-    place = tmp_path_factory.mktemp("finqa")
-    (place / "data").mkdir()
+    root = tmp_path_factory.mktemp("finqa")
+    (root / "data").mkdir()
     records = [
         record.model_dump(mode="json")
         for record in generate(6, pages_per_company=1, questions_per_page=1, seed=3, size="small")
     ]
     for name, part in (("train", records[:4]), ("test", records[4:])):
-        (place / "data" / f"FinQA_{name}.json").write_text(json.dumps(part), encoding="utf-8")
-    return place
+        (root / "data" / f"FinQA_{name}.json").write_text(json.dumps(part), encoding="utf-8")
+    return root
 
 
 def test_finqa_guide_runs(folder, model, monkeypatch):

@@ -44,7 +44,7 @@ class Story:
     Attributes:
         stopped: Folder in which it was stopped everywhere and then came to its end.
         whole: Folder in which it ran once, and a second time.
-        converted: A copy of it, in which a llama.cpp checkout converted anew.
+        converted: A copy of it, in which a llama.cpp checkout converted again.
         attempts: Stage, signal and exit status of each attempt.
         before: Names, times and contents of the outputs in ``whole``, and requests to the hub, before the second time.
         after: Likewise after it.

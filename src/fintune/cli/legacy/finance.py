@@ -93,7 +93,7 @@ def train_financial_model(flags: dict[str, Any], overrides: Sequence[str]) -> No
     if "q4_k_m" in file.name.lower() and kind != "Q4_K_M" and not flags["skip_quantization"]:
         say(f"{file} will hold {kind}; --gguf_q4_path sets another name")
     skipped = [stage for stage, flag in _SKIPS.items() if flags[flag]]
-    last = max((place for place, stage in enumerate(_SKIPS) if stage not in skipped), default=0)
+    last = max((index for index, stage in enumerate(_SKIPS) if stage not in skipped), default=0)
     for stage in [*_SKIPS][:last]:
         if stage in skipped and Slot(config.folder, stage).manifest() is None:
             raise ConfigError(f"--{_SKIPS[stage]}: {config.folder} has no result of {stage}", hint="leave the flag out")

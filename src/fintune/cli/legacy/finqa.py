@@ -104,7 +104,7 @@ TRAIN_DORA = make_command(train, _DORA_FLAGS, "Fine-tune a DoRA adapter on FinQA
 
 
 def _data(flags: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return the flags with the files of the data in place of their folders, and more overrides of the data."""
+    """Return the flags with the files of the data instead of their folders, and more overrides of the data."""
     train_folder, eval_folder = split_folders(flags["dataset_dir"])
     if flags["eval_dataset_dir"] is not None:
         eval_folder = split_folders(flags["eval_dataset_dir"])[0]
