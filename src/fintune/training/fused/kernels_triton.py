@@ -261,7 +261,7 @@ def unpack_program(
     HALF: tl.constexpr = BLOCK_SIZE // 2
     pair_at = tl.arange(0, HALF)
     pair = tl.load(packed + place[:, None] * HALF + pair_at[None, :], mask=known[:, None], other=0).to(tl.int32)
-    # The first number of a pair stands in the high half of the byte.
+    # The first number of a pair is in the high half of the byte.
     high = (tl.load(codes + (pair >> 4)) * step[:, None]).to(out.dtype.element_ty)
     low = (tl.load(codes + (pair & 15)) * step[:, None]).to(out.dtype.element_ty)
     at = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]

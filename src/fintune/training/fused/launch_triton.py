@@ -56,17 +56,17 @@ def split_heads(qkv: Tensor, transform: HeadTransform, cos: Tensor, sin: Tensor)
     """See ``kernels_torch.split_heads``."""
     tokens, width = cos.shape
     counts = (transform.num_heads, transform.num_key_heads, transform.num_key_heads)
-    made = [torch.empty(tokens, count, width, dtype=qkv.dtype, device=qkv.device) for count in counts]
+    outputs = [torch.empty(tokens, count, width, dtype=qkv.dtype, device=qkv.device) for count in counts]
     heads, blocks = _blocks(counts)
     kernels_triton.split_heads_program[(tokens, blocks)](
         qkv, transform.scale, transform.bias, transform.query_norm, transform.key_norm,
-        cos.contiguous(), sin.contiguous(), *made,
+        cos.contiguous(), sin.contiguous(), *outputs,
         qkv.stride(0), transform.num_heads, transform.num_key_heads, transform.eps,
         HAS_SCALE=transform.scale is not None, HAS_BIAS=transform.bias is not None,
         HAS_NORM=transform.query_norm is not None,
         WIDTH=width, HALF=triton.next_power_of_2(width // 2), HEADS=heads, num_warps=4,
     )  # fmt: skip
-    return made[0], made[1], made[2]
+    return outputs[0], outputs[1], outputs[2]
 
 
 def _blocks(counts: tuple[int, int, int]) -> tuple[int, int]:
