@@ -25,7 +25,7 @@ from fintune.inference.llama_cpp import LlamaCppEngine
 from fintune.inference.llama_requests import read_gguf_numbers
 from fintune.inference.prefix_cache import num_shared_tokens
 from fintune.inference.protocol import Decoding, sorted_by_prompt
-from fintune.models.tokenizer_check import selected_strings
+from fintune.models.tokenizer_check import probe_strings
 from fintune.records import Message
 from support.synthetic import PRE_TOKENIZERS, write_folder
 from support.tiny import patch_json
@@ -60,7 +60,7 @@ def test_llama_cpp_splits_text_as_the_tokenizer_does(tmp_path, pre):
     folder = write_folder(tmp_path / "model", num_layers=1, pre=pre)
     write_gguf(folder, {"F16": tmp_path / "m.gguf"})
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    texts = selected_strings()
+    texts = probe_strings()
     with LlamaCppEngine(tmp_path / "m.gguf", context_tokens=64, parallel=1) as engine:
         ours = engine.tokenise(texts)
     theirs = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]

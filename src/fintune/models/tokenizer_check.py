@@ -7,7 +7,6 @@ A matching pre-tokenizer name or hash is no proof, so the tokens of strings are 
 from __future__ import annotations
 
 import http.client
-import itertools
 import json
 import random
 import unicodedata
@@ -17,50 +16,8 @@ from pathlib import Path
 
 from fintune.errors import ModelError, ResourceError
 
-_FINANCE = (
-    "net revenue was $ 1,234.5 million in 2009 , compared with $ ( 832 ) million in 2008 .",
-    "subtract(5829, 5735), divide(#0, 5735)",
-    "divide(const_100, 3.75%), table_average(total assets, none)",
-    "| year ended december 31 , | 2017 | 2016 |\n| --- | ---: | ---: |\n| EBITDA | -32 ( 32 ) | 12.5% |",
-    "what was the percentage change in operating income from 2013 to 2014?",
-    "AAPL.O 52-wk high: 199.62; P/E 28.4x; yield 0.55 %; mkt cap $3.05tn",
-    "Q3'24 EPS €1.07 vs. £0.93e (+15bps), 5¼% notes due 2031",
-    "the company2019s long-term debt\t$\t 12 345 678 ,90",
-    "CUSIP 037833100 ISIN US0378331005 LEI HWUPKR0MPOU8FGXBT394",
-    "2024-09-30T16:00:00Z 1e-05 1.0E+10 0x1F #0 const_m1",
-)
-_UNICODE = (
-    "naïve Zürich Straße İstanbul café é ﬁ",
-    "日本銀行は金利を0.25％に引き上げた。",
-    "Выручка выросла на 12,3 % до 4 567 млн ₽",
-    "النمو ١٢٫٥٪ في الربع الثالث",
-    "आय ₹१२३४ करोड़",
-    "non\u00a0breaking\u202fthin\u2009spaces\u3000wide\u200bzero",
-    "½ ² ₃ Ⅷ ① 𝟙𝟚 ٣",
-    "🚀📈 to the moon 👩🏽‍💻 🇨🇭 ✓ — – … “quotes” ‘x’ don't I'LL we've",
-    "a\u0000b \u007f \ufeffbom \ufffd",
-    "\r\nline\rline\n\n\nline \n \n\t\tindent",
-)
-_SPACES = ("", " ", "  ", "   ", "\n", "\n\n", "\t", " \n ", "\r\n", "\u00a0")
-_NUMBERS = ("7", "12", "345", "1,234", "0.5", "-3.2%", "$ 99", "(1,000)", "2009", "10000000")
-_WORDS = ("the", "Revenue", "'s", ",", "#0", "==", "ß")
 _CHAT = ("<|im_start|>user\n12 %<|im_end|>\n<|im_start|>assistant\n", "text<|endoftext|>  7")
-_SHOWN = 3
-
-
-def selected_strings() -> tuple[str, ...]:
-    """Return some hundred hand-picked strings: finance prose, programs, tables, numbers, Unicode and special tokens.
-
-    They are in Unicode's composed form, like :func:`probe_strings`.
-    """
-    beside = (
-        f"{before}{space}{after}"
-        for space, (before, after) in itertools.product(
-            _SPACES,
-            [*zip(_WORDS, _NUMBERS, strict=False), *zip(_NUMBERS, _NUMBERS[::-1], strict=True), ("", "x"), ("9", "")],
-        )
-    )
-    return tuple(dict.fromkeys([*_FINANCE, *_UNICODE, *_CHAT, *filter(None, beside)]))
+_MAX_SHOWN = 3
 
 
 def check_tokenizer_against_llama_cpp(
@@ -71,7 +28,7 @@ def check_tokenizer_against_llama_cpp(
     Args:
         encode: Function from text to token ids. It adds no special tokens, but recognises those in the text.
         gguf: A file that llama.cpp can load. Only its vocabulary matters, so its weights may be tiny.
-        strings: The strings, by default :func:`selected_strings`.
+        strings: The strings, by default :func:`probe_strings` and two chat turns with special tokens.
 
     Returns:
         The number of strings.
@@ -80,12 +37,12 @@ def check_tokenizer_against_llama_cpp(
         ModelError: Some strings differ, the first of which the message shows, or llama.cpp cannot load the file.
         ResourceError: xllamacpp is not installed.
     """
-    strings = tuple(selected_strings() if strings is None else strings)
+    strings = (*probe_strings(), *_CHAT) if strings is None else tuple(strings)
     with _llama_cpp_tokenizer(gguf) as llama_encode:
         unlike = [(text, ours, theirs) for text in strings if (ours := encode(text)) != (theirs := llama_encode(text))]
     if unlike:
         shown = "; ".join(
-            f"{text!r} gives {ours[:12]}, llama.cpp {theirs[:12]}" for text, ours, theirs in unlike[:_SHOWN]
+            f"{text!r} gives {ours[:12]}, llama.cpp {theirs[:12]}" for text, ours, theirs in unlike[:_MAX_SHOWN]
         )
         raise ModelError(
             f"{len(unlike)} of {len(strings)} strings tokenise differently from llama.cpp: {shown}",

@@ -1,4 +1,4 @@
-"""``fintune guard``: fixed finance questions and FinQA pages before and after training, and what got worse."""
+"""``fintune guard``: check for forgetting on fixed finance questions and FinQA pages, before and after training."""
 
 from __future__ import annotations
 
@@ -33,21 +33,22 @@ if TYPE_CHECKING:
 FILE = "guard.json"
 _MAX_TOKENS = 100_000
 _NEW_TOKENS = 48
-"""Tokens of a program; the longest of the set needs 30 where a digit is a token."""
-_NUM_NAMED = 3
+"""Limit for a program in tokens. The longest of the set needs 30 if each digit is a token."""
+_MAX_NAMED = 3
+"""Number of prompts that the summary names."""
 
 
-class Measured(Record):
+class PromptChange(Record):
     """A prompt before and after training.
 
     Attributes:
-        id: Of the prompt.
-        group: Its group.
-        question: What is asked.
-        before: AnswerLoss of the reference answer, in nats a token.
-        after: Likewise.
-        right_before: Whether the model's own program executes to the gold result; None where none is asked for.
-        right_after: Likewise.
+        id: Id of the prompt.
+        group: Name of its group.
+        question: Text of its question.
+        before: Loss of the reference answer before training, in nats per token.
+        after: The same loss after training.
+        right_before: Whether the model's program executed to the gold result before training; None for other prompts.
+        right_after: The same after training.
     """
 
     id: str
@@ -59,16 +60,16 @@ class Measured(Record):
     right_after: bool | None = None
 
 
-class Group(Record):
-    """Prompts of one kind.
+class GroupChange(Record):
+    """All prompts of one kind, before and after training.
 
     Attributes:
         name: ``finance`` or ``statements``.
-        num_prompts: So many.
-        before: Mean loss over all tokens of the reference answers, in nats.
-        after: Likewise.
-        right_before: Programs that execute to the gold result; None where none is asked for.
-        right_after: Likewise.
+        num_prompts: Number of prompts.
+        before: Mean loss over all tokens of the reference answers before training, in nats per token.
+        after: The same loss after training.
+        right_before: Number of programs that executed to the gold result before training; None for other prompts.
+        right_after: The same after training.
     """
 
     name: str
@@ -78,8 +79,7 @@ class Group(Record):
     right_before: int | None = None
     right_after: int | None = None
 
-    def told(self) -> str:
-        """``finance 2.31 to 2.44 nats a token``."""
+    def __str__(self) -> str:
         line = f"{self.name} {self.before:.2f} to {self.after:.2f} nats a token"
         if self.right_before is None:
             return line
@@ -87,37 +87,37 @@ class Group(Record):
 
 
 class GuardReport(Record):
-    """What ``guard.json`` holds.
+    """Content of ``guard.json``.
 
     Attributes:
-        threshold: ``guard.threshold``.
-        groups: In the order of the set.
-        worse: Ids of prompts whose loss rose by more than the threshold, the most first.
-        lost: Ids of those that were answered right and no longer are.
-        prompts: All of them.
+        threshold: ``guard.threshold``, in nats per token.
+        groups: The groups, in the order of the set.
+        worse: Ids of the prompts whose loss rose by more than the threshold, the largest rise first.
+        lost: Ids of the prompts that were answered right before training and no longer are.
+        prompts: All prompts.
     """
 
     threshold: float
-    groups: tuple[Group, ...]
+    groups: tuple[GroupChange, ...]
     worse: tuple[str, ...]
     lost: tuple[str, ...]
-    prompts: tuple[Measured, ...]
+    prompts: tuple[PromptChange, ...]
 
 
 def guard(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
-    """Measure the fixed set on the base and on what was trained.
+    """Measure the fixed set on the base model and on the trained one.
 
     Args:
         config: The run.
-        inputs: Needs ``train``.
+        inputs: Folder of ``train``.
         folder: Gets ``guard.json``.
 
     Returns:
-        The groups' figures, and the prompts that got worse.
+        The figures of the groups, and the prompts that got worse.
 
     Raises:
         FintuneError: A group's loss rose by more than ``guard.max_rise``.
-        ModelError: The base model or what was trained cannot be loaded.
+        ModelError: The base model or the trained one cannot be loaded.
         ResourceError: Memory ran out.
     """
     import torch
@@ -127,7 +127,7 @@ def guard(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
     tokenizer = models.load_tokenizer(ref, trust_remote_code=config.model.trust_remote_code)
     prompts = regression_prompts()
     rows = _rows(tokenizer, prompts)
-    with advice_on_memory(_less_memory(config, prompts), during="asking the guard's prompts"):
+    with advice_on_memory(_memory_hint(config, prompts), during="asking the guard's prompts"):
         model: PreTrainedModel | PeftModel = _load(config, ref)
         before = _measure(config, model, tokenizer, prompts, rows, "before")
         whole = full_model_folder(inputs["train"])
@@ -160,12 +160,12 @@ def _load(config: Config, ref: models.ModelFolder) -> PreTrainedModel:
 
 
 def _rows(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[RegressionPrompt]) -> list[TokenRow]:
-    """Each prompt with its reference answer, as training would encode it."""
+    """Encode each prompt with its reference answer, as training would."""
     encoder = ConversationEncoder(tokenizer, system="", train_on="last", max_length=_MAX_TOKENS)
     rows: list[TokenRow] = []
-    for each in prompts:
-        turns = [*each.messages, Message(role="assistant", content=each.answer)]
-        rows += encoder.encode(each.id, turns).rows
+    for prompt in prompts:
+        turns = [*prompt.messages, Message(role="assistant", content=prompt.answer)]
+        rows += encoder.encode(prompt.id, turns).rows
     return rows
 
 
@@ -177,24 +177,24 @@ def _measure(
     rows: Sequence[TokenRow],
     when: str,
 ) -> tuple[list[AnswerLoss], dict[str, bool]]:
-    """AnswerLoss of every reference answer, and which pages' questions the model answers right, by id."""
-    each_row = track([(row.input_ids, row.completion_mask) for row in rows], f"guard {when} training", len(rows))
-    losses = list(answer_losses(model, each_row))
-    asked = [(each, each.record) for each in prompts if each.record is not None]
-    language_model = wrap_model(model, tokenizer, batch_size=min(config.predict.batch_size, len(asked)))
-    answers = language_model.complete([each.messages for each, _ in asked], Decoding(_NEW_TOKENS))
-    right = {
-        each.id: GoldQuestion(each.messages, record).is_correct(completion.text)
-        for (each, record), completion in zip(asked, sorted_by_prompt(answers), strict=True)
+    """Return the loss of every reference answer, and which questions about pages are answered right, by id."""
+    tracked = track([(row.input_ids, row.completion_mask) for row in rows], f"guard {when} training", len(rows))
+    losses = list(answer_losses(model, tracked))
+    questions = [(prompt, prompt.record) for prompt in prompts if prompt.record is not None]
+    language_model = wrap_model(model, tokenizer, batch_size=min(config.predict.batch_size, len(questions)))
+    answers = language_model.complete([prompt.messages for prompt, _ in questions], Decoding(_NEW_TOKENS))
+    is_right = {
+        prompt.id: GoldQuestion(prompt.messages, record).is_correct(completion.text)
+        for (prompt, record), completion in zip(questions, sorted_by_prompt(answers), strict=True)
     }
-    return losses, right
+    return losses, is_right
 
 
-def _less_memory(config: Config, prompts: Sequence[RegressionPrompt]) -> str:
-    # Its prompts are fixed, and it loads the model as training did.
-    num_together = min(config.predict.batch_size, sum(each.record is not None for each in prompts))
+def _memory_hint(config: Config, prompts: Sequence[RegressionPrompt]) -> str:
+    # The prompts are fixed, and the model is loaded as training loaded it.
+    num_together = min(config.predict.batch_size, sum(prompt.record is not None for prompt in prompts))
     smaller = f"set predict.batch_size={num_together // 2}, or " if num_together > 1 else ""
-    return f"{smaller}go on without it (guard.enabled=false)"
+    return f"{smaller}continue without it (guard.enabled=false)"
 
 
 def _report(
@@ -203,55 +203,55 @@ def _report(
     after: tuple[list[AnswerLoss], dict[str, bool]],
     threshold: float,
 ) -> GuardReport:
-    measured = [
-        Measured(
-            id=each.id,
-            group=each.group,
-            question=each.messages[-1].content if each.record is None else each.record.qa.question,
-            before=was.mean,
-            after=now.mean,
-            right_before=before[1].get(each.id),
-            right_after=after[1].get(each.id),
+    changes = [
+        PromptChange(
+            id=prompt.id,
+            group=prompt.group,
+            question=prompt.messages[-1].content if prompt.record is None else prompt.record.qa.question,
+            before=loss_before.mean,
+            after=loss_after.mean,
+            right_before=before[1].get(prompt.id),
+            right_after=after[1].get(prompt.id),
         )
-        for each, was, now in zip(prompts, before[0], after[0], strict=True)
+        for prompt, loss_before, loss_after in zip(prompts, before[0], after[0], strict=True)
     ]
     groups = []
-    for name in dict.fromkeys(each.group for each in prompts):
-        places = [place for place, each in enumerate(prompts) if each.group == name]
-        programs = [measured[place] for place in places if measured[place].right_before is not None]
+    for name in dict.fromkeys(prompt.group for prompt in prompts):
+        indices = [index for index, prompt in enumerate(prompts) if prompt.group == name]
+        programs = [changes[index] for index in indices if changes[index].right_before is not None]
         groups.append(
-            Group(
+            GroupChange(
                 name=name,
-                num_prompts=len(places),
-                before=_mean([before[0][place] for place in places]),
-                after=_mean([after[0][place] for place in places]),
-                right_before=sum(bool(each.right_before) for each in programs) if programs else None,
-                right_after=sum(bool(each.right_after) for each in programs) if programs else None,
+                num_prompts=len(indices),
+                before=_mean_loss([before[0][index] for index in indices]),
+                after=_mean_loss([after[0][index] for index in indices]),
+                right_before=sum(bool(change.right_before) for change in programs) if programs else None,
+                right_after=sum(bool(change.right_after) for change in programs) if programs else None,
             )
         )
-    rises = sorted(measured, key=lambda each: each.before - each.after)
+    by_rise = sorted(changes, key=lambda change: change.before - change.after)
     return GuardReport(
         threshold=threshold,
         groups=tuple(groups),
-        # A loss that is no number any more is above every threshold.
-        worse=tuple(each.id for each in rises if not each.after - each.before <= threshold),
-        lost=tuple(each.id for each in measured if each.right_before and not each.right_after),
-        prompts=tuple(measured),
+        # A loss of NaN is above every threshold.
+        worse=tuple(change.id for change in by_rise if not change.after - change.before <= threshold),
+        lost=tuple(change.id for change in changes if change.right_before and not change.right_after),
+        prompts=tuple(changes),
     )
 
 
-def _mean(losses: Sequence[AnswerLoss]) -> float:
-    return sum(each.total for each in losses) / sum(each.num_tokens for each in losses)
+def _mean_loss(losses: Sequence[AnswerLoss]) -> float:
+    return sum(loss.total for loss in losses) / sum(loss.num_tokens for loss in losses)
 
 
 def _summary(report: GuardReport) -> str:
-    told = "; ".join(group.told() for group in report.groups)
+    groups = "; ".join(map(str, report.groups))
     if not report.worse and not report.lost:
-        return f"{told}; no prompt got worse by more than {report.threshold:g}"
-    named = ", ".join(report.worse[:_NUM_NAMED]) + (" ..." if len(report.worse) > _NUM_NAMED else "")
-    lost = f"; no longer right: {', '.join(report.lost[:_NUM_NAMED])}" if report.lost else ""
+        return f"{groups}; no prompt got worse by more than {report.threshold:g}"
+    names = ", ".join(report.worse[:_MAX_NAMED]) + (" ..." if len(report.worse) > _MAX_NAMED else "")
+    lost = f"; no longer right: {', '.join(report.lost[:_MAX_NAMED])}" if report.lost else ""
     worse = f"{len(report.worse)} of {len(report.prompts)} prompts worse by more than {report.threshold:g}"
-    return f"{told}; {worse}{f' ({named})' if named else ''}{lost}"
+    return f"{groups}; {worse}{f' ({names})' if names else ''}{lost}"
 
 
 def _judge(report: GuardReport, max_rise: float | None) -> None:
