@@ -9,14 +9,14 @@ import sys
 
 import pytest
 
-from fintune.cli.extras import EXTRAS, not_installed
+from fintune.cli.main import EXTRAS, missing_extra
 from support.paths import ROOT
 
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 LIGHT = """
 import contextlib, io, json, sys
-from fintune.cli.extras import EXTRAS
+from fintune.cli.main import EXTRAS
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
@@ -74,4 +74,4 @@ def test_every_library_of_an_extra_is_known():
 
 @pytest.mark.parametrize("name", ["fintune.nothing", "sympy", None])
 def test_any_other_module_that_is_missing_is_a_bug(name):
-    assert not_installed(ModuleNotFoundError("No module", name=name)) is None
+    assert missing_extra(ModuleNotFoundError("No module", name=name)) is None

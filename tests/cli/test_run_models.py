@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from fintune.cli.run_models import model_of
+from fintune.cli.common import resolve_run_model
 from fintune.errors import ArtifactError, ModelError
 from support import finished_step
 from support.command import fintune
@@ -31,22 +31,22 @@ def run(tmp_path):
 def test_a_run_stands_for_its_gguf_or_else_for_what_was_merged(run, capsys):
     (run / "merge").mkdir()
     (run / "merge" / "config.json").write_text("{}")
-    assert model_of(str(run)) == (str(run / "merge"), ['prompt.system="Answer it."'])
+    assert resolve_run_model(str(run)) == (str(run / "merge"), ['prompt.system="Answer it."'])
     (run / "export").mkdir()
     (run / "export" / "chat-Q4_K_M.gguf").write_bytes(b"GGUF")
     finish(run / "export", file_bytes={"Q4_K_M": 4})
-    assert model_of(str(run))[0] == str(run / "export" / "chat-Q4_K_M.gguf")
+    assert resolve_run_model(str(run))[0] == str(run / "export" / "chat-Q4_K_M.gguf")
     with pytest.raises(ModelError, match="is a run's folder, which takes no adapter"):
-        model_of(str(run), with_adapter=True)
+        resolve_run_model(str(run), with_adapter=True)
 
 
 def test_a_run_on_conversations_is_told_to_answer_no_questions_about_pages(run, capsys):
     (run / "merge").mkdir()
     (run / "merge" / "config.json").write_text("{}")
-    model_of(str(run))
+    resolve_run_model(str(run))
     assert "trained on" not in capsys.readouterr().err
     finished_step.finish(run / "prepare", options={"data.source": "chat"})
-    assert model_of(str(run))[0] == str(run / "merge")
+    assert resolve_run_model(str(run))[0] == str(run / "merge")
     told = [line for line in capsys.readouterr().err.splitlines() if "trained on" in line]
     assert told == [
         f"  {run} was trained on conversations, not on programs: its answers here mean little; "
@@ -57,16 +57,16 @@ def test_a_run_on_conversations_is_told_to_answer_no_questions_about_pages(run, 
 def test_a_run_without_a_model_and_an_adapter_alone_say_how_they_are_named(run):
     adapter = run / "train" / "adapter"
     with pytest.raises(ArtifactError, match=f"no merged or exported model: .* acme/base --adapter {adapter}"):
-        model_of(str(run))
+        resolve_run_model(str(run))
     with pytest.raises(
         ModelError, match=f"holds an adapter, not a model: name its base: acme/base --adapter {adapter}"
     ):
-        model_of(str(adapter))
+        resolve_run_model(str(adapter))
 
 
 def test_other_names_stay(tmp_path, tiny_model):
     for name in ("acme/base", "builtin:smollm2-135m", "http://x/v1#m", str(tmp_path), str(tiny_model)):
-        assert model_of(name) == (name, [])
+        assert resolve_run_model(name) == (name, [])
 
 
 def test_the_commands_say_which_model_they_took(run, tiny_model, tmp_path):

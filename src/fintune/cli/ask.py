@@ -1,40 +1,75 @@
-"""``fintune ask``, a command of :mod:`fintune.cli.main`."""
+"""``fintune ask``: one question about one page, with the program, its steps and where its numbers come from."""
 
 from __future__ import annotations
 
 import json as json_format
+import math
+import re
+import shlex
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+from rich.console import Console
+
+from fintune.cli.common import (
+    FILE,
+    candidates_option,
+    engine_option,
+    four_bit_option,
+    page_mode_option,
+    predict_overrides,
+    resolve_run_model,
+    strategy_option,
+)
+from fintune.config import PredictOptions, PromptOptions
+from fintune.config.load import load
+from fintune.data.files import read_whole_text
+from fintune.data.page_file import read_page
+from fintune.errors import ModelError, PromptError
+from fintune.finqa.page import page_units
+from fintune.finqa.program import OPERATIONS, tokenize
+from fintune.finqa.prompt import build_messages, prompt_budget
+from fintune.finqa.trace import Operand, Trace, trace
+from fintune.inference.decoding_strategies import choose_prediction, decoding_from_options, make_grammars
+from fintune.inference.generate import memory_hint
+from fintune.inference.open_model import ModelSpec, open_model
+from fintune.inference.protocol import sorted_by_prompt
+from fintune.records import Candidate, FinQARecord
+from fintune.report.answer_text import answer_lines, confidence_line
+from fintune.util.memory import advice_on_memory
 
 if TYPE_CHECKING:
     from fintune.data.decimal_commas import Mark
     from fintune.inference.open_model import EngineChoice
 
-CONSTRAIN = click.Choice(["none", "general", "page"])
-STRATEGY = click.Choice(["greedy", "sample", "execution_guided", "vote"])
-DECIMAL = click.Choice(["point", "comma"])
-ENGINES = click.Choice(["auto", "transformers", "llama.cpp", "vllm", "openai"])
+_CALL = re.compile(r"\w+\(")
+_LONGEST_TEXT = 80
 
 
-@click.command()
+@click.command("ask")
 @click.argument("model")
 @click.argument("question")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--page", type=click.Path(path_type=Path), metavar="FILE", help="What it is about.  [required]")
-@click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="Text that goes before the page's own.")
-@click.option("--id", "record_id", metavar="ID", help="Which record, where the page is a FinQA file of several.")
-@click.option("--decimal", type=DECIMAL, help="What stands before the decimals of a table; else found out.")
-@click.option("--adapter", type=click.Path(path_type=Path), metavar="DIR", help="PEFT adapter of the model.")
-@click.option("--engine", type=ENGINES, default="auto", show_default=True, help="What runs the model; auto: its name.")
-@click.option("--load-in-4bit", is_flag=True, help="Quantise the weights while they load (bitsandbytes).")
-@click.option("--constrain", type=CONSTRAIN, help="Write only programs; `page`: of this page's numbers and rows.")
-@click.option("--strategy", type=STRATEGY, help="How the answer is chosen, as predict.strategy.")
-@click.option("--num-candidates", type=int, metavar="N", help="Completions, for execution_guided and vote.")
-@click.option("--config", type=click.Path(path_type=Path), metavar="CONFIG", help="Options of the run that trained it.")
-@click.option("--json", is_flag=True, help="One JSON object instead of text.")
-def ask(
+@click.option("--page", type=FILE, metavar="FILE", help="Page that the question is about.  [required]")
+@click.option("--text", type=FILE, metavar="FILE", help="Text file to put before the page's own text.")
+@click.option("--id", "record_id", metavar="ID", help="Id of the record, if the page is a FinQA file of several.")
+@click.option(
+    "--decimal",
+    type=click.Choice(["point", "comma"]),
+    help="Decimal separator used in the table (default: detect).",
+)
+@click.option("--adapter", type=FILE, metavar="DIR", help="PEFT adapter of the model.")
+@engine_option
+@four_bit_option
+@page_mode_option
+@strategy_option
+@candidates_option
+@click.option("--config", type=FILE, metavar="CONFIG", help="Configuration of the run that trained the model.")
+@click.option("--json", is_flag=True, help="Print one JSON object instead of text.")
+def ask_command(
     model: str,
     question: str,
     overrides: tuple[str, ...],
@@ -53,48 +88,242 @@ def ask(
 ) -> None:
     """Answer a question about a page, and show the program and the cells and sentences that it uses.
 
-    MODEL is a folder, a hub id, builtin:smollm2-135m, a GGUF file, a run's folder (its GGUF, else what was merged), or
-    the address of an OpenAI-compatible server: http://127.0.0.1:8080/v1#NAME. The page is a FinQA record (JSON), a CSV
-    table, or an HTML or Markdown page with one table. What is not on the page is marked ungrounded.
+    MODEL is a folder, a hub id, builtin:smollm2-135m, a GGUF file, a run's folder (its GGUF file, else its merged
+    model), or the address of an OpenAI-compatible server: http://127.0.0.1:8080/v1#NAME. The page is a FinQA record
+    (JSON), a CSV table, or an HTML or Markdown page with one table. Numbers that are not on the page are marked as
+    ungrounded. The exit status is 1 if there is no answer.
     """
-    from fintune.cli.commands.ask import ask as stage
-    from fintune.cli.run_models import model_of
-    from fintune.config.load import load
-    from fintune.data.files import read_whole_text
-    from fintune.data.page_file import read_page
-    from fintune.inference.open_model import ModelSpec
-    from fintune.report.answer_text import answer_lines, confidence_line
-
     if page is None:
-        free = "for free chat: fintune serve MODEL.gguf"
-        raise click.UsageError(f"ask is about a page, and none is named; give --page FILE, or {free}")
-    flags = {"constrain": constrain, "strategy": strategy, "num_candidates": num_candidates}
-    given = [f"predict.{name}={value}" for name, value in flags.items() if value is not None]
-    model, of_run = model_of(model, with_adapter=adapter is not None)
-    options = load(config, (*(of_run if config is None else ()), *overrides, *given)).config
+        raise click.UsageError(
+            f"ask needs a page: give --page FILE. To chat without a page: fintune serve {shlex.quote(model)}"
+        )
+    flags = predict_overrides(constrain, strategy, num_candidates)
+    model, run_options = resolve_run_model(model, with_adapter=adapter is not None)
+    options = load(config, (*(run_options if config is None else ()), *overrides, *flags)).config
     spec = ModelSpec.from_options(model, options, adapter=adapter, engine=engine, load_in_4bit=load_in_4bit)
     spec.engine_name  # noqa: B018 - refuses what does not go together, before the page is read
     more = read_whole_text(text, hint="give plain text") if text is not None else ""
     record = read_page(page, question, text=more, record_id=record_id, decimal=decimal)
-    answer = stage(record, spec, options.prompt, options.predict)
+    answer = answer_question(record, spec, options.prompt, options.predict)
     if json:
         click.echo(json_format.dumps(answer.as_json(), ensure_ascii=False, indent=2, allow_nan=False))
-        return
-    from rich.console import Console
+    else:
+        _print_answer(answer, options.predict)
+    if answer.result is None:
+        sys.exit(1)
 
+
+def _print_answer(answer: Answer, options: PredictOptions) -> None:
     out = Console()
     lines = answer_lines(
-        record, answer.program, answer.traced, answer.result, answer.elsewhere, has_only_constants=answer.of_constants
+        answer.record,
+        "" if answer.is_text else answer.program,
+        answer.traced,
+        answer.result,
+        answer.elsewhere,
+        has_only_constants=answer.has_only_constants,
     )
     for line in lines:
         out.print(line, soft_wrap=True)
-    out.print(
-        confidence_line(answer.confidence, [each.result for each in answer.candidates], answer.result), soft_wrap=True
-    )
-    if options.predict.num_fewshot:
-        click.echo("fintune: predict.num_fewshot is not read here: no solved questions were shown", err=True)
+    results = [candidate.result for candidate in answer.candidates]
+    out.print(confidence_line(answer.confidence, results, answer.result), soft_wrap=True)
+    if options.num_fewshot:
+        click.echo("fintune: ask ignores predict.num_fewshot: it shows no solved questions", err=True)
     if answer.num_cut:
         click.echo(f"fintune: {answer.num_cut} sentences and rows did not fit prompt.max_length", err=True)
     if answer.finish_reason == "length":
-        limit = options.predict.max_new_tokens
+        limit = options.max_new_tokens
         click.echo(f"fintune: the completion was cut off at predict.max_new_tokens={limit}", err=True)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer of a model.
+
+    Attributes:
+        record: The page and the question.
+        text: The completion.
+        program: The program in the completion, "" if there is none.
+        traced: Execution of the program.
+        finish_reason: "length" if the completion was cut off.
+        confidence: See :class:`fintune.records.Prediction`.
+        candidates: All completions, if there were several.
+        engine: Name of the engine.
+        num_cut: Sentences and table rows that did not fit the prompt.
+        num_prompt_tokens: Length of the prompt.
+        seconds: Time of the completion.
+    """
+
+    record: FinQARecord
+    text: str
+    program: str
+    traced: Trace
+    finish_reason: str
+    confidence: float | None
+    candidates: tuple[Candidate, ...]
+    engine: str
+    num_cut: int
+    num_prompt_tokens: int
+    seconds: float
+
+    @property
+    def result(self) -> float | str | None:
+        """Result of the program, or None."""
+        execution = self.traced.execution
+        has_result = not execution.invalid and self.traced.reason is None
+        return execution.result if has_result else None
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the completion is plain text instead of a program."""
+        return _is_text(self.program, self.traced)
+
+    @property
+    def elsewhere(self) -> tuple[Operand, ...]:
+        """Operands that are not on the page."""
+        return tuple(
+            operand
+            for step in self.traced.steps
+            for operand in step.operands
+            if operand.kind == "elsewhere" and operand.value is not None
+        )
+
+    @property
+    def has_only_constants(self) -> bool:
+        """Whether the program uses constants only."""
+        kinds = {operand.kind for step in self.traced.steps for operand in step.operands}
+        return bool(kinds) and kinds <= {"constant", "step"}
+
+    @property
+    def grounded(self) -> bool:
+        """Whether there is an answer that uses only numbers of the page and constants."""
+        return self.result is not None and not self.elsewhere and not self.has_only_constants
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything as JSON values. Infinite numbers, which JSON cannot express, become text."""
+        sentences = (*self.record.pre_text, *self.record.post_text)
+        operands = [operand for step in self.traced.steps for operand in step.operands]
+        cells = sorted({cell for operand in operands for cell in operand.cells})
+        texts = sorted({index for operand in operands for index in operand.sentences})
+        values = {
+            "question": self.record.qa.question,
+            "answer": self.result,
+            "grounded": self.grounded,
+            "ungrounded_operands": [operand.text for operand in self.elsewhere],
+            "reason": self.traced.reason,
+            "confidence": self.confidence,
+            "program": self.program,
+            "steps": [
+                {
+                    "operation": step.operation,
+                    "operands": [_operand(operand) for operand in step.operands],
+                    "value": _json_value(step.value),
+                    "reason": step.reason,
+                }
+                for step in self.traced.steps
+            ],
+            "cells": [{"row": row, "column": column, "text": self.record.table[row][column]} for row, column in cells],
+            "sentences": [{"index": index, "text": sentences[index]} for index in texts],
+            "candidates": [candidate.model_dump(mode="json") for candidate in self.candidates],
+            "text": self.text,
+            "finish_reason": self.finish_reason,
+            "engine": self.engine,
+            "num_cut": self.num_cut,
+            "num_prompt_tokens": self.num_prompt_tokens,
+            "seconds": round(self.seconds, 3),
+        }
+        return {name: _finite(value) for name, value in values.items()}
+
+
+def answer_question(record: FinQARecord, spec: ModelSpec, prompt: PromptOptions, options: PredictOptions) -> Answer:
+    """Ask a model a question about a page.
+
+    Args:
+        record: The page with the question. No other field of ``qa`` is read.
+        spec: The model.
+        prompt: System message and maximum length of the prompt.
+        options: How tokens and candidates are chosen.
+
+    Raises:
+        ModelError: The model cannot be used with these options, or page and question do not fit its context.
+        ResourceError: A package, the hub or a server is missing, or memory ran out.
+        DataError: The question alone is longer than ``prompt.max_length``.
+    """
+    grammars = make_grammars(options, [record])
+    hint = memory_hint(
+        min(options.batch_size, options.num_candidates),
+        prompt.max_length,
+        "add --load-in-4bit" if spec.can_load_in_4bit else None,
+    )
+    with advice_on_memory(hint, during=f"asking {spec.name}"):
+        model = open_model(spec)
+        try:
+            built = build_messages(
+                record,
+                system=prompt.system,
+                budget=prompt_budget(prompt.max_length),
+                count_tokens=model.count_text_tokens,
+                count_prompt=model.count_tokens,
+            )
+            completions = sorted_by_prompt(model.complete([built.messages], decoding_from_options(options, grammars)))
+        except PromptError as error:
+            raise ModelError(f"the page with its question{error.problem}", hint=error.hint) from None
+        finally:
+            model.close()
+    predicted = choose_prediction(record.id, completions, options, record.table, grammars[0] if grammars else None)
+    sentences = [unit.text for unit in page_units(record) if unit.kind == "text"]
+    return Answer(
+        record=record,
+        text=predicted.text,
+        program=predicted.program,
+        traced=_with_reasons(trace(tokenize(predicted.program), record.table, sentences), predicted.program),
+        finish_reason=predicted.finish_reason,
+        confidence=predicted.confidence,
+        candidates=predicted.candidates,
+        engine=model.engine,
+        num_cut=built.num_cut,
+        num_prompt_tokens=predicted.num_prompt_tokens,
+        seconds=predicted.seconds,
+    )
+
+
+def _with_reasons(traced: Trace, program: str) -> Trace:
+    """Return the execution with reasons for people."""
+    if _is_text(program, traced):
+        short = program if len(program) <= _LONGEST_TEXT else f"{program[:_LONGEST_TEXT].rstrip()} ..."
+        return replace(traced, reason=f"the model wrote text, not a program: {short}")
+    # The official script takes "inf" and "nan" for results; here they are no answer.
+    result = traced.execution.result
+    if traced.reason is None and result in {"inf", "-inf", "nan"}:
+        return replace(traced, reason=f"the result is not a finite number: {result}")
+    return traced
+
+
+def _is_text(program: str, traced: Trace) -> bool:
+    if not program or not traced.execution.invalid:
+        return False
+    return not _CALL.match(program) and tokenize(program)[0] not in OPERATIONS
+
+
+def _operand(operand: Operand) -> dict[str, Any]:
+    value = operand.value
+    return {
+        "text": operand.text,
+        "from": operand.kind,
+        "value": list(value) if isinstance(value, tuple) else _json_value(value),
+        "cells": [list(cell) for cell in operand.cells],
+        "sentences": list(operand.sentences),
+        "step": operand.step,
+    }
+
+
+def _json_value(value: object) -> float | str | None:
+    return value if value is None or isinstance(value, (float, str)) else str(value)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

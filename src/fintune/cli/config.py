@@ -1,4 +1,4 @@
-"""``fintune config``, a group of commands of :mod:`fintune.cli.main`."""
+"""``fintune config`` and ``fintune init``: show the options, write a configuration file."""
 
 from __future__ import annotations
 
@@ -6,27 +6,43 @@ from pathlib import Path
 
 import click
 
-from fintune.cli.common import config_arguments, stdout
+from fintune.cli.common import FILE, config_arguments, stdout
+from fintune.config.load import load
+from fintune.config.reference import options_page
+from fintune.config.yaml_file import TEMPLATES, write_template
 
 
 @click.group("config")
 def config_group() -> None:
-    """Look at the options."""
+    """Show the options."""
 
 
 @config_group.command("show")
 @config_arguments
-def config_show(config: Path, overrides: tuple[str, ...]) -> None:
-    """Every option with its value and where the value came from."""
-    from fintune.config.load import load
+@click.option("--changed", is_flag=True, help="Print only options that differ from their defaults.")
+def show_command(config: Path, overrides: tuple[str, ...], changed: bool) -> None:
+    """Print every option with its value and where it was set."""
     from fintune.report.tables import config_table
 
-    stdout().print(config_table(load(config, overrides)))
+    loaded = load(config, overrides)
+    stdout().print(config_table(loaded, loaded.changed() if changed else None))
 
 
 @config_group.command("reference")
-def config_reference() -> None:
-    """The page of all options, docs/options.md, as Markdown."""
-    from fintune.config.reference import options_page
-
+def reference_command() -> None:
+    """Print the reference of all options, docs/options.md, as Markdown."""
     click.echo(options_page(), nl=False)
+
+
+@click.command("init")
+@click.argument("template", type=click.Choice(TEMPLATES))
+@click.option("--out", type=FILE, metavar="FILE", help="File to write (default: TEMPLATE.yaml).")
+def init_command(template: str, out: Path | None) -> None:
+    """Write a configuration file to start from. An existing file is never overwritten.
+
+    chat: conversations (messages, ShareGPT, Alpaca, question and answer, CSV). finqa: FinQA files. preference: pairs of
+    chosen and rejected answers.
+    """
+    path = out or Path(f"{template}.yaml")
+    write_template(template, path)
+    click.echo(f"{path}: written. Edit it, then check your data: fintune inspect {path}")

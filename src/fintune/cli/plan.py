@@ -1,25 +1,139 @@
-"""``fintune plan``, a command of :mod:`fintune.cli.main`."""
+"""``fintune plan``: how training would use a GPU's memory, before anything is loaded."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from fintune.cli.common import config_arguments
+from fintune.config import Config
+from fintune.config.load import load
+from fintune.errors import ConfigError, ResourceError
+from fintune.models import load as models
+from fintune.models.folder import read_model_config
+from fintune.training.combinations import check_combinations
+from fintune.training.memory import planner
+from fintune.training.memory.model import (
+    FUSED_FAMILIES,
+    GIB,
+    LINEAR_LAYERS,
+    RESERVE_BYTES,
+    MemoryPlan,
+    format_usage,
+)
 
 
-@click.command()
+@click.command("plan")
 @config_arguments
-@click.option("--gib", type=click.FloatRange(min=0, min_open=True), help="Memory of the GPU; that of this machine's.")
-@click.option("--tokens", type=click.IntRange(min=1), help="Tokens of the longest example; prompt.max_length.")
-def plan(config: Path, overrides: tuple[str, ...], gib: float | None, tokens: int | None) -> None:
-    """What training would do with a GPU's memory: layers recomputed, passes, 4 bits or not; nothing is trained.
+@click.option(
+    "--gib", type=click.FloatRange(min=0, min_open=True), help="GPU memory in GiB (default: this machine's GPU)."
+)
+@click.option(
+    "--tokens", type=click.IntRange(min=1), help="Tokens of the longest example (default: prompt.max_length)."
+)
+def plan_command(config: Path, overrides: tuple[str, ...], gib: float | None, tokens: int | None) -> None:
+    """Estimate the memory plan for training: recomputed layers, passes per step, 16 or 4 bits. Nothing is trained.
 
-    Only the model's configuration is read, so that it also answers for a GPU that is not here: --gib 24.
+    Only the model's configuration is read, so --gib 24 also answers for a GPU that is not in this machine.
     """
-    from fintune.cli.commands.plan import plan as stage
-    from fintune.config.load import load
-
-    for line in stage(load(config, overrides).config, gib=gib, longest=tokens):
+    for line in memory_plan_lines(load(config, overrides).config, gib=gib, longest=tokens):
         click.echo(line)
+
+
+def memory_plan_lines(config: Config, *, gib: float | None = None, longest: int | None = None) -> list[str]:
+    """Return the plan and its reasons, as lines.
+
+    Args:
+        config: The run.
+        gib: GPU memory in GiB (default: this machine's GPU).
+        longest: Tokens of the longest example (default: ``prompt.max_length``).
+
+    Raises:
+        ConfigError: The planner does not support the model or the method.
+        ResourceError: There is no GPU and no ``gib``, or not even one example per pass fits.
+    """
+    if config.adapter.kind == "full":
+        raise ConfigError(
+            "the planner supports adapters, not adapter.kind: full",
+            hint="set adapter.kind to lora or dora",
+            option="adapter.kind",
+        )
+    if config.train.objective != "sft":
+        raise ConfigError(
+            f"the planner supports train.objective: sft, not {config.train.objective}",
+            option="train.objective",
+            hint="lower train.per_device_train_batch_size and raise train.gradient_accumulation_steps "
+            "if memory runs out",
+        )
+    model_config = read_model_config(models.fetch_config(config.model.name, revision=config.model.revision))
+    if model_config.get("model_type") not in FUSED_FAMILIES:
+        raise ConfigError(
+            f"the planner supports {', '.join(FUSED_FAMILIES)}, not {model_config.get('model_type')}",
+            hint="train with transformers' layers, and lower train.per_device_train_batch_size if memory runs out",
+        )
+    _check_method(config)
+    total = _total_bytes() if gib is None else int(gib * GIB)
+    limit = planner.usable_bytes(config.train.max_memory_gib, total)
+    longest = longest or config.prompt.max_length
+    gpus = config.train.gpus * config.train.machines
+    examples = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps * gpus
+    bits = "16-bit" if config.model.quantization == "none" else "4-bit"
+    head = (
+        f"{config.model.name}, {config.adapter.kind} r={config.adapter.r} on {bits} weights, "
+        f"{examples} example{'s' if examples > 1 else ''} a step of at most {longest} tokens"
+    )
+    check_combinations(config)
+    may_divide = gpus > 1 and config.train.sharding == "auto" and config.model.quantization == "none"
+    request = planner.MemoryRequest.from_config(config, model_config, longest, limit)
+    if config.train.sharding == "full" or (may_divide and not request.choose_plan().fits):
+        return [head, replace(request, num_shards=gpus).describe_transformers_plan()]
+    if config.train.fused_layers == "never":
+        return [head, request.describe_transformers_plan()]
+    made = request.require_plan()
+    on_each = f" on each of {gpus} GPUs, which hold the whole model" if gpus > 1 else ""
+    return [
+        head,
+        f"fits: {format_usage(made.predicted_bytes, limit, ' predicted')} ({_describe_limit(limit, total)})",
+        f"a step: {_passes(made)}{on_each}",
+        *(f"- {reason}" for reason in made.reasons),
+        f"- {request.describe_four_bit_need()}",
+    ]
+
+
+def _check_method(config: Config) -> None:
+    if config.train.backend != "builtin":
+        raise ConfigError(
+            f"the planner supports train.backend: builtin, not {config.train.backend}",
+            option="train.backend",
+            hint="lower train.per_device_train_batch_size and raise train.gradient_accumulation_steps "
+            "if memory runs out",
+        )
+    unknown = sorted(set(config.adapter.target_modules) - {"all-linear", *LINEAR_LAYERS})
+    if unknown:
+        raise ConfigError(
+            f"the planner supports adapters of {', '.join(LINEAR_LAYERS)}, not of {', '.join(unknown)}",
+            hint="name some of these, or all-linear, in adapter.target_modules",
+            option="adapter.target_modules",
+        )
+
+
+def _passes(made: MemoryPlan) -> str:
+    if made.accumulation == 1:
+        return f"one pass over a batch of {made.batch_size}"
+    return f"{made.accumulation} accumulated passes over batches of {made.batch_size}"
+
+
+def _describe_limit(limit: int, total: int) -> str:
+    if limit < total - RESERVE_BYTES:
+        return "train.max_memory_gib"
+    return f"{total / GIB:.1f} less {RESERVE_BYTES / GIB:.2f} for the context and the allocator"
+
+
+def _total_bytes() -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ResourceError("there is no CUDA GPU to plan for", hint="give the memory of yours: --gib 24")
+    return int(torch.cuda.mem_get_info()[0])

@@ -1,4 +1,4 @@
-"""``fintune predict --model``: a plain FinQA file without a run, for :mod:`fintune.cli.main` and the older script."""
+"""``fintune predict``: the predict stage of a run, or the questions of a FinQA file put to any model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,20 @@ from typing import TYPE_CHECKING
 
 import click
 
+from fintune.cli.common import (
+    FILE,
+    candidates_option,
+    dry_run_option,
+    engine_option,
+    four_bit_option,
+    optional_config_arguments,
+    page_mode_option,
+    predict_overrides,
+    redo_flag,
+    resolve_run_model,
+    run_stage,
+    strategy_option,
+)
 from fintune.errors import ConfigError, DataError
 from fintune.util.signals import RESUME_MESSAGE, interrupt_message
 
@@ -20,6 +34,69 @@ _NUMBER = "data.max_eval_samples"
 _READ = (_NUMBER, "run.seed")
 _SECTIONS = ("prompt.", "predict.", "model.")
 _SPLIT = re.compile(r"(?<![A-Za-z])(test|dev|valid|validation|eval)(?![A-Za-z])", re.IGNORECASE)
+
+
+@click.command("predict")
+@optional_config_arguments
+@redo_flag
+@dry_run_option
+@click.option("--model", metavar="MODEL", help="Folder, hub id, GGUF file, run folder or URL#NAME, instead of a run.")
+@click.option("--adapter", type=FILE, metavar="DIR", help="PEFT adapter of --model.")
+@engine_option
+@four_bit_option
+@click.option("--data", type=FILE, help="FinQA file with the questions for --model.")
+@click.option(
+    "--train", type=FILE, help="FinQA file for predict.num_fewshot (default: the training file beside --data)."
+)
+@click.option("--out", type=FILE, help="JSON file for the predictions of --model.")
+@click.option(
+    "--num", type=click.IntRange(min=1), metavar="N", help="Ask --model only N of the questions, drawn with run.seed."
+)
+@page_mode_option
+@strategy_option
+@candidates_option
+def predict_command(
+    config: Path | None,
+    overrides: tuple[str, ...],
+    redo: bool,
+    dry_run: bool,
+    model: str | None,
+    adapter: Path | None,
+    engine: EngineChoice,
+    load_in_4bit: bool,
+    data: Path | None,
+    train: Path | None,
+    out: Path | None,
+    num: int | None,
+    constrain: str | None,
+    strategy: str | None,
+    num_candidates: int | None,
+) -> None:
+    """Answer the evaluation questions with each kind of model of a run, or the questions of --data with --model.
+
+    An interrupted command resumes where it stopped.
+    """
+    flags = predict_overrides(constrain, strategy, num_candidates)
+    if model is None and data is None and out is None and config is not None:
+        if num is not None or flags:
+            flag = "--num" if num is not None else f"--{flags[0][8:].partition('=')[0].replace('_', '-')}"
+            raise click.UsageError(f"{flag} needs --model. For a run, use data.max_eval_samples and predict. options")
+        run_stage("predict", config, overrides, redo=redo, dry_run=dry_run)
+        return
+    if model is None or data is None or out is None:
+        raise click.UsageError("give a CONFIG, or --model, --data and --out together")
+    predict_plain(
+        model,
+        data,
+        out,
+        (*overrides, *flags),
+        config=config,
+        adapter=adapter,
+        train=train,
+        engine=engine,
+        load_in_4bit=load_in_4bit,
+        max_questions=num,
+    )
 
 
 def predict_plain(
@@ -35,40 +112,39 @@ def predict_plain(
     load_in_4bit: bool = False,
     max_questions: int | None = None,
 ) -> None:
-    """Ask a model every question of a FinQA file, as `fintune.cli.commands.predict_file` does, and say what came of it.
+    """Ask a model every question of a FinQA file (see :mod:`fintune.cli.predict_file`) and print a summary.
 
     Args:
-        model: Folder, hub id, built-in model, GGUF file or ``URL#MODEL``.
+        model: Folder, hub id, built-in model, GGUF file, run folder or ``URL#MODEL``.
         data: FinQA file.
         out: JSON file to write.
         overrides: ``dotted.key=value``.
         config: Options of the run that trained the model.
         adapter: PEFT adapter.
-        train: FinQA file that shots come from; the training file beside ``data`` where None.
+        train: FinQA file for the few-shot examples (default: the training file beside ``data``).
         engine: What runs the model.
-        load_in_4bit: Quantise the weights while they load.
-        max_questions: Ask at most so many; the override ``data.max_eval_samples``, where there is one, where None.
+        load_in_4bit: Quantize the weights while they load.
+        max_questions: Maximum number of questions (default: the override ``data.max_eval_samples``, else all).
 
     Raises:
-        ConfigError: An override that changes nothing here.
+        ConfigError: An override has no effect here.
     """
-    from fintune.cli.commands.predict_file import FileJob, predict_file
-    from fintune.cli.run_models import model_of
+    from fintune.cli.predict_file import FileJob, predict_file
     from fintune.config.load import OVERRIDE, load
     from fintune.inference.open_model import ModelSpec
     from fintune.util.text import abridge_remarks
 
-    model, of_run = model_of(model, with_adapter=adapter is not None)
-    loaded = load(config, (*(of_run if config is None else ()), *overrides))
+    model, run_options = resolve_run_model(model, with_adapter=adapter is not None)
+    loaded = load(config, (*(run_options if config is None else ()), *overrides))
     _refuse_unread(loaded)
     options = loaded.config
     if max_questions is None and loaded.origin.get(_NUMBER) == OVERRIDE:
         max_questions = options.data.max_eval_samples
     options = options.with_decoding_mode(options.predict.decoding_modes[0])
     spec = ModelSpec.from_options(model, options, adapter=adapter, engine=engine, load_in_4bit=load_in_4bit)
-    number = options.predict.num_fewshot
-    train = train or (training_file(data) if number else None)
-    job = FileJob(spec, data, out, train=train, num_shots=number, max_questions=max_questions)
+    num_shots = options.predict.num_fewshot
+    train = train or (training_file(data) if num_shots else None)
+    job = FileJob(spec, data, out, train=train, num_shots=num_shots, max_questions=max_questions)
     with interrupt_message(RESUME_MESSAGE):
         done = predict_file(job, options)
     for problem in abridge_remarks(done.problems):
@@ -78,46 +154,46 @@ def predict_plain(
     if facts["num_gold"]:
         words.append(f"execution accuracy {facts['execution_accuracy']:.2%} of {facts['num_gold']}")
     words += [f"{number} not asked ({reason})" for reason, number in facts["num_dropped"].items()]
-    for key, what in (
+    for key, meaning in (
         ("num_cut_off", "cut off at predict.max_new_tokens"),
         ("num_cut_pages", "pages cut to fit"),
-        ("num_shots_left_out", "shots left out to fit"),
+        ("num_shots_left_out", "few-shot examples left out to fit"),
     ):
-        words += [f"{facts[key]} {what}"] if facts.get(key) else []
+        words += [f"{facts[key]} {meaning}"] if facts.get(key) else []
     click.echo(f"{out}: {', '.join(words)}")
 
 
 def _refuse_unread(loaded: Loaded) -> None:
-    """Overrides that a file without a run does not read; those of a CONFIG are about its run."""
+    """Refuse overrides that have no effect without a run. Options of a CONFIG are about its run and allowed."""
     from fintune.config.load import OVERRIDE
 
     for key, origin in loaded.origin.items():
         if origin == OVERRIDE and key not in _READ and not key.startswith(_SECTIONS):
             raise ConfigError(
-                f"{key} changes nothing in predict --model",
-                option=key,
+                f"{key} has no effect with predict --model",
                 hint=f"it reads prompt., predict. and model. options, {' and '.join(_READ)}",
+                option=key,
             )
 
 
 def training_file(data: Path) -> Path:
-    """The file of training questions beside a file of other ones: ``FinQA_train.json`` for ``FinQA_test.json``.
+    """Return the training file beside another FinQA file: ``FinQA_train.json`` for ``FinQA_test.json``.
 
     Raises:
         DataError: There is none.
     """
     names = []
     for name in dict.fromkeys((data.name, data.name.removesuffix(".gz"), f"{data.name}.gz")):
-        found = [*_SPLIT.finditer(name.replace("_", " "))]
-        if found:
-            start, end = found[-1].span()
+        matches = [*_SPLIT.finditer(name.replace("_", " "))]
+        if matches:
+            start, end = matches[-1].span()
             names.append(f"{name[:start]}train{name[end:]}")
     for name in names:
         if (data.parent / name).is_file():
             return data.parent / name
-    looked = f"no {names[0]} stands beside it" if names else "its name does not say which training file belongs to it"
+    reason = f"there is no {names[0]} beside it" if names else "its name does not say which training file belongs to it"
     raise DataError(
-        f"shots need training questions, and {looked}",
+        f"few-shot examples need training questions, and {reason}",
         path=data,
         hint="name the file with --train (--train_json of the older script)",
     )

@@ -1,4 +1,4 @@
-"""``fintune publish``, a command of :mod:`fintune.cli.main`."""
+"""``fintune publish``: push the results of a run to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -9,25 +9,29 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import click
+from rich.table import Table
 
-from fintune.cli.common import config_arguments, run_stages
+from fintune.cli.common import config_arguments, run_stages, stdout
+from fintune.config.load import load
 from fintune.errors import ConfigError, FintuneError
+from fintune.manifest import MANIFEST
+from fintune.pipeline.run_folder import overrides_of
+from fintune.pipeline.runner import Pipeline
+from fintune.pipeline.step import Selection
+from fintune.pipeline.steps import build_steps
 
 
-@click.command()
+@click.command("publish")
 @config_arguments
-@click.option("--dry-run", is_flag=True, help="Write the card, say what would be pushed with bytes, push nothing.")
-def publish(config: Path | None, overrides: tuple[str, ...], dry_run: bool) -> None:
-    """What publish.artifacts names to publish.repo_id on the Hugging Face hub, with a model card.
+@click.option(
+    "--dry-run", is_flag=True, help="Write the model card and list the files with their sizes, without pushing."
+)
+def publish_command(config: Path | None, overrides: tuple[str, ...], dry_run: bool) -> None:
+    """Push publish.artifacts to publish.repo_id on the Hugging Face hub, with a model card.
 
-    CONFIG may be a run's folder, too, such as the run/ of an older command's output.
-    What is there with the same hash is not sent again; so an interrupted push goes on, and a second one only looks.
+    CONFIG may also be a run's folder, such as the run/ folder of an older command's output. Unchanged files are not
+    uploaded again, so an interrupted push can be resumed.
     """
-    from fintune.config.load import load
-    from fintune.manifest import MANIFEST
-    from fintune.pipeline.run_folder import overrides_of
-    from fintune.pipeline.step import Selection
-
     given, given_overrides = config, overrides
     if config is not None and config.is_dir():
         overrides, config = (*overrides_of(config, with_data=True), *overrides), None
@@ -35,10 +39,10 @@ def publish(config: Path | None, overrides: tuple[str, ...], dry_run: bool) -> N
     if not loaded.publish.repo_id:
         raise ConfigError(
             "publish.repo_id is empty",
-            hint="say where to push, as publish.repo_id=OWNER/NAME",
+            hint="name the repository: publish.repo_id=OWNER/NAME",
             option="publish.repo_id",
         )
-    with _told_of(given, given_overrides):
+    with _hints_with_arguments(given, given_overrides):
         if dry_run:
             _preview(config, overrides)
         else:
@@ -47,7 +51,7 @@ def publish(config: Path | None, overrides: tuple[str, ...], dry_run: bool) -> N
 
 
 @contextmanager
-def _told_of(given: Path | None, overrides: tuple[str, ...]) -> Iterator[None]:
+def _hints_with_arguments(given: Path | None, overrides: tuple[str, ...]) -> Iterator[None]:
     """Replace CONFIG in hints by the user's arguments. For a run's folder, name the command that made it.
 
     Raises:
@@ -71,18 +75,11 @@ def _told_of(given: Path | None, overrides: tuple[str, ...]) -> Iterator[None]:
 
 
 def _preview(path: Path | None, overrides: tuple[str, ...]) -> None:
-    from rich.table import Table
-
-    from fintune.cli.common import stdout
-    from fintune.config.load import load
-    from fintune.pipeline.runner import Pipeline
     from fintune.pipeline.stages.publish import preview
-    from fintune.pipeline.step import Selection
-    from fintune.pipeline.steps import build_steps
 
     config = load(path, overrides).config
     pipeline = Pipeline(config, build_steps(config), Selection(only=("publish",)))
-    (step,) = (each for each in pipeline.steps if each.verb == "publish")
+    (step,) = (step for step in pipeline.steps if step.verb == "publish")
     finished = [name for name in step.inputs if pipeline.manifest(name) is not None]
     folder = config.folder / "publish-preview"
     files = preview(config, {name: pipeline.slot(name).folder for name in finished}, folder)
@@ -90,9 +87,9 @@ def _preview(path: Path | None, overrides: tuple[str, ...]) -> None:
     table.columns[1].justify = "right"
     for name, num_bytes in files:
         table.add_row(name, f"{num_bytes:,}")
-    table.add_row("together", f"{sum(num_bytes for _, num_bytes in files):,}", style="bold")
-    seen = "private" if config.publish.private else "for everybody to read"
+    table.add_row("total", f"{sum(num_bytes for _, num_bytes in files):,}", style="bold")
+    access = "private" if config.publish.private else "public"
     out = stdout()
-    out.print(f"Would go to {config.publish.repo_id}, branch {config.publish.branch}, {seen}:", markup=False)
+    out.print(f"Would be pushed to {config.publish.repo_id}, branch {config.publish.branch} ({access}):", markup=False)
     out.print(table)
-    out.print(f"The card: {folder / 'README.md'}", markup=False, soft_wrap=True)
+    out.print(f"Model card: {folder / 'README.md'}", markup=False, soft_wrap=True)

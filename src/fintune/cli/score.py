@@ -1,4 +1,4 @@
-"""The verb ``fintune score``; the older script ``scripts/score_finqa.py`` prints the same."""
+"""``fintune score``: the score stage of a run, or predictions against gold. scripts/score_finqa.py prints the same."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import click
 from fintune.cli.common import FILE, optional_config_arguments, print_tables, run_stages, stdout
 
 
-@click.command()
+@click.command("score")
 @optional_config_arguments
 @click.option(
     "--predictions",
@@ -26,7 +26,7 @@ from fintune.cli.common import FILE, optional_config_arguments, print_tables, ru
 @click.option("--json", type=FILE, help="Write all figures to this file.")
 @click.option("--html", type=FILE, help="Write a page with figures, plots and all examples to this file.")
 @click.option("--strict", is_flag=True, help="Stop if a row is broken, or has a duplicate or unknown id.")
-def score(
+def score_command(
     config: Path | None,
     overrides: tuple[str, ...],
     files: tuple[str, ...],

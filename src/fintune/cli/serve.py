@@ -1,35 +1,52 @@
-"""``fintune serve``, a command of :mod:`fintune.cli.main`."""
+"""``fintune serve``: serve a GGUF file, or the last one of a run, at an OpenAI-compatible address."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
+from fintune.config.load import load
+from fintune.errors import ConfigError, ModelError, ResourceError
+from fintune.inference.http_pool import OWN_KEY
+from fintune.inference.llama_server import LlamaServer
+from fintune.inference.run_models import exported_gguf
+
 _QUESTION = '{"messages": [{"role": "user", "content": "Hello"}], "temperature": 0, "max_tokens": 200}'
-_TOKENS = click.IntRange(min=16)
-_SOME = click.IntRange(min=1)
+_POSITIVE = click.IntRange(min=1)
 
 
-@click.command()
+@click.command("serve")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--type", "kind", metavar="TYPE", help="Which file of a run; the last of export.types.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; another asks for a key.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
-@click.option("--context", type=_TOKENS, default=4096, show_default=True, help="Tokens of a prompt and its answer.")
-@click.option("--parallel", type=_SOME, default=2, show_default=True, help="Requests at a time; others wait.")
-@click.option("--threads", type=_SOME, help="CPU threads; all cores if left out.")
+@click.option("--type", "kind", metavar="TYPE", help="GGUF type of a run's file (default: the last of export.types).")
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to bind. Any other address than 127.0.0.1 requires an API key.",
+)
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 picks a free port.")
+@click.option(
+    "--context",
+    type=click.IntRange(min=16),
+    default=4096,
+    show_default=True,
+    help="Maximum tokens of a prompt with its answer.",
+)
+@click.option("--parallel", type=_POSITIVE, default=2, show_default=True, help="Requests at a time; others wait.")
+@click.option("--threads", type=_POSITIVE, help="CPU threads (default: all cores).")
 @click.option(
     "--api-key-env",
     "variable",
     metavar="NAME",
-    help="Variable with the key to ask for; FINTUNE_API_KEY if that is set.",
+    help="Environment variable with the API key that requests must send (default: FINTUNE_API_KEY, if set).",
 )
-def serve(
+def serve_command(
     model: Path,
     overrides: tuple[str, ...],
     kind: str | None,
@@ -40,16 +57,12 @@ def serve(
     threads: int | None,
     variable: str | None,
 ) -> None:
-    """Serve a GGUF file at an OpenAI-style address (llama.cpp), until Ctrl-C.
+    """Serve a GGUF file at an OpenAI-compatible address (llama.cpp) until Ctrl-C.
 
-    MODEL is a GGUF file, a run's folder or its YAML file. Without a key it listens on this machine alone.
+    MODEL is a GGUF file, a run's folder or its YAML file. Without an API key, only this machine can connect.
     """
-    from fintune.cli.commands.serve import key_from
-    from fintune.cli.commands.serve import serve as stage
-    from fintune.inference.http_pool import OWN_KEY
-
     try:
-        server = stage(
+        server = start_server(
             model,
             overrides,
             kind=kind,
@@ -60,21 +73,105 @@ def serve(
             parallel=parallel,
             key_variable=variable,
         )
-        name = (variable or OWN_KEY) if key_from(variable) else None
-        key = f"the key of {name}" if name else "no key"
-        click.echo(f"{server.model} at {server.url}, {server.context_tokens} tokens a request, {key}; Ctrl-C stops it")
-        click.echo(f"To ask it: {_curl(server.url, name)}")
+        key_name = (variable or OWN_KEY) if key_from(variable) else None
+        access = f"API key in {key_name}" if key_name else "no API key"
+        tokens = f"{server.context_tokens} tokens per request"
+        click.echo(f"Serving {server.model} at {server.url}, {tokens}, {access}. Press Ctrl-C to stop.")
+        click.echo(f"To ask it: {_curl(server.url, key_name)}")
         while True:
             time.sleep(3600)
     except KeyboardInterrupt:
         click.echo("stopped")
-    # An ordinary end would wait for requests in flight, and the library waits for ever. Nothing is left half written.
+    # A normal exit would wait for requests in flight, and the library waits forever. No file is left half written.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
 
 
+def gguf_of(reference: Path, overrides: Sequence[str] = (), *, kind: str | None = None) -> Path:
+    """Return the GGUF file to serve.
+
+    Args:
+        reference: A GGUF file, a run's folder, or a run's YAML file.
+        overrides: ``KEY=VALUE`` of the YAML file.
+        kind: Type of a run's file, such as "Q4_K_M" (default: the last of ``export.types``).
+
+    Raises:
+        ModelError: There is no such file.
+        ConfigError: The configuration cannot be used, or there are overrides without one.
+        ArtifactError: The folder has no result of ``export``, or none of that type.
+    """
+    path = reference.expanduser()
+    if path.suffix.lower() in (".yaml", ".yml"):
+        return exported_gguf(load(path, overrides).config.folder, kind)
+    if overrides:
+        raise ConfigError(f"{overrides[0]}: only a YAML file takes overrides", hint="give the YAML file, or remove it")
+    if path.is_dir():
+        return exported_gguf(path, kind)
+    if not path.exists():
+        raise ModelError(f"{reference}: no such file or folder", hint="give a GGUF file, a run's folder or its YAML")
+    if kind is not None:
+        raise ConfigError(f"--type {kind} selects a file of a run", hint="remove it if you name a file")
+    return path
+
+
+def start_server(
+    reference: Path,
+    overrides: Sequence[str] = (),
+    *,
+    kind: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    context_tokens: int = 4096,
+    threads: int | None = None,
+    parallel: int = 2,
+    key_variable: str | None = None,
+) -> LlamaServer:
+    """Start a server that answers until its process ends.
+
+    Args:
+        reference: What to serve, with ``overrides`` and ``kind``; see :func:`gguf_of`.
+        overrides: ``KEY=VALUE`` of a YAML file.
+        kind: GGUF type of a run's file.
+        host: Address to bind.
+        port: Port, or 0 for a free one.
+        context_tokens: Maximum tokens of a prompt with its completion.
+        threads: CPU threads (default: all cores).
+        parallel: Requests at a time.
+        key_variable: See :func:`key_from`.
+
+    Raises:
+        FintuneError: As for :func:`gguf_of`, :func:`key_from` and
+            :class:`~fintune.inference.llama_server.LlamaServer`.
+    """
+    path, key = gguf_of(reference, overrides, kind=kind), key_from(key_variable)
+    return LlamaServer(
+        path,
+        host=host,
+        port=port,
+        context_tokens=context_tokens,
+        threads=threads or os.cpu_count() or 1,
+        parallel=parallel,
+        key=key,
+    )
+
+
+def key_from(variable: str | None) -> str | None:
+    """Return the key that requests must send, or None.
+
+    Args:
+        variable: Environment variable with the key (default: :data:`OWN_KEY`; if that is unset, no key is needed).
+
+    Raises:
+        ResourceError: The named variable is not set.
+    """
+    key = os.environ.get(variable or OWN_KEY, "").strip()
+    if variable is not None and not key:
+        raise ResourceError(f"the environment variable {variable} is not set", hint="set it, or remove --api-key-env")
+    return key or None
+
+
 def _curl(url: str, key_name: str | None) -> str:
-    """A request that can be pasted into a shell; the key stays in its variable."""
+    """Return a request to paste into a shell. The key stays in its variable."""
     key = f' -H "Authorization: Bearer ${key_name}"' if key_name else ""
     return f"curl {url}/chat/completions -H 'Content-Type: application/json'{key} -d '{_QUESTION}'"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,12 +40,19 @@ def plan_table(lines: Sequence[tuple[str, str, Sequence[str]]]) -> Table:
     return table
 
 
-def config_table(loaded: Loaded) -> Table:
-    """Every option, its value and where it was set."""
+def config_table(loaded: Loaded, only: Collection[str] | None = None) -> Table:
+    """Make a table of the options, their values and where they were set.
+
+    Args:
+        loaded: The configuration.
+        only: Dotted keys of the options to show (default: all).
+    """
     table = Table("option", "value", "set in", box=None, pad_edge=False)
     for column in table.columns:
         column.overflow = "fold"  # a truncated value or path would be useless
     for key, value in display_values(loaded.config).items():
+        if only is not None and key not in only:
+            continue
         origin = loaded.origin.get(key, DEFAULT)
         table.add_row(key, json.dumps(value), origin, style="dim" if origin == DEFAULT else "")
     return table

@@ -162,7 +162,7 @@ def test_a_page_is_the_id_without_the_question() -> None:
 
 def test_prepare_imports_no_torch_or_transformers() -> None:
     heavy = "{'torch', 'transformers', 'datasets'} & set(sys.modules)"
-    code = f"import sys, fintune.pipeline.stages.prepare, fintune.cli.commands.inspect; sys.exit(bool({heavy}))"
+    code = f"import sys, fintune.pipeline.stages.prepare, fintune.cli.inspect; sys.exit(bool({heavy}))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from data.test_few_shot import TRAIN
-from fintune.cli.commands.predict_file import FileJob, predict_file
+from fintune.cli.predict_file import FileJob, predict_file
 from fintune.config import Config
 from fintune.errors import ArtifactError
 from fintune.inference.open_model import ModelSpec

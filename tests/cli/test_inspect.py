@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fintune.cli.commands.inspect import TRAINED_SPECIAL_STYLE, inspect, render, shown
+from fintune.cli.inspect import TRAINED_SPECIAL_STYLE, inspect_data, render, shown
 from fintune.config import Config
 from fintune.config.load import load
 from fintune.data.tokenize import TokenRow
@@ -56,14 +56,14 @@ def chat(tmp_path: Path, tiny_model: Path) -> Config:
 
 
 def page(config: Config, folder: Path, num_examples: int = 2) -> str:
-    inspect(config, Console(file=io.StringIO()), num_examples=num_examples, html=folder / "page.html")
+    inspect_data(config, Console(file=io.StringIO()), num_examples=num_examples, html=folder / "page.html")
     return (folder / "page.html").read_text(encoding="utf-8")
 
 
 def printed(config: Config, *, color: bool = False, num_examples: int = 1) -> str:
     out = io.StringIO()
     console = Console(file=out, width=120, force_terminal=color, color_system="truecolor" if color else None)
-    inspect(config, console, num_examples=num_examples)
+    inspect_data(config, console, num_examples=num_examples)
     return out.getvalue()
 
 
@@ -278,7 +278,7 @@ def test_a_page_that_cannot_be_written_is_refused_before_any_work(chat: Config, 
         (tmp_path / "sft.jsonl", "is read, and would be overwritten"),
     ):
         with pytest.raises(FintuneError, match=told):
-            inspect(chat, Console(file=io.StringIO()), html=wrong)
+            inspect_data(chat, Console(file=io.StringIO()), html=wrong)
 
 
 def test_of_a_long_path_the_end_and_what_is_counted_are_shown(tmp_path: Path, tiny_model: Path) -> None:

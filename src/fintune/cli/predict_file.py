@@ -1,9 +1,9 @@
-"""Programs for the questions of a plain FinQA file from any model, without a run: one JSON file and its manifest.
+"""Predict programs for the questions of a FinQA file with any model, without a run.
 
-``OUT`` is a list of ``{id, question, predicted, program, ...}``, which ``fintune score`` and FinQA's own script read.
-``OUT`` with ``.manifest.json`` in place of ``.json``, or behind another name, says what it was made with. While it
-grows, the predictions lie beside it (``.partial.jsonl``): the same command goes on from there, another model, prompt or
-decoding refuses to.
+``OUT`` is a list of ``{id, question, predicted, program, ...}``. ``fintune score`` and FinQA's own script read it. The
+manifest beside it (``OUT`` with ``.manifest.json`` instead of ``.json``) records its inputs and options. Until all
+predictions are there, they are in ``.partial.jsonl``. The same command resumes from that file; a command with another
+model, prompt or decoding refuses it.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from fintune.util.system import checkout_commit, installed_versions
 
 @dataclass(frozen=True)
 class FileJob:
-    """What is asked.
+    """What to predict.
 
     Attributes:
         spec: The model.
-        data: FinQA file whose questions are asked; programs and answers in it are read for the running accuracy alone.
+        data: FinQA file with the questions. Its programs and answers are read for the running accuracy only.
         out: JSON file to write.
-        train: FinQA file that shots are chosen from.
-        num_shots: Shots of a prompt; 0 for none.
-        max_questions: Ask at most so many of them, drawn with ``run.seed`` as a run draws them; all where None.
+        train: FinQA file for the few-shot examples.
+        num_shots: Few-shot examples per prompt.
+        max_questions: Maximum number of questions, drawn with ``run.seed`` as in a run (default: all).
     """
 
     spec: ModelSpec
@@ -56,26 +56,26 @@ class FileJob:
 
     @property
     def manifest(self) -> Path:
-        """Where it is written what ``out`` was made with."""
+        """Path of the manifest of ``out``."""
         return self._beside(".manifest.json")
 
     @property
     def partial(self) -> Path:
-        """Where predictions lie while there are not all of them."""
+        """Path of the predictions until all of them are there."""
         return self._beside(".partial.jsonl")
 
     def _beside(self, ending: str) -> Path:
-        # with_suffix would give run.free and run.tight one and the same name.
+        # with_suffix would give run.free and run.tight the same name.
         return self.out.with_name(self.out.name.removesuffix(".json") + ending)
 
 
 @dataclass(frozen=True)
 class FilePredictions:
-    """What came of it.
+    """Result of :func:`predict_file`.
 
     Attributes:
-        facts: Counts and figures of the manifest.
-        problems: A line for each record that was not asked.
+        facts: Counts and figures, as in the manifest.
+        problems: One line per record that was not asked.
     """
 
     facts: dict[str, Any]
@@ -84,7 +84,7 @@ class FilePredictions:
 
 @dataclass
 class _Prompts:
-    """Conversations by id, in the order of the file, and what became of the pages."""
+    """The prompts by id, in the order of the file, and how many pages were cut or dropped."""
 
     records: list[FinQARecord]
     turns: dict[str, tuple[Message, ...]]
@@ -95,17 +95,17 @@ class _Prompts:
 
 
 def predict_file(job: FileJob, config: Config) -> FilePredictions:
-    """Ask a model every question of a file.
+    """Ask a model every question of a file and write the predictions.
 
     Args:
-        job: Model and files.
-        config: ``prompt`` and ``predict``.
+        job: The model and the files.
+        config: Its sections ``prompt``, ``predict`` and ``run.seed`` are read.
 
     Raises:
-        DataError: A file cannot be used, or none of its questions can be asked.
+        DataError: A file cannot be used, or no question fits the prompt.
         ModelError: The model cannot be used.
         ResourceError: A package, the hub or a server is missing, or memory ran out.
-        ArtifactError: An unfinished attempt was made with something else.
+        ArtifactError: An unfinished attempt used another model, prompt or decoding.
         FintuneError: A file cannot be written.
     """
     job.spec.engine_name  # noqa: B018 - refuses what does not go together, before the data are read
@@ -133,15 +133,15 @@ def _shots(job: FileJob, records: Sequence[FinQARecord]) -> ShotSelector | None:
     if job.num_shots == 0:
         return None
     if job.train is None:
-        raise DataError("shots need training data", hint="name a FinQA file of training questions")
-    return ShotSelector(read_finqa(job.train).records, [each.id for each in records], job.num_shots)
+        raise DataError("few-shot examples need training data", hint="name a FinQA file of training questions")
+    return ShotSelector(read_finqa(job.train).records, [record.id for record in records], job.num_shots)
 
 
 def _prompts(
     records: Sequence[FinQARecord], model: LanguageModel, config: Config, shots: ShotSelector | None
 ) -> _Prompts:
     budget = prompt_budget(config.prompt.max_length)
-    made = _Prompts([], {}, 0, {}, [], shots)
+    prompts = _Prompts([], {}, 0, {}, [], shots)
     for record in track(records, "prompts", len(records)):
         try:
             built = build_messages(
@@ -152,20 +152,20 @@ def _prompts(
                 count_prompt=model.count_tokens,
             )
         except TooLongError as error:
-            made.dropped["too long"] = made.dropped.get("too long", 0) + 1
-            made.problems.append(str(DataError(error.message, record_id=record.id)))
+            prompts.dropped["too long"] = prompts.dropped.get("too long", 0) + 1
+            prompts.problems.append(str(DataError(error.message, record_id=record.id)))
             continue
         turns = built.messages
         if shots is not None:
             turns = shots.insert(record.id, record.qa.question, turns, budget=budget, count=model.count_tokens)
-        made.records.append(record)
-        made.turns[record.id] = turns
-        made.num_cut += built.num_cut > 0
-    if not made.records:
+        prompts.records.append(record)
+        prompts.turns[record.id] = turns
+        prompts.num_cut += built.num_cut > 0
+    if not prompts.records:
         raise DataError(
-            f"no question fits {config.prompt.max_length} tokens; {made.problems[0]}", hint="raise prompt.max_length"
+            f"no question fits {config.prompt.max_length} tokens; {prompts.problems[0]}", hint="raise prompt.max_length"
         )
-    return made
+    return prompts
 
 
 def _resumed(job: FileJob, config: Config, model: LanguageModel, prompts: _Prompts) -> list[Prediction]:
@@ -177,7 +177,7 @@ def _resumed(job: FileJob, config: Config, model: LanguageModel, prompts: _Promp
     }
 
     def complete(ids: Sequence[str], decoding: Decoding, done: frozenset[int]) -> Iterator[PromptResult]:
-        return model.complete([prompts.turns[each] for each in ids], decoding, done)
+        return model.complete([prompts.turns[id_] for id_ in ids], decoding, done)
 
     try:
         log = PredictionLog(job.partial, key)
@@ -188,7 +188,7 @@ def _resumed(job: FileJob, config: Config, model: LanguageModel, prompts: _Promp
             generate_all(f"predict {model.engine}", prompts.records, config.predict, log, complete)
     finally:
         log.close()
-    return [log.done[each.id] for each in prompts.records]
+    return [log.done[record.id] for record in prompts.records]
 
 
 def _advice_on_memory(job: FileJob, config: Config) -> AbstractContextManager[None]:
@@ -201,16 +201,16 @@ def _advice_on_memory(job: FileJob, config: Config) -> AbstractContextManager[No
 
 
 def _facts(predictions: Sequence[Prediction], prompts: _Prompts) -> dict[str, Any]:
-    by_id = {each.id: each for each in prompts.records}
-    right = [is_correct_prediction(each, by_id[each.id]) for each in predictions]
-    known = [each for each in right if each is not None]
+    by_id = {record.id: record for record in prompts.records}
+    verdicts = [is_correct_prediction(prediction, by_id[prediction.id]) for prediction in predictions]
+    known = [verdict for verdict in verdicts if verdict is not None]
     return {
         "num_predictions": len(predictions),
         "num_dropped": prompts.dropped,
         "num_cut_pages": prompts.num_cut,
-        "num_cut_off": sum(each.finish_reason == "length" for each in predictions),
+        "num_cut_off": sum(prediction.finish_reason == "length" for prediction in predictions),
         "num_tokens": sum(map(num_generated_tokens, predictions)),
-        "predict_seconds": round(sum(each.seconds for each in predictions), 3),
+        "predict_seconds": round(sum(prediction.seconds for prediction in predictions), 3),
         "num_gold": len(known),
         "execution_accuracy": round(sum(known) / len(known), 6) if known else None,
         **({} if prompts.shots is None else {**prompts.shots.use.facts(), "num_excluded": prompts.shots.num_excluded}),
@@ -225,15 +225,15 @@ def _write(
     predictions: Sequence[Prediction],
     facts: Mapping[str, Any],
 ) -> None:
-    questions = {each.id: each.qa.question for each in prompts.records}
+    questions = {record.id: record.qa.question for record in prompts.records}
     rows = [
         {
-            "id": each.id,
-            "question": questions[each.id],
-            "predicted": tokenize(each.program),
-            **each.model_dump(mode="json", exclude={"id", "token_ids", "margins"}),
+            "id": prediction.id,
+            "question": questions[prediction.id],
+            "predicted": tokenize(prediction.program),
+            **prediction.model_dump(mode="json", exclude={"id", "token_ids", "margins"}),
         }
-        for each in predictions
+        for prediction in predictions
     ]
     named = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(job.spec).items()}
     manifest = {

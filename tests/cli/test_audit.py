@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fintune.cli.commands.audit import audit_files
+from fintune.cli.audit import audit_files
 from fintune.data.finqa_json import read_finqa
 from fintune.errors import DataError, FintuneError
 from fintune.evaluation.audit import FINDINGS

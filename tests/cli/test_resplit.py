@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fintune.cli.commands.audit import Resplit, resplit
+from fintune.cli.audit import Resplit, resplit
 from fintune.errors import DataError
 from fintune.finqa.page import group_of
 from fintune.records import FinQAQuestion, FinQARecord

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from fintune.cli.commands.plan import plan
+from fintune.cli.plan import memory_plan_lines
 from fintune.config.load import load
 from fintune.errors import ConfigError, ModelError, ResourceError
 from fintune.training.memory.model import GIB, format_distinct, format_usage
@@ -28,7 +28,7 @@ def lines(tmp_path, tiny_model):
         path.write_text(
             f"model: {{name: {folder}}}\ntrain: {{per_device_train_batch_size: 16}}\nprompt: {{max_length: 1024}}\n"
         )
-        return plan(load(path, overrides).config, gib=gib, **options)
+        return memory_plan_lines(load(path, overrides).config, gib=gib, **options)
 
     return run
 
@@ -136,7 +136,7 @@ def hub(monkeypatch, tmp_path):
 def test_of_a_model_on_the_hub_only_the_configuration_is_fetched(hub, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("model: {name: owner/model}\nprompt: {max_length: 1024}\n")
-    said = plan(load(path, ()).config, gib=80)
+    said = memory_plan_lines(load(path, ()).config, gib=80)
     assert said[0].startswith("owner/model, lora r=16 on 16-bit weights")
     fetched = [request for request in hub.asked if "/resolve/" in request]
     assert "GET /owner/model/resolve/main/config.json" in fetched
@@ -149,10 +149,10 @@ def test_a_model_on_the_hub_without_a_configuration_is_told_from_an_unknown_one(
     path.write_text("model: {name: owner/model}\n")
     del hub.files["config.json"]
     with pytest.raises(ModelError, match=r"owner/model on the hub has no config\.json"):
-        plan(load(path, ()).config, gib=80)
+        memory_plan_lines(load(path, ()).config, gib=80)
     path.write_text("model: {name: owner/other}\n")
     with pytest.raises(ModelError, match="no folder owner/other here and no model of that name on the hub"):
-        plan(load(path, ()).config, gib=80)
+        memory_plan_lines(load(path, ()).config, gib=80)
 
 
 def test_a_folder_with_a_configuration_alone_is_planned(tiny_model, tmp_path):
@@ -160,7 +160,7 @@ def test_a_folder_with_a_configuration_alone_is_planned(tiny_model, tmp_path):
     folder.mkdir()
     config = json.loads((tiny_model / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "head_dim": 128, **LLAMA_3B}))
-    said = plan(load(None, [f"model.name={folder}", "train.per_device_train_batch_size=1"]).config, gib=24)
+    said = memory_plan_lines(load(None, [f"model.name={folder}", "train.per_device_train_batch_size=1"]).config, gib=24)
     assert said[0].startswith(f"{folder}, lora r=16 on 16-bit weights, 1 example a step")
     assert said[1].startswith("fits: ")
 

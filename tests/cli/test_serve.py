@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from fintune.cli.commands.serve import gguf_of, serve
+from fintune.cli.serve import gguf_of, start_server
 from fintune.errors import ArtifactError, ConfigError, ModelError, ResourceError
 from fintune.export.gguf.writer import write_gguf
 from fintune.inference.http_pool import OWN_KEY
@@ -77,7 +77,7 @@ def served(*arguments: object, key: str = ""):
 
 def test_a_runs_last_file_answers_as_it_does_in_this_process_until_ctrl_c(run, monkeypatch):
     with served(run, key=KEY) as (process, url, line):
-        assert line.startswith("demo-Q4_K_M at") and OWN_KEY in line and KEY not in line
+        assert line.startswith("Serving demo-Q4_K_M at") and OWN_KEY in line and KEY not in line
         for path, body in (("/chat/completions", b"{}"), ("/models", None)):
             with pytest.raises(urllib.error.HTTPError, match="401"):
                 urllib.request.urlopen(urllib.request.Request(f"{url}{path}", body))
@@ -121,16 +121,16 @@ def test_it_stops_at_once_while_a_request_is_in_flight(run):
 
 
 def test_the_room_of_a_request_is_what_was_asked_for_or_the_models_own(run):
-    server = serve(run, port=0, threads=1, context_tokens=256, parallel=3)
+    server = start_server(run, port=0, threads=1, context_tokens=256, parallel=3)
     assert (server.model, server.context_tokens) == ("demo-Q4_K_M", 256)
     server.close()
-    server = serve(run, kind="f16", port=0, threads=1, context_tokens=999_999, parallel=1)
+    server = start_server(run, kind="f16", port=0, threads=1, context_tokens=999_999, parallel=1)
     assert (server.model, server.context_tokens) == ("demo-F16", 4096)
     server.close()
 
 
 def test_a_web_page_of_another_origin_is_not_let_in(run):
-    server = serve(run, port=0, threads=1)
+    server = start_server(run, port=0, threads=1)
     request = urllib.request.Request(f"{server.url}/models", headers={"origin": "http://elsewhere.example"})
     with urllib.request.urlopen(request) as answer:
         assert not answer.headers["access-control-allow-origin"]
@@ -149,21 +149,21 @@ def test_what_cannot_be_served_is_told_in_one_line(run, tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"no model")
     (tmp_path / "cut.gguf").write_bytes((run / "export" / "demo-F16.gguf").read_bytes()[:4000])
     with pytest.raises(ModelError, match="no such file or folder"):
-        serve(tmp_path / "none.gguf")
+        start_server(tmp_path / "none.gguf")
     with pytest.raises(ModelError, match=r"m\.gguf: not a GGUF file"):
-        serve(tmp_path / "m.gguf")
+        start_server(tmp_path / "m.gguf")
     with pytest.raises(ModelError, match=r"cut\.gguf: llama\.cpp cannot load it"):
-        serve(tmp_path / "cut.gguf", port=0)
+        start_server(tmp_path / "cut.gguf", port=0)
     with pytest.raises(ArtifactError, match="holds no Q5_K_M: it has F16, Q4_K_M"):
-        serve(run, kind="Q5_K_M")
-    with pytest.raises(ConfigError, match="belongs to a run's YAML file"):
-        serve(run, ["run.name=x"])
-    with pytest.raises(ConfigError, match="leave it out for a file"):
-        serve(run / "export" / "demo-F16.gguf", kind="F16")
+        start_server(run, kind="Q5_K_M")
+    with pytest.raises(ConfigError, match="only a YAML file takes overrides"):
+        start_server(run, ["run.name=x"])
+    with pytest.raises(ConfigError, match="--type F16 selects a file of a run"):
+        start_server(run / "export" / "demo-F16.gguf", kind="F16")
     with pytest.raises(ResourceError, match="the environment variable NOT_SET is not set"):
-        serve(run, key_variable="NOT_SET")
+        start_server(run, key_variable="NOT_SET")
     with pytest.raises(ResourceError, match=r"0\.0\.0\.0"):
-        serve(run, host="0.0.0.0")
+        start_server(run, host="0.0.0.0")
 
 
 def test_a_port_in_use_and_a_host_that_is_elsewhere_are_one_line(run, monkeypatch):
@@ -176,7 +176,7 @@ def test_a_port_in_use_and_a_host_that_is_elsewhere_are_one_line(run, monkeypatc
     assert f"127.0.0.1 port {port}: address already in use" in done.err
     monkeypatch.setenv(OWN_KEY, KEY)
     with pytest.raises(ResourceError, match=r"192\.0\.2\.1 port 8080: cannot assign"):
-        serve(run, host="192.0.2.1")
+        start_server(run, host="192.0.2.1")
 
 
 def test_the_help_names_the_defaults():

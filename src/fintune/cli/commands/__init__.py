@@ -1,1 +1,0 @@
-"""The work of the verbs that have no run."""
