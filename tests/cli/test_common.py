@@ -44,8 +44,8 @@ def test_a_run_on_conversations_ends_with_its_files_and_what_to_do_with_them(cha
     source = {"source": "chat", "sources": [str(chain.runs.parent / "rows.jsonl")]}
     folder = chain.runs / "chat"
     lines = [
-        f"Merged model {folder / 'merge'}",
-        f"GGUF {folder / 'export' / 'chat-Q4_K_M.gguf'}",
+        f"Merged model: {folder / 'merge'}",
+        f"GGUF: {folder / 'export' / 'chat-Q4_K_M.gguf'}",
         f"To serve it: fintune serve '{folder}'",
     ]
     page = f"The run's page: {folder / 'report' / 'index.html'}"

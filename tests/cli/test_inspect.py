@@ -160,7 +160,7 @@ def test_a_runs_folder_without_the_result_of_prepare_shows_no_other_data_in_its_
     finish(run / "train", "train", options={"model.name": "builtin:smollm2-135m-instruct"})
     done = fintune("inspect", str(run))
     assert (done.status, done.out, done.err.count("\n")) == (2, "", 1)
-    assert "has no result of prepare, so what its data are is not known: put it back, or name the run's" in done.err
+    assert "has no result of prepare, so its data are unknown" in done.err
 
 
 def test_characters_spread_over_several_tokens_are_shown_whole(tiny_model: Path) -> None:
@@ -215,7 +215,7 @@ def test_what_would_steer_the_terminal_is_shown_instead(tmp_path: Path, tiny_mod
     config = load(None, [*options, f"run.dir={tmp_path}", "run.name=c"]).config
     text = printed(config, num_examples=3)
     assert {letter for letter in text if not letter.isprintable()} == {"\n"}
-    assert r"fields c\x1b[2J are no known shape" in " ".join(text.split())
+    assert r"c\x1b[2J" in " ".join(text.split())
     assert r"\x1b]0;x\x07?" in text and r"\x9b2J\x0d" in text
 
 
@@ -273,7 +273,7 @@ def test_of_labelled_answers_both_labels_are_counted_and_undesired_ones_shown_in
 
 def test_a_page_that_cannot_be_written_is_refused_before_any_work(chat: Config, tmp_path: Path) -> None:
     for wrong, told in (
-        (tmp_path, "a folder, and no file can be written there"),
+        (tmp_path, "a folder, so no file can be written there"),
         (tmp_path / "nothere" / "page.html", "its folder does not exist"),
         (tmp_path / "sft.jsonl", "is read, and would be overwritten"),
     ):

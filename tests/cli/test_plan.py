@@ -108,15 +108,15 @@ def test_what_does_not_fit_is_refused_with_what_would(lines):
 
 
 def test_models_and_methods_without_a_plan_are_refused(lines):
-    with pytest.raises(ConfigError, match="knows llama, mistral, qwen2, qwen3, not gemma3"):
+    with pytest.raises(ConfigError, match="supports llama, mistral, qwen2, qwen3, not gemma3"):
         lines(24, model={**LLAMA_3B, "model_type": "gemma3"})
     with pytest.raises(ConfigError, match=r"not adapter\.kind: full"):
         lines(24, "adapter.kind=full")
-    with pytest.raises(ConfigError, match=r"knows train\.backend: builtin, not unsloth"):
+    with pytest.raises(ConfigError, match=r"supports train\.backend: builtin, not unsloth"):
         lines(24, "train.backend=unsloth")
-    with pytest.raises(ConfigError, match=r"knows adapters of q_proj, .*, not of nonsense"):
+    with pytest.raises(ConfigError, match=r"supports adapters of q_proj, .*, not of nonsense"):
         lines(24, "adapter.target_modules=[nonsense]")
-    with pytest.raises(ConfigError, match=r"knows train\.objective: sft, not dpo"):
+    with pytest.raises(ConfigError, match=r"supports train\.objective: sft, not dpo"):
         lines(24, "data.source=chat", "data.sources=[pairs.jsonl]", "train.objective=dpo")
 
 
@@ -166,5 +166,5 @@ def test_a_folder_with_a_configuration_alone_is_planned(tiny_model, tmp_path):
 
 
 def test_without_a_gpu_the_memory_is_asked_for(lines):
-    with pytest.raises(ResourceError, match="no CUDA GPU to plan for: say how much memory yours has: --gib 24"):
+    with pytest.raises(ResourceError, match="no CUDA GPU to plan for: .*--gib 24"):
         lines(None)

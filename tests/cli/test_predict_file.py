@@ -316,7 +316,7 @@ def test_an_override_that_changes_nothing_is_refused(data, override):
     done = fintune("predict", "--model", "acme/m", "--data", data, "--out", data.parent / "out.json", override)
     assert done.status == 2
     assert done.err.count("\n") == 1
-    assert f"{override.partition('=')[0]} changes nothing in predict --model: it reads prompt." in done.err
+    assert f"{override.partition('=')[0]} has no effect with predict --model: it reads prompt." in done.err
 
 
 def test_the_flags_of_ask_are_those_of_a_file(data, tiny_model):
@@ -327,4 +327,4 @@ def test_the_flags_of_ask_are_those_of_a_file(data, tiny_model):
     assert (used["constrain"], used["strategy"], used["num_candidates"]) == ("general", "vote", 2)
     for flag in (("--num", "2"), ("--num-candidates", "2"), ("--strategy", "vote")):
         refused = fintune("predict", "any.yaml", *flag)
-        assert f"{flag[0]} goes with --model" in refused.err
+        assert f"{flag[0]} needs --model" in refused.err

@@ -67,7 +67,7 @@ def test_mistakes_are_one_line_and_leave_nothing(tiny_model, adapter, tmp_path):
     cases = {
         "give a CONFIG, or --model and --out together": ("export", "--model", tiny_model),
         "give a CONFIG, or --model, --adapter and --out together": ("merge", "--model", tiny_model, "--out", out),
-        f"{full}: exists, and nothing there is overwritten": ("export", "--model", tiny_model, "--out", full),
+        f"{full}: already exists, and nothing there is overwritten": ("export", "--model", tiny_model, "--out", full),
         "holds no adapter: adapter_config.json is missing": (
             *("merge", "--model", tiny_model, "--adapter", full, "--out", out),
         ),
@@ -96,7 +96,7 @@ def test_tokens_whose_embeddings_were_not_saved_are_told_before_anything_is_writ
     done = fintune(verb, "--model", tiny_model, "--adapter", lora, "--out", out)
     assert done.status == 2
     assert told(done).endswith(
-        f"{lora} was trained with a tokenizer of 402 tokens, {tiny_model} has 400, and the embeddings of the others "
+        f"{lora} was trained with a tokenizer of 402 tokens, {tiny_model} has 400, and the embeddings of the other tokens "
         "were not saved with the adapter: save the adapter with save_embedding_layers=True"
     )
     assert not list((tmp_path / "new").iterdir())
@@ -141,5 +141,5 @@ def test_an_interruption_leaves_nothing_and_says_that_it_begins_anew(tiny_model,
     out = tmp_path / "new" / "out"
     done = fintune(verb, "--model", tiny_model, "--adapter", adapter, "--out", out)
     assert done.status == 130
-    assert told(done) == f"fintune: interrupted; nothing is left in {out}, and the same command begins anew"
+    assert told(done) == f"fintune: interrupted; {out} is empty, and the same command starts from the beginning"
     assert not list(out.parent.iterdir())

@@ -6,6 +6,7 @@ them, so that help, scoring and inspection work without torch.
 
 from __future__ import annotations
 
+import difflib
 import errno
 import importlib
 import os
@@ -87,6 +88,15 @@ class _Verbs(click.Group):
         command = getattr(importlib.import_module(f"fintune.cli.{module}"), attribute)
         assert isinstance(command, click.Command)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in VERBS and not name.startswith("-"):
+            near = difflib.get_close_matches(name, VERBS, n=1)
+            ctx.fail(f"No such command {name!r}.{f' Did you mean {near[0]!r}?' if near else ''}")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
