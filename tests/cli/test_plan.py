@@ -166,5 +166,5 @@ def test_a_folder_with_a_configuration_alone_is_planned(tiny_model, tmp_path):
 
 
 def test_without_a_gpu_the_memory_is_asked_for(lines):
-    with pytest.raises(ResourceError, match="no CUDA GPU to plan for: .*--gib 24"):
+    with pytest.raises(ResourceError, match=r"no CUDA GPU to plan for: .*--gib 24"):
         lines(None)

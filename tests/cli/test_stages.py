@@ -96,8 +96,8 @@ def test_tokens_whose_embeddings_were_not_saved_are_told_before_anything_is_writ
     done = fintune(verb, "--model", tiny_model, "--adapter", lora, "--out", out)
     assert done.status == 2
     assert told(done).endswith(
-        f"{lora} was trained with a tokenizer of 402 tokens, {tiny_model} has 400, and the embeddings of the other tokens "
-        "were not saved with the adapter: save the adapter with save_embedding_layers=True"
+        f"{lora} was trained with a tokenizer of 402 tokens, {tiny_model} has 400, and the embeddings of the other "
+        "tokens were not saved with the adapter: save the adapter with save_embedding_layers=True"
     )
     assert not list((tmp_path / "new").iterdir())
 
