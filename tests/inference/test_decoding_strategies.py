@@ -44,7 +44,7 @@ def test_candidates_of_unknown_probability_keep_their_order():
     assert partly.program == "add(1, 3)"
 
 
-def test_the_result_of_the_most_candidates_wins_whatever_the_program():
+def test_vote_takes_most_frequent_result():
     found = predicted(
         "vote", said("add(1, 2)", -9), said("subtract(5, 2)", -4), said("add(1, 1)", -1), said("greater(1, 2)", -2)
     )
@@ -55,7 +55,7 @@ def test_of_as_many_votes_the_most_probable_wins():
     assert predicted("vote", said("add(1, 2)", -2), said("add(1, 1)", -1)).program == "add(1, 1)"
 
 
-def test_what_does_not_run_does_not_vote_but_lowers_the_confidence():
+def test_vote_ignores_failed_programs():
     found = predicted("vote", said("a", -1), said("b", -1), said("c", -1), said("add(1, 2)", -9))
     assert (found.program, found.confidence) == ("add(1, 2)", 0.25)
     nobody = predicted("vote", said("a", -2), said("b", -1))

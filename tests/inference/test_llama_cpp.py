@@ -136,7 +136,7 @@ def test_the_same_prompt_twice_is_answered_twice(engine):
     assert first.num_prompt_tokens == third.num_prompt_tokens
 
 
-def test_every_token_has_a_margin_and_the_shares_of_time_are_positive(engine):
+def test_llama_cpp_margins_and_seconds(engine):
     for completion in sorted_by_prompt(engine.generate(PROMPTS, Decoding(5))):
         assert len(completion.margins) == len(completion.token_ids) <= 5
         assert all(margin >= 0 and math.isfinite(margin) for margin in completion.margins)
@@ -161,7 +161,7 @@ def test_the_limit_and_the_end_token_are_told_apart(engine):
     assert short.finish_reason == "length" or short.token_ids == (2,)
 
 
-def test_no_bos_is_put_before_a_prompt_even_where_the_vocabulary_wants_one(gguf_file, tmp_path):
+def test_llama_cpp_adds_no_bos(gguf_file, tmp_path):
     folder = shutil.copytree(gguf_file.parent / "model", tmp_path / "model")
     patch_json(folder / "tokenizer_config.json", add_bos_token=True)
     write_gguf(folder, {"F16": tmp_path / "m.gguf"})
@@ -250,7 +250,7 @@ def test_candidates_stand_together_differ_and_come_again(gguf_file):
     assert with_greedy[::3] == run(Decoding(10))
 
 
-def test_log_probabilities_are_those_of_the_model_without_temperature_and_grammar(engine):
+def test_llama_cpp_logprobs_before_temperature(engine):
     free = Decoding(8)
     hot = Decoding(8, temperature=50.0, seed=1)
     for cold_one, hot_one in zip(

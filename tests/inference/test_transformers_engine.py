@@ -105,7 +105,7 @@ def test_a_row_that_ends_is_handed_out_while_its_batch_goes_on(model, tokenizer,
     assert min(num_steps.values()) < max(num_steps.values()) == 7
 
 
-def test_what_is_done_is_not_answered_again_and_changes_nothing_about_the_rest(model, tokenizer, prompts, prefilled):
+def test_resumed_completions_are_bit_identical(model, tokenizer, prompts, prefilled):
     def answered(done):
         prefilled.clear()
         engine = TransformersEngine(model, tokenizer, 4)
@@ -128,7 +128,7 @@ def test_special_tokens_are_not_in_the_text(model, tokenizer, prompts):
         assert "<|" not in each.text
 
 
-def test_a_prompt_longer_than_the_context_is_refused_before_decoding(model, tokenizer, prompts):
+def test_prompt_longer_than_context_is_refused(model, tokenizer, prompts):
     with pytest.raises(ModelError, match=r"prompt 2 has \d+ tokens, but .* reads at most 4096"):
         TransformersEngine(model, tokenizer, 4).generate([prompts[0], "revenue " * 5000], Decoding(4))
 

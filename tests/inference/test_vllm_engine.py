@@ -60,7 +60,7 @@ def test_completions_are_those_of_transformers(vllm, tiny_model, tokenizer):
         assert len(ours.logprobs) == len(ours.token_ids)
 
 
-def test_a_lora_adapter_changes_the_completions_and_its_rank_is_rounded_up(vllm, tiny_model, tokenizer, adapter):
+def test_vllm_lora_rank_is_rounded_up(vllm, tiny_model, tokenizer, adapter):
     base = sorted_by_prompt(VllmEngine(tiny_model, tokenizer).generate(PROMPTS, Decoding(8)))
     engine = VllmEngine(tiny_model, tokenizer, adapter=adapter)
     adapted = sorted_by_prompt(engine.generate(PROMPTS, Decoding(8)))
@@ -77,7 +77,7 @@ def test_a_lora_adapter_changes_the_completions_and_its_rank_is_rounded_up(vllm,
         ({"rank_pattern": {"q_proj": 600}}, "its rank is above 512"),
     ],
 )
-def test_an_adapter_that_vllm_cannot_use_is_refused_before_loading(vllm, tokenizer, adapter, tmp_path, changes, reason):
+def test_vllm_refuses_unsupported_adapter(vllm, tokenizer, adapter, tmp_path, changes, reason):
     (tmp_path / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
     patch_json(tmp_path / "adapter_config.json", **changes)
     with pytest.raises(ModelError, match=rf"cannot use this adapter: .*{reason}.*: merge it"):
@@ -175,9 +175,7 @@ def test_the_stand_in_refuses_what_vllm_does_not_know():
         fake_vllm.StructuredOutputsParams()
 
 
-def test_a_token_that_the_grammar_leaves_no_choice_about_can_be_written_and_read(
-    vllm, tiny_model, tokenizer, monkeypatch
-):
+def test_vllm_margin_of_forced_token_is_finite(vllm, tiny_model, tokenizer, monkeypatch):
     def forced(self, prompt, params):
         steps = [{5: fake_vllm.Logprob(0.0), 6: fake_vllm.Logprob(float("-inf"))}]
         return fake_vllm.CompletionOutput(0, "x", [5], 0.0, steps, "stop")

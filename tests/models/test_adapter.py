@@ -63,7 +63,7 @@ def test_half_of_the_embeddings_that_grew_is_refused(adapter, tmp_path):
         load_adapter(load_model(fetch(str(base)), dtype="float32", device="cpu"), grown)
 
 
-def test_an_adapter_of_the_models_own_name_that_does_not_fit_is_not_said_to_be_anothers(adapter, tmp_path):
+def test_load_adapter_misfit_of_same_base_name(adapter, tmp_path):
     other = make_tiny_model(tmp_path / "other", num_layers=1)
     own = shutil.copytree(adapter, tmp_path / "own")
     patch_json(own / "adapter_config.json", base_model_name_or_path=str(other))

@@ -53,20 +53,20 @@ def test_another_folder_of_the_same_sizes_is_refused(trained, other, tiny_model,
         open_model(ModelSpec(str(other), adapter=trained, engine=engine))
 
 
-def test_a_copy_of_the_base_with_another_tokenizer_file_is_the_base(trained, tiny_model, tmp_path):
+def test_adapter_base_ignores_tokenizer_files(trained, tiny_model, tmp_path):
     copy = Path(shutil.copytree(tiny_model, tmp_path / "moved"))
     patch_json(copy / "tokenizer_config.json", model_max_length=77)
     open_model(ModelSpec(str(copy), adapter=trained)).close()
     MergedWeights(copy, trained)
 
 
-def test_weights_in_another_number_of_files_are_not_taken_for_others_by_their_names(tiny_model, tmp_path):
+def test_weights_sha256_ignores_file_names(tiny_model, tmp_path):
     copy = Path(shutil.copytree(tiny_model, tmp_path / "copy"))
     (copy / "model.safetensors").rename(copy / "model-00001-of-00001.safetensors")
     assert adapters.weights_sha256(copy) == adapters.weights_sha256(tiny_model)
 
 
-def test_of_an_adapter_without_a_note_the_folder_that_it_names_is_read(trained, other, tiny_model, tmp_path):
+def test_adapter_base_without_recorded_hash(trained, other, tiny_model, tmp_path):
     found = plain(trained, tmp_path / "there", str(tiny_model))
     with pytest.raises(ModelError, match="not on the weights of"):
         open_model(ModelSpec(str(other), adapter=found))
@@ -103,7 +103,7 @@ def test_a_note_that_cannot_be_read_is_none(trained, tiny_model, tmp_path):
     adapters.check_adapter_base(tiny_model, spoilt)
 
 
-def test_a_folder_is_known_by_its_name_and_the_hubs_copy_by_its_id(tmp_path):
+def test_is_base_of_folder_and_hub_copy(tmp_path):
     copy = tmp_path / "models--org--base" / "snapshots" / "1"
     copy.mkdir(parents=True)
     assert adapters.is_base_of(copy, str(copy))

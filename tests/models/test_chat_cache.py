@@ -155,7 +155,7 @@ def outcome(work, encoder) -> object:
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_every_conversation_has_the_rows_and_errors_of_the_straightforward_way(template, kind):
+def test_cached_rows_and_errors_equal_uncached(template, kind):
     tokenizer = TOKENIZERS[kind](make_tokenizer())
     tokenizer.chat_template = TEMPLATES[template]
     draw = random.Random(f"{template} {kind}")
@@ -228,7 +228,7 @@ def test_a_template_that_is_compiled_in_another_way_is_noticed(monkeypatch):
     assert encoder.encode("x", talk) == expected
 
 
-def test_a_template_that_cannot_be_compiled_is_told_where_it_is_used():
+def test_cached_render_of_broken_template():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for %}"
     writer = CachedChatTokenizer(tokenizer)
@@ -236,7 +236,7 @@ def test_a_template_that_cannot_be_compiled_is_told_where_it_is_used():
         writer.render(long_talk(1))
 
 
-def test_what_is_wrong_is_told_of_a_conversation_and_not_ahead_of_it():
+def test_cached_error_is_raised_for_its_conversation():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = SHY.replace("> 7", "== 2")  # as its end of turn is looked for
     encoder = ConversationEncoder(tokenizer, system="", train_on="all", max_length=4000)

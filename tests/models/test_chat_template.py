@@ -54,7 +54,7 @@ def trained_text(tokenizer, encoded) -> str:
 
 
 @pytest.mark.parametrize("template", [CHATML, TRIM, THINK, OPEN_THINK, SYSTEM, DATED])
-def test_completion_and_end_of_turn_are_trained_and_the_prompt_is_not(tokenizer, template):
+def test_encode_example_trains_completion_and_end(tokenizer, template):
     tokenizer.chat_template = template
     encoded = encode_example(tokenizer, MESSAGES, COMPLETION)
     prompt = encode_prompt(tokenizer, MESSAGES)
@@ -65,7 +65,7 @@ def test_completion_and_end_of_turn_are_trained_and_the_prompt_is_not(tokenizer,
 
 
 @pytest.mark.parametrize("template", [CHATML, TRIM, THINK, SYSTEM, DATED])
-def test_an_example_equals_the_templates_own_rendering_up_to_the_end_of_turn(tokenizer, template):
+def test_encode_example_equals_template_rendering(tokenizer, template):
     tokenizer.chat_template = template
     encoded = encode_example(tokenizer, MESSAGES, COMPLETION)
     turns = [*MESSAGES, Message(role="assistant", content=COMPLETION)]
@@ -75,14 +75,14 @@ def test_an_example_equals_the_templates_own_rendering_up_to_the_end_of_turn(tok
     assert encoded.follows_template
 
 
-def test_a_template_whose_prompt_is_not_its_history_is_joined_as_generation_joins(tokenizer):
+def test_encode_example_with_template_that_rewrites_prompt(tokenizer):
     tokenizer.chat_template = OPEN_THINK
     encoded = encode_example(tokenizer, MESSAGES, COMPLETION)
     assert not encoded.follows_template
     assert tokenizer.decode(encoded.input_ids).endswith(f"<think>\n{COMPLETION}{EOS}")
 
 
-def test_a_completion_that_merges_with_the_prompt_keeps_the_prompts_ids():
+def test_encode_example_keeps_prompt_ids():
     tokenizer = make_tokenizer(vocab_size=1000)
     tokenizer.chat_template = CHATML.replace("assistant\n' }}{% endif %}", "assistant\nwh' }}{% endif %}").replace(
         "+ message['content']", "+ ('wh' if message['role'] == 'assistant' else '') + message['content']"

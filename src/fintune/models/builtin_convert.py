@@ -1,7 +1,7 @@
-"""A llama-family GGUF with a byte-level BPE vocabulary, made into a Hugging Face folder without torch.
+"""Convert a llama-family GGUF with a byte-level BPE vocabulary into a Hugging Face folder, without torch.
 
-transformers can import such a file too, but loses the pre-tokenizer that splits numbers into digits, so that ``  12``
-tokenises differently from llama.cpp; here the tokenizer is built from the file's own name for it.
+transformers can import such a file too, but loses the pre-tokenizer that splits numbers into digits, so ``  12`` would
+tokenise differently from llama.cpp. This module builds the tokenizer from the pre-tokenizer's name in the file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
     from tokenizers import Tokenizer
 
-# GGUF name -> name in a LlamaForCausalLM; "blk.N." and "model.layers.N." go before the second table's.
+# GGUF name -> name in a LlamaForCausalLM; "blk.N." and "model.layers.N." precede the names of the second table.
 _TENSORS = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -42,22 +42,22 @@ _CONTROL_TOKEN = 3  # tokenizer.ggml.token_type of a special token
 
 
 def convert(gguf: Path, folder: Path, pad_token: str) -> int | None:
-    """Writes weights, configuration and tokenizer of a GGUF into an existing folder.
+    """Write weights, configuration and tokenizer of a GGUF into an existing folder.
 
-    Weights become float16: a Q4_1 weight is d*q+m with float16 d and m. Over the built-in model's 134.5 million
-    weights, against float32, float16 is off by at most 0.0020 (relative 2^-11; 58 % are exact, the norms all),
-    bfloat16 by 0.0137 (2^-8; 21 % exact), and no value leaves float16's range (largest 9.25).
+    Weights become float16: a Q4_1 weight is d*q+m with float16 d and m. Measured on the built-in model's 134.5 million
+    weights against float32, the largest error of float16 is 0.0020 (relative 2^-11; 58 % are exact, all norms among
+    them). That of bfloat16 is 0.0137 (2^-8; 21 % exact). No value exceeds float16's range (largest 9.25).
 
     Args:
-        gguf: The file.
-        folder: Where the files go.
-        pad_token: Special token of the vocabulary that pads; must not be the end token.
+        gguf: The GGUF file.
+        folder: Folder to write into.
+        pad_token: Special token of the vocabulary for padding; must not be the end token.
 
     Returns:
-        How many strings tokenise as llama.cpp does, or None where xllamacpp is not installed to compare with.
+        Number of strings that tokenise as in llama.cpp, or None if xllamacpp is not installed.
 
     Raises:
-        ModelError: Another family or vocabulary, or the tokenizer differs from llama.cpp's.
+        ModelError: The architecture or vocabulary is not supported, or the tokenizer differs from llama.cpp's.
         ResourceError: The ``gguf`` extra is not installed.
     """
     try:
@@ -94,7 +94,7 @@ def convert(gguf: Path, folder: Path, pad_token: str) -> int | None:
 
 
 def build_tokenizer(known: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer of a GGUF's ``tokenizer.ggml.*`` fields: byte-level BPE, every digit a token of its own."""
+    """Build the tokenizer from a GGUF's ``tokenizer.ggml.*`` fields: byte-level BPE, with one token for each digit."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     tokens = known["tokenizer.ggml.tokens"]
@@ -114,10 +114,10 @@ def build_tokenizer(known: Mapping[str, Any]) -> Tokenizer:
 
 
 def read_weights(reader: GGUFReader, known: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
-    """All tensors as float16 under their Hugging Face names.
+    """Return all tensors as float16 under their Hugging Face names.
 
     Raises:
-        ModelError: A tensor that a llama model does not have, or a value outside float16's range.
+        ModelError: A llama model does not have a tensor, or a value is outside float16's range.
     """
     import numpy as np
     from gguf import dequantize
@@ -129,7 +129,7 @@ def read_weights(reader: GGUFReader, known: Mapping[str, Any]) -> dict[str, np.n
         values = dequantize(tensor.data, tensor.tensor_type)
         if kind in heads:
             values = _undo_rope_order(values, heads[kind])
-        # Same rounding as a cast, but an overflow would be an infinity without a word.
+        # An overflow in the cast would become infinity without an error.
         if np.abs(values).max() > np.finfo(np.float16).max:
             raise ModelError(f"{tensor.name} holds values outside float16's range")
         weights[name] = np.ascontiguousarray(values, dtype=np.float16)
@@ -172,9 +172,9 @@ def _json_files(known: Mapping[str, Any], pad_token: str, pad_id: int, tied: boo
         "attention_bias": False,
         "mlp_bias": False,
         "max_position_embeddings": known["llama.context_length"],
-        # The file holds a float32, whose nearest short decimal is meant (9.999999747378752e-06 is 1e-05).
+        # The file holds a float32; its nearest short decimal is meant (9.999999747378752e-06 is 1e-05).
         "rms_norm_eps": float(f"{known['llama.attention.layer_norm_rms_epsilon']:.6g}"),
-        # transformers 5 reads the second; 4.57 reads the first and would silently take 10000 without it.
+        # transformers 5 reads the second. 4.57 reads the first, and would silently use 10000 without it.
         "rope_theta": rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta},
         "tie_word_embeddings": tied,
@@ -191,6 +191,6 @@ def _json_files(known: Mapping[str, Any], pad_token: str, pad_id: int, tied: boo
         "bos_token": tokens[bos_id],
         "eos_token": tokens[eos_id],
         "pad_token": pad_token,
-        # No unk_token: bytes cover every text, and without one an unknown token name fails instead of becoming it.
+        # No unk_token: bytes cover every text. Without it, an unknown token name is an error.
     }
     return {"config.json": config, "tokenizer_config.json": tokenizer_config, "generation_config.json": ids}

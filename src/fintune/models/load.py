@@ -1,4 +1,4 @@
-"""The only place that loads a model or tokenizer.
+"""Load models and tokenizers. No other module does.
 
 ::
 
@@ -46,18 +46,18 @@ __all__ = [
 DtypeName = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["none", "nf4"]
 
-# Special tokens that models carry for padding, or carry unused; the first in the vocabulary that nothing uses wins.
+# Special tokens that models have for padding, or do not use. The first unused one in the vocabulary is chosen.
 _PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|padding|>", "<|endoftext|>", "<|dummy_0|>")
 _RESERVED = re.compile(r"reserved|unused|extra_?id|_pad\b|_pad_|dummy", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Precision:
-    """A number type to compute in.
+    """A number type for the arithmetic.
 
     Attributes:
         dtype: Name of the torch type.
-        reason: Why, as a sentence for the user.
+        reason: Why it was chosen, for the user.
     """
 
     dtype: DtypeName
@@ -65,10 +65,10 @@ class Precision:
 
 
 def load_tokenizer(model: ModelFolder, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The model's fast tokenizer, with a padding token that is not its end token.
+    """Load the model's fast tokenizer, with a padding token that is not its end token.
 
     Raises:
-        ModelError: No fast tokenizer, one that does not fit the model's vocabulary, or none to pad with.
+        ModelError: There is no fast tokenizer, it exceeds the model's vocabulary, or it has no token for padding.
     """
     from transformers import AutoTokenizer
 
@@ -86,16 +86,16 @@ def load_tokenizer(model: ModelFolder, *, trust_remote_code: bool = False) -> Pr
 
 
 def ensure_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Gives the tokenizer a padding token that ends nothing; one that its vocabulary has already.
+    """Give the tokenizer a padding token from its vocabulary that does not end anything.
 
-    Were it the end token, masking the padding would mask the end of every answer, and the model would never stop. The
-    vocabulary is never made larger.
+    If it were the end token, masking the padding would mask the end of every answer, and the model would never stop.
+    The vocabulary is never enlarged.
 
     Returns:
         The same object.
 
     Raises:
-        ModelError: The vocabulary has no special token to spare.
+        ModelError: The vocabulary has no unused special token.
     """
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
     taken = {tokenizer.eos_token_id, tokenizer.bos_token_id} | set(end_of_turn_ids(tokenizer) if template else ())
@@ -104,7 +104,7 @@ def ensure_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     added = tokenizer.added_tokens_decoder.items()
     spare = [t.content for i, t in added if t.special and i not in taken and t.content not in template]
     choices = [t for t in _PAD_TOKENS if t in spare] + [t for t in spare if _RESERVED.search(t)]
-    # Last: byte-fallback vocabularies never write their unknown token.
+    # Last choice: byte-fallback vocabularies never write their unknown token.
     choices += [t for t in spare if t == tokenizer.unk_token]
     if not choices:
         raise ModelError(
@@ -116,7 +116,7 @@ def ensure_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 
 def detect_precision() -> Precision:
-    """The 16-bit type that this machine multiplies natively, else float32; with the reason."""
+    """Return the 16-bit type that this machine multiplies natively, otherwise float32, with the reason."""
     import torch
 
     if torch.cuda.is_available():
@@ -143,7 +143,7 @@ def load_model(
     compute: DtypeName | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Loads a causal language model in evaluation mode.
+    """Load a causal language model in evaluation mode.
 
     Args:
         folder: The model, from ``fetch``.
@@ -221,7 +221,7 @@ def _four_bit(compute: object) -> object:
 
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
-    # transformers draws a bar of its own, which breaks into those of this package.
+    # transformers' own bar would interrupt this package's.
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -66,7 +66,7 @@ def test_the_pages_are_those_of_the_generator():
     assert [prompt.record for prompt in regression_set.regression_prompts() if prompt.record is not None] == list(made)
 
 
-def test_losses_are_those_of_a_plain_forward_pass_and_pages_are_read_once(tiny_model, trained, tmp_path):
+def test_guard_losses_equal_forward_pass(tiny_model, trained, tmp_path):
     guard(config(tiny_model), {"train": trained}, tmp_path)
     report = GuardReport.model_validate_json((tmp_path / "guard.json").read_bytes())
     ref = models.fetch(str(tiny_model))
@@ -127,7 +127,7 @@ def test_what_got_worse_is_named_the_most_first(tiny_model, trained, tmp_path, r
 
 
 @pytest.mark.parametrize("rise", [0.1, float("nan")])
-def test_a_group_that_lost_too_much_stops_the_run_only_where_asked(tiny_model, trained, tmp_path, rises, rise):
+def test_guard_max_rise_stops_the_run(tiny_model, trained, tmp_path, rises, rise):
     rises |= dict.fromkeys(range(20), rise)
     assert len(guard(config(tiny_model, "guard.threshold=0.05"), {"train": trained}, tmp_path)["worse"]) == 20
     with pytest.raises(

@@ -61,9 +61,7 @@ def test_every_question_is_predicted_in_order(tiny_model, inputs, tmp_path):
     ]
 
 
-def test_questions_about_a_page_are_asked_together_and_come_back_in_the_order_of_the_file(
-    tiny_model, inputs, tmp_path, monkeypatch
-):
+def test_predict_groups_pages_and_keeps_file_order(tiny_model, inputs, tmp_path, monkeypatch):
     gold = json.loads((inputs["prepare"] / "gold.json").read_text())
     for number, row in enumerate(gold):
         row["pre_text"] = [f"page {number % 2}"]
@@ -105,9 +103,7 @@ def test_an_interrupted_run_goes_on_behind_a_torn_line(tiny_model, inputs, tmp_p
     assert without_seconds(resumed) == without_seconds(whole)
 
 
-def test_a_kill_in_the_third_batch_leaves_the_answers_of_two_and_only_the_rest_is_asked_again(
-    tiny_model, inputs, tmp_path, monkeypatch
-):
+def test_predict_resumes_after_kill(tiny_model, inputs, tmp_path, monkeypatch):
     inputs["prepare"] = prepared(tmp_path / "eleven", tiny_model, 11)
     _, whole = run(tiny_model, inputs, tmp_path / "whole")
     file, begun, prefill = tmp_path / "cut/predictions.jsonl", [], TransformersEngine._prefill
@@ -135,9 +131,7 @@ def test_a_kill_in_the_third_batch_leaves_the_answers_of_two_and_only_the_rest_i
     ("kind", "four_bit"),
     [("base", ""), ("merged", "or measure merged_4bit instead of merged (predict.models), ")],
 )
-def test_out_of_memory_is_one_line_and_a_smaller_batch_goes_on_with_what_is_there(
-    tiny_model, inputs, tmp_path, monkeypatch, kind, four_bit
-):
+def test_predict_resumes_with_smaller_batch_after_oom(tiny_model, inputs, tmp_path, monkeypatch, kind, four_bit):
     inputs["merge"] = tiny_model
     begun, prefill = [], TransformersEngine._prefill
 
@@ -182,7 +176,7 @@ def test_a_tokenizer_that_counts_otherwise_is_refused(tiny_model, inputs, tmp_pa
         run(tiny_model, inputs, tmp_path / "p")
 
 
-def test_adapter_and_merged_folder_predict_the_same_and_not_as_the_base(tiny_model, inputs, tmp_path):
+def test_predict_adapter_equals_merged(tiny_model, inputs, tmp_path):
     from fintune.pipeline.stages.merge import merge
     from fintune.pipeline.stages.train import train
 
@@ -207,7 +201,7 @@ def test_adapter_and_merged_folder_predict_the_same_and_not_as_the_base(tiny_mod
     assert found["adapter"] == found["merged"] != found["base"]
 
 
-def test_four_bit_kinds_pack_the_weights_of_the_adapters_base_and_of_the_merged_folder(tiny_model, inputs, tmp_path):
+def test_predict_four_bit_kinds(tiny_model, inputs, tmp_path):
     from fintune.pipeline.stages.merge import merge
     from inference.test_vllm_engine import make_adapter
 
@@ -231,9 +225,7 @@ def test_four_bit_kinds_pack_the_weights_of_the_adapters_base_and_of_the_merged_
 
 @pytest.mark.parametrize("strategy", [{}, {"strategy": "vote", "num_candidates": 3, "temperature": 1.0}])
 @pytest.mark.parametrize("constrain", ["general", "page"])
-def test_under_a_grammar_every_program_is_one_even_where_the_limit_cuts(
-    tiny_model, inputs, tmp_path, constrain, strategy
-):
+def test_predict_with_grammar_is_always_parsable(tiny_model, inputs, tmp_path, constrain, strategy):
     free, _ = run(tiny_model, inputs, tmp_path / "free", **strategy)
     facts, predictions = run(tiny_model, inputs, tmp_path / "p", constrain=constrain, **strategy)
     assert free["num_unparsable"] == 5
@@ -292,7 +284,7 @@ def test_options_that_contradict_each_other_are_refused(options, words):
         config("m", **options)
 
 
-def test_shots_of_the_training_data_stand_before_each_question_and_in_the_manifest(tmp_path, tiny_model):
+def test_predict_few_shot_prompts_and_manifest(tmp_path, tiny_model):
     from fintune.pipeline.stages.prepare import prepare
 
     options = {
@@ -337,7 +329,7 @@ def test_what_is_served_is_asked_the_conversations(tiny_model, inputs, tmp_path)
     assert official[4] == {"id": "x4", "predicted": ["add(", "1", "2", ")", "EOF"]}
 
 
-def test_a_slow_server_may_be_given_longer_and_what_it_answered_stays(tiny_model, inputs, tmp_path):
+def test_predict_resumes_with_longer_timeout(tiny_model, inputs, tmp_path):
     from support.served import Scripted, said
 
     with Scripted((200, said("add(1, 2)"))) as served:
