@@ -61,23 +61,21 @@ class FinqaEncoder:
 
     def _encode_page(self, records: Sequence[FinQARecord]) -> list[TokenizedExample | DroppedRow]:
         results: list[TokenizedExample | DroppedRow] = []
-        for record in records:
+        shared: dict[int, tuple[FinQARecord, TokenizedExample]] = {}
+        for index, record in enumerate(records):
             try:
-                results.append(self.encode(record).compact())
+                result = self.encode(record)
             except DataError as error:
                 results.append(DroppedRow.from_error(error, id=record.id))
-        if self._num_questions == 1:
-            return results
-        uncut: list[tuple[FinQARecord, TokenizedExample]] = []
-        for record, result in zip(records, results, strict=True):
-            if isinstance(result, TokenizedExample) and not result.example.num_cut:
-                uncut.append((record, result))
-        rows = tuple(row.compact() for row in self._join_questions(uncut))
-        first = uncut[0][1] if uncut else None
-        for index, result in enumerate(results):
-            if isinstance(result, TokenizedExample) and not result.example.num_cut:
-                results[index] = result.with_rows(rows if result is first else ())
-        return results
+                continue
+            results.append(result)
+            if self._num_questions > 1 and not result.example.num_cut:
+                shared[index] = record, result
+        rows = tuple(self._join_questions(list(shared.values())))
+        for index, (_, result) in shared.items():
+            results[index] = result.with_rows(rows)
+            rows = ()  # the first example has them all
+        return [result if isinstance(result, DroppedRow) else result.compact() for result in results]
 
     def encode(self, record: FinQARecord) -> TokenizedExample:
         """Encode one record by itself, with its page cut to fit.
@@ -151,7 +149,7 @@ class FinqaEncoder:
         self._writer.check([*messages, Message(role="assistant", content=completion)])
         longer = chat.encode_example(self._tokenizer, messages, completion, self._writer)
         size = len(row.input_ids)
-        if longer.input_ids[:size] != list(row.input_ids):
+        if longer.input_ids[:size] != row.input_ids:
             raise ModelError(
                 f"the chat template of {self._tokenizer.name_or_path} rewrites earlier turns",
                 hint="it cannot train several turns at once; set data.group_questions to 1",
