@@ -31,7 +31,7 @@ def asked(page, program, *words, question=QUESTION):
     return done, served.seen[0][1] if served.seen else {}
 
 
-def test_an_answer_comes_with_its_steps_and_cells(page):
+def test_ask_prints_steps_and_cells(page):
     done, request = asked(page, "subtract(5829, 5735), divide(#0, 5735)")
     assert (done.status, done.err) == (0, "")
     assert done.out.splitlines() == [
@@ -49,14 +49,14 @@ def test_an_answer_comes_with_its_steps_and_cells(page):
     )
 
 
-def test_text_beside_a_table_is_read_and_named(page, tmp_path):
+def test_ask_reads_text_beside_the_table(page, tmp_path):
     (tmp_path / "note.txt").write_text("The company grew. It had 77 employees.")
     done, _ = asked(page, "multiply(77, 12)", "--text", tmp_path / "note.txt")
     assert "77  It had 77 employees." in done.out
     assert done.out.startswith("924")
 
 
-def test_text_that_breaks_off_is_refused(page, tmp_path):
+def test_ask_refuses_truncated_text(page, tmp_path):
     packed = gzip.compress(b"".join(b"In %d it had %d employees.\n" % (k, k * k) for k in range(9000)))
     for data, why in ((packed[:-99], "truncated gzip file"), (packed[:-8] + bytes(8), "damaged gzip file")):
         (tmp_path / "note.txt.gz").write_bytes(data)
@@ -70,14 +70,14 @@ def test_text_that_breaks_off_is_refused(page, tmp_path):
     ("question", "where"),
     [(QUESTION, "is not on the page"), ("and if it grew by 999?", "is in the question, but not on the page")],
 )
-def test_numbers_that_are_not_on_the_page_are_marked(page, question, where):
+def test_ask_marks_ungrounded_numbers(page, question, where):
     done, _ = asked(page, "add(5829, 999)", question=question)
     assert done.status == 0
     assert done.out.startswith("6828  ungrounded\n")
     assert f"999 {where}" in done.out
 
 
-def test_an_answer_of_constants_alone_is_marked(page):
+def test_ask_marks_an_answer_of_constants(page):
     done, _ = asked(page, "add(const_m1, const_m1), multiply(#0, const_100)")
     assert done.out.startswith("-200  ungrounded\n")
     assert "  ungrounded the program uses only constants, and no number of the page\n" in done.out
@@ -86,14 +86,14 @@ def test_an_answer_of_constants_alone_is_marked(page):
     assert "ungrounded" not in asked(page, "divide(5829, const_100)")[0].out
 
 
-def test_decimals_are_read_as_told(tmp_path):
+def test_ask_decimal_separator(tmp_path):
     page = tmp_path / "page.csv"
     page.write_text("name;2023\nrevenue;1.250\n")
     assert "page.csv: row 2 (revenue), column 2 (2023): 1.250 can be" in asked(page, "add(1, 2)")[0].err
     assert "revenue, 2023: 1250\n" in asked(page, "add(1250, const_1)", "--decimal", "comma")[0].out
 
 
-def test_a_question_without_a_page_is_told_where_free_chat_is():
+def test_ask_without_page_hints_at_serve():
     done = fintune("ask", "acme/base", "hello?")
     assert done.status == 2
     assert "To chat without a page: fintune serve acme/base" in done.err
@@ -102,7 +102,7 @@ def test_a_question_without_a_page_is_told_where_free_chat_is():
 @pytest.mark.parametrize(
     ("confidence", "told"), [(1e-21, "< 0.01 %"), (0.002, "0.2 %"), (0.416, "42 %"), (1.0, "100 %")]
 )
-def test_a_small_confidence_is_not_called_none(confidence, told):
+def test_ask_shows_a_small_confidence(confidence, told):
     assert describe_confidence(confidence, [], None)[0] == told
 
 
@@ -117,7 +117,7 @@ def test_a_small_confidence_is_not_called_none(confidence, told):
         ("subtract, 5829, 5735)", "step 1: no '(' after the operation"),
     ],
 )
-def test_a_completion_without_a_program_is_no_answer_and_says_why(page, text, reason):
+def test_ask_without_program_gives_the_reason(page, text, reason):
     done, _ = asked(page, text)
     assert done.out.startswith(f"no answer  {reason}")
     assert max(map(len, done.out.splitlines()[:1])) < 140
@@ -126,12 +126,12 @@ def test_a_completion_without_a_program_is_no_answer_and_says_why(page, text, re
     assert done.status == 1
 
 
-def test_a_completion_that_was_cut_off_names_the_limit(page, tiny_model):
+def test_ask_truncated_completion_names_the_limit(page, tiny_model):
     done = fintune("ask", tiny_model, "--page", page, QUESTION, "predict.max_new_tokens=3")
     assert done.err.endswith("fintune: the completion was cut off at predict.max_new_tokens=3\n")
 
 
-def test_json_holds_everything_a_machine_needs(page):
+def test_ask_json(page):
     done, _ = asked(page, "table_sum(shares, none), add(#0, 999)", "--json")
     found = json.loads(done.out)
     assert (found["answer"], found["grounded"], found["ungrounded_operands"]) == (1021.0, False, ["999"])
@@ -146,7 +146,7 @@ def test_json_holds_everything_a_machine_needs(page):
 @pytest.mark.parametrize(
     ("program", "value"), [("multiply(#0, #0)", "inf"), ("multiply(#0, #0), subtract(#1, #1)", "nan")]
 )
-def test_a_result_that_is_not_finite_is_no_answer(tmp_path, program, value):
+def test_ask_infinite_result_is_no_answer(tmp_path, program, value):
     page = tmp_path / "page.csv"
     page.write_text(f"a,2019\nb,1{'0' * 160}\n")
     program = f"table_max(b, none), {program}"
@@ -158,7 +158,7 @@ def test_a_result_that_is_not_finite_is_no_answer(tmp_path, program, value):
     assert asked(page, program)[0].out.startswith(f"no answer  the result is not a finite number: {value}\n")
 
 
-def test_a_folder_answers_in_transformers(page, tiny_model):
+def test_ask_runs_a_folder_in_transformers(page, tiny_model):
     done = fintune("ask", tiny_model, "--page", page, QUESTION, "--json", "predict.max_new_tokens=3")
     assert done.status == int(json.loads(done.out)["answer"] is None)
     assert json.loads(done.out)["engine"] == "transformers"
@@ -194,7 +194,7 @@ def record(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "constrain"), [("page", "general"), ("html", "page"), ("markdown", "page"), ("record", "page")]
 )
-def test_under_a_grammar_any_page_is_answered_with_a_program(request, tiny_model, kind, constrain):
+def test_ask_constrained_always_gives_a_program(request, tiny_model, kind, constrain):
     file = request.getfixturevalue(kind)
     words = ["--page", file, QUESTION, "--constrain", constrain, "--json", "predict.max_new_tokens=12"]
     found = json.loads(fintune("ask", tiny_model, *words).out)
@@ -205,7 +205,7 @@ def test_under_a_grammar_any_page_is_answered_with_a_program(request, tiny_model
         assert all(each["from"] != "elsewhere" or each["text"] in QUESTION for each in operands)
 
 
-def test_candidates_vote_and_their_agreement_is_told(page, tiny_model):
+def test_ask_reports_the_vote(page, tiny_model):
     several = ["--strategy", "vote", "--num-candidates", "4", "--constrain", "page", "predict.max_new_tokens=40"]
     words = ["ask", tiny_model, "--page", page, QUESTION, *several]
     found = json.loads(fintune(*words, "--json").out)
@@ -215,7 +215,7 @@ def test_candidates_vote_and_their_agreement_is_told(page, tiny_model):
     assert fintune(*words).out.splitlines()[-1] == f"confidence {25 * same} %  {same} of 4 candidates have this result"
 
 
-def test_a_file_runs_in_llama_cpp_under_a_grammar(page, tiny_model, tmp_path):
+def test_ask_runs_a_gguf_file_in_llama_cpp(page, tiny_model, tmp_path):
     words = ["--constrain", "page", "--strategy", "execution_guided", "--num-candidates", "2"]
     limits = ["prompt.max_length=300", "predict.max_new_tokens=12"]
     file = make_tiny_gguf(tiny_model, tmp_path / "m.gguf")
@@ -225,7 +225,7 @@ def test_a_file_runs_in_llama_cpp_under_a_grammar(page, tiny_model, tmp_path):
     assert parse(found["program"])
 
 
-def test_a_prompt_that_does_not_fit_loses_lines_and_says_so(page, tmp_path, tiny_model):
+def test_ask_reports_lines_that_did_not_fit(page, tmp_path, tiny_model):
     (tmp_path / "note.txt").write_text("\n".join(f"Sentence number {n} is of no interest." for n in range(40)))
     words = ["--text", tmp_path / "note.txt", "predict.max_new_tokens=2", "prompt.max_length=300"]
     done = fintune("ask", tiny_model, "--page", page, QUESTION, *words)
@@ -256,7 +256,7 @@ def test_a_prompt_that_does_not_fit_loses_lines_and_says_so(page, tmp_path, tiny
         (["MODEL", "--page", "PAGE", "--adapter", "OTHER"], "was trained on"),
     ],
 )
-def test_a_mistake_is_one_line_with_status_2(page, tiny_model, tmp_path, monkeypatch, words, message):
+def test_ask_error_is_one_line(page, tiny_model, tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "dir").mkdir()
     (tmp_path / "prose.md").write_text("The company grew.")
@@ -272,7 +272,7 @@ def test_a_mistake_is_one_line_with_status_2(page, tiny_model, tmp_path, monkeyp
     assert done.err.count("\n") == 1
 
 
-def test_a_page_that_the_model_cannot_read_is_called_so(tiny_model, page, tmp_path):
+def test_ask_names_a_page_longer_than_the_context(tiny_model, page, tmp_path):
     (tmp_path / "note.txt").write_text("The company grew. " * 1500)
     done = fintune(
         "ask", tiny_model, "--page", page, "--text", tmp_path / "note.txt", QUESTION, "prompt.max_length=9000"
@@ -289,7 +289,7 @@ def test_a_page_that_the_model_cannot_read_is_called_so(tiny_model, page, tmp_pa
         ([], "): add --load-in-4bit, or lower prompt.max_length (now 2048)"),
     ],
 )
-def test_out_of_memory_is_one_line_with_status_2(tiny_model, page, monkeypatch, words, advice):
+def test_ask_out_of_memory_is_one_line(tiny_model, page, monkeypatch, words, advice):
     from fintune.inference.transformers_engine import TransformersEngine
 
     torch = pytest.importorskip("torch")

@@ -42,7 +42,7 @@ def _read(path: Path) -> list[dict[str, object]]:
     return rows
 
 
-def test_files_are_called_by_their_names_and_counted(files: list[Path]) -> None:
+def test_audit_counts_by_file_name(files: list[Path]) -> None:
     done = audit_files(files)
     assert {name: each.num_records for name, each in done.audit.splits.items()} == {"train": 3, "dev": 2}
     assert done.audit.splits["dev"].findings["executes_to_other"] == ("A/1/p-3",)
@@ -52,7 +52,7 @@ def test_files_are_called_by_their_names_and_counted(files: list[Path]) -> None:
     assert (overlap.first, overlap.second, overlap.shared["page"].num_second) == ("train", "dev", 1)
 
 
-def test_the_command_prints_tables_and_writes_all_figures(files: list[Path], tmp_path: Path) -> None:
+def test_audit_prints_tables_and_writes_json(files: list[Path], tmp_path: Path) -> None:
     done = cli(*files, "--json", tmp_path / "audit.json")
     assert done.returncode == 0, done.stderr
     for said in (*FINDINGS.values(), "train and dev share", "A/1/p-3", "dropped: no question"):
@@ -64,7 +64,7 @@ def test_the_command_prints_tables_and_writes_all_figures(files: list[Path], tmp
     assert set(told["kinds"]) == set(told["splits"]["train"]["findings"])
 
 
-def test_written_splits_share_nothing_and_are_read_again(files: list[Path], tmp_path: Path) -> None:
+def test_audit_splits_share_nothing(files: list[Path], tmp_path: Path) -> None:
     folder = tmp_path / "new" / "splits"
     done = cli(*files, "--write-splits", folder, "--by", "company")
     assert done.returncode == 0, done.stderr
@@ -81,7 +81,7 @@ def test_written_splits_share_nothing_and_are_read_again(files: list[Path], tmp_
     assert told["splits"]["train"]["num_records"] == len(new["train"])
 
 
-def test_written_splits_keep_the_keys_that_fintune_does_not_read(files: list[Path], tmp_path: Path) -> None:
+def test_audit_splits_keep_unknown_keys(files: list[Path], tmp_path: Path) -> None:
     rows = json.loads(files[0].read_text())
     rows[0] |= {"table_ori": [["A"]], "filename": "A/1/p"}
     rows[0]["qa"]["steps"] = [{"op": "add1-1", "res": "3"}]
@@ -108,12 +108,12 @@ def test_audit_splits_three_files_near_their_sizes(tmp_path: Path) -> None:
     }
 
 
-def test_the_figures_are_not_written_over_a_file_that_is_read(files: list[Path]) -> None:
+def test_audit_refuses_to_overwrite_an_input(files: list[Path]) -> None:
     with pytest.raises(FintuneError, match="would be overwritten"):
         audit_files(files, json=files[0])
 
 
-def test_nothing_is_overwritten(files: list[Path], tmp_path: Path) -> None:
+def test_audit_splits_overwrite_nothing(files: list[Path], tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "dev.json").write_text("mine")
     done = cli(*files, "--write-splits", tmp_path / "new")
@@ -124,13 +124,13 @@ def test_nothing_is_overwritten(files: list[Path], tmp_path: Path) -> None:
     assert (tmp_path / "new" / "dev.json").read_text() == "mine"
 
 
-def test_one_file_cannot_be_divided(files: list[Path], tmp_path: Path) -> None:
+def test_audit_refuses_to_split_one_file(files: list[Path], tmp_path: Path) -> None:
     with pytest.raises(FintuneError, match="needs several files: name the training"):
         audit_files(files[:1], write_splits=tmp_path / "new")
     assert audit_files(files[:1]).audit.overlaps == ()
 
 
-def test_two_files_of_one_name_are_refused(files: list[Path], tmp_path: Path) -> None:
+def test_audit_refuses_two_files_of_one_name(files: list[Path], tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     twin = tmp_path / "other" / "train.json.gz"
     twin.write_bytes(gzip.compress(files[0].read_bytes()))
@@ -138,7 +138,7 @@ def test_two_files_of_one_name_are_refused(files: list[Path], tmp_path: Path) ->
         audit_files([files[0], twin])
 
 
-def test_a_split_that_would_be_empty_is_refused(files: list[Path], tmp_path: Path) -> None:
+def test_audit_refuses_an_empty_split(files: list[Path], tmp_path: Path) -> None:
     files[1].write_text(json.dumps([row("A/1/p-9")]))
     files[0].write_text(json.dumps([row("A/1/p-1"), row("A/1/p-2")]))
     with pytest.raises(DataError, match=r"split by report, (train|dev) has no records left"):
@@ -147,7 +147,7 @@ def test_a_split_that_would_be_empty_is_refused(files: list[Path], tmp_path: Pat
 
 
 @pytest.mark.parametrize("option", ["--json", "--write-splits"])
-def test_a_place_that_cannot_be_written_is_one_line(files: list[Path], tmp_path: Path, option: str) -> None:
+def test_audit_unwritable_output_is_one_line(files: list[Path], tmp_path: Path, option: str) -> None:
     (tmp_path / "file").write_text("")
     place = tmp_path / "file" if option == "--write-splits" else tmp_path / "none" / "audit.json"
     done = cli(*files, option, place)
@@ -155,17 +155,17 @@ def test_a_place_that_cannot_be_written_is_one_line(files: list[Path], tmp_path:
     assert str(place) in done.stderr
 
 
-def test_strict_stops_at_the_first_broken_record(files: list[Path]) -> None:
+def test_audit_strict_stops_at_a_broken_record(files: list[Path]) -> None:
     with pytest.raises(DataError, match="row 4"):
         audit_files(files, strict=True)
 
 
-def test_no_file_is_a_mistake_of_usage() -> None:
+def test_audit_needs_a_file() -> None:
     assert cli().returncode == 2
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/finqa beside the repository")
-def test_the_figures_of_finqa_are_those_of_the_docs() -> None:
+def test_audit_of_finqa_gives_the_figures_of_the_docs() -> None:
     audit = audit_files([SHARED / "train.json.gz", SHARED / "dev.json.gz"]).audit
     for split in audit.splits.values():
         for kind in ("not_in_language", "does_not_execute", "executes_to_other", "operand_not_on_page"):

@@ -40,7 +40,7 @@ def run(chain, source, *words):
     return [line for line in done.out.splitlines() if line]
 
 
-def test_a_run_on_conversations_ends_with_its_files_and_what_to_do_with_them(chain):
+def test_run_of_conversations_ends_with_its_files(chain):
     source = {"source": "chat", "sources": [str(chain.runs.parent / "rows.jsonl")]}
     folder = chain.runs / "chat"
     lines = [
@@ -54,7 +54,7 @@ def test_a_run_on_conversations_ends_with_its_files_and_what_to_do_with_them(cha
     assert run(chain, source, "--only", "report") == [page]
 
 
-def test_a_run_with_scores_ends_with_its_page(chain):
+def test_run_with_scores_ends_with_its_page(chain):
     assert run(chain, {}) == [f"The run's page: {chain.runs / 'chat' / 'report' / 'index.html'}"]
 
 
@@ -69,7 +69,7 @@ def test_a_run_with_scores_ends_with_its_page(chain):
         ("runs/lr=1e-4.yaml", False),
     ],
 )
-def test_an_override_is_known_by_its_key_and_kept_whatever_its_value(first, is_override):
+def test_is_override_looks_at_the_key_only(first, is_override):
     @click.command()
     @optional_config_arguments
     def command(config, overrides):

@@ -40,7 +40,7 @@ print(json.dumps(told))
 """
 
 
-def test_commands_of_a_light_install_name_the_extra_in_one_line(tiny_model, tmp_path):
+def test_light_install_names_the_missing_extra(tiny_model, tmp_path):
     (tmp_path / "page.csv").write_text("name,2023\nrevenue,12\n")
     page = {"id": "A", "pre_text": [], "post_text": [], "table": [["", "2019"], ["cash", "12"]]}
     (tmp_path / "data.json").write_text(json.dumps([{**page, "qa": {"question": "what is cash?"}}]))
@@ -64,7 +64,7 @@ def test_commands_of_a_light_install_name_the_extra_in_one_line(tiny_model, tmp_
         assert re.fullmatch(rf'fintune: .*\w+.*: pip install "fintune\[{extra}\]"', last), last
 
 
-def test_every_library_of_an_extra_is_known():
+def test_extras_list_every_library():
     named = {"libggml-python": "libggml"}
     for extra, block in re.findall(r"^(train|gguf|vllm|wandb) = \[(.*?)\]$", PROJECT, re.MULTILINE | re.DOTALL):
         for library in re.findall(r'"([\w-]+)', block):
@@ -73,5 +73,5 @@ def test_every_library_of_an_extra_is_known():
 
 
 @pytest.mark.parametrize("name", ["fintune.nothing", "sympy", None])
-def test_any_other_module_that_is_missing_is_a_bug(name):
+def test_missing_extra_ignores_other_modules(name):
     assert missing_extra(ModuleNotFoundError("No module", name=name)) is None

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fintune.cli.inspect import TRAINED_SPECIAL_STYLE, inspect_data, render, shown
+from fintune.cli.inspect import TRAINED_SPECIAL_STYLE, inspect_data, render_example, split_row
 from fintune.config import Config
 from fintune.config.load import load
 from fintune.data.tokenize import TokenRow
@@ -67,7 +67,7 @@ def printed(config: Config, *, color: bool = False, num_examples: int = 1) -> st
     return out.getvalue()
 
 
-def test_before_a_run_it_prepares_in_memory_and_writes_nothing(config: Config, tmp_path: Path) -> None:
+def test_inspect_before_prepare_writes_nothing(config: Config, tmp_path: Path) -> None:
     text = printed(config)
     assert "not prepared yet" in text
     assert re.search(r"no program +train +1", text)
@@ -77,29 +77,29 @@ def test_before_a_run_it_prepares_in_memory_and_writes_nothing(config: Config, t
     assert not (tmp_path / "r").exists()
 
 
-def test_text_of_a_page_is_never_taken_for_markup(config: Config) -> None:
+def test_inspect_escapes_markup(config: Config) -> None:
     assert "the [bold]company[/bold] grew ." in printed(config)
 
 
-def test_without_colour_brackets_show_what_is_trained_the_end_of_turn_included(config: Config) -> None:
+def test_render_brackets_include_the_end_of_turn(config: Config) -> None:
     text = printed(config)
     assert "⟦subtract(12, 10)<|im_end|>⟧" in text
     assert text.count("⟦") == 2  # the example and the legend
 
 
-def test_with_colour_the_end_of_turn_of_the_completion_is_marked_as_trained(config: Config) -> None:
+def test_render_colours_the_end_of_turn(config: Config) -> None:
     text = printed(config, color=True)
     assert "⟦" not in text
     assert "\x1b[32msubtract(12, 10)\x1b[0m\x1b[1;7;32m<|im_end|>" in text
 
 
-def test_only_as_many_examples_as_asked_for_are_shown(config: Config) -> None:
+def test_inspect_shows_the_number_of_examples_asked(config: Config) -> None:
     assert printed(config, num_examples=0).count("trained") == 0
     assert printed(config, num_examples=2).count("<|im_start|>assistant") == 2
 
 
 @pytest.mark.parametrize("stored", [False, True])
-def test_examples_are_of_every_file_not_of_the_first(tmp_path: Path, tiny_model: Path, stored: bool) -> None:
+def test_inspect_shows_examples_of_every_file(tmp_path: Path, tiny_model: Path, stored: bool) -> None:
     folder = tmp_path / "rows"
     folder.mkdir()
     for file in "abc":
@@ -116,7 +116,7 @@ def test_examples_are_of_every_file_not_of_the_first(tmp_path: Path, tiny_model:
     assert re.findall(r"\u27e6(.) is", text) == ["a", "b", "c"]
 
 
-def test_a_prepared_folder_is_read_only_where_the_options_are_the_same(config: Config) -> None:
+def test_inspect_reads_prepare_only_with_equal_options(config: Config) -> None:
     folder = config.folder / "prepare"
     folder.mkdir(parents=True)
     prepare(config, {}, folder)
@@ -129,7 +129,7 @@ def test_a_prepared_folder_is_read_only_where_the_options_are_the_same(config: C
     assert "not prepared yet" in printed(config.model_copy(update={"prompt": prompt}))
 
 
-def test_a_runs_folder_stands_for_its_configuration(tmp_path: Path, tiny_model: Path) -> None:
+def test_inspect_accepts_a_run_folder(tmp_path: Path, tiny_model: Path) -> None:
     rows = [{"prompt": f"what is {number} ?", "completion": f"it is {number}"} for number in range(4)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (tmp_path / "config.yaml").write_text(
@@ -154,7 +154,7 @@ def test_a_runs_folder_stands_for_its_configuration(tmp_path: Path, tiny_model: 
     assert "holds no finished stage" in done.err
 
 
-def test_a_runs_folder_without_the_result_of_prepare_shows_no_other_data_in_its_place(tmp_path: Path) -> None:
+def test_inspect_run_folder_without_prepare_is_refused(tmp_path: Path) -> None:
     run = tmp_path / "lora" / "run"
     (run / "train").mkdir(parents=True)
     finish(run / "train", "train", options={"model.name": "builtin:smollm2-135m-instruct"})
@@ -163,15 +163,15 @@ def test_a_runs_folder_without_the_result_of_prepare_shows_no_other_data_in_its_
     assert "has no result of prepare, so its data are unknown" in done.err
 
 
-def test_characters_spread_over_several_tokens_are_shown_whole(tiny_model: Path) -> None:
+def test_render_joins_characters_of_several_tokens(tiny_model: Path) -> None:
     tokenizer = load_tokenizer(fetch(str(tiny_model)))
     ids = tokenizer("é€<|im_end|>", add_special_tokens=False)["input_ids"]
-    text = render(shown(tokenizer, TokenRow("A", ids, [1] * len(ids))))
+    text = render_example(split_row(tokenizer, TokenRow("A", ids, [1] * len(ids))))
     assert text.plain == "é€<|im_end|>"
     assert text.spans[-1].style == TRAINED_SPECIAL_STYLE
 
 
-def test_the_page_shows_the_trained_tokens_and_nothing_else_as_trained(config: Config, tmp_path: Path) -> None:
+def test_inspect_page_marks_exactly_the_trained_tokens(config: Config, tmp_path: Path) -> None:
     html = page(config, tmp_path)
     assert html.count('<span class="t">subtract(12, 10)</span><span class="t s">&lt;|im_end|&gt;</span>') == 2
     assert html.count('class="t">') == 3  # two examples and the legend
@@ -185,9 +185,7 @@ def test_the_page_shows_the_trained_tokens_and_nothing_else_as_trained(config: C
     assert 'id="completion-plot-' in html
 
 
-def test_the_page_of_conversations_names_sources_drops_and_licences_and_escapes_all(
-    chat: Config, tmp_path: Path
-) -> None:
+def test_inspect_page_of_conversations(chat: Config, tmp_path: Path) -> None:
     html = page(chat, tmp_path)
     parsed = outline(html)  # its elements would not close if a conversation could open one
     assert not any(tag == "script" for tag, _ in parsed.tags)
@@ -199,7 +197,7 @@ def test_the_page_of_conversations_names_sources_drops_and_licences_and_escapes_
     assert "evidence" not in parsed.text
 
 
-def test_the_terminal_tells_the_sources_of_conversations_and_each_broken_row_once(chat: Config) -> None:
+def test_inspect_names_sources_and_broken_rows_once(chat: Config) -> None:
     text = " ".join(printed(chat).split())
     assert re.search(r"bad role \S+sft\.jsonl 1 ", text)
     assert "not for commercial use" in text
@@ -208,7 +206,7 @@ def test_the_terminal_tells_the_sources_of_conversations_and_each_broken_row_onc
     assert "evidence" not in text
 
 
-def test_what_would_steer_the_terminal_is_shown_instead(tmp_path: Path, tiny_model: Path) -> None:
+def test_inspect_escapes_control_characters(tmp_path: Path, tiny_model: Path) -> None:
     rows = [{"prompt": f"\ta{n}\x1b]0;x\x07?\n", "completion": f"b{n}\x9b2J\r"} for n in range(3)] + [{"c\x1b[2J": "d"}]
     (tmp_path / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     options = ["data.source=chat", f"data.sources=[{tmp_path / 'sft.jsonl'}]", f"model.name={tiny_model}"]
@@ -219,7 +217,7 @@ def test_what_would_steer_the_terminal_is_shown_instead(tmp_path: Path, tiny_mod
     assert r"\x1b]0;x\x07?" in text and r"\x9b2J\x0d" in text
 
 
-def test_files_and_thoughts_that_are_left_out_are_told(tmp_path: Path, tiny_model: Path) -> None:
+def test_inspect_reports_unread_files_and_thoughts(tmp_path: Path, tiny_model: Path) -> None:
     turns = [{"role": "user", "content": "cash?"}, {"role": "assistant", "content": "1", "reasoning_content": "Hm."}]
     rows = [{"messages": turns}, {"messages": [{"role": "user", "content": "debt?"}, turns[1]]}]
     (tmp_path / "data").mkdir()
@@ -232,11 +230,11 @@ def test_files_and_thoughts_that_are_left_out_are_told(tmp_path: Path, tiny_mode
         assert f"{tmp_path / 'data'}: 1 file not read: faq.xlsx (the known suffixes are " in text
 
 
-def test_without_examples_the_page_has_no_place_for_them(config: Config, tmp_path: Path) -> None:
+def test_inspect_page_without_examples(config: Config, tmp_path: Path) -> None:
     assert "trained special token" not in page(config, tmp_path, num_examples=0)
 
 
-def test_of_a_pair_the_rejected_answer_is_shown_in_a_colour_of_its_own(tmp_path: Path, tiny_model: Path) -> None:
+def test_inspect_colours_the_rejected_answer(tmp_path: Path, tiny_model: Path) -> None:
     rows = [{"prompt": f"what is cash {n}?", "chosen": f"it is {n}", "rejected": f"no idea {n}"} for n in range(30)]
     (tmp_path / "dpo.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     options = ["data.source=chat", f"data.sources=[{tmp_path / 'dpo.jsonl'}]", "data.duplicates=exact"]
@@ -250,9 +248,7 @@ def test_of_a_pair_the_rejected_answer_is_shown_in_a_colour_of_its_own(tmp_path:
     assert re.search(r"⟦it is (\d+)<\|im_end\|>⟧.*rejected: no idea \1", printed(config), re.DOTALL)
 
 
-def test_of_labelled_answers_both_labels_are_counted_and_undesired_ones_shown_in_a_colour_of_their_own(
-    tmp_path: Path, tiny_model: Path
-) -> None:
+def test_inspect_counts_and_colours_labelled_answers(tmp_path: Path, tiny_model: Path) -> None:
     rows = [{"prompt": f"what is cash {n}?", "completion": f"it is {n}", "label": n % 3 == 0} for n in range(30)]
     (tmp_path / "kto.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     options = ["data.source=chat", f"data.sources=[{tmp_path / 'kto.jsonl'}]", "data.duplicates=exact"]
@@ -271,7 +267,7 @@ def test_of_labelled_answers_both_labels_are_counted_and_undesired_ones_shown_in
     assert "undesired answer</span>" in html
 
 
-def test_a_page_that_cannot_be_written_is_refused_before_any_work(chat: Config, tmp_path: Path) -> None:
+def test_inspect_unwritable_page_is_refused_first(chat: Config, tmp_path: Path) -> None:
     for wrong, told in (
         (tmp_path, "a folder, so no file can be written there"),
         (tmp_path / "nothere" / "page.html", "its folder does not exist"),
@@ -281,7 +277,7 @@ def test_a_page_that_cannot_be_written_is_refused_before_any_work(chat: Config, 
             inspect_data(chat, Console(file=io.StringIO()), html=wrong)
 
 
-def test_of_a_long_path_the_end_and_what_is_counted_are_shown(tmp_path: Path, tiny_model: Path) -> None:
+def test_inspect_keeps_the_end_of_a_long_path(tmp_path: Path, tiny_model: Path) -> None:
     folder = tmp_path / ("a long name " * 9)
     folder.mkdir()
     rows = [{"prompt": f"what is cash {n}?", "completion": f"it is {n}"} for n in range(4)]

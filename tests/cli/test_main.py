@@ -116,7 +116,7 @@ def finqa(tmp_path: Path, tiny_model: Path):
 # Help, and what it costs
 
 
-def test_help_and_version_answer_on_standard_output(run) -> None:
+def test_help_and_version_go_to_standard_output(run) -> None:
     for words in (["--help"], ["-h"], ["run", "--help"], ["config", "--help"], ["config", "show", "-h"]):
         done = run(*words)
         assert (done.status, done.err) == (0, "")
@@ -124,14 +124,14 @@ def test_help_and_version_answer_on_standard_output(run) -> None:
     assert run("--version").out == f"fintune {__version__}\n"
 
 
-def test_help_names_every_verb_with_what_it_does(run) -> None:
+def test_help_lists_every_verb(run) -> None:
     told = run("--help").out
     for name, (_, line) in cli.VERBS.items():
         assert f"  {name} " in told
         assert line in told, name
 
 
-def test_no_verb_at_all_gets_the_help_and_status_2(run) -> None:
+def test_no_verb_prints_help_with_status_2(run) -> None:
     done = run()
     assert done.status == 2
     assert "Usage: " in done.out
@@ -152,18 +152,18 @@ def loaded(*words: str) -> str:
 
 
 @pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["config", "show", DEMO], ["config", "reference"]])
-def test_help_and_options_need_no_deep_learning_library(words: list[str]) -> None:
+def test_help_and_config_load_no_heavy_library(words: list[str]) -> None:
     assert loaded(*words).split() in (["0"], ["None"])
 
 
-def test_scoring_files_needs_no_deep_learning_library(tmp_path: Path) -> None:
+def test_score_loads_no_heavy_library(tmp_path: Path) -> None:
     (tmp_path / "gold.json").write_text(json.dumps([record("A/2019/page_1.pdf-1")]))
     (tmp_path / "p.jsonl").write_text('{"id": "A/2019/page_1.pdf-1", "program": "add(12, 1)"}\n')
     words = ["score", "--predictions", str(tmp_path / "p.jsonl"), "--gold", str(tmp_path / "gold.json")]
     assert loaded(*words) == "0"
 
 
-def test_a_dry_run_needs_no_deep_learning_library(finqa) -> None:
+def test_dry_run_loads_no_heavy_library(finqa) -> None:
     assert loaded("run", finqa(), "--dry-run") == "0"
 
 
@@ -171,7 +171,7 @@ def test_a_dry_run_needs_no_deep_learning_library(finqa) -> None:
 
 
 @pytest.mark.parametrize("verb", ["run", "train", "plan", "inspect"])
-def test_an_override_in_place_of_the_configuration_is_told_as_it_was_written(mistake, verb: str) -> None:
+def test_override_instead_of_config_is_quoted(mistake, verb: str) -> None:
     word = "predict.endpoint=http://127.0.0.1:8080/v1#m"
     told = mistake(verb, word)
     assert told.startswith(f"fintune: {word}: no such configuration file: the first argument is the configuration file")
@@ -189,12 +189,12 @@ def test_an_override_in_place_of_the_configuration_is_told_as_it_was_written(mis
         (["train", DEMO, "--skip", "merge"], "No such option '--skip'"),
     ],
 )
-def test_a_mistyped_command_is_one_line_that_says_where_help_is(mistake, words: list[str], told: str) -> None:
+def test_mistyped_command_is_one_line(mistake, words: list[str], told: str) -> None:
     assert told in mistake(*words)
 
 
 @pytest.mark.parametrize("verb", ["run", "train", "predict", "inspect", "score"])
-def test_a_missing_configuration_is_named(mistake, verb: str) -> None:
+def test_missing_config_is_named(mistake, verb: str) -> None:
     assert "fintune: nope.yaml: no such configuration file: " in mistake(verb, "nope.yaml")
 
 
@@ -210,11 +210,11 @@ def test_a_missing_configuration_is_named(mistake, verb: str) -> None:
         ("export.types=[F16]", "predict.models asks for Q4_K_M, which export.types does not write"),
     ],
 )
-def test_a_wrong_override_is_one_line(mistake, override: str, told: str) -> None:
+def test_wrong_override_is_one_line(mistake, override: str, told: str) -> None:
     assert told in mistake("run", DEMO, override)
 
 
-def test_a_wrong_line_of_the_file_is_named_with_its_number(mistake, tmp_path: Path) -> None:
+def test_wrong_line_of_the_file_is_named(mistake, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("train:\n  num_train_epochs: 3\n  learning_rat: 1e-4\n")
     assert mistake("config", "show", "mine.yaml") == (
         "fintune: mine.yaml:3: unknown option train.learning_rat: did you mean train.learning_rate?\n"
@@ -222,18 +222,18 @@ def test_a_wrong_line_of_the_file_is_named_with_its_number(mistake, tmp_path: Pa
 
 
 @pytest.mark.parametrize("flag", ["--skip", "--only", "--redo", "--from"])
-def test_an_unknown_stage_is_answered_with_the_one_that_was_meant(mistake, flag: str) -> None:
+def test_unknown_stage_hints_at_a_known_one(mistake, flag: str) -> None:
     assert "'predct' is no stage of this run: did you mean predict?" in mistake("run", DEMO, flag, "predct")
 
 
-def test_a_stage_that_needs_another_first_gives_the_commands(mistake, finqa) -> None:
+def test_stage_that_needs_another_names_the_commands(mistake, finqa) -> None:
     path = finqa()
     told = mistake("train", path, "run.name=intr")
     assert told.startswith("fintune: nothing is prepared in ")
     assert f"runs/intr: fintune prepare {path} run.name=intr first, or fintune run {path} run.name=intr for" in told
 
 
-def test_a_page_of_nothing_is_refused(mistake, finqa, tmp_path: Path) -> None:
+def test_report_without_scores_is_refused(mistake, finqa, tmp_path: Path) -> None:
     assert "report has nothing to read: no stage has a result in" in mistake("report", finqa())
     assert not (tmp_path / "runs").exists()
 
@@ -253,9 +253,7 @@ def test_a_page_of_nothing_is_refused(mistake, finqa, tmp_path: Path) -> None:
         (b'{"data": 1}', ".json", "row 1"),
     ],
 )
-def test_data_that_cannot_be_read_is_named_before_any_work(
-    run, finqa, tmp_path: Path, content: bytes, suffix: str, told: str
-) -> None:
+def test_unreadable_data_is_named_first(run, finqa, tmp_path: Path, content: bytes, suffix: str, told: str) -> None:
     done = run("inspect", finqa(content, suffix=suffix))
     assert done.status == 2
     assert done.err.startswith(f"fintune: {tmp_path}/train{suffix}: "), done.err
@@ -263,7 +261,7 @@ def test_data_that_cannot_be_read_is_named_before_any_work(
     assert told in done.err
 
 
-def test_truncated_data_ends_a_run_in_one_line_and_leaves_no_result(run, finqa, tmp_path: Path) -> None:
+def test_truncated_data_is_one_line_without_a_result(run, finqa, tmp_path: Path) -> None:
     done = run("prepare", finqa(b'[{"id": "A", "pre_te'))
     assert done.status == 2
     assert done.err.splitlines()[-1] == (
@@ -273,7 +271,7 @@ def test_truncated_data_ends_a_run_in_one_line_and_leaves_no_result(run, finqa, 
     assert not (tmp_path / "runs" / "mine" / "prepare").exists()
 
 
-def test_a_record_without_a_program_is_named_by_row_and_id_where_data_is_strict(run, finqa, tmp_path: Path) -> None:
+def test_strict_names_a_record_by_row_and_id(run, finqa, tmp_path: Path) -> None:
     rows = [record("A/2019/page_1.pdf-1"), record("A/2019/page_7.pdf-3", program="")]
     done = run("prepare", finqa(rows), "data.strict=true")
     assert done.status == 2
@@ -282,7 +280,7 @@ def test_a_record_without_a_program_is_named_by_row_and_id_where_data_is_strict(
     assert "data.strict: false" in line
 
 
-def test_a_missing_data_file_is_named_before_anything_is_made(mistake, finqa, tmp_path: Path) -> None:
+def test_missing_data_file_is_named_first(mistake, finqa, tmp_path: Path) -> None:
     config = finqa()
     (tmp_path / "eval.json").unlink()
     for dry in ([], ["--dry-run"]):
@@ -293,9 +291,7 @@ def test_a_missing_data_file_is_named_before_anything_is_made(mistake, finqa, tm
 # Mistakes about models
 
 
-def test_a_model_without_weights_or_tokenizer_is_refused_before_anything_is_made(
-    mistake, finqa, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_incomplete_model_is_refused_first(mistake, finqa, tiny_model: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
     (model / "tokenizer.json").unlink()
@@ -307,7 +303,7 @@ def test_a_model_without_weights_or_tokenizer_is_refused_before_anything_is_made
     assert not (tmp_path / "runs").exists()
 
 
-def test_an_unknown_hub_id_while_offline_is_one_line(process, finqa, tmp_path: Path) -> None:
+def test_unknown_hub_id_offline_is_one_line(process, finqa, tmp_path: Path) -> None:
     words = ["run", finqa(), "model.name=nobody/nothing-7b"]
     done = process(*words, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hub"))
     assert done.status == 2
@@ -320,9 +316,7 @@ def test_an_unknown_hub_id_while_offline_is_one_line(process, finqa, tmp_path: P
 # Mistakes about the machine
 
 
-def test_too_little_space_is_refused_before_anything_is_made(
-    mistake, finqa, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_is_refused_first(mistake, finqa, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
     told = mistake("run", finqa())
     assert "no space for the run's 17 stages: it needs about" in told
@@ -345,21 +339,21 @@ def held(path: Path) -> Iterator[None]:
             other.communicate("\n")
 
 
-def test_a_run_in_use_by_another_process_is_refused(mistake, finqa, tmp_path: Path) -> None:
+def test_run_in_use_is_refused(mistake, finqa, tmp_path: Path) -> None:
     config = finqa()
     with held(tmp_path / "runs" / "mine" / ".lock"):
         assert f"{tmp_path}/runs/mine is in use by another process: wait for it" in mistake("run", config)
     assert [path.name for path in (tmp_path / "runs" / "mine").iterdir()] == [".lock"]
 
 
-def test_a_file_in_place_of_the_runs_folder_is_named(mistake, finqa, tmp_path: Path) -> None:
+def test_file_instead_of_run_folder_is_named(mistake, finqa, tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("")
     told = mistake("run", finqa())
     assert "runs/mine cannot be made: a file is in its place: set run.dir to another folder" in told
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EISDIR, errno.ENAMETOOLONG])
-def test_what_the_file_system_refuses_is_one_line(mistake, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_file_system_errors_are_one_line(mistake, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(number, "whatever", "runs/x/train.jsonl")
 
@@ -367,7 +361,7 @@ def test_what_the_file_system_refuses_is_one_line(mistake, monkeypatch: pytest.M
     assert mistake("run", DEMO) == f"fintune: runs/x/train.jsonl: {os.strerror(number).lower()}\n"
 
 
-def test_a_mistake_in_the_data_does_not_steer_the_terminal(mistake, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_escapes_control_characters(mistake, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise DataError("field \x1b[2J\x9b is none")
 
@@ -375,7 +369,7 @@ def test_a_mistake_in_the_data_does_not_steer_the_terminal(mistake, monkeypatch:
     assert mistake("run", DEMO) == "fintune: field \\x1b[2J\\x9b is none\n"
 
 
-def test_a_bug_of_ours_keeps_its_traceback(run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bug_keeps_its_traceback(run, monkeypatch: pytest.MonkeyPatch) -> None:
     for bug in (KeyError("x"), FileNotFoundError(errno.ENOENT, "gone")):
 
         def fail(*_: object, bug: Exception = bug, **__: object) -> None:
@@ -386,7 +380,7 @@ def test_a_bug_of_ours_keeps_its_traceback(run, monkeypatch: pytest.MonkeyPatch)
             run("run", DEMO)
 
 
-def test_an_interruption_says_how_to_go_on_where_something_does(run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interruption_says_how_to_resume(run, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
@@ -400,7 +394,7 @@ def test_an_interruption_says_how_to_go_on_where_something_does(run, monkeypatch
     assert (done.status, done.err.strip()) == (130, "fintune: interrupted"), "nothing goes on there"
 
 
-def test_an_interruption_that_knows_what_is_kept_says_so(run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interruption_keeps_its_own_message(run, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt("interrupted; the same command goes on from step 16")
 
@@ -418,15 +412,15 @@ def test_an_interruption_that_knows_what_is_kept_says_so(run, monkeypatch: pytes
         (("--load_in_4bit",), "--load_in_4bit: write model.quantization=nf4"),
     ],
 )
-def test_a_flag_of_another_program_is_answered_with_the_override(mistake, flags: tuple[str, ...], written: str) -> None:
+def test_flag_of_another_program_hints_at_the_override(mistake, flags: tuple[str, ...], written: str) -> None:
     assert mistake("run", DEMO, *flags) == f"fintune: no option {written}\n"
 
 
-def test_a_flag_that_is_no_option_anywhere_keeps_its_message(mistake) -> None:
+def test_unknown_flag_keeps_its_message(mistake) -> None:
     assert "No such option '--zzz'; see fintune run --help" in mistake("run", DEMO, "--zzz")
 
 
-def test_help_lists_the_verbs_in_the_order_of_work_and_cuts_no_sentence(run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_lists_verbs_in_order_without_truncation(run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     lines = run("--help").out.partition("Commands:\n")[2].splitlines()
     names = [line.split()[0] for line in lines]
@@ -435,7 +429,7 @@ def test_help_lists_the_verbs_in_the_order_of_work_and_cuts_no_sentence(run, mon
     assert not [line for line in lines if line.endswith("...")]
 
 
-def test_a_reader_that_goes_away_is_no_error_message() -> None:
+def test_closed_pipe_prints_no_error() -> None:
     words = [sys.executable, "-m", "fintune.cli.main", "config", "reference"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as done:
         assert done.stdout is not None
@@ -459,7 +453,7 @@ def test_a_reader_that_goes_away_is_no_error_message() -> None:
         ["mine.yaml", "--predictions", "p.jsonl", "--gold", "gold.json"],
     ],
 )
-def test_score_takes_a_configuration_or_both_files(mistake, words: list[str]) -> None:
+def test_score_needs_a_config_or_both_files(mistake, words: list[str]) -> None:
     told = mistake("score", *words)
     assert "give a CONFIG, or both --predictions and --gold; see fintune score --help" in told
 
@@ -474,7 +468,7 @@ def files(tmp_path: Path) -> list[str]:
     return ["score", "--predictions", "p.jsonl", "--gold", "gold.json"]
 
 
-def test_score_prints_its_table_on_standard_output(run, files: list[str]) -> None:
+def test_score_prints_its_table(run, files: list[str]) -> None:
     done = run(*files)
     assert (done.status, done.err) == (0, "")
     head, execution, program, invalid, number, *views = done.out.splitlines()
@@ -486,20 +480,18 @@ def test_score_prints_its_table_on_standard_output(run, files: list[str]) -> Non
 
 
 @pytest.mark.parametrize("gone", ["p.jsonl", "gold.json"])
-def test_score_names_the_file_that_is_not_there(mistake, files: list[str], tmp_path: Path, gone: str) -> None:
+def test_score_names_a_missing_file(mistake, files: list[str], tmp_path: Path, gone: str) -> None:
     (tmp_path / gone).unlink()
     assert f"fintune: {gone}: no such file: check " in mistake(*files)
 
 
-def test_score_names_what_it_cannot_write_to(mistake, files: list[str], tmp_path: Path) -> None:
+def test_score_names_an_unwritable_file(mistake, files: list[str], tmp_path: Path) -> None:
     assert "no/a.csv: its folder does not exist" in mistake(*files, "--csv", "no/a.csv")
     (tmp_path / "taken").mkdir()
     assert "fintune: taken" in mistake(*files, "--csv", "taken")
 
 
-def test_score_reports_rows_that_it_leaves_out_and_refuses_them_where_strict(
-    run, mistake, files: list[str], tmp_path: Path
-) -> None:
+def test_score_reports_or_refuses_unusable_rows(run, mistake, files: list[str], tmp_path: Path) -> None:
     with (tmp_path / "p.jsonl").open("a") as file:
         file.write('{"id": "B", "program": "add(1, 1)"}\n')
     done = run(*files)
@@ -513,7 +505,7 @@ def test_score_reports_rows_that_it_leaves_out_and_refuses_them_where_strict(
 # config
 
 
-def test_config_show_says_where_each_value_came_from(run, tmp_path: Path) -> None:
+def test_config_show_prints_origins(run, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("train:\n  num_train_epochs: 2\n")
     done = run("config", "show", "mine.yaml", "adapter.r=8")
     rows = {line.split()[0]: line.rstrip().split(maxsplit=2)[1:] for line in done.out.splitlines()[1:]}
@@ -523,11 +515,11 @@ def test_config_show_says_where_each_value_came_from(run, tmp_path: Path) -> Non
     assert rows["adapter.lora_alpha"] == ["32", "default"]
 
 
-def test_config_reference_is_the_page_of_options(run) -> None:
+def test_config_reference_prints_the_docs_page(run) -> None:
     assert run("config", "reference").out == (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
 
 
-def test_a_dry_run_prints_the_plan_and_makes_nothing(run, finqa, tmp_path: Path) -> None:
+def test_dry_run_prints_the_plan_only(run, finqa, tmp_path: Path) -> None:
     done = run("run", finqa(), "--dry-run", "--skip", "score")
     assert (done.status, done.err) == (0, "")
     rows = {line.split()[0]: line.split()[1] for line in done.out.splitlines()}
@@ -536,5 +528,5 @@ def test_a_dry_run_prints_the_plan_and_makes_nothing(run, finqa, tmp_path: Path)
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_packaged_configurations_are_found_from_a_checkout() -> None:
+def test_packaged_config_in_a_checkout() -> None:
     assert packaged_config("demo.yaml") == ROOT / "configs" / "demo.yaml"

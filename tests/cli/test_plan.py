@@ -33,7 +33,7 @@ def lines(tmp_path, tiny_model):
     return run
 
 
-def test_a_large_gpu_recomputes_nothing(lines):
+def test_plan_large_gpu_recomputes_nothing(lines):
     said = lines(80)
     assert said[1] == "fits: 39.1 GiB predicted of 78.8 (80.0 less 1.25 for the context and the allocator)"
     assert said[2:] == [
@@ -43,13 +43,13 @@ def test_a_large_gpu_recomputes_nothing(lines):
     ]
 
 
-def test_a_small_one_recomputes_and_divides(lines):
+def test_plan_small_gpu_recomputes(lines):
     said = lines(24, "train.max_memory_gib=9")
     assert "of 9.0" in said[1]
     assert "- 28 of 28 layers recomputed" in "\n".join(said) or "do not fit 9.0 GiB" in "\n".join(said)
 
 
-def test_several_gpus_hold_whole_copies_where_they_fit_and_parts_where_not(lines):
+def test_plan_several_gpus_shard_if_needed(lines):
     said = lines(80, "train.gpus=4")
     assert "64 examples a step" in said[0]
     assert said[2] == "a step: one pass over a batch of 16 on each of 4 GPUs, which hold the whole model"
@@ -66,7 +66,7 @@ def test_several_gpus_hold_whole_copies_where_they_fit_and_parts_where_not(lines
         lines(80, "train.gpus=2", "adapter.init_lora_weights=pissa")
 
 
-def test_transformers_layers_are_planned_as_they_are_run(lines):
+def test_plan_transformers_layers(lines):
     fused, modules = (
         lines(40, "train.per_device_train_batch_size=4")[1:],
         lines(40, "train.per_device_train_batch_size=4", "train.fused_layers=never")[1:],
@@ -84,13 +84,13 @@ def test_transformers_layers_are_planned_as_they_are_run(lines):
         lines(9, "train.fused_layers=never")
 
 
-def test_the_limit_is_told_where_it_comes_from(lines):
+def test_plan_names_the_origin_of_the_limit(lines):
     assert lines(24, "train.max_memory_gib=14")[1].endswith("of 14.0 (train.max_memory_gib)")
     with pytest.raises(ResourceError, match=r"only 0 MiB may be used"):
         lines(1)
 
 
-def test_sizes_below_a_gib_and_sizes_near_each_other_are_told_apart(lines):
+def test_plan_formats_small_and_close_sizes(lines):
     with pytest.raises(ResourceError, match=r"needs .* GiB for .*, but only 512 MiB may be used"):
         lines(24, "train.max_memory_gib=0.5")
     assert format_distinct(600 * 2**20, 512 * 2**20) == ("600 MiB", "512 MiB")
@@ -100,14 +100,14 @@ def test_sizes_below_a_gib_and_sizes_near_each_other_are_told_apart(lines):
     assert format_usage(2**29, 2**29 + 2**20) == "512 MiB of 513"
 
 
-def test_what_does_not_fit_is_refused_with_what_would(lines):
+def test_plan_that_does_not_fit_names_what_would(lines):
     with pytest.raises(
         ResourceError, match=r"needs .* GiB for one example of 1024 tokens .*: use model.quantization=nf4"
     ):
         lines(6)
 
 
-def test_models_and_methods_without_a_plan_are_refused(lines):
+def test_plan_refuses_unsupported_models_and_methods(lines):
     with pytest.raises(ConfigError, match="supports llama, mistral, qwen2, qwen3, not gemma3"):
         lines(24, model={**LLAMA_3B, "model_type": "gemma3"})
     with pytest.raises(ConfigError, match=r"not adapter\.kind: full"):
@@ -133,7 +133,7 @@ def hub(monkeypatch, tmp_path):
     server.close()
 
 
-def test_of_a_model_on_the_hub_only_the_configuration_is_fetched(hub, tmp_path):
+def test_plan_fetches_only_the_configuration(hub, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("model: {name: owner/model}\nprompt: {max_length: 1024}\n")
     said = memory_plan_lines(load(path, ()).config, gib=80)
@@ -144,7 +144,7 @@ def test_of_a_model_on_the_hub_only_the_configuration_is_fetched(hub, tmp_path):
     assert not any(WEIGHTS in request or "/tree/" in request for request in hub.asked)
 
 
-def test_a_model_on_the_hub_without_a_configuration_is_told_from_an_unknown_one(hub, tmp_path):
+def test_plan_hub_model_without_configuration(hub, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("model: {name: owner/model}\n")
     del hub.files["config.json"]
@@ -155,7 +155,7 @@ def test_a_model_on_the_hub_without_a_configuration_is_told_from_an_unknown_one(
         memory_plan_lines(load(path, ()).config, gib=80)
 
 
-def test_a_folder_with_a_configuration_alone_is_planned(tiny_model, tmp_path):
+def test_plan_folder_without_weights(tiny_model, tmp_path):
     folder = tmp_path / "q14"
     folder.mkdir()
     config = json.loads((tiny_model / "config.json").read_text())
@@ -165,6 +165,6 @@ def test_a_folder_with_a_configuration_alone_is_planned(tiny_model, tmp_path):
     assert said[1].startswith("fits: ")
 
 
-def test_without_a_gpu_the_memory_is_asked_for(lines):
+def test_plan_without_gpu_asks_for_gib(lines):
     with pytest.raises(ResourceError, match=r"no CUDA GPU to plan for: .*--gib 24"):
         lines(None)

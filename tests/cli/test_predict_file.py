@@ -46,7 +46,7 @@ def config(**options):
     return Config.model_validate({"predict": {"max_new_tokens": 4, "batch_size": 2, **options}})
 
 
-def test_predictions_are_what_scoring_reads(data, tiny_model):
+def test_predict_file_is_read_by_score(data, tiny_model):
     out = data.parent / "out.json"
     done = fintune("predict", "--model", tiny_model, "--data", data, "--out", out, "predict.max_new_tokens=4")
     assert (done.status, done.err) == (0, "")
@@ -60,7 +60,7 @@ def test_predictions_are_what_scoring_reads(data, tiny_model):
     ]
 
 
-def test_the_running_accuracy_is_that_of_the_score(data):
+def test_predict_file_accuracy_equals_the_score(data):
     programs = {record.qa.question: record.qa.program for record in records(4)}
     with Scripted((200, said(programs[records(4)[0].qa.question]))) as served:
         facts = predict_file(job(data, f"{served.url}#m"), config()).facts
@@ -79,7 +79,7 @@ def test_the_running_accuracy_is_that_of_the_score(data):
         (("run", "run.txt"), ("run", "run.txt")),
     ],
 )
-def test_two_outputs_have_a_manifest_each(data, names, stems):
+def test_predict_file_one_manifest_per_output(data, names, stems):
     with Scripted((200, said())) as served:
         jobs = [job(data, f"{served.url}#{name}", name) for name in names]
         assert jobs[0].partial != jobs[1].partial
@@ -90,7 +90,7 @@ def test_two_outputs_have_a_manifest_each(data, names, stems):
         assert manifest["model"]["name"].endswith(f"#{name}")
 
 
-def test_questions_without_gold_are_asked_too(data, tiny_model):
+def test_predict_file_asks_questions_without_gold(data, tiny_model):
     rows = json.loads(data.read_text())
     for row in rows[:3]:
         row["qa"] = {"question": row["qa"]["question"]}
@@ -102,7 +102,7 @@ def test_questions_without_gold_are_asked_too(data, tiny_model):
     assert "row 4" in done.problems[0]
 
 
-def test_the_manifest_lists_the_shots_none_of_them_from_a_scored_page(data, tiny_model):
+def test_predict_file_shots_are_not_from_scored_pages(data, tiny_model):
     scored = json.loads(data.read_text())
     train = json.loads((data.parent / "FinQA_train.json").read_text())
     train[1]["id"] = scored[0]["id"]
@@ -120,7 +120,7 @@ def test_the_manifest_lists_the_shots_none_of_them_from_a_scored_page(data, tiny
     assert manifest["num_shots"] == 3
 
 
-def test_an_interrupted_command_goes_on_and_another_model_does_not_mix(data, tiny_model, monkeypatch):
+def test_predict_file_resumes_only_with_the_same_model(data, tiny_model, monkeypatch):
     whole = predict_file(job(data, tiny_model, "whole.json"), config()).facts
     generate, asked = TransformersEngine.generate, []
 
@@ -164,7 +164,7 @@ def test_predict_file_refuses_other_served_weights(data):
     assert {row["text"] for row in json.loads(out.read_text())} == {"add(1, 2)"}
 
 
-def test_a_killed_command_has_written_what_was_answered_and_asks_only_for_the_rest(data, tiny_model, monkeypatch):
+def test_predict_file_resumes_after_a_kill(data, tiny_model, monkeypatch):
     rows = [record.model_dump(mode="json") for record in records(7)]
     data.write_text(json.dumps(rows))
     words = ["--model", tiny_model, "--data", data, "predict.max_new_tokens=3", "predict.batch_size=2"]
@@ -188,7 +188,7 @@ def test_a_killed_command_has_written_what_was_answered_and_asks_only_for_the_re
     assert [row | {"seconds": 0} for row in resumed] == [row | {"seconds": 0} for row in whole]
 
 
-def test_the_bar_tells_tokens_a_second_and_the_running_accuracy(data, tiny_model, monkeypatch):
+def test_predict_file_bar_shows_speed_and_accuracy(data, tiny_model, monkeypatch):
     notes = []
     monkeypatch.setattr(progress._LineBar, "note", lambda _, text: notes.append(text))
     facts = predict_file(job(data, tiny_model), config()).facts
@@ -197,7 +197,7 @@ def test_the_bar_tells_tokens_a_second_and_the_running_accuracy(data, tiny_model
     assert notes[-1].endswith(f", {facts['execution_accuracy']:.1%} right")
 
 
-def test_out_of_memory_is_one_line_with_status_2(data, tiny_model, monkeypatch):
+def test_predict_file_out_of_memory_is_one_line(data, tiny_model, monkeypatch):
     def full(self, rows):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
 
@@ -221,7 +221,7 @@ def test_out_of_memory_is_one_line_with_status_2(data, tiny_model, monkeypatch):
         (["--eg_k", 3, "--do_sample", "true", "--seed", 5], ("execution_guided", 3)),
     ],
 )
-def test_the_older_flags_mean_what_they_say(data, tiny_model, words, strategy):
+def test_older_script_flags(data, tiny_model, words, strategy):
     out = data.parent / "out.json"
     done = script("--model_path", tiny_model, "--test_json", data, "--out_json", out, "--max_new_tokens", 3, *words)
     assert (done.status, done.err) == (0, "")
@@ -237,7 +237,7 @@ def test_the_older_flags_mean_what_they_say(data, tiny_model, words, strategy):
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_the_older_script_runs_an_adapter_on_its_base_with_shots(data, tiny_model, tmp_path, dora):
+def test_older_script_runs_an_adapter_with_shots(data, tiny_model, tmp_path, dora):
     from inference.test_vllm_engine import make_adapter
 
     adapter = make_adapter(tiny_model, tmp_path / "adapter", use_dora=dora)
@@ -263,7 +263,7 @@ def test_the_older_script_runs_an_adapter_on_its_base_with_shots(data, tiny_mode
         (["--model_path", "MODEL", "--test_json", "DATA", "--eg_k", "0"], "--eg_k"),
     ],
 )
-def test_a_mistake_is_one_line_with_status_2(data, tiny_model, tmp_path, words, message):
+def test_predict_file_error_is_one_line(data, tiny_model, tmp_path, words, message):
     copy = tmp_path / "questions.json"
     copy.write_bytes(data.read_bytes())
     places = {"MODEL": str(tiny_model), "DATA": str(data), "COPY": str(copy)}
@@ -274,19 +274,19 @@ def test_a_mistake_is_one_line_with_status_2(data, tiny_model, tmp_path, words, 
     assert not (tmp_path / "out.json").exists()
 
 
-def test_a_file_that_is_read_is_not_written_over(data, tiny_model):
+def test_predict_file_refuses_to_overwrite_an_input(data, tiny_model):
     done = fintune("predict", "--model", tiny_model, "--data", data, "--out", data)
     assert done.status == 2
     assert "is read, and would be overwritten" in done.err
 
 
-def test_half_a_command_is_refused(data):
+def test_predict_needs_model_data_and_out(data):
     done = fintune("predict", "--data", data)
     assert "give a CONFIG, or --model, --data and --out together" in done.err
     assert done.status == 2
 
 
-def test_a_prompt_longer_than_the_models_context_names_its_question(data, tiny_model):
+def test_predict_file_names_a_prompt_that_is_too_long(data, tiny_model):
     rows = json.loads(data.read_text())
     rows[2]["post_text"] = ["the revenue grew by 9999 ."] * 700
     data.write_text(json.dumps(rows))
@@ -303,7 +303,7 @@ def predicted(model, data, *words, name="out.json"):
     return done, [row["id"] for row in json.loads(out.read_text())] if done.status == 0 else []
 
 
-def test_so_many_questions_are_asked_as_are_wanted(data, tiny_model):
+def test_predict_file_num_limits_the_questions(data, tiny_model):
     done, ids = predicted(tiny_model, data, "data.max_eval_samples=2")
     assert (done.out.split(": ")[1].split(",")[0], len(ids)) == ("2 predictions", 2)
     assert predicted(tiny_model, data, "--num", "2")[1] == ids
@@ -312,14 +312,14 @@ def test_so_many_questions_are_asked_as_are_wanted(data, tiny_model):
 
 
 @pytest.mark.parametrize("override", ["data.max_train_samples=5", "train.num_train_epochs=2", "run.name=x"])
-def test_an_override_that_changes_nothing_is_refused(data, override):
+def test_predict_refuses_overrides_without_effect(data, override):
     done = fintune("predict", "--model", "acme/m", "--data", data, "--out", data.parent / "out.json", override)
     assert done.status == 2
     assert done.err.count("\n") == 1
     assert f"{override.partition('=')[0]} has no effect with predict --model: it reads prompt." in done.err
 
 
-def test_the_flags_of_ask_are_those_of_a_file(data, tiny_model):
+def test_predict_has_the_flags_of_ask(data, tiny_model):
     words = ("--constrain", "general", "--strategy", "vote", "--num-candidates", "2")
     done, ids = predicted(tiny_model, data, *words, "--num", "1")
     assert (done.status, len(ids)) == (0, 1)

@@ -28,7 +28,7 @@ def run(tmp_path):
     return adapter.parents[1]
 
 
-def test_a_run_stands_for_its_gguf_or_else_for_what_was_merged(run, capsys):
+def test_resolve_run_model_prefers_gguf(run, capsys):
     (run / "merge").mkdir()
     (run / "merge" / "config.json").write_text("{}")
     assert resolve_run_model(str(run)) == (str(run / "merge"), ['prompt.system="Answer it."'])
@@ -40,7 +40,7 @@ def test_a_run_stands_for_its_gguf_or_else_for_what_was_merged(run, capsys):
         resolve_run_model(str(run), with_adapter=True)
 
 
-def test_a_run_on_conversations_is_told_to_answer_no_questions_about_pages(run, capsys):
+def test_resolve_run_model_warns_about_chat_runs(run, capsys):
     (run / "merge").mkdir()
     (run / "merge" / "config.json").write_text("{}")
     resolve_run_model(str(run))
@@ -52,7 +52,7 @@ def test_a_run_on_conversations_is_told_to_answer_no_questions_about_pages(run, 
     assert told[0].endswith(f"fintune serve {run}")
 
 
-def test_a_run_without_a_model_and_an_adapter_alone_say_how_they_are_named(run):
+def test_resolve_run_model_hints_at_the_adapter(run):
     adapter = run / "train" / "adapter"
     with pytest.raises(ArtifactError, match=f"no merged or exported model: .* acme/base --adapter {adapter}"):
         resolve_run_model(str(run))
@@ -62,12 +62,12 @@ def test_a_run_without_a_model_and_an_adapter_alone_say_how_they_are_named(run):
         resolve_run_model(str(adapter))
 
 
-def test_other_names_stay(tmp_path, tiny_model):
+def test_resolve_run_model_keeps_other_names(tmp_path, tiny_model):
     for name in ("acme/base", "builtin:smollm2-135m", "http://x/v1#m", str(tmp_path), str(tiny_model)):
         assert resolve_run_model(name) == (name, [])
 
 
-def test_the_commands_say_which_model_they_took(run, tiny_model, tmp_path):
+def test_ask_and_predict_name_the_model_of_a_run(run, tiny_model, tmp_path):
     (run / "merge").symlink_to(tiny_model)
     page = tmp_path / "page.csv"
     page.write_text("name;2023;2022\nrevenue;1.250,5;1.120,0\n")

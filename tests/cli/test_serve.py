@@ -18,11 +18,12 @@ from pathlib import Path
 
 import pytest
 
-from fintune.cli.serve import gguf_of, start_server
+from fintune.cli.serve import gguf_of, key_from
 from fintune.errors import ArtifactError, ConfigError, ModelError, ResourceError
 from fintune.export.gguf.writer import write_gguf
 from fintune.inference.http_pool import OWN_KEY
 from fintune.inference.llama_cpp import LlamaCppEngine
+from fintune.inference.llama_server import LlamaServer
 from fintune.inference.openai import OpenAIEngine, parse_endpoint
 from fintune.inference.protocol import Decoding, sorted_by_prompt
 from fintune.records import Message
@@ -75,7 +76,7 @@ def served(*arguments: object, key: str = ""):
         process.communicate()
 
 
-def test_a_runs_last_file_answers_as_it_does_in_this_process_until_ctrl_c(run, monkeypatch):
+def test_serve_answers_like_the_engine_until_ctrl_c(run, monkeypatch):
     with served(run, key=KEY) as (process, url, line):
         assert line.startswith("Serving demo-Q4_K_M at") and OWN_KEY in line and KEY not in line
         for path, body in (("/chat/completions", b"{}"), ("/models", None)):
@@ -97,7 +98,7 @@ def test_a_runs_last_file_answers_as_it_does_in_this_process_until_ctrl_c(run, m
 
 
 @pytest.mark.parametrize("key", ["", KEY])
-def test_the_request_that_it_prints_gets_an_answer(run, monkeypatch, key):
+def test_serve_prints_a_request_that_works(run, monkeypatch, key):
     with served(run, key=key) as (process, url, _):
         line = process.stdout.readline()
         assert KEY not in line
@@ -111,7 +112,7 @@ def test_the_request_that_it_prints_gets_an_answer(run, monkeypatch, key):
             assert json.load(answer)["choices"][0]["message"]["role"] == "assistant"
 
 
-def test_it_stops_at_once_while_a_request_is_in_flight(run):
+def test_serve_stops_during_a_request(run):
     with served(run / "export" / "demo-F16.gguf") as (process, url, _):
         body = b'{"prompt": "a", "max_tokens": 100000, "ignore_eos": true, "stream": true}'
         with urllib.request.urlopen(urllib.request.Request(f"{url}/completions", body)) as answer:
@@ -120,24 +121,24 @@ def test_it_stops_at_once_while_a_request_is_in_flight(run):
             assert process.wait(60) == 0
 
 
-def test_the_room_of_a_request_is_what_was_asked_for_or_the_models_own(run):
-    server = start_server(run, port=0, threads=1, context_tokens=256, parallel=3)
+def test_serve_context_is_limited_by_the_model(run):
+    server = LlamaServer(gguf_of(run), port=0, threads=1, context_tokens=256, parallel=3)
     assert (server.model, server.context_tokens) == ("demo-Q4_K_M", 256)
     server.close()
-    server = start_server(run, kind="f16", port=0, threads=1, context_tokens=999_999, parallel=1)
+    server = LlamaServer(gguf_of(run, kind="f16"), port=0, threads=1, context_tokens=999_999, parallel=1)
     assert (server.model, server.context_tokens) == ("demo-F16", 4096)
     server.close()
 
 
-def test_a_web_page_of_another_origin_is_not_let_in(run):
-    server = start_server(run, port=0, threads=1)
+def test_serve_refuses_other_origins(run):
+    server = LlamaServer(gguf_of(run), port=0, threads=1)
     request = urllib.request.Request(f"{server.url}/models", headers={"origin": "http://elsewhere.example"})
     with urllib.request.urlopen(request) as answer:
         assert not answer.headers["access-control-allow-origin"]
     server.close()
 
 
-def test_a_configuration_means_its_own_run(run, tmp_path):
+def test_gguf_of_accepts_a_config(run, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text("run:\n  name: demo\n")
     assert gguf_of(config, [f"run.dir={run.parent}"]) == run / "export" / "demo-Q4_K_M.gguf"
@@ -145,28 +146,28 @@ def test_a_configuration_means_its_own_run(run, tmp_path):
         gguf_of(config, [f"run.dir={tmp_path}"])
 
 
-def test_what_cannot_be_served_is_told_in_one_line(run, tmp_path):
+def test_serve_errors(run, tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"no model")
     (tmp_path / "cut.gguf").write_bytes((run / "export" / "demo-F16.gguf").read_bytes()[:4000])
     with pytest.raises(ModelError, match="no such file or folder"):
-        start_server(tmp_path / "none.gguf")
+        gguf_of(tmp_path / "none.gguf")
     with pytest.raises(ModelError, match=r"m\.gguf: not a GGUF file"):
-        start_server(tmp_path / "m.gguf")
+        LlamaServer(tmp_path / "m.gguf")
     with pytest.raises(ModelError, match=r"cut\.gguf: llama\.cpp cannot load it"):
-        start_server(tmp_path / "cut.gguf", port=0)
+        LlamaServer(tmp_path / "cut.gguf", port=0)
     with pytest.raises(ArtifactError, match="holds no Q5_K_M: it has F16, Q4_K_M"):
-        start_server(run, kind="Q5_K_M")
+        gguf_of(run, kind="Q5_K_M")
     with pytest.raises(ConfigError, match="only a YAML file takes overrides"):
-        start_server(run, ["run.name=x"])
+        gguf_of(run, ["run.name=x"])
     with pytest.raises(ConfigError, match="--type F16 selects a file of a run"):
-        start_server(run / "export" / "demo-F16.gguf", kind="F16")
+        gguf_of(run / "export" / "demo-F16.gguf", kind="F16")
     with pytest.raises(ResourceError, match="the environment variable NOT_SET is not set"):
-        start_server(run, key_variable="NOT_SET")
+        key_from("NOT_SET")
     with pytest.raises(ResourceError, match=r"0\.0\.0\.0"):
-        start_server(run, host="0.0.0.0")
+        LlamaServer(gguf_of(run), host="0.0.0.0")
 
 
-def test_a_port_in_use_and_a_host_that_is_elsewhere_are_one_line(run, monkeypatch):
+def test_serve_port_and_host_errors(run, monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -176,15 +177,15 @@ def test_a_port_in_use_and_a_host_that_is_elsewhere_are_one_line(run, monkeypatc
     assert f"127.0.0.1 port {port}: address already in use" in done.err
     monkeypatch.setenv(OWN_KEY, KEY)
     with pytest.raises(ResourceError, match=r"192\.0\.2\.1 port 8080: cannot assign"):
-        start_server(run, host="192.0.2.1")
+        LlamaServer(gguf_of(run), host="192.0.2.1", key=KEY)
 
 
-def test_the_help_names_the_defaults():
+def test_serve_help_names_the_defaults():
     help_text = fintune("serve", "--help").out
     assert all(word in help_text for word in ("127.0.0.1", "8080", "4096", "FINTUNE_API_KEY"))
 
 
-def test_the_documented_command_and_its_client_understand_each_other(run):
+def test_serve_docs_command_and_client(run):
     words = re.search(r"```\nfintune serve (\S+) --port 8080\n", PAGE)[1]
     client = next(text for text in SNIPPETS if "8080" in text)
     with served(run.parents[1] / words) as (_, url, _line):
@@ -192,7 +193,7 @@ def test_the_documented_command_and_its_client_understand_each_other(run):
 
 
 @pytest.mark.parametrize("text", [s for s in SNIPPETS if "8080" not in s], ids=lambda s: re.findall(r"\w+", s)[1])
-def test_a_documented_program_answers(run, tiny_model, tmp_path, monkeypatch, capsys, text):
+def test_serve_docs_programs(run, tiny_model, tmp_path, monkeypatch, capsys, text):
     (tmp_path / "program.py").write_text(text.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tiny_model)))
     monkeypatch.chdir(run.parents[1])
     with quiet_libraries():
@@ -210,7 +211,7 @@ def python(code: str, run: Path) -> str:
     return done.stdout
 
 
-def test_every_kind_of_use_has_a_line():
+def test_serve_docs_name_every_tool():
     assert len(SNIPPETS) == 4
     for tool in ("fintune serve", "llama-server", "ollama create", "lms import", "vllm serve"):
         assert re.search(rf"```\n[^`]*{tool}", PAGE), tool

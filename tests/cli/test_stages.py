@@ -34,7 +34,7 @@ def told(done):
     return " ".join(done.err.split())
 
 
-def test_merging_then_exporting_gives_the_bytes_of_exporting_base_and_adapter(tiny_model, adapter, tmp_path):
+def test_merge_then_export_equals_direct_export(tiny_model, adapter, tmp_path):
     merged, both, direct = (tmp_path / "out" / name for name in ("merged", "both", "direct"))
     done = fintune("merge", "--model", tiny_model, "--adapter", adapter, "--out", merged, "merge.dtype=float16")
     assert done.status == 0, done.err
@@ -51,12 +51,12 @@ def test_merging_then_exporting_gives_the_bytes_of_exporting_base_and_adapter(ti
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["both", "direct", "merged"]
 
 
-def test_the_files_are_named_after_the_folder(tiny_model, tmp_path):
+def test_export_names_files_after_the_folder(tiny_model, tmp_path):
     assert fintune("export", "--model", tiny_model, "--out", tmp_path / "small", "export.types=[F16]").status == 0
     assert (tmp_path / "small" / "small-F16.gguf").is_file()
 
 
-def test_mistakes_are_one_line_and_leave_nothing(tiny_model, adapter, tmp_path):
+def test_merge_and_export_errors_leave_nothing(tiny_model, adapter, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(tiny_model, other)
     (other / "model.safetensors").unlink()
@@ -87,9 +87,7 @@ def test_mistakes_are_one_line_and_leave_nothing(tiny_model, adapter, tmp_path):
 
 
 @pytest.mark.parametrize("verb", ["merge", "export"])
-def test_tokens_whose_embeddings_were_not_saved_are_told_before_anything_is_written(
-    tiny_model, tmp_path, monkeypatch, verb
-):
+def test_merge_refuses_unsaved_embeddings_first(tiny_model, tmp_path, monkeypatch, verb):
     lora, _ = grown(tiny_model, tmp_path / "lora", saved=False)
     monkeypatch.setattr("fintune.export.merge.merged_weights.MergedWeights.rows", None)  # no weight is read for it
     out = tmp_path / "new" / "out"
@@ -102,7 +100,7 @@ def test_tokens_whose_embeddings_were_not_saved_are_told_before_anything_is_writ
     assert not list((tmp_path / "new").iterdir())
 
 
-def test_an_adapter_of_the_named_base_that_does_not_fit_is_not_said_to_be_anothers(tmp_path):
+def test_merge_names_an_adapter_that_does_not_fit(tmp_path):
     base = make_tiny_model(tmp_path / "base")
     lora, _ = grown(base, tmp_path / "lora", saved=False, target_modules=["q_proj"])
     make_tiny_model(base, num_layers=1)
@@ -112,7 +110,7 @@ def test_an_adapter_of_the_named_base_that_does_not_fit_is_not_said_to_be_anothe
 
 
 @pytest.mark.parametrize("verb", ["merge", "export"])
-def test_a_disk_that_is_too_small_is_told_of_the_named_folder(tiny_model, adapter, tmp_path, monkeypatch, verb):
+def test_merge_full_disk_names_the_folder(tiny_model, adapter, tmp_path, monkeypatch, verb):
     monkeypatch.setattr("shutil.disk_usage", lambda _: Disk(100, 99, 1))
     out = tmp_path / "out"
     done = fintune(verb, "--model", tiny_model, "--adapter", adapter, "--out", out)
@@ -122,7 +120,7 @@ def test_a_disk_that_is_too_small_is_told_of_the_named_folder(tiny_model, adapte
     assert not out.exists()
 
 
-def test_an_export_by_a_checkout_is_refused_where_the_disk_is_too_small(tiny_model, tmp_path, monkeypatch):
+def test_export_by_checkout_checks_the_disk(tiny_model, tmp_path, monkeypatch):
     checkout, out = make_checkout(tmp_path / "llama.cpp"), tmp_path / "out"
     monkeypatch.setattr("shutil.disk_usage", lambda _: Disk(100, 99, 1))
     done = fintune("export", "--model", tiny_model, "--out", out, f"export.llama_cpp_path={checkout}")
@@ -133,7 +131,7 @@ def test_an_export_by_a_checkout_is_refused_where_the_disk_is_too_small(tiny_mod
 
 
 @pytest.mark.parametrize("verb", ["merge", "export"])
-def test_an_interruption_leaves_nothing_and_says_that_it_begins_anew(tiny_model, adapter, tmp_path, monkeypatch, verb):
+def test_merge_interruption_leaves_nothing(tiny_model, adapter, tmp_path, monkeypatch, verb):
     def interrupt(*_):
         raise KeyboardInterrupt
 

@@ -91,7 +91,7 @@ def inspect_data(config: Config, console: Console, *, num_examples: int = 3, htm
     report, rows, origin = _stored(config, folder, num_examples) or _fresh(config, tokenizer, num_examples)
     paths = [source.path for source in config.data.sources]
     examples = [
-        replace(example, id=describe_row(example.id, paths)) for example in (shown(tokenizer, row) for row in rows)
+        replace(example, id=describe_row(example.id, paths)) for example in (split_row(tokenizer, row) for row in rows)
     ]
     page = InspectPage(
         config.run.name, origin, config.model.name, config.data.source, report.model_dump(mode="json"), examples
@@ -133,7 +133,7 @@ def _print(page: InspectPage, report: PrepareReport, console: Console) -> None:
         title = Text(
             _shorten_start(escape_control_chars(f"{example.id}: {example.counts}"), console.width - _BESIDE_TITLE)
         )
-        console.print(Panel(render(example, brackets=not coloured), title=title, title_align="left"))
+        console.print(Panel(render_example(example, brackets=not coloured), title=title, title_align="left"))
     if page.examples:
         console.print(_legend() if coloured else Text(f"{OPEN}trained{CLOSE}"))
 
@@ -159,7 +159,7 @@ def _fresh(
     )
 
 
-def shown(tokenizer: PreTrainedTokenizerBase, row: TokenRow) -> Shown:
+def split_row(tokenizer: PreTrainedTokenizerBase, row: TokenRow) -> Shown:
     """Split a row into pieces of equally treated tokens. A special token is a piece of its own."""
     pieces = _pieces(tokenizer, row.input_ids, row.completion_mask)
     rejected = row.rejected_ids or []
@@ -196,7 +196,7 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], trained_mask
     return pieces
 
 
-def render(example: Shown, *, brackets: bool = False) -> Text:
+def render_example(example: Shown, *, brackets: bool = False) -> Text:
     """Return an example as text: the prompt dim, trained tokens green, rejected ones red, special ones reversed.
 
     Args:

@@ -62,18 +62,17 @@ def serve_command(
     MODEL is a GGUF file, a run's folder or its YAML file. Without an API key, only this machine can connect.
     """
     try:
-        server = start_server(
-            model,
-            overrides,
-            kind=kind,
+        path, key = gguf_of(model, overrides, kind=kind), key_from(variable)
+        server = LlamaServer(
+            path,
             host=host,
             port=port,
             context_tokens=context,
-            threads=threads,
+            threads=threads or os.cpu_count() or 1,
             parallel=parallel,
-            key_variable=variable,
+            key=key,
         )
-        key_name = (variable or OWN_KEY) if key_from(variable) else None
+        key_name = (variable or OWN_KEY) if key else None
         access = f"API key in {key_name}" if key_name else "no API key"
         tokens = f"{server.context_tokens} tokens per request"
         click.echo(f"Serving {server.model} at {server.url}, {tokens}, {access}. Press Ctrl-C to stop.")
@@ -113,47 +112,6 @@ def gguf_of(reference: Path, overrides: Sequence[str] = (), *, kind: str | None 
     if kind is not None:
         raise ConfigError(f"--type {kind} selects a file of a run", hint="remove it if you name a file")
     return path
-
-
-def start_server(
-    reference: Path,
-    overrides: Sequence[str] = (),
-    *,
-    kind: str | None = None,
-    host: str = "127.0.0.1",
-    port: int = 8080,
-    context_tokens: int = 4096,
-    threads: int | None = None,
-    parallel: int = 2,
-    key_variable: str | None = None,
-) -> LlamaServer:
-    """Start a server that answers until its process ends.
-
-    Args:
-        reference: What to serve, with ``overrides`` and ``kind``; see :func:`gguf_of`.
-        overrides: ``KEY=VALUE`` of a YAML file.
-        kind: GGUF type of a run's file.
-        host: Address to bind.
-        port: Port, or 0 for a free one.
-        context_tokens: Maximum tokens of a prompt with its completion.
-        threads: CPU threads (default: all cores).
-        parallel: Requests at a time.
-        key_variable: See :func:`key_from`.
-
-    Raises:
-        FintuneError: As for :func:`gguf_of`, :func:`key_from` and
-            :class:`~fintune.inference.llama_server.LlamaServer`.
-    """
-    path, key = gguf_of(reference, overrides, kind=kind), key_from(key_variable)
-    return LlamaServer(
-        path,
-        host=host,
-        port=port,
-        context_tokens=context_tokens,
-        threads=threads or os.cpu_count() or 1,
-        parallel=parallel,
-        key=key,
-    )
 
 
 def key_from(variable: str | None) -> str | None:
