@@ -62,25 +62,14 @@ def test_links_lead_somewhere(page):
     assert missing == []
 
 
-def test_the_layout_names_what_is_there():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    layout = text.split("## Layout")[1].split("```")[1]
-    named = set(re.findall(r"\b([a-z_]+)/", layout)) - {
-        "src",
-        "fintune",
-        "configs",
-        "docs",
-        "tests",
-        "stages",
-        "legacy",
-        "merge",
-        "gguf",
-        "fused",
-    }
-    rooms = {path.parent.name for path in (ROOT / "src" / "fintune").glob("*/__init__.py")}
-    assert named == rooms
-    for name in re.findall(r"\b(\w+\.py)\b", layout):
-        assert (ROOT / "src" / "fintune" / name).is_file()
+def test_the_structure_names_every_room_and_file_at_the_top():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    structure = text.split("## Structure")[1].split("```")[1]
+    package = ROOT / "src" / "fintune"
+    rooms = {path.parent.name for path in package.glob("*/__init__.py")}
+    assert set(re.findall(r"^  ([a-z]+)/", structure, re.MULTILINE)) == rooms
+    files = {path.name for path in package.glob("*.py")} - {"__init__.py", "__main__.py"}
+    assert set(re.findall(r"\b(\w+\.py)\b", structure)) == files
 
 
 def test_the_rooms_table_names_files_that_exist():
