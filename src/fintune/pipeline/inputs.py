@@ -99,7 +99,7 @@ def check_four_bit_model(config: Config) -> None:
     check_model(config)
 
 
-def check_training(config: Config) -> None:
+def check_training_inputs(config: Config) -> None:
     """Refuse what would stop the training."""
     from fintune.pipeline.stages import train
 

@@ -60,7 +60,7 @@ def build_steps(config: Config) -> list[Step]:
             disk_estimate.train_bytes,
             resumes=True,
             resume_word=_describe_resumed_training,
-            check=inputs.check_training,
+            check=inputs.check_training_inputs,
         ),
         *_guard(config),
         *_measure(config, "adapter"),

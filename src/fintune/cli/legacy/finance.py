@@ -117,7 +117,7 @@ def train_financial_model(flags: dict[str, Any], overrides: Sequence[str]) -> No
             click.echo(f"To use it in Ollama: ollama create {file.stem} -f {shlex.quote(str(modelfile))}")
 
 
-def train(flags: dict[str, Any], overrides: Sequence[str]) -> None:
+def run_training(flags: dict[str, Any], overrides: Sequence[str]) -> None:
     """Prepare the data and train, and put the adapter where the flag says."""
     config = _config(_TRAIN, flags, overrides, [])
     # Unfinished training resumes with the data that it started with, also if train_financial_model.py started it.
@@ -127,7 +127,7 @@ def train(flags: dict[str, Any], overrides: Sequence[str]) -> None:
 
 
 PIPELINE = make_command(train_financial_model, _PIPELINE, "Fine-tune, merge and quantize a model on finance data.")
-TRAIN = make_command(train, _TRAIN, "Fine-tune an adapter on a folder of conversations.")
+TRAIN = make_command(run_training, _TRAIN, "Fine-tune an adapter on a folder of conversations.")
 
 
 def _config(

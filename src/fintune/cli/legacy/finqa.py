@@ -62,7 +62,7 @@ FLAGS = (
 _DORA_FLAGS = [Flag("use_dora", True, flag.help, flag.option) if flag.name == "use_dora" else flag for flag in FLAGS]
 
 
-def train(flags: dict[str, Any], overrides: Sequence[str]) -> None:
+def train_finqa(flags: dict[str, Any], overrides: Sequence[str]) -> None:
     """Prepare the data, train, put the adapter into its folder, and push it."""
     from fintune.pipeline.runner import Pipeline
     from fintune.pipeline.step import Selection
@@ -99,8 +99,8 @@ def train(flags: dict[str, Any], overrides: Sequence[str]) -> None:
         click.echo(f"To score the answers: python scripts/{score}")
 
 
-TRAIN_LORA = make_command(train, FLAGS, "Fine-tune a LoRA adapter on FinQA.")
-TRAIN_DORA = make_command(train, _DORA_FLAGS, "Fine-tune a DoRA adapter on FinQA.")
+TRAIN_LORA = make_command(train_finqa, FLAGS, "Fine-tune a LoRA adapter on FinQA.")
+TRAIN_DORA = make_command(train_finqa, _DORA_FLAGS, "Fine-tune a DoRA adapter on FinQA.")
 
 
 def _data(flags: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
