@@ -40,7 +40,7 @@ def predict_speed(monkeypatch, *words):
     runpy.run_path(str(BENCH / "predict_speed.py"), run_name="__main__")
 
 
-def test_predict_speed_goes_on_where_it_stopped_and_both_ways_write_the_same(finqa, monkeypatch):
+def test_predict_speed_resumes_with_the_same_result(finqa, monkeypatch):
     words = ["--finqa", finqa, "--random", "tiny", "--num", 10, "--piece", 4, "--new-tokens", 3, "--loop-num", 2]
     out = finqa / "out.json"
     predict_speed(monkeypatch, *words, "--out", out, "--minutes", 0)

@@ -14,7 +14,7 @@ REPO = ROOT
 
 
 @pytest.mark.parametrize("run", ["lora", "dora"])
-def test_six_kinds_names_steps_that_there_are_with_all_that_they_read(run: str) -> None:
+def test_six_kinds_names_existing_steps_and_inputs(run: str) -> None:
     bench = runpy.run_path(str(REPO / "bench" / "six_kinds.py"))
     _, config, *words = bench["words"](run, list(bench["OPTIONS"]))
     at = words.index("--only")

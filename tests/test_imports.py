@@ -177,7 +177,7 @@ def test_judging_a_program_loads_no_pydantic_and_no_sympy() -> None:
     assert loaded(f"import {names}", {"pydantic", "sympy", "numpy", "torch"}) == ""
 
 
-def test_all_of_the_package_loads_without_a_deep_learning_library() -> None:
+def test_package_loads_without_a_deep_learning_library() -> None:
     light = [name for name in modules() if not name.startswith(NEEDS_TORCH) and not name.endswith("__main__")]
     every = f"from importlib import import_module\nfor name in {light!r}: import_module(name)"
     assert loaded(every, HEAVY) == ""

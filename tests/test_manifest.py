@@ -68,7 +68,7 @@ def test_work_has_no_final_name_until_it_is_finished(slot: Slot) -> None:
     assert slot.unfinished() == key()
 
 
-def test_work_is_kept_for_the_same_key_and_thrown_away_for_another(slot: Slot) -> None:
+def test_start_keeps_work_only_for_the_same_key(slot: Slot) -> None:
     (slot.start(key(), resume=True) / "checkpoint").write_text("x")
     assert (slot.start(key(), resume=True) / "checkpoint").exists()
     assert not (slot.start(key(), resume=False) / "checkpoint").exists()
@@ -151,7 +151,7 @@ def test_a_broken_manifest_is_named_with_the_way_out(slot: Slot, content: str) -
     assert "\n" not in str(caught.value)
 
 
-def test_a_changed_option_and_a_changed_source_are_named_and_an_input_is_not(slot: Slot) -> None:
+def test_differences_names_options_and_sources(slot: Slot) -> None:
     make(slot, "a")
     changed = Key(
         step="train", options={"train.num_train_epochs": 4.0, "train.new": None}, sources={"model.name": "z"}, inputs={}
@@ -163,7 +163,7 @@ def test_a_changed_option_and_a_changed_source_are_named_and_an_input_is_not(slo
     assert slot.state(moved) == ("inputs changed", [])
 
 
-def test_of_a_list_of_settings_the_changed_ones_are_named_and_a_long_value_is_cut() -> None:
+def test_differences_names_changed_entries_of_a_list() -> None:
     def changes(was: object, now: object) -> list[str]:
         return key(**{"data.sources": now}).differences(key(**{"data.sources": was}))
 
@@ -185,7 +185,7 @@ def test_many_changes_make_one_line() -> None:
     assert describe_changes(["a", "b", "c"]) == "a; b; c"
 
 
-def test_the_same_bytes_have_the_same_digest_whatever_they_were_made_from(tmp_path: Path) -> None:
+def test_digest_depends_only_on_the_bytes(tmp_path: Path) -> None:
     one, two = Slot(tmp_path / "one", "train"), Slot(tmp_path / "two", "train")
     make(one, "same")
     make(two, "same", key(**{"train.num_train_epochs": 9.0}))

@@ -76,7 +76,7 @@ def test_left_alone_it_writes_no_program(engine, tokenizer):
 
 
 @pytest.mark.parametrize("constrain", ["general", "page"])
-def test_under_a_grammar_it_writes_nothing_else_and_ends_its_turn(engine, tokenizer, constrain):
+def test_grammar_allows_nothing_else_and_the_end_of_turn(engine, tokenizer, constrain):
     found, predictions, allowed = programs(engine, tokenizer, constrain=constrain)
     end = chat.end_of_turn_ids(tokenizer)[0]
     assert all(parses(each.program) for each in predictions)

@@ -198,7 +198,7 @@ def test_a_prompt_longer_than_the_context_is_named(engine):
         engine.generate([PROMPTS[0], "in the " * 300], Decoding(10))
 
 
-def test_a_model_whose_own_context_is_shorter_than_asked_is_named(gguf_file):
+def test_context_longer_than_the_models_is_refused(gguf_file):
     (trained,) = read_gguf_numbers(gguf_file, ["llama.context_length"]).values()
     with LlamaCppEngine(gguf_file, context_tokens=trained[0] + 64, parallel=1) as engine:
         long = "in the " * trained[0]

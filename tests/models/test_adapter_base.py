@@ -75,7 +75,7 @@ def test_adapter_base_without_recorded_hash(trained, other, tiny_model, tmp_path
     open_model(ModelSpec(str(tiny_model), adapter=gone)).close()
 
 
-def test_whatever_loads_or_merges_an_adapter_compares_the_weights(trained, other):
+def test_adapter_on_other_weights_is_refused_everywhere(trained, other):
     with pytest.raises(ModelError, match="not on the weights of"):
         MergedWeights(other, trained)
     loaded = models.load_model(models.fetch(str(other)), dtype="float32", device="cpu")

@@ -290,7 +290,7 @@ def test_a_broken_tokenizer_is_one_line(folder):
 # --- model
 
 
-def test_a_model_loads_in_the_type_asked_for_and_ready_to_predict(tiny_model):
+def test_load_model_uses_the_dtype_and_eval_mode(tiny_model):
     model = load_model(fetch(str(tiny_model)), dtype="float32", device="cpu")
     assert model.dtype == torch.float32
     assert not model.training

@@ -165,7 +165,7 @@ def test_a_run_says_one_line_a_stage_and_no_library_a_word(finished):
     assert [line for line in remarks if not re.match(own, line)] == []
 
 
-def test_a_run_ends_with_the_score_of_every_model_and_the_place_of_its_page(finished):
+def test_run_ends_with_scores_and_the_page(finished):
     lines = [line for line in finished.first.out.splitlines() if line]
     header, *rows, last = lines
     assert " ".join(header.split()) == "model n execution accuracy 95 % interval program accuracy invalid"
@@ -210,7 +210,7 @@ def test_predictions_have_the_ids_of_the_gold_file_in_its_order(finished):
         assert [row["id"] for row in official] == [each.id for each in finished.predictions(kind)]
 
 
-def test_scoring_the_official_file_by_hand_gives_the_score_of_the_run(finished):
+def test_score_of_official_file_equals_the_runs(finished):
     done = fintune(
         *("score", "--predictions", finished.folder / "predict/adapter/official.json"),
         *("--gold", finished.folder / "prepare/gold.json", "--strict"),
@@ -241,14 +241,14 @@ def test_an_exported_file_answers_in_llama_cpp(finished, able_model, kind):
     assert answer.num_prompt_tokens == len(tokenizer(prompt)["input_ids"])
 
 
-def test_the_modelfile_names_the_smallest_file_and_the_end_of_turn(finished):
+def test_modelfile_names_smallest_file_and_end_of_turn(finished):
     lines = (finished.folder / "export" / "Modelfile").read_text().splitlines()
     assert lines[0] == "FROM ./small-Q4_K_M.gguf"
     assert 'PARAMETER stop "<|im_end|>"' in lines
     assert "PARAMETER num_ctx 512" in lines
 
 
-def test_the_page_loads_nothing_from_elsewhere_and_shows_every_model(finished):
+def test_page_is_self_contained_and_shows_every_model(finished):
     html = (finished.folder / "report" / "index.html").read_text(encoding="utf-8")
     assert re.findall(r"<link\b|<iframe\b|<script[^>]*\bsrc=|@import", html) == []
     loads = re.findall(
@@ -350,7 +350,7 @@ def test_dry_run_tells_and_touches_nothing(run):
     assert run.snapshot() == before
 
 
-def test_base_and_adapter_give_the_files_of_the_merged_folder_without_writing_one(finished, tmp_path):
+def test_export_from_adapter_equals_export_from_merged(finished, tmp_path):
     folder = tmp_path / "runs" / "small"
     for step in ("preflight", "prepare", "train"):
         shutil.copytree(finished.folder / step, folder / step)
@@ -369,7 +369,7 @@ def test_base_and_adapter_give_the_files_of_the_merged_folder_without_writing_on
     assert list(replayed) == ["base", "adapter", "F16", "Q4_K_M"]
 
 
-def test_every_form_of_the_model_answers_as_the_adapter_does_token_by_token(finished):
+def test_every_export_answers_as_the_adapter(finished):
     facts = finished.manifests()["replay"].facts
     assert list(facts["replayed"]) == ["base", "adapter", "merged", "F16", "Q4_K_M"]
     assert all(facts["replayed"][kind]["same_best_token_share"] >= 0.98 for kind in ("adapter", "merged", "F16"))
@@ -393,7 +393,7 @@ KILLS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("step", "where", "number"), KILLS)
-def test_a_killed_stage_leaves_nothing_finished_and_the_next_run_completes(run, finished, step, where, number):
+def test_killed_stage_is_completed_by_the_next_run(run, finished, step, where, number):
     shutil.rmtree(run.folder / step)
     killed = fintune_killed(where, number, *run.command, "--only", step)
     assert killed.status == -9, killed.err

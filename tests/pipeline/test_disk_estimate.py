@@ -35,7 +35,7 @@ def test_shapes_and_types_are_those_of_the_loaded_model(tiny_model: Path) -> Non
     assert {tensor.dtype for tensor in found.values()} == {"F32"}
 
 
-def test_of_shards_those_of_the_index_count_and_no_second_copy_does(tiny_model: Path, tmp_path: Path) -> None:
+def test_tensors_reads_the_shards_of_the_index(tiny_model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     weights = load_file(tiny_model / "model.safetensors")
@@ -131,7 +131,7 @@ def test_a_packed_file_counts_for_more_than_a_plain_one(configure, tmp_path: Pat
     assert disk_estimate.prepare_bytes(packed) == 5 * disk_estimate.prepare_bytes(plain)
 
 
-def test_predictions_fit_their_prediction_at_the_size_of_finqa_test(configure) -> None:
+def test_predict_bytes_covers_the_finqa_test_set(configure) -> None:
     from fintune.records import Prediction
 
     one = Prediction(
@@ -147,7 +147,7 @@ def test_predictions_fit_their_prediction_at_the_size_of_finqa_test(configure) -
     assert 1147 * len(one.model_dump_json()) < disk_estimate.predict_bytes(configure())
 
 
-def test_a_model_that_cannot_become_a_gguf_is_refused_by_the_prediction(tiny_model: Path, tmp_path: Path) -> None:
+def test_export_bytes_refuses_an_unknown_family(tiny_model: Path, tmp_path: Path) -> None:
     from fintune.errors import ModelError
     from support.tiny import patch_json
 

@@ -103,7 +103,7 @@ def test_a_changed_file_of_the_users_is_named(chain: Chain) -> None:
     assert "the content of data.train changed" in refusal(chain)
 
 
-def test_a_change_downstream_is_refused_before_what_is_upstream_runs(chain: Chain) -> None:
+def test_change_downstream_is_refused_before_upstream_runs(chain: Chain) -> None:
     chain.run()
     shutil.rmtree(chain.folder / "prepare")
     assert "train.num_train_epochs was 3.0 and is now 5.0" in refusal(chain, "train.num_train_epochs=5")
@@ -115,7 +115,7 @@ def test_redo_makes_the_step_and_what_reads_it_anew(chain: Chain) -> None:
     assert chain.run("train.num_train_epochs=5") == []
 
 
-def test_a_check_ahead_of_a_step_is_made_anew_with_it_where_its_options_changed(chain: Chain, monkeypatch) -> None:
+def test_check_before_a_step_is_rerun_with_the_step(chain: Chain, monkeypatch) -> None:
     check = replace(chain.step("check", (), ("train.num_train_epochs",)), about="train")
     steps = [check, *chain.steps()]
     monkeypatch.setattr(chain, "steps", lambda: steps)
@@ -126,7 +126,7 @@ def test_a_check_ahead_of_a_step_is_made_anew_with_it_where_its_options_changed(
     assert chain.run("train.num_train_epochs=5", redo=("train",)) == ["train"]
 
 
-def test_what_follows_stays_where_a_redone_step_gives_the_same_bytes(chain: Chain) -> None:
+def test_redo_with_the_same_bytes_keeps_later_steps(chain: Chain) -> None:
     chain.run()
     assert chain.preview(redo=("prepare",)) == {
         "prepare": "rerun, as asked",
@@ -154,7 +154,7 @@ def test_skip_from_and_only_leave_the_others_as_they_lie(chain: Chain) -> None:
     assert chain.run(only=("predict",)) == ["predict/base", "predict/merged"]
 
 
-def test_a_step_whose_input_is_left_out_and_missing_says_what_to_run_first(chain: Chain) -> None:
+def test_missing_input_names_the_step_to_run_first(chain: Chain) -> None:
     told = refusal(chain, only=("train",))
     assert told.startswith(
         f"nothing is prepared in {chain.folder}: fintune prepare CONFIG first, or fintune run CONFIG"
@@ -170,7 +170,7 @@ def test_the_report_takes_what_there_is(chain: Chain) -> None:
 
 
 @pytest.mark.parametrize("where", ["skip", "only", "redo", "start"])
-def test_a_name_that_is_no_stage_is_answered_with_the_one_that_was_meant(chain: Chain, where: str) -> None:
+def test_unknown_stage_gets_a_suggestion(chain: Chain, where: str) -> None:
     selection = {where: "predct" if where == "start" else ("predct",)}
     with pytest.raises(ArtifactError, match=r"'predct' is no stage of this run: did you mean predict\?"):
         chain.run(**selection)
@@ -245,7 +245,7 @@ def test_only_a_step_that_resumes_finds_its_earlier_work(chain: Chain) -> None:
     assert chain.preview(redo=("train",))["train"] == "rerun, as asked"
 
 
-def test_redo_discards_unfinished_work_but_goes_on_with_an_interrupted_redo(chain: Chain) -> None:
+def test_redo_resumes_only_an_interrupted_redo(chain: Chain) -> None:
     found: list[bool] = []
 
     def checkpoint(config: object, inputs: object, folder: Path) -> None:
@@ -275,7 +275,7 @@ def test_unfinished_work_for_other_settings_stops_the_run(chain: Chain) -> None:
     assert chain.run("train.num_train_epochs=5", redo=("train",))[0] == "train"
 
 
-def test_a_smaller_batch_goes_on_with_what_memory_ran_out_for_and_leaves_what_is_finished(chain: Chain) -> None:
+def test_smaller_batch_resumes_and_keeps_finished_steps(chain: Chain) -> None:
     found: list[bool] = []
 
     def note_then_stop(config: object, inputs: object, folder: Path) -> None:
@@ -299,7 +299,7 @@ def test_a_smaller_batch_goes_on_with_what_memory_ran_out_for_and_leaves_what_is
     assert [options["predict.batch_size"] for options in made] == [16, 4]
 
 
-def test_inputs_that_changed_are_followed_with_a_smaller_batch_too(chain: Chain) -> None:
+def test_changed_inputs_rerun_with_a_smaller_batch(chain: Chain) -> None:
     chain.run()
     chain.source = "other data"
     chain.run(only=("prepare",), redo=("prepare",))
@@ -315,9 +315,7 @@ def test_unfinished_work_whose_inputs_changed_starts_over(chain: Chain) -> None:
     assert chain.preview()["train"] == "run"
 
 
-def test_a_rename_that_was_interrupted_is_taken_up_by_the_next_run(
-    chain: Chain, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_rename_is_completed_by_the_next_run(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
     chain.run()
     real = Path.replace
 
@@ -362,7 +360,7 @@ def test_a_file_in_place_of_the_runs_folder_is_named(chain: Chain) -> None:
         chain.run()
 
 
-def test_a_run_in_use_by_another_process_is_refused_and_left_alone(chain: Chain) -> None:
+def test_run_in_use_is_refused_and_unchanged(chain: Chain) -> None:
     chain.run()
     before = chain.snapshot()
     code = "import sys; from filelock import FileLock\nwith FileLock(sys.argv[1]): print('held', flush=True); input()"
@@ -385,9 +383,7 @@ def test_the_lock_is_free_again_after_a_failure(chain: Chain) -> None:
         pass
 
 
-def test_a_disk_that_is_too_small_for_the_whole_run_stops_it_before_its_first_stage(
-    chain: Chain, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_too_large_for_the_disk_does_not_start(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
     chain.needed = {"prepare": 3_000, "train": 5_000, "report": 1_000}
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=8_500))
     with pytest.raises(ResourceError, match=r"the run's 5 stages: it needs about 9 kB in .*trial, 8 kB is free"):
@@ -396,9 +392,7 @@ def test_a_disk_that_is_too_small_for_the_whole_run_stops_it_before_its_first_st
     assert chain.run(skip=("report",)) == ALL[:-1]
 
 
-def test_a_disk_that_fills_meanwhile_stops_before_the_stage_that_would_not_fit(
-    chain: Chain, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stage_too_large_for_the_disk_does_not_start(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
     chain.needed = dict.fromkeys(ALL, 1_000)
     free = iter([10_000, 10_000, 500])
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=next(free)))
@@ -422,7 +416,7 @@ def test_what_is_sure_to_fail_is_refused_even_by_a_dry_run(chain: Chain) -> None
     assert Pipeline(chain.config(), steps, Selection(skip=("train", "predict/merged"))).preview()
 
 
-def test_every_order_of_single_stages_gives_what_the_whole_run_gives(chain: Chain, tmp_path: Path) -> None:
+def test_any_order_of_single_stages_equals_the_whole_run(chain: Chain, tmp_path: Path) -> None:
     chain.run()
     orders = [
         order

@@ -44,7 +44,7 @@ def test_only_what_is_asked_for_is_measured() -> None:
     ]
 
 
-def test_publishing_is_the_last_step_where_a_repository_is_named_and_else_none() -> None:
+def test_publish_is_the_last_step_with_a_repository() -> None:
     published = build_steps(load(None, ["publish.repo_id=ann/demo"]).config)
     assert [step.name for step in published] == [*names(Config()), "publish"]
     assert {"prepare", "train", "merge", "export", "replay", "score/Q4_K_M"} <= set(published[-1].inputs)
@@ -108,14 +108,14 @@ def test_asking_for_one_more_kind_of_model_makes_no_other_stale() -> None:
     assert keys[0]["predict/base"] == keys[1]["predict/base"]
 
 
-def test_another_address_makes_no_kind_of_model_stale_but_what_is_served_there() -> None:
+def test_endpoint_address_affects_only_the_endpoint() -> None:
     models = f"predict.models={json.dumps(get_args(ModelKind))}"
     configs = [load(None, [models, ALL_TYPES, address]).config for address in (ENDPOINT, f"{ENDPOINT}#other")]
     keys = [{step.name: effective(config, step.options) for step in build_steps(config)} for config in configs]
     assert [name for name in keys[0] if keys[0][name] != keys[1][name]] == ["predict/endpoint"]
 
 
-def test_each_way_of_constraining_is_a_step_of_its_own_behind_the_kinds_name() -> None:
+def test_each_decoding_mode_has_its_own_step() -> None:
     config = load(None, ["predict.models=[base, merged]", "predict.constrain=[none, page]"]).config
     steps = {step.name: step for step in build_steps(config)}
     measured = [name for name in steps if name.startswith(("predict/", "score/"))]
@@ -153,7 +153,7 @@ def test_only_stages_that_can_go_on_are_resumed() -> None:
     assert {step.verb for step in build_steps(Config()) if step.resumes} == {"train", "predict"}
 
 
-def test_memory_that_ran_out_may_be_answered_with_a_smaller_batch_of_predictions() -> None:
+def test_only_predict_batch_size_may_change() -> None:
     for step in build_steps(
         load(None, [f"predict.models={json.dumps(get_args(ModelKind))}", ENDPOINT, ALL_TYPES]).config
     ):
@@ -199,7 +199,7 @@ def test_files_count_only_where_they_are_read(tmp_path: Path, tiny_model: Path) 
     assert prepare_of(config).sources(config).keys() == {"model.name"}
 
 
-def test_a_missing_file_and_a_folder_are_refused_before_the_model_is_looked_at(finqa: Config, tmp_path: Path) -> None:
+def test_missing_data_is_refused_before_the_model_is_read(finqa: Config, tmp_path: Path) -> None:
     nowhere = finqa.model_copy(update={"model": finqa.model.model_copy(update={"name": "/no/such/model"})})
     (tmp_path / "eval.json").unlink()
     for act in (prepare_of(finqa).check, prepare_of(finqa).sources):
@@ -210,7 +210,7 @@ def test_a_missing_file_and_a_folder_are_refused_before_the_model_is_looked_at(f
         prepare_of(finqa).check(finqa)
 
 
-def test_every_step_that_loads_the_base_refuses_an_incomplete_one_at_once(finqa: Config, tmp_path: Path) -> None:
+def test_incomplete_base_is_refused_by_every_step(finqa: Config, tmp_path: Path) -> None:
     broken = tmp_path / "model"
     broken.mkdir()
     (broken / "config.json").write_text("{}")
@@ -252,7 +252,7 @@ def test_options_are_all_reachable_by_name() -> None:
     assert {key.split(".")[0] for key, _ in fields()} == set(Config.model_fields)
 
 
-def test_four_bit_kinds_need_their_package_before_anything_is_made(monkeypatch) -> None:
+def test_four_bit_kinds_check_their_package_first(monkeypatch) -> None:
     steps = {step.name: step for step in build_steps(load(None, ["predict.models=[adapter_4bit, merged_4bit]"]).config)}
     assert steps["predict/adapter_4bit"].inputs == ("prepare", "train")
     assert steps["predict/merged_4bit"].inputs == ("prepare", "merge")

@@ -23,14 +23,14 @@ def steps(*overrides: str) -> tuple[Config, dict[str, Step]]:
     return config, {step.name: step for step in build_steps(config)}
 
 
-def test_without_a_merged_folder_export_and_replay_read_the_adapter() -> None:
+def test_export_from_adapter_reads_the_adapter() -> None:
     _, found = steps(*ADAPTER)
     assert "merge" not in found
     assert found["export"].inputs == ("train",)
     assert found["replay"].inputs == ("prepare", "train", "export")
 
 
-def test_with_a_merged_folder_export_reads_it_and_the_replay_compares_it() -> None:
+def test_export_from_merged_reads_the_merged_folder() -> None:
     _, found = steps()
     assert found["export"].inputs == ("merge",)
     assert found["replay"].inputs == ("prepare", "train", "merge", "export")
@@ -43,7 +43,7 @@ def test_a_computed_matrix_reads_the_training_texts(more: tuple[str, ...]) -> No
     assert "predict.dtype" in effective(config, found["export"].options)
 
 
-def test_how_the_adapter_is_merged_belongs_to_the_export_that_merges_it() -> None:
+def test_merge_options_belong_to_the_direct_export() -> None:
     for overrides, belongs in ((ADAPTER, True), ((), False)):
         config, found = steps(*overrides)
         assert ("merge.dtype" in effective(config, found["export"].options)) == belongs
@@ -61,9 +61,7 @@ def test_the_fingerprint_of_a_matrix_is_that_of_its_content(tiny_model: Path, tm
     assert found["export"].sources(direct).keys() == {"export.imatrix", "model.name"}
 
 
-def test_a_matrix_that_is_missing_or_unreadable_is_refused_before_anything_is_made(
-    tiny_model: Path, tmp_path: Path
-) -> None:
+def test_unreadable_imatrix_is_refused_first(tiny_model: Path, tmp_path: Path) -> None:
     matrix = tmp_path / "imatrix.dat"
     config, found = steps(f"export.imatrix={matrix}", f"model.name={tiny_model}")
     with pytest.raises(ModelError, match=r"imatrix\.dat: no such file: export\.imatrix must name an importance"):
@@ -78,7 +76,7 @@ def test_a_matrix_that_is_missing_or_unreadable_is_refused_before_anything_is_ma
         disk_estimate.export_bytes(config)
 
 
-def test_a_matrix_of_another_model_is_refused_by_the_prediction_of_disk(tiny_model: Path, tmp_path: Path) -> None:
+def test_imatrix_of_another_model_is_refused_first(tiny_model: Path, tmp_path: Path) -> None:
     np = pytest.importorskip("numpy")
     from fintune.export.gguf.imatrix import write_imatrix
 
@@ -99,9 +97,7 @@ def test_a_computed_matrix_counts_in_the_prediction_of_disk(tiny_model: Path) ->
 
 
 @pytest.mark.parametrize("verb", ["train", "merge", "export"])
-def test_a_quantised_base_is_refused_before_any_stage_and_can_be_measured(
-    tiny_model: Path, tmp_path: Path, verb: str
-) -> None:
+def test_quantised_base_is_refused_but_can_be_measured(tiny_model: Path, tmp_path: Path, verb: str) -> None:
     base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
     patch_json(base / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
     config, found = steps(f"model.name={base}", "predict.models=[base, F16]")
@@ -113,7 +109,7 @@ def test_a_quantised_base_is_refused_before_any_stage_and_can_be_measured(
     found[verb].check(config)
 
 
-def test_every_type_that_export_writes_can_be_measured_and_others_stay_as_they_are() -> None:
+def test_every_exported_type_can_be_measured() -> None:
     kinds = ", ".join(GGUF_KINDS)
     _, found = steps(f"predict.models=[{kinds}]", f"export.types=[{kinds}]")
     _, usual = steps("predict.models=[F16, Q4_K_M]")

@@ -79,7 +79,7 @@ def test_tracking_gives_every_item_and_shows_nothing_when_quick(written: io.Stri
     assert written.getvalue() == ""
 
 
-def test_on_a_terminal_bars_stand_below_their_stage_and_nothing_stays(terminal: io.StringIO) -> None:
+def test_bars_appear_below_their_stage_and_vanish(terminal: io.StringIO) -> None:
     with progress.stage("train"):
         with progress.bar("steps", 4) as shown:
             shown.advance(3)

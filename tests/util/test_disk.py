@@ -14,9 +14,7 @@ from fintune.errors import ResourceError
 from fintune.util.disk import name_full_disk, require_space
 
 
-def test_too_little_space_is_refused_with_both_sizes_and_the_way_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_require_space_names_both_sizes_and_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Path] = []
 
     def usage(place: Path) -> SimpleNamespace:
@@ -34,7 +32,7 @@ def test_too_little_space_is_refused_with_both_sizes_and_the_way_out(
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_disk_that_fills_up_is_told_with_the_folder_that_was_written(tmp_path: Path, number: int) -> None:
+def test_full_disk_error_names_the_folder(tmp_path: Path, number: int) -> None:
     with pytest.raises(ResourceError) as caught, name_full_disk(tmp_path, "the model", way_out="leave it"):
         raise OSError(number, os.strerror(number))
     assert str(caught.value) == f"no space for the model in {tmp_path}: the disk is full: free some, or leave it"

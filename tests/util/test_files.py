@@ -22,7 +22,7 @@ def test_a_file_that_is_read_is_no_target_by_whatever_name(tmp_path: Path) -> No
             check_outputs([tmp_path / name], inputs=[tmp_path / "gold.json"])
 
 
-def test_two_targets_of_one_place_a_folder_and_a_missing_folder_are_refused(tmp_path: Path) -> None:
+def test_check_outputs_refuses_twice_and_folders(tmp_path: Path) -> None:
     with pytest.raises(FintuneError, match=r"a\.csv: would be written twice"):
         check_outputs([tmp_path / "a.csv", None, tmp_path / "a.csv"], inputs=[])
     with pytest.raises(FintuneError, match="is a folder, so no file"):
@@ -42,7 +42,7 @@ def test_a_file_that_cannot_be_written_leaves_nothing_beside(tmp_path: Path) -> 
         make_folder(tmp_path / "file" / "below")
 
 
-def test_of_many_remarks_the_first_are_shown_and_the_others_counted() -> None:
+def test_abridge_remarks_counts_the_others() -> None:
     lines = [f"row {k}" for k in range(MAX_REMARKS + 5)]
     shown = abridge_remarks(lines, "--json writes all of them")
     assert shown == [*lines[:MAX_REMARKS], "and 5 more remarks; --json writes all of them"]
@@ -54,7 +54,7 @@ def test_a_remark_about_the_data_does_not_steer_the_terminal() -> None:
     assert abridge_remarks(["\x7f"] * 30)[0] == "\\x7f"
 
 
-def test_a_link_to_an_empty_folder_leads_to_the_whole_one_and_an_empty_folder_outlives_a_failure(
+def test_atomic_folder_replaces_an_empty_folder(
     tmp_path: Path,
 ) -> None:
     place, link = tmp_path / "there", tmp_path / "link"
@@ -69,7 +69,7 @@ def test_a_link_to_an_empty_folder_leads_to_the_whole_one_and_an_empty_folder_ou
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "there"]
 
 
-def test_a_folder_that_cannot_be_replaced_is_refused_before_the_work(tmp_path: Path, monkeypatch) -> None:
+def test_atomic_folder_refuses_before_the_work(tmp_path: Path, monkeypatch) -> None:
     here = tmp_path / "here"
     here.mkdir()
 

@@ -19,7 +19,7 @@ def test_the_cpus_allocator_is_one_line_with_the_advice():
     assert "\n" not in told
 
 
-def test_a_gpus_error_is_one_line_and_its_second_line_is_left_out():
+def test_out_of_memory_error_has_one_line():
     torch = pytest.importorskip("torch")
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
     with (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fintune.util.sampling import describe_row, file_of_row, stratified_indices
 
 
-def test_every_kind_is_shown_and_the_rows_of_a_kind_lie_far_apart():
+def test_stratified_indices_spread_within_each_kind():
     kinds = ["a"] * 100 + ["b"] * 50 + ["c"]
     assert stratified_indices(kinds, 3) == [0, 100, 150]
     assert stratified_indices(kinds, 5) == [0, 50, 100, 125, 150]
@@ -14,7 +14,7 @@ def test_every_kind_is_shown_and_the_rows_of_a_kind_lie_far_apart():
     assert stratified_indices([], 3) == []
 
 
-def test_where_there_are_more_kinds_than_places_they_are_of_the_whole_range():
+def test_stratified_indices_with_more_kinds_than_rows():
     assert stratified_indices([kind for kind in range(10) for _ in range(7)], 2) == [0, 35]
 
 

@@ -56,7 +56,7 @@ def test_a_fork_is_ended_by_sigterm_as_ever() -> None:
         assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
 
 
-def test_a_handler_that_is_there_stays_and_no_other_thread_sets_one() -> None:
+def test_existing_handler_and_other_threads_are_kept() -> None:
     before = signal.getsignal(signal.SIGTERM)
     found = []
 
@@ -75,7 +75,7 @@ def test_a_handler_that_is_there_stays_and_no_other_thread_sets_one() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_what_knows_more_about_the_interruption_is_heard_and_its_kind_is_kept() -> None:
+def test_interrupt_message_keeps_an_earlier_message() -> None:
     with pytest.raises(stopping.Terminated, match=r"^goes on from step 3$"), interrupt_message("interrupted"):
         raise stopping.Terminated("goes on from step 3")
     with pytest.raises(stopping.Terminated, match=r"^interrupted$"), interrupt_message("interrupted"):

@@ -109,7 +109,7 @@ def test_durations_are_for_people(seconds: float, told: str) -> None:
     assert format_duration(seconds) == told
 
 
-def test_waiting_threads_sleep_soon_unless_the_user_says_how_they_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spinning_is_short_unless_the_user_sets_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         monkeypatch.setenv(name, "")  # so that both are put back afterwards
         monkeypatch.delenv(name)
@@ -134,7 +134,7 @@ def test_waiting_threads_sleep_soon_unless_the_user_says_how_they_wait(monkeypat
         ("win32", "11", {}, {}),
     ],
 )
-def test_the_gpus_allocator_grows_by_pages_where_that_works_and_nothing_else_is_asked(
+def test_expandable_segments_are_set_where_they_work(
     monkeypatch: pytest.MonkeyPatch, system: str, kernel: str, own: dict[str, str], set_to: dict[str, str]
 ) -> None:
     for name in (*ALLOC_CONF, "GOMP_SPINCOUNT"):

@@ -147,7 +147,7 @@ def test_preflight_sentencepiece_names_legacy(tiny_model, tmp_path, converted_by
         preflight(by_checkout(model), {}, tmp_path)
 
 
-def test_preflight_refuses_added_tokens_with_strip_or_single_word(tiny_model, tmp_path, few_strings):
+def test_preflight_refuses_strip_or_single_word_tokens(tiny_model, tmp_path, few_strings):
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
     tokenizer = json.loads((model / "tokenizer.json").read_text())
