@@ -198,34 +198,6 @@ def encode_example(
     return EncodedExample(ids, [0] * len(prompt_ids) + [1] * len(trained), follows)
 
 
-def encode_conversation(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], chat_tokenizer: ChatTokenizer | None = None
-) -> EncodedExample:
-    """Encode a conversation that ends with the assistant's turn. All of the assistant's turns are trained.
-
-    Raises:
-        ModelError: As for :func:`encode_example`, or the template rewrites earlier turns when there is a later one.
-        DataError: As for :func:`encode_example`, or the last turn is not the assistant's.
-    """
-    if not messages or messages[-1].role != "assistant":
-        raise DataError("a conversation to train on must end with the assistant's turn")
-    ids: list[int] = []
-    mask: list[int] = []
-    follows = True
-    for index, message in enumerate(messages):
-        if message.role != "assistant":
-            continue
-        turn = encode_example(tokenizer, messages[:index], message.content, chat_tokenizer)
-        if turn.input_ids[: len(ids)] != ids:
-            raise ModelError(
-                f"the chat template of {tokenizer.name_or_path} rewrites earlier turns",
-                hint="several turns cannot be trained together with it; set data.group_questions to 1",
-            )
-        mask += turn.completion_mask[len(ids) :]
-        ids, follows = turn.input_ids, follows and turn.follows_template
-    return EncodedExample(ids, mask, follows)
-
-
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Return the ids at which generation stops.
 

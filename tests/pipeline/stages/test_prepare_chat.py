@@ -204,8 +204,8 @@ def test_not_used_lists_row_field_and_hint(tmp_path, tiny_model):
     told = f"{tmp_path / 'rows.jsonl'}, row 41: answer: the text contains <|im_end|>, the token"
     assert f"train: dropped 4 not encodable, 2 too long; the first: {told}" in done.err
     done = fintune("inspect", tmp_path / "c.yaml", *options, "--html", tmp_path / "page.html")
-    assert "... and 10 more; prepare lists all in not_used.jsonl" in done.out
-    assert "... and 10 more; <code>prepare</code> lists all" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "10 more" in done.out
+    assert "10 more" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_nothing_is_listed_where_all_was_used(options, tmp_path):
