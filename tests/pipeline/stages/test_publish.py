@@ -161,7 +161,7 @@ def test_publish_dry_run_writes_card_without_requests(run, hub):
     assert done.status == 0, done.err
     assert not hub.asked
     assert re.search(r"demo-Q4_K_M\.gguf +30,000", done.out)
-    assert "Would go to ann/demo, branch main, private" in done.out
+    assert "Would be pushed to ann/demo, branch main (private)" in done.out
     assert (run.demo / "publish-preview" / "README.md").read_text(encoding="utf-8").startswith("---\nbase_model:")
     assert not (run.demo / "publish").exists()
 
