@@ -195,7 +195,7 @@ def test_mistyped_command_is_one_line(mistake, words: list[str], told: str) -> N
 
 @pytest.mark.parametrize("verb", ["run", "train", "predict", "inspect", "score"])
 def test_missing_config_is_named(mistake, verb: str) -> None:
-    assert "fintune: nope.yaml: no such configuration file: " in mistake(verb, "nope.yaml")
+    assert "fintune: nope.yaml: no such configuration file or run: " in mistake(verb, "nope.yaml")
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def _hints_with_arguments(given: Path | None, overrides: tuple[str, ...]) -> Ite
             raise
         if given.is_dir():
             command = f"the command that made {given}"
-            pattern = r"\bfintune (?:run|prepare) CONFIG( --redo \w+)?$"
+            pattern = r"\bfintune (?:run|prepare) CONFIG(?: --skip publish)?( --redo \w+)?$"
             error.hint = re.sub(
                 pattern, lambda found: f"{command}{f', with{found[1]}' if found[1] else ''}", error.hint
             )

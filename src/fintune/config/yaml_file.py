@@ -32,7 +32,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(f"{path}: no such configuration file", hint=_where_to_look(path)) from None
+        raise ConfigError(f"{path}: no such configuration file or run", hint=_where_to_look(path)) from None
     except IsADirectoryError:
         raise _is_folder(path) from None
     except UnicodeDecodeError as error:
@@ -75,7 +75,7 @@ def _plain(tree: CommentedMap, path: Path, prefix: str, locations: dict[str, str
 def _is_data(path: Path) -> ConfigError:
     return ConfigError(
         f"{path}: this is data, not a configuration",
-        hint=f"name a configuration first, then the data: fintune run configs/chat.yaml data.sources={path}",
+        hint=f"name a configuration first, then the data: fintune init chat, then fintune inspect chat.yaml data.sources={path}",
     )
 
 

@@ -96,6 +96,8 @@ def check_selection(steps: Sequence[Step], selection: Selection) -> None:
             near = difflib.get_close_matches(name, known, n=1)
             stages = ", ".join(step.name for step in steps)
             hint = f"did you mean {near[0]}?" if near else f"the stages are {stages}"
+            if name in ("predict", "score"):
+                hint = "it measures no answers, because its data are conversations or predict.models is empty"
             raise ArtifactError(f"{name!r} is no stage of this run", hint=hint)
 
 

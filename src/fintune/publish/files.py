@@ -58,7 +58,7 @@ def gather_files(config: Config, inputs: Mapping[str, Path], folder: Path) -> Pu
         if _STEPS[what] not in inputs:
             raise ArtifactError(
                 f"publish.artifacts names {what}, but {_STEPS[what]} has no result in {config.folder}",
-                hint="run it first: fintune run CONFIG",
+                hint="run it first: fintune run CONFIG --skip publish",
             )
     if "prepare" not in manifests:
         raise ArtifactError(
