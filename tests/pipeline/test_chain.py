@@ -374,7 +374,7 @@ def test_every_export_answers_as_the_adapter(finished):
     assert list(facts["replayed"]) == ["base", "adapter", "merged", "F16", "Q4_K_M"]
     assert all(facts["replayed"][kind]["same_best_token_share"] >= 0.98 for kind in ("adapter", "merged", "F16"))
     html = (finished.folder / "report" / "index.html").read_text(encoding="utf-8")
-    assert "Is the file the model that was trained?" in html
+    assert 'id="replay-h"' in html
 
 
 KILLS = [
@@ -440,7 +440,7 @@ def test_preference_pairs_go_through_every_stage(able_model, tmp_path):
     assert "dpo reward margin 0.00 to" in told["train"]
     assert "nats a token" in told["guard"]
     html = (tmp_path / "preference" / "report" / "index.html").read_text(encoding="utf-8")
-    assert "ranked right, held-out pairs" in html
+    assert "ranked correctly, held-out pairs" in html
     assert (tmp_path / "preference" / "export" / "preference-Q4_K_M.gguf").is_file()
 
 
@@ -455,7 +455,7 @@ def test_rows_of_ones_own_become_a_model_file(able_model, tmp_path):
     assert done.status == 0, done.err
     file = tmp_path / "chat" / "export" / "chat-Q4_K_M.gguf"
     assert file.is_file()
-    assert f"GGUF {file}\nTo serve it: fintune serve {tmp_path / 'chat'}\n" in done.out
+    assert f"GGUF: {file}\nTo serve it: fintune serve {tmp_path / 'chat'}\n" in done.out
 
 
 @pytest.mark.skipif(not (FINQA / "train.json.gz").is_file(), reason="../shared/finqa holds the official files")

@@ -75,7 +75,7 @@ def _plain(tree: CommentedMap, path: Path, prefix: str, locations: dict[str, str
 def _is_data(path: Path) -> ConfigError:
     return ConfigError(
         f"{path}: this is data, not a configuration",
-        hint=f"name a configuration first, then the data: fintune init chat, then fintune inspect chat.yaml data.sources={path}",
+        hint=f"write a configuration with fintune init chat, then fintune inspect chat.yaml data.sources={path}",
     )
 
 

@@ -153,7 +153,7 @@ def test_killed_process_ends_all_and_training_resumes(tiny_model, prepare, tmp_p
     cut.mkdir()
     whole.mkdir()
     kill_one_rank(cut, 6)
-    with pytest.raises(ResourceError, match=r"process 1 of 2 was ended by SIGKILL, and the others with it: .*goes on"):
+    with pytest.raises(ResourceError, match=r"process 1 of 2 was ended by SIGKILL, and the others with it: .*resume"):
         train(asked, {"prepare": prepare}, cut)
     seen = len(metrics.read(cut / "metrics.jsonl"))
     assert 6 <= seen < 16
