@@ -288,17 +288,23 @@ def test_no_control_token_stands_in_for_text(engine):
         assert 2 not in each.token_ids[:-1]
 
 
-def test_what_is_done_is_not_asked_and_keeps_its_place(engine, monkeypatch):
+def test_resumed_run_gives_the_open_prompts_of_a_whole_one(engine, monkeypatch):
     grammars = tuple(general(steps) for steps in range(1, len(PROMPTS) + 1))
+    decoding = Decoding(2, grammars=grammars)
+    whole = {result.prompt_index: result for result in engine.generate(PROMPTS, decoding)}
     asked, post = [], LlamaCppEngine._post
 
     def spied(self, connection, route, body):
         if route == "/completion":
-            asked.append((len(body["prompt"]), body["grammar"]))
+            asked.append(body["grammar"])
         return post(self, connection, route, body)
 
     monkeypatch.setattr(LlamaCppEngine, "_post", spied)
     done = {0, 2}
-    found = [each.prompt_index for each in engine.generate(PROMPTS, Decoding(2, grammars=grammars), done)]
-    assert sorted(found) == [place for place in range(len(PROMPTS)) if place not in done]
-    assert asked == [(1, grammars[place].gbnf()) for place in found]
+    resumed = {result.prompt_index: result for result in engine.generate(PROMPTS, decoding, done)}
+    assert resumed.keys() == whole.keys() - done
+    for index, result in resumed.items():
+        assert [each.token_ids for each in result.completions] == [each.token_ids for each in whole[index].completions]
+    asked.clear()
+    assert list(engine.generate(PROMPTS, decoding, set(whole))) == []
+    assert asked == []

@@ -121,7 +121,7 @@ class LlamaCppEngine:
                     f" of {context}{limit}",
                     hint="lower prompt.max_length",
                 )
-        return self._run(rows, decoding, [index for index in range(len(rows)) if index not in done])
+        return self._run(rows, decoding, frozenset(done))
 
     def _connect(self) -> http.client.HTTPConnection:
         address = urlsplit(self._server.listening_address)
@@ -143,15 +143,31 @@ class LlamaCppEngine:
             answer = json.loads(connection.getresponse().read())
         return int(answer["default_generation_settings"]["n_ctx"])
 
-    def _run(self, rows: Sequence[list[int]], decoding: Decoding, indices: Sequence[int]) -> Iterator[PromptResult]:
+    def _run(self, rows: Sequence[list[int]], decoding: Decoding, done: Collection[int]) -> Iterator[PromptResult]:
+        """Complete the prompts that are not done, window by window.
+
+        Rounding depends on which prompts share a batch, and on what the slots' caches hold. So a window starts without
+        caches, and a window that was interrupted is repeated whole. A resumed run then gives the completions of an
+        uninterrupted one.
+        """
         size = self._parallel * _WINDOW_PER_SLOT
         with closing(self._connect()) as connection:
-            for start in range(0, len(indices), size):
-                window = indices[start : start + size]
+            for start in range(0, len(rows), size):
+                window = range(start, min(start + size, len(rows)))
+                if all(index in done for index in window):
+                    continue
                 groups = group_by_prefix([rows[index] for index in window])
-                for batch in slot_batches(sorted(groups, key=min), self._parallel):
-                    for request in split_by_grammar([window[index] for index in batch], decoding):
-                        yield from self._complete(connection, rows, request, decoding)
+                requests = [
+                    (number, request)
+                    for number, batch in enumerate(slot_batches(sorted(groups, key=min), self._parallel))
+                    for request in split_by_grammar([window[index] for index in batch], decoding)
+                ]
+                while all(index in done for index in requests[-1][1]):
+                    requests.pop()  # nothing after it is open
+                for number, request in requests:
+                    for result in self._complete(connection, rows, request, decoding, use_cache=number > 0):
+                        if result.prompt_index not in done:
+                            yield result
 
     def _complete(
         self,
@@ -159,6 +175,8 @@ class LlamaCppEngine:
         rows: Sequence[list[int]],
         indices: Sequence[int],
         decoding: Decoding,
+        *,
+        use_cache: bool,
     ) -> list[PromptResult]:
         """Generate all candidates of the prompts at some indices.
 
@@ -171,6 +189,7 @@ class LlamaCppEngine:
             self._hidden_tokens = hidden_tokens(self.path)
         for candidate in range(decoding.num_candidates):
             body = request_body(decoding, candidate, grammar, self._hidden_tokens or ())
+            body["cache_prompt"] = use_cache or candidate > 0
             started = time.monotonic()
             answer = self._post(connection, "/completion", {"prompt": [rows[index] for index in indices], **body})
             # The answer is an object for one prompt, and a list in the order of the prompts for several.
