@@ -121,7 +121,7 @@ def test_score_reads_a_truncated_gzip_file_up_to_its_end(tmp_path: Path, gold: P
     [
         (b"", "the file is empty"),
         (b" \n", "the file is empty"),
-        (b"[]", "holds no predictions"),
+        (b"[]", "there are no predictions"),
         (b"id,program\n", "neither a JSON list nor JSON lines"),
         (b'[{"id": "a"}]', "no row can be scored; the first problem: .*row 1, id a: no program"),
         (b'[{"id": "z", "program": ""}]', "no prediction has an id of the gold file"),
