@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -256,10 +256,3 @@ def _short(value: Any) -> str:
 def describe_changes(changes: list[str]) -> str:
     """Join phrases that each name a change."""
     return "; ".join(changes)
-
-
-def read_facts(folders: Mapping[str, Path]) -> dict[str, Facts]:
-    """Return the facts of finished steps, by step name."""
-    return {
-        step: Manifest.model_validate_json((folder / MANIFEST).read_bytes()).facts for step, folder in folders.items()
-    }
