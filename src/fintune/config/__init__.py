@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from fintune.config.base import Options, is_advanced, is_neutral, neutral
 from fintune.config.data import DataOptions, PromptOptions, Shape, SourceOptions, StatementsOptions
-from fintune.config.export import ExportOptions, MergeOptions, ReplayOptions
-from fintune.config.model import AdapterOptions, ModelOptions
+from fintune.config.export import ExportOptions, MergeOptions, PublishOptions, ReplayOptions, is_hub_name
 from fintune.config.predict import (
     GGUF_KINDS,
     MODE_SEPARATOR,
@@ -19,9 +18,8 @@ from fintune.config.predict import (
     PredictOptions,
     split_kind_and_mode,
 )
-from fintune.config.publish import PublishOptions, is_hub_name
 from fintune.config.run import Config, RunOptions
-from fintune.config.train import GuardOptions, TrainOptions
+from fintune.config.train import AdapterOptions, GuardOptions, ModelOptions, TrainOptions
 
 __all__ = [
     "GGUF_KINDS",

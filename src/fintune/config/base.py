@@ -9,34 +9,33 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic.fields import FieldInfo
 
 
-def neutral(default: Any, description: str, *, advanced: bool = False, **limits: Any) -> Any:
+def neutral(default: Any, *, advanced: bool = False, **limits: Any) -> Any:
     """Declare a field that cannot change any result, such as a number of threads."""
-    return Field(default, description=description, json_schema_extra={"neutral": True, "advanced": advanced}, **limits)
+    return Field(default, json_schema_extra={"neutral": True, "advanced": advanced}, **limits)
 
 
-def advanced(default: Any, description: str, **limits: Any) -> Any:
+def advanced(default: Any, **limits: Any) -> Any:
     """Declare a field that few users set; docs/options.md lists it in a table of its own."""
-    return Field(default, description=description, json_schema_extra={"advanced": True}, **limits)
+    return Field(default, json_schema_extra={"advanced": True}, **limits)
 
 
 def is_neutral(field: FieldInfo) -> bool:
     """Whether the field was declared with :func:`neutral`."""
-    return _has(field, "neutral")
+    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("neutral"))
 
 
 def is_advanced(field: FieldInfo) -> bool:
     """Whether the field is marked as advanced."""
-    return _has(field, "advanced")
-
-
-def _has(field: FieldInfo, mark: str) -> bool:
-    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get(mark))
+    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("advanced"))
 
 
 class Options(BaseModel):
-    """Base of all sections: frozen, refuses unknown keys and infinite numbers, expands ``~`` in paths."""
+    """Base of all sections: frozen, refuses unknown keys and infinite numbers, expands ``~`` in paths.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    The string below a field describes it in docs/options.md.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     @field_validator("*")
     @classmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
 from fintune.config.base import Options, advanced, neutral
 
@@ -18,49 +18,42 @@ Shape = Literal[
 class StatementsOptions(Options):
     """The generated pages of `data.source: builtin:statements`."""
 
-    train_companies: int = Field(200, ge=1, description="Number of companies whose pages are used for training.")
-    eval_companies: int = Field(
-        40, ge=1, description="Number of companies whose pages are scored. None of them is used for training."
-    )
-    pages_per_company: int = Field(2, ge=1, description="Pages per company.")
-    questions_per_page: int = Field(2, ge=1, description="Questions per page.")
-    size: Literal["small", "full"] = Field(
-        "full", description="`full`: as long as a FinQA page. `small`: a fifth of that, for a CPU."
-    )
+    train_companies: int = Field(200, ge=1)
+    """Number of companies whose pages are used for training."""
+    eval_companies: int = Field(40, ge=1)
+    """Number of companies whose pages are scored. None of them is used for training."""
+    pages_per_company: int = Field(2, ge=1)
+    """Pages per company."""
+    questions_per_page: int = Field(2, ge=1)
+    """Questions per page."""
+    size: Literal["small", "full"] = "full"
+    """`full`: as long as a FinQA page. `small`: a fifth of that, for a CPU."""
 
 
 class SourceOptions(Options):
     """One entry of `data.sources`: rows that become conversations. A path alone is an entry, too."""
 
-    path: str = Field(
-        min_length=1,
-        description="A file (JSON, JSONL, CSV, TSV or Parquet, plain or .gz), a folder of such files or of a saved "
-        "dataset, a pattern such as `data/*.jsonl`, or `hub:OWNER/NAME`.",
-    )
-    format: Literal["auto", Shape] = Field(
-        "auto", description="Format of the rows. `auto` detects it row by row and prints what it detected."
-    )
-    columns: dict[str, str] = Field(
-        default_factory=dict,
-        description="Column names of these rows by field, such as `{question: Frage, answer: qa.antwort}`.",
-    )
-    split: str = Field("", description="Split of a hub dataset or saved dataset (default: `train` if it has several).")
-    subset: str = Field("", description="Configuration of a hub dataset that has several.")
-    revision: str | None = Field(None, description="Branch, tag or commit of a hub dataset (default: the newest).")
-    weight: float = Field(
-        1.0,
-        gt=0,
-        le=1000,
-        description="How often each conversation occurs in one epoch: 2 repeats every one, 0.5 uses every second one.",
-    )
-    max_rows: int | None = Field(
-        None, ge=1, description="Use at most this many usable rows, drawn with `run.seed` (default: all)."
-    )
-    hold_out: Literal["split", "all", "none"] = Field(
-        "split",
-        description="What is held out for evaluation: `data.eval_share` of this source (`split`), all of it, or none.",
-    )
-    license: str = Field("", description="License, if the source does not state it, such as `CC-BY-4.0`.")
+    path: str = Field(min_length=1)
+    """A file (JSON, JSONL, CSV, TSV or Parquet, plain or .gz), a folder of such files or of a saved dataset, a pattern
+    such as `data/*.jsonl`, or `hub:OWNER/NAME`."""
+    format: Literal["auto", Shape] = "auto"
+    """Format of the rows. `auto` detects it row by row and prints what it detected."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Column names of these rows by field, such as `{question: Frage, answer: qa.antwort}`."""
+    split: str = ""
+    """Split of a hub dataset or saved dataset (default: `train` if it has several)."""
+    subset: str = ""
+    """Configuration of a hub dataset that has several."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset (default: the newest)."""
+    weight: float = Field(1.0, gt=0, le=1000)
+    """How often each conversation occurs in one epoch: 2 repeats every one, 0.5 uses every second one."""
+    max_rows: int | None = Field(None, ge=1)
+    """Use at most this many usable rows, drawn with `run.seed` (default: all)."""
+    hold_out: Literal["split", "all", "none"] = "split"
+    """What is held out for evaluation: `data.eval_share` of this source (`split`), all of it, or none."""
+    license: str = ""
+    """License, if the source does not state it, such as `CC-BY-4.0`."""
 
 
 def _as_entries(value: Any) -> Any:
@@ -80,85 +73,48 @@ def _split_paths(text: str) -> list[str]:
 class DataOptions(Options):
     """Where examples come from."""
 
-    source: Literal["builtin:statements", "finqa", "chat"] = Field(
-        "builtin:statements",
-        description="`finqa`: the official JSON files `data.train` and `data.eval`. `builtin:statements`: generated "
-        "pages. `chat`: conversations from `data.sources`.",
-    )
-    sources: Annotated[tuple[SourceOptions, ...], BeforeValidator(_as_entries)] = Field(
-        (), description="Sources of conversations; the last table of this page lists the keys of an entry."
-    )
-    system: str = Field(
-        "",
-        description="System message of conversations that have none (default: the one that the model's chat template "
-        "inserts, if any).",
-    )
-    train_on: Literal["all", "last"] = Field(
-        "all", description="Which assistant turns of a conversation contribute to the loss."
-    )
-    eval_share: float = Field(
-        0.02,
-        gt=0,
-        lt=1,
-        description="Share of the conversations that is held out, chosen by a hash of the first question.",
-    )
-    duplicates: Literal["near", "exact", "off"] = Field(
-        "near",
-        description="Which duplicates are dropped: `exact` ones (apart from case and white space), `near` ones as "
-        "well, or none (`off`).",
-    )
-    near_similarity: float = advanced(
-        0.9,
-        "Jaccard similarity of 8-letter pieces from which two conversations are near duplicates. Both their questions "
-        "and their answers must reach it, and contain the same numbers.",
-        gt=0,
-        le=1,
-    )
-    train: Path | None = Field(None, description="FinQA JSON file (plain or .gz) to train on.")
-    eval: Path | None = Field(None, description="FinQA JSON file (plain or .gz) to score on.")
-    max_train_samples: int | None = Field(
-        None, ge=1, description="Train on at most this many examples, drawn with `run.seed` (default: all)."
-    )
-    max_eval_samples: int | None = Field(
-        None, ge=1, description="Score at most this many examples, drawn with `run.seed` (default: all)."
-    )
-    group_questions: int = Field(
-        1,
-        ge=1,
-        description="Train on conversations of up to this many questions about one page, which is then read once for "
-        "all of them. Prediction always asks a single question.",
-    )
-    strict: bool = Field(False, description="Stop at the first unusable record instead of dropping and counting it.")
-    num_proc: int | None = neutral(
-        None,
-        "Processes that tokenize the data; 0 uses the main process. Default: one per core, if there is enough data to "
-        "justify starting them.",
-        ge=0,
-    )
-    statements: StatementsOptions = Field(default_factory=StatementsOptions, description="Generated pages.")
-
-    @model_validator(mode="after")
-    def _check_source(self) -> DataOptions:
-        if self.source == "finqa" and (self.train is None or self.eval is None):
-            raise ValueError("data.source: finqa needs data.train and data.eval; set both to FinQA JSON files")
-        if self.source == "chat" and not self.sources:
-            raise ValueError(
-                "data.source: chat needs data.sources; set it to a list of files, folders or hub:OWNER/NAME"
-            )
-        if self.source != "chat" and self.sources:
-            raise ValueError(f"data.sources is not read with data.source: {self.source}; set data.source: chat")
-        return self
+    source: Literal["builtin:statements", "finqa", "chat"] = "builtin:statements"
+    """`finqa`: the official JSON files `data.train` and `data.eval`. `builtin:statements`: generated pages. `chat`:
+    conversations from `data.sources`."""
+    sources: Annotated[tuple[SourceOptions, ...], BeforeValidator(_as_entries)] = ()
+    """Sources of conversations; the last table of this page lists the keys of an entry."""
+    system: str = ""
+    """System message of conversations that have none (default: the one that the model's chat template inserts, if
+    any)."""
+    train_on: Literal["all", "last"] = "all"
+    """Which assistant turns of a conversation contribute to the loss."""
+    eval_share: float = Field(0.02, gt=0, lt=1)
+    """Share of the conversations that is held out, chosen by a hash of the first question."""
+    duplicates: Literal["near", "exact", "off"] = "near"
+    """Which duplicates are dropped: `exact` ones (apart from case and white space), `near` ones as well, or none
+    (`off`)."""
+    near_similarity: float = advanced(0.9, gt=0, le=1)
+    """Jaccard similarity of 8-letter pieces from which two conversations are near duplicates. Both their questions and
+    their answers must reach it, and contain the same numbers."""
+    train: Path | None = None
+    """FinQA JSON file (plain or .gz) to train on."""
+    eval: Path | None = None
+    """FinQA JSON file (plain or .gz) to score on."""
+    max_train_samples: int | None = Field(None, ge=1)
+    """Train on at most this many examples, drawn with `run.seed` (default: all)."""
+    max_eval_samples: int | None = Field(None, ge=1)
+    """Score at most this many examples, drawn with `run.seed` (default: all)."""
+    group_questions: int = Field(1, ge=1)
+    """Train on conversations of up to this many questions about one page, which is then read once for all of them.
+    Prediction always asks a single question."""
+    strict: bool = False
+    """Stop at the first unusable record instead of dropping and counting it."""
+    num_proc: int | None = neutral(None, ge=0)
+    """Processes that tokenize the data; 0 uses the main process. Default: one per core, if there is enough data to
+    justify starting them."""
+    statements: StatementsOptions = StatementsOptions()
+    """Generated pages."""
 
 
 class PromptOptions(Options):
     """How a page and a question become a prompt."""
 
-    system: str = Field(
-        "Write the program that answers the question from the page.",
-        description="System message of FinQA prompts (conversations use `data.system`). An empty one is left out.",
-    )
-    max_length: int = Field(
-        2048,
-        ge=64,
-        description="Maximum tokens of prompt and completion together. The page is cut to fit, the question never is.",
-    )
+    system: str = "Write the program that answers the question from the page."
+    """System message of FinQA prompts (conversations use `data.system`). An empty one is left out."""
+    max_length: int = Field(2048, ge=64)
+    """Maximum tokens of prompt and completion together. The page is cut to fit, the question never is."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, get_args
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 
 from fintune.config.base import Options, advanced, neutral
 
@@ -36,72 +36,49 @@ def _as_tuple(value: object) -> object:
 class PredictOptions(Options):
     """Answers to the evaluation questions from each kind of model."""
 
-    models: Annotated[tuple[ModelKind, ...], Field(min_length=1)] = Field(
-        ("base", "adapter", "merged", "F16", "Q4_K_M"),
-        description="What is measured: the model before training (`base`), base + adapter, the merged folder, and GGUF "
-        "files by type (`export.types` must write them). `adapter_4bit` and `merged_4bit` load those weights in 4 bits "
-        "(NF4, bitsandbytes). `endpoint` is the server at `predict.endpoint`.",
-    )
-    endpoint: str | None = Field(
-        None,
-        description="Address of an OpenAI-compatible server (llama.cpp, vLLM, Ollama, ...), such as "
-        "`http://127.0.0.1:8080/v1#MODEL`. The server applies its own chat template. A key is read from the "
-        "environment variable FINTUNE_API_KEY or OPENAI_API_KEY.",
-    )
-    engine: Literal["auto", "transformers", "vllm"] = Field(
-        "auto",
-        description="What runs Hugging Face folders (`auto`: transformers). llama.cpp runs GGUF files.",
-    )
-    num_fewshot: int = Field(
-        0,
-        ge=0,
-        description="Number of solved training questions, with evidence and program, before each question: the most "
-        "similar ones, none from a scored page. Those that do not fit `prompt.max_length` are left out.",
-    )
-    max_new_tokens: int = Field(
-        96, ge=1, description="Maximum tokens of a completion. The longest gold program of FinQA needs about 90."
-    )
+    models: Annotated[tuple[ModelKind, ...], Field(min_length=1)] = ("base", "adapter", "merged", "F16", "Q4_K_M")
+    """What is measured: the model before training (`base`), base + adapter, the merged folder, and GGUF files by type
+    (`export.types` must write them). `adapter_4bit` and `merged_4bit` load those weights in 4 bits (NF4, bitsandbytes).
+    `endpoint` is the server at `predict.endpoint`."""
+    endpoint: str | None = None
+    """Address of an OpenAI-compatible server (llama.cpp, vLLM, Ollama, ...), such as `http://127.0.0.1:8080/v1#MODEL`.
+    The server applies its own chat template. A key is read from the environment variable FINTUNE_API_KEY or
+    OPENAI_API_KEY."""
+    engine: Literal["auto", "transformers", "vllm"] = "auto"
+    """What runs Hugging Face folders (`auto`: transformers). llama.cpp runs GGUF files."""
+    num_fewshot: int = Field(0, ge=0)
+    """Number of solved training questions, with evidence and program, before each question: the most similar ones, none
+    from a scored page. Those that do not fit `prompt.max_length` are left out."""
+    max_new_tokens: int = Field(96, ge=1)
+    """Maximum tokens of a completion. The longest gold program of FinQA needs about 90."""
     constrain: Annotated[
         Annotated[DecodingMode, Tag("one")]
         | Annotated[tuple[DecodingMode, ...], BeforeValidator(_as_tuple), Tag("several")],
         Discriminator(_one_or_several),
-    ] = Field(
-        "none",
-        json_schema_extra={"shown_type": f"{' or '.join(get_args(DecodingMode))}, or a list of these"},
-        description="What a completion may contain: anything (`none`), only programs (`general`), or only programs of "
-        "the numbers and rows on its page and FinQA's constants (`page`). A list such as `[none, page]` measures each "
-        "kind of model in each of these modes; steps named after the kind alone use the first.",
-    )
-    strategy: Literal["greedy", "sample", "execution_guided", "vote"] = Field(
-        "greedy",
-        description="`greedy`: the most probable token each time. `sample`: sampled tokens. `execution_guided`: the "
-        "most probable of the greedy and `num_candidates` - 1 sampled completions whose program runs (arXiv "
-        "1807.03100). `vote`: the most frequent result of `num_candidates` sampled programs (arXiv 2203.11171).",
-    )
-    num_candidates: int = Field(
-        1,
-        ge=1,
-        description="Completions per question, for `execution_guided` (1: greedy) and `vote` (2 or more).",
-    )
-    temperature: float = Field(
-        0.7, ge=0.01, le=100, description="Sampling temperature. Below 1, probable tokens are drawn more often."
-    )
-    top_p: float = Field(
-        1.0, gt=0, le=1, description="Sampling: draw only from the most probable tokens with this total probability."
-    )
-    seed: int = advanced(17, "Sampling seed. The same seed draws the same tokens.", ge=0)
-    batch_size: int = Field(16, ge=1, description="Completions that are decoded together.")
-    timeout_seconds: float = neutral(
-        600.0,
-        "Seconds that a server may take to answer a request, including the time that the request waits there.",
-        advanced=True,
-        gt=0,
-        le=604_800,
-    )
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "float32", description="Arithmetic of the transformers engine."
-    )
-    threads: int | None = neutral(None, "CPU threads (default: all cores).", advanced=True, ge=1)
+    ] = Field("none", json_schema_extra={"shown_type": f"{' or '.join(get_args(DecodingMode))}, or a list of these"})
+    """What a completion may contain: anything (`none`), only programs (`general`), or only programs of the numbers and
+    rows on its page and FinQA's constants (`page`). A list such as `[none, page]` measures each kind of model in each
+    of these modes; steps named after the kind alone use the first."""
+    strategy: Literal["greedy", "sample", "execution_guided", "vote"] = "greedy"
+    """`greedy`: the most probable token each time. `sample`: sampled tokens. `execution_guided`: the most probable of
+    the greedy and `num_candidates` - 1 sampled completions whose program runs (arXiv 1807.03100). `vote`: the most
+    frequent result of `num_candidates` sampled programs (arXiv 2203.11171)."""
+    num_candidates: int = Field(1, ge=1)
+    """Completions per question, for `execution_guided` (1: greedy) and `vote` (2 or more)."""
+    temperature: float = Field(0.7, ge=0.01, le=100)
+    """Sampling temperature. Below 1, probable tokens are drawn more often."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Sampling: draw only from the most probable tokens with this total probability."""
+    seed: int = advanced(17, ge=0)
+    """Sampling seed. The same seed draws the same tokens."""
+    batch_size: int = Field(16, ge=1)
+    """Completions that are decoded together."""
+    timeout_seconds: float = neutral(600.0, advanced=True, gt=0, le=604_800)
+    """Seconds that a server may take to answer a request, including the time that the request waits there."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "float32"
+    """Arithmetic of the transformers engine."""
+    threads: int | None = neutral(None, advanced=True, ge=1)
+    """CPU threads (default: all cores)."""
 
     @property
     def decoding_modes(self) -> tuple[DecodingMode, ...]:
@@ -123,18 +100,3 @@ class PredictOptions(Options):
         if twice := next((mode for index, mode in enumerate(value) if mode in value[:index]), None):
             raise ValueError(f"predict.constrain names {twice} twice; name each mode once")
         return value if len(value) > 1 else value[0]
-
-    @model_validator(mode="after")
-    def _check_candidates(self) -> PredictOptions:
-        if self.strategy == "vote" and self.num_candidates == 1:
-            raise ValueError(
-                "predict.strategy: vote needs several candidates; set predict.num_candidates to 8, for example"
-            )
-        if self.strategy in ("greedy", "sample") and self.num_candidates > 1:
-            raise ValueError(
-                f"predict.num_candidates is not read with predict.strategy: {self.strategy}; "
-                "set execution_guided or vote, or remove it"
-            )
-        if "endpoint" in self.models and self.endpoint is None:
-            raise ValueError("predict.models asks for endpoint; set predict.endpoint to its address")
-        return self

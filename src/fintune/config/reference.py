@@ -43,53 +43,29 @@ def options_page() -> str:
             continue
         if parent != section:
             section = parent
-            lines += [f"\n## {section}\n", f"{_section_meaning(section)}\n", *_COLUMNS]
+            model: Any = Config
+            for part in section.split("."):
+                model = model.model_fields[part].annotation
+            lines += [f"\n## {section}\n", f"{model.__doc__.splitlines()[0]}\n", *_COLUMNS]
         lines.append(_row(name, field))
     lines += ["\n## advanced\n", f"{_ADVANCED}\n", *_COLUMNS]
     lines += [_row(key, field) for key, field in fields() if is_advanced(field)]
     for key, field in fields():
         for entry in get_args(field.annotation):
             if isinstance(entry, type) and issubclass(entry, Options):
-                lines += _entries(key, entry)
+                first = str(entry.__doc__).splitlines()[0]
+                lines += [f"\n## {key}[]\n", f"{first}\n", _COLUMNS[0].replace("option", "key"), _COLUMNS[1]]
+                lines += [_row(name, option) for name, option in entry.model_fields.items()]
     return "\n".join(lines) + "\n"
 
 
 def _row(name: str, field: FieldInfo) -> str:
     mark = "°" if is_neutral(field) else ""
-    default = _default(field.get_default(call_default_factory=True))
-    return f"| `{name}`{mark} | {_shown_type(field)} | {default} | {field.description} |"
-
-
-def _entries(key: str, model: type[Options]) -> list[str]:
-    """Return the table of the keys of a list entry."""
-    rows = [
-        f"| `{name}` | {_type(str(field.annotation))} | {_entry_default(field)} | {field.description} |"
-        for name, field in model.model_fields.items()
-    ]
-    return [
-        f"\n## {key}[]\n",
-        f"{str(model.__doc__).strip().splitlines()[0]}\n",
-        "| key | type | default | meaning |",
-        "|---|---|---|---|",
-        *rows,
-    ]
-
-
-def _entry_default(field: FieldInfo) -> str:
-    return "required" if field.is_required() else _default(field.get_default(call_default_factory=True))
-
-
-def _section_meaning(section: str) -> str:
-    model: Any = Config
-    for part in section.split("."):
-        model = model.model_fields[part].annotation
-    return str(model.__doc__).strip().splitlines()[0]
-
-
-def _shown_type(field: FieldInfo) -> str:
     extra = field.json_schema_extra
     shown = extra.get("shown_type") if isinstance(extra, dict) else None  # for annotations that are hard to read
-    return shown if isinstance(shown, str) else _type(str(field.annotation))
+    default = "required" if field.is_required() else _default(field.get_default(call_default_factory=True))
+    meaning = " ".join(str(field.description).split())
+    return f"| `{name}`{mark} | {shown or _type(str(field.annotation))} | {default} | {meaning} |"
 
 
 def _type(annotation: str) -> str:
