@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fintune.errors import ArtifactError
-from fintune.manifest import KEY, MANIFEST, Key, Manifest, Slot, describe_changes, folder_bytes, hash_files
+from fintune.manifest import KEY, MANIFEST, Key, Manifest, Slot, hash_files
 from fintune.util.files import write_atomically
 
 
@@ -181,10 +181,6 @@ def test_differences_names_changed_entries_of_a_list() -> None:
     assert len(cut) < 200
 
 
-def test_many_changes_make_one_line() -> None:
-    assert describe_changes(["a", "b", "c"]) == "a; b; c"
-
-
 def test_digest_depends_only_on_the_bytes(tmp_path: Path) -> None:
     one, two = Slot(tmp_path / "one", "train"), Slot(tmp_path / "two", "train")
     make(one, "same")
@@ -204,7 +200,6 @@ def test_only_the_manifest_itself_is_left_out_of_the_digests(tmp_path: Path) -> 
     for name in (MANIFEST, KEY, f"below/{MANIFEST}", "below/a.txt"):
         (tmp_path / name).write_text("x")
     assert hash_files(tmp_path).keys() == {f"below/{MANIFEST}", "below/a.txt"}
-    assert folder_bytes(tmp_path) == 4
 
 
 def test_steps_of_one_verb_have_folders_and_work_of_their_own(tmp_path: Path) -> None:

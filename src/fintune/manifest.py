@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fintune.errors import ArtifactError
-from fintune.util.files import sha256_file, write_atomically
+from fintune.util.files import flush_folder, flush_to_disk, sha256_file, write_atomically
 from fintune.util.text import first_line
 
 MANIFEST = "manifest.json"
@@ -76,6 +76,7 @@ class Manifest(BaseModel):
     Attributes:
         key: What the result depends on.
         outputs: SHA-256 of each file, by path below the folder.
+        output_bytes: Size of each file, likewise; empty in a manifest of an earlier version.
         facts: Counts and figures that the stage reported.
         versions: Versions of Python and of the packages that matter.
         commit: Commit of this package's checkout, with ``+`` if files differ from it; None outside a checkout.
@@ -89,6 +90,7 @@ class Manifest(BaseModel):
     key: Key
     fingerprint: str
     outputs: dict[str, str]
+    output_bytes: dict[str, int] = {}
     facts: Facts
     versions: dict[str, str]
     commit: str | None
@@ -163,11 +165,7 @@ class Slot:
             return None
 
     def state(self, key: Key, may_change: Collection[str] = ()) -> tuple[State, list[str]]:
-        """Compare the result on disk with a key.
-
-        Args:
-            key: What the result should depend on.
-            may_change: Options that are not compared.
+        """Compare the result on disk with what it should depend on; the options ``may_change`` are not compared.
 
         Returns:
             The state and, if that is "changed", what the user changed.
@@ -181,6 +179,34 @@ class Slot:
         changes = key.differences(manifest.key)
         return ("changed", changes) if changes else ("inputs changed", [])
 
+    def damage(self) -> str:
+        """Describe the first file of the finished result that is missing or has another size; "" if none is."""
+        manifest = self.manifest()
+        if manifest is None:
+            return ""
+        folder = self.work if (self.work / MANIFEST).exists() else self.folder
+        for name in manifest.outputs:
+            try:
+                num_bytes = (folder / name).stat().st_size
+            except OSError:
+                return f"{folder / name} is missing"
+            if num_bytes != manifest.output_bytes.get(name, num_bytes):
+                return f"{folder / name} has {num_bytes:,} bytes instead of {manifest.output_bytes[name]:,}"
+        return ""
+
+    def verify(self, is_read: Callable[[str], bool]) -> None:
+        """Compare the content of the files that a step is about to read with the manifest.
+
+        Raises:
+            ArtifactError: A file is missing or was changed.
+        """
+        manifest, damage = self.manifest(), self.damage()
+        for name, digest in manifest.outputs.items() if manifest is not None else ():
+            if not damage and is_read(name) and sha256_file(self.folder / name) != digest:
+                damage = f"{self.folder / name} was changed after {self.step} wrote it"
+        if damage:
+            raise ArtifactError(damage, hint=f"rerun the stage with --redo {self.step}")
+
     def start(self, key: Key, *, resume: bool, may_change: Collection[str] = ()) -> Path:
         """Make the work folder and return it; with ``resume``, keep unfinished work for the same key."""
         unfinished = self.unfinished()
@@ -192,6 +218,7 @@ class Slot:
 
     def finish(self, manifest: Manifest) -> None:
         """Write the manifest and give the folder its final name, replacing an older result."""
+        flush_folder(self.work)  # a manifest that survives a power cut must not vouch for files that do not
         write_atomically(self.work / MANIFEST, manifest.model_dump_json(indent=1))
         self.finalize()
 
@@ -208,25 +235,15 @@ class Slot:
             if self.folder.exists():
                 self.folder.replace(old)
             self.work.replace(self.folder)
+            flush_to_disk(self.folder.parent)
         shutil.rmtree(old, ignore_errors=True)
 
 
 def hash_files(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of every file below a folder, except manifest and key, by path below the folder."""
-    return {
-        str(path.relative_to(folder)): sha256_file(path)
-        for path in _files(folder)
-        if path.name not in {MANIFEST, KEY} or path.parent != folder
-    }
-
-
-def folder_bytes(folder: Path) -> int:
-    """Return the total size of all files below a folder."""
-    return sum(path.stat().st_size for path in _files(folder))
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.is_file())
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    own = (folder / MANIFEST, folder / KEY)
+    return {str(path.relative_to(folder)): sha256_file(path) for path in files if path not in own}
 
 
 def _changes(name: str, was: Any, now: Any) -> list[str]:
@@ -251,8 +268,3 @@ def _changes(name: str, was: Any, now: Any) -> list[str]:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= _MAX_CHARACTERS else f"{text[: _MAX_CHARACTERS - 4]} ..."
-
-
-def describe_changes(changes: list[str]) -> str:
-    """Join phrases that each name a change."""
-    return "; ".join(changes)

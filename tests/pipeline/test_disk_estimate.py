@@ -11,8 +11,13 @@ import pytest
 
 from fintune.config import Config
 from fintune.config.load import load
-from fintune.manifest import folder_bytes
 from fintune.pipeline import disk_estimate
+from fintune.pipeline.steps import build_steps
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
 
 FIXED_BYTES = 20_000_000
 """What every prediction adds for logs, configuration and tokenizer."""
@@ -134,6 +139,7 @@ def test_a_packed_file_counts_for_more_than_a_plain_one(configure, tmp_path: Pat
 def test_predict_bytes_covers_the_finqa_test_set(configure) -> None:
     from fintune.records import Prediction
 
+    predict = next(step for step in build_steps(configure()) if step.verb == "predict")
     one = Prediction(
         id="ACME/2009/page_17.pdf-1",
         text="subtract(5829, 5735), divide(#0, 5735)" * 4,
@@ -144,7 +150,7 @@ def test_predict_bytes_covers_the_finqa_test_set(configure) -> None:
         token_ids=tuple(range(100_000, 100_096)),
         margins=tuple(1.234567 + i / 7 for i in range(96)),
     )
-    assert 1147 * len(one.model_dump_json()) < disk_estimate.predict_bytes(configure())
+    assert 1147 * len(one.model_dump_json()) < predict.needed_bytes(configure())
 
 
 def test_export_bytes_refuses_an_unknown_family(tiny_model: Path, tmp_path: Path) -> None:

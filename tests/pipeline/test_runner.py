@@ -344,6 +344,38 @@ def test_a_broken_manifest_is_made_good_by_redo(chain: Chain) -> None:
     assert chain.run() == []
 
 
+@pytest.mark.parametrize("content", [None, "short"])
+def test_a_damaged_result_is_named_or_made_again(chain: Chain, monkeypatch, content: str | None) -> None:
+    steps = [replace(step, is_cheap=step.name == "predict/base") for step in chain.steps()]
+    monkeypatch.setattr(chain, "steps", lambda: steps)
+    chain.run()
+    for name in ("train", "predict/base"):
+        file = chain.folder / name / "out.json"
+        file.unlink()
+        if content is not None:
+            file.write_text(content)
+        said = "is missing" if content is None else "has 5 bytes instead of"
+        if name == "train":
+            told = refusal(chain)
+            assert f"{file} {said}" in told and "--redo train" in told
+            assert chain.run(redo=("train",)) == ["train"]
+        else:
+            assert f"rerun, as {file} {said}" in chain.preview()["predict/base"]
+            assert chain.run() == ["predict/base"]
+    assert chain.run() == []
+
+
+def test_a_changed_byte_is_found_before_it_is_read(chain: Chain) -> None:
+    chain.run()
+    file = chain.folder / "train" / "out.json"
+    file.write_text(file.read_text().replace("3.0", "3.1"))
+    assert chain.run() == []  # the same size, and nothing reads it
+    with pytest.raises(ArtifactError, match=r"out\.json was changed after train wrote it: .* --redo train"):
+        chain.run(redo=("predict/merged",))
+    assert (chain.folder / "predict" / "merged" / "out.json").exists() and chain.ran == []
+    assert chain.run(redo=("train", "predict/merged")) == ["train", "predict/merged"]
+
+
 def test_a_folder_that_no_stage_made_is_not_replaced(chain: Chain) -> None:
     mine = chain.folder / "train"
     mine.mkdir(parents=True)

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from fintune.errors import FintuneError
-from fintune.util.files import atomic_folder, check_outputs, make_folder, write_output
+from fintune.util.files import atomic_folder, check_outputs, make_folder, sha256_file, write_output
 from fintune.util.text import MAX_REMARKS, abridge_remarks
 
 
@@ -40,6 +42,90 @@ def test_a_file_that_cannot_be_written_leaves_nothing_beside(tmp_path: Path) -> 
     with pytest.raises(FintuneError, match="cannot be made"):
         (tmp_path / "file").write_text("")
         make_folder(tmp_path / "file" / "below")
+
+
+def test_a_fifo_is_written_into_and_stays(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit(fifo.read_text)
+        write_output(fifo, "figures")
+        assert read.result(timeout=60) == "figures"
+    assert fifo.is_fifo() and list(tmp_path.iterdir()) == [fifo]
+
+
+def test_a_pipe_of_the_shell_is_written_into() -> None:
+    reader, writer = os.pipe()
+    write_output(Path(f"/dev/fd/{writer}"), "figures")
+    os.close(writer)
+    with os.fdopen(reader) as file:
+        assert file.read() == "figures"
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_is_followed_and_stays(tmp_path: Path, exists: bool) -> None:
+    (tmp_path / "there").mkdir()
+    target, link = tmp_path / "there" / "score.json", tmp_path / "link"
+    if exists:
+        target.write_text("old")
+    link.symlink_to(target)
+    write_output(link, "new")
+    assert link.is_symlink() and target.read_text() == "new"
+    assert [path.name for path in target.parent.iterdir()] == ["score.json"]
+
+
+def test_a_killed_process_leaves_only_what_the_next_one_removes(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; from pathlib import Path; from fintune.util.files import atomic_folder\n"
+        "with atomic_folder(Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'half').write_text(''); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "out"], check=False)
+    assert done.returncode == -signal.SIGKILL and any(tmp_path.glob(".out.*.part"))
+    with atomic_folder(tmp_path / "out") as folder:
+        assert list(tmp_path.glob(".out.*.part")) == [folder]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_another_process_writes_is_refused(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "out") as folder:
+        (folder / "half").write_text("")
+        with pytest.raises(FintuneError, match="out: another process is writing it"), atomic_folder(tmp_path / "out"):
+            pass
+        assert (folder / "half").exists()
+    assert (tmp_path / "out" / "half").exists()
+
+
+def test_a_folder_is_flushed_before_it_gets_its_name(tmp_path: Path, monkeypatch) -> None:
+    calls: list[str] = []
+    real_replace, paths = Path.replace, {}
+
+    def opened(path: Path, *_: object) -> int:
+        descriptor = os.dup(0)
+        paths[descriptor] = Path(path).name
+        return descriptor
+
+    def replace(path: Path, target: Path) -> Path:
+        calls.append("rename")
+        return real_replace(path, target)
+
+    with atomic_folder(tmp_path / "out") as folder:
+        (folder / "below").mkdir()
+        (folder / "below" / "weights").write_text("x")
+        monkeypatch.setattr("fintune.util.files.os.open", opened)
+        monkeypatch.setattr("fintune.util.files.os.fsync", lambda descriptor: calls.append(paths[descriptor]))
+        monkeypatch.setattr(Path, "replace", replace)
+    assert sorted(calls[:3]) == sorted([folder.name, "below", "weights"])
+    assert calls[3:] == ["rename", tmp_path.name]
+
+
+def test_sha256_file_sees_a_change_of_the_same_size(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(b"1")
+    before, stat = sha256_file(path), path.stat()
+    path.write_bytes(b"2")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert sha256_file(path) != before
 
 
 def test_abridge_remarks_counts_the_others() -> None:

@@ -11,12 +11,12 @@ from fintune.data import hub
 from fintune.data.files import describe_tried, local_files
 from fintune.errors import DataError, ModelError
 from fintune.export.gguf import llama_cpp_checkout
+from fintune.models import builtin
+from fintune.models.folder import check_unquantised
+from fintune.models.load import check_four_bit, fetch, model_fingerprint
+from fintune.models.resolve import fetch_config, resolve
+from fintune.pipeline.stages.train import check_training
 from fintune.util.files import sha256_file
-
-
-def no_sources(config: Config) -> dict[str, str]:
-    """Return nothing: the step reads neither a file of the user nor a model."""
-    return {}
 
 
 def model_source(config: Config) -> dict[str, str]:
@@ -26,9 +26,6 @@ def model_source(config: Config) -> dict[str, str]:
 
 @lru_cache(maxsize=4)
 def _fingerprint_model(name: str, revision: str | None) -> str:
-    from fintune.models import builtin
-    from fintune.models.load import fetch, model_fingerprint
-
     if name.startswith(builtin.PREFIX):
         return builtin.describe(name).wheel_sha256  # known before the model is fetched
     return model_fingerprint(fetch(name, revision=revision).path)
@@ -36,7 +33,7 @@ def _fingerprint_model(name: str, revision: str | None) -> str:
 
 def importance_source(config: Config) -> dict[str, str]:
     """Return the hash of the importance matrix, if one is read from a file."""
-    return {option: _hash_content(path) for option, path in _importance_file(config)}
+    return {option: sha256_file(path) for option, path in _importance_file(config)}
 
 
 def base_and_importance_sources(config: Config) -> dict[str, str]:
@@ -47,30 +44,25 @@ def base_and_importance_sources(config: Config) -> dict[str, str]:
 def data_and_model_sources(config: Config) -> dict[str, str]:
     """Return the hashes of the data files and the fingerprint of the model."""
     # The files come first, so that a missing one is found before the model is fetched.
-    hashes = {option: _hash_content(path) for option, path in _data_files(config)}
-    return hashes | model_source(config)
+    return {option: sha256_file(path) for option, path in _data_files(config)} | model_source(config)
 
 
 def check_data_and_model(config: Config) -> None:
     """Refuse a missing data file, a dataset that cannot be reached, or a model name that cannot be right."""
     list(_data_files(config))
-    _check_hub_data(config)
+    for source in config.data.sources if config.data.source == "chat" else ():
+        if source.path.startswith(hub.PREFIX):
+            hub.check_split(hub.HubSplit.of_source(source))
     check_model(config)
 
 
 def check_model(config: Config) -> None:
     """Refuse a model name that cannot be right."""
-    from fintune.models.resolve import resolve
-
     resolve(config.model.name, revision=config.model.revision)
 
 
 def check_base(config: Config) -> None:
     """Refuse a quantised base: training, merge and export need its own weights."""
-    from fintune.models import builtin
-    from fintune.models.folder import check_unquantised
-    from fintune.models.resolve import fetch_config
-
     check_model(config)
     if not config.model.name.startswith(builtin.PREFIX):
         check_unquantised(fetch_config(config.model.name, revision=config.model.revision))
@@ -84,33 +76,16 @@ def check_export(config: Config) -> None:
     check_base(config)
 
 
-def check_publishing(config: Config) -> None:
-    """Refuse what would stop the push."""
-    from fintune.pipeline.stages import publish
-
-    publish.check_push(config)
-
-
 def check_four_bit_model(config: Config) -> None:
     """Refuse 4-bit predictions on a machine that cannot make them, before hours of training."""
-    from fintune.models.load import check_four_bit
-
     check_four_bit()
     check_model(config)
 
 
 def check_training_inputs(config: Config) -> None:
     """Refuse what would stop the training."""
-    from fintune.pipeline.stages import train
-
-    train.check_training(config)
+    check_training(config)
     check_base(config)
-
-
-def _check_hub_data(config: Config) -> None:
-    for source in config.data.sources if config.data.source == "chat" else ():
-        if source.path.startswith(hub.PREFIX):
-            hub.check_split(hub.HubSplit.of_source(source))
 
 
 def _data_files(config: Config) -> Iterator[tuple[str, Path]]:
@@ -118,9 +93,7 @@ def _data_files(config: Config) -> Iterator[tuple[str, Path]]:
         for number, source in enumerate(config.data.sources):
             # The options identify a hub dataset; its newest revision is looked up when it is first read.
             yield from ((f"data.sources[{number}] {path}", path) for path in local_files(source))
-        return
-    for name in ("train", "eval"):
-        path: Path | None = getattr(config.data, name)
+    for name, path in (("train", config.data.train), ("eval", config.data.eval)):
         if config.data.source == "finqa" and path is not None:
             if not path.is_file():
                 what = "is a folder, not a file" if path.is_dir() else "no such file"
@@ -135,14 +108,3 @@ def _importance_file(config: Config) -> Iterator[tuple[str, Path]]:
             what = "is a folder, not a file" if path.is_dir() else "no such file"
             raise ModelError(f"{path}: {what}", hint="export.imatrix must name an importance matrix, or be compute")
         yield "export.imatrix", path
-
-
-def _hash_content(path: Path) -> str:
-    stat = path.stat()
-    return _hash(path, stat.st_size, stat.st_mtime_ns)
-
-
-@lru_cache(maxsize=16)
-def _hash(path: Path, size: int, mtime_ns: int) -> str:
-    # Size and time are only the key of this cache; the fingerprint is of the content.
-    return sha256_file(path)

@@ -16,7 +16,7 @@ from rich.text import Text
 from fintune.config import Config
 from fintune.config.load import effective
 from fintune.errors import ArtifactError
-from fintune.manifest import Facts, Key, Manifest, Outcome, Slot, describe_changes, hash_files
+from fintune.manifest import Facts, Key, Manifest, Outcome, Slot, hash_files
 from fintune.pipeline.run_folder import lock_run
 from fintune.pipeline.step import Selection, Step, check_selection, matches, select_steps, skipped_with_others
 from fintune.pipeline.steps import build_steps
@@ -24,11 +24,12 @@ from fintune.util.console import console, say, stage
 from fintune.util.disk import require_space
 from fintune.util.memory import peak_memory_bytes, release_memory, reset_peak_memory
 from fintune.util.system import checkout_commit, installed_versions, machine_facts
-from fintune.util.text import format_duration
+from fintune.util.text import escape_control_chars, format_duration
 
 _NOTHING_TO_DO = ("skipped", "up to date")
 _AS_ASKED = "rerun, as asked"
 _ANOTHER_DISK = "set run.dir to a folder on another disk"
+_WEIGHTS = (".safetensors", ".gguf")
 _DONE = {"prepare": "prepared", "train": "trained", "merge": "merged", "export": "exported"}
 
 
@@ -64,8 +65,7 @@ class Pipeline:
             ArtifactError: The selection names an unknown step, or asks to rerun a step that it leaves out.
         """
         check_selection(steps, selection)
-        self.called = called
-        self.config, self.steps, self.selection = config, steps, selection
+        self.config, self.steps, self.called = config, steps, called
         self.chosen = select_steps(steps, selection)
         self.skipped_with = skipped_with_others(steps, selection)
         self.redone = {step.name for step in steps if matches(step, selection.redo)}
@@ -103,15 +103,14 @@ class Pipeline:
         """Return every step with a phrase that says what will be done about it. Touches nothing.
 
         Raises:
-            ArtifactError: An option changed, or a skipped step is needed and has no result.
+            ArtifactError: An option changed, a result is damaged, or a skipped step is needed and has no result.
             FintuneError: A step's ``check`` refuses.
         """
         lines, rerun = [], set[str]()
         for step in self.steps:
             if step.name not in self.chosen:
-                has_result = self.manifest(step.name) is not None
-                reason = f", as {self.skipped_with[step.name]} is" if step.name in self.skipped_with else ""
-                lines.append((step, f"skipped{reason}" + (", its result is kept" if has_result else "")))
+                is_kept = self.manifest(step.name) is not None
+                lines.append((step, self._skipped(step) + (", its result is kept" if is_kept else "")))
                 continue
             self._require_inputs(step)
             action = self._predict_action(step, bool(rerun & set(step.inputs)))
@@ -121,30 +120,38 @@ class Pipeline:
             lines.append((step, action))
         return lines
 
+    def _skipped(self, step: Step) -> str:
+        return f"skipped, as {self.skipped_with[step.name]} is" if step.name in self.skipped_with else "skipped"
+
     def _require_inputs(self, step: Step) -> None:
-        for name in step.inputs:
-            if name not in self.chosen and self.manifest(name) is None and not self._reads_what_exists(step):
-                raise self._missing_input(name)
+        run = f"fintune run {self.called}"
+        for name in step.inputs if not step.reads_what_exists else ():
+            if name not in self.chosen and self.manifest(name) is None:
+                done, folder = _DONE.get(name), self.config.folder
+                first = f"{run} --only {name}" if "/" in name else f"fintune {name} {self.called}"
+                raise ArtifactError(
+                    f"nothing is {done} in {folder}" if done else f"{folder} has no result of {name}",
+                    hint=f"{first} first, or {run} for everything",
+                )
         if step.inputs and not self._present_inputs(step):
             raise ArtifactError(
                 f"{step.name} has nothing to read: no stage has a result in {self.config.folder}",
-                hint=f"run the stages first: fintune run {self.called}",
+                hint=f"run the stages first: {run}",
             )
-
-    def _missing_input(self, name: str) -> ArtifactError:
-        verb = name.partition("/")[0]
-        done = _DONE.get(name)
-        what = f"nothing is {done} in {self.config.folder}" if done else f"{self.config.folder} has no result of {name}"
-        first = f"fintune {verb} {self.called}" if name == verb else f"fintune run {self.called} --only {name}"
-        return ArtifactError(what, hint=f"{first} first, or fintune run {self.called} for everything")
 
     def _predict_action(self, step: Step, are_inputs_rerun: bool) -> str:
         slot = self.slot(step.name)
         is_finished = self.manifest(step.name) is not None
-        if step.name in self.redone or not (is_finished or slot.unfinished()):
+        if step.name in self.redone:
+            return _AS_ASKED
+        if not (is_finished or slot.unfinished()):
             # There is nothing to compare with, so the model need not be fetched for an answer.
-            self._refuse_foreign_folder(step)
-            return _AS_ASKED if step.name in self.redone else "run"
+            if slot.folder.exists():
+                raise ArtifactError(
+                    f"{slot.folder} already exists and holds no manifest.json, so no finished stage wrote it",
+                    hint=f"move it elsewhere, or replace it with --redo {step.name}",
+                )
+            return "run"
         action = self._action(step, self.key(step))
         if are_inputs_rerun:
             return "run, if its inputs change" if is_finished else "run"
@@ -165,7 +172,8 @@ class Pipeline:
                     self.slot(step.name).finalize()
                 plan = self._checked_plan()
             num_work = sum(not action.startswith(_NOTHING_TO_DO) for _, action in plan)
-            console.print(Text(f"{self.config.folder}: {num_work} of {len(plan)} stages to do"), soft_wrap=True)
+            line = escape_control_chars(f"{self.config.folder}: {num_work} of {len(plan)} stages to do")
+            console.print(Text(line), soft_wrap=True)
             return [self._do(step) for step in self.steps]
 
     def _checked_plan(self) -> list[tuple[Step, str]]:
@@ -177,19 +185,20 @@ class Pipeline:
         return plan
 
     def _do(self, step: Step) -> Outcome:
-        slot = self.slot(step.name)
         if step.name not in self.chosen:
             if step.name in self.skipped_with:
-                self._print_line(step, {}, f"skipped, as {self.skipped_with[step.name]} is", style="dim")
+                self._print_line(step, {}, self._skipped(step), style="dim")
             return Outcome(step.name, "skipped", 0.0, {})
-        key = self.key(step)
+        slot, key, finished = self.slot(step.name), self.key(step), self.manifest(step.name)
         action = self._action(step, key)
-        finished = self.manifest(step.name)
-        if action == "up to date":
-            assert finished is not None
+        if action == "up to date" and finished is not None:
             self._print_line(step, finished.facts, action, style="dim")
             return Outcome(step.name, action, finished.seconds, finished.facts)
         require_space(self.config.folder, step.needed_bytes(self.config), step.name, way_out=_ANOTHER_DISK)
+        inputs = {name: self.slot(name) for name in self._present_inputs(step)}
+        for earlier in inputs.values():
+            # Of weights, the page shows only the size, and a push compares what it sends.
+            earlier.verify(lambda name: not (step.reads_what_exists and name.endswith(_WEIGHTS)))
         if action != "run":
             say(f"{step.name}: {action}")
         # Unfinished work beside a finished result belongs to an interrupted --redo; the same command resumes it.
@@ -197,15 +206,16 @@ class Pipeline:
         folder = slot.start(key, resume=step.resumes and not starts_over, may_change=step.may_change)
         reset_peak_memory()
         started = time.monotonic()
-        inputs = {name: self.slot(name).folder for name in self._present_inputs(step)}
         with stage(step.name):
-            facts = step.run(step.view(self.config), inputs, folder)
+            facts = step.run(step.view(self.config), {name: slot.folder for name, slot in inputs.items()}, folder)
         release_memory()  # a model of this stage must not count against the next
         seconds = time.monotonic() - started
+        outputs = hash_files(folder)
         manifest = Manifest(
             key=key,
             fingerprint=key.fingerprint,
-            outputs=hash_files(folder),
+            outputs=outputs,
+            output_bytes={name: (folder / name).stat().st_size for name in outputs},
             facts=facts,
             versions=installed_versions(),
             commit=checkout_commit(),
@@ -223,13 +233,14 @@ class Pipeline:
         """Print one line for a stage: its name, its most important figure, and what was done."""
         name = step.name.ljust(max(len(step.name) for step in self.steps))
         parts = ", ".join(part for part in (str(facts.get("summary", "")), what) if part)
-        console.print(Text.assemble((name, "bold"), "  ", parts, style=style), soft_wrap=True)
+        console.print(Text.assemble((name, "bold"), "  ", escape_control_chars(parts), style=style), soft_wrap=True)
 
     def _action(self, step: Step, key: Key) -> str:
         """Decide what to do about a step whose inputs are all final.
 
         Raises:
-            ArtifactError: The user changed something that the result, or the unfinished work, was made with.
+            ArtifactError: The user changed something that the result, or the unfinished work, was made with; or a
+                result that takes long to make is damaged.
         """
         if step.name in self.redone:
             return _AS_ASKED
@@ -244,30 +255,19 @@ class Pipeline:
         if changes:
             since = "it was made" if unfinished is None else "it was interrupted"
             raise ArtifactError(
-                f"{slot.folder}: settings changed since {since}: {describe_changes(changes)}",
+                f"{slot.folder}: settings changed since {since}: {'; '.join(changes)}",
                 hint=f"--redo {step.checked_step or step.name} reruns it, run.name=OTHER starts a new run",
             )
         if state == "inputs changed":
             return "rerun, its inputs changed"
         if state == "up to date":
-            return state
+            damage = slot.damage()
+            if damage and not step.is_cheap:
+                raise ArtifactError(damage, hint=f"put it back, or rerun the stage with --redo {step.name}")
+            return f"rerun, as {damage}" if damage else state
         return step.resume_word(slot.work) if unfinished == resumable else "run"
 
-    def _refuse_foreign_folder(self, step: Step) -> None:
-        """Refuse to replace a folder that no finished stage wrote."""
-        folder = self.slot(step.name).folder
-        if step.name not in self.redone and folder.exists():
-            raise ArtifactError(
-                f"{folder} already exists and holds no manifest.json, so no finished stage wrote it",
-                hint=f"move it elsewhere, or replace it with --redo {step.name}",
-            )
-
     def _present_inputs(self, step: Step) -> list[str]:
-        if not self._reads_what_exists(step):
+        if not step.reads_what_exists:
             return list(step.inputs)
         return [name for name in step.inputs if name in self.chosen or self.manifest(name) is not None]
-
-    @staticmethod
-    def _reads_what_exists(step: Step) -> bool:
-        """The report and the card of a push show the results that exist; every other stage needs all its inputs."""
-        return step.verb in ("report", "publish")

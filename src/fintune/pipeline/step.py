@@ -31,6 +31,7 @@ class Step:
         check: Refuses early what is sure to fail later, such as a missing data file; it loads nothing.
         about: A step whose result this one examines. If the user skips that step, this one is skipped, too.
         view: Returns the configuration as this step reads it, if it is one of several that differ in an option.
+        is_cheap: Whether a damaged result is made again without asking: that takes minutes and gives the same bytes.
         may_change: Options that say how the work is done and at most decide near-ties of the result. With another value
             an interrupted attempt resumes, and a finished result stays.
     """
@@ -39,19 +40,25 @@ class Step:
     inputs: tuple[str, ...]
     options: tuple[str, ...]
     run: Stage
-    sources: Callable[[Config], dict[str, str]]
-    needed_bytes: Callable[[Config], int]
+    sources: Callable[[Config], dict[str, str]] = lambda _: {}
+    needed_bytes: Callable[[Config], int] = lambda _: 1_000_000
     resumes: bool = False
     resume_word: Callable[[Path], str] = lambda _: "resume"
     check: Callable[[Config], None] = lambda _: None
     about: str | None = None
     view: Callable[[Config], Config] = lambda config: config
+    is_cheap: bool = False
     may_change: tuple[str, ...] = ()
 
     @property
     def verb(self) -> str:
         """The part before the slash: ``predict`` for ``predict/merged``."""
         return self.name.partition("/")[0]
+
+    @property
+    def reads_what_exists(self) -> bool:
+        """The report and the card of a push show the results that exist; every other stage needs all its inputs."""
+        return self.verb in ("report", "publish")
 
     @property
     def checked_step(self) -> str | None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from fintune.errors import FintuneError
 from fintune.util.signals import sigterm_as_interrupt
@@ -70,25 +74,57 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
+    flush_to_disk(path.parent)
 
 
 def write_output(path: Path, text: str) -> None:
-    r"""Write a file that the user named, as :func:`write_atomically` does.
+    r"""Write a file that the user named, as :func:`write_atomically` does; a link is followed.
 
-    Half of a surrogate pair, which JSON can hold and UTF-8 cannot, is written as JSON writes it, ``\ud800``.
+    What is no regular file (a device, a FIFO, ``/dev/stdout``, the shell's ``>(...)``) is written into. Half of a
+    surrogate pair, which JSON can hold and UTF-8 cannot, is written as JSON writes it, ``\ud800``.
 
     Raises:
         FintuneError: The file cannot be written.
     """
+    content = text.encode("utf-8", errors="backslashreplace")
+    is_open_file = path.absolute().parts[1:2] in (("dev",), ("proc",))  # replacing it would detach its other users
     try:
-        write_atomically(path, text.encode("utf-8", errors="backslashreplace").decode("utf-8"))
+        if is_open_file or (path.exists() and not path.is_file()):
+            with path.open("ab") as file:
+                file.write(content)
+        else:
+            write_atomically(path.resolve(), content.decode("utf-8"))
     except OSError as error:
-        path.with_name(f".{path.name}.tmp").unlink(missing_ok=True)
+        path.resolve().with_name(f".{path.resolve().name}.tmp").unlink(missing_ok=True)
         raise FintuneError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
+def flush_to_disk(path: Path) -> None:
+    """Flush a file, or the names in a folder, so that a power cut cannot undo them."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folder
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_folder(folder: Path) -> None:
+    """Flush every file and folder below a folder, and the folder itself."""
+    for path in (*folder.rglob("*"), folder):
+        if not path.is_symlink() and (path.is_file() or path.is_dir()):
+            flush_to_disk(path)
+
+
 def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file's content, in hex."""
+    """Return the SHA-256 of a file's content, in hex. An unchanged file is read once in a process."""
+    stat = path.stat()
+    return _sha256(path.absolute(), (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
+
+
+@lru_cache(maxsize=4096)
+def _sha256(path: Path, _state: tuple[int, ...]) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -137,7 +173,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         folder: The final folder, or a link to it. It must not exist, or be empty.
 
     Raises:
-        FintuneError: Something is already there, or no folder can be made.
+        FintuneError: Something is already there, another process is writing it, or no folder can be made.
     """
     target = folder.resolve()
     replaces_empty = target.is_dir()
@@ -146,26 +182,43 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             f"{folder}: already exists, and nothing there is overwritten", hint="name another --out, or remove it"
         )
     make_folder(target.parent)
-    for rest in target.parent.glob(f".{target.name}.*.part"):  # of a process that was killed
-        if not _is_running(rest.name.split(".")[-2]):
+    with sigterm_as_interrupt(), _lock_output(target, folder):
+        for rest in target.parent.glob(f".{target.name}.*.part"):  # of a process that was killed: its lock is free
             shutil.rmtree(rest, ignore_errors=True)
-    if replaces_empty:
-        _remove_empty(target, folder)
-    beside = target.parent / f".{target.name}.{os.getpid()}.part"
-    try:
-        with sigterm_as_interrupt(), _errors_name(folder, beside):
-            try:
-                beside.mkdir()
-            except OSError as error:
-                raise FintuneError(f"{folder}: cannot be made ({error.strerror or error})") from None
-            yield beside
-            beside.replace(target)
-    except BaseException:
         if replaces_empty:
-            target.mkdir(exist_ok=True)
-        raise
+            _remove_empty(target, folder)
+        beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+        try:
+            beside.mkdir()
+            with _errors_name(folder, beside):
+                yield beside
+            flush_folder(beside)
+            beside.replace(target)
+            flush_to_disk(target.parent)
+        except BaseException:
+            if replaces_empty:
+                target.mkdir(exist_ok=True)
+            raise
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def _lock_output(target: Path, folder: Path) -> Iterator[None]:
+    """Hold a folder that is being written; the lock works where process numbers do not (containers, shared volumes)."""
+    path = target.with_name(f".{target.name}.lock")
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise FintuneError(f"{folder}: another process is writing it", hint="name another --out, or wait") from None
+    except OSError as error:
+        raise FintuneError(f"{folder}: cannot be made ({error.strerror or error})") from None
+    try:
+        yield
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        path.unlink(missing_ok=True)
+        lock.release()
 
 
 @contextmanager
@@ -190,15 +243,3 @@ def _remove_empty(target: Path, folder: Path) -> None:
         reason = error.strerror or str(error)
     if reason:
         raise FintuneError(f"{folder}: cannot be replaced ({reason})", hint="name a folder in it")
-
-
-def _is_running(pid: str) -> bool:
-    if not pid.isdigit():
-        return True
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

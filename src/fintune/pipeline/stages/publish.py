@@ -19,7 +19,7 @@ from fintune.util.hub import RETRY_PAUSES, full_repo_name, require_token
 from fintune.util.text import format_bytes
 
 
-def check_push(config: Config) -> None:
+def check_push() -> None:
     """Check before any work that there is a token, and that the hub accepts it.
 
     Raises:
