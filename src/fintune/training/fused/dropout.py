@@ -156,7 +156,7 @@ def adapter_grads_dropout(
         low_rank: Low-rank activations, [tokens, r].
         mask: The masks.
     """
-    grads = AdapterGrads([], [], [None] * len(group.layers))
+    grads = AdapterGrads([], [])
     for index, (rows, columns) in enumerate(group.b_slices):
         has_adapter = group.ranks[index] > 0
         dropped = mask.apply(x, index) if has_adapter else None

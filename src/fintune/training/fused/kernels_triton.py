@@ -3,8 +3,8 @@
 A program takes a token (or some heads of it, or a piece of a long row) and reads and writes each number once. The
 meaning of each kernel is documented at the function of the same name in ``kernels_torch``.
 
-The gradient of a DoRA magnitude is a sum over the tokens. A program of the kernels for DoRA adds up a block of tokens,
-and torch adds the blocks, so that results repeat. Their number of tokens is not specialised: it changes from batch to
+The gradient of a DoRA magnitude is a sum over the tokens. With HAS_SUMS, a program adds up a block of tokens, and torch
+adds the blocks, so that results repeat. Their number of tokens is not specialised: it changes from batch to
 batch, and a compilation for each kind of number (a multiple of 16, or not) would take a second during training.
 """
 # mypy: ignore-errors
@@ -95,8 +95,13 @@ def load_turn_program(cos, sin, token, at, inside, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def kind_program(queries, keys, values, num_heads, num_key_heads, HEADS: tl.constexpr):
-    """What this program's heads are: their tensor, its first head in the projections, its heads, this block's place."""
+def block_program(
+    queries, keys, values, num_heads, num_key_heads, WIDTH: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr
+):
+    """This program's heads: tensor, its first head in the projections, its heads; indices, columns and what is inside.
+
+    The last value is where the first halves of the heads begin in a row of the projections.
+    """
     block = tl.program_id(1)
     query_blocks = tl.cdiv(num_heads, HEADS)
     key_blocks = tl.cdiv(num_key_heads, HEADS)
@@ -107,7 +112,17 @@ def kind_program(queries, keys, values, num_heads, num_key_heads, HEADS: tl.cons
     else:
         chosen, first_head, heads = values, num_heads + num_key_heads, num_key_heads
         place = block - query_blocks - key_blocks
-    return chosen, first_head, heads, place * HEADS
+    head = place * HEADS + tl.arange(0, HEADS)
+    at = tl.arange(0, HALF)
+    known = at < WIDTH // 2
+    inside = (head < heads)[:, None] & known[None, :]
+    return chosen, first_head, heads, head, at, known, inside, (first_head + head)[:, None] * WIDTH + at[None, :]
+
+
+@triton.jit
+def store_sums_program(sums, magnitude, total, at, inside, row, sums_stride):
+    values = tl.load(magnitude + at, mask=inside, other=1.0)
+    tl.store(sums + row * sums_stride + at, total / values, mask=inside)
 
 
 @triton.jit
@@ -117,12 +132,9 @@ def split_heads_program(
     WIDTH: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    out, first_head, num_heads, start = kind_program(queries, keys, values, num_queries, num_keys, HEADS)
-    head = start + tl.arange(0, HEADS)
-    at = tl.arange(0, HALF)
-    known = at < WIDTH // 2
-    inside = (head < num_heads)[:, None] & known[None, :]
-    place = (first_head + head)[:, None] * WIDTH + at[None, :]
+    out, first_head, num_heads, head, at, known, inside, place = block_program(
+        queries, keys, values, num_queries, num_keys, WIDTH, HALF, HEADS
+    )
     first, second = load_heads_program(
         qkv + token * qkv_stride, scale, bias, place, inside, WIDTH // 2, HAS_SCALE, HAS_BIAS
     )
@@ -146,48 +158,60 @@ def split_heads_program(
     tl.store(goal + WIDTH // 2, second.to(kind), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def join_heads_program(
-    queries, keys, values, qkv, scale, bias, query_norm, key_norm, cos, sin, out, qkv_stride, out_stride,
-    num_queries, num_keys, eps,
-    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
-    WIDTH: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
+    queries, keys, values, qkv, scale, bias, magnitude, query_norm, key_norm, cos, sin, out, sums,
+    num_tokens, qkv_stride, out_stride, sums_stride, num_queries, num_keys, eps,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_SUMS: tl.constexpr,
+    WIDTH: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    grad, first_head, num_heads, start = kind_program(queries, keys, values, num_queries, num_keys, HEADS)
-    head = start + tl.arange(0, HEADS)
-    at = tl.arange(0, HALF)
-    known = at < WIDTH // 2
-    inside = (head < num_heads)[:, None] & known[None, :]
-    source = grad + (token * num_heads + head)[:, None] * WIDTH + at[None, :]
-    first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(source + WIDTH // 2, mask=inside, other=0.0).to(tl.float32)
-    place = (first_head + head)[:, None] * WIDTH + at[None, :]
+    grad, first_head, num_heads, head, at, known, inside, place = block_program(
+        queries, keys, values, num_queries, num_keys, WIDTH, HALF, HEADS
+    )
     turns = first_head <= num_queries
-    if turns:
-        cos1, cos2, sin1, sin2 = load_turn_program(cos, sin, token, at, known, WIDTH)
-        back = first * cos1 + second * sin2
-        second = second * cos2 - first * sin1
-        first = back
-    if HAS_NORM and turns:
-        norm = query_norm if first_head == 0 else key_norm
-        raw1, raw2 = load_heads_program(
-            qkv + token * qkv_stride, scale, bias, place, inside, WIDTH // 2, HAS_SCALE, HAS_BIAS
-        )
-        squares = tl.sum(raw1 * raw1, 1) + tl.sum(raw2 * raw2, 1)
-        factor = (1.0 / tl.sqrt(squares / WIDTH + eps))[:, None]
-        unit1, unit2 = raw1 * factor, raw2 * factor
-        inner1 = first * tl.load(norm + at, mask=known, other=0.0).to(tl.float32)[None, :]
-        inner2 = second * tl.load(norm + WIDTH // 2 + at, mask=known, other=0.0).to(tl.float32)[None, :]
-        mean = ((tl.sum(inner1 * unit1, 1) + tl.sum(inner2 * unit2, 1)) / WIDTH)[:, None]
-        first = (inner1 - unit1 * mean) * factor
-        second = (inner2 - unit2 * mean) * factor
+    half: tl.constexpr = WIDTH // 2
     if HAS_SCALE:
-        first = first * tl.load(scale + place, mask=inside, other=0.0)
-        second = second * tl.load(scale + WIDTH // 2 + place, mask=inside, other=0.0)
-    goal = out + token * out_stride + place
-    tl.store(goal, first.to(out.dtype.element_ty), mask=inside)
-    tl.store(goal + WIDTH // 2, second.to(out.dtype.element_ty), mask=inside)
+        scale1 = tl.load(scale + place, mask=inside, other=0.0)
+        scale2 = tl.load(scale + half + place, mask=inside, other=0.0)
+    total1 = tl.zeros((HEADS, HALF), dtype=tl.float32)
+    total2 = tl.zeros((HEADS, HALF), dtype=tl.float32)
+    for step in range(ROWS):
+        number = (tl.program_id(0) * ROWS + step).to(tl.int64)
+        here = inside & (place * 0 + number < num_tokens)
+        token = tl.minimum(number, num_tokens - 1)
+        source = grad + (token * num_heads + head)[:, None] * WIDTH + at[None, :]
+        first = tl.load(source, mask=here, other=0.0).to(tl.float32)
+        second = tl.load(source + half, mask=here, other=0.0).to(tl.float32)
+        row = qkv + token * qkv_stride
+        if turns:
+            cos1, cos2, sin1, sin2 = load_turn_program(cos, sin, token, at, known, WIDTH)
+            back = first * cos1 + second * sin2
+            second = second * cos2 - first * sin1
+            first = back
+        if HAS_NORM and turns:
+            norm = query_norm if first_head == 0 else key_norm
+            full1, full2 = load_heads_program(row, scale, bias, place, here, half, HAS_SCALE, HAS_BIAS)
+            squares = tl.sum(full1 * full1, 1) + tl.sum(full2 * full2, 1)
+            factor = (1.0 / tl.sqrt(squares / WIDTH + eps))[:, None]
+            unit1, unit2 = full1 * factor, full2 * factor
+            inner1 = first * tl.load(norm + at, mask=known, other=0.0).to(tl.float32)[None, :]
+            inner2 = second * tl.load(norm + half + at, mask=known, other=0.0).to(tl.float32)[None, :]
+            mean = ((tl.sum(inner1 * unit1, 1) + tl.sum(inner2 * unit2, 1)) / WIDTH)[:, None]
+            first = (inner1 - unit1 * mean) * factor
+            second = (inner2 - unit2 * mean) * factor
+        if HAS_SCALE:
+            first = first * scale1
+            second = second * scale2
+        goal = out + token * out_stride + place
+        tl.store(goal, first.to(out.dtype.element_ty), mask=here)
+        tl.store(goal + half, second.to(out.dtype.element_ty), mask=here)
+        if HAS_SUMS:
+            total1 += first * tl.load(row + place, mask=here, other=0.0).to(tl.float32)
+            total2 += second * tl.load(row + half + place, mask=here, other=0.0).to(tl.float32)
+    if HAS_SUMS:
+        block = tl.program_id(0)
+        store_sums_program(sums, magnitude, total1, place, inside, block, sums_stride)
+        store_sums_program(sums + half, magnitude + half, total2, place, inside, block, sums_stride)
 
 
 @triton.jit
@@ -195,41 +219,58 @@ def gate_program(both, scale, out, num_columns, both_stride, out_stride, HAS_SCA
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < num_columns
-    gates, ups = load_both_program(both + row * both_stride, scale, at, inside, num_columns, HAS_SCALE)
-    tl.store(out + row * out_stride + at, (gates * tl.sigmoid(gates) * ups).to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def load_both_program(row, scale, at, inside, num_columns, HAS_SCALE: tl.constexpr):
-    gates = tl.load(row + at, mask=inside, other=0.0).to(tl.float32)
-    ups = tl.load(row + num_columns + at, mask=inside, other=0.0).to(tl.float32)
+    gates = tl.load(both + row * both_stride + at, mask=inside, other=0.0).to(tl.float32)
+    ups = tl.load(both + row * both_stride + num_columns + at, mask=inside, other=0.0).to(tl.float32)
     if HAS_SCALE:
         gates = gates * tl.load(scale + at, mask=inside, other=0.0)
         ups = ups * tl.load(scale + num_columns + at, mask=inside, other=0.0)
-    return gates, ups
+    tl.store(out + row * out_stride + at, (gates * tl.sigmoid(gates) * ups).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def gate_backward_program(
-    grad, both, scale, out, again, num_columns, grad_stride, both_stride, out_stride, again_stride,
-    HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr,
+    grad, both, scale, magnitude, out, again, sums, num_rows, num_columns,
+    grad_stride, both_stride, out_stride, again_stride, sums_stride,
+    HAS_SCALE: tl.constexpr, HAS_SUMS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = at < num_columns
-    gates, ups = load_both_program(both + row * both_stride, scale, at, inside, num_columns, HAS_SCALE)
-    outer = tl.load(grad + row * grad_stride + at, mask=inside, other=0.0).to(tl.float32)
-    share = tl.sigmoid(gates)
-    active = gates * share
-    grad_gate = outer * ups * (share + active * (1.0 - share))
-    grad_up = outer * active
     if HAS_SCALE:
-        grad_gate = grad_gate * tl.load(scale + at, mask=inside, other=0.0)
-        grad_up = grad_up * tl.load(scale + num_columns + at, mask=inside, other=0.0)
+        scale_gate = tl.load(scale + at, mask=inside, other=0.0)[None, :]
+        scale_up = tl.load(scale + num_columns + at, mask=inside, other=0.0)[None, :]
+    total_gate = tl.zeros((STEP, COLUMNS), dtype=tl.float32)
+    total_up = tl.zeros((STEP, COLUMNS), dtype=tl.float32)
     kind = out.dtype.element_ty
-    tl.store(out + row * out_stride + at, grad_gate.to(kind), mask=inside)
-    tl.store(out + row * out_stride + num_columns + at, grad_up.to(kind), mask=inside)
-    tl.store(again + row * again_stride + at, (active * ups).to(again.dtype.element_ty), mask=inside)
+    for start in range(0, ROWS, STEP):
+        row = (tl.program_id(0) * ROWS + start + tl.arange(0, STEP)).to(tl.int64)[:, None]
+        here = (row < num_rows) & inside[None, :]
+        place = both + row * both_stride + at[None, :]
+        raw_gate = tl.load(place, mask=here, other=0.0).to(tl.float32)
+        raw_up = tl.load(place + num_columns, mask=here, other=0.0).to(tl.float32)
+        outer = tl.load(grad + row * grad_stride + at[None, :], mask=here, other=0.0).to(tl.float32)
+        gates, ups = raw_gate, raw_up
+        if HAS_SCALE:
+            gates = raw_gate * scale_gate
+            ups = raw_up * scale_up
+        share = tl.sigmoid(gates)
+        active = gates * share
+        grad_gate = outer * ups * (share + active * (1.0 - share))
+        grad_up = outer * active
+        if HAS_SCALE:
+            grad_gate = grad_gate * scale_gate
+            grad_up = grad_up * scale_up
+        goal = out + row * out_stride + at[None, :]
+        tl.store(goal, grad_gate.to(kind), mask=here)
+        tl.store(goal + num_columns, grad_up.to(kind), mask=here)
+        kept = (active * ups).to(again.dtype.element_ty)
+        tl.store(again + row * again_stride + at[None, :], kept, mask=here)
+        if HAS_SUMS:
+            total_gate += grad_gate * raw_gate
+            total_up += grad_up * raw_up
+    if HAS_SUMS:
+        block, beside = tl.program_id(0), num_columns
+        store_sums_program(sums, magnitude, tl.sum(total_gate, 0), at, inside, block, sums_stride)
+        store_sums_program(sums + beside, magnitude + beside, tl.sum(total_up, 0), at, inside, block, sums_stride)
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -300,15 +341,6 @@ def cross_entropy_program(
             tl.store(start + at, (share * outer).to(logits.dtype.element_ty), mask=at < num_columns)
 
 
-# -- kernels for DoRA
-
-
-@triton.jit
-def store_sums_program(sums, magnitude, total, at, inside, row, sums_stride):
-    values = tl.load(magnitude + at, mask=inside, other=1.0)
-    tl.store(sums + row * sums_stride + at, total / values, mask=inside)
-
-
 @triton.jit(do_not_specialize=["num_rows"])
 def scale_grad_program(
     grad, branch, scale, magnitude, own, sums, num_rows, num_columns, grad_stride, branch_stride, sums_stride,
@@ -327,102 +359,6 @@ def scale_grad_program(
         b = tl.load(branch + row[:, None] * branch_stride + at[None, :], mask=here, other=0.0).to(tl.float32)
         total += rounded.to(tl.float32) * b
     store_sums_program(sums, magnitude, tl.sum(total, 0), at, inside, tl.program_id(0), sums_stride)
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def gate_backward_dora_program(
-    grad, both, scale, magnitude, out, again, sums, num_rows, num_columns,
-    grad_stride, both_stride, out_stride, again_stride, sums_stride,
-    ROWS: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    at = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = at < num_columns
-    scale_gate = tl.load(scale + at, mask=inside, other=0.0)[None, :]
-    scale_up = tl.load(scale + num_columns + at, mask=inside, other=0.0)[None, :]
-    total_gate = tl.zeros((STEP, COLUMNS), dtype=tl.float32)
-    total_up = tl.zeros((STEP, COLUMNS), dtype=tl.float32)
-    kind = out.dtype.element_ty
-    for start in range(0, ROWS, STEP):
-        row = (tl.program_id(0) * ROWS + start + tl.arange(0, STEP)).to(tl.int64)[:, None]
-        here = (row < num_rows) & inside[None, :]
-        place = both + row * both_stride + at[None, :]
-        raw_gate = tl.load(place, mask=here, other=0.0).to(tl.float32)
-        raw_up = tl.load(place + num_columns, mask=here, other=0.0).to(tl.float32)
-        outer = tl.load(grad + row * grad_stride + at[None, :], mask=here, other=0.0).to(tl.float32)
-        gates = raw_gate * scale_gate
-        ups = raw_up * scale_up
-        share = tl.sigmoid(gates)
-        active = gates * share
-        grad_gate = outer * ups * (share + active * (1.0 - share)) * scale_gate
-        grad_up = outer * active * scale_up
-        goal = out + row * out_stride + at[None, :]
-        tl.store(goal, grad_gate.to(kind), mask=here)
-        tl.store(goal + num_columns, grad_up.to(kind), mask=here)
-        kept = (active * ups).to(again.dtype.element_ty)
-        tl.store(again + row * again_stride + at[None, :], kept, mask=here)
-        total_gate += grad_gate * raw_gate
-        total_up += grad_up * raw_up
-    block = tl.program_id(0)
-    store_sums_program(sums, magnitude, tl.sum(total_gate, 0), at, inside, block, sums_stride)
-    beside = num_columns
-    store_sums_program(sums + beside, magnitude + beside, tl.sum(total_up, 0), at, inside, block, sums_stride)
-
-
-@triton.jit(do_not_specialize=["num_tokens"])
-def join_heads_dora_program(
-    queries, keys, values, qkv, scale, bias, magnitude, query_norm, key_norm, cos, sin, out, sums,
-    num_tokens, qkv_stride, out_stride, sums_stride, num_queries, num_keys, eps,
-    HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
-    WIDTH: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    grad, first_head, num_heads, start = kind_program(queries, keys, values, num_queries, num_keys, HEADS)
-    head = start + tl.arange(0, HEADS)
-    at = tl.arange(0, HALF)
-    known = at < WIDTH // 2
-    inside = (head < num_heads)[:, None] & known[None, :]
-    place = (first_head + head)[:, None] * WIDTH + at[None, :]
-    turns = first_head <= num_queries
-    scale1 = tl.load(scale + place, mask=inside, other=0.0)
-    scale2 = tl.load(scale + WIDTH // 2 + place, mask=inside, other=0.0)
-    total1 = tl.zeros((HEADS, HALF), dtype=tl.float32)
-    total2 = tl.zeros((HEADS, HALF), dtype=tl.float32)
-    for step in range(ROWS):
-        wanted = (tl.program_id(0) * ROWS + step).to(tl.int64)
-        here = inside & (place * 0 + wanted < num_tokens)
-        token = tl.minimum(wanted, num_tokens - 1)
-        source = grad + (token * num_heads + head)[:, None] * WIDTH + at[None, :]
-        first = tl.load(source, mask=here, other=0.0).to(tl.float32)
-        second = tl.load(source + WIDTH // 2, mask=here, other=0.0).to(tl.float32)
-        row = qkv + token * qkv_stride
-        raw1 = tl.load(row + place, mask=here, other=0.0).to(tl.float32)
-        raw2 = tl.load(row + WIDTH // 2 + place, mask=here, other=0.0).to(tl.float32)
-        if turns:
-            cos1, cos2, sin1, sin2 = load_turn_program(cos, sin, token, at, known, WIDTH)
-            back = first * cos1 + second * sin2
-            second = second * cos2 - first * sin1
-            first = back
-        if HAS_NORM and turns:
-            norm = query_norm if first_head == 0 else key_norm
-            full1, full2 = load_heads_program(row, scale, bias, place, here, WIDTH // 2, True, HAS_BIAS)
-            squares = tl.sum(full1 * full1, 1) + tl.sum(full2 * full2, 1)
-            factor = (1.0 / tl.sqrt(squares / WIDTH + eps))[:, None]
-            unit1, unit2 = full1 * factor, full2 * factor
-            inner1 = first * tl.load(norm + at, mask=known, other=0.0).to(tl.float32)[None, :]
-            inner2 = second * tl.load(norm + WIDTH // 2 + at, mask=known, other=0.0).to(tl.float32)[None, :]
-            mean = ((tl.sum(inner1 * unit1, 1) + tl.sum(inner2 * unit2, 1)) / WIDTH)[:, None]
-            first = (inner1 - unit1 * mean) * factor
-            second = (inner2 - unit2 * mean) * factor
-        first = first * scale1
-        second = second * scale2
-        goal = out + token * out_stride + place
-        tl.store(goal, first.to(out.dtype.element_ty), mask=here)
-        tl.store(goal + WIDTH // 2, second.to(out.dtype.element_ty), mask=here)
-        total1 += first * raw1
-        total2 += second * raw2
-    block = tl.program_id(0)
-    store_sums_program(sums, magnitude, total1, place, inside, block, sums_stride)
-    half = WIDTH // 2
-    store_sums_program(sums + half, magnitude + half, total2, place, inside, block, sums_stride)
 
 
 @triton.jit

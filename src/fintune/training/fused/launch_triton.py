@@ -87,25 +87,16 @@ def join_heads(
     """See ``kernels_torch.join_heads``."""
     tokens, width = cos.shape
     heads, blocks = _blocks((transform.num_heads, transform.num_key_heads, transform.num_key_heads))
-    if sums is not None:
-        assert qkv is not None, "the sums need what the magnitudes scaled"
-        kernels_triton.join_heads_dora_program[(num_sums(tokens), blocks)](
-            *(grad.contiguous() for grad in grads), qkv, transform.scale, transform.bias, sums.values,
-            transform.query_norm, transform.key_norm, cos.contiguous(), sin.contiguous(), out, sums.blocks,
-            tokens, qkv.stride(0), out.stride(0), sums.blocks.stride(0),
-            transform.num_heads, transform.num_key_heads, transform.eps,
-            HAS_BIAS=transform.bias is not None, HAS_NORM=transform.query_norm is not None, WIDTH=width,
-            HALF=triton.next_power_of_2(width // 2), HEADS=heads, ROWS=_rows_per_sum(tokens), num_warps=4,
-        )  # fmt: skip
-        return
-    kernels_triton.join_heads_program[(tokens, blocks)](
-        *(grad.contiguous() for grad in grads), qkv, transform.scale, transform.bias,
-        transform.query_norm, transform.key_norm, cos.contiguous(), sin.contiguous(), out,
-        0 if qkv is None else qkv.stride(0), out.stride(0),
+    assert sums is None or qkv is not None, "the sums need what the magnitudes scaled"
+    rows = 1 if sums is None else _rows_per_sum(tokens)
+    kernels_triton.join_heads_program[(triton.cdiv(tokens, rows), blocks)](
+        *(grad.contiguous() for grad in grads), qkv, transform.scale, transform.bias, sums and sums.values,
+        transform.query_norm, transform.key_norm, cos.contiguous(), sin.contiguous(), out, sums and sums.blocks,
+        tokens, 0 if qkv is None else qkv.stride(0), out.stride(0), 0 if sums is None else sums.blocks.stride(0),
         transform.num_heads, transform.num_key_heads, transform.eps,
         HAS_SCALE=transform.scale is not None, HAS_BIAS=transform.bias is not None,
-        HAS_NORM=transform.query_norm is not None,
-        WIDTH=width, HALF=triton.next_power_of_2(width // 2), HEADS=heads, num_warps=4,
+        HAS_NORM=transform.query_norm is not None, HAS_SUMS=sums is not None,
+        WIDTH=width, HALF=triton.next_power_of_2(width // 2), HEADS=heads, ROWS=rows, num_warps=4,
     )  # fmt: skip
 
 
@@ -119,25 +110,16 @@ def gate(both: Tensor, scale: Tensor | None, out: Tensor) -> None:
 
 
 def gate_backward(
-    grad: Tensor,
-    both: Tensor,
-    scale: Tensor | None,
-    out: Tensor,
-    again: Tensor,
-    sums: MagnitudeSums | None = None,
+    grad: Tensor, both: Tensor, scale: Tensor | None, out: Tensor, again: Tensor, sums: MagnitudeSums | None = None
 ) -> None:
     """See ``kernels_torch.gate_backward``."""
     rows, columns = grad.shape
-    if sums is not None:
-        kernels_triton.gate_backward_dora_program[(num_sums(rows), triton.cdiv(columns, _COLUMNS))](
-            grad, both, scale, sums.values, out, again, sums.blocks, rows, columns,
-            grad.stride(0), both.stride(0), out.stride(0), again.stride(0), sums.blocks.stride(0),
-            ROWS=_rows_per_sum(rows), STEP=_STEP, COLUMNS=_COLUMNS, num_warps=4,
-        )  # fmt: skip
-        return
-    kernels_triton.gate_backward_program[(rows, triton.cdiv(columns, 2048))](
-        grad, both, scale, out, again, columns, grad.stride(0), both.stride(0), out.stride(0), again.stride(0),
-        HAS_SCALE=scale is not None, BLOCK=2048, num_warps=8,
+    each, step, width = (1, 1, 2048) if sums is None else (_rows_per_sum(rows), _STEP, _COLUMNS)
+    kernels_triton.gate_backward_program[(triton.cdiv(rows, each), triton.cdiv(columns, width))](
+        grad, both, scale, sums and sums.values, out, again, sums and sums.blocks, rows, columns,
+        grad.stride(0), both.stride(0), out.stride(0), again.stride(0), 0 if sums is None else sums.blocks.stride(0),
+        HAS_SCALE=scale is not None, HAS_SUMS=sums is not None,
+        ROWS=each, STEP=step, COLUMNS=width, num_warps=8 if sums is None else 4,
     )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fintune.training.fused.dora import weight_scales
+from fintune.training.fused import kernels_torch
 from fintune.training.fused.kernels_torch import matmul_float32
 from fintune.training.memory.model import RANK_MULTIPLE
 
@@ -63,7 +63,6 @@ class AdapterGrads:
 
     a: list[Tensor | None]
     b: list[Tensor | None]
-    magnitude: list[Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -278,7 +277,7 @@ class LinearGroup:
             x: Input, [tokens, in].
             low_rank: Low-rank activations, [tokens, r].
         """
-        grads = AdapterGrads([], [], [None] * len(self.layers))
+        grads = AdapterGrads([], [])
         a_grad = matmul_float32(low_rank_grad.t(), x) if self.padded_rank else None  # [r, in]
         for rows, columns in self.b_slices:
             has_adapter = columns.start < columns.stop and a_grad is not None
@@ -298,7 +297,10 @@ class LinearGroup:
         return scales[0]
 
     def dora_scales(self, weights: Tensor, row_squares: Tensor, magnitudes: Tensor) -> Tensor:
-        """Return DoRA's scales of several groups of this shape, 1 for layers without a magnitude.
+        """Return DoRA's ``m / ||W + s B A||`` of several groups of this shape, 1 for layers without a magnitude.
+
+        The norm is constant in the backward pass (arXiv 2402.09353, section 4.3). The norm of a row needs no sum of the
+        matrices, because its square is ``||W||^2 + 2 s <W A^T, B> + s^2 <B A A^T, B>``.
 
         Args:
             weights: Augmented weights, [groups, out + r, in + r].
@@ -310,18 +312,16 @@ class LinearGroup:
         """
         w, b = weights[:, : self.num_out, : self.num_in], weights[:, : self.num_out, self.num_in :]
         a = weights[:, self.num_out :, : self.num_in]
-        scales = weight_scales(w, a, b, row_squares, magnitudes, self.scaling, self.column_scalings)
+        cross, gram = matmul_float32(w, a.transpose(1, 2)), matmul_float32(a, a.transpose(1, 2))
+        if self.column_scalings is not None:
+            # The factors of the columns belong to A as well as to B.
+            cross, gram = cross * self.column_scalings, gram * self.column_scalings * self.column_scalings[:, None]
+        run = kernels_torch.kernels_for(w)
+        scales: Tensor = run.dora_scale(cross, b, gram, row_squares, magnitudes, self.scaling)
         for layer, part in zip(self.layers, scales.split(self.sizes, 1), strict=True):
             if layer.magnitude is None:
                 part.fill_(1.0)
         return scales
-
-    def split_magnitude_grad(self, grad: Tensor, grads: AdapterGrads) -> None:
-        """Give each layer with a magnitude its part of the gradient of all magnitudes, [out]."""
-        grads.magnitude = [
-            None if layer.magnitude is None else part.to(layer.magnitude.dtype)
-            for layer, part in zip(self.layers, grad.split(self.sizes), strict=True)
-        ]
 
 
 def _block_slices(sizes: Sequence[int], ranks: Sequence[int]) -> list[tuple[slice, slice]]:

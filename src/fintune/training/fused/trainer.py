@@ -35,7 +35,7 @@ class FusedTrainer(SFTTrainer):  # type: ignore[misc]
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         """Compute the loss of a batch. SFTTrainer's other figures are left out, because each makes the CPU wait."""
-        assert not return_outputs, "the fused layers return a loss and no logits"
+        assert not return_outputs, "prediction_step asks for the loss alone"
         if self._fused is None:
             # Not earlier: when training starts, resuming puts the checkpoint's adapter into the model.
             self._fused = FusedModel(self.accelerator.unwrap_model(model), **self._options)
@@ -77,6 +77,13 @@ class FusedTrainer(SFTTrainer):  # type: ignore[misc]
             loss = loss / self.current_gradient_accumulation_steps
         self.accelerator.backward(loss)
         return loss.detach()
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, None, None]:
+        """Return the loss of a batch and no logits, which TRL before 1.15 would ask for."""
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Estimate the operations as transformers does, with the parameters counted once a run."""
