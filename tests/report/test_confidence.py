@@ -35,10 +35,10 @@ def test_drawn_tokens_are_not_compared(page):
 
 def sure(page, kinds):
     """The page with a confidence for all answers of some kinds: 1 where the answer is right."""
-    for kind in kinds:
-        for id_, each in page.predictions[kind].items():
-            right = page.verdicts[kind][id_].exe_correct
-            page.predictions[kind][id_] = each.model_copy(update={"confidence": float(right)})
+    for results in page.results:
+        for id_, each in results.predictions.items() if results.kind in kinds else ():
+            right = results.correct[id_]
+            results.predictions[id_] = each.model_copy(update={"confidence": float(right)})
     return page
 
 
@@ -51,7 +51,7 @@ def test_the_page_shows_the_accuracy_of_what_is_answered(page):
     html = render_run(sure(page, ["adapter"]))
     (row,) = confidence_section(page)["table"].texts()
     assert row[0] == "adapter"
-    assert row[2] == f"{100 * sum(v.exe_correct for v in page.verdicts['adapter'].values()) / 8:.1f}\u00a0%"
+    assert row[2] == f"{100 * sum(page.results[1].correct.values()) / 8:.1f}\u00a0%"
     assert row[5] == "100.0\u00a0%"
     text = " ".join(outline(html).text.split())
     assert "share of 4 sampled programs that execute to it" in text
@@ -61,6 +61,7 @@ def test_the_page_shows_the_accuracy_of_what_is_answered(page):
 
 def test_a_kind_with_an_unknown_confidence_is_left_out(page):
     sure(page, ["adapter", "base"])
-    first = next(iter(page.predictions["base"]))
-    page.predictions["base"][first] = page.predictions["base"][first].model_copy(update={"confidence": None})
+    base = page.results[0].predictions
+    first = next(iter(base))
+    base[first] = base[first].model_copy(update={"confidence": None})
     assert [row[0] for row in confidence_section(page)["table"].texts()] == ["adapter"]

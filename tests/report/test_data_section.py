@@ -79,7 +79,7 @@ def test_sources_table_has_rows_formats_duplicates_and_licence(report):
 
 
 def test_chat_counts_are_of_conversations_and_turns(report):
-    rows = {name: numbers for name, *numbers in data_section(report)["table"].texts()}
+    rows = {name: numbers for name, *numbers in data_section(report)["counts_and_drops"].texts()}
     assert rows["conversations cut to fit"] == ["1", "1"]
     assert rows["turns cut"] == ["2 of 40", "2 of 40"]
     assert rows["dropped: too long"] == ["1", "0"]
@@ -88,9 +88,7 @@ def test_chat_counts_are_of_conversations_and_turns(report):
 
 
 def test_page_of_a_chat_run_names_its_sources(report):
-    html = render_run(
-        RunData(name="finance", config=Config(data=DataOptions(source="chat", sources=("a",))), data=report)
-    )
+    html = render_run(RunData(Config(data=DataOptions(source="chat", sources=("a",))), data=report))
     for words in (
         "Not for commercial use",
         "hub:FinLang/x",
@@ -99,7 +97,7 @@ def test_page_of_a_chat_run_names_its_sources(report):
         "14 examples are trained on. 1 are held out",
     ):
         assert words in html
-    assert "Steps of a program" not in html
+    assert "Steps of the programs" not in html
     assert "No page of the evaluation" not in html
     assert "rows that were dropped later: 1 too long." in html
     report["train"]["dropped"] = {}
@@ -108,4 +106,4 @@ def test_page_of_a_chat_run_names_its_sources(report):
 
 def test_free_sources_are_not_called_restricted(report):
     report["sources"].pop()
-    assert data_section(report)["restricted"] == ""
+    assert data_section(report)["restricted"] == []

@@ -33,7 +33,7 @@ EVALUATED = [{"step": step, "loss": 2.0, "eval_loss": loss} for step, loss in ((
 
 @pytest.fixture
 def page() -> RunData:
-    return RunData(name="mine", config=Config(), replay=REPLAY, guard=GUARD, metrics=EVALUATED)
+    return RunData(Config.model_validate({"run": {"name": "mine"}}), replay=REPLAY, guard=GUARD, metrics=EVALUATED)
 
 
 def test_perplexity_before_and_after_comes_first(page):

@@ -10,6 +10,7 @@ from rich.console import Console
 from fintune.config import Config
 from fintune.pipeline.stages.report import collect
 from fintune.report.run_page import render_run
+from fintune.report.sections.agreement import agreement_section
 from fintune.report.tables import read_scored, score_tables
 from support.example_run import records, write_run
 from support.outline import outline
@@ -69,17 +70,16 @@ def test_page_has_column_groups_and_differences(inputs) -> None:
     words = re.sub(r"\s+", " ", parsed.text)
     assert "What the constraint changes" in words
     assert "not measured" in words, "merged was measured in one mode"
-    other = page.other_modes[0]
-    assert (other.mode, [measured.kind for measured in other.measured]) == ("page", ["base", "adapter"])
+    others = [(results.mode, results.kind) for results in page.results if results.mode]
+    assert others == [("page", "base"), ("page", "adapter")]
     assert {"adapter, page", "base, page"} <= set(re.findall(r"\w+, page", words))
 
 
 def test_rest_of_the_page_is_about_the_first_mode(inputs) -> None:
     both = collect(CONFIG, inputs)
     alone = collect(CONFIG.with_decoding_mode("none"), inputs)
-    assert both.measured == alone.measured
-    assert [pair[:2] for pair in both.agreements] == [("adapter", "merged")]
-    assert alone.other_modes == []
+    assert both.first_mode == alone.first_mode == list(alone.results)
+    assert [row[0] for row in agreement_section(both)["table"].texts()] == ["adapter and merged"]
     assert "colgroup" not in render_run(alone)
 
 

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from fintune.evaluation.metrics import Score, compute_scores
 from fintune.finqa.program import tokenize
-from fintune.report.card import score_row
+from fintune.publish.card import score_row
 from fintune.report.formatting import format_invalid
 from fintune.report.tables import ScoredSet, headline_table, score_table, score_tables
 from support.example_run import records

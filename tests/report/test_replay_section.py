@@ -35,7 +35,7 @@ def page(tmp_path_factory) -> RunData:
 
 def test_replay_section_has_kl_agreement_and_perplexity(page):
     found = replay_section(dataclasses.replace(page, replay=REPLAYED))
-    accuracy = {measured.kind: measured.score.execution_accuracy for measured in page.measured}
+    accuracy = {results.kind: results.figures.execution_accuracy for results in page.scored}
     assert [tuple(row[:4]) for row in found["table"].texts()] == [
         ("adapter", "reference", "", "1.2000"),
         ("merged", "< 0.000001", "100.0\u00a0%", "1.2001"),
@@ -55,7 +55,7 @@ def test_the_page_says_what_would_have_failed_the_run(page):
 
 
 def test_without_verdicts_there_is_no_column_of_accuracy(page):
-    html = render_run(dataclasses.replace(page, replay=REPLAYED, measured=(), verdicts={}))
+    html = render_run(dataclasses.replace(page, replay=REPLAYED, results=()))
     section = html.split('<section id="replay"')[1].split("</section>")[0]
     assert "execution<br>accuracy" not in section
     assert "GGUF Q8_0" in section

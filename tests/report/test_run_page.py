@@ -8,8 +8,9 @@ import pytest
 
 from fintune.config import Config
 from fintune.pipeline.stages.report import collect
-from fintune.report.run_data import RunData
+from fintune.report.run_data import ModelResults, RunData
 from fintune.report.run_page import render_run
+from fintune.report.sections.accuracy import headline
 from support.example_run import KINDS, NASTY, predictions, records, write_run
 from support.outline import Outline, outline
 
@@ -62,11 +63,11 @@ def test_tables_have_headers_with_a_scope(parsed):
 
 
 def test_page_lists_every_kind_with_its_figures(page, parsed):
-    low, high = page.measured[1].score.execution_accuracy_interval
+    low, high = page.scored[1].figures.execution_accuracy_interval
     assert f"{100 * low:.1f}\u2013{100 * high:.1f}" in parsed.text
     for words in ("base", "adapter", "merged", "GGUF F16", "GGUF Q4_K_M", "n = 24", "0.1", "0.3"):
         assert words in parsed.text
-    assert f"{100 * page.measured[1].score.execution_accuracy:.1f}\u00a0%" in parsed.text
+    assert f"{100 * page.scored[1].figures.execution_accuracy:.1f}\u00a0%" in parsed.text
 
 
 def test_every_pair_of_trained_kinds_is_compared(parsed):
@@ -77,8 +78,7 @@ def test_every_pair_of_trained_kinds_is_compared(parsed):
 
 
 def test_page_shows_token_and_gaps_of_a_difference(page, config):
-    here = {each.id: each for each in predictions(page.records, "adapter")}
-    one = next(iter(here.values()))
+    one = predictions(page.records, "adapter")[0]
     moved = one.model_copy(
         update={
             "program": "add(1, 1)",
@@ -88,9 +88,8 @@ def test_page_shows_token_and_gaps_of_a_difference(page, config):
         }
     )
     first = one.model_copy(update={"margins": (3.0, 0.0456, *one.margins[2:])})
-    shown = dataclasses.replace(
-        page, predictions={"adapter": {one.id: first}, "merged": {one.id: moved}}, token_names={77: " abc"}
-    )
+    results = [ModelResults("adapter", "", {one.id: first}), ModelResults("merged", "", {one.id: moved})]
+    shown = dataclasses.replace(page, results=results, token_names={77: " abc"})
     text = outline(render_run(shown)).text
     assert "0.0456" in text
     assert "0.0123" in text
@@ -145,39 +144,24 @@ def test_data_shows_drops_cuts_lengths_and_finqas_distribution(html, parsed):
     assert "divide 50.0% (FinQA 46.3%)" in html
 
 
-@pytest.mark.parametrize(
-    ("without", "gone", "left"),
-    [
-        ({"data": {}}, "data", "accuracy"),
-        ({"metrics": ()}, "training", "data"),
-        ({"measured": (), "verdicts": {}}, "accuracy", "agreement"),
-        ({"records": ()}, "examples", "agreement"),
-        ({"provenance": ()}, None, "provenance"),
-    ],
-)
-def test_page_leaves_out_sections_of_skipped_stages(page, without, gone, left):
-    found = outline(render_run(dataclasses.replace(page, **without)))
-    sections = [attrs["id"] for tag, attrs in found.tags if tag == "section"]
-    links = [attrs["href"][1:] for tag, attrs in found.tags if tag == "a"]
-    assert gone not in sections
-    assert gone not in links
-    assert left in sections
+def test_page_leaves_out_sections_of_skipped_stages(page):
+    unscored = [ModelResults(results.kind, "", results.predictions) for results in page.results]
+    less = dataclasses.replace(page, data={}, metrics=(), results=unscored, records=(), manifests={})
+    found = outline(render_run(less))
+    assert [attrs["id"] for tag, attrs in found.tags if tag == "section"] == ["agreement", "provenance"]
+    assert [attrs["href"] for tag, attrs in found.tags if tag == "a"][1:3] == ["#agreement", "#provenance"]
 
 
 @pytest.mark.parametrize("kinds", [("base",), ("adapter",), ("base", "merged"), ("F16", "Q4_K_M"), KINDS])
-def test_any_set_of_kinds_makes_a_page(page, kinds):
-    shown = dataclasses.replace(
-        page,
-        predictions={kind: page.predictions[kind] for kind in kinds},
-        verdicts={kind: page.verdicts[kind] for kind in kinds},
-        measured=[measured for measured in page.measured if measured.kind in kinds],
-    )
-    index = json.loads(outline(render_run(shown)).blocks["example-index"])
-    assert len(index["kinds"]) == len(kinds)
+def test_headline_of_any_set_of_kinds_has_its_accuracies(page, kinds):
+    shown = dataclasses.replace(page, results=[results for results in page.results if results.kind in kinds])
+    figures = [f"{100 * results.figures.execution_accuracy:.1f}\u00a0%" for results in shown.scored]
+    expected = figures[:2] if "base" in kinds else figures[:1]
+    assert [text for text in (headline(shown)["before"], headline(shown)["after"]) if text] == expected
 
 
 def test_a_run_with_nothing_done_still_says_how_it_is_set_up(config):
-    text = outline(render_run(RunData(name="empty", config=config))).text
+    text = outline(render_run(RunData(config))).text
     assert "This run has no measurements yet." in text
     assert "train.num_train_epochs" in text
 
@@ -185,13 +169,16 @@ def test_a_run_with_nothing_done_still_says_how_it_is_set_up(config):
 def test_page_shows_options_as_they_were_set():
     rows, hub = {"path": "rows.jsonl"}, {"path": "hub:a/b", "weight": 2.0}
     config = Config.model_validate({"run": {"name": "mine"}, "data": {"source": "chat", "sources": [rows, hub]}})
-    html = render_run(RunData(name="mine", config=config))
+    html = render_run(RunData(config))
     assert '["rows.jsonl", {"path": "hub:a/b", "weight": 2.0}]' in outline(html).text
     assert "<code>data.sources</code></th>" in html
     assert "tbody th > code { white-space: nowrap; }" in html
 
 
-def test_page_shows_the_warning_about_the_evaluation(page):
-    warned = dataclasses.replace(page, data={**page.data, "eval_warning": "3 questions are trained on"})
-    assert "Caution: 3 questions are trained on" in " ".join(outline(render_run(warned)).text.split())
-    assert "Caution" not in outline(render_run(page)).text
+def test_page_shows_the_warning_about_the_evaluation(page, parsed):
+    results = [results for results in page.results if results.kind == "base"]
+    warned = dataclasses.replace(
+        page, results=results, metrics=(), records=(), data={**page.data, "eval_warning": "3 shared"}
+    )
+    assert "Caution: 3 shared" in " ".join(outline(render_run(warned)).text.split())
+    assert "Caution" not in parsed.text

@@ -28,8 +28,16 @@ from fintune.data.tokenize import TokenRow
 from fintune.manifest import MANIFEST
 from fintune.models import load as models
 from fintune.pipeline.run_folder import overrides_of
-from fintune.report.inspect_page import InspectPage, Piece, Shown, left_out, num_more, render_inspect
-from fintune.report.sections.data import count_rows, dropped_rows, problems, restricted_names, source_rows
+from fintune.report.inspect_page import InspectPage, Piece, Shown, render_inspect
+from fintune.report.sections.data import (
+    count_rows,
+    dropped_rows,
+    left_out,
+    num_more,
+    problems,
+    restricted_names,
+    source_rows,
+)
 from fintune.util.files import check_outputs, write_output
 from fintune.util.sampling import describe_row, file_of_row, stratified_indices
 from fintune.util.text import escape_control_chars

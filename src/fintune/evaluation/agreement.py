@@ -3,7 +3,7 @@
 Merging, a 16-bit GGUF file or another engine should change only the last bits of the arithmetic. Greedy decoding shows
 such a change only if the two best tokens are almost equally probable. Any other difference is a fault in the chain: a
 template, a stop token, a weight. So every difference carries the log-probability gap at the token where the two
-completions diverge. Standard library only.
+completions diverge.
 """
 
 from __future__ import annotations
@@ -23,21 +23,20 @@ NEAR_TIE_NATS = 0.1
 
 @dataclass(frozen=True)
 class Difference:
-    """An example with different completions of the two models.
+    """An example with different completions of the models ``a`` and ``b``.
 
     Attributes:
         id: The example's id.
         position: 0-based index of the first generated token that differs, or None if token ids are not known.
-        token_a: Token id of the first model at that position, or None if its completion has ended.
-        token_b: Token id of the second model at that position, or None if its completion has ended.
-        margin_a: The first model's gap between its best and second-best token there, in nats.
-        margin_b: The second model's gap there, in nats. Both models have the same prefix, so the sum of the gaps is
-            the least by which the log-probabilities of the two tokens moved.
+        token_a: Token id of ``a`` at that position, or None if its completion has ended.
+        token_b: Token id of ``b`` there.
+        margin_a: Gap between the best and the second-best token of ``a`` there, in nats.
+        margin_b: The gap of ``b`` there. Both models have the same prefix, so the sum of the gaps is the least by which
+            the log-probabilities of the two tokens moved.
         near_tie: Whether both gaps are below the threshold; None if one of them is not known.
-        program_a: Program of the first model.
-        program_b: Program of the second model.
-        correct_a: Official execution verdict on the first model, or None if it was not scored.
-        correct_b: Official execution verdict on the second model, or None if it was not scored.
+        same_program: Whether only the text outside the program differs, or the end.
+        correct_a: Official execution verdict on ``a``, or None if it was not scored.
+        correct_b: Official execution verdict on ``b``.
     """
 
     id: str
@@ -47,20 +46,14 @@ class Difference:
     margin_a: float | None
     margin_b: float | None
     near_tie: bool | None
-    program_a: str
-    program_b: str
+    same_program: bool
     correct_a: bool | None
     correct_b: bool | None
-
-    @property
-    def same_program(self) -> bool:
-        """Whether only the text outside the program differs, or the end."""
-        return self.program_a == self.program_b
 
 
 @dataclass(frozen=True)
 class ModelAgreement:
-    """The comparison of two models.
+    """The comparison of two models over their common examples.
 
     Attributes:
         num_common: Number of examples that both answered.
@@ -70,7 +63,6 @@ class ModelAgreement:
         num_same_program: Common examples with identical programs.
         num_same_verdict: Common, scored examples with the same execution verdict.
         num_scored: Common examples that were scored on both sides.
-        threshold_nats: Gap below which a difference is a near-tie.
         differences: The common examples with different completions, in the order of the first model.
     """
 
@@ -81,7 +73,6 @@ class ModelAgreement:
     num_same_program: int
     num_same_verdict: int
     num_scored: int
-    threshold_nats: float
     differences: tuple[Difference, ...]
 
     @property
@@ -108,7 +99,7 @@ def compare_predictions(
     verdicts_b: Mapping[str, bool] | None = None,
     threshold_nats: float = NEAR_TIE_NATS,
 ) -> ModelAgreement:
-    """Compare two sets of predictions by example id.
+    """Compare the predictions of a reference ``a`` with those of its copy ``b`` by example id.
 
     Args:
         a: Predictions of the reference model.
@@ -137,7 +128,6 @@ def compare_predictions(
         num_same_program=sum(by_id_a[id_].program == by_id_b[id_].program for id_ in common),
         num_same_verdict=sum(right_a[id_] == right_b[id_] for id_ in scored),
         num_scored=len(scored),
-        threshold_nats=threshold_nats,
         differences=differences,
     )
 
@@ -154,10 +144,10 @@ def _by_id(predictions: Sequence[Prediction]) -> dict[str, Prediction]:
 
 
 def _same_completion(a: Prediction, b: Prediction) -> bool:
-    if a.token_ids and b.token_ids:
-        # Some engines return the end token and others do not, so the same text and end also count.
-        return a.token_ids == b.token_ids or (a.text == b.text and a.finish_reason == b.finish_reason)
-    return a.text == b.text
+    if a.token_ids and b.token_ids and a.token_ids == b.token_ids:
+        return True
+    # Some engines return the end token and others do not, so the same text and end also count.
+    return a.text == b.text and (a.finish_reason == b.finish_reason or not (a.token_ids and b.token_ids))
 
 
 def _difference(
@@ -165,23 +155,14 @@ def _difference(
 ) -> Difference:
     position = None
     if a.token_ids and b.token_ids:
-        shorter = min(len(a.token_ids), len(b.token_ids))
         pairs = zip(a.token_ids, b.token_ids, strict=False)
+        shorter = min(len(a.token_ids), len(b.token_ids))
         position = next((index for index, (one, other) in enumerate(pairs) if one != other), shorter)
     margin_a, margin_b = _at(a.margins, position), _at(b.margins, position)
     near_tie = None if margin_a is None or margin_b is None else max(margin_a, margin_b) < threshold_nats
+    tokens = _at(a.token_ids, position), _at(b.token_ids, position)
     return Difference(
-        id=a.id,
-        position=position,
-        token_a=_at(a.token_ids, position),
-        token_b=_at(b.token_ids, position),
-        margin_a=margin_a,
-        margin_b=margin_b,
-        near_tie=near_tie,
-        program_a=a.program,
-        program_b=b.program,
-        correct_a=correct_a,
-        correct_b=correct_b,
+        a.id, position, *tokens, margin_a, margin_b, near_tie, a.program == b.program, correct_a, correct_b
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fintune.errors import DataError
 from fintune.evaluation.statistics import Interval, wilson
@@ -130,16 +130,28 @@ def compute_scores(
 
 
 def _score(num_gold: int, verdicts: Sequence[Verdict], num_gold_not_comparable: int) -> Score:
-    first: dict[str, Verdict] = {}
-    for verdict in verdicts:
-        first.setdefault(verdict.id, verdict)
+    number = len(verdicts)
+    first = {verdict.id: verdict for verdict in reversed(verdicts)}
+    answered = [verdict.answer_agreement for verdict in verdicts if verdict.answer_agreement is not None]
     return Score(
         **dict(_rates(verdicts)),
-        num_duplicates=len(verdicts) - len(first),
+        num_duplicates=number - len(first),
         num_equality_raised=sum(verdict.equality_raised for verdict in verdicts),
         num_gold_not_comparable=num_gold_not_comparable,
-        whole_file=_whole_file(num_gold, list(first.values())),
-        tolerant=_tolerant(verdicts),
+        whole_file=WholeFile(
+            num_gold=num_gold,
+            num_missing=num_gold - len(first),
+            **_fractions(
+                first.values(), num_gold, execution_accuracy="exe_correct", program_accuracy="program_correct"
+            ),
+        ),
+        tolerant=Tolerant(
+            sign_insensitive=sum(verdict.sign_insensitive for verdict in verdicts) / number,
+            scale_100=sum(verdict.scale_100 for verdict in verdicts) / number,
+            within_1_percent=sum(verdict.within_1_percent for verdict in verdicts) / number,
+            answer_agreement=sum(answered) / len(answered) if answered else None,
+            num_with_answer=len(answered),
+        ),
         outcomes=dict(Counter(verdict.outcome for verdict in verdicts)),
         by_num_steps=_grouped((verdict.num_steps, verdict) for verdict in verdicts),
         by_operation=_grouped((name, verdict) for verdict in verdicts for name in verdict.operations),
@@ -149,44 +161,15 @@ def _score(num_gold: int, verdicts: Sequence[Verdict], num_gold_not_comparable: 
 
 
 def _rates(verdicts: Sequence[Verdict]) -> Rates:
-    number = len(verdicts)
-    exe = sum(verdict.exe_correct for verdict in verdicts)
-    program = sum(verdict.program_correct for verdict in verdicts)
-    invalid = sum(verdict.invalid for verdict in verdicts)
-    return Rates(
-        num_predictions=number,
-        execution_accuracy=exe / number,
-        program_accuracy=program / number,
-        invalid_rate=invalid / number,
-        execution_accuracy_interval=wilson(exe, number),
-        program_accuracy_interval=wilson(program, number),
-        invalid_rate_interval=wilson(invalid, number),
-    )
+    flags = {"execution_accuracy": "exe_correct", "program_accuracy": "program_correct", "invalid_rate": "invalid"}
+    return Rates(num_predictions=len(verdicts), **_fractions(verdicts, len(verdicts), **flags))
 
 
-def _whole_file(num_gold: int, verdicts: Sequence[Verdict]) -> WholeFile:
-    exe = sum(verdict.exe_correct for verdict in verdicts)
-    program = sum(verdict.program_correct for verdict in verdicts)
-    return WholeFile(
-        num_gold=num_gold,
-        num_missing=num_gold - len(verdicts),
-        execution_accuracy=exe / num_gold,
-        program_accuracy=program / num_gold,
-        execution_accuracy_interval=wilson(exe, num_gold),
-        program_accuracy_interval=wilson(program, num_gold),
-    )
-
-
-def _tolerant(verdicts: Sequence[Verdict]) -> Tolerant:
-    number = len(verdicts)
-    answered = [verdict.answer_agreement for verdict in verdicts if verdict.answer_agreement is not None]
-    return Tolerant(
-        sign_insensitive=sum(verdict.sign_insensitive for verdict in verdicts) / number,
-        scale_100=sum(verdict.scale_100 for verdict in verdicts) / number,
-        within_1_percent=sum(verdict.within_1_percent for verdict in verdicts) / number,
-        answer_agreement=sum(answered) / len(answered) if answered else None,
-        num_with_answer=len(answered),
-    )
+def _fractions(verdicts: Iterable[Verdict], number: int, **flags: str) -> dict[str, Any]:
+    """The share of ``number`` questions whose verdict has a flag, and its interval, by the name of the share."""
+    hits = {name: sum(getattr(verdict, flag) for verdict in verdicts) for name, flag in flags.items()}
+    intervals = {f"{name}_interval": wilson(count, number) for name, count in hits.items()}
+    return {name: count / number for name, count in hits.items()} | intervals
 
 
 def _grouped(pairs: Iterable[tuple[_Key, Verdict]]) -> dict[_Key, Rates]:

@@ -1,32 +1,46 @@
-"""The contents of the model card, from the manifests of a run."""
+"""The model card: the ``README.md`` of a model repository, with the YAML block that the hub reads.
+
+:func:`card_of` collects a :class:`Card` from the manifests of a run; :func:`render_card` writes it as Markdown.
+The code snippets name files that exist in the repository.
+"""
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from fintune import __version__
-from fintune.config import Config
+from fintune.config import Config, PublishOptions
 from fintune.data import prepared
 from fintune.data.hub import PREFIX
-from fintune.data.licences import NOT_STATED, combine_licences, hub_name, is_on_hub, licence_of
+from fintune.data.licences import (
+    NOT_STATED,
+    combine_licences,
+    hub_name,
+    is_non_commercial,
+    is_on_hub,
+    licence_of,
+)
+from fintune.errors import ConfigError
 from fintune.evaluation.metrics import Score
 from fintune.evaluation.scoring import read_score
 from fintune.evaluation.statistics import wilson
 from fintune.finqa.prompt import build_messages
 from fintune.manifest import Facts, Manifest
-from fintune.publish.files import CARD, Publication, check_licence, gguf_file_names
+from fintune.publish.files import CARD, CardOrigin, Publication, gguf_file_names
 from fintune.records import FinQAQuestion, FinQARecord, Message
-from fintune.report.card import Card, CardBase, CardReplay, CardSource
-from fintune.report.formatting import KIND_LABELS, format_interval
+from fintune.report.formatting import KIND_LABELS, fill_template, format_interval, format_invalid, format_percent
 from fintune.report.sections.accuracy import decoding_sentence
-from fintune.report.sections.provenance import training_method
+from fintune.report.sections.training import training_method
 from fintune.util.text import format_duration
 
 _OWN_LICENCE = "Apache-2.0"
@@ -34,106 +48,226 @@ _OWN_LICENCE = "Apache-2.0"
 _FINQA_ID = re.compile(r"[A-Z.]{1,6}/\d{4}/page_\d+\.pdf-\d+")
 
 
-def card_of(config: Config, repo: str, publication: Publication, inputs: Mapping[str, Path]) -> Card:
-    """Collect the contents of the card.
+@dataclass(frozen=True)
+class Card:
+    """The content of a model card.
 
-    Args:
-        config: The run.
-        repo: ``OWNER/NAME``.
-        publication: The files of the push and their manifests.
-        inputs: Step name -> finished folder.
+    Attributes:
+        repo: ``OWNER/NAME``; its characters have no meaning to a shell.
+        options: What is pushed, and the branch.
+        licence: Licence of the model, as the hub writes it.
+        base: The base model.
+        sources: Sources of the training data.
+        used: A sentence about the examples that were used.
+        is_program: Whether the model answers with programs of FinQA's language.
+        method: Name and value of each option of the training method.
+        training: Name and value of each figure of training.
+        messages: A conversation for the code snippets.
+        max_new_tokens: Maximum tokens of an answer.
+        context_tokens: Maximum tokens of prompt and completion in training.
+        scores: Scores by kind of model.
+        scored: Sentences about the questions and the decoding of the scores.
+        replay: Facts of the stage ``replay``: the agreement of each kind of model with the trained model.
+        gguf: GGUF files, the smallest last.
+        has_modelfile: Whether the repository has a Modelfile for Ollama.
+        files: Name and bytes of each file.
+        origin: Name and value of each fact about provenance.
+        needs_remote_code: Whether the base model needs its own Python code.
+    """
+
+    repo: str
+    options: PublishOptions
+    licence: str
+    base: CardOrigin
+    sources: Sequence[CardOrigin]
+    used: str
+    is_program: bool
+    method: Sequence[tuple[str, str]]
+    training: Sequence[tuple[str, str]]
+    messages: Sequence[Message]
+    max_new_tokens: int
+    context_tokens: int
+    scores: Mapping[str, Score] = field(default_factory=dict)
+    scored: str = ""
+    replay: Facts = field(default_factory=dict)
+    gguf: Sequence[str] = ()
+    has_modelfile: bool = False
+    files: Sequence[tuple[str, int]] = ()
+    origin: Sequence[tuple[str, str]] = ()
+    needs_remote_code: bool = False
+
+
+def card_of(config: Config, repo: str, publication: Publication, inputs: Mapping[str, Path]) -> Card:
+    """Collect the contents of the card of repository ``repo`` from the finished folders by step name.
 
     Raises:
         ArtifactError: A file of a finished stage cannot be read.
-        ConfigError: ``publish.license`` allows what the data forbid.
+        ConfigError: ``publish.license`` allows commercial use, which the base model or a source forbids.
     """
-    options = config.publish
-    sources = list(_sources(config, inputs["prepare"], publication.manifests["prepare"])) if "prepare" in inputs else []
-    origins: list[CardBase | CardSource] = [publication.base, *sources]
-    restricted = {origin.name: origin.licence for origin in origins if origin.non_commercial}
-    check_licence(options.license, restricted)
-    binding = combine_licences(publication.base.licence, [source.licence for source in sources])
-    licence = hub_name(options.license) if options.license else binding
-    scores = _scores(inputs)
-    replay = publication.manifests["replay"].facts if "replay" in publication.manifests else {}
+    options, base, manifests = config.publish, publication.base, publication.manifests
+    is_program = config.data.source != "chat"
+    sources = list(_sources(config, inputs["prepare"], manifests["prepare"])) if "prepare" in inputs else []
+    _check_licence(options.license, [base, *sources])
+    binding = combine_licences(base.licence, [source.licence for source in sources])
     pushed = {upload.name for upload in publication.uploads}
-    has_adapter, has_gguf = "adapter" in options.artifacts, "gguf" in options.artifacts
+    # A served model is left out, because it may be any other model.
+    scored = {kind: inputs[f"score/{kind}"] for kind in KIND_LABELS if kind != "endpoint" and f"score/{kind}" in inputs}
     return Card(
         repo=repo,
-        branch=options.branch,
-        private=options.private,
-        licence=licence,
-        licence_known=is_on_hub(licence),
-        base=publication.base,
+        options=options,
+        licence=hub_name(options.license) if options.license else binding,
+        base=base,
         sources=sources,
         used=_used(inputs["prepare"]) if "prepare" in inputs else "",
-        program=config.data.source != "chat",
-        method=list(_method(publication.manifests)),
-        training=list(_training(publication.manifests)),
+        is_program=is_program,
+        method=list(_method(manifests)),
+        training=list(_training(manifests)),
         messages=_messages(config),
-        max_new_tokens=config.predict.max_new_tokens if config.data.source != "chat" else 256,
+        max_new_tokens=config.predict.max_new_tokens if is_program else 256,
         context_tokens=config.prompt.max_length,
-        scores=scores,
+        scores={kind: read_score(folder / "score.json") for kind, folder in scored.items()},
         scored=_scored(config),
-        replayed=_replayed(replay),
-        num_replayed=int(replay.get("num_positions", 0)),
-        adapter=options.adapter_folder if has_adapter else None,
-        merged="merged" in options.artifacts,
-        gguf=[name for name in gguf_file_names(config) if name in pushed] if has_gguf else [],
-        modelfile="Modelfile" in pushed,
+        replay=manifests["replay"].facts if "replay" in manifests else {},
+        gguf=[name for name in gguf_file_names(config) if "gguf" in options.artifacts and name in pushed],
+        has_modelfile="Modelfile" in pushed,
         files=[(upload.name, upload.num_bytes) for upload in publication.uploads if upload.name != CARD],
-        origin=list(_origin(publication.manifests)),
+        origin=list(_origin(manifests)),
+        needs_remote_code=config.model.trust_remote_code,
     )
 
 
-def unstated_licences(config: Config, card: Card) -> list[str]:
-    """Return a line for the base model and for each source whose licence is not stated, with what to set.
+def render_card(card: Card) -> str:
+    """Render the card as Markdown."""
+    options = card.options
+    restricted = [origin for origin in (card.base, *card.sources) if origin.non_commercial]
+    branch = "" if options.branch == "main" else options.branch
+    has_adapter = "adapter" in options.artifacts
+    return fill_template(
+        "card.md.j2",
+        card=card,
+        title=_title(card),
+        front=_front(card),
+        restricted=[f"{escape_markdown(origin.name)} ({escape_markdown(origin.licence)})" for origin in restricted],
+        scores=[score_row(kind, score) for kind, score in card.scores.items()],
+        plain=escape_markdown,
+        kinds={**KIND_LABELS, "trained": "trained weights"},
+        conversation=_python(card.messages),
+        smallest=shlex.quote(card.gguf[-1]) if card.gguf else "",
+        has_adapter=has_adapter,
+        has_merged="merged" in options.artifacts,
+        at=f', revision="{branch}"' if branch else "",
+        below=f', subfolder="{options.adapter_folder}"' if options.adapter_folder else "",
+        flag=f" --revision {branch}" if branch else "",
+        trust=", trust_remote_code=True" if card.needs_remote_code else "",
+    )
 
-    Args:
-        config: The run.
-        card: Its card.
-    """
+
+def _title(card: Card) -> str:
+    return card.repo.rpartition("/")[2]
+
+
+def _front(card: Card) -> str:
+    """Return the YAML block without its ``---`` lines."""
+    from ruamel.yaml import YAML
+
+    artifacts = card.options.artifacts
+    block: dict[str, object] = {}
+    if card.base.hub_id:
+        relation = "adapter" if set(artifacts) == {"adapter"} else "finetune"
+        block |= {"base_model": card.base.hub_id, "base_model_relation": relation}
+    if datasets := [source.hub_id for source in card.sources if source.hub_id]:
+        block["datasets"] = datasets
+    block |= (
+        {"license": card.licence} if is_on_hub(card.licence) else {"license": "other", "license_name": card.licence}
+    )
+    block["library_name"] = "transformers" if "merged" in artifacts else "peft" if "adapter" in artifacts else "gguf"
+    block["pipeline_tag"] = "text-generation"
+    tags = ["fintune", "finance", *(["finqa"] if card.is_program else []), *(["gguf"] if card.gguf else [])]
+    block["tags"] = tags
+    yaml = YAML(typ="safe")
+    yaml.default_flow_style = False
+    yaml.width = 1_000
+    out = io.StringIO()
+    yaml.dump(block, out)
+    return out.getvalue().rstrip()
+
+
+def score_row(kind: str, score: Score) -> list[str]:
+    """Return the cells of a row of the accuracy table."""
+    return [
+        KIND_LABELS[kind],
+        f"{score.num_predictions:,}",
+        format_percent(score.execution_accuracy),
+        format_interval(score.execution_accuracy_interval),
+        format_percent(score.program_accuracy),
+        format_interval(score.program_accuracy_interval),
+        format_invalid(score),
+    ]
+
+
+def escape_markdown(text: object) -> str:
+    """Return text from outside as one line without Markdown or HTML markup."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(str(text).split()))
+
+
+def _python(messages: Sequence[Message]) -> str:
+    lines = [f'    {{"role": "{message.role}", "content": {message.content!r}}},' for message in messages]
+    return "\n".join(["messages = [", *lines, "]"])
+
+
+def unstated_licences(config: Config, card: Card) -> list[str]:
+    """Return a line for the base model and for each source whose licence is not stated, with what to set."""
     if config.publish.license:
         return []
     lines = []
     if NOT_STATED in card.base.licence:
         lines.append(f"license: the base model {card.base.name} states none: set publish.license")
-    entry = "`license` of its entry in data.sources, or " if config.data.source == "chat" else ""
-    for source in card.sources:
-        if NOT_STATED in source.licence:
-            lines.append(f"license: {source.name} states none: set {entry}publish.license")
-    return lines
+    entry = "" if card.is_program else "`license` of its entry in data.sources, or "
+    unstated = [source.name for source in card.sources if NOT_STATED in source.licence]
+    return lines + [f"license: {name} states none: set {entry}publish.license" for name in unstated]
 
 
-def _sources(config: Config, folder: Path, manifest: Manifest) -> Iterator[CardSource]:
+def _check_licence(stated: str | None, origins: Sequence[CardOrigin]) -> None:
+    restricted = [f"{origin.name} ({origin.licence})" for origin in origins if origin.non_commercial]
+    if stated and restricted and not is_non_commercial(stated) and stated.lower() != "other":
+        raise ConfigError(
+            f"publish.license: {stated} allows commercial use, which {', '.join(restricted)} forbids",
+            hint="leave publish.license out; the card then names all licences that bind",
+            option="publish.license",
+        )
+
+
+def _sources(config: Config, folder: Path, manifest: Manifest) -> Iterator[CardOrigin]:
     report = prepared.read_report(folder)
-    counts = report.train.num_examples, report.eval.num_examples
+    num_train, num_eval = report.train.num_examples, report.eval.num_examples
+
+    def note(train: int, held_out: int) -> str:
+        return f"{train:,} examples to train on, {held_out:,} held out"
+
     if config.data.source == "builtin:statements":
-        yield CardSource("report pages generated by fintune", False, _OWN_LICENCE, False, *counts)
+        yield CardOrigin("report pages generated by fintune", "", _OWN_LICENCE, note=note(num_train, num_eval))
         return
     for source in report.sources:
-        on_hub = source.path.startswith(PREFIX)
         # Only the name, because a path of this machine must not be published.
-        name = source.path.removeprefix(PREFIX) if on_hub else Path(source.path).name
-        licence = source.licence
-        yield CardSource(name, on_hub, licence.name, licence.non_commercial, source.num_train, source.num_eval)
+        hub_id = source.path.removeprefix(PREFIX) if source.path.startswith(PREFIX) else ""
+        name, licence = hub_id or Path(source.path).name, source.licence
+        yield CardOrigin(name, hub_id, licence.name, licence.non_commercial, note(source.num_train, source.num_eval))
     if not report.sources:
-        for option, train, held_out in (("data.train", counts[0], 0), ("data.eval", 0, counts[1])):
+        for option, train, held_out in (("data.train", num_train, 0), ("data.eval", 0, num_eval)):
             path = Path(str(manifest.key.options.get(option)))
             licence = licence_of("", path=path)
             name = licence.name if licence.origin or not _is_finqa(folder) else "MIT"
-            yield CardSource(path.name, False, name, licence.non_commercial, train, held_out)
+            yield CardOrigin(path.name, "", name, licence.non_commercial, note(train, held_out))
 
 
 def _used(folder: Path) -> str:
     report = prepared.read_report(folder)
-    kinds = sum((Counter(split.dropped) for split in (report.train, report.eval)), Counter[str]())
-    for source in report.sources:
-        kinds.update(source.dropped)
+    lost = Counter(report.train.dropped) + Counter(report.eval.dropped)
+    kinds = sum((Counter(source.dropped) for source in report.sources), lost)
     left_out = f"; left out: {', '.join(f'{number:,} {reason}' for reason, number in kinds.items())}" if kinds else ""
-    lost = sum(sum(split.dropped.values()) for split in (report.train, report.eval)) if report.sources else 0
     text = f"{report.train.num_examples:,} examples were trained on, {report.eval.num_examples:,} held out{left_out}."
-    return f"{text} Of the examples above, {lost:,} could not be encoded." if lost else text
+    is_partly_lost = report.sources and lost
+    return f"{text} Of the examples above, {lost.total():,} could not be encoded." if is_partly_lost else text
 
 
 def _is_finqa(folder: Path) -> bool:
@@ -143,35 +277,12 @@ def _is_finqa(folder: Path) -> bool:
     return bool(ids) and all(_FINQA_ID.fullmatch(example_id) for example_id in ids)
 
 
-def _scores(inputs: Mapping[str, Path]) -> dict[str, Score]:
-    """Read the scores of the run's models. A served model is left out, because it may be any other model."""
-    steps = {kind: inputs.get(f"score/{kind}") for kind in KIND_LABELS if kind != "endpoint"}
-    return {kind: read_score(folder / "score.json") for kind, folder in steps.items() if folder is not None}
-
-
 def _scored(config: Config) -> str:
-    data = config.data
+    data, shots = config.data, config.predict.num_fewshot
     pages = "generated pages of companies that it was not trained on"
     on = pages if data.source == "builtin:statements" else f"questions of {data.eval.name if data.eval else 'a file'}"
-    shots = config.predict.num_fewshot
-    decoding = decoding_sentence(config)
-    return " ".join(
-        part
-        for part in (
-            f"FinQA's official verdicts on {on}.",
-            f"Every question had {shots} solved questions before it." if shots else "",
-            decoding,
-        )
-        if part
-    )
-
-
-def _replayed(facts: Facts) -> dict[str, CardReplay]:
-    replayed: Mapping[str, Mapping[str, Any]] = facts.get("replayed", {})
-    return {
-        kind: CardReplay(figures["same_best_token_share"], figures["mean_kl"], figures["perplexity"])
-        for kind, figures in replayed.items()
-    }
+    before = f"Every question had {shots} solved questions before it." if shots else ""
+    return " ".join(filter(None, (f"FinQA's official verdicts on {on}.", before, decoding_sentence(config))))
 
 
 def _method(manifests: Mapping[str, Manifest]) -> Iterator[tuple[str, str]]:

@@ -11,13 +11,12 @@ from typing import Any
 
 from fintune.config import Config
 from fintune.data.licences import NOT_STATED, is_non_commercial, licence_of
-from fintune.errors import ArtifactError, ConfigError, ModelError
+from fintune.errors import ArtifactError, ModelError
 from fintune.manifest import MANIFEST, Manifest
 from fintune.models import adapter as adapters
 from fintune.models import builtin
 from fintune.models import resolve as model_ref
 from fintune.publish.push import Upload
-from fintune.report.card import CardBase
 from fintune.util.console import track
 from fintune.util.files import read_json, sha256_file
 
@@ -27,18 +26,31 @@ _LEGAL = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 
 
 @dataclass(frozen=True)
-class Publication:
-    """The files of a push, without the card, and the facts for the card.
+class CardOrigin:
+    """The base model or a source of the training data.
 
     Attributes:
-        uploads: The files.
-        manifests: Step name -> manifest of every finished step.
-        base: The base model.
+        name: Name for people.
+        hub_id: ``OWNER/NAME``; empty if it is not on the hub.
+        licence: Its licence, or ``not stated``.
+        non_commercial: Whether its licence forbids commercial use.
+        note: A remark to print after the name.
     """
+
+    name: str
+    hub_id: str
+    licence: str
+    non_commercial: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Publication:
+    """The files of a push, without the card, and the facts for the card: manifests by step name, and the base model."""
 
     uploads: list[Upload]
     manifests: Mapping[str, Manifest]
-    base: CardBase
+    base: CardOrigin
 
 
 def gather_files(config: Config, inputs: Mapping[str, Path], folder: Path) -> Publication:
@@ -135,7 +147,7 @@ def _manifest(folder: Path) -> Manifest:
         ) from None
 
 
-def base_of(config: Config) -> tuple[CardBase, Path | None]:
+def base_of(config: Config) -> tuple[CardOrigin, Path | None]:
     """Return the base model for the card, and its folder if it is on this machine. No weights are downloaded."""
     name, stated_id = config.model.name, config.publish.base_model or ""
     note = ""
@@ -156,8 +168,7 @@ def base_of(config: Config) -> tuple[CardBase, Path | None]:
         named = re.search(r"^license_name:\s*(\S+)", (folder / CARD).read_text("utf-8", "replace"), re.MULTILINE)
         licence = named[1].strip("\"'") if named else licence
     shown = hub_id or ref.base_name
-    base = CardBase(shown, hub_id, licence, note, is_non_commercial(licence), config.model.trust_remote_code)
-    return base, folder
+    return CardOrigin(shown, hub_id, licence, is_non_commercial(licence), note), folder
 
 
 def _cached(name: str, revision: str | None) -> Path | None:
@@ -165,22 +176,3 @@ def _cached(name: str, revision: str | None) -> Path | None:
 
     path: Any = try_to_load_from_cache(name, "config.json", revision=revision)
     return Path(path).parent if isinstance(path, str) else None
-
-
-def check_licence(licence: str | None, restricted: Mapping[str, str]) -> None:
-    """Check that ``publish.licence`` does not allow commercial use that the base model or a source forbids.
-
-    Args:
-        licence: ``publish.license``.
-        restricted: Name -> licence of the base model and sources that forbid commercial use.
-
-    Raises:
-        ConfigError: It does.
-    """
-    if licence and restricted and not is_non_commercial(licence) and licence.lower() != "other":
-        names = ", ".join(f"{name} ({licence})" for name, licence in restricted.items())
-        raise ConfigError(
-            f"publish.license: {licence} allows commercial use, which {names} forbids",
-            hint="leave publish.license out; the card then names all licences that bind",
-            option="publish.license",
-        )

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fintune.config import PublishOptions, is_hub_name
 from fintune.errors import ConfigError, FintuneError, ResourceError
@@ -41,13 +41,9 @@ _FAILED_IN_RUN = (
 
 @dataclass(frozen=True)
 class PushTarget:
-    """The repository and branch of a push.
+    """The repository ``OWNER/NAME`` and branch of a push. A new branch starts from the main one.
 
-    Attributes:
-        repo: ``OWNER/NAME``.
-        private: Whether a new repository is private.
-        branch: The branch. A new branch starts from the main one.
-        must_be_private: Whether to refuse a repository that everybody can read.
+    ``private`` is for a new repository. ``must_be_private`` refuses one that everybody can read.
     """
 
     repo: str
@@ -58,12 +54,7 @@ class PushTarget:
 
 @dataclass(frozen=True)
 class Upload:
-    """A file to push.
-
-    Attributes:
-        name: Path in the repository.
-        path: Path on this machine.
-    """
+    """A file to push: its name in the repository and its path on this machine."""
 
     name: str
     path: Path
@@ -110,7 +101,7 @@ def push(
         target: The repository.
         uploads: Files that the repository will hold.
         message: First line of the commit message.
-        remove: Names of files to delete. Names that the repository does not hold are ignored.
+        remove: Names of files to delete, as far as the repository holds them.
         what: Beginning of the message of an error.
         pauses: Seconds before each further attempt after an error of the network.
 
@@ -197,8 +188,7 @@ def _blob_ids(api: HfApi, repo: str, names: Sequence[str], revision: str) -> dic
     return {info.path: info.blob_id for info in infos if isinstance(info, RepoFile)}
 
 
-@dataclass(frozen=True)
-class _Snapshot:
+class _Snapshot(NamedTuple):
     folder: Path
     label: str
     failure: str
@@ -244,7 +234,7 @@ class BackgroundPush:
             self._waiting = _Snapshot(folder, label, failure)
             if self._thread is None:
                 # A daemon, so that a hub that does not answer cannot keep the process alive.
-                self._thread = threading.Thread(target=self._push_waiting, name="fintune-push", daemon=True)
+                self._thread = threading.Thread(target=self._push_waiting, daemon=True)
                 self._thread.start()
 
     def finish(self, seconds: float = FINISH_SECONDS) -> None:
@@ -265,11 +255,10 @@ class BackgroundPush:
                     return
             try:
                 self._push_snapshot(snapshot)
-            except FintuneError as error:
-                say(snapshot.failure.format(label=snapshot.label, error=error))
             except Exception as error:  # the thread must stay alive for later snapshots
-                # Only the class: the text of a client's error may hold the request's headers, and so the token.
-                say(snapshot.failure.format(label=snapshot.label, error=type(error).__name__))
+                # Of other errors only the class: their text may hold the headers of a request, and so the token.
+                text = error if isinstance(error, FintuneError) else type(error).__name__
+                say(snapshot.failure.format(label=snapshot.label, error=text))
             finally:
                 shutil.rmtree(snapshot.folder, ignore_errors=True)
 
@@ -308,15 +297,12 @@ class EpochPushes:
         """Return a callback that pushes after every epoch but the last, whose weights may not be the selected ones."""
         from transformers import TrainerCallback
 
-        pushes, save, steps = self._pushes, self._save, self._steps
-
         class PushEpochs(TrainerCallback):  # type: ignore[misc]
-            """Push after every ``steps`` steps."""
-
-            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                epoch, rest = divmod(state.global_step, steps)
+            @staticmethod
+            def on_step_end(args: Any, state: Any, control: Any, **_: Any) -> None:
+                epoch, rest = divmod(state.global_step, self._steps)
                 if not rest and state.global_step < state.max_steps:
-                    pushes.push(save, f"epoch {epoch}, step {state.global_step}")
+                    self._pushes.push(self._save, f"epoch {epoch}, step {state.global_step}")
 
         return PushEpochs()
 

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 from fintune.finqa.cleaning import clean
 from fintune.finqa.execute import Value
@@ -21,9 +21,6 @@ from fintune.finqa.trace import Operand, Trace, magnitudes, trace
 from fintune.finqa.verdict import OUTCOMES, OfficialVerdict
 from fintune.records import FinQARecord, Prediction
 from fintune.report.answer_text import describe_confidence
-
-TablePosition: TypeAlias = tuple[int, int]
-"""(row, column) of a table cell."""
 
 MAX_TEXT_CHARACTERS = 600
 """Longest part of a completion that is shown if it is more than its program."""
@@ -44,7 +41,7 @@ class UsedParts:
     """
 
     rows: tuple[int, ...]
-    cells: tuple[TablePosition, ...]
+    cells: tuple[tuple[int, int], ...]
     sentences: Mapping[int, tuple[int, ...]]
     derived: bool
 
@@ -76,8 +73,15 @@ class BrowserAnswer:
         """Take the answer from a prediction of a run."""
         program = prediction.program
         text = "" if prediction.text.strip() == program else prediction.text
+        confidence = ""
+        if prediction.confidence is not None:
+            results = [candidate.result for candidate in prediction.candidates]
+            chosen = next((c.result for c in prediction.candidates if c.program == program), None)
+            confidence = "confidence " + ": ".join(
+                filter(None, describe_confidence(prediction.confidence, results, chosen))
+            )
         is_cut_off = prediction.finish_reason == "length"
-        return cls(tokenize(program), program, verdict, text, is_cut_off, confidence=_confidence(prediction))
+        return cls(tokenize(program), program, verdict, text, is_cut_off, confidence=confidence)
 
 
 def find_used_parts(record: FinQARecord) -> UsedParts:
@@ -142,25 +146,22 @@ def browser_blocks(
             page = script_json({"n": len(record.pre_text), "s": sentences, "t": record.table})
             pages[content] = (len(pages), page)
         used = find_used_parts(record)
-        gold = _trace(record, tokenize(record.qa.program))
-        examples.append(
-            {
-                "id": record.id,
-                "q": clean(record.qa.question, "question")[0],
-                "p": record.qa.program,
-                "v": record.qa.exe_ans,
-                "s": step_values(gold),
-                "o": operand_positions(gold, record, used),
-                "a": record.qa.answer or "",
-                "page": pages[content][0],
-                "rows": used.rows,
-                "cells": used.cells,
-                "text": {str(index): words for index, words in used.sentences.items()},
-                "derived": used.derived,
-                "cut": num_cut.get(record.id, 0),
-                "m": [_answer(record, by_id.get(record.id), used) for by_id in answers.values()],
-            }
-        )
+        example = {
+            "id": record.id,
+            "q": clean(record.qa.question, "question")[0],
+            "p": record.qa.program,
+            "v": record.qa.exe_ans,
+            **_steps(_trace(record, tokenize(record.qa.program)), record, used),
+            "a": record.qa.answer or "",
+            "page": pages[content][0],
+            "rows": used.rows,
+            "cells": used.cells,
+            "text": {str(index): words for index, words in used.sentences.items()},
+            "derived": used.derived,
+            "cut": num_cut.get(record.id, 0),
+            "m": [_answer(record, by_id.get(record.id), used) for by_id in answers.values()],
+        }
+        examples.append(example)
     compared = len(answers) if num_compared is None else num_compared
     index = script_json({"kinds": list(answers), "num_compared": compared, "examples": examples})
     return index, "\n".join(page for _, page in pages.values())
@@ -174,9 +175,9 @@ def script_json(value: Any) -> str:
     return text
 
 
-def step_values(traced: Trace) -> list[str]:
-    """Format the value of each step, "failed" for a step without one."""
-    return ["failed" if step.value is None else _format_value(step.value) for step in traced.steps]
+def _steps(traced: Trace, record: FinQARecord, gold: UsedParts) -> dict[str, Any]:
+    values = ["failed" if step.value is None else _format_value(step.value) for step in traced.steps]
+    return {"s": values, "o": operand_positions(traced, record, gold)}
 
 
 def operand_positions(traced: Trace, record: FinQARecord, gold: UsedParts) -> list[list[dict[str, Any]]]:
@@ -191,7 +192,12 @@ def operand_positions(traced: Trace, record: FinQARecord, gold: UsedParts) -> li
         the question alone. An operand without any of these occurs nowhere.
     """
     return [
-        [_position(operand, record, gold) for operand in step.operands if _is_from_page(operand)]
+        [
+            _position(operand, record, gold)
+            for operand in step.operands
+            if operand.kind in {"cell", "sentence", "row"}
+            or (operand.kind == "elsewhere" and operand.value is not None)
+        ]
         for step in traced.steps
     ]
 
@@ -205,10 +211,6 @@ def find_words(sentence: str, numbers: Collection[float]) -> tuple[int, ...]:
     )
 
 
-def _is_from_page(operand: Operand) -> bool:
-    return operand.kind in {"cell", "sentence", "row"} or (operand.kind == "elsewhere" and operand.value is not None)
-
-
 def _position(operand: Operand, record: FinQARecord, gold: UsedParts) -> dict[str, Any]:
     texts = (*record.pre_text, *record.post_text)
     words = {k: find_words(texts[k], magnitudes(operand.text)) for k in operand.sentences}
@@ -216,16 +218,15 @@ def _position(operand: Operand, record: FinQARecord, gold: UsedParts) -> dict[st
     marked = {k: indices for k, indices in words.items() if set(indices) & set(gold.sentences.get(k, ()))}
     if not cells and not marked:
         cells, marked = operand.cells, {} if operand.cells else words
-    position: dict[str, Any] = {"t": operand.text}
-    if cells:
-        position["c"] = cells
-    if marked:
-        position["x"] = {str(k): indices for k, indices in marked.items()}
-    if operand.kind == "row":
-        position["row"] = 1
-    if operand.kind == "elsewhere" and magnitudes(operand.text) <= magnitudes(record.qa.question):
-        position["q"] = 1
-    return position
+    in_question = operand.kind == "elsewhere" and magnitudes(operand.text) <= magnitudes(record.qa.question)
+    position = {
+        "t": operand.text,
+        "c": cells,
+        "x": {str(k): indices for k, indices in marked.items()},
+        "row": int(operand.kind == "row"),
+        "q": int(in_question),
+    }
+    return {key: value for key, value in position.items() if value}
 
 
 def _format_value(value: Value) -> str:
@@ -242,48 +243,33 @@ def _answer(record: FinQARecord, answer: BrowserAnswer | None, gold: UsedParts) 
     if answer is None:
         return None
     traced = _trace(record, answer.tokens)
-    entry: dict[str, Any] = {
-        "p": answer.program,
-        "s": step_values(traced),
-        "o": operand_positions(traced, record, gold),
+    entry = {"p": answer.program, **_steps(traced, record, gold)}
+    optional = {
+        "why": traced.reason,
+        "t": answer.text[:MAX_TEXT_CHARACTERS],
+        "cut": int(answer.is_cut_off),
+        "e": answer.error,
+        "k": answer.confidence,
     }
-    if traced.reason is not None:
-        entry["why"] = traced.reason
-    if answer.text:
-        entry["t"] = answer.text[:MAX_TEXT_CHARACTERS]
-    if answer.is_cut_off:
-        entry["cut"] = 1
-    if answer.error:
-        entry["e"] = answer.error
-    if answer.confidence:
-        entry["k"] = answer.confidence
+    entry |= {key: value for key, value in optional.items() if value}
     if answer.verdict is not None:
         entry |= {"c": OUTCOMES.index(answer.verdict.outcome), "r": str(answer.verdict.result)}
     return entry
 
 
-def _confidence(prediction: Prediction) -> str:
-    if prediction.confidence is None:
-        return ""
-    candidates = prediction.candidates
-    chosen = next((candidate.result for candidate in candidates if candidate.program == prediction.program), None)
-    confidence, agree = describe_confidence(prediction.confidence, [one.result for one in candidates], chosen)
-    return f"confidence {confidence}" + (f": {agree}" if agree else "")
-
-
 def _operands(program: str) -> tuple[set[float], set[str]]:
+    """The magnitudes and the row names that a program reads."""
     numbers: set[float] = set()
     row_names: set[str] = set()
     try:
         steps = parse(program).steps
     except ParseError:  # prepare checks the programs; a question with a broken one is shown without marks
         return numbers, row_names
-    for step in steps:
-        for argument in (step.first, step.second):
-            if isinstance(argument, Number):
-                numbers |= magnitudes(argument.text)
-            elif isinstance(argument, RowName):
-                row_names.add(argument.text.strip())
+    for argument in (argument for step in steps for argument in (step.first, step.second)):
+        if isinstance(argument, Number):
+            numbers |= magnitudes(argument.text)
+        elif isinstance(argument, RowName):
+            row_names.add(argument.text.strip())
     return numbers, row_names
 
 

@@ -1,15 +1,19 @@
-"""What all pages share: names and colours of the kinds of model, numbers as text, HTML tables, and the templates."""
+"""What all pages share: names and colours of the kinds of model, numbers as text, tables, and the templates."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fintune import __version__
 from fintune.config import GGUF_KINDS, DecodingMode
-from fintune.evaluation.metrics import Rates
-from fintune.evaluation.statistics import Interval
+from fintune.evaluation.metrics import Rates, Score
+from fintune.evaluation.statistics import Interval, PairedComparison
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 KIND_LABELS: Mapping[str, str] = {
     "base": "base",
@@ -22,9 +26,6 @@ KIND_LABELS: Mapping[str, str] = {
 }
 """Label of each kind of model, in the order base, adapter, merged, GGUF."""
 _COMMON_KINDS = ("base", "adapter", "adapter_4bit", "merged", "merged_4bit", "F16", "Q4_K_M", "endpoint")
-_COLOURS = {
-    kind: number for number, kind in enumerate([*_COMMON_KINDS, *(k for k in KIND_LABELS if k not in _COMMON_KINDS)])
-}
 MODE_LABELS: Mapping[DecodingMode, str] = {
     "none": "free",
     "general": "programs only",
@@ -41,7 +42,7 @@ def kind_label(kind: str, mode: str = "") -> str:
 
 def kind_colour(kind: str) -> int:
     """Number of a kind's colour, ``--s0`` to ``--s7``. Kinds that are rarely measured share a colour with another."""
-    return _COLOURS[kind] % 8
+    return sorted(KIND_LABELS, key=lambda name: name not in _COMMON_KINDS).index(kind) % 8
 
 
 def format_percent(value: float) -> str:
@@ -70,6 +71,28 @@ def format_counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in counts.items())
 
 
+def paired_cells(compared: PairedComparison) -> list[str]:
+    """Common questions, difference and its interval in percentage points, answers gained, answers lost."""
+    low, high = compared.interval
+    counts = (compared.num_gained, compared.num_lost)
+    interval = f"{100 * low:+.1f} to {100 * high:+.1f}"
+    return [f"{compared.num_common:,}", compared.points, interval, *(f"{count:,}" for count in counts)]
+
+
+def tolerant_views(score: Score) -> list[tuple[str, str, float, int]]:
+    """Name, meaning, share and n of the views that are no official figure."""
+    views, number = score.tolerant, score.num_predictions
+    rows = [
+        ("right up to the sign", "correct, or with the other sign", views.sign_insensitive, number),
+        ("right up to a factor of 100", "correct, or 100 times too large or small", views.scale_100, number),
+        ("within 1 %", "correct, or at most 1 % away from the gold result", views.within_1_percent, number),
+    ]
+    if views.answer_agreement is not None:
+        agrees, meaning = "agrees with the annotator's answer", "compared if the free text is one number, yes or no"
+        rows.append((agrees, meaning, views.answer_agreement, views.num_with_answer))
+    return rows
+
+
 @dataclass(frozen=True)
 class Cell:
     """A table cell that is more than its text.
@@ -79,8 +102,7 @@ class Cell:
         note: A second line in small print.
         swatch: Number of the colour of a dot before the text.
         link: Address of a link around the text.
-        style: CSS classes of the text.
-        is_code: Whether the text is set in a fixed-width font.
+        style: CSS classes of the text; ``code`` sets it in a fixed-width font.
         title: Text that a mouse over the cell shows.
     """
 
@@ -89,103 +111,53 @@ class Cell:
     swatch: int | None = None
     link: str = ""
     style: str = ""
-    is_code: bool = False
     title: str = ""
 
     def __str__(self) -> str:
         return self.text
 
-    def __html__(self) -> str:
-        from markupsafe import escape
 
-        html = str(escape(self.text))
-        if self.is_code:
-            html = f"<code>{html}</code>"
-        if self.link:
-            html = f'<a href="{escape(self.link)}">{html}</a>'
-        if self.swatch is not None:
-            html = f'<span class="swatch" style="--c:var(--s{self.swatch})" aria-hidden="true"></span>{html}'
-        if self.style or self.title:
-            title = f' title="{escape(self.title)}"' if self.title else ""
-            html = f'<span class="{escape(self.style)}"{title}>{html}</span>'
-        return html + (f'<br><span class="note plain">{escape(self.note)}</span>' if self.note else "")
+Row: TypeAlias = Sequence["str | Cell"]
+
+
+def kind_cell(kind: str) -> Cell:
+    """The heading of a kind of model's row: its label after a dot of its colour."""
+    return Cell(kind_label(kind), swatch=kind_colour(kind) if kind in KIND_LABELS else None, style="nowrap")
 
 
 @dataclass(frozen=True)
 class HtmlTable:
-    r"""A table of a page; a template prints it with ``{{ table }}``.
+    r"""A table of a page; a template prints it with ``{{ table }}``, and nothing if it has no rows.
 
     Attributes:
         label: What a screen reader calls the table.
         columns: Headings, "\n" for a line break; empty for a table of names and values.
         rows: Cells by row; the first cell of a row is its heading. Shorter rows are filled with empty cells.
-        numeric: Indices of the columns that are aligned to the right.
+        left: Indices of the columns that are aligned to the left; the others hold numbers.
         groups: Headings above the columns, each with the number of columns below it.
         footer: Cells of a last row that sums up the others.
     """
 
     label: str
     columns: Sequence[str]
-    rows: Sequence[Sequence[str | Cell]]
-    numeric: Collection[int] = ()
+    rows: Sequence[Row]
+    left: Collection[int] = (0,)
     groups: Sequence[tuple[str, int]] = ()
-    footer: Sequence[str] = ()
+    footer: Row = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.rows)
 
     def texts(self) -> list[list[str]]:
         """The text of every cell, by row."""
         return [[str(cell) for cell in row] for row in self.rows]
 
     def __html__(self) -> str:
-        from markupsafe import escape
-
-        return (
-            f'<div class="scroll" role="region" aria-label="{escape(self.label)}" tabindex="0"><table class="full">\n'
-            f"{''.join(self._parts())}</table></div>"
-        )
-
-    def _parts(self) -> Iterator[str]:
-        from markupsafe import escape
-
-        if self.columns:
-            yield "<thead>"
-            if self.groups:
-                heads = (
-                    f'<th scope="colgroup" class="group" colspan="{width}">{escape(name)}</th>'
-                    if name
-                    else f'<td colspan="{width}"></td>'
-                    for name, width in self.groups
-                )
-                yield f"<tr>{''.join(heads)}</tr>\n"
-            heads = (
-                f'<th scope="col"{self._class(index)}>{str(escape(name)).replace(chr(10), "<br>")}</th>'
-                for index, name in enumerate(self.columns)
-            )
-            yield f"<tr>{''.join(heads)}</tr></thead>\n"
-        yield "<tbody>"
-        for row in self.rows:
-            yield f"<tr>{self._cells(row)}</tr>\n"
-        yield "</tbody>"
-        if self.footer:
-            yield f"<tfoot><tr>{self._cells(self.footer)}</tr></tfoot>"
-
-    def _cells(self, row: Sequence[str | Cell]) -> str:
-        from markupsafe import escape
-
-        filled = [*row, *[""] * (len(self.columns) - len(row))]
-        cells = (f"<td{self._class(index)}>{escape(cell)}</td>" for index, cell in enumerate(filled) if index)
-        return f'<th scope="row"{self._class(0)}>{escape(filled[0])}</th>{"".join(cells)}'
-
-    def _class(self, index: int) -> str:
-        return ' class="num"' if index in self.numeric else ""
+        return _environment().get_template("table.html.j2").render(table=self) if self else ""
 
 
-def fill_template(template: str, **context: Any) -> str:
-    """Fill a template. In HTML, text is escaped; tables, plots and JSON blocks are inserted as they are.
-
-    Args:
-        template: A file of ``templates/``.
-        context: The variables of the template; a missing one is an error.
-    """
+@cache
+def _environment() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
     environment = Environment(
@@ -194,4 +166,11 @@ def fill_template(template: str, **context: Any) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
     )
-    return environment.get_template(template).render(version=__version__, **context)
+    environment.globals["version"] = __version__
+    environment.filters |= {"percent": format_percent, "interval": format_interval, "comma": "{:,}".format}
+    return environment
+
+
+def fill_template(template: str, **context: Any) -> str:
+    """Fill a file of ``templates/``. HTML is escaped, but tables are not. A missing variable is an error."""
+    return _environment().get_template(template).render(**context)

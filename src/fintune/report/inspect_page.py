@@ -6,31 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fintune.report.formatting import HtmlTable, fill_template
-from fintune.report.sections.data import (
-    SOURCE_COLUMNS,
-    Report,
-    count_rows,
-    dropped_rows,
-    length_plots,
-    length_rows,
-    problems,
-    program_plot,
-    restricted_names,
-    source_rows,
-)
-
-_PROGRAM_PLOTS = (("steps", "Steps of a program"), ("operations", "Operations"))
+from fintune.report.sections.data import Report, data_section, dropped_rows, left_out, num_more
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of tokens that are all trained or all not.
-
-    Attributes:
-        text: The text of the tokens.
-        trained: Whether the loss includes them.
-        special: Whether it is a special token of the template.
-    """
+    """A run of tokens that the loss includes (``trained``) or does not; ``special`` is a token of the template."""
 
     text: str
     trained: bool
@@ -87,57 +68,23 @@ class InspectPage:
 
 def render_inspect(page: InspectPage) -> str:
     """Render the page as HTML."""
-    report = page.report
-    is_chat = report["kind"] == "chat"
-    dropped, sources = dropped_rows(report), source_rows(report)
-    is_few, lengths = length_plots(report)
+    dropped = HtmlTable("Dropped rows", ("reason", "split or source", "rows"), dropped_rows(page.report), left=(0, 1))
+    data = data_section(page.report)
     titles = {
-        "counts": "Counts",
-        **({"sources": "Sources"} if sources else {}),
-        **({"dropped": "Dropped rows"} if dropped else {}),
-        "lengths": "Token lengths",
-        **({} if is_chat else {"programs": "Programs"}),
-        **({"examples": "Examples"} if page.examples else {}),
+        "counts": ("Counts", True),
+        "sources": ("Sources", data["sources"]),
+        "dropped": ("Dropped rows", dropped),
+        "lengths": ("Token lengths", True),
+        "programs": ("Programs", not data["is_chat"]),
+        "examples": ("Examples", page.examples),
     }
-    number = num_more(report)
-    columns = ("", "train", "evaluation")
     return fill_template(
         "inspect.html.j2",
         title=f"{page.name} - fintune inspect",
+        titles={id_: words for id_, (words, is_shown) in titles.items() if is_shown},
         page=page,
-        num_examples=[f"{report[split]['num_examples']:,}" for split in ("train", "eval")],
-        facts=[("model", page.model), ("data", page.data), ("limit", f"{report['max_length']:,} tokens")],
-        titles=titles,
-        counts=HtmlTable("Counts", columns, list(count_rows(report)), numeric=(1, 2)),
-        sources=HtmlTable("Sources", SOURCE_COLUMNS, sources, numeric=(1, 3, 5, 6)) if sources else "",
-        restricted=restricted_names(report),
-        left_out=left_out(report),
-        dropped=HtmlTable("Dropped rows", ("reason", "split or source", "rows"), dropped, numeric=(2,))
-        if dropped
-        else "",
-        problems=problems(report),
-        num_more=f"{number:,}" if number else "",
-        prompts=lengths["prompt"],
-        completions=lengths["completion"],
-        is_few=is_few,
-        lengths=HtmlTable("Lengths in tokens", columns, list(length_rows(report)), numeric=(1, 2)),
-        programs=[] if is_chat else [(program_plot(what, report), words) for what, words in _PROGRAM_PLOTS],
+        data=data,
+        dropped=dropped,
+        left_out=left_out(page.report),
+        num_more=num_more(page.report),
     )
-
-
-def left_out(report: Report) -> list[str]:
-    """Parts of rows that were left out, one line each."""
-    lines = []
-    for source in report["sources"]:
-        if number := source.get("num_trailing"):
-            lines.append(f"{source['path']}: {number:,} turns without an answer left out")
-        if number := source.get("num_thoughts"):
-            lines.append(f"{source['path']}: {number:,} thoughts in a separate field left out")
-        if source.get("unread"):
-            lines.append(f"{source['path']}: {source['unread']}")
-    return lines
-
-
-def num_more(report: Report) -> int:
-    """Number of unusable rows beyond those of `problems`."""
-    return max(int(report["num_unused"]) - len(problems(report)), 0)

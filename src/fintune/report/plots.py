@@ -39,15 +39,9 @@ _VARIABLES: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Dot:
-    """One row of :func:`dot_plot`; all values are fractions.
+    """One row of :func:`dot_plot`: fractions, with ``low`` and ``high`` as the ends of the interval of ``value``.
 
-    Attributes:
-        label: Name of the row.
-        value: Position of the dot.
-        low: Lower end of the interval.
-        high: Upper end of the interval.
-        second: A second value, drawn as a hollow diamond, or None.
-        series: Number of the colour, ``--s0`` to ``--s7``.
+    ``second`` is drawn as a hollow diamond. ``series`` is the number of the colour, ``--s0`` to ``--s7``.
     """
 
     label: str
@@ -69,11 +63,8 @@ class Curve:
 def dot_plot(name: str, title: str, rows: Sequence[Dot], axis: str) -> str:
     """Draw values with intervals, one row each, from top to bottom, on a percent axis.
 
-    Args:
-        name: Unique on the page; prefix of all ids.
-        title: Description for a screen reader.
-        rows: The rows.
-        axis: Label of the percent axis, with n.
+    As in the other plots, ``name`` is unique on the page and prefixes all ids, and ``title`` describes the plot for a
+    screen reader.
     """
 
     def draw(figure: Figure) -> None:
@@ -177,17 +168,14 @@ def length_plot(
 ) -> str:
     """Draw histograms of lengths in tokens: the share of the examples per 1, 10, 100, ... tokens.
 
-    Args:
-        name: Unique on the page; prefix of all ids.
-        title: Description for a screen reader.
-        histograms: Histograms in the colours ``--s1`` and ``--s4``. All but the first are left out if they are
-            :func:`is_too_small`.
-        limit: A length that no example exceeds, drawn as a dashed line.
-        axis: What is counted.
+    Histograms but the first are left out if they are :func:`is_too_small`. ``limit`` is a length that no example
+    exceeds, drawn as a dashed line; if it is far from all lengths, an arrow says so and the lengths keep their scale.
     """
     histograms = [*histograms[:1], *(bins for bins in histograms[1:] if not is_too_small(bins))]
     narrowest = min(end - start for bins in histograms for start, end, _ in bins)
     unit = 10 ** round(math.log10(narrowest))
+    low, high = min(bins[0][0] for bins in histograms), max(bins[-1][1] for bins in histograms)
+    margin = max(0.05 * (high - low), 5 * narrowest)
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
@@ -197,10 +185,15 @@ def length_plot(
             edges = [bins[0][0], *(end for _, end, _ in bins)]
             axes.stairs(heights, edges, color=colour, fill=True, alpha=0.18)
             axes.stairs(heights, edges, color=colour, linewidth=1.8)
-        if limit is not None:
+        left, right = (0 if low < high / 2 else max(0, low - margin)), high + margin
+        if limit is not None and limit <= 2 * high:
             axes.axvline(limit, color=_MUTED, linewidth=1.2, linestyle="--")
+            right = max(right, 1.03 * limit)
+        elif limit is not None:
+            label = f"limit {limit:,} \u2192"
+            axes.annotate(label, (1, 1), xycoords="axes fraction", ha="right", va="top", color=_MUTED)
         axes.set_ylim(bottom=0)
-        axes.set_xlim(left=0)
+        axes.set_xlim(left, right)
         axes.set_xlabel(axis)
         axes.set_ylabel(f"% of examples\nper {unit:,} tokens" if unit > 1 else "% of examples\nper token")
         axes.locator_params(nbins=5)
@@ -210,13 +203,7 @@ def length_plot(
 
 
 def coverage_plot(name: str, title: str, curves: Sequence[tuple[int, Curve]]) -> str:
-    """Draw accuracy over the share of questions that are answered, both as fractions.
-
-    Args:
-        name: Unique on the page; prefix of all ids.
-        title: Description for a screen reader.
-        curves: Number of the colour, and the curve; its ``steps`` are the shares.
-    """
+    """Draw accuracy over the share of questions that are answered: the colour's number and the curve of fractions."""
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()

@@ -1,4 +1,4 @@
-"""Tables for the terminal: the plan and options of a run, scores, and audits of FinQA files."""
+"""Tables for the terminal: the plan and options of a run, and scores."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from rich.table import Table
 from fintune.config import split_kind_and_mode
 from fintune.config.load import DEFAULT, Loaded, display_values
 from fintune.evaluation.scoring import read_score, read_verdicts
-from fintune.evaluation.statistics import Interval, PairedComparison, compare_paired
+from fintune.evaluation.statistics import Interval, compare_paired
 from fintune.manifest import Slot
+from fintune.report.formatting import paired_cells, tolerant_views
 
 if TYPE_CHECKING:
     from fintune.evaluation.metrics import Rates, Score
-
-_FIGURES = ("execution", "95 % interval", "program", "invalid", "seconds")
 
 
 def plain_table(*columns: str, left: Iterable[str] = ()) -> Table:
@@ -41,32 +40,20 @@ def plan_table(lines: Sequence[tuple[str, str, Sequence[str]]]) -> Table:
 
 
 def config_table(loaded: Loaded, only: Collection[str] | None = None) -> Table:
-    """Make a table of the options, their values and where they were set.
-
-    Args:
-        loaded: The configuration.
-        only: Dotted keys of the options to show (default: all).
-    """
+    """Make a table of the options (of the dotted keys ``only``, or all), their values and where they were set."""
     table = Table("option", "value", "set in", box=None, pad_edge=False)
     for column in table.columns:
         column.overflow = "fold"  # a truncated value or path would be useless
     for key, value in display_values(loaded.config).items():
-        if only is not None and key not in only:
-            continue
-        origin = loaded.origin.get(key, DEFAULT)
-        table.add_row(key, json.dumps(value), origin, style="dim" if origin == DEFAULT else "")
+        if only is None or key in only:
+            origin = loaded.origin.get(key, DEFAULT)
+            table.add_row(key, json.dumps(value), origin, style="dim" if origin == DEFAULT else "")
     return table
 
 
 @dataclass(frozen=True)
 class ScoredSet:
-    """The score of one set of predictions.
-
-    Attributes:
-        score: The official figures.
-        correct: Whether the program executes to the gold result, by id.
-        seconds: Time of all completions; None if not known.
-    """
+    """One set of predictions: official figures, verdicts on the execution by id, and the time of all completions."""
 
     score: Rates
     correct: Mapping[str, bool]
@@ -74,11 +61,7 @@ class ScoredSet:
 
 
 def read_scored(run: Path, names: Iterable[str]) -> dict[str, ScoredSet]:
-    """Read ``score/NAME`` and ``predict/NAME`` of a run.
-
-    Args:
-        run: The run's folder.
-        names: Kinds of model, as ``merged`` or, with a decoding mode, ``merged+page``.
+    """Read ``score/NAME`` and ``predict/NAME`` of a run, where NAME is ``merged`` or, with a mode, ``merged+page``.
 
     Raises:
         ArtifactError: A file is missing or cannot be read.
@@ -111,10 +94,10 @@ def score_tables(scored: Mapping[str, ScoredSet], what: str, first: str = "plain
         kinds.setdefault(kind, {})[mode] = one
     if all(len(by_mode) == 1 for by_mode in kinds.values()):
         return [score_table({name: one.score for name, one in scored.items()}, what)]
-    modes = sorted(dict.fromkeys(mode for by_mode in kinds.values() for mode in by_mode), key=bool)  # "" first
+    modes = sorted({mode: None for by_mode in kinds.values() for mode in by_mode}, key=bool)  # "" first
     titles = {mode: mode or first for mode in modes}
     differences = (_difference_table(kinds, mode, modes[0], what, titles) for mode in modes[1:])
-    return [_mode_table(kinds, modes, what, titles), *(table for table in differences if table.row_count)]
+    return [_mode_table(kinds, what, titles), *(table for table in differences if table.row_count)]
 
 
 def score_table(scores: Mapping[str, Rates], what: str = "predictions") -> Table:
@@ -123,82 +106,62 @@ def score_table(scores: Mapping[str, Rates], what: str = "predictions") -> Table
     has_no_program = any(score.no_program_rate for score in scores.values())
     table = plain_table(*columns, *(["no program"] if has_no_program else []))
     for name, score in scores.items():
-        table.add_row(
-            name,
-            str(score.num_predictions),
-            f"{score.execution_accuracy:.2%}",
-            _format_range(score.execution_accuracy_interval),
-            f"{score.program_accuracy:.2%}",
-            f"{score.invalid_rate:.2%}",
-            *([f"{score.no_program_rate:.2%}"] if has_no_program else []),
-        )
+        no_program = [f"{score.no_program_rate:.2%}"] if has_no_program else []
+        table.add_row(name, str(score.num_predictions), *_figures(score), *no_program)
     return table
+
+
+def _figures(score: Rates) -> list[str]:
+    interval = _format_range(score.execution_accuracy_interval)
+    return [f"{score.execution_accuracy:.2%}", interval, f"{score.program_accuracy:.2%}", f"{score.invalid_rate:.2%}"]
 
 
 def _format_range(interval: Interval) -> str:
     return f"{100 * interval[0]:.1f} to {interval[1]:.1%}"
 
 
-def _mode_table(
-    kinds: Mapping[str, Mapping[str, ScoredSet]], modes: Sequence[str], what: str, titles: Mapping[str, str]
-) -> Table:
-    heads = [f"{'' if index else titles[mode]}\n{name}" for mode in modes for index, name in enumerate(_FIGURES)]
+def _mode_table(kinds: Mapping[str, Mapping[str, ScoredSet]], what: str, titles: Mapping[str, str]) -> Table:
+    heads = []
+    for title in titles.values():
+        heads += [f"{title}\nexecution", "\n95 % interval", "\nprogram", "\ninvalid", "\nseconds"]
     table = plain_table(f"\n{what}", "\nn", *heads)
     for kind, by_mode in kinds.items():
         numbers = dict.fromkeys(str(one.score.num_predictions) for one in by_mode.values())
-        cells = [cell for mode in modes for cell in _mode_cells(by_mode.get(mode))]
+        cells: list[str] = []
+        for mode in titles:
+            if mode in by_mode:
+                score, seconds = by_mode[mode].score, by_mode[mode].seconds
+                *figures, invalid = _figures(score)
+                no_program = f" + {score.no_program_rate:.2%} no program" if score.no_program_rate else ""
+                cells += [*figures, f"{invalid}{no_program}", "" if seconds is None else f"{seconds:.1f}"]
+            else:
+                cells += [""] * 5
         table.add_row(kind, ", ".join(numbers), *cells)
     return table
-
-
-def _mode_cells(scored: ScoredSet | None) -> list[str]:
-    if scored is None:
-        return [""] * len(_FIGURES)
-    score = scored.score
-    no_program = f" + {score.no_program_rate:.2%} no program" if score.no_program_rate else ""
-    return [
-        f"{score.execution_accuracy:.2%}",
-        _format_range(score.execution_accuracy_interval),
-        f"{score.program_accuracy:.2%}",
-        f"{score.invalid_rate:.2%}{no_program}",
-        "" if scored.seconds is None else f"{scored.seconds:.1f}",
-    ]
 
 
 def _difference_table(
     kinds: Mapping[str, Mapping[str, ScoredSet]], mode: str, first: str, what: str, titles: Mapping[str, str]
 ) -> Table:
-    heading = f"{titles[mode]} against {titles[first]}"
-    table = plain_table(
-        f"{heading}\n{what}", "\nn", "\npoints", "\n95 % interval", "answers\ngained", "\nlost", "times the\nseconds"
-    )
+    heading = f"{titles[mode]} against {titles[first]}\n{what}"
+    heads = ("\nn", "\npoints", "\n95 % interval", "answers\ngained", "\nlost", "times the\nseconds")
+    table = plain_table(heading, *heads)
     for kind, by_mode in kinds.items():
         if mode in by_mode and first in by_mode:
             before, after = by_mode[first], by_mode[mode]
-            is_timed = before.seconds and after.seconds is not None
-            ratio = f"{after.seconds / before.seconds:.2f}" if is_timed else ""  # type: ignore[operator]
-            table.add_row(kind, *_difference_cells(compare_paired(before.correct, after.correct)), ratio)
+            ratio = f"{after.seconds / before.seconds:.2f}" if before.seconds and after.seconds is not None else ""
+            table.add_row(kind, *paired_cells(compare_paired(before.correct, after.correct)), ratio)
     return table
-
-
-def _difference_cells(compared: PairedComparison) -> list[str]:
-    """Common questions, difference and its interval in percentage points, answers gained and lost."""
-    low, high = compared.interval
-    interval = f"{100 * low:+.1f} to {100 * high:+.1f}"
-    return [str(compared.num_common), compared.points, interval, str(compared.num_gained), str(compared.num_lost)]
 
 
 def headline_table(score: Score, name: str) -> Table:
     """The official figures over the predictions and over the whole gold file, each with its interval."""
     whole = score.whole_file
     table = plain_table(name, "predictions", "95 % interval", "whole file", "95 % interval")
-    for words, field in (("execution accuracy", "execution_accuracy"), ("program accuracy", "program_accuracy")):
-        cells = [
-            cell
-            for side in (score, whole)
-            for cell in (f"{getattr(side, field):.2%}", _format_range(getattr(side, f"{field}_interval")))
-        ]
-        table.add_row(words, *cells)
+    for field in ("execution_accuracy", "program_accuracy"):
+        sides = [(getattr(side, field), getattr(side, f"{field}_interval")) for side in (score, whole)]
+        cells = [cell for share, interval in sides for cell in (f"{share:.2%}", _format_range(interval))]
+        table.add_row(field.replace("_", " "), *cells)
     table.add_row("invalid", f"{score.invalid_rate:.2%}", _format_range(score.invalid_rate_interval))
     if score.no_program_rate:
         table.add_row("no program, not invalid", f"{score.no_program_rate:.2%}", "", "", "")
@@ -209,14 +172,7 @@ def headline_table(score: Score, name: str) -> Table:
 
 def views_table(score: Score) -> Table:
     """The views that are no official figure."""
-    views = score.tolerant
     table = plain_table("other views, not official", "share", "n")
-    for words, value in (
-        ("right up to the sign", views.sign_insensitive),
-        ("right up to a factor of 100", views.scale_100),
-        ("within 1 %", views.within_1_percent),
-    ):
-        table.add_row(words, f"{value:.2%}", str(score.num_predictions))
-    if views.answer_agreement is not None:
-        table.add_row("agrees with the annotator's answer", f"{views.answer_agreement:.2%}", str(views.num_with_answer))
+    for name, _, share, number in tolerant_views(score):
+        table.add_row(name, f"{share:.2%}", str(number))
     return table

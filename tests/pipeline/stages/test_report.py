@@ -37,10 +37,10 @@ def test_one_file_is_written_and_the_facts_tell_its_size(inputs, folder):
 
 def test_figures_come_from_the_score_and_sizes_from_the_files(inputs):
     page = collect(CONFIG, inputs)
-    by_kind = {measured.kind: measured for measured in page.measured}
+    by_kind = {results.kind: results for results in page.scored}
     assert list(by_kind) == ["base", "adapter", "merged", "F16", "Q4_K_M"]
     assert [by_kind[kind].weights_bytes for kind in by_kind] == [None, 19_500, 269_000, 270_000, 105_000]
-    assert by_kind["adapter"].predict_seconds == pytest.approx(6 * 0.31)
+    assert by_kind["adapter"].seconds == pytest.approx(6 * 0.31)
     assert page.token_names[7] == " t7"
     assert page.num_cut["ACME2/2010/page_1.pdf-1"] == 2
 

@@ -9,10 +9,9 @@ from pathlib import Path
 from fintune.config import Config
 from fintune.errors import ArtifactError, ResourceError
 from fintune.manifest import MANIFEST, Facts, Manifest
-from fintune.publish.card import card_of, unstated_licences
+from fintune.publish.card import card_of, render_card, unstated_licences
 from fintune.publish.files import CARD, gather_files
 from fintune.publish.push import PushTarget, Upload, push
-from fintune.report.card import render_card
 from fintune.util.console import say
 from fintune.util.files import write_atomically
 from fintune.util.hub import RETRY_PAUSES, full_repo_name, require_token

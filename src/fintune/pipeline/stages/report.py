@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from fintune.config import GGUF_KINDS, MODE_SEPARATOR, Config, DecodingMode, split_kind_and_mode
+from fintune.config import GGUF_KINDS, MODE_SEPARATOR, Config, split_kind_and_mode
 from fintune.errors import ArtifactError
 from fintune.evaluation.scoring import read_score, read_verdicts
 from fintune.manifest import MANIFEST, Facts, Manifest
 from fintune.records import Example, FinQARecord, Prediction
 from fintune.report.formatting import KIND_LABELS
-from fintune.report.run_data import MeasuredKind, ModeResults, Provenance, RunData
+from fintune.report.run_data import ModelResults, RunData
 from fintune.report.run_page import render_run
 from fintune.util.files import write_atomically
 from fintune.util.text import first_line
@@ -44,7 +44,7 @@ def report(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
     num_bytes = len(html.encode())
     return {
         "num_examples": len(run.records),
-        "num_kinds": len(run.predictions),
+        "num_kinds": len(run.first_mode),
         "page_bytes": num_bytes,
         "summary": f"index.html, {num_bytes / 1e6:.1f} MB",
     }
@@ -56,53 +56,39 @@ def collect(config: Config, inputs: Mapping[str, Path]) -> RunData:
     Raises:
         ArtifactError: A file is missing or cannot be read.
     """
-    first, *others = (_mode_results(mode, index, inputs) for index, mode in enumerate(config.predict.decoding_modes))
     prepare, train = inputs.get("prepare"), inputs.get("train")
+    examples = _models(prepare / "eval.jsonl", Example) if prepare else ()
     return RunData(
-        name=config.run.name,
         config=config,
-        measured=first.measured,
+        results=list(_results(config, inputs)),
         metrics=list(_json_lines(train / "metrics.jsonl")) if train else [],
         replay=_json_object(inputs["replay"] / "replay.json") if "replay" in inputs else {},
         guard=_json_object(inputs["guard"] / "guard.json") if "guard" in inputs else {},
         data=_json_object(prepare / "report.json") if prepare else {},
         records=_records(prepare / "gold.json") if prepare else [],
-        num_cut={example.id: example.num_cut for example in _models(prepare / "eval.jsonl", Example)}
-        if prepare
-        else {},
-        predictions=first.predictions,
-        verdicts=first.verdicts,
-        provenance=[_provenance(step, path) for step, path in inputs.items()],
+        num_cut={example.id: example.num_cut for example in examples},
+        manifests={step: _manifest(path) for step, path in inputs.items()},
         token_names=_token_names(inputs),
-        other_modes=[other for other in others if other.predictions],
     )
 
 
-def _mode_results(mode: DecodingMode, index: int, inputs: Mapping[str, Path]) -> ModeResults:
-    """Read the results of one decoding mode. Steps of the first mode have the kinds' own names."""
-    names = {kind: f"{kind}{MODE_SEPARATOR}{mode}" if index else kind for kind in KIND_LABELS}
-    predictions = {
-        kind: {prediction.id: prediction for prediction in _models(inputs[step] / "predictions.jsonl", Prediction)}
-        for kind, name in names.items()
-        if (step := f"predict/{name}") in inputs
-    }
-    verdicts = {
-        kind: read_verdicts(inputs[step] / "score.csv")
-        for kind, name in names.items()
-        if (step := f"score/{name}") in inputs
-    }
-    measured = [
-        MeasuredKind(
-            kind=kind,
-            score=read_score(inputs[f"score/{names[kind]}"] / "score.json"),
-            num_unended=sum(prediction.finish_reason == "length" for prediction in predictions[kind].values()),
-            predict_seconds=sum(prediction.seconds for prediction in predictions[kind].values()),
-            weights_bytes=_weights_bytes(kind, inputs),
-        )
-        for kind in verdicts
-        if kind in predictions
-    ]
-    return ModeResults(mode, measured, predictions, verdicts)
+def _results(config: Config, inputs: Mapping[str, Path]) -> Iterator[ModelResults]:
+    """Read the results of every mode and kind. Steps of the first mode have the kinds' own names."""
+    for index, mode in enumerate(config.predict.decoding_modes):
+        for kind in KIND_LABELS:
+            name = f"{kind}{MODE_SEPARATOR}{mode}" if index else kind
+            predict, score = inputs.get(f"predict/{name}"), inputs.get(f"score/{name}")
+            if predict is None:
+                continue
+            rows = _models(predict / "predictions.jsonl", Prediction)
+            yield ModelResults(
+                kind,
+                mode if index else "",
+                {row.id: row for row in rows},
+                read_verdicts(score / "score.csv") if score else {},
+                read_score(score / "score.json") if score else None,
+                _weights_bytes(kind, inputs),
+            )
 
 
 def _weights_bytes(kind: str, inputs: Mapping[str, Path]) -> int | None:
@@ -116,21 +102,9 @@ def _weights_bytes(kind: str, inputs: Mapping[str, Path]) -> int | None:
     return sum(file.stat().st_size for file in files) if files else None
 
 
-def _provenance(step: str, folder: Path) -> Provenance:
-    path = folder / MANIFEST
-    with _reading(path):
-        manifest = Manifest.model_validate_json(path.read_bytes())
-    return Provenance(
-        step=step,
-        finished=manifest.finished,
-        fingerprint=manifest.fingerprint,
-        seconds=manifest.seconds,
-        peak_memory_bytes=manifest.peak_memory_bytes,
-        seed=manifest.seed,
-        commit=manifest.commit,
-        versions=manifest.versions,
-        machine=manifest.machine,
-    )
+def _manifest(folder: Path) -> Manifest:
+    with _reading(folder / MANIFEST):
+        return Manifest.model_validate_json((folder / MANIFEST).read_bytes())
 
 
 def _token_names(inputs: Mapping[str, Path]) -> dict[int, str]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
-from fintune.report.formatting import Cell, HtmlTable, format_counts
+from fintune.report.formatting import Cell, HtmlTable, Row, format_counts
 from fintune.report.plots import is_too_small, length_plot, share_plot
 
 Report: TypeAlias = Mapping[str, Any]
 """``fintune.data.report.PrepareReport`` as JSON."""
-Row: TypeAlias = tuple[str, str, str]
-SOURCE_COLUMNS = (
+_SPLITS = ("train", "eval")
+_SOURCE_COLUMNS = (
     "source",
     "rows",
     "usable rows by format",
@@ -26,23 +26,26 @@ _DUPLICATES = ("exact duplicate", "near duplicate")
 
 
 def data_section(report: Report) -> dict[str, Any]:
-    """Variables of the run page's template; nothing if ``prepare`` was skipped."""
+    """Variables of the template of a run's page or of ``inspect``; nothing if ``prepare`` was skipped."""
     if not report:
         return {}
     is_chat = report.get("kind") == "chat"
-    is_few, lengths = length_plots(report)
-    rows = [*count_rows(report), *_dropped_by_split(report), *length_rows(report)]
+    plots = {f"{what}s": _length_plot(what, report) for what in ("prompt", "completion")}
+    columns = ("", "train", "evaluation")
+    counts = list(count_rows(report))
     return {
+        **plots,
+        "is_chat": is_chat,
         "words": _describe_split(report) if is_chat else _describe_shared_pages(report),
-        "restricted": restricted_sentence(report) if is_chat else "",
-        "sources": HtmlTable("Sources", SOURCE_COLUMNS, source_rows(report), numeric=(1, 3, 5, 6)) if is_chat else "",
-        "few_evaluated": f"{report['eval']['num_examples']:,}" if is_few else "",
-        "limit": f"{report['max_length']:,}",
-        "lengths": lengths["prompt"],
-        "table": HtmlTable("Counts", ("", "train", "evaluation"), rows, numeric=(1, 2)),
-        "steps": "" if is_chat else program_plot("steps", report),
-        "operations": "" if is_chat else program_plot("operations", report),
-        "row_name": "rows" if is_chat else "records",
+        "restricted": restricted_names(report),
+        "counts": HtmlTable("Counts", columns, counts),
+        "counts_and_drops": HtmlTable("Counts", columns, [*counts, *_dropped_by_split(report)]),
+        "lengths": HtmlTable("Lengths in tokens", columns, list(_length_rows(report))),
+        "sources": HtmlTable("Sources", _SOURCE_COLUMNS, source_rows(report), left=(0, 2, 4, 7)),
+        "is_few": is_too_small(report["eval"]["prompt_tokens"]["histogram"]),
+        "num_evaluated": report["eval"]["num_examples"],
+        "limit": report["max_length"],
+        "programs": {} if is_chat else {what: _program_plot(what, report) for what in ("steps", "operations")},
         "problems": problems(report),
     }
 
@@ -55,50 +58,69 @@ def _describe_shared_pages(report: Report) -> str:
     return f"{number:,} evaluation {asks} about a page that is also trained on."
 
 
-def count_rows(report: Report) -> Iterator[Row]:
+def _describe_split(report: Report) -> str:
+    dropped = Counter(report["train"]["dropped"]) + Counter(report["eval"]["dropped"])
+    lost = f" The table of sources also counts rows that were dropped later: {format_counts(dropped)}."
+    train, held_out = (f"{report[split]['num_examples']:,}" for split in _SPLITS)
+    return (
+        f"{train} examples are trained on. {held_out} are held out, chosen by a hash of their first question."
+        f"{lost if dropped else ''} Conversations have no official verdict, so none is scored."
+    )
+
+
+def count_rows(report: Report) -> Iterator[list[str]]:
     """Yield a name and the numbers of both splits."""
     is_chat = report.get("kind") == "chat"
-    splits = [report[key] for key in ("train", "eval")]
+    splits = [report[name] for name in _SPLITS]
 
-    def row(name: str, value: Callable[[Report], str]) -> Row:
-        return name, value(splits[0]), value(splits[1])
+    def row(name: str, *path: str) -> list[str]:
+        return [name, *(f"{_at(split, *path):,}" for split in splits)]
+
+    def share(name: str, part: str, total: str, *path: str) -> list[str]:
+        numbers = [(_at(split, *path, part), _at(split, *path, total)) for split in splits]
+        return [name, *(f"{number:,} of {of:,}" if of else "none known" for number, of in numbers)]
 
     if not is_chat:  # for conversations, the table of sources has the rows that were read
-        yield row("records read", _count("num_read"))
-    yield row("conversations" if is_chat else "sampled", _count("num_sampled"))
-    yield row("examples", _count("num_examples"))
+        yield row("records read", "num_read")
+    yield row("conversations" if is_chat else "sampled", "num_sampled")
+    yield row("examples", "num_examples")
     if any(split.get("labels") for split in splits):
-        for label in ("desired", "undesired"):
-            yield row(f"{label} answers", lambda split, label=label: f"{split['labels'].get(label, 0):,}")  # type: ignore[misc]
+        yield row("desired answers", "labels", "desired")
+        yield row("undesired answers", "labels", "undesired")
     if any(split["num_rows"] != split["num_examples"] for split in splits):
-        yield row("token rows", _count("num_rows"))
-    yield row("conversations cut to fit" if is_chat else "pages cut to fit", _count("num_cut_examples"))
-    yield row("turns cut" if is_chat else "sentences and rows cut", _part("num_cut_units", "num_units"))
+        yield row("token rows", "num_rows")
+    yield row("conversations cut to fit" if is_chat else "pages cut to fit", "num_cut_examples")
+    yield share("turns cut" if is_chat else "sentences and rows cut", "num_cut_units", "num_units")
     if not is_chat:
-        yield row("gold evidence kept", lambda split: _part("num_kept", "num_units")(split["evidence"]))
-    for what in ("prompt", "completion"):
-        yield row(f"tokens of {what}s", lambda split, what=what: f"{split[f'{what}_tokens']['total']:,}")  # type: ignore[misc]
+        yield share("gold evidence kept", "num_kept", "num_units", "evidence")
+    yield row("tokens of prompts", "prompt_tokens", "total")
+    yield row("tokens of completions", "completion_tokens", "total")
 
 
-def length_rows(report: Report) -> Iterator[Row]:
-    """Yield a figure about the lengths of prompts or completions, and its values in both splits."""
+def _at(split: Report, *path: str) -> Any:
+    value: Any = split
+    for key in path:
+        value = value.get(key, 0)
+    return value
+
+
+def _length_rows(report: Report) -> Iterator[list[str]]:
     for what in ("prompt", "completion"):
         for name, key in (("mean", "mean"), ("median", "p50"), ("95th percentile", "p95"), ("longest", "max")):
-            train, evaluation = (report[split][f"{what}_tokens"][key] for split in ("train", "eval"))
-            yield f"{what} tokens, {name}", f"{train:,}", f"{evaluation:,}"
+            yield [f"{what} tokens, {name}", *(f"{report[split][f'{what}_tokens'][key]:,}" for split in _SPLITS)]
 
 
-def dropped_rows(report: Report) -> list[Row]:
+def dropped_rows(report: Report) -> list[list[str]]:
     """Rows that were dropped while reading and while encoding: reason, source or split, number."""
     groups = [(source["path"], source["dropped"]) for source in report["sources"]]
     groups += [("train", report["train"]["dropped"]), ("evaluation", report["eval"]["dropped"])]
-    return [(reason, name, f"{number:,}") for name, reasons in groups for reason, number in reasons.items()]
+    return [[reason, name, f"{number:,}"] for name, reasons in groups for reason, number in reasons.items()]
 
 
-def _dropped_by_split(report: Report) -> Iterator[Row]:
-    for reason in dict.fromkeys([*report["train"]["dropped"], *report["eval"]["dropped"]]):
-        train, evaluation = (report[split]["dropped"].get(reason, 0) for split in ("train", "eval"))
-        yield f"dropped: {reason}", f"{train:,}", f"{evaluation:,}"
+def _dropped_by_split(report: Report) -> Iterator[list[str]]:
+    dropped = [report[split]["dropped"] for split in _SPLITS]
+    for reason in dict.fromkeys([*dropped[0], *dropped[1]]):
+        yield [f"dropped: {reason}", *(f"{reasons.get(reason, 0):,}" for reasons in dropped)]
 
 
 def problems(report: Report) -> list[str]:
@@ -108,44 +130,38 @@ def problems(report: Report) -> list[str]:
     return [*report.get("unused_rows", ()), *lines]
 
 
-def length_plots(report: Report) -> tuple[bool, dict[str, str]]:
-    """Draw the lengths of prompts and completions; also say whether the evaluation has too few examples to draw."""
-    plots = {}
-    for what, limit in (("prompt", report["max_length"]), ("completion", None)):
-        lengths = [report[split][f"{what}_tokens"] for split in ("train", "eval")]
-        title = f"Lengths of {what}s: median {lengths[0]['p50']:,} tokens, longest {lengths[0]['max']:,}"
-        histograms = [length["histogram"] for length in lengths]
-        plots[what] = length_plot(f"{what}-plot", title, histograms, limit=limit, axis=f"tokens of the {what}")
-    return is_too_small(report["eval"]["prompt_tokens"]["histogram"]), plots
+def num_more(report: Report) -> int:
+    """Number of unusable rows beyond those of `problems`."""
+    return max(int(report["num_unused"]) - len(problems(report)), 0)
 
 
-def program_plot(what: str, report: Report) -> str:
+def left_out(report: Report) -> list[str]:
+    """Parts of rows that were left out, one line each."""
+    lines = []
+    for source in report["sources"]:
+        if number := source.get("num_trailing"):
+            lines.append(f"{source['path']}: {number:,} turns without an answer left out")
+        if number := source.get("num_thoughts"):
+            lines.append(f"{source['path']}: {number:,} thoughts in a separate field left out")
+        if source.get("unread"):
+            lines.append(f"{source['path']}: {source['unread']}")
+    return lines
+
+
+def _length_plot(what: str, report: Report) -> str:
+    lengths = [report[split][f"{what}_tokens"] for split in _SPLITS]
+    title = f"Lengths of {what}s: median {lengths[0]['p50']:,} tokens, longest {lengths[0]['max']:,}"
+    limit = report["max_length"] if what == "prompt" else None
+    histograms = [length["histogram"] for length in lengths]
+    return length_plot(f"{what}-plot", title, histograms, limit=limit, axis=f"tokens of the {what}")
+
+
+def _program_plot(what: str, report: Report) -> str:
     """Draw the distribution of ``steps`` or ``operations`` beside that of FinQA's test set."""
     ours, finqa = report["train"][what], report[f"finqa_test_{what}"]
     words = ", ".join(f"{name} {share:.1%} (FinQA {finqa.get(name, 0):.1%})" for name, share in ours.items())
     axis = "% of programs" if what == "steps" else "% of steps"
     return share_plot(f"{what}-plot", f"Distribution of {what}: {words}", ours, finqa, axis)
-
-
-def _count(key: str) -> Callable[[Report], str]:
-    return lambda split: f"{split[key]:,}"
-
-
-def _part(key: str, total: str) -> Callable[[Report], str]:
-    return lambda split: f"{split[key]:,} of {split[total]:,}" if split[total] else "none known"
-
-
-def _describe_split(report: Report) -> str:
-    """Say how the conversations were split."""
-    train, held_out = report["train"], report["eval"]
-    dropped = Counter(train["dropped"]) + Counter(held_out["dropped"])
-    lost = (
-        f" The table of sources also counts rows that were dropped later: {format_counts(dropped)}." if dropped else ""
-    )
-    return (
-        f"{train['num_examples']:,} examples are trained on. {held_out['num_examples']:,} are held out, chosen by a "
-        f"hash of their first question.{lost} Conversations have no official verdict, so none is scored."
-    )
 
 
 def restricted_names(report: Report) -> list[str]:
@@ -154,15 +170,9 @@ def restricted_names(report: Report) -> list[str]:
     return list(dict.fromkeys(f"{source['path']} ({source['licence']['name']})" for source in restricted))
 
 
-def restricted_sentence(report: Report) -> str:
-    """Say that sources forbid commercial use, "" if none does."""
-    names = ", ".join(restricted_names(report))
-    return f"Not for commercial use, like every model that is trained on it: {names}." if names else ""
-
-
-def source_rows(report: Report) -> list[list[str | Cell]]:
-    """The rows below `SOURCE_COLUMNS`: one for each source, and one for each of its files if it has several."""
-    rows: list[list[str | Cell]] = []
+def source_rows(report: Report) -> list[Row]:
+    """One row of 8 cells for each source, and one of 3 cells for each of its files if it has several."""
+    rows: list[Row] = []
     for source in report["sources"]:
         dropped, licence = source["dropped"], source["licence"]
         others = {reason: number for reason, number in dropped.items() if reason not in _DUPLICATES}
@@ -179,8 +189,8 @@ def source_rows(report: Report) -> list[list[str | Cell]]:
             ]
         )
         if len(source["files"]) > 1:
+            files = source["files"].items()
             rows += [
-                [Cell(name, style="muted"), "", format_counts(shapes) or "no usable row"]
-                for name, shapes in source["files"].items()
+                [Cell(name, style="muted"), "", format_counts(shapes) or "no usable row"] for name, shapes in files
             ]
     return rows

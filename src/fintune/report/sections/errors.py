@@ -9,7 +9,7 @@ from urllib.parse import quote
 from fintune.finqa.official import split_step, split_steps, str_to_num
 from fintune.finqa.program import TABLE_OPERATIONS, tokenize
 from fintune.finqa.verdict import Verdict
-from fintune.report.formatting import Cell, HtmlTable, format_percent
+from fintune.report.formatting import Cell, HtmlTable, Row, format_percent
 from fintune.report.plots import share_plot
 
 SAME_NUMBERS = "right numbers, other steps"
@@ -99,7 +99,7 @@ def errors_section(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
     number = len(verdicts)
     words = "; ".join(f"{name} {len(group)}" for name, group in ordered)
-    rows: list[list[str | Cell]] = [
+    rows: list[Row] = [
         [
             Cell(f"{name} (invalid)" if group[0].invalid else name, note=HINTS.get(name, "")),
             f"{len(group):,}",
@@ -109,7 +109,7 @@ def errors_section(verdicts: Sequence[Verdict]) -> dict[str, Any]:
         for name, group in ordered
     ]
     return {
-        "num": f"{sum(map(len, groups.values())):,}",
+        "num": sum(map(len, groups.values())),
         "plot": share_plot(
             "errors-plot",
             f"Errors by kind: {words}",
@@ -117,5 +117,5 @@ def errors_section(verdicts: Sequence[Verdict]) -> dict[str, Any]:
             {},
             f"% of predictions (n = {number:,})",
         ),
-        "table": HtmlTable("Errors by kind", ("kind", "n", "share", "examples"), rows, numeric=(1, 2, 3)),
+        "table": HtmlTable("Errors by kind", ("kind", "n", "share", "examples"), rows),
     }

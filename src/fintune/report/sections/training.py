@@ -20,15 +20,25 @@ _LABEL_LOSS = (
     "log-probability that an answer has gained since training started. A margin is the mean reward of the desired "
     "answers minus that of the undesired ones."
 )
+_METHODS = {
+    ("lora", "none"): "LoRA",
+    ("lora", "nf4"): "QLoRA",
+    ("dora", "none"): "DoRA",
+    ("dora", "nf4"): "QDoRA",
+}
 _GROUP_LABELS = {"finance": "finance questions", "statements": "FinQA pages, with programs"}
+
+
+def training_method(kind: str, quantization: str) -> str:
+    """LoRA, QLoRA, DoRA, QDoRA or full fine-tuning, by ``adapter.kind`` and ``model.quantization``."""
+    return _METHODS.get((kind, quantization), "full fine-tuning")
 
 
 def training_section(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Variables of the template; nothing if nothing was trained.
 
-    Args:
-        lines: Objects of ``metrics.jsonl`` with ``step`` and any of ``loss``, ``learning_rate`` and ``eval_loss``;
-            ``tokens`` and ``seconds`` count from the start of training.
+    Each line of ``metrics.jsonl`` has ``step`` and any of ``loss``, ``learning_rate`` and ``eval_loss``; ``tokens`` and
+    ``seconds`` count from the start of training.
     """
     train, evaluation, rate = (_curve(lines, key) for key in ("loss", "eval_loss", "learning_rate"))
     if not train.steps:
@@ -52,7 +62,7 @@ def training_section(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "words": _LABEL_LOSS if is_labelled else _PAIR_LOSS if is_paired else _SFT_LOSS,
         "plot": loss_plot("loss-plot", _describe(train), train, evaluation, rate),
         "legend": legend,
-        "table": HtmlTable("Training", (), rows, numeric=(1,)),
+        "table": HtmlTable("Training", (), rows),
     }
 
 
@@ -119,11 +129,7 @@ def _curve(lines: Sequence[Mapping[str, Any]], key: str) -> Curve:
 
 
 def regression_section(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Variables of the template; nothing without a regression check.
-
-    Args:
-        report: The content of ``guard/guard.json``.
-    """
+    """Variables of the template, from ``guard/guard.json``; nothing without a regression check."""
     if not report:
         return {}
     by_id = {prompt["id"]: prompt for prompt in report["prompts"]}
@@ -132,11 +138,8 @@ def regression_section(report: Mapping[str, Any]) -> dict[str, Any]:
     worse_rows = [[p["question"], _format_loss(p["before"]), _format_loss(p["after"])] for p in worse]
     return {
         "sentence": regression_sentence(report),
-        "table": HtmlTable(
-            "Regression check", columns, [_group_row(group) for group in report["groups"]], numeric=range(1, 6)
-        ),
-        "num_worse": len(worse),
-        "worse": HtmlTable("Prompts that got worse", ("question", "loss before", "after"), worse_rows, numeric=(1, 2)),
+        "table": HtmlTable("Regression check", columns, [_group_row(group) for group in report["groups"]]),
+        "worse": HtmlTable("Prompts that got worse", ("question", "loss before", "after"), worse_rows),
         "lost": [by_id[id_]["question"] for id_ in report["lost"]],
     }
 
