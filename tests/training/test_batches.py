@@ -4,8 +4,9 @@ from collections import Counter
 
 import pytest
 
+from fintune.config import TrainOptions
 from fintune.errors import DataError
-from fintune.training.batches import IGNORED, CompletionCollator, num_steps, training_order
+from fintune.training.batches import IGNORED, CompletionCollator, make_schedule, training_order
 
 LENGTHS = [5 + (i * 7) % 40 for i in range(100)]
 
@@ -78,8 +79,33 @@ def test_equal_labels_do_not_change_the_order():
     ("epochs", "max_steps", "expected"),
     [(1, None, (10, 3)), (1.5, None, (15, 4)), (3, 2, (8, 2)), (0.01, None, (1, 1))],
 )
-def test_num_steps(epochs, max_steps, expected):
-    assert num_steps(10, epochs, 4, max_steps) == expected
+def test_schedule_counts_examples_and_steps(epochs, max_steps, expected):
+    options = TrainOptions(num_train_epochs=epochs, max_steps=max_steps, per_device_train_batch_size=4)
+    schedule = make_schedule([5] * 10, options, 1)
+    assert (len(schedule.order), schedule.steps) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "size", "epochs", "expected"),
+    [
+        (9, 8, 10, {2: 1, 3: 2, 4: 3, 5: 4, 6: 5, 7: 6, 8: 7, 9: 8, 11: 9, 12: 10}),
+        (8, 8, 3, {1: 1, 2: 2, 3: 3}),
+        (100, 8, 2, {13: 1, 25: 2}),
+        (3, 8, 1, {1: 1}),
+        (3, 8, 6, {1: 2, 2: 5, 3: 6}),
+        (10, 4, 2.5, {3: 1, 5: 2}),
+        (10, 4, 0.5, {}),
+    ],
+)
+def test_epochs_end_with_the_step_that_completes_them(num_rows, size, epochs, expected):
+    options = TrainOptions(num_train_epochs=epochs, per_device_train_batch_size=size)
+    schedule = make_schedule([5] * num_rows, options, 1)
+    found = {step: schedule.completed_epoch(step) for step in range(1, schedule.steps + 1)}
+    assert {step: epoch for step, epoch in found.items() if epoch is not None} == expected
+    # Independently: the first step after which every row was seen k times.
+    for step, epoch in expected.items():
+        seen = schedule.order[: step * size]
+        assert min(seen.count(row) for row in range(num_rows)) >= epoch or num_rows < size
 
 
 def test_padding_and_prompt_are_never_trained():

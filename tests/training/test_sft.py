@@ -8,6 +8,7 @@ from fintune.config import AdapterOptions, TrainOptions
 from fintune.errors import ConfigError, FintuneError
 from fintune.models import load as models
 from fintune.training import evaluate, lora, metrics, sft, trainers
+from fintune.training.batches import make_schedule
 from support.prepared_rows import prepared
 
 torch = pytest.importorskip("torch")
@@ -258,7 +259,7 @@ def test_non_finite_gradient_names_the_examples(tiny_model, rows, tmp_path, fuse
 
     options = {"fused_layers": fused_layers, "dropout": 0.0, "per_device_train_batch_size": 3}
     lengths = [len(ids) for ids in rows["input_ids"]]
-    order = sft.make_schedule(lengths, TrainOptions(max_steps=8, per_device_train_batch_size=3), 5).order
+    order = make_schedule(lengths, TrainOptions(max_steps=8, per_device_train_batch_size=3), 5).order
     ids = ", ".join(rows[index]["id"] for index in order[3:6])
     with pytest.raises(FintuneError, match=f"the gradient is not finite at step 2; examples {ids}: lower"):
         run(tiny_model, rows, tmp_path / "run", spoil=spoil, **options)
@@ -266,6 +267,8 @@ def test_non_finite_gradient_names_the_examples(tiny_model, rows, tmp_path, fuse
 
 
 def test_non_finite_error_counts_many_examples():
-    told = str(evaluate.bad_loss_error(3, [f"x{i}" for i in range(40)], SimpleNamespace(bf16=True, fp16=False)))
+    told = str(
+        evaluate.non_finite_error("the loss", [f"x{i}" for i in range(40)], SimpleNamespace(bf16=True, fp16=False))
+    )
     assert "x31 and 8 more: lower" in told
     assert "x32" not in told

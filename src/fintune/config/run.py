@@ -236,8 +236,8 @@ def _preference_rules(config: Config) -> Rules:
             f"{objective} is not supported with train.fused_layers: always; set it to auto or never",
         )
         yield (
-            train.objective == "kto" and train.per_device_train_batch_size < 2,
-            f"{objective} compares answers of different prompts in a forward pass; set "
+            train.objective == "kto" and train.per_device_train_batch_size * train.gradient_accumulation_steps < 2,
+            f"{objective} compares answers to different prompts in a step; set "
             "train.per_device_train_batch_size to 2 or more",
         )
     is_wrong = train.rpo_alpha > 0 and train.objective != "dpo"

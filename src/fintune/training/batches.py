@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from fintune.config import TrainOptions
 from fintune.errors import DataError
+from fintune.training import distributed
 
 if TYPE_CHECKING:
     import torch
-    from datasets import Dataset
 
 IGNORED = -100
 """Label of a position that is not trained."""
 WIDTH_MULTIPLE = 32
 """Batches for the layers of transformers are padded to a multiple of this many tokens."""
 
+# More shifts are not tried for a whole held-out split, in which one prompt may have hundreds of answers.
+_MAX_SHIFT = 1000
 # Batches of similar lengths waste little on padding. Sorting within a window only keeps the order close to random.
 _WINDOW_BATCHES = 32
 
@@ -25,16 +30,66 @@ _WINDOW_BATCHES = 32
 # -- the order
 
 
-def num_steps(num_rows: int, epochs: float, batch_size: int, max_steps: int | None) -> tuple[int, int]:
-    """Count a run's examples and steps.
+@dataclass(frozen=True)
+class TrainingSchedule:
+    """The examples of a run, step by step.
 
-    Returns:
-        Number of examples that are trained on, and of optimizer steps.
+    Attributes:
+        order: Indices of the examples, in the order of training.
+        step_size: Examples of an optimizer step, over all processes and accumulated passes.
+        tokens: Tokens without padding that are trained up to each step, from step 0; length ``steps + 1``.
+        num_rows: Examples of an epoch.
     """
-    if max_steps is not None:
-        return max_steps * batch_size, max_steps
-    num_examples = max(1, round(num_rows * epochs))
-    return num_examples, math.ceil(num_examples / batch_size)
+
+    order: list[int]
+    step_size: int
+    tokens: list[int]
+    num_rows: int
+
+    @property
+    def steps(self) -> int:
+        """Number of optimizer steps."""
+        return len(self.tokens) - 1
+
+    def epochs(self, step: int) -> float:
+        """Return the passes over the rows that are done after a step."""
+        return min(step * self.step_size, len(self.order)) / self.num_rows
+
+    def completed_epoch(self, step: int) -> int | None:
+        """Return k if this step completes the k-th pass over the rows; the last one if it completes several.
+
+        An epoch need not be a whole number of steps.
+        """
+        epoch = int(self.epochs(step))
+        return epoch if epoch > int(self.epochs(step - 1)) else None
+
+
+def make_schedule(
+    lengths: Sequence[int], options: TrainOptions, seed: int, *, labels: Sequence[bool] | None = None
+) -> TrainingSchedule:
+    """Fix the examples of every step of the run.
+
+    Args:
+        lengths: Tokens of each example.
+        options: Epochs, batch size and accumulation.
+        seed: Seed of the order.
+        labels: For KTO, whether each answer is desired. Every step then mixes the labels.
+    """
+    size = examples_per_step(options)
+    num_examples = max(1, round(len(lengths) * options.num_train_epochs))
+    steps = options.max_steps or math.ceil(num_examples / size)
+    if options.max_steps or options.objective == "kto" or distributed.world_size() > 1:
+        # The last step is filled up. KTO compares answers to different prompts, and a rest may be a single answer. And
+        # every process needs its share of every step.
+        num_examples = steps * size
+    order = training_order(lengths, num_examples, size, seed, labels=labels)
+    sums = (sum(lengths[index] for index in order[at : at + size]) for at in range(0, len(order), size))
+    return TrainingSchedule(order, size, [0, *accumulate(sums)], len(lengths))
+
+
+def examples_per_step(options: TrainOptions) -> int:
+    """Return the examples of an optimizer step, over all processes."""
+    return options.per_device_train_batch_size * options.gradient_accumulation_steps * distributed.world_size()
 
 
 def training_order(
@@ -153,7 +208,7 @@ class CompletionCollator:
         self.pad_token_id, self.multiple = pad_token_id, multiple
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Return ``input_ids``, ``attention_mask`` and ``labels``, each of shape [batch, width].
+        """Return ``input_ids``, ``attention_mask`` and ``labels``, each of shape [batch, width], and the ``ids``.
 
         Raises:
             DataError: A row in which nothing or everything is trained, or whose columns differ in length.
@@ -172,65 +227,72 @@ class CompletionCollator:
             input_ids[at, : len(ids)] = tokens
             attention_mask[at, : len(ids)] = 1
             labels[at, : len(ids)] = torch.where(torch.tensor(mask) == 1, tokens, IGNORED)
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        ids = [str(row.get("id", "?")) for row in rows]
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "ids": ids}
 
 
 # -- preference rows
 
 
-def batch_preference_rows(rows: Dataset, order: Sequence[int], size: int) -> list[list[dict[str, Any]]]:
-    """Divide rows into batches. A single last row joins the batch before it.
-
-    KTO compares answers to different prompts, and a single row has no other prompt.
-    """
-    starts = list(range(0, len(order), size))
-    if len(starts) > 1 and len(order) - starts[-1] == 1:
-        starts.pop()
-    ends = [*starts[1:], len(order)]
-    return [[rows[index] for index in order[start:end]] for start, end in zip(starts, ends, strict=True)]
-
-
 class PreferenceCollator:
-    """Preference rows as one batch, with chosen answers in the first half of its rows and rejected ones in the second.
+    """The rows of a step, divided into passes of few rows.
 
     Args:
-        pad_token_id: Token id that fills shorter rows, on the right.
-        multiple: The width is rounded up to a multiple of this.
-        unpaired: Give each answer its own label, for KTO. Rows may then be single answers. For KTO's estimate of the
-            divergence, each prompt also gets an answer to another prompt.
+        pad_token_id: Token id that fills shorter answers, on the right.
+        size: Rows of a pass.
+        multiple: The width of a pass is rounded up to a multiple of this.
+        unpaired: For KTO: rows may be single answers, and each prompt also gets an answer to another prompt of the
+            step, from which the divergence is estimated.
     """
 
-    def __init__(self, pad_token_id: int, *, multiple: int = 1, unpaired: bool = False) -> None:
-        self.pad_token_id, self.multiple, self.unpaired = pad_token_id, multiple, unpaired
+    def __init__(self, pad_token_id: int, size: int, *, multiple: int = 1, unpaired: bool = False) -> None:
+        self._collate = CompletionCollator(pad_token_id, multiple=multiple)
+        self._size, self._unpaired = size, unpaired
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return ``input_ids``, ``attention_mask``, ``completion_mask``, shape [answers, width], and the rows' ``ids``.
+        """Return the ``passes`` of a step as a list."""
+        return {"passes": list(self.passes(rows))}
+
+    def passes(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Yield each pass: the chosen answers of its rows, then the rejected ones.
+
+        Yields:
+            ``answers``, a batch of :class:`CompletionCollator`; ``desired``, shape [answers]; ``ids`` of the rows; for
+            KTO also ``mismatched``, a batch like ``answers``.
 
         Raises:
             DataError: A row in which nothing or everything is trained.
         """
-        from trl.trainer.dpo_trainer import DataCollatorForPreference
-        from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
+        import torch
 
-        ids = [str(row["id"]) for row in rows]
-        pairs = [_split_answers(row) for row in rows]
-        if not self.unpaired:
-            collate = DataCollatorForPreference(self.pad_token_id, pad_to_multiple_of=self.multiple)
-            return {**collate(pairs), "ids": ids}
-        answers = [
-            {"prompt_ids": pair["prompt_ids"], "completion_ids": pair["chosen_ids"], "label": pair["label"]}
-            for pair in pairs
-        ]
-        answers += [
-            {"prompt_ids": pair["prompt_ids"], "completion_ids": pair["rejected_ids"], "label": False}
-            for pair in pairs
-            if pair["rejected_ids"]
-        ]
-        shift = _mismatching_shift([answer["prompt_ids"] for answer in answers])
-        for at, answer in enumerate(answers):
-            answer["KL_completion_ids"] = answers[at - shift]["completion_ids"]
-        collate = DataCollatorForUnpairedPreference(self.pad_token_id, pad_to_multiple_of=self.multiple)
-        return {**collate(answers), "ids": ids}
+        answers: list[tuple[int, list[int], list[int], bool]] = []  # pass, prompt, completion, label
+        for at, row in enumerate(rows):
+            check_mask(str(row["id"]), row["input_ids"], row["completion_mask"])
+            start = row["completion_mask"].index(1)
+            label = bool(row.get("label", True))
+            answers.append((at // self._size, row["input_ids"][:start], row["input_ids"][start:], label))
+        own = zip(rows, answers.copy(), strict=True)
+        answers += [(at, prompt, row["rejected_ids"], False) for row, (at, prompt, *_) in own if row["rejected_ids"]]
+        shift = _mismatching_shift([prompt for _, prompt, *_ in answers]) if self._unpaired else 0
+        members: dict[int, list[int]] = {}
+        for index, (at, *_) in enumerate(answers):
+            members.setdefault(at, []).append(index)
+        for at, indices in members.items():
+            chosen = [answers[index] for index in indices]
+            batch = {
+                "answers": self._pad((prompt, completion) for _, prompt, completion, _ in chosen),
+                "desired": torch.tensor([label for *_, label in chosen]),
+                "ids": [str(row["id"]) for row in rows[at * self._size : (at + 1) * self._size]],
+            }
+            if self._unpaired:
+                batch["mismatched"] = self._pad((answers[index][1], answers[index - shift][2]) for index in indices)
+            yield batch
+
+    def _pad(self, answers: Iterable[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
+        masks = [(prompt + completion, [0] * len(prompt) + [1] * len(completion)) for prompt, completion in answers]
+        batch = self._collate([{"input_ids": ids, "completion_mask": mask} for ids, mask in masks])
+        del batch["ids"]
+        return batch
 
 
 def _mismatching_shift(prompts: Sequence[Sequence[int]]) -> int:
@@ -239,20 +301,11 @@ def _mismatching_shift(prompts: Sequence[Sequence[int]]) -> int:
     Answers to one prompt have similar lengths. A batch is ordered by length, so they are neighbours in it.
     """
     keys = [tuple(prompt) for prompt in prompts]
-
-    def num_matches(shift: int) -> int:
-        return sum(keys[at] == keys[at - shift] for at in range(len(keys)))
-
-    return min(range(1, len(keys)), key=num_matches, default=0)
-
-
-def _split_answers(row: Mapping[str, Any]) -> dict[str, Any]:
-    mask, tokens = row["completion_mask"], row["input_ids"]
-    check_mask(str(row["id"]), tokens, mask)
-    start = mask.index(1)
-    return {
-        "prompt_ids": tokens[:start],
-        "chosen_ids": tokens[start:],
-        "rejected_ids": row["rejected_ids"],
-        "label": row.get("label", True),
-    }
+    best, fewest = 0, len(keys)
+    for shift in range(1, min(len(keys), _MAX_SHIFT)):
+        num_matches = sum(keys[at] == keys[at - shift] for at in range(len(keys)))
+        if num_matches < fewest or best == 0:
+            best, fewest = shift, num_matches
+        if fewest == 0:
+            break
+    return best

@@ -7,7 +7,7 @@ decides as the uninterrupted run does.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -47,8 +47,8 @@ class Evaluator:
         evaluation: The evaluation data.
         options: Batch size, which weights to keep, patience.
         folder: Folder with ``metrics.jsonl``, which also gets ``best/``.
-        measure: Computes ``eval_loss`` and other figures from a model, rows, their order and the rows of a forward
-            pass. Default: the loss of the completions.
+        measure: Computes ``eval_loss`` and other figures from a model, rows and their order. Default: the loss of the
+            completions.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Evaluator:
         options: TrainOptions,
         folder: Path,
         *,
-        measure: Callable[[nn.Module, Dataset, Sequence[int], int], dict[str, float]] | None = None,
+        measure: Callable[[nn.Module, Dataset, Sequence[int]], dict[str, float]] | None = None,
     ) -> None:
         self._trainer, self._evaluation, self._options, self._folder = trainer, evaluation, options, folder
         self._measure, self._batch_size = measure, options.per_device_train_batch_size
@@ -82,7 +82,7 @@ class Evaluator:
             if self._measure is None:
                 figures = {"eval_loss": self._loss(model)}
             else:
-                figures = self._measure(model, self._evaluation.rows, self._order, self._batch_size)
+                figures = self._measure(model, self._evaluation.rows, self._order)
             if self._evaluation.accuracy is not None:
                 figures["eval_accuracy"] = self._accuracy(self._evaluation.accuracy)
             self.seconds += time.monotonic() - started
@@ -111,7 +111,9 @@ class Evaluator:
             num_labels = int((batch["labels"][:, 1:] != IGNORED).sum())
             with torch.no_grad():
                 loss = self._trainer.prediction_step(model, batch, prediction_loss_only=True)[0]
-            check_eval_loss(float(loss), self._trainer.state.global_step, members, self._trainer.args)
+            if not isfinite(float(loss)):
+                problem = f"the evaluation loss is not finite after step {self._trainer.state.global_step}"
+                raise non_finite_error(problem, [str(row["id"]) for row in members], self._trainer.args)
             total += float(loss) * num_labels * counts
             num_tokens += num_labels * counts
         total, num_all = distributed.all_reduce_sum([total, num_tokens])
@@ -140,25 +142,3 @@ def non_finite_error(problem: str, examples: Sequence[str], args: TrainingArgume
     return FintuneError(
         f"{problem}; examples {names}{more}", hint=f"lower train.learning_rate{wider}", option="train.learning_rate"
     )
-
-
-def bad_loss_error(step: int, examples: Sequence[str], args: TrainingArguments) -> FintuneError:
-    """Make the error for a training loss that is not finite; arguments as for :func:`non_finite_error`."""
-    return non_finite_error(f"the loss is not finite at step {step}", examples, args)
-
-
-def check_eval_loss(loss: float, step: int, rows: Sequence[Mapping[str, Any]], args: TrainingArguments) -> None:
-    """Stop at an evaluation loss that is not finite.
-
-    Args:
-        loss: Loss of one batch.
-        step: Steps that were trained before the evaluation.
-        rows: Rows of the batch, with their ``id``.
-        args: Arguments of the trainer.
-
-    Raises:
-        FintuneError: With the step and the ids.
-    """
-    if not isfinite(loss):
-        ids = [str(row["id"]) for row in rows]
-        raise non_finite_error(f"the evaluation loss is not finite after step {step}", ids, args)

@@ -1,21 +1,23 @@
-"""Preference training: TRL's DPOTrainer and KTOTrainer on tokenised rows, and ORPO in the same loop.
+"""Preference training: the losses of DPO, ORPO and KTO in TRL's loop, on tokenised rows.
 
-The reference is the model with its adapter switched off, so no second model is held. TRL 1.16 has ORPO only among its
-experiments, where it also trains the prompt and holds the logits of every position. Here its loss is computed from the
-answers alone, in DPOTrainer's loop.
+A batch of the trainer is a whole step, which is scored in passes of ``train.per_device_train_batch_size`` rows. Every
+pair weighs the same in its step, and so does every answer with KTO, whatever the size of the passes. KTO's estimate of
+the divergence is one figure of a step.
+
+The reference is the model before training: the model with its adapter switched off, or with the adapter's first
+weights. So no second model is held.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fintune.config import TrainOptions
 from fintune.errors import ArtifactError
-from fintune.training.batches import IGNORED, PreferenceCollator, batch_preference_rows
-from fintune.training.evaluate import bad_loss_error, check_eval_loss
+from fintune.training.batches import IGNORED, PreferenceCollator
+from fintune.training.evaluate import non_finite_error
 
 if TYPE_CHECKING:
     import torch
@@ -36,14 +38,15 @@ FIGURES = (
     "logps/chosen",
     "logps/rejected",
     "kl",
+    "aux_loss",
 )
 """Figures that are logged for every step besides the loss, and written to metrics.jsonl.
 
 A reward is beta times the log-probability that an answer has gained over the reference. With ORPO, which has no
 reference, it is beta times the mean log-probability of a token. A margin is the chosen reward less the rejected one.
-The accuracy is the share of pairs with a positive margin; it is not logged while KTO trains. Of unpaired answers, the
-desired ones count as chosen and the undesired ones as rejected. ``..._right`` is the share of answers on the right side
-of the reference, measured on held-out answers only."""
+The accuracy is the share of pairs with a positive margin. Of unpaired answers, the desired ones count as chosen and the
+undesired ones as rejected. With KTO, ``..._right`` is the share of answers on the right side of the reference.
+``aux_loss`` is the router loss of a mixture of experts, before its coefficient."""
 
 MAX_DESIRED_RATIO = 4 / 3
 """Largest total weight of the desired answers, relative to the undesired ones (arXiv 2402.01306, section 4)."""
@@ -64,35 +67,25 @@ def preference_lengths(rows: Dataset) -> list[int]:
     return [len(ids) + (mask.index(1) + len(rejected) if rejected else 0) for ids, mask, rejected in masks]
 
 
-def is_all_pairs(rows: Dataset) -> bool:
-    """Whether every row has both answers."""
-    return "label" not in rows.column_names
-
-
 def row_labels(rows: Dataset) -> list[bool] | None:
     """Return whether each row's own answer is desired; None if all rows are pairs, or no preferences."""
-    return None if is_all_pairs(rows) else list(rows["label"])
+    return list(rows["label"]) if "label" in rows.column_names else None
 
 
 def count_labels(rows: Dataset) -> tuple[int, int]:
     """Count desired and undesired answers. A pair has one of each."""
-    if is_all_pairs(rows):
+    labels = row_labels(rows)
+    if labels is None:
         return len(rows), len(rows)
-    num_desired = sum(rows["label"])
-    return num_desired, len(rows) - num_desired + sum(bool(rejected) for rejected in rows["rejected_ids"])
+    return sum(labels), len(rows) - sum(labels) + sum(bool(rejected) for rejected in rows["rejected_ids"])
 
 
 def label_weights(options: TrainOptions, num_desired: int, num_undesired: int) -> tuple[float, float]:
-    """Return the weights of desired and undesired answers in KTO's loss.
+    """Return the weights of desired and undesired answers in KTO's loss, from at least one answer of each.
 
     A weight that the options leave open is chosen as close to 1 as possible, such that the desired answers together
     weigh as much as the undesired ones, or up to a third more. If both are open, the weight of the fewer answers is
     raised.
-
-    Args:
-        options: Options with ``desirable_weight`` and ``undesirable_weight``.
-        num_desired: Number of desired answers, at least one.
-        num_undesired: Number of undesired answers, at least one.
     """
     ratio = num_desired / num_undesired
     desired, undesired = options.desirable_weight, options.undesirable_weight
@@ -100,14 +93,10 @@ def label_weights(options: TrainOptions, num_desired: int, num_undesired: int) -
         desired = max(1.0, 1 / ratio)
     if desired is None:
         assert undesired is not None, "one of them is set"
-        desired = _closest_to_one(undesired / ratio, MAX_DESIRED_RATIO * undesired / ratio)
+        desired = min(max(1.0, undesired / ratio), MAX_DESIRED_RATIO * undesired / ratio)
     elif undesired is None:
-        undesired = _closest_to_one(desired * ratio / MAX_DESIRED_RATIO, desired * ratio)
+        undesired = min(max(1.0, desired * ratio / MAX_DESIRED_RATIO), desired * ratio)
     return desired, undesired
-
-
-def _closest_to_one(low: float, high: float) -> float:
-    return min(max(1.0, low), high)
 
 
 def with_label_weights(options: TrainOptions, rows: Dataset) -> TrainOptions:
@@ -119,22 +108,13 @@ def with_label_weights(options: TrainOptions, rows: Dataset) -> TrainOptions:
 
 
 def label_facts(options: TrainOptions, rows: Dataset) -> dict[str, float]:
-    """Return for KTO the number and weight of the answers with each label; nothing for other objectives.
-
-    Args:
-        options: Training options.
-        rows: Rows to train on.
-    """
+    """Return for KTO the number and weight of the answers with each label; nothing for other objectives."""
     if options.objective != "kto":
         return {}
-    num_desired, num_undesired = count_labels(rows)
-    desired, undesired = label_weights(options, num_desired, num_undesired)
-    return {
-        "num_desired": num_desired,
-        "num_undesired": num_undesired,
-        "desirable_weight": round(desired, 6),
-        "undesirable_weight": round(undesired, 6),
-    }
+    counts = count_labels(rows)
+    names = ("num_desired", "num_undesired", "desirable_weight", "undesirable_weight")
+    weights = (round(weight, 6) for weight in label_weights(options, *counts))
+    return dict(zip(names, (*counts, *weights), strict=True))
 
 
 def format_label_facts(facts: Mapping[str, float]) -> str:
@@ -149,34 +129,83 @@ def format_label_facts(facts: Mapping[str, float]) -> str:
     return f"kto: {desired}, {undesired}, together {share:.2f} to 1{remark}"
 
 
-# -- the trainer
+# -- losses
 
 
-def partial_arguments(options: TrainOptions) -> Callable[..., TrainingArguments]:
-    """Return TRL's arguments class with what is special to a preference objective filled in.
+class Scores(NamedTuple):
+    """What the losses of some answers are computed from; shape [answers] each.
+
+    Attributes:
+        policy: Log-probability of the answer.
+        reference: The same of the reference; zero with ORPO.
+        lengths: Number of tokens.
+        desired: Whether the answer is desired. If all rows are pairs, the chosen and the rejected answers are in the
+            same order.
+    """
+
+    policy: torch.Tensor
+    reference: torch.Tensor
+    lengths: torch.Tensor
+    desired: torch.Tensor
+
+
+def preference_losses(options: TrainOptions, scores: Scores, kl: torch.Tensor | float = 0.0) -> torch.Tensor:
+    """Compute the loss of each pair, or with KTO of each answer.
+
+    DPO is equation 7 of arXiv 2305.18290, with the chosen answer's mean loss of a token as in arXiv 2404.19733. KTO is
+    equation 8 of arXiv 2402.01306. ORPO is equations 1 and 6 of arXiv 2403.07691.
 
     Args:
-        options: Objective, beta, weight of the chosen answers' loss; for KTO both label weights.
+        options: Objective, beta and weights. With KTO, both label weights are set.
+        scores: Chosen and rejected answers of the same pairs; with KTO any answers.
+        kl: KTO's estimate of the divergence from the reference, in nats per answer.
     """
-    from trl import DPOConfig, KTOConfig
+    import torch
 
-    # max_length=None: rows that are too long were dropped by prepare, and nothing is truncated here.
+    logsigmoid, desired, beta = torch.nn.functional.logsigmoid, scores.desired, options.beta
+    means = scores.policy / scores.lengths
+    if options.objective == "orpo":
+        # log odds(p) = log p - log(1 - p). The mean over tokens is below zero, but rounds to zero for a certain answer.
+        odds = means - torch.log(-torch.expm1(means.clamp(max=-1e-6)))
+        return -means[desired] - beta * logsigmoid(odds[desired] - odds[~desired])
+    gains = scores.policy - scores.reference
     if options.objective == "kto":
-        return partial(
-            KTOConfig,
-            max_length=None,
-            beta=options.beta,
-            desirable_weight=options.desirable_weight,
-            undesirable_weight=options.undesirable_weight,
-        )
-    with_chosen = options.rpo_alpha > 0
-    return partial(
-        DPOConfig,
-        max_length=None,
-        beta=options.beta,
-        loss_type=["sigmoid", "sft"] if with_chosen else ["sigmoid"],
-        loss_weights=[1.0, options.rpo_alpha] if with_chosen else None,
-    )
+        assert options.desirable_weight and options.undesirable_weight, "filled in before training"
+        losses = 1 - torch.sigmoid(beta * (gains[desired] - kl)), 1 - torch.sigmoid(beta * (kl - gains[~desired]))
+        return torch.cat([options.desirable_weight * losses[0], options.undesirable_weight * losses[1]])
+    losses_of_pairs = -logsigmoid(beta * (gains[desired] - gains[~desired]))
+    return losses_of_pairs - options.rpo_alpha * means[desired] if options.rpo_alpha else losses_of_pairs
+
+
+def preference_figures(
+    options: TrainOptions, scores: Scores, kl: torch.Tensor | float, *, paired: bool
+) -> dict[str, float]:
+    """Return what :data:`FIGURES` names, without the figures of a label that no answer has.
+
+    Args:
+        options: Objective and beta.
+        scores: Scores of a step, or of all held-out answers. Every answer counts the same.
+        kl: KTO's estimate of the divergence.
+        paired: Whether all rows are pairs.
+    """
+    values = scores.policy / scores.lengths if options.objective == "orpo" else scores.policy
+    rewards = options.beta * (values - scores.reference)
+    figures = {"kl": float(kl)} if options.objective == "kto" else {}
+    for name, members, sign in (("chosen", scores.desired, 1), ("rejected", ~scores.desired, -1)):
+        if bool(members.any()):
+            figures[f"rewards/{name}"] = float(rewards[members].mean())
+            figures[f"logps/{name}"] = float(values[members].mean())
+            if options.objective == "kto":
+                figures[f"rewards/{name}_right"] = float((sign * rewards[members] > 0).float().mean())
+    if "rewards/chosen" in figures and "rewards/rejected" in figures:
+        figures["rewards/margins"] = figures["rewards/chosen"] - figures["rewards/rejected"]
+    if paired:
+        wins = rewards[scores.desired] > rewards[~scores.desired]
+        figures["rewards/accuracies"] = float(wins.float().mean())
+    return figures
+
+
+# -- the trainer
 
 
 def make_preference_trainer(
@@ -192,219 +221,137 @@ def make_preference_trainer(
     """Make the trainer of a preference objective. Its method ``measure`` evaluates held-out rows.
 
     Args:
-        model: A model with a new adapter, whose update is zero.
+        model: A model with an adapter, as it is before training.
         tokenizer: A tokenizer with a padding token.
         rows: Rows with the columns ``id``, ``input_ids``, ``completion_mask`` (the chosen answer) and
             ``rejected_ids``, in the order of training; also ``label`` if some answers are unpaired.
-        args: Arguments made with :func:`partial_arguments`.
+        args: Arguments of :func:`fintune.training.trainers.make_arguments`.
         options: Training options.
         callbacks: Callbacks for transformers' Trainer.
         multiple: The width of a batch is rounded up to a multiple of this.
     """
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    from trl.trainer.utils import disable_dropout_in_model
+
+    disable_dropout_in_model(model)  # model and reference have to be equal at first
+    collator = PreferenceCollator(
+        tokenizer.pad_token_id,
+        options.per_device_train_batch_size,
+        multiple=multiple,
+        unpaired=options.objective == "kto",
+    )
     trainer = _trainer_class(options)(
         model=model,
         args=args,
-        data_collator=PreferenceCollator(
-            tokenizer.pad_token_id, multiple=multiple, unpaired=options.objective == "kto"
-        ),
+        data_collator=collator,
         train_dataset=rows,
         processing_class=tokenizer,
         callbacks=list(callbacks),
     )
-    # TRL copies the adapter as the reference. A new adapter that is switched off is the same without the memory, and
-    # the copy would be written into every checkpoint.
-    if "ref" in model.peft_config:
-        model.delete_adapter("ref")
-    for weight in trained:
-        weight.requires_grad_(True)
+    trainer.is_paired = row_labels(rows) is None
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    if any(bool(weight.any()) for name, weight in trained.items() if "lora_B" in name):
+        trainer.first_weights = [(weight, weight.detach().clone()) for weight in trained.values()]
     return trainer
 
 
 def _trainer_class(options: TrainOptions) -> type[Trainer]:
     import torch
-    from trl import DPOTrainer, KTOTrainer
+    from trl import SFTTrainer
 
-    base = KTOTrainer if options.objective == "kto" else DPOTrainer
+    class PreferenceTrainer(SFTTrainer):  # type: ignore[misc]
+        """TRL's loop and output head with the losses of this module, on batches of ``PreferenceCollator``."""
 
-    class PreferenceTrainer(base):  # type: ignore[misc, valid-type]
-        """TRL's loop and losses on prepared rows."""
+        is_paired: bool
+        first_weights: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
+        """Trained weights and their values before training, if the adapter does not start at zero."""
 
-        def _prepare_dataset(self, dataset: Dataset, *_: object) -> Dataset:
-            return dataset  # it is tokenised already
+        def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: object = None) -> torch.Tensor:
+            """Run the passes of a step, forward and backward."""
+            model.train()
+            passes, metrics = self._prepare_inputs(inputs)["passes"], self._metrics["train"]
+            kl = self._divergence(model, passes)
+            num_losses = sum(len(batch["desired"]) for batch in passes) // (1 if options.objective == "kto" else 2)
+            done: list[Scores] = []
+            total = torch.zeros((), device=self.args.device)
+            for batch in passes:
+                with self.compute_loss_context_manager():
+                    scores, aux_loss = self._score(model, batch)
+                    loss = preference_losses(options, scores, kl).sum() / num_losses
+                    if aux_loss is not None:
+                        metrics["aux_loss"].append(float(aux_loss.detach()))
+                        loss = loss + self.router_aux_loss_coef * aux_loss / len(passes)
+                self.accelerator.backward(loss)
+                total += loss.detach()
+                done.append(Scores(*(values.detach() for values in scores)))
+            self._check(total, f"the loss is not finite at step {self.state.global_step + 1}", passes, done)
+            for name, value in preference_figures(options, _join(done), kl, paired=self.is_paired).items():
+                metrics[name].append(value)
+            return total
 
-        def compute_loss(
-            self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: object = None
-        ) -> torch.Tensor:
-            batch = {name: value for name, value in inputs.items() if name != "ids"}
-            if options.objective == "orpo":
-                mode = "train" if self.model.training else "eval"
-                loss, figures = odds_ratio_loss(model, batch, options.beta)
-                for name, value in figures.items():
-                    self._metrics[mode][name].append(value)
-            else:
-                loss = super().compute_loss(model, batch)
-            if self.model.training and not bool(loss.isfinite()):
-                raise bad_loss_error(self.state.global_step + 1, inputs["ids"], self.args)
-            return loss
-
-        def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-            for metrics in self._metrics.values():
-                for name in [name for name in metrics if name not in FIGURES]:
-                    del metrics[name]  # the head on a CPU leaves some of them at zero
-            super().log(logs, start_time)
-
-        def measure(self, model: nn.Module, rows: Dataset, order: Sequence[int], size: int) -> dict[str, float]:
-            """Compute loss and figures over held-out rows; each pair counts the same, or with KTO each answer.
-
-            Args:
-                model: A model in evaluation mode.
-                rows: Pairs or labelled answers.
-                order: Indices of the rows.
-                size: Rows of a forward pass.
-            """
-            measure = self._measure_answers if options.objective == "kto" else self._measure_pairs
-            return {f"eval_{name}": value for name, value in measure(model, rows, order, size).items()}
-
-        def _measure_pairs(self, model: nn.Module, rows: Dataset, order: Sequence[int], size: int) -> dict[str, float]:
-            totals: dict[str, float] = {}
-            for batch_rows in batch_preference_rows(rows, order, size):
-                figures = self._evaluate_batch(model, self.data_collator(batch_rows))
-                check_eval_loss(figures["loss"], self.state.global_step, batch_rows, self.args)
-                for name, value in figures.items():
-                    if name == "loss" or name in FIGURES:
-                        totals[name] = totals.get(name, 0.0) + value * len(batch_rows)
-            return {name: total / len(order) for name, total in totals.items()}
-
-        def _measure_answers(
-            self, model: nn.Module, rows: Dataset, order: Sequence[int], size: int
-        ) -> dict[str, float]:
-            answers, num_ranked = AnswerFigures(), 0
-            for batch_rows in batch_preference_rows(rows, order, max(size, 2)):
-                batch = self.data_collator(batch_rows)
-                figures = self._evaluate_batch(model, batch)
-                check_eval_loss(figures["loss"], self.state.global_step, batch_rows, self.args)
-                logps, gains = self._gains(model, batch)
-                rewards = (options.beta * gains).tolist()
-                answers.add(batch["label"].tolist(), rewards, logps.tolist(), loss=figures["loss"], kl=figures["kl"])
-                if is_all_pairs(rows):
-                    chosen, rejected = gains.chunk(2)
-                    num_ranked += int((chosen > rejected).sum())
-            ranked = {"rewards/accuracies": num_ranked / len(order)} if is_all_pairs(rows) else {}
-            return answers.figures() | ranked
-
-        def _evaluate_batch(self, model: nn.Module, batch: Batch) -> dict[str, float]:
-            loss, *_ = self.prediction_step(model, batch, prediction_loss_only=True)
-            figures = {name: sum(values) / len(values) for name, values in self._metrics["eval"].items()}
-            self._metrics["eval"].clear()
-            return figures | {"loss": float(loss)}
-
-        def _gains(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-            """Return log-probabilities of the answers, and their gain over the reference; shape [answers]."""
-            inputs = self._prepare_inputs(batch)
+        def measure(self, model: nn.Module, rows: Dataset, order: Sequence[int]) -> dict[str, float]:
+            """Compute loss and figures over held-out rows; each pair counts the same, or with KTO each answer."""
+            passes = list(self.data_collator.passes([rows[index] for index in order]))
             with torch.no_grad(), self.compute_loss_context_manager():
-                policy = answer_logps(model, inputs).sum(1)
-                with self.accelerator.unwrap_model(self.model).disable_adapter():
-                    reference = answer_logps(model, inputs).sum(1)
-            return policy, policy - reference
+                kl = self._divergence(model, passes)
+                done = [self._score(model, self._prepare_inputs(batch))[0] for batch in passes]
+                loss = preference_losses(options, _join(done), kl).mean()
+            self._check(loss, f"the evaluation loss is not finite after step {self.state.global_step}", passes, done)
+            figures = preference_figures(options, _join(done), kl, paired=row_labels(rows) is None)
+            return {"eval_loss": float(loss)} | {f"eval_{name}": value for name, value in figures.items()}
+
+        def floating_point_ops(self, inputs: Batch) -> int:
+            """Return nothing: transformers would look for one tensor of tokens, and nobody reads the figure."""
+            return 0
+
+        def _divergence(self, model: nn.Module, passes: Sequence[Batch]) -> torch.Tensor | float:
+            """Estimate KTO's divergence from answers to other prompts, over all passes."""
+            if options.objective != "kto":
+                return 0.0
+            with torch.no_grad(), self.compute_loss_context_manager():
+                batches = [self._prepare_inputs(batch["mismatched"]) for batch in passes]
+                gains = [self._log_probs(model, batch)[0] - self._reference(model, batch) for batch in batches]
+            return torch.cat(gains).mean().clamp(min=0)
+
+        def _score(self, model: nn.Module, batch: Batch) -> tuple[Scores, torch.Tensor | None]:
+            """Score the answers of a pass; also return the router loss of a mixture of experts that trains."""
+            answers, needs_router = batch["answers"], self.aux_loss_enabled and model.training
+            reference = self._reference(model, answers) if options.objective != "orpo" else None
+            policy, aux_loss = self._log_probs(
+                model, answers, **({"output_router_logits": True} if needs_router else {})
+            )
+            lengths = (answers["labels"][:, 1:] != IGNORED).sum(1)
+            reference = torch.zeros_like(policy) if reference is None else reference
+            return Scores(policy, reference, lengths, batch["desired"]), aux_loss if needs_router else None
+
+        def _log_probs(
+            self, model: nn.Module, answers: Batch, **more: object
+        ) -> tuple[torch.Tensor, torch.Tensor | None]:
+            output = model(**answers, fused_lm_head=True, **more)
+            return output.log_probs.float().sum(1), getattr(output, "aux_loss", None)
+
+        def _reference(self, model: nn.Module, answers: Batch) -> torch.Tensor:
+            adapted = self.accelerator.unwrap_model(self.model)
+            with torch.no_grad(), nullcontext() if self.first_weights else adapted.disable_adapter():
+                last_weights = [weight.data for weight, _ in self.first_weights]
+                for weight, first in self.first_weights:
+                    weight.data = first
+                log_probs: torch.Tensor = self._log_probs(model, answers)[0]
+                for (weight, _), last in zip(self.first_weights, last_weights, strict=True):
+                    weight.data = last
+            return log_probs
+
+        def _check(
+            self, loss: torch.Tensor, problem: str, passes: Sequence[Batch], all_scores: Sequence[Scores]
+        ) -> None:
+            if not bool(loss.isfinite()):
+                pairs = list(zip(passes, all_scores, strict=True))
+                bad = [id_ for batch, scores in pairs if not scores.policy.isfinite().all() for id_ in batch["ids"]]
+                raise non_finite_error(problem, bad or [id_ for batch in passes for id_ in batch["ids"]], self.args)
 
     return PreferenceTrainer
 
 
-def answer_logps(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Compute the log-probability of each token of the answers.
-
-    Args:
-        model: A model with TRL's head, which scores the labelled positions alone.
-        batch: ``input_ids``, ``attention_mask``, ``completion_mask``, each of shape [answers, width].
-
-    Returns:
-        Shape [answers, width - 1], zero outside the answers.
-    """
-    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED)
-    output = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels, fused_lm_head=True
-    )
-    log_probs: torch.Tensor = output.log_probs
-    return log_probs
-
-
-def odds_ratio_loss(model: nn.Module, batch: Batch, weight: float) -> tuple[torch.Tensor, dict[str, float]]:
-    """Compute ORPO's loss (arXiv 2403.07691, equations 1 and 6): the chosen answer's loss, and chosen against rejected.
-
-    Args:
-        model: A model with TRL's head.
-        batch: Chosen answers in the first half of the rows, rejected ones in the second.
-        weight: Weight of the odds ratio, the paper's lambda.
-
-    Returns:
-        The loss, a mean over pairs in which each answer counts by the mean of its tokens; and figures to log.
-    """
+def _join(parts: Sequence[Scores]) -> Scores:
     import torch
 
-    logps = answer_logps(model, batch).float()
-    means = logps.sum(1) / batch["completion_mask"][:, 1:].sum(1)
-    chosen, rejected = means.chunk(2)
-    # log odds(p) = log p - log(1 - p). The mean over tokens is below zero, but rounds to zero for a certain answer.
-    odds = [mean - torch.log(-torch.expm1(mean.clamp(max=-1e-6))) for mean in (chosen, rejected)]
-    ratio = torch.nn.functional.logsigmoid(odds[0] - odds[1])
-    loss = (-chosen - weight * ratio).mean()
-    with torch.no_grad():
-        figures = {
-            "rewards/chosen": weight * chosen.mean(),
-            "rewards/rejected": weight * rejected.mean(),
-            "rewards/margins": weight * (chosen - rejected).mean(),
-            "rewards/accuracies": (chosen > rejected).float().mean(),
-            "logps/chosen": chosen.mean(),
-            "logps/rejected": rejected.mean(),
-        }
-    return loss, {name: float(value) for name, value in figures.items()}
-
-
-@dataclass
-class AnswerFigures:
-    """Sums up batches of labelled held-out answers; every answer counts the same.
-
-    A reward is beta times the log-probability that an answer has gained over the reference. Desired answers belong
-    above zero, undesired ones below.
-    """
-
-    _rewards: dict[bool, list[float]] = field(default_factory=lambda: {True: [], False: []})
-    _logps: dict[bool, list[float]] = field(default_factory=lambda: {True: [], False: []})
-    _loss: float = 0.0
-    _kl: float = 0.0
-
-    def add(
-        self, labels: Sequence[bool], rewards: Sequence[float], logps: Sequence[float], *, loss: float, kl: float
-    ) -> None:
-        """Add a batch.
-
-        Args:
-            labels: Label of each answer.
-            rewards: Reward of each answer.
-            logps: Log-probability of each answer.
-            loss: Mean loss of the answers.
-            kl: Estimate of the divergence from the reference, in nats per answer.
-        """
-        for label, reward, logp in zip(labels, rewards, logps, strict=True):
-            self._rewards[label].append(reward)
-            self._logps[label].append(logp)
-        self._loss += loss * len(labels)
-        self._kl += kl * len(labels)
-
-    def figures(self) -> dict[str, float]:
-        """Return the loss and what :data:`FIGURES` names, without the figures of a label that no answer has.
-
-        ``rewards/chosen_right`` and ``rewards/rejected_right`` are the shares on the right side of zero.
-        """
-        num_answers = sum(map(len, self._rewards.values()))
-        figures = {"loss": self._loss / num_answers, "kl": self._kl / num_answers}
-        for label, name, sign in ((True, "chosen", 1), (False, "rejected", -1)):
-            rewards = self._rewards[label]
-            if rewards:
-                figures[f"rewards/{name}"] = sum(rewards) / len(rewards)
-                figures[f"rewards/{name}_right"] = sum(sign * reward > 0 for reward in rewards) / len(rewards)
-                figures[f"logps/{name}"] = sum(self._logps[label]) / len(rewards)
-        if all(self._rewards.values()):
-            figures["rewards/margins"] = figures["rewards/chosen"] - figures["rewards/rejected"]
-        return figures
+    return Scores(*(torch.cat(values) for values in zip(*parts, strict=True)))

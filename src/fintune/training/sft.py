@@ -7,71 +7,26 @@ evaluate, write checkpoints and stop at a loss that is not finite.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fintune.config import TrainOptions
 from fintune.errors import ConfigError
 from fintune.training import checkpoints, distributed, metrics, preference
-from fintune.training.batches import num_steps, training_order
+from fintune.training.batches import make_schedule
 from fintune.training.callbacks import make_recorder
 from fintune.training.evaluate import Evaluation, Evaluator
 from fintune.training.interrupt import StopAfterStep, stopping_after_step
 from fintune.training.lora import adapter_in_float32
 from fintune.training.memory import planner
 from fintune.training.memory.model import MemoryPlan
-from fintune.training.trainers import make_arguments, make_fused_trainer, make_trainer, stop_at_bad_losses
+from fintune.training.trainers import make_arguments, make_fused_trainer, make_trainer
 from fintune.util.console import bar, quiet_libraries, say
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class TrainingSchedule:
-    """The examples of a run, step by step.
-
-    Attributes:
-        order: Indices of the examples, in the order of training.
-        steps: Number of optimizer steps.
-        tokens: Tokens without padding that are trained up to each step, from step 0; length ``steps + 1``.
-    """
-
-    order: list[int]
-    steps: int
-    tokens: list[int]
-
-
-def make_schedule(
-    lengths: Sequence[int], options: TrainOptions, seed: int, *, labels: Sequence[bool] | None = None
-) -> TrainingSchedule:
-    """Fix the examples of every step of the run.
-
-    Args:
-        lengths: Tokens of each example.
-        options: Epochs, batch size and accumulation.
-        seed: Seed of the order.
-        labels: For KTO, whether each answer is desired. Every step then mixes the labels.
-    """
-    batch_size = examples_per_step(options)
-    num_examples, steps = num_steps(len(lengths), options.num_train_epochs, batch_size, options.max_steps)
-    if options.objective == "kto" or distributed.world_size() > 1:
-        # The last step is filled up. KTO compares answers to different prompts, and a rest may be a single answer. And
-        # every process needs its share of every step.
-        num_examples = steps * batch_size
-    order = training_order(lengths, num_examples, batch_size, seed, labels=labels)
-    tokens = [0]
-    for step in range(steps):
-        tokens.append(tokens[-1] + sum(lengths[i] for i in order[step * batch_size : (step + 1) * batch_size]))
-    return TrainingSchedule(order, steps, tokens)
-
-
-def examples_per_step(options: TrainOptions) -> int:
-    """Return the examples of an optimizer step, over all processes."""
-    return options.per_device_train_batch_size * options.gradient_accumulation_steps * distributed.world_size()
 
 
 def train_model(
@@ -117,10 +72,10 @@ def train_model(
     schedule = make_schedule(lengths, options, seed, labels=preference.row_labels(rows))
     fused = supervised and _uses_fused_layers(model, options.fused_layers)
     options, plan = _fit_memory(model, options, lengths, folder, fused=fused)
-    step_size = examples_per_step(options)
 
     def examples_of(step: int) -> list[str]:
-        return [str(rows[index]["id"]) for index in schedule.order[(step - 1) * step_size : step * step_size]]
+        indices = schedule.order[(step - 1) * schedule.step_size : step * schedule.step_size]
+        return [str(rows[index]["id"]) for index in indices]
 
     checkpoint, earlier = _read_progress(folder)
     done = checkpoints.step_of(checkpoint) if checkpoint else 0
@@ -128,7 +83,7 @@ def train_model(
         args = make_arguments(model, options, schedule.steps, compute, seed, folder / "checkpoints")
         order = schedule.order
         if metrics.is_out_of_patience(earlier, options):  # training was over; only the work after it is left
-            args.max_steps, order = done, order[: done * step_size]
+            args.max_steps, order = done, order[: done * schedule.step_size]
         recorder = make_recorder(
             options,
             folder=folder,
@@ -145,8 +100,6 @@ def train_model(
                 trainer = make_fused_trainer(model, tokenizer, ordered_rows, args, callbacks, plan)
             else:
                 trainer = make_trainer(model, tokenizer, ordered_rows, args, callbacks, options)
-        if supervised and not fused:
-            stop_at_bad_losses(trainer, rows)
         if options.eval_steps is not None:
             assert evaluation is not None, "train.eval_steps needs an evaluation split"
             recorder.evaluator = trainer.evaluate = Evaluator(

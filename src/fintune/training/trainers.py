@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fintune.config import TrainOptions
 from fintune.training import distributed, optimizers, preference
-from fintune.training.batches import WIDTH_MULTIPLE, CompletionCollator
+from fintune.training.batches import WIDTH_MULTIPLE, CompletionCollator, examples_per_step
 from fintune.training.cpu_layers import use_cpu_attention, use_label_only_head
-from fintune.training.evaluate import bad_loss_error
+from fintune.training.evaluate import non_finite_error
 from fintune.training.lora import compute_in_base_type, store_frozen_weights
 from fintune.training.memory.model import MemoryPlan
 from fintune.util.console import say
@@ -42,16 +41,20 @@ def make_arguments(
 
     weights = next(model.parameters())
     is_sharded_on_gpu = distributed.is_sharded(options) and torch.cuda.is_available()
-    arguments = preference.partial_arguments(options)
-    if options.objective == "sft":
-        arguments = partial(SFTConfig, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None)
-    args = arguments(
+    # A batch of a preference objective is a whole step, which its trainer divides into passes.
+    is_supervised = options.objective == "sft"
+    args = SFTConfig(
+        # max_length=None: rows that are too long were dropped by prepare, and nothing is truncated here.
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
         output_dir=str(folder),
         use_cpu=weights.device.type == "cpu" and not is_sharded_on_gpu,
         max_steps=num_steps,
         num_train_epochs=1,
-        per_device_train_batch_size=options.per_device_train_batch_size,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        per_device_train_batch_size=options.per_device_train_batch_size
+        if is_supervised
+        else examples_per_step(options),
+        gradient_accumulation_steps=options.gradient_accumulation_steps if is_supervised else 1,
         learning_rate=options.learning_rate,
         lr_scheduler_type=options.lr_scheduler_type,
         warmup_steps=_warmup_steps(options, num_steps),
@@ -140,7 +143,7 @@ def make_fused_trainer(
     def check_losses(step: int) -> None:
         bad_examples = trainer.examples_of_bad_losses()
         if bad_examples:
-            raise bad_loss_error(step, bad_examples, args)
+            raise non_finite_error(f"the loss is not finite at step {step}", bad_examples, args)
 
     callbacks[0].check_losses = check_losses
     return trainer
@@ -155,11 +158,8 @@ def make_trainer(
     options: TrainOptions,
 ) -> Trainer:
     """Make the objective's trainer over the layers of transformers; arguments as for :func:`make_fused_trainer`."""
-    from trl import SFTTrainer
-
     if options.objective == "sft":
-        is_sharded = distributed.is_sharded(options)
-        trainer = (distributed.without_device_placement(SFTTrainer) if is_sharded else SFTTrainer)(
+        trainer = _completion_trainer_class(is_sharded=distributed.is_sharded(options))(
             model=model,
             args=args,
             data_collator=CompletionCollator(tokenizer.pad_token_id, multiple=WIDTH_MULTIPLE),
@@ -174,7 +174,7 @@ def make_trainer(
     if args.bf16 or args.fp16:
         compute_in_base_type(model)
     if args.device.type == "cpu":
-        base = _base_model(model)
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
         use_label_only_head(base)
         use_cpu_attention(base)
         if args.bf16 and base is not model:
@@ -182,38 +182,21 @@ def make_trainer(
     return trainer
 
 
-def _base_model(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
-    from peft import PeftModel
+def _completion_trainer_class(*, is_sharded: bool) -> type[SFTTrainer]:
+    from trl import SFTTrainer
 
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    class CompletionTrainer(SFTTrainer):  # type: ignore[misc]
+        """SFTTrainer that stops at a loss that is not finite, before the optimizer takes the step."""
 
+        def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+            ids = inputs.pop("ids")
+            loss: torch.Tensor = super().compute_loss(model, inputs, *args, **kwargs)
+            if self.model.training and not bool(loss.isfinite()):  # evaluations check their own rows
+                raise non_finite_error(f"the loss is not finite at step {self.state.global_step + 1}", ids, self.args)
+            return loss
 
-def stop_at_bad_losses(trainer: SFTTrainer, rows: Dataset) -> None:
-    """Stop the run at a loss that is not finite, before the optimizer takes the step.
+        def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+            if not is_sharded:  # a sharded model is divided first
+                super()._move_model_to_device(model, device)
 
-    Args:
-        trainer: Trainer over the layers of transformers.
-        rows: All rows, from which the examples of the batch are named.
-    """
-    trainer.model.register_forward_hook(_LossHook(rows, trainer), with_kwargs=True)
-
-
-class _LossHook:
-    """Forward hook; arguments as for :func:`stop_at_bad_losses`."""
-
-    def __init__(self, rows: Dataset, trainer: SFTTrainer) -> None:
-        self._rows, self._trainer = rows, trainer
-
-    def __call__(self, model: nn.Module, _args: object, kwargs: dict[str, Any], output: Any) -> None:
-        log_probs = getattr(output, "log_probs", None) if model.training else None  # evaluations check their own rows
-        if log_probs is None or bool(log_probs.isfinite().all()):
-            return
-        raise bad_loss_error(self._trainer.state.global_step + 1, self._ids(kwargs), self._trainer.args)
-
-    def _ids(self, inputs: dict[str, torch.Tensor]) -> list[str]:
-        batch = [
-            tuple(ids[mask.bool()].tolist())
-            for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
-        ]
-        known = {tuple(row["input_ids"]): str(row["id"]) for row in self._rows if tuple(row["input_ids"]) in set(batch)}
-        return [known.get(ids, "?") for ids in batch]
+    return CompletionTrainer

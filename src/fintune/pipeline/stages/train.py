@@ -18,7 +18,7 @@ from fintune.models import load as models
 from fintune.models.folder import FULL_MODEL_FOLDER, read_model_config
 from fintune.publish import files as publication
 from fintune.publish.push import EpochPushes
-from fintune.training import callbacks, distributed, full, lora, optimizers, preference, sft, unsloth
+from fintune.training import batches, callbacks, distributed, full, lora, optimizers, preference, sft, unsloth
 from fintune.training.checkpoints import BEST_FOLDER, count_saved_numbers
 from fintune.training.combinations import check_combinations
 from fintune.training.evaluate import Evaluation
@@ -192,7 +192,7 @@ def _epoch_pushes(config: Config, model: PeftModel, start: Path | None, num_rows
         return None
     base, _ = publication.base_of(config)  # a path of this machine means nothing on the hub
     name, revision = base.hub_id or base.name, config.model.revision
-    step_size = sft.examples_per_step(config.train)
+    step_size = batches.examples_per_step(config.train)
     return EpochPushes(
         config.publish,
         lambda folder: lora.save_adapter(model, name, revision, folder, start=start),
