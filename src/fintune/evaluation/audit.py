@@ -25,8 +25,7 @@ from fintune.finqa.trace import Trace, trace
 from fintune.finqa.verdict import NUMBER, PERCENT, agrees_with_answer
 from fintune.records import FinQARecord, Record
 
-Splits: TypeAlias = Mapping[str, Sequence[FinQARecord]]
-"""Records by the name of their file."""
+Splits: TypeAlias = Mapping[str, Sequence[FinQARecord]]  # by the name of their file
 
 FINDINGS: Mapping[str, str] = {
     "not_in_language": "gold program is outside the language",
@@ -62,9 +61,8 @@ class EvidenceAudit(Record):
 
     Attributes:
         num_annotated: Number of records with ``gold_inds``.
-        agreement: Number of those records by agreement: exact, covers (all of it and more), within (only a part of it),
-            overlaps, apart.
-        num_unambiguous: Number of those records whose operands are each in one place.
+        agreement: Number of those by agreement: exact, covers (all and more), within (a part), overlaps, apart.
+        num_unambiguous: Number of those whose operands are each in one place.
         unambiguous: Number of these by agreement.
         num_derived: Number of records without ``gold_inds`` for which evidence of every operand was found.
         num_without: Number of records without either.
@@ -79,16 +77,11 @@ class EvidenceAudit(Record):
 
 
 class SplitAudit(Record):
-    """The audit of one file.
+    """The audit of one file: its usable records, and the pages, reports and companies that they ask about.
 
     Attributes:
-        num_records: Number of usable records.
-        num_pages: Number of pages that they ask about.
-        num_reports: Number of reports that they ask about.
-        num_companies: Number of companies that they ask about.
         dropped: Number of records that cannot be used, by reason.
         findings: Ids by kind of finding (`FINDINGS`), in file order; every kind is a key.
-        evidence: Derived evidence compared with the annotated.
     """
 
     num_records: int
@@ -103,11 +96,8 @@ class SplitAudit(Record):
 class SharedItems(Record):
     """One kind of thing that two files share.
 
-    Attributes:
-        num: Number of distinct things; for ``near_question`` the number of pairs of different questions.
-        num_first: Number of records of the first file that have one of them.
-        num_second: Number of records of the second file that have one of them.
-        second_ids: Ids of the records of the second file.
+    ``num`` counts distinct things; for ``near_question`` it counts pairs of different questions. ``num_first`` and
+    ``num_second`` count the records of each file that have one of them.
     """
 
     num: int
@@ -125,12 +115,7 @@ class Overlap(Record):
 
 
 def audit_split(records: Sequence[FinQARecord], dropped: Mapping[str, int]) -> SplitAudit:
-    """Audit one file.
-
-    Args:
-        records: The usable records.
-        dropped: Number of the other records, by reason.
-    """
+    """Audit the usable records of one file; ``dropped`` is the number of the other records by reason."""
     findings: dict[str, list[str]] = {kind: [] for kind in FINDINGS}
     repeated = _repeated_questions(records)
     for record in records:
@@ -289,32 +274,24 @@ def _shared(first: Sequence[FinQARecord], second: Sequence[FinQARecord]) -> dict
         "page_text": page_content,
         "question": lambda record: question_words(record.qa.question),
     }
+
+    def items(num: int, in_first: list[int], in_second: list[int]) -> SharedItems:
+        ids = tuple(second[index].id for index in in_second)
+        return SharedItems(num=num, num_first=len(in_first), num_second=len(ids), second_ids=ids)
+
     shared = {}
     for name, key in keys.items():
         sides = [[key(record) for record in records] for records in (first, second)]
         both = set(sides[0]) & set(sides[1])
         in_first, in_second = ([index for index, value in enumerate(side) if value in both] for side in sides)
-        shared[name] = _items(len(both), in_first, in_second, second)
+        shared[name] = items(len(both), in_first, in_second)
     pairs = near_pairs(*([question_words(record.qa.question) for record in side] for side in (first, second)))
     near_first, near_second = (sorted({pair[side] for pair in pairs}) for side in (0, 1))
-    return shared | {"near_question": _items(len(pairs), near_first, near_second, second)}
-
-
-def _items(num: int, in_first: list[int], in_second: list[int], second: Sequence[FinQARecord]) -> SharedItems:
-    ids = tuple(second[index].id for index in in_second)
-    return SharedItems(num=num, num_first=len(in_first), num_second=len(ids), second_ids=ids)
+    return shared | {"near_question": items(len(pairs), near_first, near_second)}
 
 
 def near_pairs(first: Sequence[Sequence[str]], second: Sequence[Sequence[str]]) -> list[tuple[int, int]]:
-    """Find pairs of questions that share `NEAR` of their words and are not equal.
-
-    Args:
-        first: Words of each question of one file (`question_words`).
-        second: Words of each question of the other file.
-
-    Returns:
-        (index in ``first``, index in ``second``).
-    """
+    """Find pairs of questions (`question_words`) that share `NEAR` of their words and are not equal, as indices."""
     frequency = Counter(word for words in (*first, *second) for word in set(words))
     ordered = [[sorted(set(w), key=lambda word: (frequency[word], word)) for w in side] for side in (first, second)]
     # Sets that share at least NEAR of their words share one of their rarest (prefix filter, Chaudhuri et al. 2006).

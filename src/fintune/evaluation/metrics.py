@@ -98,14 +98,11 @@ class Score(Rates):
 def compute_scores(
     gold: Sequence[FinQARecord], predictions: Sequence[tuple[str, Sequence[str]]]
 ) -> tuple[Score, list[Verdict]]:
-    """Compute all figures.
+    """Compute all figures, and the verdicts in the order of the predictions.
 
     Args:
         gold: Records with unique ids.
         predictions: Id and official tokens ("EOF" included) of every prediction.
-
-    Returns:
-        The figures, and the verdicts in the order of the predictions.
 
     Raises:
         DataError: There is no prediction, or a prediction has an id that is not in ``gold``.

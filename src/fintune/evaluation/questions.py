@@ -12,6 +12,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Literal
 
 from fintune.finqa.program import extract_program
 from fintune.finqa.prompt import build_messages, prompt_budget
@@ -26,12 +27,7 @@ _PAGE_BYTES = 4000
 
 @dataclass(frozen=True)
 class GoldQuestion:
-    """A prompt of the evaluation split with its page.
-
-    Attributes:
-        messages: The turns of the prompt.
-        record: The page, the gold program and the gold result.
-    """
+    """A prompt of the evaluation split, with the page, the gold program and the gold result of its record."""
 
     messages: tuple[Message, ...]
     record: FinQARecord
@@ -42,12 +38,7 @@ class GoldQuestion:
 
 
 def read_questions(prepare: Path, ids: Collection[str]) -> list[GoldQuestion]:
-    """Read the questions of a finished ``prepare`` that have a gold program, in its order.
-
-    Args:
-        prepare: The folder of the stage.
-        ids: Ids of the questions to return.
-    """
+    """Read the questions with these ids of a finished ``prepare`` that have a gold program, in its order."""
     gold = prepare / "gold.json"
     rows = json.loads(gold.read_text(encoding="utf-8")) if gold.is_file() else []
     records = {record.id: record for record in map(FinQARecord.model_validate, rows)}
@@ -61,41 +52,21 @@ def read_questions(prepare: Path, ids: Collection[str]) -> list[GoldQuestion]:
 
 
 class RegressionPrompt(Record):
-    """A prompt of the regression set with its reference answer.
-
-    Attributes:
-        id: A short name.
-        group: ``finance`` or ``statements``.
-        messages: The turns before the answer.
-        answer: The reference answer.
-        record: The page with its gold result; None in the group ``finance``.
-    """
+    """A prompt of the regression set with its reference answer; ``record`` is its page in the group ``statements``."""
 
     id: str
-    group: str
+    group: Literal["finance", "statements"]
     messages: tuple[Message, ...]
     answer: str
     record: FinQARecord | None = None
 
 
-class _FinanceQuestion(Record):
-    id: str
-    question: str
-    answer: str
-
-
 def regression_prompts() -> list[RegressionPrompt]:
     """Read the regression set. The questions about one page are adjacent."""
-    questions = [_FinanceQuestion.model_validate_json(line) for line in _lines("finance.jsonl")]
-    finance = [
-        RegressionPrompt(
-            id=question.id,
-            group="finance",
-            messages=(Message(role="user", content=question.question),),
-            answer=question.answer,
-        )
-        for question in questions
-    ]
+    finance = []
+    for row in map(json.loads, _lines("finance.jsonl")):
+        messages = (Message(role="user", content=row["question"]),)
+        finance.append(RegressionPrompt(id=row["id"], group="finance", messages=messages, answer=row["answer"]))
     return finance + [_page_prompt(FinQARecord.model_validate_json(line)) for line in _lines("statements.jsonl")]
 
 

@@ -29,12 +29,7 @@ Gold: TypeAlias = Path | str | Iterable[FinQARecord | Mapping[str, object]]
 
 
 class ScoreFile(Score):
-    """The content of a ``score.json``: the figures, and what was not scored or scored with a doubt.
-
-    Attributes:
-        num_unscored: Number of rows that are in no figure, by reason.
-        problems: One line for each such row, and for each row scored with a doubt.
-    """
+    """The content of a ``score.json``: the figures, the number of rows in no figure by reason, and all problems."""
 
     num_unscored: dict[str, int]
     problems: tuple[str, ...]
@@ -219,41 +214,34 @@ def _with_known_id(
 ) -> tuple[list[PredictedProgram], list[DataError], int]:
     """Return the rows whose id is in the gold file, the doubts about rows, and the number of unknown ids."""
     ids = {record.id for record in records}
-    usable: list[PredictedProgram] = []
-    doubts: list[DataError] = []
-    first_rows: dict[str, int] = {}
+    first_rows = {row.id: row.row for row in reversed(file.predictions)}
+    doubts = []
     for row in file.predictions:
+        doubt = ""
         if row.id not in ids:
-            message = "the gold file has no such id; not scored"
-            doubts.append(DataError(message, path=file.path, row=row.row, record_id=row.id))
-            continue
-        usable.append(row)
-        if row.id in first_rows:
-            message = f"the same id as row {first_rows[row.id]}; scored again, as the official script does"
-            doubts.append(DataError(message, path=file.path, row=row.row, record_id=row.id))
-        first_rows.setdefault(row.id, row.row)
+            doubt = "the gold file has no such id; not scored"
+        elif row.row != first_rows[row.id]:
+            doubt = f"the same id as row {first_rows[row.id]}; scored again, as the official script does"
+        if doubt:
+            doubts.append(DataError(doubt, path=file.path, row=row.row, record_id=row.id))
+    usable = [row for row in file.predictions if row.id in ids]
     return usable, doubts, len(file.predictions) - len(usable)
 
 
 def _remarks(gold: Path | str, score: Score, verdicts: Sequence[Verdict]) -> list[str]:
     lines: list[str] = []
     if number := score.num_gold_not_comparable:
+        which = "1 prediction" if number == 1 else f"{number} predictions"
         none = "it cannot" if number == 1 else "none of them can"
+        lines.append(f"{gold}: the gold program of {which} is not a valid program, so {none} be program-correct")
+    if raised := [verdict.id for verdict in verdicts if verdict.equality_raised]:
+        who = f"{len(raised)} predictions equal the gold program but execute"
         lines.append(
-            f"{gold}: the gold program of {_predictions(number)} is not a valid program, so {none} be program-correct"
-        )
-    if number := score.num_equality_raised:
-        equal = "equals the gold program but executes" if number == 1 else "equal the gold program but execute"
-        first = next(verdict.id for verdict in verdicts if verdict.equality_raised)
-        lines.append(
-            f"{gold}: {_predictions(number)} {equal} to another result, at which the official script stops; "
-            f"counted as program-correct and execution-incorrect, first id {first}"
+            f"{gold}: {'1 prediction equals the gold program but executes' if len(raised) == 1 else who} to another "
+            "result, at which the official script stops; counted as program-correct and execution-incorrect, first id "
+            f"{raised[0]}"
         )
     return lines
-
-
-def _predictions(number: int) -> str:
-    return f"{number} prediction{'s' if number > 1 else ''}"
 
 
 def _csv_cell(value: object) -> object:

@@ -33,16 +33,10 @@ def wilson(num_hits: int, num_trials: int) -> Interval:
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """Two sets of answers to the same questions, by which of the two is right.
+    """Two sets of answers to the same questions: how many are right on both sides, gained, lost, and on neither side.
 
-    The questions that only one side answers correctly decide. Two overlapping intervals of single accuracies may still
-    belong to a clear difference.
-
-    Attributes:
-        num_both: Questions that both answer correctly.
-        num_gained: Questions that only the second answers correctly.
-        num_lost: Questions that only the first answers correctly.
-        num_neither: Questions that neither answers correctly.
+    The questions that only the second side (gained) or only the first (lost) answers correctly decide. Two overlapping
+    intervals of single accuracies may still belong to a clear difference.
     """
 
     num_both: int
@@ -68,32 +62,26 @@ class PairedComparison:
     @property
     def interval(self) -> Interval:
         """The 95 % interval of the difference: method 10 of Newcombe 1998 (Statistics in Medicine 17, 2635-2650)."""
-        if not self.num_common:
-            return -1.0, 1.0
-        second, first = self.num_both + self.num_gained, self.num_both + self.num_lost
-        below_second, above_second = _wilson_margins(second, self.num_common)
-        below_first, above_first = _wilson_margins(first, self.num_common)
-        shared = 2 * self._correlation(second, first)
-        low = _root(below_second**2 - shared * below_second * above_first + above_first**2)
-        high = _root(above_second**2 - shared * above_second * below_first + below_first**2)
-        return self.difference - low, self.difference + high
-
-    def _correlation(self, second: int, first: int) -> float:
-        """Phi of the four counts with Newcombe's continuity correction; 0 if one side is always or never right."""
         number = self.num_common
-        spread = second * (number - second) * first * (number - first)
+        if not number:
+            return -1.0, 1.0
+        first, second = self.num_both + self.num_lost, self.num_both + self.num_gained
+        (low_1, high_1), (low_2, high_2) = wilson(first, number), wilson(second, number)
+        below_1, above_1 = first / number - low_1, high_1 - first / number
+        below_2, above_2 = second / number - low_2, high_2 - second / number
+        # Phi of the four counts with Newcombe's continuity correction; 0 if one side is always or never right.
         crossed = self.num_both * self.num_neither - self.num_gained * self.num_lost
         corrected = max(crossed - number / 2, 0.0) if crossed > 0 else crossed
-        return corrected / math.sqrt(spread) if spread else 0.0
+        spread = second * (number - second) * first * (number - first)
+        phi = corrected / math.sqrt(spread) if spread else 0.0
+        # A rounding error below 0 counts as 0.
+        low = math.sqrt(max(below_2**2 - 2 * phi * below_2 * above_1 + above_1**2, 0.0))
+        high = math.sqrt(max(above_2**2 - 2 * phi * above_2 * below_1 + below_1**2, 0.0))
+        return self.difference - low, self.difference + high
 
 
 def compare_paired(first: Mapping[str, bool], second: Mapping[str, bool]) -> PairedComparison:
-    """Compare two sets of verdicts over the ids that both have.
-
-    Args:
-        first: Whether the first side's answer is right, by question id.
-        second: Whether the second side's answer is right, by question id.
-    """
+    """Compare two sets of verdicts (whether the answer is right, by question id) over the ids that both have."""
     sides = [(first[id_], second[id_]) for id_ in first if id_ in second]
     return PairedComparison(
         sides.count((True, True)), sides.count((False, True)), sides.count((True, False)), sides.count((False, False))
@@ -103,11 +91,8 @@ def compare_paired(first: Mapping[str, bool], second: Mapping[str, bool]) -> Pai
 def accuracy_by_coverage(answers: Iterable[tuple[float, bool]]) -> list[float]:
     """Accuracy of the 1, 2, ... most confident answers (risk and coverage: El-Yaniv and Wiener 2010, JMLR 11).
 
-    Args:
-        answers: Confidence and verdict of every answer, in any order.
-
-    Returns:
-        A list as long as ``answers``. Equally confident answers are averaged, so their order does not matter.
+    ``answers`` are pairs of confidence and verdict in any order. Equally confident answers are averaged, so their order
+    does not matter.
     """
     accuracies: list[float] = []
     num_right = 0.0
@@ -127,13 +112,7 @@ def accuracy_at(accuracies: Sequence[float], coverage: float) -> float:
 
 
 class LossSummary(NamedTuple):
-    """Mean loss at the start and at the end of training.
-
-    Attributes:
-        first: Mean of the first ``num`` logged losses.
-        last: Mean of the last ``num`` logged losses.
-        num: Number of losses in each mean.
-    """
+    """Mean of the first and of the last ``num`` logged losses of a training."""
 
     first: float
     last: float
@@ -141,23 +120,9 @@ class LossSummary(NamedTuple):
 
 
 def summarize_losses(losses: Sequence[float]) -> LossSummary:
-    """Average the first and the last tenth of the logged losses: the loss of a single step says little.
+    """Average the first and the last tenth of the logged losses, at least one: the loss of a single step says little.
 
     Each mean covers at least three losses, and never more than half of them.
-
-    Args:
-        losses: At least one loss, in the order of the steps.
     """
     num = max(1, min(max(_MIN_AVERAGED_LOSSES, len(losses) // 10), len(losses) // 2))
     return LossSummary(sum(losses[:num]) / num, sum(losses[-num:]) / num, num)
-
-
-def _wilson_margins(num_hits: int, num_trials: int) -> tuple[float, float]:
-    """Distance from the fraction to the lower and to the upper end of its Wilson interval."""
-    low, high = wilson(num_hits, num_trials)
-    rate = num_hits / num_trials
-    return rate - low, high - rate
-
-
-def _root(square: float) -> float:
-    return math.sqrt(max(square, 0.0))  # a rounding error below 0 counts as 0
