@@ -41,7 +41,7 @@ def answer_lines(
     yield Text.assemble(("program ", "dim"), program or "none")
     for number, step in enumerate(traced.steps):
         arguments = ", ".join(operand.text for operand in step.operands)
-        value = f"failed: {step.reason}" if step.value is None else format_number(step.value)
+        value = f"failed: {step.reason}" if step.value is None else _format_number(step.value)
         yield Text.assemble((f"  #{number} ", "dim"), f"{step.operation}({arguments}) = ", (value, "bold"))
         for operand in step.operands:
             for position in _positions(operand, record):
@@ -69,7 +69,12 @@ def describe_confidence(
     """
     num_same = sum(other is not None and other == result for other in results)
     agree = f"{num_same} of {len(results)} candidates have this result" if results else ""
-    return "not known" if confidence is None else _format_share(confidence), agree
+    if confidence is None:
+        return "not known", agree
+    percent = 100 * confidence
+    if percent < _MIN_PERCENT:
+        return f"< {_MIN_PERCENT} %", agree
+    return (f"{percent:.0f} %" if percent >= 1 else f"{percent:.2g} %"), agree
 
 
 def confidence_line(
@@ -80,26 +85,18 @@ def confidence_line(
     return Text.assemble(("confidence ", "dim"), share, (f"  {agree}" if agree else "", "dim"))
 
 
-def format_number(value: object) -> str:
-    """Format a value with at most 5 decimals and no trailing zeros."""
+def _format_number(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.5f}".rstrip("0").rstrip(".") if abs(value) < 1e15 else f"{value:g}"
     return str(value)
-
-
-def _format_share(fraction: float) -> str:
-    percent = 100 * fraction
-    if percent < _MIN_PERCENT:
-        return f"< {_MIN_PERCENT} %"
-    return f"{percent:.0f} %" if percent >= 1 else f"{percent:.2g} %"
 
 
 def _format_result(result: float | str, question: str, traced: Trace) -> str:
     # Programs give a fraction if a question asks for percent.
     asks_for_percent = any(word in question.lower() for word in ("percent", "%"))
     is_share = asks_for_percent and traced.steps[-1].operation == "divide"
-    percent = f"  ({format_number(100 * result)} %)" if isinstance(result, float) and is_share else ""
-    return f"{format_number(result)}{percent}"
+    percent = f"  ({_format_number(100 * result)} %)" if isinstance(result, float) and is_share else ""
+    return f"{_format_number(result)}{percent}"
 
 
 def _positions(operand: Operand, record: FinQARecord) -> Iterator[str]:

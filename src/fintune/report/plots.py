@@ -10,8 +10,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 from xml.sax.saxutils import escape
 
 if TYPE_CHECKING:
@@ -29,16 +28,11 @@ _MIN_HISTOGRAM_EXAMPLES = 20
 
 _INK, _MUTED, _LINE = "#010203", "#020304", "#030405"
 _SERIES = ("#040506", "#050607", "#060708", "#070809", "#08090a", "#090a0b", "#0a0b0c", "#0b0c0d")
-_VARIABLES: Mapping[str, str] = {
-    _INK: "var(--ink)",
-    _MUTED: "var(--muted)",
-    _LINE: "var(--line)",
-    **{colour: f"var(--s{index})" for index, colour in enumerate(_SERIES)},
-}
+_VARIABLES = {_INK: "ink", _MUTED: "muted", _LINE: "line", **{colour: f"s{k}" for k, colour in enumerate(_SERIES)}}
+_SETTINGS = {"svg.fonttype": "none", "font.size": 12, "axes.unicode_minus": False, "path.simplify": True}
 
 
-@dataclass(frozen=True)
-class Dot:
+class Dot(NamedTuple):
     """One row of :func:`dot_plot`: fractions, with ``low`` and ``high`` as the ends of the interval of ``value``.
 
     ``second`` is drawn as a hollow diamond. ``series`` is the number of the colour, ``--s0`` to ``--s7``.
@@ -52,8 +46,7 @@ class Dot:
     series: int = 1
 
 
-@dataclass(frozen=True)
-class Curve:
+class Curve(NamedTuple):
     """One line of a plot: values over optimizer steps, or over another horizontal axis."""
 
     steps: Sequence[float]
@@ -175,7 +168,7 @@ def length_plot(
     narrowest = min(end - start for bins in histograms for start, end, _ in bins)
     unit = 10 ** round(math.log10(narrowest))
     low, high = min(bins[0][0] for bins in histograms), max(bins[-1][1] for bins in histograms)
-    margin = max(0.05 * (high - low), 5 * narrowest)
+    margin = 0.05 * high
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
@@ -248,14 +241,7 @@ def _svg(name: str, title: str, draw: Callable[[Figure], None], *, height: float
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    settings = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": name,
-        "font.size": 12,
-        "axes.unicode_minus": False,
-        "path.simplify": True,
-    }
-    with mpl.rc_context(settings):
+    with mpl.rc_context({**_SETTINGS, "svg.hashsalt": name}):
         figure = Figure(figsize=(WIDTH / _DPI, height / _DPI), dpi=_DPI, layout="constrained")
         figure.patch.set_visible(False)
         FigureCanvasSVG(figure)
@@ -275,18 +261,14 @@ def _adapt(svg: str, name: str, title: str) -> str:
     svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", svg)
     svg = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', svg)
     for colour, variable in _VARIABLES.items():
-        svg = svg.replace(colour, variable)
+        svg = svg.replace(colour, f"var(--{variable})")
     # Keep the size and drop the font; older versions write `font: 700 12px 'DejaVu Sans', ...` as one property.
     svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
-    svg = re.sub(r"font: (?:(\d{3}|bold) )?([\d.]+)px [^;\"]*", _font_without_family, svg)
+    svg = re.sub(r"font: (\d{3}|bold) ([\d.]+)px [^;\"]*", r"font-size: \2px; font-weight: \1", svg)
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
     svg = re.sub(r"\n\s*", "\n", svg)
     view = re.search(r'viewBox="[^"]+"', svg)
     assert view is not None, "matplotlib writes a viewBox"
     body = svg[svg.index(">") + 1 :].strip()
     opening = f'<svg role="img" aria-labelledby="{name}-title" {view[0]} style="max-width:{_MAX_WIDTH}px">'
     return f'{opening}<title id="{name}-title">{escape(title)}</title>{body}'
-
-
-def _font_without_family(match: re.Match[str]) -> str:
-    weight = f"; font-weight: {match[1]}" if match[1] else ""
-    return f"font-size: {match[2]}px{weight}"

@@ -60,21 +60,18 @@ def error_kind(verdict: Verdict) -> str:
             return "other sign"
         if verdict.scale_100:
             return "100 times off"
-        return "within 1 %" if verdict.within_1_percent else _kind_by_numbers(verdict)
+        if verdict.within_1_percent:
+            return "within 1 %"
+        operands, gold = _operands(verdict.program), _operands(verdict.gold_program)
+        return SAME_NUMBERS if operands == gold else SOME_NUMBERS if operands & gold else OTHER_NUMBERS
     reason = verdict.reason or ""
     if reason.startswith("the result is not a number"):
         return "result is no number"
     return next((name for part, name in _REASONS if part in reason), OTHER_REASON)
 
 
-def _kind_by_numbers(verdict: Verdict) -> str:
-    operands, gold = _operands(verdict.program), _operands(verdict.gold_program)
-    if operands == gold:
-        return SAME_NUMBERS
-    return SOME_NUMBERS if operands & gold else OTHER_NUMBERS
-
-
 def _operands(program: str) -> set[float | str]:
+    """The numbers without their sign, and the rows, that a program reads; constants are left out."""
     operands: set[float | str] = set()
     for raw in split_steps(tokenize(program)[:-1]):
         try:

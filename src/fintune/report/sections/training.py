@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import exp
 from typing import Any
 
@@ -43,84 +43,72 @@ def training_section(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     train, evaluation, rate = (_curve(lines, key) for key in ("loss", "eval_loss", "learning_rate"))
     if not train.steps:
         return {}
-    average = ", with its moving average" if len(train.steps) > 60 else ""
-    legend = [("s1", f"training loss{average}")]
+    losses = summarize_losses(train.values)
+    first, last = f"{losses.first:.3f}", f"{losses.last:.3f}"
+    legend = [("s1", f"training loss{', with its moving average' if len(train.steps) > 60 else ''}")]
     if evaluation.steps:
         legend.append(("s4", "evaluation loss"))
+    logged = f"{losses.num} logged" if losses.num > 1 else "logged one"
     rows = [
         ("optimizer steps", f"{train.steps[-1]:,}"),
         *_speed_rows(lines),
-        *_loss_rows(lines, train, evaluation),
+        *_evaluation_rows(lines, evaluation),
+        (f"mean loss, first {logged}", first),
+        (f"mean loss, last {logged}", last),
         *_preference_rows(lines),
     ]
     if rate.steps:
         rows.append(("peak learning rate", f"{max(rate.values):.2g}"))
+    # Losses that round to the same figure neither rise nor fall.
+    went = "fell" if float(last) < float(first) else "rose"
+    change = f"{first} at the start and at the end," if first == last else f"{went} from {first} to {last} in"
+    means = f", means of {losses.num} logged losses" if losses.num > 1 else ""
     # Only the trainer of labelled answers logs an estimate of the divergence.
     is_labelled = any("kl" in line for line in lines)
     is_paired = any("rewards/margins" in line for line in lines)
+    title = f"Loss {change} {train.steps[-1]:,} steps{means}"
     return {
         "words": _LABEL_LOSS if is_labelled else _PAIR_LOSS if is_paired else _SFT_LOSS,
-        "plot": loss_plot("loss-plot", _describe(train), train, evaluation, rate),
+        "plot": loss_plot("loss-plot", title, train, evaluation, rate),
         "legend": legend,
         "table": HtmlTable("Training", (), rows),
     }
 
 
 def _speed_rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    timed = [line for line in lines if line.get("seconds") and line.get("tokens")]
+    timed = [(line["tokens"], line["seconds"]) for line in lines if line.get("seconds") and line.get("tokens")]
     if not timed:
         return []
-    tokens, seconds = timed[-1]["tokens"], timed[-1]["seconds"]
-    return [
-        ("tokens trained", f"{tokens:,}"),
-        ("seconds", format_seconds(seconds)),
-        ("tokens per second", f"{tokens / seconds:,.0f}"),
-    ]
+    tokens, seconds = timed[-1]
+    speed = f"{tokens / seconds:,.0f}"
+    return [("tokens trained", f"{tokens:,}"), ("seconds", format_seconds(seconds)), ("tokens per second", speed)]
 
 
-def _loss_rows(lines: Sequence[Mapping[str, Any]], train: Curve, evaluation: Curve) -> list[tuple[str, str]]:
-    rows = []
+def _evaluation_rows(lines: Sequence[Mapping[str, Any]], evaluation: Curve) -> Iterator[tuple[str, str]]:
     if evaluation.steps:
-        rows.append(("last evaluation loss", f"{evaluation.values[-1]:.4f}"))
+        yield "last evaluation loss", f"{evaluation.values[-1]:.4f}"
         lowest, step = min(zip(evaluation.values, evaluation.steps, strict=True))
-        rows.append(("lowest evaluation loss", f"{lowest:.4f} at step {step:,}"))
+        yield "lowest evaluation loss", f"{lowest:.4f} at step {step:,}"
         accuracy = _curve(lines, "eval_accuracy")
         if accuracy.steps:
             highest, step = max(zip(accuracy.values, (-step for step in accuracy.steps), strict=True))
-            rows.append(("highest execution accuracy", f"{highest:.1%} at step {-step:,}"))
-    losses = summarize_losses(train.values)
-    logged = f"{losses.num} logged" if losses.num > 1 else "logged one"
-    rows += [(f"mean loss, first {logged}", f"{losses.first:.3f}"), (f"mean loss, last {logged}", f"{losses.last:.3f}")]
-    return rows
+            yield "highest execution accuracy", f"{highest:.1%} at step {-step:,}"
 
 
-def _describe(train: Curve) -> str:
-    """Describe the curve in words. Losses that round to the same figure neither rise nor fall."""
-    losses = summarize_losses(train.values)
-    first, last = f"{losses.first:.3f}", f"{losses.last:.3f}"
-    means = f", means of {losses.num} logged losses" if losses.num > 1 else ""
-    if first == last:
-        return f"Loss {first} at the start and at the end, {train.steps[-1]:,} steps{means}"
-    went = "fell" if float(last) < float(first) else "rose"
-    return f"Loss {went} from {first} to {last} in {train.steps[-1]:,} steps{means}"
-
-
-def _preference_rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+def _preference_rows(lines: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     """Margins between chosen and rejected answers, for preference training."""
-    rows = []
-    single = [_curve(lines, f"eval_rewards/{name}_right") for name in ("chosen", "rejected")]
-    held_out = "held-out answers" if any(curve.steps for curve in single) else "held-out pairs"
+
+    def row(name: str, key: str, form: str) -> Iterator[tuple[str, str]]:
+        if values := _curve(lines, key).values:
+            yield name, f"{values[0]:{form}} first, {values[-1]:{form}} last"
+
+    is_labelled = any(f"eval_rewards/{name}_right" in line for line in lines for name in ("chosen", "rejected"))
+    held_out = "held-out answers" if is_labelled else "held-out pairs"
     for prefix, split in (("", "training"), ("eval_", held_out)):
-        margins, ranked = (_curve(lines, f"{prefix}rewards/{name}").values for name in ("margins", "accuracies"))
-        if margins:
-            rows.append((f"reward margin, {split}", f"{margins[0]:.3f} first, {margins[-1]:.3f} last"))
-        if ranked:
-            rows.append((f"ranked correctly, {split}", f"{ranked[0]:.1%} first, {ranked[-1]:.1%} last"))
-    for name, curve in zip(("desired above", "undesired below"), single, strict=True):
-        if curve.values:
-            shares = f"{curve.values[0]:.1%} first, {curve.values[-1]:.1%} last"
-            rows.append((f"{name} the reference, {held_out}", shares))
-    return rows
+        yield from row(f"reward margin, {split}", f"{prefix}rewards/margins", ".3f")
+        yield from row(f"ranked correctly, {split}", f"{prefix}rewards/accuracies", ".1%")
+    yield from row(f"desired above the reference, {held_out}", "eval_rewards/chosen_right", ".1%")
+    yield from row(f"undesired below the reference, {held_out}", "eval_rewards/rejected_right", ".1%")
 
 
 def _curve(lines: Sequence[Mapping[str, Any]], key: str) -> Curve:
