@@ -4,14 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from fintune.data.page_file import csv_page, read_page
+from fintune.data.page_file import csv_blocks, read_page
+from fintune.data.page_table import Grid, read_grid
 from fintune.errors import DataError
 
 TABLE = [["Item", "2019", "2018"], ["Revenue", "1,234", "1,100"], ["Costs", "900", "800"]]
 
 
 def read(content, name="p.csv"):
-    return csv_page(Path(name), content)
+    blocks, sign = csv_blocks(Path(name), content)
+    above = [line for line in blocks if isinstance(line, str)]
+    tables = [read_grid(block, Path(name)).rows for block in blocks if isinstance(block, Grid)]
+    return above, tables[0] if tables else [], sign
 
 
 @pytest.mark.parametrize(
@@ -28,10 +32,8 @@ def read(content, name="p.csv"):
     ],
 )
 def test_a_table_is_read_with_the_lines_above_it(content, above, sign):
-    page = read(content)
-    assert page.rows == TABLE
-    assert page.above == (["Apple Inc.", "Income statement"] if above else [])
-    assert page.sign == sign
+    lines = ["Apple Inc.", "Income statement"] if above else []
+    assert read(content) == (lines, TABLE, sign)
 
 
 @pytest.mark.parametrize(
@@ -41,21 +43,21 @@ def test_a_table_is_read_with_the_lines_above_it(content, above, sign):
         (",2019\nRevenue,5\n", [["", "2019"], ["Revenue", "5"]]),
         ("Item,2019\nAssets,\nCash,5\n", [["Item", "2019"], ["Assets", ""], ["Cash", "5"]]),
         ("Item,2019,2018\nNet; sum,5,6\n", [["Item", "2019", "2018"], ["Net; sum", "5", "6"]]),
-        ("R;1,2;1,3\nS;2,1;2,2\n", [["R", "1,2", "1,3"], ["S", "2,1", "2,2"]]),
+        ("R;1,2;1,3\nS;2,1;2,2\n", [["", "", ""], ["R", "1,2", "1,3"], ["S", "2,1", "2,2"]]),
         ("Only\none\ncolumn\n", []),
         ("Title\nItem,2019\n", []),
     ],
 )
 def test_headers_and_separators_are_told_from_text(content, rows):
-    assert read(content).rows == rows
+    assert read(content)[1] == rows
 
 
 def test_lines_above_a_table_are_text_of_the_page(tmp_path):
     path = tmp_path / "p.csv"
     path.write_text("Apple Inc.\nIncome statement. In millions.\nItem,2019,2018\nRevenue,100,(200)\n")
-    page = read_page(path, "what?", text="Before.")
+    page = read_page(path, "what?", text="Before.").record
     assert page.pre_text == ("Before.", "Apple Inc.", "Income statement.", "In millions.")
-    assert page.table == (("Item", "2019", "2018"), ("Revenue", "100", "-200 ( 200 )"))
+    assert page.table == (("Item ( In millions )", "2019", "2018"), ("Revenue", "100", "-200 ( 200 )"))
 
 
 def test_a_row_that_is_too_long_is_counted_with_the_lines_above():

@@ -1,13 +1,24 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from fintune.data.page_file import read_page
-from fintune.data.page_markup import markdown_page
+from fintune.data.page_markup import markdown_blocks
+from fintune.data.page_table import Grid, read_grid
 from fintune.errors import DataError
 
 FIGURES = "| a | 2019 |\n|---|---|\n| {name} | {cell} |\n"
 ROWS = [["a", "2019"], ["R", "1"]]
+
+
+def markdown_page(content):
+    """Return the tables of a page, the lines before the first of them, and the lines after it."""
+    blocks = markdown_blocks(content, Path("p.md"))
+    tables = [read_grid(block, Path("p.md")).rows for block in blocks if isinstance(block, Grid)]
+    first = next((k for k, block in enumerate(blocks) if isinstance(block, Grid)), len(blocks))
+    return tables, *([line for line in part if isinstance(line, str)] for part in (blocks[:first], blocks[first:]))
 
 
 def row(name="R", cell="1"):
@@ -25,7 +36,7 @@ def test_a_spaced_minus_is_a_negative_number(tmp_path):
     path.write_text(
         "| a | 2019 | 2018 | 2017 |\n|---|---|---|---|\n| 1. S | - 5.2 | $ - 7 | - $ 1,250 |\n| b | - | -3 | 5 - 7 |\n"
     )
-    assert read_page(path, "what?").table[1:] == (("1. S", "-5.2", "$ -7", "-$1250"), ("b", "-", "-3", "5 - 7"))
+    assert read_page(path, "what?").record.table[1:] == (("1. S", "-5.2", "$ -7", "-$1250"), ("b", "-", "-3", "5 - 7"))
 
 
 @pytest.mark.parametrize(
@@ -34,9 +45,9 @@ def test_a_spaced_minus_is_a_negative_number(tmp_path):
         ("net_income_ttm", "net_income_ttm"),
         ("_net_ __income__ ___x___", "net income x"),
         ("**5** *6* `7`", "5 6 7"),
-        ("2*3 and 5*", "2*3 and 5"),
+        ("2*3 and 5*", "2*3 and 5*"),
         (r"\$5 \*a\_b", "$5 *a_b"),
-        ("[**$ 55**](url) ![x](y)", "$ 55 x"),
+        ("[**$ 55**](url) ![x](y)", "$ 55"),
         ("A&amp;B 2&nbsp;000", "A&B 2 000"),
         ("3<br>4<br/>5", "3 4 5"),
         ("1,234<sup>1</sup> <b>x</b>", "1,234 x"),
@@ -45,7 +56,7 @@ def test_a_spaced_minus_is_a_negative_number(tmp_path):
 )
 def test_marks_inside_a_line_are_left_out(written, read):
     assert " ".join(row(name=written)[0].split()) == read
-    assert " ".join(markdown_page(f"## {written}")[1][0].split()) == read
+    assert " ".join(" ".join(markdown_page(f"## {written}")[1]).split()) == read
 
 
 @pytest.mark.parametrize("mark", ["#", "-", "*", "+", ">", "1.", "2)"])

@@ -1,4 +1,4 @@
-"""``fintune ask``: one question about one page, with the program, its steps and where its numbers come from."""
+"""``fintune ask``: one question about one page, with the source of its numbers; ``fintune page``: the page as read."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from fintune.cli.common import (
 from fintune.config import PredictOptions, PromptOptions
 from fintune.config.load import load
 from fintune.data.files import read_whole_text
-from fintune.data.page_file import read_page
-from fintune.errors import ModelError, PromptError
+from fintune.data.page_file import PageReading, read_page
+from fintune.errors import DataError, ModelError, PromptError
 from fintune.finqa.page import page_units
 from fintune.finqa.program import OPERATIONS, tokenize
 from fintune.finqa.prompt import build_messages, prompt_budget
@@ -40,13 +40,24 @@ from fintune.inference.protocol import sorted_by_prompt
 from fintune.records import Candidate, FinQARecord
 from fintune.report.answer_text import answer_lines, confidence_line
 from fintune.util.memory import advice_on_memory
+from fintune.util.text import abridge_remarks, escape_control_chars
 
 if TYPE_CHECKING:
-    from fintune.data.decimal_commas import Mark
+    from fintune.data.page_numbers import Mark
     from fintune.inference.open_model import EngineChoice
 
 _CALL = re.compile(r"\w+\(")
 _LONGEST_TEXT = 80
+
+_decimal_option = click.option(
+    "--decimal",
+    type=click.Choice(["point", "comma"]),
+    help="Decimal separator used in the table (default: detect).",
+)
+_table_option = click.option("--table", type=int, metavar="N", help="Number of the table, if the page has several.")
+_id_option = click.option(
+    "--id", "record_id", metavar="ID", help="Id of the record, if the page is a FinQA file of several."
+)
 
 
 @click.command("ask")
@@ -55,12 +66,9 @@ _LONGEST_TEXT = 80
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--page", type=FILE, metavar="FILE", help="Page that the question is about.  [required]")
 @click.option("--text", type=FILE, metavar="FILE", help="Text file to put before the page's own text.")
-@click.option("--id", "record_id", metavar="ID", help="Id of the record, if the page is a FinQA file of several.")
-@click.option(
-    "--decimal",
-    type=click.Choice(["point", "comma"]),
-    help="Decimal separator used in the table (default: detect).",
-)
+@_id_option
+@_decimal_option
+@_table_option
 @click.option("--adapter", type=FILE, metavar="DIR", help="PEFT adapter of the model.")
 @engine_option
 @four_bit_option
@@ -77,6 +85,7 @@ def ask_command(
     text: Path | None,
     record_id: str | None,
     decimal: Mark | None,
+    table: int | None,
     adapter: Path | None,
     engine: EngineChoice,
     load_in_4bit: bool,
@@ -90,8 +99,9 @@ def ask_command(
 
     MODEL is a folder, a hub id, builtin:smollm2-135m, a GGUF file, a run's folder (its GGUF file, else its merged
     model), or the address of an OpenAI-compatible server: http://127.0.0.1:8080/v1#NAME. The page is a FinQA record
-    (JSON), a CSV table, or an HTML or Markdown page with one table. Numbers that are not on the page are marked as
-    ungrounded. The exit status is 1 if there is no answer.
+    (JSON), a CSV table, or an HTML or Markdown page. Of several tables, the one that fits the question best is read, or
+    that of --table. Numbers that are not on the page are marked as ungrounded. The exit status is 1 if there is no
+    answer.
     """
     if page is None:
         raise click.UsageError(
@@ -103,14 +113,85 @@ def ask_command(
     spec = ModelSpec.from_options(model, options, adapter=adapter, engine=engine, load_in_4bit=load_in_4bit)
     spec.engine_name  # noqa: B018 - refuses what does not go together, before the page is read
     more = read_whole_text(text, hint="give plain text") if text is not None else ""
-    record = read_page(page, question, text=more, record_id=record_id, decimal=decimal)
-    answer = answer_question(record, spec, options.prompt, options.predict)
+    reading = read_page(page, question, text=more, record_id=record_id, decimal=decimal, table=table)
+    for note in abridge_remarks(reading.notes, "fintune page shows all"):
+        click.echo(f"fintune: {page}: {note}", err=True)
+    answer = answer_question(reading.record, spec, options.prompt, options.predict)
     if json:
         click.echo(json_format.dumps(answer.as_json(), ensure_ascii=False, indent=2, allow_nan=False))
     else:
         _print_answer(answer, options.predict)
     if answer.result is None:
         sys.exit(1)
+
+
+@click.command("page")
+@click.argument("files", nargs=-1, required=True, type=FILE, metavar="FILE...")
+@_decimal_option
+@_table_option
+@click.option(
+    "--question", default="", metavar="TEXT", help="Question that chooses the table, if the page has several."
+)
+@_id_option
+@click.option("--json", is_flag=True, help="Print one JSON object a file.")
+def page_command(
+    files: tuple[Path, ...],
+    decimal: Mark | None,
+    table: int | None,
+    question: str,
+    record_id: str | None,
+    json: bool,
+) -> None:
+    """Show how report pages are read: the table with its names, the text, the units, and what was left out.
+
+    The exit status is 2 if a file could not be read; the others are shown.
+    """
+    failed = False
+    for path in files:
+        try:
+            page = read_page(path, question or None, record_id=record_id, decimal=decimal, table=table)
+        except DataError as error:
+            failed = True
+            if json:
+                click.echo(json_format.dumps({"file": str(path), "error": str(error)}, ensure_ascii=False))
+            else:
+                click.echo(f"fintune: {escape_control_chars(str(error))}", err=True)
+            continue
+        if json:
+            record = page.record
+            shown: dict[str, object] = {
+                "file": str(path),
+                "table": record.table,
+                "pre_text": record.pre_text,
+                "post_text": record.post_text,
+            }
+            shown |= {
+                "units": page.units,
+                "notes": page.notes,
+                "table_number": page.number,
+                "num_tables": page.num_tables,
+            }
+            click.echo(json_format.dumps(shown, ensure_ascii=False))
+        else:
+            _print_page(path, page)
+    if failed:
+        sys.exit(2)
+
+
+def _print_page(path: Path, page: PageReading) -> None:
+    out = Console()
+    out.print(f"{path}: table {page.number} of {page.num_tables}", style="bold", markup=False, soft_wrap=True)
+    record = page.record
+    for sentence in record.pre_text:
+        out.print(escape_control_chars(sentence), markup=False, soft_wrap=True)
+    for row in record.table:
+        out.print(escape_control_chars(" | ".join(row)), markup=False, highlight=False, soft_wrap=True)
+    for sentence in record.post_text:
+        out.print(escape_control_chars(sentence), markup=False, soft_wrap=True)
+    for unit in page.units:
+        out.print(f"unit: {escape_control_chars(unit)}", markup=False, soft_wrap=True)
+    for note in page.notes:
+        out.print(f"note: {escape_control_chars(note)}", markup=False, soft_wrap=True)
 
 
 def _print_answer(answer: Answer, options: PredictOptions) -> None:

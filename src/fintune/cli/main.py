@@ -41,6 +41,7 @@ VERBS: Mapping[str, tuple[str, str]] = {
     "predict": ("predict.predict_command", "Answer the evaluation questions with each kind of model."),
     "score": ("score.score_command", "Score predictions with the official FinQA verdicts."),
     "report": ("stages.report_command", "Write the HTML page of the run."),
+    "page": ("ask.page_command", "Show how report pages are read."),
     "ask": ("ask.ask_command", "Answer a question about a page, with the cells that it uses."),
     "serve": ("serve.serve_command", "Serve a GGUF file at an OpenAI-compatible address."),
     "publish": ("publish.publish_command", "Push the results to the Hugging Face hub, with a model card."),

@@ -1,4 +1,4 @@
-"""Read one page from a user's file: a FinQA record, a table in CSV, or an HTML or Markdown page with one table.
+"""Read one page from a user's file: a FinQA record, a table in CSV, or an HTML or Markdown page.
 
 The page is returned in FinQA's form, on which models of this package were trained: one sentence an entry, a loss in
 brackets as ``-5.2 ( 5.2 )``, 5,829 as 5829, a sign of currency or percent in its number's cell, 1.250,5 as 1250.5.
@@ -13,96 +13,164 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
-from fintune.data.decimal_commas import Mark, with_points
 from fintune.data.files import read_whole_text
-from fintune.data.page_markup import HtmlPage, is_markdown, markdown_page
+from fintune.data.page_markup import Block, html_blocks, is_markdown, markdown_blocks
+from fintune.data.page_numbers import Mark, signed_table, with_points
+from fintune.data.page_table import UNITS, Grid, GridCell, NamedTable, clean_text, read_grid
 from fintune.errors import DataError
+from fintune.finqa.text_similarity import rank_lines
 from fintune.records import FinQAQuestion, FinQARecord
 
-KINDS = "a FinQA record (.json), a table (.csv, .tsv), or a page with one table (.html, .md)"
+KINDS = "a FinQA record (.json), a table (.csv, .tsv), or a page with a table (.html, .md)"
 
 _KNOWN = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".md": "markdown", ".markdown": "markdown"}
 _KNOWN |= {".html": "html", ".htm": "html", ".xhtml": "html"}
 _SHEETS = {".csv", ".tsv", ".txt", ".xlsx", ".xls", ".ods"}
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9\"'(])")
-_ABBREVIATION = re.compile(r"\b(?:[A-Z]|Inc|Corp|Co|Ltd|No|vs|Mr|Ms|Dr|approx|U\.S)\.$")
-_BRACKETED = re.compile(r"([$€£¥]?)\s*\(\s*([$€£¥]?)\s*(\d[\d,]*\.?\d*|\.\d+)\s*\)?\s*\)?\s*(%?)\s*\)?")
-# A footnote mark after a loss: (5.2)*, (5.2)(a), (5.2) [1].
-_FOOTNOTE = re.compile(
-    r"(?<=[)%])(?:\s*(?:[*\u2020\u2021\u00a7\u00b6#\u00b9\u00b2\u00b3\u2070\u2074-\u2079]+"
-    r"|\((?:[A-Za-z]|\d{1,2})\)|\[(?:[A-Za-z]|\d{1,2})\]))+$"
+_ABBREVIATION = re.compile(
+    r"\b(?:[A-Z]|Inc|Corp|Co|Ltd|Nos?|vs|Mr|Ms|Mrs|Dr|St|Mt|Ft|Fig|Figs|Sec|Secs|Art|Arts|Ch|Eq|Vol|pp?|approx|est|incl|ca"
+    r"|cf|U\.S|U\.K|e\.g|i\.e|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec)\.$"
 )
-# Dashes that mean a minus before a number, but not between two numbers.
-_DASH = re.compile(r"(?<![\w.%)\]])(?<![\w.%)\]]\s)[\u2012\u2013\ufe63](?=\s?[$€£¥]?\s?\.?\d)")
-_MINUS = re.compile(r"([$€£¥]?)(\s*)-\s*([$€£¥]?)\s*(?=\.?\d)")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?:,\d{3})*(?!\d))")
 _SEPARATORS = ";\t|,"
 _SEPARATOR_LINE = re.compile(r'"?sep=([;,|\t:])"?[;,|\t]*\r?\n', re.IGNORECASE)
 _QUOTED = re.compile(r'"[^"]*"')
+_NO_VALUE = re.compile(r"nan|unnamed: \d+(?:_level_\d+)?", re.IGNORECASE)
 _HEAD_SHOWN = 80
 """Letters of a header in a message."""
 _COLUMN_NAME = re.compile(r"[^\W\d_]|\b(?:19|20)\d\d\b")
+_TEXT_AROUND = 30
+"""Lines of text before a table, and after it, that are read if the page has several tables."""
+
+
+@dataclass(frozen=True)
+class PageReading:
+    """How a file was read.
+
+    Attributes:
+        record: The page; its question is empty.
+        units: Texts that scale the numbers, such as "in millions".
+        notes: What was decided or left out, one line each.
+        number: The number of the table, counted from 1.
+        num_tables: How many tables the file has.
+    """
+
+    record: FinQARecord
+    units: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    number: int = 1
+    num_tables: int = 1
 
 
 def read_page(
-    path: Path, question: str, *, text: str = "", record_id: str | None = None, decimal: Mark | None = None
-) -> FinQARecord:
+    path: Path,
+    question: str | None = None,
+    *,
+    text: str = "",
+    record_id: str | None = None,
+    decimal: Mark | None = None,
+    table: int | None = None,
+) -> PageReading:
     """Read a page and put a question to it.
 
     Args:
         path: The file. Its name decides its kind, or its content if the name does not.
-        question: The question; that of a FinQA record is not read.
+        question: The question; that of a FinQA record is not read. It chooses one of several tables.
         text: Sentences before the table.
         record_id: Id of the record, if the file has several.
         decimal: Decimal separator of the table's numbers; detected if None. A FinQA record has points.
+        table: Number of the table, counted from 1.
 
     Raises:
-        DataError: The file cannot be read, has no table or several, has no number or one that can be read in two ways,
-            or has no records though one is asked for.
+        DataError: The file cannot be read, has no table or none of this number, has no number or one that can be read
+            in two ways, or has no records though one is asked for.
     """
-    if not question.strip():
+    if question is not None and not question.strip():
         raise DataError("no question was asked", path=path, hint='put it last, in quotes: "What was ...?"')
+    question = question or ""
     content = read_whole_text(path, hint=f"give {KINDS}", encoding_hint=_encoding_hint(path))
     kind = _kind(path, content)
     if kind == "json":
         page = _finqa(path, content, record_id)
         before = [*sentences([text]), *page.pre_text]
-        return _with_numbers(page.model_copy(update={"pre_text": tuple(before), "qa": _asked(question)}), path)
+        page = page.model_copy(update={"pre_text": tuple(before), "qa": _asked(question)})
+        return PageReading(_with_numbers(page, path))
     if record_id is not None:
         raise DataError(f"no FinQA file, so it has no record {record_id}", path=path, hint="leave out --id")
     sign = ""
     if kind == "csv":
-        rows, above, sign = csv_page(path, content)
-        tables, below = [rows], []
-    elif kind == "html":
-        parsed = HtmlPage(content)
-        tables, above, below = parsed.tables, parsed.before, parsed.after
+        blocks, sign = csv_blocks(path, content)
     else:
-        tables, above, below = markdown_page(content)
-    if len(tables) != 1 or not tables[0]:
-        what = "holds no table" if not tables or not tables[0] else f"holds {len(tables)} tables"
-        hint = "keep the one that the question is about" if len(tables) > 1 else f"give {KINDS}"
-        raise DataError(what, path=path, hint=hint)
-    table, texts = with_points(
-        tables[0],
-        [question, text, *above, *below],
-        path=path,
-        semicolons=sign == ";",
-        comma_separated=sign == ",",
-        mark=decimal,
+        blocks = (html_blocks if kind == "html" else markdown_blocks)(content, path)
+    at, notes = _choose_table(blocks, question, table, path)
+    grid = blocks[at]
+    assert isinstance(grid, Grid), "chosen among the tables"
+    page_table = read_grid(_without_nan(grid) if kind != "html" else grid, path)
+    above, below = _text_around(blocks, at)
+    above, below = [*above, *page_table.titles], [*page_table.footers, *below]
+    texts = [question, text, *above, *below]
+    rows, texts = with_points(
+        page_table, texts, path=path, semicolons=sign == ";", comma_separated=sign == ",", mark=decimal
     )
+    page_table = signed_table(replace(page_table, rows=rows), path)
     end = 2 + len(above)
-    page = FinQARecord(
+    units = _units(page_table, above)
+    record = FinQARecord(
         id=path.name,
         pre_text=tuple(sentences(texts[1:end])),
         post_text=tuple(sentences(texts[end:])),
-        table=_even(table),
+        table=tuple(map(tuple, page_table.rows)),
         qa=_asked(texts[0]),
     )
-    return _with_numbers(page, path)
+    tables = [k for k, block in enumerate(blocks) if isinstance(block, Grid)]
+    notes += page_table.notes
+    return PageReading(_with_numbers(record, path), units, tuple(notes), tables.index(at) + 1, len(tables))
+
+
+def _choose_table(blocks: Sequence[Block], question: str, number: int | None, path: Path) -> tuple[int, list[str]]:
+    """Return the index of the table to read, and a note if there are several."""
+    tables = [k for k, block in enumerate(blocks) if isinstance(block, Grid)]
+    if not tables:
+        raise DataError("holds no table", path=path, hint=f"give {KINDS}")
+    if number is not None and not 1 <= number <= len(tables):
+        raise DataError(f"has {len(tables)} tables, so no table {number}", path=path, hint="give another --table")
+    if number is not None or len(tables) == 1:
+        return tables[(number or 1) - 1], []
+    best = 0
+    if question.strip():
+        texts = [" ".join([*_text_around(blocks, k, 3)[0], *_words(blocks[k])]) for k in tables]
+        best = rank_lines(question, texts, ())[0]
+    heading = (_text_around(blocks, tables[best], 1)[0] or [""])[-1]
+    note = f"table {best + 1} of {len(tables)} was read" + (f", under {heading[:_HEAD_SHOWN]!r}" if heading else "")
+    return tables[best], [f"{note}; --table N reads another"]
+
+
+def _words(grid: Block) -> list[str]:
+    return [cell.text for row in grid.rows for cell in row] if isinstance(grid, Grid) else []
+
+
+def _text_around(blocks: Sequence[Block], at: int, most: int | None = None) -> tuple[list[str], list[str]]:
+    """Return the lines between a table and its neighbours; all lines if there is no other table."""
+    others = [k for k, block in enumerate(blocks) if isinstance(block, Grid) and k != at]
+    start = max((k + 1 for k in others if k < at), default=0)
+    end = min((k for k in others if k > at), default=len(blocks))
+    most = most or (_TEXT_AROUND if others else len(blocks))
+    above = [line for line in blocks[start:at] if isinstance(line, str)]
+    below = [line for line in blocks[at + 1 : end] if isinstance(line, str)]
+    return above[-most:], below[:most]
+
+
+def _units(page: NamedTable, above: Sequence[str]) -> tuple[str, ...]:
+    """Return the texts that scale a table's numbers; one above the table is written into its corner, too."""
+    places = [page.rows[0][0], *page.rows[0][1:], *page.titles, *above[-2:]]
+    found = [(place, match[0].strip()) for place, text in enumerate(places) for match in UNITS.finditer(text)]
+    units = tuple(dict.fromkeys(unit for _, unit in found))
+    if units and not any(place < len(page.rows[0]) for place, _ in found):
+        page.rows[0][0] = f"{page.rows[0][0]} ( {units[0].strip('().: ')} )".strip()
+    return units
 
 
 def _with_numbers(page: FinQARecord, path: Path) -> FinQARecord:
@@ -118,7 +186,7 @@ def sentences(blocks: Sequence[str]) -> list[str]:
     for line in (line for block in blocks for line in block.splitlines()):
         start = 0
         for end in _SENTENCE_END.finditer(line):
-            if not _ABBREVIATION.search(line[start : end.start()]):
+            if not _ABBREVIATION.search(line[max(start, end.start() - 12) : end.start()]):
                 pieces.append(line[start : end.start()])
                 start = end.end()
         pieces.append(line[start:])
@@ -209,37 +277,17 @@ def _near(record_id: str, names: Sequence[str]) -> str | None:
     return f"did you mean {near[0]}?" if near else None
 
 
-def _even(table: list[list[str]]) -> tuple[tuple[str, ...], ...]:
-    width = max(map(len, table))
-    rows = [[*row, *[""] * (width - len(row))] for row in table]
-    return tuple((row[0], *map(_cell, row[1:])) for row in rows)
+def _without_nan(grid: Grid) -> Grid:
+    """Leave out the cells that pandas and markitdown write for empty ones."""
+    rows = (tuple(cell for cell in row if not _NO_VALUE.fullmatch(cell.text)) for row in grid.rows)
+    numbered = [
+        (number, row) for number, row in zip(grid.numbers or range(1, len(grid.rows) + 1), rows, strict=True) if row
+    ]
+    return replace(grid, rows=tuple(row for _, row in numbered), numbers=tuple(number for number, _ in numbered))
 
 
-def _cell(text: str) -> str:
-    text = _THOUSANDS.sub("", _DASH.sub("-", text.replace("\u2212", "-")))
-    match = _BRACKETED.fullmatch(text.strip()) or _BRACKETED.fullmatch(_FOOTNOTE.sub("", text.strip()))
-    if match is None:
-        return _MINUS.sub(r"\1\2-\3", text, count=1) if _MINUS.match(text) else text
-    sign, currency, number, percent = match.groups()
-    return f"{sign or currency}-{number}{percent} ( {sign or currency}{number}{percent} )"
-
-
-class CsvPage(NamedTuple):
-    """The content of a CSV file.
-
-    Attributes:
-        rows: Rows of cells, the header first; empty if there is no table.
-        above: Lines of one cell before the header.
-        sign: The separator of the cells.
-    """
-
-    rows: list[list[str]]
-    above: list[str]
-    sign: str
-
-
-def csv_page(path: Path, content: str) -> CsvPage:
-    """Read a table.
+def csv_blocks(path: Path, content: str) -> tuple[list[Block], str]:
+    """Read a table and the lines of one cell above it; return them with the separator of the cells.
 
     Args:
         path: The file, for messages. A ``.tsv`` file has tabs.
@@ -257,7 +305,7 @@ def csv_page(path: Path, content: str) -> CsvPage:
         numbered = [(number, row) for number, row in enumerate(lines, 1) if any(cell.strip() for cell in row)]
     except csv.Error as error:
         raise DataError(f"no CSV table ({error})", path=path) from None
-    rows = [[" ".join(cell.split()) for cell in row] for _, row in numbered]
+    rows = [["\n".join(filter(None, map(clean_text, cell.splitlines()))) for cell in row] for _, row in numbered]
     start = _num_above(rows)
     above, table = [row[0] for row in rows[:start]], rows[start:]
     for (number, _), row in zip(numbered[start:], table, strict=True):
@@ -266,7 +314,10 @@ def csv_page(path: Path, content: str) -> CsvPage:
             problem = f"has {len(row)} cells where the header has {len(table[0])}"
             head = f"row {numbered[start][0]} was taken for the header: {' | '.join(table[0])[:_HEAD_SHOWN]}"
             raise DataError(problem, path=path, row=number, hint=f'put a cell with a comma in quotes: "1,250" ({head})')
-    return CsvPage(table if len(table) > 1 else [], above, sign)
+    cells = (tuple(GridCell(k, k + 1, text) for k, text in enumerate(row) if text) for row in table)
+    grid = Grid(tuple(cells), numbers=tuple(range(1, len(table) + 1)))
+    is_table = len(table) > 1 and any(len(row) > 1 for row in table)
+    return [*above, grid] if is_table else [*above, *(" ".join(row) for row in table)], sign
 
 
 def _separator(content: str) -> str:

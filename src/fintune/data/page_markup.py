@@ -1,16 +1,46 @@
-"""Tables and text of an HTML page, with the standard library's parser, and of a Markdown page."""
+"""The lines of text and the tables of an HTML, Markdown or CSV file, in the order of the page.
+
+Only what a browser shows is read. Markdown becomes HTML first (CommonMark with tables), so both have one reader.
+"""
 
 from __future__ import annotations
 
 import re
-from html.parser import HTMLParser
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from fintune.data.page_table import Grid, GridCell, clean_text, num_figures
+from fintune.errors import DataError
+
+Block: TypeAlias = "str | Grid"
+"""A line of text or a table."""
 
 _BLOCKS = frozenset(
     """address article aside blockquote br caption center dd div dl dt fieldset figcaption figure footer form h1 h2 h3
-    h4 h5 h6 header hr li main nav ol option p pre section summary title ul""".split()  # noqa: SIM905
+    h4 h5 h6 header hr li main nav ol option p pre section summary table title tr ul""".split()  # noqa: SIM905
 )
-_HIDDEN = {"script", "style", "template", "noscript", "head"}
-_MAX_SPAN = 100
+_UNSEEN = frozenset(("head", "ix:header", "ix:hidden", "noscript", "script", "style", "svg", "template"))
+_BOXES = frozenset(("div", "p", "table", "tbody", "td", "th", "thead", "tr"))
+_HIDING = re.compile(
+    r"display\s*:\s*none|visibility\s*:\s*(?:hidden|collapse)|mso-hide\s*:\s*all"
+    r"|(?:font-size|opacity)\s*:\s*0(?:\.0*)?(?:[a-z%]*)\s*(?:!|;|$)"
+)
+_RAISING = re.compile(
+    r"vertical-align\s*:\s*(?:super|text-top|\d*\.?[1-9])|(?:^|;)\s*(?:top\s*:\s*-|bottom\s*:\s*\d*\.?[1-9])"
+)
+_FONT_SIZE = re.compile(r"font-size\s*:\s*(?:(\d*\.?\d+)\s*(pt|px|em|rem|%)|smaller)")
+_SMALL = 0.8
+"""A font of at most this part of the font around it writes a mark that follows a word at once."""
+_RULES = re.compile(r"(?:^|[}])\s*([^{}@]+)\{([^{}]*)(?=\})")
+_AT_RULE = re.compile(r"@[^{};]*\{(?:[^{}]*\{[^{}]*\})*[^{}]*\}")
+_CLOSED_TAG = re.compile(
+    r"<(?!(?:area|base|br|col|embed|hr|img|input|link|meta|source|track|wbr)\b)([\w:.-]+)([^<>]*)/>", re.IGNORECASE
+)
+_MAX_COLSPAN = 1000
+_MAX_PLACED = 2_000_000
+"""Cells of a table, counted once for each of their rows."""
+
 # Two of Unicode's private characters enclose raised text until its cell or line is complete.
 _RAISED, _LOWERED = "\ue000", "\ue001"
 _SIGN = r"[*\u2020\u2021\u00a7\u00b6#,;]+|\([^\W_]{1,4}\)|\[[^\[\]]{1,20}\]"
@@ -19,273 +49,277 @@ _FOOTNOTE = rf"{_RAISED}\s*{_MARK}(?:[\s,;]+{_MARK}|{_SIGN})*\s*{_LOWERED}"
 # Raised text before a stroke is the upper part of a fraction.
 _FOOTNOTES = re.compile(rf"(\s*){_FOOTNOTE}(?:[\s,;]*{_FOOTNOTE})*(?!\s*[/\u2044])")
 _TIMES_TEN = re.compile(r"[\u00d7\u00b7*xX]\s*10$")
-_LEADING, _TRAILING = {"$", "€", "£", "¥", "(", "$(", "-"}, {")", "%", ")%", "%)"}
-_RULE = re.compile(r"\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*")
-# A figure in a cell may begin with a minus or ">", so these are looked for in lines of text alone.
-_LINE_MARK = re.compile(r"^\s*(?:#{1,6}\s+|[-*+]\s+|>\s?|\d{1,3}[.)]\s+)")
-# Underscores inside a word belong to it, and a star between two digits multiplies.
-_MARKS = re.compile(
-    r"\\([!-/:-@\[-`{-~])|!?\[([^\]]*)\]\([^)]*\)"
-    r"|`{1,3}(?=\S)|(?<=\S)`{1,3}|(?<!\d)\*{1,3}(?=\S)|(?<=\S)\*{1,3}(?!\d)|(?<!\w)_{1,3}(?=\S)|(?<=\S)_{1,3}(?!\w)"
-)
-_HTML = re.compile(r"&[#\w]+;|</?[a-z]+[\s/>]|<!--", re.IGNORECASE)
-_HTML_TABLE = "<table"
+
+# A product is no emphasis, and a year at the beginning of a line no number of a list.
+_LONG_LIST_NUMBER = re.compile(r"^(\s{0,3}\d{4,9})([.)])(?=\s)", re.MULTILINE)
+_PRODUCT = re.compile(r"(?<=\d)\*(?=\d)")
+_PIPE = re.compile(r"(?<!\\)\|")
 
 
-class HtmlPage(HTMLParser):
-    """Reads a page; see the attributes afterwards. A table that nothing closes ends with the page.
+def html_blocks(content: str, path: Path) -> list[Block]:
+    """Read an HTML page.
 
-    Attributes:
-        tables: Cells of every innermost table with figures, rows in order; a cell over several columns or rows is in
-            the first one, and the others are empty. Raised footnote marks are left out, as in the text.
-        before: Lines of text before the first table, its caption the last of them.
-        after: Lines of text after it.
+    Raises:
+        DataError: It is nested too deeply, or a table's spans cover too many cells.
     """
+    from lxml import etree
 
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.tables: list[list[list[str]]] = []
-        self.before: list[str] = []
-        self.after: list[str] = []
-        self._open: list[_Table] = []
-        self._hidden: list[str] = []
-        self._words: list[str] = []
-        self.feed(text)
-        self.close()
-        self._end_line()
-        while self._open:
-            loose = self._open[-1].loose
-            self.handle_endtag("table")
-            self._words.extend(loose)
-            self._end_line()
+    if "<?xml" in content[:200] or "http://www.w3.org/1999/xhtml" in content[:5000]:
+        content = _CLOSED_TAG.sub(r"<\1\2></\1>", content)
+    parser = etree.HTMLParser(encoding="utf-8", huge_tree=True, remove_comments=True, remove_pis=True)
+    try:
+        root = etree.fromstring(content.replace("\0", "").encode(), parser=parser)
+    except etree.XMLSyntaxError as error:
+        if "empty" in str(error):
+            return []
+        raise DataError(f"no HTML that can be read ({error.msg})", path=path) from None
+    if root is None:
+        return []
+    deep = next((entry for entry in parser.error_log if "depth" in entry.message), None)
+    if deep is not None:
+        raise DataError(f"its tags are nested too deeply in line {deep.line}", path=path, hint="save the page again")
+    return _HtmlReader(root, path).blocks
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Open what the tag opens."""
-        if tag in _HIDDEN:
-            self._hidden.append(tag)
-        if tag == "table":
-            self._end_line()
-            if self._open:
-                self._open[-1].is_outer = True
-            self._open.append(_Table())
-        elif self._open and tag == "caption":
-            self._open[-1].start_caption()
-        elif self._open and tag == "tr":
-            self._open[-1].start_row()
-        elif self._open and tag in ("td", "th"):
-            spans = dict(attrs)
-            self._open[-1].start_cell(_span(spans.get("colspan")), _span(spans.get("rowspan")))
-        elif tag == "sup":
-            self._add(_RAISED)
-        elif tag in _BLOCKS:
-            self._end_line()
 
-    def handle_endtag(self, tag: str) -> None:
-        """Close what the tag closes."""
-        if tag in self._hidden:
-            while self._hidden.pop() != tag:
-                pass
-        if tag == "table" and self._open:
-            table = self._open.pop()
-            rows = _joined(table.rows())
-            if caption := _plain("".join(table.caption)):
-                self._lines().append(caption)
-            if has_figures(rows) and not table.is_outer:
-                self.tables.append(rows)
+class _HtmlReader:
+    """Walks over the elements of a page and collects its blocks."""
+
+    def __init__(self, root: Any, path: Path) -> None:
+        from lxml import etree
+
+        self._path = path
+        self._styles = _class_styles(root)
+        self._sinks: list[list[Block]] = [[]]
+        """Where text goes: the page, or the cells and tables that are open."""
+        self._tables: list[_OpenTable] = []
+        raised: list[Any] = []
+        unseen = None
+        walk = etree.iterwalk(root, events=("start", "end"))
+        for event, node in walk:
+            tag = node.tag if isinstance(node.tag, str) else ""
+            if event == "start":
+                style = self._style(node)
+                if tag in _UNSEEN or node.get("hidden") is not None or _HIDING.search(style):
+                    walk.skip_subtree()
+                    unseen = node
+                    continue
+                self._open(tag, node)
+                if tag == "sup" or (style and self._is_raised(node, tag, style)):
+                    raised.append(node)
+                    self._add(_RAISED)
+                self._add_text(node.text)
             else:
-                # Pages use tables for layout, too: what is in them is text.
-                for cell in (cell for row in rows for cell in row):
-                    self._words.append(cell)
-                    self._end_line()
-        elif tag in ("td", "th", "tr", "caption") and self._open:
-            self._open[-1].end_cell()
-        elif tag == "sup":
-            self._add(_LOWERED)
-        elif tag in _BLOCKS:
-            self._end_line()
+                if node is not unseen:
+                    if raised and raised[-1] is node:
+                        raised.pop()
+                        self._add(_LOWERED)
+                    self._close(tag)
+                self._add_text(node.tail)
+        self.blocks = _lines(self._sinks[0])
 
-    def handle_data(self, data: str) -> None:
-        """Take text."""
-        self._add(data.replace(_RAISED, " ").replace(_LOWERED, " "))
+    def _style(self, node: Any) -> str:
+        names = [f".{name}" for name in (node.get("class") or "").split()] if self._styles else []
+        rules = [self._styles[name.lower()] for name in (*names, f"#{node.get('id')}") if name.lower() in self._styles]
+        own = node.get("style")
+        return ";".join((*rules, own.lower())) if own else ";".join(rules)
 
-    def parse_marked_section(self, i: int, report: bool = True) -> int:
-        """Pass over ``<![endif]-->`` and the like as browsers do, up to the next ``>``."""
-        if self.rawdata.startswith("<![CDATA[", i):
-            return super().parse_marked_section(i, report)
-        return self.rawdata.find(">", i) + 1 or -1
+    def _is_raised(self, node: Any, tag: str, style: str) -> bool:
+        if tag in _BOXES:
+            return False
+        raising = _RAISING.search(style)
+        if raising and ("vertical-align" in raising[0] or "relative" in style):
+            return True
+        size = _FONT_SIZE.search(style)
+        before = self._sinks[-1][-1] if self._sinks[-1] else ""
+        if not size or not isinstance(before, str) or not re.search(r"[\w)%]$", before):
+            return False
+        if size[1] is None:
+            return True
+        if size[2] in ("%", "em", "rem"):
+            return float(size[1]) <= _SMALL * (100 if size[2] == "%" else 1)
+        outer = next((found for found in map(self._font_size, node.iterancestors()) if found), None)
+        return outer is not None and outer[2] == size[2] and float(size[1]) <= _SMALL * float(outer[1])
+
+    def _font_size(self, node: Any) -> re.Match[str] | None:
+        return _FONT_SIZE.search(self._style(node))
 
     def _add(self, text: str) -> None:
-        if self._hidden:
-            return
-        if self._open:
-            self._open[-1].add(text)
-        else:
-            self._words.append(text)
+        self._sinks[-1].append(text)
 
-    def _end_line(self) -> None:
-        if self._open:
-            self._open[-1].add(" ")
-            return
-        line = _plain("".join(self._words))
-        self._words = []
-        if line:
-            self._lines().append(line)
+    def _add_text(self, text: str | None) -> None:
+        if text:
+            self._add(re.sub(r"[ \t\r\n\f]+", " ", text.replace(_RAISED, " ").replace(_LOWERED, " ")))
 
-    def _lines(self) -> list[str]:
-        return self.after if self.tables else self.before
+    def _open(self, tag: str, node: Any) -> None:
+        if tag == "table":
+            self._tables.append(_OpenTable())
+            self._sinks.append(self._tables[-1].loose)
+        elif self._tables and tag == "caption":
+            self._sinks.append(self._tables[-1].caption)
+        elif self._tables and tag == "tr":
+            self._tables[-1].rows.append([])
+        elif self._tables and tag in ("td", "th"):
+            self._sinks.append(self._tables[-1].cell(_span(node.get("colspan")) or 1, _span(node.get("rowspan"))))
+        elif tag in _BLOCKS:
+            self._add("\n")
+
+    def _close(self, tag: str) -> None:
+        if tag == "table":
+            self._sinks.pop()
+            self._sinks[-1] += ["\n", *self._tables.pop().blocks(self._path), "\n"]
+        elif self._tables and tag in ("td", "th", "caption"):
+            self._sinks.pop()
+        elif tag in _BLOCKS:
+            self._add("\n")
 
 
-class _Table:
+class _OpenTable:
     """A table while it is read."""
 
     def __init__(self) -> None:
-        self.is_outer = False
-        self.loose: list[str] = []
-        """Text in no cell."""
-        self.caption: list[str] = []
-        self._rows: list[dict[int, list[str]]] = []
-        self._taken: set[tuple[int, int]] = set()
-        self._cell: list[str] | None = None
+        self.caption: list[Block] = []
+        self.loose: list[Block] = []
+        self.rows: list[list[tuple[int, int, list[Block]]]] = []
 
-    def start_caption(self) -> None:
-        self._cell = self.caption
+    def cell(self, columns: int, rows: int) -> list[Block]:
+        if not self.rows:
+            self.rows.append([])
+        self.rows[-1].append((columns, rows, []))
+        return self.rows[-1][-1][2]
 
-    def start_row(self) -> None:
-        self._cell = None
-        self._rows.append({})
-
-    def start_cell(self, columns: int, rows: int) -> None:
-        if not self._rows:
-            self._rows.append({})
-        row = len(self._rows) - 1
-        column = 0
-        while (row, column) in self._taken:
-            column += 1
-        self._taken |= {(row + down, column + right) for down in range(rows) for right in range(columns)}
-        self._cell = self._rows[-1].setdefault(column, [])
-
-    def end_cell(self) -> None:
-        self._cell = None
-
-    def add(self, text: str) -> None:
-        if self._cell is not None:
-            self._cell.append(text)
+    def blocks(self, path: Path) -> Iterator[Block]:
+        """Yield the caption, then the table, or its text if it only arranges other things, then text in no cell."""
+        yield " ".join(line for line in _lines(self.caption) if isinstance(line, str)) + "\n"
+        grid = _place(self.rows, path)
+        contents = [content for row in self.rows for _, _, content in row]
+        inner = [block for content in contents for block in content if isinstance(block, Grid)]
+        own, most = num_figures(grid), max(map(num_figures, inner), default=0)
+        if own and own >= most:
+            yield grid
+            for other in inner:
+                yield from (f"{' '.join(cell.text for cell in row)}\n" for row in other.rows)
+        elif most:
+            for content in contents:
+                yield from (*content, "\n")
         else:
-            self.loose.append(text)
+            for row in grid.rows:
+                texts = list(dict.fromkeys(row))
+                # A bullet or a number belongs to the line that it begins.
+                is_list = len(texts) > 1 and len(texts[0].text) <= 5 and not texts[0].text.isalpha()
+                yield (" " if is_list else "\n").join(cell.text for cell in texts) + "\n"
+        yield from ("\n", *self.loose)
 
-    def rows(self) -> list[list[str]]:
-        width = 1 + max((column for _, column in self._taken), default=-1)
-        cells = [[_plain("".join(row.get(k, ())), is_figure=k > 0) for k in range(width)] for row in self._rows]
-        return [row for row in cells if any(row)]
+
+def _place(rows: Sequence[Sequence[tuple[int, int, list[Block]]]], path: Path) -> Grid:
+    """Return the cells with their columns; a cell over several rows is in each of them."""
+    placed: list[tuple[GridCell, ...]] = []
+    marks: list[str] = []
+    open_cells: list[tuple[int, int, int, GridCell | None]] = []  # start, end, rows left, and the cell
+    total = 0
+    for number, row in enumerate(rows):
+        now = sorted(open_cells, key=lambda item: item[0])
+        taken = [(start, end) for start, end, _, _ in now]
+        column = at = 0
+        for colspan, rowspan, content in row:
+            while at < len(taken) and taken[at][0] <= column:
+                column = max(column, taken[at][1])
+                at += 1
+            text = _cell_text(content, is_figure=column > 0, marks=marks)
+            cell = GridCell(column, column + colspan, text) if text else None
+            now.append((column, column + colspan, min(rowspan or len(rows), len(rows) - number), cell))
+            column += colspan
+        placed.append(tuple(sorted((cell for _, _, _, cell in now if cell), key=lambda cell: cell.start)))
+        open_cells = [(start, end, left - 1, cell) for start, end, left, cell in now if left > 1]
+        total += len(now)
+        if total > _MAX_PLACED:
+            raise DataError(f"a table's cells span more than {_MAX_PLACED} places", path=path)
+    return Grid(tuple(row for row in placed if row), tuple(marks))
 
 
-def _plain(text: str, *, is_figure: bool = False) -> str:
-    """Return text in one line, without raised footnote marks after a word. In the cell of a figure, also before it."""
+def _cell_text(content: Sequence[Block], *, is_figure: bool, marks: list[str]) -> str:
+    text = "".join(block for block in content if isinstance(block, str))
+    lines = (_plain(line, is_figure=is_figure, marks=marks) for line in text.split("\n"))
+    return "\n".join(filter(None, lines))
+
+
+def _lines(content: Sequence[Block]) -> list[Block]:
+    """Join pieces of text to lines."""
+    blocks: list[Block] = []
+    words: list[str] = []
+    for block in (*content, Grid()):
+        if isinstance(block, str):
+            words.append(block)
+            continue
+        blocks += filter(None, (_plain(line, is_figure=False, marks=[]) for line in "".join(words).split("\n")))
+        words = []
+        blocks.append(block)
+    return blocks[:-1]
+
+
+def _plain(text: str, *, is_figure: bool, marks: list[str]) -> str:
+    """Return a line without raised footnote marks after a word. In the cell of a figure, also before it."""
+    if _RAISED not in text:
+        return clean_text(text)
 
     def remove(match: re.Match[str]) -> str:
         before = text[: match.start()].strip()
-        if _TIMES_TEN.search(before) or not (is_figure or before):
+        if _TIMES_TEN.search(before[-8:]) or not (is_figure or before):
             return match[0]
+        marks.append(clean_text(re.sub(f"[{_RAISED}{_LOWERED}]", "", match[0])))
         return " " if match[1] or text[match.end() : match.end() + 1].isalnum() else ""
 
-    whole = _FOOTNOTES.sub(remove, text)
-    return " ".join(whole.replace(_RAISED, " ").replace(_LOWERED, " ").split())
+    return clean_text(re.sub(f"[{_RAISED}{_LOWERED}]", " ", _FOOTNOTES.sub(remove, text)))
 
 
 def _span(value: str | None) -> int:
-    return min(max(int(value), 1), _MAX_SPAN) if value and value.strip().isdecimal() else 1
+    digits = (value or "").strip()
+    return min(int(digits[:9]), _MAX_COLSPAN) if digits.isdecimal() and digits.isascii() else 1
 
 
-def _joined(table: list[list[str]]) -> list[list[str]]:
-    """Cells that hold only a sign go to their number, and columns that are then empty go away."""
-    rows = []
-    for row in table:
-        cells = list(row)
-        for k, cell in enumerate(cells):
-            after = next((n for n in range(k + 1, len(cells)) if cells[n]), None)
-            before = next((n for n in range(k - 1, 0, -1) if cells[n]), None)
-            if k and cell in _LEADING and after is not None and any(map(str.isdigit, cells[after])):
-                cells[k], cells[after] = "", f"{cell} {cells[after]}"
-            elif k and cell in _TRAILING and before is not None and any(map(str.isdigit, cells[before])):
-                cells[k], cells[before] = "", f"{cells[before]} {cell}"
-        rows.append(cells)
-    return _together(rows)
+def _class_styles(root: Any) -> dict[str, str]:
+    """Return the style of every ``.class`` and ``#id`` that a style sheet of the page hides or raises."""
+    styles: dict[str, str] = {}
+    for sheet in root.iter("style"):
+        for selectors, style in _RULES.findall(_AT_RULE.sub("", (sheet.text or "").lower())):
+            if _HIDING.search(style) or _RAISING.search(style):
+                names = (re.fullmatch(r"[a-z0-9]*([.#][\w-]+)", selector.strip()) for selector in selectors.split(","))
+                styles |= {name[1]: style for name in names if name}
+    return styles
 
 
-def _together(rows: list[list[str]]) -> list[list[str]]:
-    """Columns that no row fills together with the one on their left are one column: pages set figures apart by them."""
-    if not rows:
-        return rows
-    kept: list[list[str]] = []
-    for column in map(list, zip(*rows, strict=True)):
-        if kept and len(kept) > 1 and not any(a and b for a, b in zip(kept[-1], column, strict=True)):
-            kept[-1] = [a or b for a, b in zip(kept[-1], column, strict=True)]
-        elif any(column) or not kept:
-            kept.append(column)
-    return [list(row) for row in zip(*kept, strict=True)]
+def markdown_blocks(content: str, path: Path) -> list[Block]:
+    """Read a Markdown page; HTML in it is read, too.
 
-
-def has_figures(table: list[list[str]]) -> bool:
-    """Whether a table has digits in other cells than its header and the names of its rows."""
-    return any(any(map(str.isdigit, cell)) for row in table[1:] for cell in row[1:])
-
-
-def markdown_page(content: str) -> tuple[list[list[list[str]]], list[str], list[str]]:
-    """Read a page: its tables with figures, and the lines of text before the first of them and after it.
-
-    Where no table is written with pipes, those in HTML are taken.
+    Raises:
+        DataError: A row has more cells than the header of its table, or figures and fewer cells.
     """
-    tables, above, below = _piped(content)
-    start = content.lower().find(_HTML_TABLE)
-    if tables or start < 0:
-        return tables, above, below
-    end = content.lower().rfind("</table>")
-    page = HtmlPage(content[start : end if end > start else len(content)])
-    rest = content[end + len("</table>") :] if end > start else ""
-    return page.tables, [*_lines(content[:start]), *page.before], [*page.after, *_lines(rest)]
+    from markdown_it import MarkdownIt
 
-
-def is_markdown(content: str) -> bool:
-    """Whether a table with pipes seems to be in a text."""
-    return any(_RULE.fullmatch(line) and "|" in line for line in content.splitlines())
-
-
-def _piped(content: str) -> tuple[list[list[list[str]]], list[str], list[str]]:
+    markdown = MarkdownIt("commonmark", {"html": True}).enable("table").disable("code")
+    content = _LONG_LIST_NUMBER.sub(r"\1\\\2", _PRODUCT.sub(r"\\*", content))
+    tokens = markdown.parse(content)
     lines = content.splitlines()
-    tables: list[list[list[str]]] = []
-    above: list[str] = []
-    below: list[str] = []
-    at = 0
-    while at < len(lines):
-        is_header = "|" in lines[at] and at + 1 < len(lines) and "-" in lines[at + 1] and _RULE.fullmatch(lines[at + 1])
-        if not is_header:
-            (below if tables else above).extend(_lines(lines[at]))
-            at += 1
-            continue
-        rows = [_pipes(lines[at])]
-        at += 2
-        while at < len(lines) and "|" in lines[at]:
-            rows.append(_pipes(lines[at]))
-            at += 1
-        if has_figures(rows):
-            tables.append(rows)
-        else:
-            (below if tables else above).extend(cell for row in rows for cell in row)
-    return tables, above, below
-
-
-def _lines(text: str) -> list[str]:
-    return [_without_marks(_LINE_MARK.sub("", line, count=1)) for line in text.splitlines()]
+    num_cells = 0
+    for token in tokens:
+        if token.type == "table_open" and token.map:
+            num_cells = len(_pipes(lines[token.map[0]]))
+        elif token.type == "tr_open" and token.map:
+            cells = _pipes(lines[token.map[0]])
+            is_short = len(cells) < num_cells and any(map(str.isdigit, "".join(cells[1:])))
+            if any(cells[num_cells:]) or is_short:
+                problem = f"has {len(cells)} cells where the header has {num_cells}"
+                hint = r"write a bar inside a cell as \| and leave no cell out"
+                raise DataError(problem, path=path, row=token.map[0] + 1, hint=hint)
+    return html_blocks(markdown.renderer.render(tokens, markdown.options, {}), path)
 
 
 def _pipes(line: str) -> list[str]:
     inside = line.strip().removeprefix("|")
     inside = inside[:-1] if inside.endswith("|") and not inside.endswith("\\|") else inside
-    return [_without_marks(cell.replace("\\|", "|")).strip() for cell in re.split(r"(?<!\\)\|", inside)]
+    return [cell.strip() for cell in _PIPE.split(inside)]
 
 
-def _without_marks(text: str) -> str:
-    if _HTML.search(text) and _HTML_TABLE not in text.lower():
-        page = HtmlPage(text)
-        text = " ".join(page.before)
-    return _MARKS.sub(lambda match: match[1] or (_without_marks(match[2]) if match[2] else ""), text)
+def is_markdown(content: str) -> bool:
+    """Whether a table with pipes seems to be in a text."""
+    rules = (set(line) for line in content.splitlines())
+    return any({"|", "-"} <= rule <= set(" \t|:-") for rule in rules)

@@ -1,6 +1,6 @@
-"""Detect numbers with a decimal comma (1.250,5) in a table, and write them with a decimal point (1250.5).
+"""The numbers of a table as FinQA writes them: 1250.5, a loss -5.2 ( 5.2 ), one scale.
 
-A number decides for its column if it can be read in one way only: ``1.250,5`` and ``1.250.000`` have a comma,
+A number decides for its column if it can be read in one way only: ``1.250,5`` and ``1.250.000`` have a decimal comma,
 ``1,250.5`` and ``1,250,000`` a point. ``12,5`` and ``12.5`` decide for their own column. ``1,250`` and ``1.250`` can be
 read in two ways. They follow their column, then their table. In a table without any sign, 1,250 is 1250 as in English,
 unless semicolons separate the cells. What is still open raises an error.
@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from fintune.data.page_table import MARKS, NamedTable, kind_of, listed
 from fintune.errors import DataError
 
 Mark: TypeAlias = Literal["point", "comma"]
@@ -27,6 +29,7 @@ _EITHER = re.compile(r"[1-9]\d{0,2}[.,]\d{3}")
 _LIKELY = re.compile(r"\d+[.,]\d+")
 _MONTH = re.compile(r"(?:0?[1-9]|1[0-2])\.(?:19|20)\d\d")
 _SPACED = re.compile(r"(\D*)(?<![^\W\d_])(\d{1,3}(?:[ '\u2019]\d{3})+)((?:[.,]\d+)?)(\D*)")
+_NOTE_COLUMN = re.compile(r"notes?\b.{0,12}", re.IGNORECASE)
 _HINT = "name the decimal separator: --decimal comma or --decimal point"
 
 
@@ -43,7 +46,7 @@ class _Number:
 
 
 def with_points(
-    table: Sequence[Sequence[str]],
+    page: NamedTable,
     texts: Sequence[str],
     *,
     path: Path,
@@ -54,7 +57,7 @@ def with_points(
     """Return a table and the text around it with decimal points.
 
     Args:
-        table: Rows of cells, the header first. First cells are names and do not change.
+        page: The table. First cells are names and do not change.
         texts: Texts of the page.
         path: The file, for messages.
         semicolons: Whether semicolons separated the cells.
@@ -64,18 +67,23 @@ def with_points(
     Raises:
         DataError: A number can be read in two ways, and nothing decides which.
     """
-    table = [[row[0], *map(_close_groups, row[1:])] if row else [] for row in table]
+    table = [[row[0], *map(_close_groups, row[1:])] for row in page.rows]
+    lists = {k for k, name in enumerate(table[0]) if _NOTE_COLUMN.fullmatch(name)}
     numbers = [number for row, cells in enumerate(table) for number in _numbers_in_row(row, cells)]
+    numbers = [number for number in numbers if number.column not in lists]
     columns = sorted({number.column for number in numbers})
     if mark is not None:
         marks: dict[int, Mark] = dict.fromkeys(columns, mark)
     else:
         defaults = _table_marks(numbers, semicolons, comma_separated)
-        marks = {column: _column_mark(column, numbers, defaults, table, path) for column in columns}
-    rows = [
-        [_replace_commas(cell) if marks.get(k) == "comma" else _join_groups(cell) for k, cell in enumerate(r)]
-        for r in table
-    ]
+        marks = {column: _column_mark(column, numbers, defaults, page, path) for column in columns}
+
+    def rewrite(column: int, cell: str) -> str:
+        if column in lists:
+            return cell
+        return _replace_commas(cell) if marks.get(column) == "comma" else _join_groups(cell)
+
+    rows = [[rewrite(column, cell) for column, cell in enumerate(row)] for row in table]
     for row, before in zip(rows, table, strict=True):
         row[:1] = before[:1]
     in_table = set(marks.values())
@@ -124,7 +132,9 @@ def _table_marks(numbers: Sequence[_Number], semicolons: bool, comma_separated: 
     if likely == {"point"}:
         return {".": "point", ",": "point"}
     signs = {sign for number in numbers for sign in ".," if sign in number.text}
-    if len(signs) == 2 or any(number.is_percent for number in numbers):  # nobody writes 1,250 % for 1250 %
+    # Nobody writes 1,250 % for 1250 %, unless in a column of changes beside many other numbers.
+    num_plain = sum(not number.is_percent for number in numbers)
+    if len(signs) == 2 or (num_plain < 3 and any(number.is_percent for number in numbers)):
         return {".": None, ",": None}
     return {".": "point" if comma_separated else None, ",": None if semicolons else "point"}
 
@@ -133,7 +143,7 @@ def _column_mark(
     column: int,
     numbers: Sequence[_Number],
     defaults: dict[str, Mark | None],
-    table: Sequence[Sequence[str]],
+    page: NamedTable,
     path: Path,
 ) -> Mark:
     in_column = [number for number in numbers if number.column == column]
@@ -141,23 +151,30 @@ def _column_mark(
     if first is not None and first.mark is not None:
         other = next((number for number in in_column if number.mark not in (None, first.mark)), None)
         if other is not None:
-            problem = f"{_location(other, table)}: {other.text} contradicts {first.text} in row {first.row + 1}"
+            problem = (
+                f"{_location(other, page)}: {other.text} contradicts {first.text} in row {page.numbers[first.row]}"
+            )
             raise DataError(problem, path=path, hint=_HINT)
         return first.mark
     marks = [defaults["." if "." in number.text else ","] for number in in_column]
     for number, mark in zip(in_column, marks, strict=True):
         if mark is None:
             whole, decimals = re.split("[.,]", number.text)
-            problem = f"{_location(number, table)}: {number.text} can be {whole}{decimals} or {whole}.{decimals}"
+            problem = f"{_location(number, page)}: {number.text} can be {whole}{decimals} or {whole}.{decimals}"
             raise DataError(problem, path=path, hint=_HINT)
     assert marks[0] is not None, "checked above"
     return marks[0]
 
 
-def _location(number: _Number, table: Sequence[Sequence[str]]) -> str:
-    name = table[0][number.column] if number.row and number.column < len(table[0]) else ""
-    row = f"row {number.row + 1}" + (f" ({table[number.row][0]})" if table[number.row][0] else "")
-    return f"{row}, column {number.column + 1}" + (f" ({name})" if name else "")
+def _location(number: _Number, page: NamedTable) -> str:
+    return location(page, number.row, number.column)
+
+
+def location(page: NamedTable, row: int, column: int) -> str:
+    """Return a cell's row and column in words, counted from 1, with their names."""
+    name, above = page.rows[row][0], page.rows[0][column] if row else ""
+    words = f"row {page.numbers[row]}" + (f" ({name})" if name else "")
+    return f"{words}, column {column + 1}" + (f" ({above})" if above else "")
 
 
 def _close_groups(cell: str) -> str:
@@ -190,3 +207,95 @@ def _point_text(text: str, mark: Mark | None) -> str:
     if mark == "comma" or (mark is None and sure == {"comma"}):
         return _replace_commas(text)
     return _TOKEN.sub(lambda match: _with_point(match[0]) if _SURE_COMMA.fullmatch(match[0]) else match[0], text)
+
+
+_CURRENCY = r"(?:[A-Z]{0,3}[$€£¥₹₩]|[A-Z]{2,3}(?=[\s(])|Rs\.?)?"
+_DIGITS = r"(?:\d[\d,]*\.?\d*|\.\d+)"
+_UNIT = r"(?:%|‰|[^\W\d_]{1,12}\.?)?"
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?:,\d{3})*(?!\d))")
+_BRACKETED = re.compile(
+    rf"({_CURRENCY})\s*\(\s*({_CURRENCY})\s*-?\s*({_DIGITS})(\s*{_UNIT})\s*\)?\s*\)?(\s*{_UNIT})\s*\$?\s*\)?"
+)
+_TRAILING_MINUS = re.compile(rf"({_CURRENCY})\s*({_DIGITS})\s*({_UNIT})\s*-")
+# Dashes and triangles that mean a minus before a number, but not between two numbers.
+_DASH = re.compile(
+    r"(?<![\w.%)\]])(?<![\w.%)\]]\s)[\u2010-\u2015\u2212\ufe58\ufe63△▲▼](?=\s?[A-Z]{0,3}[$€£¥₹₩]?\s?\.?\d)"
+)
+_MINUS = re.compile(r"([A-Z]{0,3}[$€£¥₹₩])?(\s*)-\s*([A-Z]{0,3}[$€£¥₹₩]?)\s*(?=\.?\d)")
+_UNREAD = re.compile(r"\b(?:[DC][Rr]|[SH])\.?$|^<.*>$|^\[.*\]$|^(?:minus|neg)|^[^(]*\)", re.IGNORECASE)
+_SCALED = re.compile(r"(\D*?)(\d+(?:\.\d+)?|\.\d+)(\s*)(K|k|MM|M|m|mn|B|bn|T|million|billion|Mio\.?|Mrd\.?)")
+_POWERS = {"k": 3, "m": 6, "mm": 6, "mn": 6, "million": 6, "mio": 6, "b": 9, "bn": 9, "billion": 9, "mrd": 9, "t": 12}
+
+
+def signed_table(page: NamedTable, path: Path) -> NamedTable:
+    """Write every loss with a minus and all numbers in one scale; leave out footnote marks after numbers.
+
+    Raises:
+        DataError: Triangles up and down are in one table, so that one up can be a loss or a gain.
+    """
+    rows = [list(row) for row in page.rows]
+    notes = list(page.notes)
+    marks: list[str] = []
+    unread: list[str] = []
+    up = next(((r, c) for r, row in enumerate(rows) for c, cell in enumerate(row) if c and "▲" in cell), None)
+    if up and any("▼" in cell for row in rows for cell in row[1:]):
+        problem = f"{location(page, *up)}: ▲ can be a gain or a loss, because there is a ▼, too"
+        raise DataError(problem, path=path, hint="write the losses with a minus")
+    for r, row in enumerate(rows[1:], start=1):
+        for c, cell in enumerate(row[1:], start=1):
+            if not any(map(str.isdigit, cell)):
+                continue
+            bare = MARKS.sub("", cell).strip()
+            if bare and bare != cell and kind_of(bare) in ("figure", "soft"):
+                marks.append(cell[len(bare) :].strip())
+            else:
+                bare = cell
+            row[c] = signed_number(bare)
+            if _UNREAD.search(row[c]) and kind_of(row[c]) == "figure":
+                unread.append(f"{location(page, r, c)}: {cell}")
+    if marks:
+        notes.append(f"footnote marks were left out: {listed(marks)}")
+    if unread:
+        more = f" (and {len(unread) - 1} more cells)" if len(unread) > 1 else ""
+        notes.append(f"{unread[0]} has a sign that was not read{more}")
+    _unify_scales(rows, page, notes)
+    return replace(page, rows=rows, notes=notes)
+
+
+def signed_number(cell: str) -> str:
+    """Return a cell's number with a minus if it is a loss: in brackets, after a dash or triangle, before a dash."""
+    text = _THOUSANDS.sub("", _DASH.sub("-", cell.replace("\u2212", "-")).strip())
+    text = re.sub(r"(?<=\d)(\s?)[\u2010-\u2015]$", r"\1-", text)
+    if loss := _BRACKETED.fullmatch(text):
+        before, inside, number, unit, after = loss.groups()
+        currency, unit = before or inside, unit if unit.strip() else after.rstrip()
+        if unit.strip() in ("", "%"):
+            unit = unit.strip()
+            return f"{currency}-{number}{unit} ( {currency}{number}{unit} )"
+        return f"{currency}-{number}{unit}"
+    if loss := _TRAILING_MINUS.fullmatch(text):
+        return f"{loss[1]}-{loss[2]}{loss[3]}"
+    return (
+        _MINUS.sub(lambda match: f"{match[1] or ''}{match[2]}-{match[3]}", text, count=1)
+        if _MINUS.match(text)
+        else text
+    )
+
+
+def _unify_scales(rows: list[list[str]], page: NamedTable, notes: list[str]) -> None:
+    """Write $1.2B as $1200M in a table that has $980M."""
+    found = {
+        (r, c): match
+        for r, row in enumerate(rows[1:], start=1)
+        for c, cell in enumerate(row[1:], start=1)
+        if (match := _SCALED.fullmatch(cell))
+    }
+    powers = {place: _POWERS[match[4].lower().rstrip(".")] for place, match in found.items()}
+    if len(set(powers.values())) < 2:
+        return
+    place = min(powers, key=powers.__getitem__)
+    least, name = powers[place], found[place][4]
+    for (r, c), match in found.items():
+        number = Decimal(match[2]).scaleb(powers[r, c] - least)
+        rows[r][c] = f"{match[1]}{number:f}{match[3]}{name}"
+    notes.append(f"numbers of several scales were written in {name}, as in {location(page, *place)}")

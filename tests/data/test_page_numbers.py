@@ -9,7 +9,7 @@ from fintune.errors import DataError
 def read(tmp_path, name, content, **options):
     path = tmp_path / name
     path.write_text(content)
-    return read_page(path, "what fell?", **options)
+    return read_page(path, "what fell?", **options).record
 
 
 def cells(page):
