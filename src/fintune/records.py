@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
 
 class Record(BaseModel):
@@ -14,10 +14,29 @@ class Record(BaseModel):
 
 
 class Message(Record):
-    """One turn of a conversation."""
+    """One turn of a conversation. Fields that are None are not written.
 
-    role: Literal["system", "user", "assistant"]
+    Attributes:
+        content: The text; empty for a turn that only calls tools.
+        reasoning_content: The assistant's thought before the text.
+        tool_calls: Calls as ``{"type": "function", "function": {"name", "arguments"}}``.
+        tool_call_id: For a tool's result, the id of its call.
+        name: For a tool's result, the tool's name.
+        tools: The tools that the conversation offers, in the form of chat templates. Only its first turn has them.
+    """
+
+    role: Literal["system", "user", "assistant", "tool"]
     content: str
+    reasoning_content: str | None = None
+    tool_calls: tuple[dict[str, Any], ...] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
+    tools: tuple[dict[str, Any], ...] | None = None
+
+    @model_serializer
+    def as_dict(self) -> dict[str, Any]:
+        """Return the turn as chat templates and servers take it, without what is None."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 def _text_or_number(value: Any) -> Any:
@@ -74,12 +93,23 @@ class Example(Record):
         messages: The turns before the completion; the last is the user's.
         completion: The assistant's turn, without template tokens.
         num_cut: Units of the page (sentences, table rows), or turns, that were left out to fit the context.
+        turn: The assistant's turn if it has a thought or calls tools, for the chat template. It is not written if None.
     """
 
     id: str
     messages: tuple[Message, ...]
     completion: str
     num_cut: int = 0
+    turn: Message | None = None
+
+    @property
+    def answer(self) -> str | Message:
+        """What is encoded after the messages."""
+        return self.turn or self.completion
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in write(self).items() if value is not None}
 
 
 class Pair(Record):

@@ -217,16 +217,16 @@ def test_inspect_escapes_control_characters(tmp_path: Path, tiny_model: Path) ->
     assert r"\x1b]0;x\x07?" in text and r"\x9b2J\x0d" in text
 
 
-def test_inspect_reports_unread_files_and_thoughts(tmp_path: Path, tiny_model: Path) -> None:
+def test_inspect_reports_what_was_read_and_what_not(tmp_path: Path, tiny_model: Path) -> None:
     turns = [{"role": "user", "content": "cash?"}, {"role": "assistant", "content": "1", "reasoning_content": "Hm."}]
-    rows = [{"messages": turns}, {"messages": [{"role": "user", "content": "debt?"}, turns[1]]}]
+    rows = [{"messages": turns, "note": "x"}, {"messages": [{"role": "user", "content": "debt?"}, turns[1]]}]
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (tmp_path / "data" / "faq.xlsx").write_bytes(b"PK")
     options = ["data.source=chat", f"data.sources=[{tmp_path / 'data'}]", f"model.name={tiny_model}"]
     config = load(None, [*options, f"run.dir={tmp_path}", "run.name=c"]).config
     for text in (printed(config, num_examples=0), outline(page(config, tmp_path)).text):
-        assert f"{tmp_path / 'data'}: 2 thoughts in a separate field left out" in text
+        assert f"{tmp_path / 'data'}: columns messages: turns (2); note: not read (1)" in text
         assert f"{tmp_path / 'data'}: 1 file not read: faq.xlsx (the known suffixes are " in text
 
 

@@ -111,18 +111,6 @@ def test_broken_rows_are_counted_with_row_and_hint(write):
     assert [problem.split(":")[0].rpartition(" ")[2] for problem in found.problems] == ["2", "4", "5"]
 
 
-def test_tool_calls_are_dropped_and_thoughts_counted(write):
-    def row(number: int, **more: object) -> dict[str, object]:
-        question, answer = ({"role": role, "content": f"{role} {number}"} for role in ("user", "assistant"))
-        return {"messages": [question, answer | more]}
-
-    path = write("x.jsonl", [row(1), row(2, reasoning_content="Hm."), row(3, tool_calls=[{"id": "1"}])])
-    found = load([path], "data.eval_share=0.5")
-    assert found.reports[0].dropped == {"tool calls": 1}
-    assert "; dropped 1 tool calls; left out 1 thoughts in a field of their own; " in found.reports[0].notes()[0]
-    assert found.broken[0].field == "messages[1].tool_calls"
-
-
 def test_what_a_folder_holds_beside_its_data_has_a_line(write, tmp_path):
     write("data/a.jsonl", [qa(1), qa(2)])
     (tmp_path / "data/faq.xlsx").write_bytes(b"x")

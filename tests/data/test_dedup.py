@@ -28,6 +28,12 @@ def changed(draw: random.Random, said: str, num_words: int) -> str:
     return " ".join(words)
 
 
+def edited(draw: random.Random, said: str, num_words: int) -> str:
+    """The same words with commas, and some of them repeated."""
+    words = [word + "," if draw.random() < 0.02 else word for word in said.split()]
+    return " ".join([*words, *words[:num_words]])
+
+
 def test_case_and_white_space_do_not_make_a_conversation_another():
     a, b = conversation("What is  yield?", "Income."), conversation("what is yield?\n", "income.")
     assert digest_messages(a) == digest_messages(b)
@@ -50,17 +56,17 @@ def test_another_word_turn_or_role_makes_it_another(other):
 def test_what_is_found_is_what_comparing_every_pair_finds(similarity):
     draw = random.Random(5)
     base = [conversation(text(draw), text(draw)) for _ in range(60)]
-    edited = [
-        conversation(*(changed(draw, message.content, number % 25) for message in said))
+    copies = [
+        conversation(edited(draw, said[0].content, number % 25), changed(draw, said[1].content, number % 25))
         for number, said in enumerate(base)
     ]
-    finder = NearDuplicates(similarity, 200)
+    finder = NearDuplicates(similarity)
     assert [finder.find(said) for said in base] == [None] * 60
     expected = [
-        number if are_near_duplicates(base[number], said, similarity) else None for number, said in enumerate(edited)
+        number if are_near_duplicates(base[number], said, similarity) else None for number, said in enumerate(copies)
     ]
     assert 10 < sum(number is not None for number in expected) < 55
-    assert [finder.find(said) for said in edited] == expected
+    assert [finder.find(said) for said in copies] == expected
 
 
 def test_conversations_with_other_numbers_are_both_kept():
@@ -74,13 +80,25 @@ def test_conversations_with_other_numbers_are_both_kept():
 def test_questions_about_one_long_context_are_all_kept():
     draw = random.Random(7)
     context = text(draw, 2000)
-    finder = NearDuplicates(0.9, 20)
+    finder = NearDuplicates(0.9)
     said = [conversation(f"{context} {text(draw, 5)}", text(draw, 20)) for _ in range(20)]
     assert [finder.find(each) for each in said] == [None] * 20
 
 
+def test_headlines_below_one_long_instruction_are_all_kept():
+    draw = random.Random(9)
+    rubric = text(draw, 400)
+    finder = NearDuplicates(0.9)
+    asked = [f"{rubric}\nName: {WORDS[n]}\n{rubric}\nHeadline: {text(draw, 6)}\nLabel:" for n in range(10)]
+    said = [conversation(each, "positive") for each in asked]
+    assert [finder.find(each) for each in said] == [None] * 10
+    copy = asked[3].replace("\nHeadline", ",\nHeadline") + f"\n{WORDS[3]}"
+    assert finder.find(conversation(copy, "Positive.")) is None, "another answer"
+    assert finder.find(conversation(copy, "positive")) == 3
+
+
 def test_short_texts_are_compared_too():
-    finder = NearDuplicates(0.9, 4)
+    finder = NearDuplicates(0.9)
     assert finder.find(conversation("a", "b")) is None
     assert finder.find(conversation("A", "b")) == 0
     assert finder.find(conversation("a", "c")) is None
@@ -89,6 +107,6 @@ def test_short_texts_are_compared_too():
 def test_another_persona_is_another_conversation():
     draw = random.Random(8)
     question, answer = text(draw), text(draw)
-    finder = NearDuplicates(0.9, 2)
+    finder = NearDuplicates(0.9)
     assert finder.find(conversation(question, answer, "You are Dana.")) is None
     assert finder.find(conversation(question, answer, "You are Max.")) is None

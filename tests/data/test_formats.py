@@ -71,7 +71,7 @@ def test_a_row_is_known_by_its_fields_and_becomes_turns(row, shape, turns):
 
 
 def test_a_preference_keeps_the_rejected_answer():
-    assert convert_row({"prompt": ASK, "chosen": ANSWER, "rejected": "Buy."})[1].rejected == "Buy."
+    assert convert_row({"prompt": ASK, "chosen": ANSWER, "rejected": "Buy."})[1].rejected.content == "Buy."
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_a_preference_keeps_the_rejected_answer():
     ],
 )
 def test_the_prompt_of_a_preference_has_several_names(prompt, content):
-    shape, found = convert_row({**prompt, "system": PERSONA, "chosen": ANSWER, "rejected": "Buy."})
+    shape, found, _ = convert_row({**prompt, "system": PERSONA, "chosen": ANSWER, "rejected": "Buy."})
     assert shape == "preference"
     assert [each.content for each in found.messages] == [PERSONA, content, ANSWER]
 
@@ -91,7 +91,7 @@ def test_the_prompt_of_a_preference_has_several_names(prompt, content):
 def test_whole_conversations_are_a_pair_only_behind_one_prompt():
     better, worse = [turn("user", ASK), turn("assistant", ANSWER)], [turn("user", ASK), turn("assistant", "Buy.")]
     found = convert_row({"chosen": better, "rejected": worse})[1]
-    assert ([each.content for each in found.messages], found.rejected) == ([ASK, ANSWER], "Buy.")
+    assert ([each.content for each in found.messages], found.rejected.content) == ([ASK, ANSWER], "Buy.")
     with pytest.raises(BrokenRowError, match="differ from those of chosen") as raised:
         convert_row({"chosen": better, "rejected": [turn("user", "Other?"), turn("assistant", "Buy.")]})
     assert (raised.value.reason, raised.value.field) == ("not one prompt", "rejected")
@@ -126,7 +126,7 @@ TURNS = [turn("user", ASK), turn("assistant", ANSWER)]
     ],
 )
 def test_label_spellings_make_unpaired_preference(row, written, label):
-    shape, found = convert_row({**row, "label": written})
+    shape, found, _ = convert_row({**row, "label": written})
     assert (shape, found.label, found.rejected) == ("unpaired_preference", label, None)
     assert [(each.role, each.content) for each in found.messages] == QA
 
@@ -134,7 +134,7 @@ def test_label_spellings_make_unpaired_preference(row, written, label):
 def test_unpaired_answer_from_mapped_columns():
     row = {"Frage": ASK, "antwort": {"text": ANSWER}, "gut": "false", "label": "bonds"}
     columns = {"prompt": "Frage", "completion": "antwort.text", "label": "gut"}
-    shape, found = convert_row(row, columns=columns)
+    shape, found, _ = convert_row(row, columns=columns)
     assert (shape, found.label) == ("unpaired_preference", False)
     asked = {"instruction": ASK, "input": "the page", "completion": ANSWER, "label": 1}
     named = convert_row(asked, "unpaired_preference")[1]
@@ -162,27 +162,64 @@ def test_named_format_ignores_label_column():
     assert convert_row(row, "prompt_completion")[1].label is None
 
 
-CALL = {"type": "function", "function": {"name": "balance", "arguments": "{}"}}
+CALL = {"type": "function", "function": {"name": "balance", "arguments": {"of": "ACME"}}}
+TEXT_CALL = {"function": {"name": "balance", "arguments": '{"of": "ACME"}'}}
+TOOL = {"type": "function", "function": {"name": "balance", "parameters": {"type": "object"}}}
 
 
 @pytest.mark.parametrize(
-    ("row", "field"),
+    ("row", "roles"),
     [
-        ({"messages": [TURNS[0], turn("assistant", "I look.") | {"tool_calls": [CALL]}, *TURNS]}, "[1].tool_calls"),
-        ({"messages": [TURNS[0], turn("assistant", None) | {"function_call": CALL}, *TURNS]}, "[1].function_call"),
-        ({"messages": [TURNS[0], turn("tool", "0 USD"), TURNS[1]], "tools": [CALL]}, "[1].role"),
-        ({"conversations": [{"from": "human", "value": ASK}, {"from": "observation", "value": "0"}]}, "[1].from"),
-        ({"prompt": [TURNS[0]], "completion": [turn("assistant", "x") | {"tool_calls": "[1]"}]}, "[0].tool_calls"),
-        ({"messages": TURNS, "tools": [CALL]}, "tools"),
-        ({"messages": TURNS, "Functions": '[{"name": "balance"}]'}, "Functions"),
-        ({"prompt": [TURNS[0]], "chosen": [TURNS[1]], "rejected": [turn("assistant", "x")], "tools": [CALL]}, "tools"),
+        (
+            {
+                "messages": [
+                    TURNS[0],
+                    turn("assistant", "") | {"tool_calls": [TEXT_CALL]},
+                    turn("tool", "0 USD"),
+                    TURNS[1],
+                ]
+            },
+            ["user", "assistant", "tool", "assistant"],
+        ),
+        (
+            {"messages": [TURNS[0], turn("assistant", None) | {"function_call": CALL["function"]}]},
+            ["user", "assistant"],
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": ASK},
+                    {"from": "function_call", "value": '{"name": "balance", "arguments": {"of": "ACME"}}'},
+                    {"from": "observation", "value": '{"usd": 0}'},
+                    {"from": "gpt", "value": ANSWER},
+                ]
+            },
+            ["user", "assistant", "tool", "assistant"],
+        ),
+        (
+            {"prompt": ASK, "completion": [turn("assistant", None) | {"tool_calls": json.dumps([CALL])}]},
+            ["user", "assistant"],
+        ),
     ],
 )
-def test_a_row_with_tools_is_broken_and_says_so(row, field):
-    with pytest.raises(BrokenRowError, match="tool calls are not supported") as caught:
-        convert_row(row)
-    assert (caught.value.reason, caught.value.field.endswith(field)) == ("tool calls", True)
-    assert caught.value.hint == "write the call into content, or remove the row"
+def test_tool_calls_of_every_spelling_become_one_form(row, roles):
+    found = convert_row(row | {"tools": json.dumps([TOOL["function"] | {"description": None}])})
+    assert [message.role for message in found.conversation.messages] == roles
+    assert found.conversation.messages[1].tool_calls == (CALL,)
+    assert found.conversation.messages[0].tools == (TOOL,)
+    assert "not read" not in found.columns.values()
+
+
+def test_a_rejected_answer_may_call_a_tool():
+    worse = turn("assistant", None) | {"tool_calls": [CALL]}
+    found = convert_row({"prompt": [TURNS[0]], "chosen": [TURNS[1]], "rejected": [worse], "tools": [TOOL]}).conversation
+    assert (found.rejected.tool_calls, found.messages[0].tools) == ((CALL,), (TOOL,))
+
+
+def test_a_tool_call_without_name_is_a_broken_row():
+    with pytest.raises(BrokenRowError) as caught:
+        convert_row({"messages": [TURNS[0], turn("assistant", "x") | {"tool_calls": [{"id": "1"}]}]})
+    assert (caught.value.reason, caught.value.field) == ("bad tool call", "messages[1].tool_calls")
 
 
 @pytest.mark.parametrize("empty", [None, [], "", "[]", " ", "null", {"name": None, "arguments": None}])
@@ -197,28 +234,30 @@ def test_a_column_called_tools_beside_plain_texts_is_passed_over():
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
-def test_thought_fields_are_left_out_and_counted(name):
-    turns = [TURNS[0] | {name: None}, TURNS[1] | {name: "Hm."}, *TURNS, TURNS[0], TURNS[1] | {name: "Well."}]
-    _, found = convert_row({"messages": turns})
-    assert ([each.content for each in found.messages], found.num_thoughts) == ([ASK, ANSWER] * 3, 2)
-    assert convert_row({"messages": json.dumps(turns)})[1].num_thoughts == 2
-    assert convert_row({"messages": TURNS})[1].num_thoughts == 0
+def test_thoughts_in_a_field_are_kept_with_their_turn(name):
+    turns = [TURNS[0] | {name: None}, TURNS[1] | {name: "Hm."}, TURNS[0], TURNS[1] | {name: "Well."}]
+    for written in (turns, json.dumps(turns), repr(turns)):
+        found = convert_row({"messages": written}).conversation
+        assert [message.reasoning_content for message in found.messages] == [None, "Hm.", None, "Well."]
+    parts = [{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": ANSWER}]
+    found = convert_row({"messages": [TURNS[0], turn("assistant", parts)]}).conversation
+    assert (found.messages[1].reasoning_content, found.messages[1].content) == ("Hm.", ANSWER)
 
 
 def test_turns_behind_the_last_answer_are_left_out_and_counted():
-    _, found = convert_row({"messages": [turn("user", ASK), turn("assistant", ANSWER), turn("user", "Thanks")]})
+    _, found, _ = convert_row({"messages": [turn("user", ASK), turn("assistant", ANSWER), turn("user", "Thanks")]})
     assert [each.role for each in found.messages] == ["user", "assistant"]
     assert found.num_trailing == 1
 
 
 def test_a_part_without_text_adds_nothing():
     parts = [{"type": "text", "text": None}, {"type": "text"}, {"type": "text", "text": ASK}]
-    _, found = convert_row({"messages": [turn("user", parts), turn("assistant", ANSWER)]})
+    _, found, _ = convert_row({"messages": [turn("user", parts), turn("assistant", ANSWER)]})
     assert found.messages[0].content == ASK
 
 
 def test_an_integer_beyond_every_float_is_its_digits():
-    _, found = convert_row({"question": 10**400, "answer": "x"})
+    _, found, _ = convert_row({"question": 10**400, "answer": "x"})
     assert found.messages[0].content == "1" + "0" * 400
 
 
@@ -254,7 +293,7 @@ def test_mapped_column_matches_in_any_case():
     assert (caught.value.field, caught.value.hint) == ("frage", "did you mean Frage or FRAGE?")
 
 
-@pytest.mark.parametrize("row", [{"Frage": "a", "Antwort": "b"}, {"question": "a", "response": "b"}])
+@pytest.mark.parametrize("row", [{"Frage": "a", "Antwort": "b"}, {"question": "a", "reply": "b"}])
 def test_unknown_format_names_fields_as_written(row):
     with pytest.raises(BrokenRowError, match=f"^the fields {', '.join(row)} are no known format$"):
         convert_row(row)
@@ -271,9 +310,9 @@ def test_an_empty_field_is_named_as_the_row_writes_it():
 
 @pytest.mark.parametrize("empty", [None, "", []])
 def test_empty_field_yields_to_alias_unless_mapped(empty):
-    _, found = convert_row({"prompt": ASK, "completion": empty, "response": ANSWER})
+    _, found, _ = convert_row({"prompt": ASK, "completion": empty, "response": ANSWER})
     assert found.messages[1].content == ANSWER
-    _, found = convert_row({"prompt": ASK, "completion": ANSWER, "response": empty})
+    _, found, _ = convert_row({"prompt": ASK, "completion": ANSWER, "response": empty})
     assert found.messages[1].content == ANSWER
     with pytest.raises(BrokenRowError) as caught:
         convert_row({"prompt": ASK, "text": empty, "response": ANSWER}, columns={"completion": "text"})
@@ -293,7 +332,7 @@ def test_a_shape_that_is_named_wins_over_the_fields():
     [
         ({"A": ASK, "B": ANSWER}, {"format_": "question_answer"}, "question", "A, B"),
         ({"A": ASK, "B": ANSWER}, {"format_": "question_answer", "columns": {"question": "A"}}, "answer", "B"),
-        ({"Query": ASK, "chosen": ANSWER, "rejected": "no", "label": 1}, {"format_": "preference"}, "prompt", "Query"),
+        ({"Ask": ASK, "chosen": ANSWER, "rejected": "no", "label": 1}, {"format_": "preference"}, "prompt", "Ask"),
     ],
 )
 def test_missing_field_of_named_format_lists_columns(row, options, field, others):
@@ -308,7 +347,6 @@ def test_missing_field_of_named_format_lists_columns(row, options, field, others
     [
         ({"question": ASK}, "question_answer", "answer"),
         ({"Question": "", "answer": ANSWER, "id": 1}, "question_answer", "Question"),
-        ({"conversations": [{"from": "human", "value": ASK}], "id": 1}, "messages", "messages"),
     ],
 )
 def test_empty_field_suggests_no_other_column(row, shape, field):
@@ -325,7 +363,7 @@ DEEP = "[" * 100_000
     [
         ({"messages": DEEP}, "bad turns"),
         ({"conversations": DEEP}, "bad turns"),
-        ({"prompt": ASK, "chosen": [turn("user", ASK)], "rejected": DEEP}, "bad turns"),
+        ({"prompt": ASK, "chosen": [TURNS[1]], "rejected": [DEEP]}, "bad turns"),
         (
             {
                 "messages": [turn("user", ASK), turn("assistant", ANSWER)],
@@ -379,14 +417,13 @@ def test_what_is_nested_without_end_is_a_broken_row(row, reason):
         ({"Question": None, "Answer": ANSWER, "Context": "c"}, "no question", "Question", "fill it"),
         ({"instruction": ASK, "output": float("nan")}, "no answer", "output", "fill it"),
         ({"prompt": ASK, "completion": "cut \ud83d"}, "not text", "completion", "cut inside an emoji"),
-        ({"prompt": ASK, "completion": True}, "not text", "completion", "write it as text"),
+        ({"prompt": ASK, "completion": {"a": 1}}, "not text", "completion", "write it as text"),
         ({"prompt": ASK, "completion": ANSWER, "label": "ture"}, "bad label", "label", "did you mean true?"),
         ({"prompt": ASK, "completion": ANSWER, "label": "up"}, "bad label", "label", "format: prompt_completion"),
         ({"prompt": ASK, "completion": ANSWER, "label": "👍"}, "bad label", "label", "write true for a desired"),
         ({"prompt": ASK, "completion": ANSWER, "label": -1}, "bad label", "label", "write true for a desired"),
         ({"prompt": ASK, "completion": ANSWER, "label": 4.5}, "bad label", "label", "of a rating by a threshold"),
         ({"prompt": ASK, "completion": ANSWER, "label": 10**400}, "bad label", "label", "of a rating by a threshold"),
-        ({"prompt": ASK, "completion": ANSWER, "label": float("nan")}, "no label", "label", "write true"),
         ({"prompt": ASK, "completion": ANSWER, "label": [True]}, "bad label", "label", "write true"),
         ({"prompt": ASK, "completion": " ", "label": False}, "no answer", "completion", "fill it"),
         ({"messages": [*TURNS[:1], TURNS[1] | {"weight": 0}], "label": True}, "no answer", "label", "remove the"),

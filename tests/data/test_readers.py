@@ -115,7 +115,7 @@ def test_what_a_folder_holds_beside_its_data_is_told(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     assert describe_unread(str(tmp_path)) == "", "nothing that could be meant as rows"
-    known = "(the known suffixes are .json .jsonl .ndjson .csv .tsv .parquet, also with .gz)"
+    known = "(the known suffixes are .json .jsonl .ndjson .csv .tsv .parquet .arrow, also with .gz)"
     (tmp_path / "faq.xlsx").write_bytes(b"x")
     assert describe_unread(str(tmp_path)) == f"1 file not read: faq.xlsx {known}"
     for name in ("readme.txt", "b.docx", "c.pdf", "d.pdf", "e.pdf", "f.pdf"):

@@ -79,7 +79,7 @@ def test_a_system_message_is_added_where_there_is_none(tokenizer):
 
 def test_turns_that_do_not_fit_are_left_out_and_counted(tokenizer):
     length = len(chat.encode_example(tokenizer, TURNS[:2], TURNS[2].content).input_ids)
-    done = encoder(tokenizer, max_length=length).encode("x", TURNS, rejected="none")
+    done = encoder(tokenizer, max_length=length).encode("x", TURNS, rejected=Message(role="assistant", content="no"))
     assert (done.example.completion, done.example.num_cut, done.rejected) == ("revenue is 12", 2, None)
     assert len(done.rows[0].input_ids) == length
     with pytest.raises(TooLongError):

@@ -34,14 +34,19 @@ class SourceOptions(Options):
     """One entry of `data.sources`: rows that become conversations. A path alone is an entry, too."""
 
     path: str = Field(min_length=1)
-    """A file (JSON, JSONL, CSV, TSV or Parquet, plain or .gz), a folder of such files or of a saved dataset, a pattern
-    such as `data/*.jsonl`, or `hub:OWNER/NAME`."""
+    """A file (JSON, JSONL, CSV, TSV, Parquet or Arrow, plain or .gz), a folder of such files or of a saved dataset, a
+    pattern such as `data/*.jsonl`, or `hub:OWNER/NAME`."""
     format: Literal["auto", Shape] = "auto"
     """Format of the rows. `auto` detects it row by row and prints what it detected."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Column names of these rows by field, such as `{question: Frage, answer: qa.antwort}`."""
+    header: bool = True
+    """Whether the first row of a table names its columns. If not, they are `column1`, `column2` and so on."""
+    roles: dict[str, Literal["system", "user", "assistant", "tool"]] = Field(default_factory=dict)
+    """Roles by the names that these rows give them, such as `{Analyst: assistant}`."""
     split: str = ""
-    """Split of a hub dataset or saved dataset (default: `train` if it has several)."""
+    """Split of a hub dataset, of a saved dataset, or of a folder whose files are named by splits. Default: `train` if a
+    dataset has several. Of a folder, the files of other splits are held out."""
     subset: str = ""
     """Configuration of a hub dataset that has several."""
     revision: str | None = None
@@ -78,19 +83,21 @@ class DataOptions(Options):
     conversations from `data.sources`."""
     sources: Annotated[tuple[SourceOptions, ...], BeforeValidator(_as_entries)] = ()
     """Sources of conversations; the last table of this page lists the keys of an entry."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Column names of all sources by field, as `columns` of an entry: `data.columns.question=Frage`."""
     system: str = ""
     """System message of conversations that have none (default: the one that the model's chat template inserts, if
     any)."""
     train_on: Literal["all", "last"] = "all"
     """Which assistant turns of a conversation contribute to the loss."""
     eval_share: float = Field(0.02, gt=0, lt=1)
-    """Share of the conversations that is held out, chosen by a hash of the first question."""
+    """Share of the conversations that is held out, chosen by a hash of what comes before the first answer."""
     duplicates: Literal["near", "exact", "off"] = "near"
     """Which duplicates are dropped: `exact` ones (apart from case and white space), `near` ones as well, or none
     (`off`)."""
     near_similarity: float = advanced(0.9, gt=0, le=1)
     """Jaccard similarity of 8-letter pieces from which two conversations are near duplicates. Both their questions and
-    their answers must reach it, and contain the same numbers."""
+    their answers must reach it, and contain the same words and numbers."""
     train: Path | None = None
     """FinQA JSON file (plain or .gz) to train on."""
     eval: Path | None = None

@@ -76,7 +76,10 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> Loaded:
     for override in overrides:
         key, tree = _parse_override(override)
         for option, value in _options(tree, {key: OVERRIDE}):
-            values[option] = value
+            before = values.get(option) or {}
+            # data.columns.question=... adds to data.columns
+            is_entry = key != option and isinstance(value, dict) and isinstance(before, dict)
+            values[option] = {**before, **value} if is_entry else value
             origin[option] = OVERRIDE
     try:
         # JSON mode is strict about scalars ("3" is not a number) but accepts a list for a tuple.

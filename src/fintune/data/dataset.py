@@ -7,6 +7,7 @@ conversation, so another order of the rows or further rows change nothing about 
 from __future__ import annotations
 
 import heapq
+import re
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from fintune.data.finqa_json import FinqaFile, read_finqa
 from fintune.data.formats import Conversation
 from fintune.data.load import HASH_LIMIT, LoadedSource, load_source, source_licence, stable_hash
 from fintune.data.objective_filter import RowKind, dedup_messages, no_rows_error
-from fintune.data.report import SourceReport
+from fintune.data.report import NEAR_DUPLICATE, SourceReport
 from fintune.data.tokenize import DroppedRow
 from fintune.errors import DataError
 from fintune.finqa.page import page_content
@@ -26,11 +27,9 @@ from fintune.records import FinQARecord
 from fintune.util.console import track
 from fintune.util.sampling import draw_indices
 
-_NEAR = "near duplicate"
-
 
 def load_sources(
-    data: DataOptions, seed: int, *, row_kind: RowKind = "answers", end_token: str = ""
+    data: DataOptions, seed: int, *, row_kind: RowKind = "answers", special_tokens: re.Pattern[str] | None = None
 ) -> list[LoadedSource]:
     """Load all sources and drop duplicates.
 
@@ -38,7 +37,7 @@ def load_sources(
         data: ``sources`` and the options about them.
         seed: Seed of the samples.
         row_kind: What the objective trains on. Other rows are counted as dropped.
-        end_token: The end-of-turn token; see :func:`fintune.data.load.load_source`.
+        special_tokens: Finds special tokens; see :func:`fintune.data.load.load_source`.
 
     Raises:
         DataError: A source cannot be read or has no usable row; with ``data.strict``, a row cannot be used; or no
@@ -46,7 +45,7 @@ def load_sources(
         ResourceError: A hub dataset cannot be fetched.
     """
     digests: set[bytes] = set()
-    loaded = [load_source(data, index, seed, digests, row_kind, end_token) for index in range(len(data.sources))]
+    loaded = [load_source(data, index, seed, digests, row_kind, special_tokens) for index in range(len(data.sources))]
     if not any(source.conversations for source in loaded):
         dropped = sum((source.dropped for source in loaded), Counter())
         paths, num_rows = [source.path for source in data.sources], sum(source.num_rows for source in loaded)
@@ -58,14 +57,14 @@ def load_sources(
 
 def _drop_near_duplicates(loaded: Sequence[LoadedSource], similarity: float, row_kind: RowKind) -> None:
     num_conversations = sum(len(source.conversations) for source in loaded)
-    finder = NearDuplicates(similarity, num_conversations)
+    finder = NearDuplicates(similarity)
     everything = ((source, conversation) for source in loaded for conversation in source.conversations)
     kept: dict[int, list[Conversation]] = {id(source): [] for source in loaded}
     for source, conversation in track(everything, "near duplicates", num_conversations):
         if finder.find(dedup_messages(conversation, row_kind)) is None:
             kept[id(source)].append(conversation)
         else:
-            source.dropped[_NEAR] += 1
+            source.dropped[NEAR_DUPLICATE] += 1
     for source in loaded:
         source.conversations = kept[id(source)]
 
@@ -74,32 +73,26 @@ def _drop_near_duplicates(loaded: Sequence[LoadedSource], similarity: float, row
 class Holdout:
     """Which conversations are held out for evaluation.
 
-    A conversation is held out if the hash of its first question is below a bound. So the same question is never in both
+    A conversation is held out if the hash of its question is below a bound. So the same question is never in both
     splits.
 
     Attributes:
-        hashed: All conversations with the hash of their first question.
-        rules: ``hold_out`` of every source.
+        hashed: All conversations with their hash, which is None for those that are never held out.
         bound: The bound of the hash.
     """
 
-    hashed: Sequence[tuple[int, Conversation]]
-    rules: Sequence[str]
+    hashed: Sequence[tuple[int | None, Conversation]]
     bound: int
 
     @property
     def train(self) -> list[Conversation]:
         """Conversations to train on."""
-        return [conversation for value, conversation in self.hashed if not self._is_held_out(value, conversation)]
+        return [conversation for value, conversation in self.hashed if value is None or value >= self.bound]
 
     @property
     def eval(self) -> list[Conversation]:
         """Conversations that are held out."""
-        return [conversation for value, conversation in self.hashed if self._is_held_out(value, conversation)]
-
-    def _is_held_out(self, value: int, conversation: Conversation) -> bool:
-        rule = self.rules[conversation.source]
-        return rule == "all" or (rule == "split" and value < self.bound)
+        return [conversation for value, conversation in self.hashed if value is not None and value < self.bound]
 
     def widen(self, usable: Set[str]) -> Holdout:
         """Hold out the next conversations by their hash, up to the first usable one. Some are left to train on.
@@ -110,7 +103,7 @@ class Holdout:
         candidates = [
             value
             for value, conversation in self.hashed
-            if value >= self.bound and self.rules[conversation.source] == "split" and conversation.id in usable
+            if value is not None and value >= self.bound and conversation.id in usable
         ]
         wider = replace(self, bound=min(candidates) + 1) if candidates else self
         return wider if wider.train else self
@@ -119,31 +112,66 @@ class Holdout:
 def split_holdout(conversations: Sequence[Conversation], data: DataOptions) -> Holdout:
     """Hold out a share of the conversations, and one at least.
 
+    What is asked before the first answer decides, the system message included. If one such beginning is that of more
+    than twice the share, all that the user says decides.
+
     Raises:
         DataError: Nothing is left to train on, or to hold out.
     """
-    rules = [source.hold_out for source in data.sources]
-    hashed = [(stable_hash(digest_texts([_first_question(item)]), "hold out"), item) for item in conversations]
-    shared = [value for value, conversation in hashed if rules[conversation.source] == "split"]
-    has_held_out = any(rules[conversation.source] == "all" for _, conversation in hashed)
-    at_least = 0 if has_held_out or not shared else min(shared) + 1
-    holdout = Holdout(hashed, rules, max(int(data.eval_share * HASH_LIMIT), at_least))
+    with_tests = {conversation.source for conversation in conversations if conversation.is_test}
+    rules = [_hold_out_rule(conversation, data, with_tests) for conversation in conversations]
+    values: list[int | None] = [-1 if rule == "all" else None for rule in rules]
+    shared = [index for index, rule in enumerate(rules) if rule == "split"]
+    begins = {index: _asked(conversations[index], whole=False) for index in shared}
+    sizes, limit = Counter(begins.values()), max(4.0, 2 * data.eval_share * len(shared))
+    wholes = {
+        index: _asked(conversations[index], whole=True)
+        for index, begin in begins.items()
+        if sizes[begin] > limit or sizes[begin] == len(shared)
+    }
+    whole_sizes = Counter(wholes.values())
+    for index in shared:
+        # A question that is asked this often would take the place of all others.
+        is_popular = whole_sizes[wholes.get(index, b"")] > limit
+        values[index] = None if is_popular else stable_hash(wholes.get(index, begins[index]), "hold out")
+    usable = [values[index] for index in shared if values[index] is not None]
+    at_least = 0 if -1 in values or not usable else min(value for value in usable if value is not None) + 1
+    bound = max(int(data.eval_share * HASH_LIMIT), at_least)
+    holdout = Holdout(list(zip(values, conversations, strict=True)), bound)
     has_train = bool(holdout.train)
     if has_train and holdout.eval:
         return holdout
-    if not has_train and len(shared) == 1:
+    if (shared and not usable) or (len(shared) > 1 and len(set(usable)) == 1):
+        hint = (
+            "they all ask the same; add a source with hold_out: all and set hold_out: none for this one, as "
+            "data.sources='[{path: TRAIN, hold_out: none}, {path: EVAL, hold_out: all}]'"
+        )
+    elif not has_train and len(shared) == 1:
         hint = "add conversations: one at least is held out, and one trained on"
     elif not has_train and shared:
         hint = f"lower data.eval_share, which is {data.eval_share:g}"
     else:
         hint = f"add conversations, or set hold_out of a source to something else than {'none' if has_train else 'all'}"
     what = "held out" if has_train else "trained on"
-    message = f"data.sources: of {len(hashed)} conversations none is left to be {what}"
+    message = f"data.sources: of {len(conversations)} conversations none is left to be {what}"
     raise DataError(message, hint=hint, option="data.sources")
 
 
-def _first_question(conversation: Conversation) -> str:
-    return next(message.content for message in conversation.messages if message.role == "user")
+def _hold_out_rule(conversation: Conversation, data: DataOptions, with_tests: Set[int]) -> str:
+    rule = data.sources[conversation.source].hold_out
+    if rule == "split" and conversation.source in with_tests:
+        return "all" if conversation.is_test else "none"  # the source says itself what is for evaluation
+    return rule
+
+
+def _asked(conversation: Conversation, *, whole: bool) -> bytes:
+    """Return the digest of what comes before the first answer, or of everything that is not an answer."""
+    messages = conversation.messages
+    first = next((index for index, message in enumerate(messages) if message.role == "user"), 0)
+    asked = [
+        message.content for message in (messages if whole else messages[: first + 1]) if message.role != "assistant"
+    ]
+    return digest_texts(asked)
 
 
 @dataclass(frozen=True)
@@ -208,7 +236,10 @@ def report_sources(data: DataOptions, loaded: Sequence[LoadedSource], holdout: H
             files={file: dict(formats) for file, formats in result.files.items()} if len(result.files) > 1 else {},
             dropped=dict(result.dropped.most_common()),
             num_trailing=result.num_trailing,
-            num_thoughts=result.num_thoughts,
+            columns={column: dict(counts) for column, counts in result.columns.items()},
+            warnings=dict(+result.warnings),
+            test_files=tuple(result.test_files),
+            hold_out=source.hold_out,
             unread=describe_unread(source.path),
             num_train=num_train[index],
             num_eval=num_eval[index],

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import glob
+import re
 import zlib
 from pathlib import Path
 
 from fintune.config import SourceOptions
 from fintune.errors import DataError
 
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 """Suffixes of the files that are read in a folder, also with ``.gz`` after them."""
 WORKBOOKS = (".xlsx", ".xlsm", ".xlsb", ".xls", ".ods", ".numbers")
 """Suffixes of spreadsheet programs' files, which are not read."""
@@ -17,8 +18,16 @@ KNOWN_SUFFIXES = f"the known suffixes are {' '.join(SUFFIXES)}, also with .gz"
 """The hint of a message about a file of another kind."""
 COPY_AGAIN = "copy or download it again"
 """The hint of a message about a damaged file."""
-_BESIDE_DATA = ("readme", "license", "licence", "copying", "makefile", "dockerfile")
+_BESIDE_DATA = ("_success", "readme", "license", "licence", "copying", "makefile", "dockerfile")
 """Beginnings of the names of files that nobody takes for data."""
+_NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+"""Files of other programs beside data, which describe it."""
+_SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+"""Words in names of files and folders by the split that they mean, as on the hub."""
 _NUM_NAMED = 5
 _GZIP_MAGIC = b"\x1f\x8b"
 _CHUNK_BYTES = 1 << 16
@@ -27,7 +36,7 @@ _CHUNK_BYTES = 1 << 16
 def find_files(path: str) -> list[Path]:
     """Find the data files that a path means: itself, the matches of a pattern, or the files of a folder.
 
-    A folder that ``datasets.save_to_disk`` wrote counts as one file.
+    A folder that ``datasets.save_to_disk`` wrote counts as one file, also below the path.
 
     Raises:
         DataError: There is no such file.
@@ -36,16 +45,49 @@ def find_files(path: str) -> list[Path]:
     if target.is_file() or is_saved_dataset(target):
         return [target]
     if target.is_dir():
-        files = [file for file in _visible_files(target) if data_suffix(file) in SUFFIXES]
+        files, others = _divide(target)
         if not files:
-            others = _other_files(target)
             only = f", only {_list_names(target, others)}" if others else ""
             raise DataError(f"the folder holds no data file{only}", path=path, hint=KNOWN_SUFFIXES)
         return files
     matches = sorted(Path(match) for match in glob.glob(str(target), recursive=True))  # noqa: PTH207 - may be absolute
-    if files := [match for match in matches if match.is_file()]:
+    if files := [match for match in matches if match.is_file() or is_saved_dataset(match)]:
         return files
     raise DataError("no such file or folder", path=path, hint=_missing_hint(path))
+
+
+def find_split_files(path: str, split: str = "") -> list[tuple[Path, bool]]:
+    """Find the data files of a split, each with whether it is for evaluation by its name.
+
+    Args:
+        path: A file, folder or pattern.
+        split: ``train``, ``validation`` or ``test``: only files of this name. If empty, all files, of which those
+            called test or validation are for evaluation, unless there are no others.
+
+    Raises:
+        DataError: There is no such file or split, or one file has no splits.
+    """
+    files = find_files(path)
+    splits = [split_of(file, Path(path).expanduser()) for file in files]
+    if not split or (len(files) == 1 and is_saved_dataset(files[0])):
+        has_others = any(name in ("", "train") for name in splits)
+        return [(file, has_others and name in ("validation", "test")) for file, name in zip(files, splits, strict=True)]
+    chosen = [file for file, name in zip(files, splits, strict=True) if name == _SPLIT_WORDS.get(split, split)]
+    if chosen:
+        return [(file, False) for file in chosen]
+    known = sorted({name for name in splits if name})
+    hint = f"set split to {' or '.join(known)}" if known else "remove split; no file is named after one"
+    raise DataError(f"has no split {split!r}", path=path, hint=hint)
+
+
+def split_of(file: Path, root: Path) -> str:
+    """Return the split that a file's name means, or the nearest of its folders below the root; empty if none does."""
+    below = file.relative_to(root) if root.is_dir() and file != root else Path(file.parent.name, file.name)
+    for part in (file.name.split(".")[0], *reversed(below.parts[:-1])):
+        for word in re.split(r"[^a-z]+", part.lower()):
+            if word in _SPLIT_WORDS:
+                return _SPLIT_WORDS[word]
+    return ""
 
 
 def describe_unread(path: str) -> str:
@@ -55,7 +97,7 @@ def describe_unread(path: str) -> str:
         path: The path of an entry of ``data.sources``.
     """
     folder = Path(path).expanduser()
-    others = _other_files(folder) if folder.is_dir() and not is_saved_dataset(folder) else []
+    others = _divide(folder)[1] if folder.is_dir() and not is_saved_dataset(folder) else []
     if not others:
         return ""
     files = "1 file" if len(others) == 1 else f"{len(others):,} files"
@@ -94,15 +136,22 @@ def describe_tried(path: Path | str) -> str:
     return "" if full.is_absolute() else f", {full.absolute()} was tried"
 
 
-def _visible_files(folder: Path) -> list[Path]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
-
-
-def _other_files(folder: Path) -> list[Path]:
-    others = (file for file in _visible_files(folder) if data_suffix(file) not in SUFFIXES)
-    # A text called readme.txt may well be meant as data.
-    return [file for file in others if data_suffix(file) == ".txt" or not file.name.lower().startswith(_BESIDE_DATA)]
+def _divide(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Divide a folder's visible files into those with rows, and those that somebody could take for data."""
+    files, others = [], []
+    saved = {path.parent for name in ("state.json", "dataset_dict.json") for path in folder.rglob(name)}
+    saved = {path for path in saved if is_saved_dataset(path) and not any(above in saved for above in path.parents)}
+    for path in sorted((*saved, *(path for path in folder.rglob("*") if path.is_file()))):
+        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if is_hidden or any(above in saved for above in path.parents):
+            continue
+        is_data = path in saved or (data_suffix(path) in SUFFIXES and path.name not in _NOT_ROWS)
+        if is_data and (path in saved or path.stat().st_size):
+            files.append(path)
+        # A text called readme.txt may well be meant as data.
+        elif data_suffix(path) == ".txt" or not path.name.lower().startswith(_BESIDE_DATA):
+            others.append(path)
+    return files, others
 
 
 def _list_names(folder: Path, files: list[Path]) -> str:

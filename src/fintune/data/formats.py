@@ -1,26 +1,66 @@
-"""Data formats: how a row is recognised by its fields and becomes a conversation, with one small function a format."""
+"""Data formats: how a row is recognised by its fields, becomes a conversation, and accounts for every one of its texts.
+
+A row's columns are named as the formats name them (``columns``, aliases, any case). The first format whose fields are
+filled builds the conversation. Whatever column it reads is recorded, and so is every text that it did not use.
+"""
 
 from __future__ import annotations
 
 import difflib
-import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from fintune.config import Shape as Format
-from fintune.data.messages import count_thoughts, parse_label, parse_prompt, parse_text, parse_turns, refuse_tools
+from fintune.data.messages import (
+    Turn,
+    find_pairs,
+    find_turns,
+    is_empty,
+    parse_cell,
+    parse_label,
+    parse_mask,
+    parse_text,
+    parse_tools,
+    parse_turns,
+    read_truth,
+    walk_leaves,
+)
 from fintune.data.readers import BrokenRowError
 from fintune.records import Message
 
-Fields = Mapping[str, object]
-"""A row's values by name in lower case."""
-
 _TURN_FIELDS: Final = ("messages", "conversations")
-"""Fields that hold turns, also as JSON text."""
-_ALIASES: Final = {"response": "completion", "conversation": "messages", "system_prompt": "system"}
-"""Other names of fields."""
+"""Fields that hold a whole conversation, also as JSON text."""
+_ALIASES: Final = {
+    "response": "completion",
+    "query": "prompt",
+    "conversation": "messages",
+    "system_prompt": "system",
+    "functions": "tools",
+    "kto_tag": "label",
+}
+"""Other names of fields. They are read if the field itself is empty or missing, and not mapped."""
+_PROMPTS: Final[tuple[tuple[Format, str], ...]] = (
+    ("alpaca", "instruction"),
+    ("prompt_completion", "prompt"),
+    ("question_answer", "question"),
+)
+_ANSWERS: Final = ("output", "completion", "answer")
+_DETECTING: Final = frozenset(
+    (*_TURN_FIELDS, *("chosen", "rejected", "response", "query", "conversation"), *dict(_PROMPTS).values(), *_ANSWERS)
+)
+"""Fields by which a format is detected. An object around rows may have a label, too, so a label is none of them."""
+_READ: Final = _DETECTING | {"label", "system", "input", "context", "history", "tools", *_ALIASES}
+_LABELLED: Final = ("messages", "sharegpt", "prompt_completion")
+"""Formats of which an empty label makes a broken row if labels are trained on."""
+_ROW_MASKS: Final = ("loss_mask", "train", "training", "weight", "loss")
+"""Fields that exclude the whole row from training if they are false or 0. The last two may be figures of the data."""
+_CONTROLS: Final = {"role", "from", "type", "id", "weight", "train", "training", "loss"}
+"""Keys of a turn that decide how it is read. They have no text of their own."""
+NOT_READ: Final = "not read"
+_NO_COINCIDENCE: Final = 20
+"""Letters from which a text that is also in another column is the same text."""
 
 
 @dataclass(frozen=True)
@@ -33,27 +73,39 @@ class Conversation:
         rejected: The worse last answer of a preference pair.
         num_trailing: Turns after the last answer, which were left out.
         label: Whether the last answer is desired; None without a label.
-        num_thoughts: Turns with a thought in a field of its own, which was left out.
         id: Label of its file, and its row, as ``rows.jsonl:7``.
         file: The file, or the split of a dataset, as messages name it.
         row: The row's number in it, from 1.
         source: Index of its entry in ``data.sources``.
         digest: Digest of its texts. Exact duplicates have the same one.
-        end_token_field: The field that holds the end-of-turn token, for the message about the row; empty if unknown.
+        is_test: Whether its file is a split for evaluation by its name.
     """
 
     messages: tuple[Message, ...]
     untrained: frozenset[int] = frozenset()
-    rejected: str | None = None
+    rejected: Message | None = None
     num_trailing: int = 0
     label: bool | None = None
-    num_thoughts: int = 0
     id: str = ""
     file: str = ""
     row: int = 0
     source: int = 0
     digest: bytes = b""
-    end_token_field: str = ""
+    is_test: bool = False
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the row lets at least one of its answers be trained."""
+        answers = (index for index, message in enumerate(self.messages) if message.role == "assistant")
+        return any(index not in self.untrained for index in answers)
+
+
+class Converted(NamedTuple):
+    """A row's format, its conversation, and what each of its filled columns was read as."""
+
+    format: Format
+    conversation: Conversation
+    columns: dict[str, str]
 
 
 def convert_row(
@@ -62,7 +114,9 @@ def convert_row(
     columns: Mapping[str, str] | None = None,
     *,
     is_labelled: bool = False,
-) -> tuple[Format, Conversation]:
+    reads_label: bool = True,
+    roles: Mapping[str, str] | None = None,
+) -> Converted:
     """Convert a row to a conversation.
 
     Args:
@@ -70,74 +124,118 @@ def convert_row(
         format_: The row's format; detected if None.
         columns: The row's names of a format's fields. A dot goes into an object.
         is_labelled: Whether labels are trained on. Then an empty label makes the row broken, not of another format.
-
-    Returns:
-        The format and the conversation.
+        reads_label: Whether a column called ``label`` says if an answer is good. If not, the column is not read.
+        roles: Further names of roles.
 
     Raises:
         BrokenRowError: The row cannot be converted, with field, reason and hint.
     """
     if isinstance(row, BrokenRowError):
         raise row
+    if isinstance(row, list) and find_turns(row):
+        row = {"messages": row}
     if not isinstance(row, dict):
         kind = "a list" if isinstance(row, list) else "null" if row is None else f"{row!r:.40}"
         raise BrokenRowError("not an object", f"{kind} is no object with named fields")
     try:
-        return _convert_object(row, format_, columns or {}, is_labelled)
+        fields = _Fields(row, columns or {}, roles or {})
+        if not reads_label:
+            fields.values.pop("label", None)
+        return _convert(fields, format_, is_labelled)
     except RecursionError:
         why = "lists or objects are nested hundreds deep"
         raise BrokenRowError("too deep", why, hint="repair or remove the row") from None
 
 
-def _convert_object(
-    row: Mapping[str, object], format_: Format | None, columns: Mapping[str, str], is_labelled: bool
-) -> tuple[Format, Conversation]:
-    named = _name_fields(row, columns)
-    detected = format_ or detect_format(named.fields, is_labelled=is_labelled)
-    if detected is None:
-        raise _unknown_format(named.fields, row)
+class _Fields:
+    """A row's values by the formats' names. It records the columns that are read."""
+
+    def __init__(self, row: Mapping[str, object], columns: Mapping[str, str], roles: Mapping[str, str]) -> None:
+        self.row, self.columns, self.roles = row, columns, roles
+        self.is_named = False  # whether the user names the format, so that no other format's prompt is read
+        self.values = {str(name).strip().lower(): value for name, value in row.items()}
+        self.original = {str(name).strip().lower(): str(name) for name in row}
+        self.read: dict[str, str] = {}
+        mapped = {field.lower(): _find_column(row, column) for field, column in columns.items()}
+        self.values |= {field: value for field, (_, value) in mapped.items()}
+        self.original |= {field: name for field, (name, _) in mapped.items()}
+        for alias, name in _ALIASES.items():
+            if alias in self.values and name not in mapped and is_empty(self.values.get(name)):
+                self._rename(alias, name)
+        for name, other in (_TURN_FIELDS, _TURN_FIELDS[::-1]):
+            turns = find_turns(self.values.get(name)) or [None]
+            is_sharegpt = isinstance(turns[0], Mapping) and "role" not in turns[0] and "from" in turns[0]
+            if is_empty(self.values.get(other)) and turns[0] is not None and is_sharegpt == (name == "messages"):
+                self._rename(name, other)
+            elif name in self.values and self.values[name] is None:
+                del self.values[name]
+
+    def _rename(self, name: str, other: str) -> None:
+        self.values[other], self.original[other] = self.values.pop(name), self.original[name]
+
+    def is_filled(self, *names: str) -> bool:
+        """Whether all these fields have a value."""
+        return all(not is_empty(self.values.get(name)) for name in names)
+
+    def take(self, name: str, what: str = "") -> object:
+        """Return a value, and record that its column was read."""
+        if name in self.original:
+            self.read[self.original[name]] = what or name
+        return self.values.get(name)
+
+    def original_name(self, field: str) -> str:
+        """Return ``Antwort`` for ``answer``, ``dialog[1].role`` for ``messages[1].role``."""
+        name = re.match(r"\w*", field)
+        return self.original.get(name[0], name[0]) + field[len(name[0]) :] if name and name[0] else field
+
+
+def _convert(fields: _Fields, format_: Format | None, is_labelled: bool) -> Converted:
+    base = format_ if format_ not in (None, "unpaired_preference") else detect_format(fields.values)
+    is_empty_label = is_labelled and "label" in fields.values and base in _LABELLED
+    with_label = fields.is_filled("label") or is_empty_label
+    is_unpaired = format_ == "unpaired_preference" or (format_ is None and with_label and base != "preference")
+    if base is None and not format_:
+        raise _unknown_format(fields)
+    fields.is_named = base is not None and base == format_
+    base = base or "prompt_completion"
+    detected: Format = "unpaired_preference" if is_unpaired else base
     try:
-        return detected, _convert_fields(detected, named.fields)
+        turns, rejected = _BUILDERS[base](fields)
+        conversation = _finish(fields, turns, rejected, parse_label if is_unpaired else None, base)
     except BrokenRowError as broken:
-        is_turns = broken.field in _TURN_FIELDS and not named.original.keys().isdisjoint(_TURN_FIELDS)
-        if format_ is not None and broken.field in _FORMAT_FIELDS - named.original.keys() and not is_turns:
-            _suggest_column(broken.field, row, columns)
-        broken.field = named.original_name(broken.field)
+        is_turns = broken.field in _TURN_FIELDS and not fields.original.keys().isdisjoint(_TURN_FIELDS)
+        is_missing = broken.field in _DETECTING | {"label"} and broken.field not in fields.original
+        if format_ is not None and is_missing and not is_turns:
+            _suggest_column(broken.field, fields)
+        broken.field = fields.original_name(broken.field)
         raise
+    trailing = [turn.message for turn in turns[len(turns) - conversation.num_trailing :]]
+    return Converted(detected, conversation, _account(fields, conversation, trailing))
 
 
-def _suggest_column(field: str, row: Mapping[str, object], columns: Mapping[str, str]) -> None:
+def _suggest_column(field: str, fields: _Fields) -> None:
     """Raise with a hint if a field is missing and the row has a column that nothing reads."""
-    read = _DETECTING_FIELDS | _MORE_FIELDS
-    others = [name for name in map(str, row) if name not in columns.values() and name.strip().lower() not in read]
+    names = [name for name in map(str, fields.row) if name not in fields.columns.values()]
+    others = [name for name in names if name.strip().lower() not in _READ]
     if others:
         why = f"not in the row, which has {', '.join(others[:8])}"
         hint = f"fill it or remove the row; or name its column, as columns: {{{field}: {others[0]}}}"
         raise BrokenRowError("no such column", why, field=field, hint=hint) from None
 
 
-def _convert_fields(format_: Format, fields: Fields) -> Conversation:
-    conversation = _CONVERTERS[format_](fields)
-    values = [(name, fields.get(name)) for name in _FIELDS_WITH_TURNS[format_]]
-    turns = [value for name, value in values if isinstance(value, list) or (name in _TURN_FIELDS and value is not None)]
-    if turns:
-        refuse_tools(fields)
-    return replace(conversation, num_thoughts=sum(map(count_thoughts, turns)))
-
-
-def detect_format(fields: Fields, *, is_labelled: bool = False) -> Format | None:
-    """Return the first format whose fields are all filled, else the first whose fields are all present.
-
-    Args:
-        fields: The row's values.
-        is_labelled: Whether an empty label counts as filled.
-    """
-    filled = {name for name, value in fields.items() if value is not None and value not in ("", [])}
-    filled |= {"label"} & fields.keys() if is_labelled else set()
-    for names in (filled, set(fields)):
-        for format_, needed in _NEEDED_FIELDS:
-            if needed <= names:
-                return format_
+def detect_format(values: Mapping[str, object]) -> Format | None:
+    """Return the first format whose fields are all filled, else the first whose fields are all present."""
+    filled = {name for name, value in values.items() if not is_empty(value)}
+    for names in (filled, values.keys()):
+        if {"chosen", "rejected"} <= names:
+            return "preference"
+        for name, format_ in zip(_TURN_FIELDS, ("messages", "sharegpt"), strict=True):
+            if name in names:
+                return format_  # type: ignore[return-value]
+        if not names.isdisjoint(_ANSWERS):
+            for detected, prompt in _PROMPTS:
+                if prompt in names or (prompt == "instruction" and {"input", "output"} <= names):
+                    return detected
     return None
 
 
@@ -152,7 +250,7 @@ def is_row(value: Mapping[str, object], columns: Mapping[str, str]) -> bool:
     is_mapped = bool(columns) and all(
         (_key_of(value, column) or _key_of(value, column.split(".")[0])) is not None for column in columns.values()
     )
-    return is_mapped or bool(names & _DETECTING_FIELDS)
+    return is_mapped or bool(names & _DETECTING)
 
 
 def find_text(value: object, text: str, name: str = "") -> str:
@@ -167,55 +265,12 @@ def find_text(value: object, text: str, name: str = "") -> str:
     return next((field for key, item in items if (field := find_text(item, text, key))), "")
 
 
-class _NamedFields(NamedTuple):
-    """A row's values under the names of the formats' fields, and the row's own name of each field."""
-
-    fields: dict[str, object]
-    original: dict[str, str]
-
-    def original_name(self, field: str) -> str:
-        """Return ``Antwort`` for ``answer``, ``dialog[1].role`` for ``messages[1].role``."""
-        match = re.match(r"\w*", field)
-        name = match.group() if match else ""
-        return self.original.get(name, name) + field[len(name) :] if name else field
-
-
-def _name_fields(row: Mapping[str, object], columns: Mapping[str, str]) -> _NamedFields:
-    """Name a row's values as the formats do. Turns come under the one of the two names that fits them."""
-    fields = {str(name).strip().lower(): value for name, value in row.items()}
-    original = {str(name).strip().lower(): str(name) for name in row}
-    mapped = {field.lower(): _find_column(row, column) for field, column in columns.items()}
-    fields |= {field: value for field, (_, value) in mapped.items()}
-    original |= {field: name for field, (name, _) in mapped.items()}
-    for alias, name in _ALIASES.items():
-        if alias in fields and name not in mapped and fields.get(name) in (None, "", []):
-            fields[name], original[name] = fields[alias], original[alias]
-    holder = "messages" if fields.get("messages") is not None else "conversations"
-    turns = fields.get(holder)
-    if turns is not None:
-        first = _first_turn(turns)
-        is_sharegpt = isinstance(first, dict) and "role" not in first and "from" in first
-        name, other = ("conversations", "messages") if is_sharegpt else ("messages", "conversations")
-        fields[name], original[name], fields[other] = turns, original[holder], None
-    kept = {name: value for name, value in fields.items() if name not in _TURN_FIELDS or value is not None}
-    return _NamedFields(kept, original)
-
-
 def _key_of(row: Mapping[str, object], column: str) -> str | None:
     """Return the row's key for a column: the very name, or the only one that differs in case alone."""
     if column in row:
         return column
     same = [name for name in row if str(name).strip().lower() == column.strip().lower()]
     return same[0] if len(same) == 1 else None
-
-
-def _first_turn(turns: object) -> object:
-    if isinstance(turns, str):  # a list as text in a cell
-        try:
-            turns = json.loads(turns)
-        except (ValueError, RecursionError):
-            return None
-    return turns[0] if isinstance(turns, list) and turns else None
 
 
 def _find_column(row: Mapping[str, object], column: str) -> tuple[str, object]:
@@ -236,176 +291,231 @@ def _find_column(row: Mapping[str, object], column: str) -> tuple[str, object]:
     return column, value
 
 
-def _unknown_format(fields: Fields, row: Mapping[str, object]) -> BrokenRowError:
-    names = ", ".join(list(map(str, row))[:8]) or "none"
-    if {"pre_text", "qa"} <= fields.keys():
+def _unknown_format(fields: _Fields) -> BrokenRowError:
+    names = ", ".join(list(map(str, fields.row))[:8]) or "none"
+    filled = fields.values.keys()
+    if {"pre_text", "qa"} <= filled:
         hint = "these are FinQA records; read them with data.source: finqa"
-    elif ("chosen" in fields) != ("rejected" in fields):
-        hint = f"a pair has both answers; {'rejected' if 'chosen' in fields else 'chosen'} is missing"
-    elif "text" in fields:
+    elif ("chosen" in filled) != ("rejected" in filled):
+        hint = f"a pair has both answers; {'rejected' if 'chosen' in filled else 'chosen'} is missing"
+    elif "text" in filled and len(filled) == 1:
         hint = "running text has no turns; write prompt and completion"
     else:
-        hint = "name them, as columns: {question: ..., answer: ...}; docs/data.md lists the formats"
+        texts = [str(name) for name, value in fields.row.items() if isinstance(value, str) and value.strip()]
+        question = next((str(fields.original[name]) for _, name in _PROMPTS if fields.is_filled(name)), None)
+        answer = next((str(fields.original[name]) for name in _ANSWERS if fields.is_filled(name)), None)
+        free = [name for name in texts if name not in (question, answer)]
+        question = question or (free.pop(0) if free else "...")
+        answer = answer or (free[-1] if free else "...")
+        hint = f"name them, as data.columns.question={question} data.columns.answer={answer} on the command line, or "
+        hint += f"as columns: {{question: {question}, answer: {answer}}} of the source; docs/data.md lists the formats"
     return BrokenRowError("unknown format", f"the fields {names} are no known format", hint=hint)
 
 
-def _from_messages(fields: Fields) -> Conversation:
-    return _end_with_answer(parse_turns(fields.get("messages"), "messages"))
+# --- one small function a format: the turns of the row, and the rejected answer
 
 
-def _from_sharegpt(fields: Fields) -> Conversation:
-    return _end_with_answer(parse_turns(fields.get("conversations"), "conversations"), system=fields.get("system"))
+_Built = tuple[list[Turn], Message | None]
 
 
-def _end_with_answer(turns: tuple[list[Message], frozenset[int]], *, system: object = None) -> Conversation:
-    messages, untrained = turns
-    last = max((index for index, message in enumerate(messages) if message.role == "assistant"), default=None)
-    if last is None:
+def _from_turns(fields: _Fields) -> _Built:
+    name = "messages" if "messages" in fields.values else "conversations"
+    value = fields.take(name, "turns")
+    mask = fields.take("loss_mask", "loss mask") if isinstance(fields.values.get("loss_mask"), list) else None
+    turns = parse_turns(value, name, fields.roles, mask)  # type: ignore[arg-type]
+    if not any(turn.message.role == "assistant" for turn in turns):
         hint = "the last turn must be the answer to train on"
         raise BrokenRowError("no answer", "no turn is the assistant's", hint=hint)
-    if not any(message.role == "user" for message in messages[:last]):
+    return turns, None
+
+
+def _from_preference(fields: _Fields) -> _Built:
+    better, worse = _answer(fields, "chosen", "no answer"), _answer(fields, "rejected", "no rejected answer")
+    shared = better[:-1]
+    if _texts(worse[:-1]) not in ([], _texts(shared)):
+        why = "the turns before the last differ from those of chosen"
+        raise BrokenRowError("not one prompt", why, field="rejected", hint="a pair is two answers to one prompt")
+    name = _prompt_name(fields)
+    prompt = _prompt(fields) if name or not shared else []
+    ours, theirs = _texts(prompt), _texts(shared)
+    if shared and (not ours or theirs[-len(ours) :] == ours):
+        prompt = shared
+    elif shared and ours[-len(theirs) :] != theirs:
+        if find_turns(fields.values[name]):
+            why = f"the turns before the last differ from those of {name}"
+            raise BrokenRowError("not one prompt", why, field="chosen", hint="a pair is two answers to one prompt")
+        prompt = shared
+    if _texts(better[-1:]) == _texts(worse[-1:]) and better[-1].message == worse[-1].message.model_copy(
+        update={"content": better[-1].message.content}
+    ):
+        why = "chosen and rejected are the same"
+        raise BrokenRowError("no preference", why, field="rejected", hint="remove the row")
+    return [*prompt, better[-1]], worse[-1].message
+
+
+def _from_named(prompt: str, answer: str) -> Callable[[_Fields], _Built]:
+    """Return the builder of a format with one answer."""
+
+    def build(fields: _Fields) -> _Built:
+        turns = _prompt(fields, prompt)
+        name = next((other for other in (answer, *_ANSWERS) if fields.is_filled(other)), answer)
+        return [*turns, *_answer(fields, name, "no answer")], None
+
+    return build
+
+
+_BUILDERS: Final[dict[Format, Callable[[_Fields], _Built]]] = {
+    "messages": _from_turns,
+    "sharegpt": _from_turns,
+    "preference": _from_preference,
+    "alpaca": _from_named("instruction", "output"),
+    "prompt_completion": _from_named("prompt", "completion"),
+    "question_answer": _from_named("question", "answer"),
+}
+
+
+def _prompt_name(fields: _Fields) -> str:
+    names = ("prompt", *_TURN_FIELDS, "instruction", "question")
+    return next((name for name in names if fields.is_filled(name)), "")
+
+
+def _prompt(fields: _Fields, name: str = "") -> list[Turn]:
+    """Return the turns before the answer, from the field of a name or from the first prompt that is filled."""
+    extras = [other for other in ("input", "context") if fields.is_filled(other)]
+    if not fields.is_filled(name) and not (name == "instruction" and extras) and not (name and fields.is_named):
+        name = _prompt_name(fields) or name or "prompt"
+    value = fields.take(name, "turns" if name in _TURN_FIELDS else "")
+    if isinstance(value, list) or find_turns(value):
+        return parse_turns(value, name, fields.roles)
+    if name == "instruction" and extras:
+        extra = parse_text(fields.take(extras[0]), extras[0], f"bad {extras[0]}")
+        text = f"{parse_text(value, name, 'no question')}\n\n{extra}" if fields.is_filled(name) else extra
+    elif name == "question" and "context" in extras:
+        context = parse_text(fields.take("context"), "context", "bad context")
+        text = f"Context: {context}\n\nQuestion: {parse_text(value, name, 'no question')}"
+    else:
+        text = parse_text(value, name, "no question")
+    return [Turn(Message(role="user", content=text))]
+
+
+def _answer(fields: _Fields, name: str, missing: str) -> list[Turn]:
+    """Return the turns of an answer: one of the assistant's if it is a text."""
+    value = fields.take(name)
+    if isinstance(value, list) or find_turns(value):
+        turns = parse_turns(value, name, fields.roles)
+        if not turns or turns[-1].message.role != "assistant":
+            why = "the last turn is not the assistant's"
+            raise BrokenRowError("no answer", why, field=name, hint="end it with the answer")
+        return turns
+    return [Turn(Message(role="assistant", content=parse_text(value, name, missing)))]
+
+
+def _texts(turns: Sequence[Turn]) -> list[tuple[str, str]]:
+    return [(turn.message.role, turn.message.content.strip()) for turn in turns]
+
+
+# --- what any format may have beside its turns
+
+
+def _finish(
+    fields: _Fields,
+    turns: list[Turn],
+    rejected: Message | None,
+    parse: Callable[[object, str], bool] | None,
+    base: Format,
+) -> Conversation:
+    label = None
+    if parse is not None:
+        if "label" not in fields.values:
+            hint = "name the column of the labels, as columns: {label: liked}"
+            raise BrokenRowError("no label", "not in the row", field="label", hint=hint)
+        label = parse(fields.take("label"), base)
+    num_answered = max(index for index, turn in enumerate(turns) if turn.message.role == "assistant") + 1
+    head = [] if turns[0].message.role == "system" else _system(fields)
+    head = [*head, *(turns[:1] if turns[0].message.role == "system" else ()), *_history(fields)]
+    rest = turns[int(turns[0].message.role == "system") : num_answered]
+    whole = [*head, *rest]
+    if not any(turn.message.role == "user" for turn in whole[:-1]):
         raise BrokenRowError("no question", "no user's turn before the answer", hint="add the question")
-    head = _system_turns(system) if messages[0].role != "system" else ()
+    if label is not None and not whole[-1].is_trained:
+        why = "the labelled answer has weight 0"
+        raise BrokenRowError("no answer", why, field="label", hint="remove the weight, or the row")
+    messages = [turn.message for turn in whole]
+    if fields.is_filled("tools") and (tools := parse_tools(fields.values["tools"])):
+        fields.take("tools", "tools")
+        messages[0] = messages[0].model_copy(update={"tools": tools})
+    is_excluded = _is_excluded(fields)
+    untrained = {
+        index for index, turn in enumerate(whole) if turn.message.role == "assistant" and (is_excluded or not turn[1])
+    }
     return Conversation(
-        (*head, *messages[: last + 1]),
-        frozenset(index + len(head) for index in untrained if index <= last),
-        num_trailing=len(messages) - 1 - last,
+        tuple(messages), frozenset(untrained), rejected, num_trailing=len(turns) - num_answered, label=label
     )
 
 
-def _from_preference(fields: Fields) -> Conversation:
-    chosen, rejected = fields.get("chosen"), fields.get("rejected")
-    if not isinstance(chosen, list) and not isinstance(rejected, list):
-        prompt = _preference_prompt(fields)
-        answer = parse_text(chosen, "chosen", "no answer")
-        worse = parse_text(rejected, "rejected", "no rejected answer")
-    else:
-        better_turns, worse_turns = parse_turns(chosen, "chosen")[0], parse_turns(rejected, "rejected")[0]
-        answer, worse = _last_answer(better_turns, "chosen"), _last_answer(worse_turns, "rejected")
-        prompt = better_turns[:-1] or _preference_prompt(fields)
-        if worse_turns[:-1] not in ([], better_turns[:-1]):
-            why = "the turns before the last differ from those of chosen"
-            hint = "a pair is two answers to one prompt"
-            raise BrokenRowError("not one prompt", why, field="rejected", hint=hint)
-    if answer.strip() == worse.strip():
-        why = "chosen and rejected are the same"
-        raise BrokenRowError("no preference", why, field="rejected", hint="remove the row")
-    return Conversation((*_with_system(fields, prompt), Message(role="assistant", content=answer)), rejected=worse)
+def _system(fields: _Fields) -> list[Turn]:
+    if not fields.is_filled("system"):
+        return []
+    text = parse_text(fields.take("system", "system message"), "system", "bad system message")
+    return [Turn(Message(role="system", content=text))]
 
 
-def _preference_prompt(fields: Fields) -> list[Message]:
-    """Return the prompt, under any of the names that preference sets give it."""
-    if fields.get("prompt") in (None, "", []):
-        if "instruction" in fields:
-            return [Message(role="user", content=_instruction(fields))]
-        if "question" in fields:
-            return parse_prompt(fields["question"], "question", "no question")
-    return parse_prompt(fields.get("prompt"), "prompt", "no question")
+def _history(fields: _Fields) -> list[Turn]:
+    """Return the earlier turns of ``history``: pairs of question and answer, or a list of turns."""
+    turns = find_turns(fields.values.get("history")) or find_pairs(fields.values.get("history"))
+    if not turns:
+        return []
+    fields.take("history", "earlier turns")
+    return parse_turns(turns, "history", fields.roles)
 
 
-def _last_answer(turns: list[Message], field: str) -> str:
-    if turns[-1].role != "assistant":
-        why = "the last turn is not the assistant's"
-        raise BrokenRowError("no answer", why, field=field, hint="end it with the answer")
-    return turns[-1].content
+def _is_excluded(fields: _Fields) -> bool:
+    """Whether the row says of itself that it is not to be trained."""
+    for name in _ROW_MASKS:
+        value = fields.values.get(name)
+        is_figure = name in ("weight", "loss") and read_truth(value) is None
+        if is_empty(value) or isinstance(value, (list, Mapping)) or is_figure:
+            continue
+        if not parse_mask(value, name):
+            fields.take(name, "loss mask")
+            return True
+        fields.take(name, "loss mask")
+    return False
 
 
-def _from_unpaired_preference(fields: Fields) -> Conversation:
-    if "label" not in fields:
-        hint = "name the column of the labels, as columns: {label: liked}"
-        raise BrokenRowError("no label", "not in the row", field="label", hint=hint)
-    label = parse_label(fields["label"])
-    if fields.get("conversations") is not None:
-        conversation = _from_sharegpt(fields)
-    elif fields.get("messages") is not None:
-        conversation = _from_messages(fields)
-    else:
-        conversation = _complete(fields, _preference_prompt(fields))
-    if len(conversation.messages) - 1 in conversation.untrained:
-        why = "the labelled answer has weight 0"
-        raise BrokenRowError("no answer", why, field="label", hint="remove the weight, or the row")
-    return replace(conversation, label=label)
+def _account(fields: _Fields, conversation: Conversation, trailing: Sequence[Message]) -> dict[str, str]:
+    """Return what each filled column was read as. A text that is nowhere in the conversation is not read."""
+    rejected = [] if conversation.rejected is None else [conversation.rejected]
+    texts: set[str] = set()
+    for message in (*conversation.messages, *rejected, *trailing):
+        texts |= {str(leaf).strip() for _, leaf in walk_leaves(message.as_dict(), "")}
+    whole = "\n".join(texts)
+    columns: dict[str, str] = {}
+    for name, value in fields.row.items():
+        column = str(name)
+        parsed = find_turns(value) if isinstance(value, str) and column in fields.read else None
+        unread: dict[str, str] = {}
+        used = ""
+        for path, leaf in walk_leaves(value if parsed is None else parsed, column):
+            what = fields.read.get(column) or fields.read.get(path, "")
+            key = path.rpartition(".")[2] if path != column else ""
+            if what in ("label", "loss mask") or (what and key in _CONTROLS) or _is_in(leaf, bool(what), texts, whole):
+                used = what or used or "part of another column"
+            else:
+                unread[path] = NOT_READ
+        if used:
+            columns[column] = used
+            columns |= unread
+        elif unread:
+            columns[column] = NOT_READ
+    return columns
 
 
-def _from_alpaca(fields: Fields) -> Conversation:
-    return _one_turn(fields, _instruction(fields), parse_text(fields.get("output"), "output", "no answer"))
-
-
-def _instruction(fields: Fields) -> str:
-    question = parse_text(fields.get("instruction"), "instruction", "no question")
-    extra = fields.get("input")
-    return question if extra in (None, "") else f"{question}\n\n{parse_text(extra, 'input', 'bad input')}"
-
-
-def _from_question_answer(fields: Fields) -> Conversation:
-    question = parse_text(fields.get("question"), "question", "no question")
-    context = fields.get("context")
-    if context is not None and str(context).strip():
-        question = f"Context: {parse_text(context, 'context', 'bad context')}\n\nQuestion: {question}"
-    return _one_turn(fields, question, parse_text(fields.get("answer"), "answer", "no answer"))
-
-
-def _from_prompt_completion(fields: Fields) -> Conversation:
-    return _complete(fields, parse_prompt(fields.get("prompt"), "prompt", "no question"))
-
-
-def _complete(fields: Fields, prompt: list[Message]) -> Conversation:
-    completion = fields.get("completion")
-    if isinstance(completion, list):
-        answer = _last_answer(parse_turns(completion, "completion")[0], "completion")
-    else:
-        answer = parse_text(completion, "completion", "no answer")
-    return Conversation((*_with_system(fields, prompt), Message(role="assistant", content=answer)))
-
-
-def _one_turn(fields: Fields, question: str, answer: str) -> Conversation:
-    turns = [Message(role="user", content=question), Message(role="assistant", content=answer)]
-    return Conversation(_with_system(fields, turns))
-
-
-def _with_system(fields: Fields, turns: list[Message]) -> tuple[Message, ...]:
-    return (*(_system_turns(fields.get("system")) if turns[0].role != "system" else ()), *turns)
-
-
-def _system_turns(value: object) -> tuple[Message, ...]:
-    if value is None or not str(value).strip():
-        return ()
-    return (Message(role="system", content=parse_text(value, "system", "bad system message")),)
-
-
-_NEEDED_FIELDS: Final[tuple[tuple[Format, set[str]], ...]] = (
-    ("preference", {"chosen", "rejected"}),
-    ("unpaired_preference", {"prompt", "completion", "label"}),
-    ("unpaired_preference", {"messages", "label"}),
-    ("unpaired_preference", {"conversations", "label"}),
-    ("messages", {"messages"}),
-    ("sharegpt", {"conversations"}),
-    ("alpaca", {"instruction", "output"}),
-    ("prompt_completion", {"prompt", "completion"}),
-    ("question_answer", {"question", "answer"}),
-)
-"""The fields by which a format is detected, in the order in which they are tried."""
-# An object around rows may have a label, too, so a label alone does not make a row.
-_FORMAT_FIELDS: Final = {name for _, needed in _NEEDED_FIELDS for name in needed} - {"label"}
-_MORE_FIELDS: Final = {"label", "system", "system_prompt", "input", "context"}
-"""Further fields that are read."""
-_DETECTING_FIELDS: Final = _FORMAT_FIELDS | {alias for alias, name in _ALIASES.items() if name in _FORMAT_FIELDS}
-_CONVERTERS: Final[dict[Format, Callable[[Fields], Conversation]]] = {
-    "preference": _from_preference,
-    "unpaired_preference": _from_unpaired_preference,
-    "messages": _from_messages,
-    "sharegpt": _from_sharegpt,
-    "alpaca": _from_alpaca,
-    "prompt_completion": _from_prompt_completion,
-    "question_answer": _from_question_answer,
-}
-_FIELDS_WITH_TURNS: Final[dict[Format, tuple[str, ...]]] = {
-    "preference": ("prompt", "chosen", "rejected"),
-    "unpaired_preference": ("messages", "conversations", "prompt", "completion"),
-    "messages": ("messages",),
-    "sharegpt": ("conversations",),
-    "alpaca": (),
-    "prompt_completion": ("prompt", "completion"),
-    "question_answer": (),
-}
-"""Fields that may hold turns."""
+def _is_in(leaf: object, is_read: bool, texts: set[str], whole: str) -> bool:
+    """Whether the conversation has a value; one that no format reads must be long to be no coincidence."""
+    text = str(leaf).strip()
+    if text in texts or (is_read and not isinstance(leaf, str)):
+        return True
+    if is_read and text[:1] in ("{", "[") and not isinstance(parsed := parse_cell(text), str):
+        return all(_is_in(item, True, texts, whole) for _, item in walk_leaves(parsed, ""))
+    return isinstance(leaf, str) and (is_read or len(text) > _NO_COINCIDENCE) and text in whole

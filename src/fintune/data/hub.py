@@ -26,7 +26,7 @@ from filelock import FileLock
 
 from fintune.config import SourceOptions
 from fintune.data.licences import join_licences
-from fintune.data.readers import Row
+from fintune.data.readers import Row, dataset_rows
 from fintune.errors import DataError, ResourceError
 from fintune.util.console import bar, say
 from fintune.util.disk import disk_full_error, is_disk_full, name_full_disk, require_space
@@ -85,8 +85,7 @@ def read_split(split: HubSplit) -> Iterator[Row]:
         DataError: There is no such dataset, split or subset, its files cannot be read, or it contains code to run.
         ResourceError: The hub refuses, or it cannot be reached and the cache has no complete copy.
     """
-    for number, row in enumerate(_load(split), 1):
-        yield Row(split.location, number, row)
+    yield from dataset_rows(split.location, _load(split))
 
 
 def check_split(split: HubSplit) -> None:

@@ -25,6 +25,8 @@ def row_kind_of(objective: str) -> RowKind:
 
 def skip_reason(format_: Format, conversation: Conversation, row_kind: RowKind) -> str | None:
     """Return the reason to count a usable row by that the objective does not train on; None for the others."""
+    if not conversation.is_trained:
+        return "marked as not to be trained"
     if row_kind == "answers":
         return "labelled false" if conversation.label is False else None
     if conversation.rejected is not None or (row_kind == "labels" and conversation.label is not None):
@@ -38,12 +40,11 @@ def dedup_messages(conversation: Conversation, row_kind: RowKind) -> Sequence[Me
     A label becomes a number, and near duplicates must have the same numbers. So the votes for and against an answer are
     both kept.
     """
-    more = None
     if row_kind != "answers" and conversation.rejected is not None:
-        more = conversation.rejected
-    elif row_kind == "labels" and conversation.label is not None:
-        more = str(int(conversation.label))
-    return conversation.messages if more is None else (*conversation.messages, Message(role="assistant", content=more))
+        return (*conversation.messages, conversation.rejected)
+    if row_kind == "labels" and conversation.label is not None:
+        return (*conversation.messages, Message(role="assistant", content=str(int(conversation.label))))
+    return conversation.messages
 
 
 def no_rows_error(paths: Sequence[str], num_rows: int, dropped: Mapping[str, int], row_kind: RowKind) -> DataError:

@@ -183,8 +183,7 @@ def _report_finqa(source: FinqaSplit, split: _Split, records: Sequence[FinQAReco
 def _prepare_chat(config: Config, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Prepared:
     data, seed = config.data, config.run.seed
     row_kind = row_kind_of(config.train.objective)
-    end_token = str(tokenizer.convert_ids_to_tokens(chat.end_of_turn_ids(tokenizer)[0]))
-    loaded = dataset.load_sources(data, seed, row_kind=row_kind, end_token=end_token)
+    loaded = dataset.load_sources(data, seed, row_kind=row_kind, special_tokens=chat.special_tokens(tokenizer))
     holdout = dataset.split_holdout([row for source in loaded for row in source.conversations], data)
     drawn = {
         "train": dataset.draw_train(holdout, data, seed, limit),
@@ -344,7 +343,9 @@ def _pairs(split: _Split) -> list[Pair]:
 def _report_chat(split: _Split, row_kind: RowKind) -> SplitReport:
     labels = _count_labels(split) if row_kind == "labels" else {}
     num_turns = sum(len(result.example.messages) + 1 + result.example.num_cut for result in split.examples)
-    return _report_split(split).model_copy(update={"num_units": num_turns, "labels": labels})
+    notes = Counter(note for result in split.examples for note in result.notes)
+    more = {"num_units": num_turns, "labels": labels, "renderings": dict(notes.most_common())}
+    return _report_split(split).model_copy(update=more)
 
 
 def _report_split(split: _Split) -> SplitReport:

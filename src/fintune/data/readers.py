@@ -1,6 +1,7 @@
-"""Readers: the rows of a JSON, JSONL, CSV, TSV or Parquet file, plain or gzip, or of a saved dataset.
+"""Readers: the rows of a JSON, JSONL, CSV, TSV, Parquet or Arrow file, plain or gzip, or of a saved dataset.
 
-The form of a JSON file is detected from its content: a list, lines, or one object around a list. A row that cannot be
+The form of a JSON file is detected from its content: a list, lines, objects one after the other, one object around a
+list, or one object with a list by column. A row that cannot be
 parsed is yielded as a ``BrokenRowError``. A file that cannot be read or is truncated raises an error.
 """
 
@@ -12,19 +13,27 @@ import gzip
 import io
 import itertools
 import json
+import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING, Any
 
 from fintune.data.files import COPY_AGAIN, KNOWN_SUFFIXES, WORKBOOKS, data_suffix
 from fintune.errors import DataError
 
+if TYPE_CHECKING:
+    import pyarrow
+    from datasets import Dataset
+
 _GZIP_MAGIC = b"\x1f\x8b"
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_TURN_KEYS = {"role", "from"}
+_BLANKS = re.compile(r"\s*")
+_NO_JSON = object()
 _DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error)
 
 
@@ -63,12 +72,19 @@ def _never(_: Mapping[str, object]) -> bool:
     return False
 
 
-def read_rows(path: Path, *, split: str = "", is_row: Callable[[Mapping[str, object]], bool] = _never) -> Iterator[Row]:
-    """Yield all rows of a file or saved dataset.
+def read_rows(
+    path: Path,
+    *,
+    split: str = "",
+    is_row: Callable[[Mapping[str, object]], bool] = _never,
+    has_header: bool = True,
+) -> Iterator[Row]:
+    """Yield all rows of a file or saved dataset. Numbers of classes become the names that the file gives them.
 
     Args:
         path: A path from :func:`fintune.data.files.find_files`.
         split: Split of a saved dataset that has several; ``train`` or the first if empty.
+        has_header: Whether the first row of a table names its columns. If not, they are ``column1``, ``column2`` ...
         is_row: Decides whether the only object of a JSON file is itself a row. If not, it is an object around the rows.
 
     Raises:
@@ -83,9 +99,9 @@ def read_rows(path: Path, *, split: str = "", is_row: Callable[[Mapping[str, obj
         raise DataError(f"{what} is not read", path=path, hint="save the sheet as CSV UTF-8")
     try:
         if suffix in {".csv", ".tsv"}:
-            yield from _csv(path)
-        elif suffix == ".parquet":
-            yield from _parquet(path)
+            yield from _csv(path, has_header)
+        elif suffix in {".parquet", ".arrow"}:
+            yield from _arrow(path, suffix)
         else:
             yield from _json(path, is_row)
     except _DAMAGED:
@@ -131,39 +147,48 @@ def _json(path: Path, is_row: Callable[[Mapping[str, object]], bool]) -> Iterato
         raise DataError("the file is empty", path=path, hint="give a file with rows, or leave it out")
     if start.startswith(_UTF_16):
         raise _not_utf8(path)
-    if start.startswith(b"["):
-        yield from _objects(path, _whole(path), is_row)
-    elif start.startswith(b"{"):
-        first, second = _object(start), _second_line(path)
-        # An object that ends in the first line is the whole file only if nothing follows.
-        wraps = first is not None and not second and not is_row(first) and _only_list(first) is not None
-        if wraps or (first is None and _object(second) is None):
-            yield from _objects(path, _whole(path), is_row)
-        else:
-            yield from _lines(path)
-    else:
+    if not start.startswith((b"[", b"{")):
         raise DataError("neither JSON nor JSON lines", path=path, hint=KNOWN_SUFFIXES)
+    first, second = _value(start), _second_line(path)
+    if isinstance(first, dict):
+        # An object that ends in the first line is the whole file only if nothing follows.
+        is_whole = not second and _rows_of(first, is_row) is not None
+    else:
+        is_whole = not (isinstance(first, list) and second) and not isinstance(_value(second), dict)
+    yield from _objects(path, _whole(path), is_row) if is_whole else _lines(path)
 
 
-def _whole(path: Path) -> object:
+def _whole(path: Path) -> list[object]:
+    """Return the values of a JSON file, which usually is one."""
     with _open_unzipped(path) as file:
         data = file.read()
+    values: list[object] = []
     try:
-        return json.loads(data.decode("utf-8-sig"))
+        text = data.decode("utf-8-sig").rstrip()
+        position, decoder = 0, json.JSONDecoder()
+        while position < len(text):
+            value, position = decoder.raw_decode(text, _BLANKS.match(text, position).end())  # type: ignore[union-attr]
+            values.append(value)
+        return values
     except UnicodeDecodeError:
         raise _not_utf8(path) from None
     except json.JSONDecodeError as error:
-        if error.pos >= len(data.decode("utf-8-sig").rstrip()) or error.msg.startswith("Unterminated string"):
+        if error.pos >= len(text) or error.msg.startswith("Unterminated string"):
             raise DataError(f"truncated JSON: it ends in line {error.lineno}", path=path, hint=COPY_AGAIN) from None
         raise DataError(f"not JSON (line {error.lineno}, column {error.colno}: {error.msg})", path=path) from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"not JSON ({error})", path=path) from None
 
 
-def _objects(path: Path, value: object, is_row: Callable[[Mapping[str, object]], bool]) -> Iterator[Row]:
-    rows = value if isinstance(value, list) else None
-    if isinstance(value, dict):
-        rows = [value] if is_row(value) else _only_list(value)
+def _objects(path: Path, values: list[object], is_row: Callable[[Mapping[str, object]], bool]) -> Iterator[Row]:
+    value = values[0]
+    rows: Sequence[object] | None = values if len(values) > 1 else None
+    if rows is None and isinstance(value, list):
+        rows = (
+            [value] if value and all(isinstance(turn, dict) and _TURN_KEYS & turn.keys() for turn in value) else value
+        )
+    elif rows is None and isinstance(value, dict):
+        rows = _rows_of(value, is_row) or ([value] if is_row(value) else None)
     if rows is None:
         raise DataError("holds one JSON object, not rows", path=path, hint="write a list, or one object a line")
     if not rows:
@@ -171,9 +196,22 @@ def _objects(path: Path, value: object, is_row: Callable[[Mapping[str, object]],
     yield from (Row(str(path), number, row) for number, row in enumerate(rows, 1))
 
 
-def _only_list(value: dict[str, object]) -> list[object] | None:
-    """Return the list of ``{"version": 1, "data": [{...}, ...]}``, if it is the only list of objects."""
-    lists = [item for item in value.values() if isinstance(item, list) and item and isinstance(item[0], dict)]
+def _rows_of(value: dict[str, Any], is_row: Callable[[Mapping[str, object]], bool]) -> Sequence[object] | None:
+    """Return the rows of an object around them: by column as pandas writes them, or the only list of objects."""
+    columns = list(value.values())
+    if columns and all(isinstance(cells, dict) and cells and all(key.isdigit() for key in cells) for cells in columns):
+        keys = list(columns[0])
+        return [{name: cells.get(key) for name, cells in value.items()} for key in keys]
+    if columns and all(isinstance(cells, list) and len(cells) == len(columns[0]) > 0 for cells in columns):
+        is_flat = len(columns) > 1 and not any(isinstance(cell, (dict, list)) for cells in columns for cell in cells)
+        if is_flat or all(isinstance(cell, list) for cells in columns for cell in cells):
+            return [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
+    names, cells = value.get("columns"), value.get("data")
+    if isinstance(names, list) and isinstance(cells, list) and all(isinstance(row, list) for row in cells):
+        return [dict(zip(map(str, names), row, strict=False)) for row in cells]
+    if is_row(value):
+        return None
+    lists = [item for item in columns if isinstance(item, list) and item and isinstance(item[0], dict)]
     return lists[0] if len(lists) == 1 else None
 
 
@@ -184,12 +222,11 @@ def _second_line(path: Path) -> bytes:
         return next(lines, b"")
 
 
-def _object(line: bytes) -> dict[str, object] | None:
+def _value(line: bytes) -> object:
     try:
-        value = json.loads(line)
+        return json.loads(line)
     except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
+        return _NO_JSON
 
 
 def _problem(error: ValueError | RecursionError) -> str:
@@ -223,23 +260,26 @@ def _lines(path: Path) -> Iterator[Row]:
             yield broken
 
 
-def _csv(path: Path) -> Iterator[Row]:
+def _csv(path: Path, has_header: bool) -> Iterator[Row]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with _open_unzipped(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
         try:
-            yield from _table(path, text)
+            yield from _table(path, text, has_header)
         except UnicodeDecodeError:
             raise _not_utf8(path) from None
 
 
-def _table(path: Path, text: io.TextIOWrapper) -> Iterator[Row]:
+def _table(path: Path, text: io.TextIOWrapper, has_header: bool) -> Iterator[Row]:
     skipped, head = 0, text.readline()
     while head and not head.strip():
         skipped, head = skipped + 1, text.readline()
     if not head:
         raise DataError("the file is empty", path=path, hint="give a file with rows, or leave it out")
-    reader = csv.reader(itertools.chain([head], text), delimiter=_delimiter(path, head), strict=True)
+    delimiter = _delimiter(path, head)
+    lines = itertools.chain([head] if has_header else [_header(head, delimiter), head], text)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    skipped -= not has_header
     try:
         names = [name.strip() for name in next(reader)]
         if repeated := next((name for name in names if names.count(name) > 1), None):
@@ -258,6 +298,12 @@ def _delimiter(path: Path, head: str) -> str:
     return "\t" if data_suffix(path) == ".tsv" else max(",;\t|", key=head.count)
 
 
+def _header(first: str, delimiter: str) -> str:
+    """Return a header for a table that has none."""
+    num_columns = len(next(csv.reader([first], delimiter=delimiter)))
+    return delimiter.join(f"column{number}" for number in range(1, num_columns + 1)) + "\n"
+
+
 def _by_name(names: list[str], cells: list[str]) -> object:
     if len(cells) != len(names):
         why = f"{len(cells)} cells where the header has {len(names)}"
@@ -265,21 +311,50 @@ def _by_name(names: list[str], cells: list[str]) -> object:
     return dict(zip(names, cells, strict=True))
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _arrow(path: Path, suffix: str) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=1000):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield Row(str(path), number, row)
+        if suffix == ".parquet":
+            with pyarrow.parquet.ParquetFile(path) as file:
+                yield from _batches(path, file.schema_arrow, file.iter_batches(batch_size=1000))
+            return
+        with pyarrow.memory_map(str(path)) as mapped:
+            try:
+                stream = pyarrow.ipc.open_stream(mapped)
+                yield from _batches(path, stream.schema, stream)
+            except pyarrow.ArrowInvalid:
+                table = pyarrow.ipc.open_file(mapped)
+                batches = (table.get_batch(index) for index in range(table.num_record_batches))
+                yield from _batches(path, table.schema, batches)
     except pyarrow.ArrowException as error:
-        raise DataError(
-            f"not a whole Parquet file ({str(error).splitlines()[0]})", path=path, hint=COPY_AGAIN
-        ) from None
+        what = "Parquet" if suffix == ".parquet" else "Arrow"
+        raise DataError(f"not a whole {what} file ({str(error).splitlines()[0]})", path=path, hint=COPY_AGAIN) from None
+
+
+def _batches(path: Path, schema: pyarrow.Schema, batches: Iterable[pyarrow.RecordBatch]) -> Iterator[Row]:
+    stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = stored.get("info", {}).get("features") or {}
+    classes = {name: feature["names"] for name, feature in features.items() if _is_class_label(feature)}
+    number = 0
+    for batch in batches:
+        for row in batch.to_pylist():
+            number += 1
+            yield Row(str(path), number, _name_classes(row, classes))
+
+
+def _is_class_label(feature: object) -> bool:
+    return isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and bool(feature.get("names"))
+
+
+def _name_classes(row: dict[str, Any], classes: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Write the names of classes in place of their numbers; -1 stands for an unknown class."""
+    for name, names in classes.items():
+        number = row.get(name)
+        if isinstance(number, int):
+            row[name] = names[number] if 0 <= number < len(names) else None
+    return row
 
 
 def _saved_dataset(folder: Path, split: str) -> Iterator[Row]:
@@ -295,4 +370,18 @@ def _saved_dataset(folder: Path, split: str) -> Iterator[Row]:
         if name not in data:
             raise DataError(f"has no split {name!r}", path=folder, hint=f"set split to one of {', '.join(data)}")
         file, data = f"{folder}, split {name}", data[name]
-    yield from (Row(file, number, row) for number, row in enumerate(data, 1))
+    yield from dataset_rows(file, data)
+
+
+def dataset_rows(file: str, data: Dataset) -> Iterator[Row]:
+    """Yield the rows of a dataset of ``datasets``, with the names of classes in place of their numbers.
+
+    Args:
+        file: How messages call the dataset.
+        data: The dataset.
+    """
+    import datasets
+
+    classes = {name: kind.names for name, kind in data.features.items() if isinstance(kind, datasets.ClassLabel)}
+    for number, row in enumerate(data, 1):
+        yield Row(file, number, _name_classes(dict(row), classes))

@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from fintune.data.formats import NOT_READ
 from fintune.data.licences import Licence
 from fintune.records import Record
 
@@ -15,6 +16,10 @@ NOT_USED = "not_used.jsonl"
 """File of a prepared folder that lists every row that could not be used."""
 MAX_PROBLEMS = 20
 """Maximum number of problems that a report quotes. All of them are counted."""
+NEAR_DUPLICATE = "near duplicate"
+"""Reason by which near duplicates are counted."""
+_MANY_DUPLICATES = 0.2
+"""Share of near duplicates above which a source gets a warning."""
 _MAX_PRINTED = 5
 """Maximum number of unused rows that the terminal shows."""
 _NUM_BINS = 12
@@ -76,6 +81,7 @@ class SplitReport(Record):
         evidence: Evidence in the prompts.
         steps: Share of programs by number of steps.
         operations: Share of steps by operation.
+        renderings: Number of examples by what the chat template made necessary.
         labels: Number of ``desired`` and ``undesired`` answers, if the objective trains on labels.
     """
 
@@ -95,7 +101,17 @@ class SplitReport(Record):
     evidence: Evidence
     steps: dict[str, float]
     operations: dict[str, float]
+    renderings: dict[str, int] = Field(default_factory=dict)
     labels: dict[str, int] = Field(default_factory=dict)
+
+    def describe_renderings(self, name: str) -> list[str]:
+        """Describe what the chat template made necessary, one line each.
+
+        Args:
+            name: The split's name.
+        """
+        renderings = self.renderings.items()
+        return [f"{name}: {number:,} of {self.num_examples:,} examples are {what}" for what, number in renderings]
 
     @property
     def only_label(self) -> str:
@@ -115,7 +131,10 @@ class SourceReport(Record):
         files: Usable rows by file and format, if there are several files.
         dropped: Rows that were left out, by reason.
         num_trailing: Turns after the last answer of their conversation, which were left out.
-        num_thoughts: Thoughts in a field of their own, which were left out.
+        columns: For each column, and what it was read as, the number of usable rows in which it is filled.
+        warnings: What is odd about usable rows, with their number.
+        test_files: Files that are splits for evaluation by their names.
+        hold_out: What is held out of the source.
         unread: A description of the files of a folder that are not read; empty if there are none.
         num_train: Conversations to train on, before the weight.
         num_eval: Conversations that are held out.
@@ -129,30 +148,68 @@ class SourceReport(Record):
     files: dict[str, dict[str, int]] = Field(default_factory=dict)
     dropped: dict[str, int]
     num_trailing: int = 0
-    num_thoughts: int = 0
+    columns: dict[str, dict[str, int]] = Field(default_factory=dict)
+    warnings: dict[str, int] = Field(default_factory=dict)
+    test_files: tuple[str, ...] = ()
+    hold_out: str = "split"
     unread: str = ""
     num_train: int
     num_eval: int
     weight: float
 
+    @property
+    def unread_columns(self) -> dict[str, int]:
+        """Columns that were not read, with the number of usable rows in which they are filled."""
+        counts = {column: reads.get(NOT_READ, 0) for column, reads in self.columns.items()}
+        return {column: number for column, number in counts.items() if number}
+
     def notes(self) -> list[str]:
-        """Describe the source for the user in one line, with further lines for several files and for unread files."""
+        """Describe the source for the user in one line, with further lines for files, warnings and unread files."""
         shapes = ", ".join(f"{number} {shape}" for shape, number in self.shapes.items())
         dropped = ", ".join(f"{number} {reason}" for reason, number in self.dropped.items())
         times = f", each {self.weight:g} times" if self.weight != 1 else ""
+        num_usable = sum(self.shapes.values())
+        unread = ", ".join(
+            column if number == num_usable else f"{column} (in {number} rows)"
+            for column, number in self.unread_columns.items()
+        )
         lines = [
             f"{self.path}: {self.num_rows} rows: {shapes}"
             + (f"; dropped {dropped}" if dropped else "")
             + (f"; left out {self.num_trailing} turns without an answer" if self.num_trailing else "")
-            + (f"; left out {self.num_thoughts} thoughts in a field of their own" if self.num_thoughts else "")
+            + (f"; {NOT_READ}: {unread}" if unread else "")
             + f"; {self.num_train} to train on{times}, {self.num_eval} held out; licence {self.licence.name}"
         ]
         for file, formats in self.files.items():
             counts = ", ".join(f"{number} {name}" for name, number in formats.items()) or "no usable row"
             lines.append(f"  {file}: {counts}")
+        return lines + self.remarks()
+
+    def remarks(self) -> list[str]:
+        """Describe what is odd about the source, one line each."""
+        lines = []
+        if self.test_files:
+            names = ", ".join(self.test_files)
+            fate = "trained on, although it is" if self.hold_out == "none" else "held out, because it is"
+            lines.append(f"{self.path}: {fate} called test or validation: {names}; set split to read one split alone")
+        lines += [f"WARNING: {self.path}: {number} {what}" for what, number in self.warnings.items()]
+        num_near = self.dropped.get(NEAR_DUPLICATE, 0)
+        if num_near > _MANY_DUPLICATES * self.num_rows:
+            lines.append(
+                f"WARNING: {self.path}: {num_near} of {self.num_rows} rows were dropped as near duplicates; "
+                "data.duplicates=exact keeps them"
+            )
         if self.unread:
             lines.append(f"{self.path}: {self.unread}")
         return lines
+
+    def read_columns(self) -> str:
+        """Describe what each column was read as, with the number of usable rows in which it is filled."""
+        columns = (
+            f"{column}: " + ", ".join(f"{what} ({number:,})" for what, number in reads.items())
+            for column, reads in self.columns.items()
+        )
+        return f"{self.path}: columns {'; '.join(columns)}" if self.columns else ""
 
 
 class PrepareReport(Record):
@@ -236,6 +293,7 @@ class PrepareReport(Record):
             share = f"{split.num_cut_units} of {split.num_units} {units}"
             wholes = f"{split.num_cut_examples} of {split.num_examples} {whole}"
             lines.append(f"{name}: {wholes} cut to fit {self.max_length} tokens ({share}){split.evidence.describe()}")
+        lines += split.describe_renderings(name)
         if split.labels:
             lines.append(f"{name}: {split.labels['desired']} desired, {split.labels['undesired']} undesired answers")
         return lines

@@ -85,6 +85,7 @@ class TokenizedExample:
         kept: For a page, keys of the units in the prompt (``text_3``, ``table_1``).
         num_units: For a page, the number of all its units.
         cleaned: For a page, changes of its texts by cleaning rule.
+        notes: For a conversation, what the chat template made necessary; see `fintune.data.tokenize_chat`.
     """
 
     example: Example
@@ -95,6 +96,7 @@ class TokenizedExample:
     kept: frozenset[str] = frozenset()
     num_units: int = 0
     cleaned: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def with_rows(self, rows: tuple[TokenRow, ...]) -> TokenizedExample:
         """Return the same example with other rows."""

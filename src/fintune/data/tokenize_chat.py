@@ -1,4 +1,8 @@
-"""Tokenize conversations: which turns are trained, what is cut to fit, and chat templates with thoughts."""
+"""Tokenize conversations: which turns are trained, what is cut to fit, and what chat templates make of them.
+
+A row is the template's own rendering of the conversation up to a trained answer. Where it cannot be, or where the
+template leaves something out, the example has a note, which the report counts.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +22,11 @@ from fintune.records import Example, Message
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_THOUGHT, _THOUGHT_END = "<think>", "</think>"
 _CHARACTERS_PER_TOKEN = 6
 """More than most tokens have. This much of a long conversation is tokenized at once, and the rest if it is needed."""
+OTHER_RENDERING = "not the chat template's own rendering: it removes or rewrites what its prompt begins with"
+FOLDED = "with the system message in the first user turn: the chat template leaves system messages out"
+HIDDEN_THOUGHT = "with a thought of an earlier answer that the chat template removes"
 
 
 class ConversationEncoder:
@@ -46,10 +52,8 @@ class ConversationEncoder:
         self._tokenizer, self._train_on, self._max_length = tokenizer, train_on, max_length
         self._row_kind = row_kind
         self._writer = CachedChatTokenizer(tokenizer)
-        self._system = [Message(role="system", content=system)] if system else []
-        prompt = chat.render(tokenizer, [Message(role="user", content="question")])
-        # Such a template (DeepSeek-R1's) begins every answer inside a thought.
-        self._opens_thought = prompt.rstrip().endswith(_THOUGHT)
+        self._system = Message(role="system", content=system) if system else None
+        self._folds_system = chat.drops_system(tokenizer)
 
     def encode_all(self, conversations: Sequence[Conversation]) -> list[TokenizedExample | DroppedRow]:
         """Encode conversations as the objective trains on them, with one result for each.
@@ -68,8 +72,7 @@ class ConversationEncoder:
                 return self.encode_labelled(row.id, row.messages, label=row.label).compact()
             return self.encode(row.id, row.messages, untrained=row.untrained, rejected=row.rejected).compact()
         except DataError as error:
-            field = row.end_token_field if isinstance(error, chat.EndOfTurnError) else ""
-            return DroppedRow.from_error(error, file=row.file, row=row.row, field=field)
+            return DroppedRow.from_error(error, file=row.file, row=row.row)
 
     def encode(
         self,
@@ -77,7 +80,7 @@ class ConversationEncoder:
         messages: Sequence[Message],
         *,
         untrained: Collection[int] = (),
-        rejected: str | None = None,
+        rejected: Message | None = None,
     ) -> TokenizedExample:
         """Encode one conversation, which ends with the assistant.
 
@@ -89,37 +92,37 @@ class ConversationEncoder:
 
         Raises:
             TooLongError: Not even the first trained turn fits.
-            DataError: The chat template refuses the turns, a text holds the end-of-turn token, or no turn is trained.
+            DataError: The chat template refuses the turns or leaves one out, a text holds a special token, or no turn
+                is trained.
         """
-        head = self._head(messages)
-        turns = [*head, *messages]
+        turns = self._with_head(messages)
+        shift = len(turns) - len(messages)
         answers = [index for index, message in enumerate(turns) if message.role == "assistant"]
-        trained = [index for index in answers if index - len(head) not in untrained]
+        trained = [index for index in answers if index - shift not in untrained]
         if self._train_on == "last":
             trained = [index for index in trained if index == answers[-1]]
         if not trained:
             raise DataError("none of the assistant's turns is to be trained")
         self._writer.check(turns)
-        rows, last = self._encode_turns(id_, turns, trained)
-        if last is None:
+        rows, encoded = self._encode_turns(id_, turns, trained)
+        if not encoded:
             raise TooLongError(f"the first answer ends after token {self._max_length}")
-        example = Example(
-            id=id_,
-            messages=tuple(turns[:last]),
-            completion=self._answer(turns[last].content),
-            num_cut=len(turns) - 1 - last,
-        )
-        is_whole = last == len(turns) - 1
-        return _tokenized(example, rows, rejected=self._answer(rejected) if is_whole and rejected else None)
+        last = trained[len(encoded) - 1]
+        worse = None
+        if rejected is not None and last == len(turns) - 1:
+            worse = self._encode_turn(turns[:last], rejected).completion
+        example = _example(id_, turns[:last], turns[last], encoded[-1], num_cut=len(turns) - 1 - last)
+        notes = self._notes(messages, turns[:last], encoded, trained)
+        return _tokenized(example, rows, notes, rejected=worse)
 
     def _encode_turns(
         self, id_: str, turns: Sequence[Message], trained: Sequence[int]
-    ) -> tuple[list[TokenRow], int | None]:
-        """Return the rows of the trained turns that fit, and the index of the last of these turns, or None."""
+    ) -> tuple[list[TokenRow], list[chat.EncodedExample]]:
+        """Return the rows of the trained turns that fit, and these turns as they were encoded."""
         rows: list[TokenRow] = []
-        last = None
+        encoded = []
         for index in trained:
-            turn = self._encode_turn(turns[:index], self._answer(turns[index].content))
+            turn = self._encode_turn(turns[:index], turns[index])
             if len(turn.input_ids) > self._max_length:
                 break  # every later turn is longer
             row = rows[-1] if rows else None
@@ -128,11 +131,13 @@ class ConversationEncoder:
                 rows[-1] = TokenRow(row.id, turn.input_ids, mask)
             else:
                 rows.append(TokenRow(f"{id_}/{index}" if rows else id_, turn.input_ids, turn.completion_mask))
-            last = index
-        return rows, last
+            encoded.append(turn)
+        return rows, encoded
 
-    def _encode_turn(self, prompt: Sequence[Message], answer: str) -> chat.EncodedExample:
-        return chat.encode_example(self._tokenizer, prompt, answer, self._writer)
+    def _encode_turn(
+        self, prompt: Sequence[Message], answer: Message, *, thinking: bool | None = None
+    ) -> chat.EncodedExample:
+        return chat.encode_example(self._tokenizer, prompt, answer, self._writer, thinking=thinking)
 
     def learn(self, conversations: Iterable[Sequence[Message]]) -> None:
         """Tokenize conversations at once, so that `encode` and the others find their pieces. This only saves time.
@@ -143,14 +148,44 @@ class ConversationEncoder:
         texts = []
         for messages in conversations:
             with suppress(FintuneError):  # `encode` raises it
-                texts.append(self._writer.render([*self._head(messages), *messages], False))
+                texts.append(self._writer.render(self._with_head(messages), False))
         with suppress(FintuneError):
             self._writer.cache_texts(texts, num_letters=_CHARACTERS_PER_TOKEN * self._max_length)
 
-    def _head(self, messages: Sequence[Message]) -> list[Message]:
-        return [] if messages[0].role == "system" else self._system
+    def _with_head(self, messages: Sequence[Message]) -> list[Message]:
+        """Return the turns with a system message, where the template shows it."""
+        turns = list(messages)
+        if turns[0].role != "system" and self._system:
+            tools = turns[0].tools
+            turns = chat.with_tools([self._system, *chat.with_tools(turns, None)], tools)
+        return chat.fold_system(turns) if turns[0].role == "system" and self._folds_system else turns
 
-    def encode_pair(self, id_: str, messages: Sequence[Message], rejected: str) -> TokenizedExample:
+    def _notes(
+        self,
+        messages: Sequence[Message],
+        prompt: Sequence[Message],
+        encoded: Sequence[chat.EncodedExample],
+        trained: Sequence[int],
+    ) -> tuple[str, ...]:
+        """Return what the template made of a prompt.
+
+        Raises:
+            DataError: It leaves out the text of a turn.
+        """
+        notes = [] if all(turn.follows_template for turn in encoded) else [OTHER_RENDERING]
+        if self._folds_system and (self._system or messages[0].role == "system"):
+            notes.append(FOLDED)
+        text = self._writer.render(prompt)
+        for index, message in enumerate(prompt):
+            if chat.leaves_out(text, message):
+                why = f"the chat template leaves out the text of turn {index + 1}, the {message.role}'s"
+                raise DataError(why, hint="remove the turn, or use a model whose template knows it")
+            if message.role == "assistant" and index not in trained and HIDDEN_THOUGHT not in notes:
+                thought = chat.split_thought(message)[0]
+                notes += [HIDDEN_THOUGHT] if thought.strip() and thought.strip() not in text else []
+        return tuple(notes)
+
+    def encode_pair(self, id_: str, messages: Sequence[Message], rejected: Message) -> TokenizedExample:
         """Encode a preference pair: one prompt with each answer. Only the last turn is trained.
 
         If it is too long, the oldest turns are left out; system message, question and answers never are.
@@ -162,16 +197,19 @@ class ConversationEncoder:
 
         Raises:
             TooLongError: Question and answers alone do not fit.
-            DataError: The chat template refuses the turns, or a text holds the end-of-turn token.
+            DataError: The chat template refuses the turns or leaves one out, a text holds a special token, or only one
+                of the answers has a thought and the template asks for it in the prompt.
         """
-        chosen, worse = self._answer(messages[-1].content), self._answer(rejected)
-        fitted = self._fit(messages[:-1], [chosen, worse])
-        if fitted is None:
-            raise TooLongError(f"the question and the longer answer have more than {self._max_length} tokens")
-        prompt, num_cut, (better, other) = fitted
-        row = TokenRow(id_, better.input_ids, better.completion_mask, other.input_ids[other.num_prompt_tokens :])
-        example = Example(id=id_, messages=tuple(prompt), completion=chosen, num_cut=num_cut)
-        return _tokenized(example, [row], rejected=worse)
+        prompt, num_cut, (better, worse) = self._fit(
+            messages, [messages[-1], rejected], "the question and the longer answer have"
+        )
+        if better.input_ids[: better.num_prompt_tokens] != worse.input_ids[: worse.num_prompt_tokens]:
+            hint = "give both answers a thought, or neither"
+            raise DataError("one answer has a thought and the other has none, so their prompts differ", hint=hint)
+        row = TokenRow(id_, better.input_ids, better.completion_mask, worse.input_ids[worse.num_prompt_tokens :])
+        example = _example(id_, prompt, messages[-1], better, num_cut=num_cut)
+        notes = self._notes(messages, prompt, [better, worse], ())
+        return _tokenized(example, [row], notes, rejected=worse.completion)
 
     def encode_labelled(self, id_: str, messages: Sequence[Message], *, label: bool) -> TokenizedExample:
         """Encode an answer with a label. Only the last turn is trained.
@@ -185,43 +223,50 @@ class ConversationEncoder:
 
         Raises:
             TooLongError: Question and answer alone do not fit.
-            DataError: The chat template refuses the turns, or a text holds the end-of-turn token.
+            DataError: The chat template refuses the turns or leaves one out, or a text holds a special token.
         """
-        answer = self._answer(messages[-1].content)
-        fitted = self._fit(messages[:-1], [answer])
-        if fitted is None:
-            raise TooLongError(f"the question and its answer have more than {self._max_length} tokens")
-        prompt, num_cut, (encoded,) = fitted
+        prompt, num_cut, (encoded,) = self._fit(messages, [messages[-1]], "the question and its answer have")
         row = TokenRow(id_, encoded.input_ids, encoded.completion_mask, label=label)
-        example = Example(id=id_, messages=tuple(prompt), completion=answer, num_cut=num_cut)
-        return _tokenized(example, [row], label=label)
+        example = _example(id_, prompt, messages[-1], encoded, num_cut=num_cut)
+        return _tokenized(example, [row], self._notes(messages, prompt, [encoded], ()), label=label)
 
     def _fit(
-        self, prompt: Sequence[Message], answers: Sequence[str]
-    ) -> tuple[list[Message], int, list[chat.EncodedExample]] | None:
+        self, messages: Sequence[Message], answers: Sequence[Message], what: str
+    ) -> tuple[list[Message], int, list[chat.EncodedExample]]:
         """Return the longest prompt with which every answer fits, the number of turns that were cut, and the tokens."""
-        turns = [*self._head(prompt), *prompt]
+        turns = self._with_head(messages)[:-1]
         self._writer.check(turns)
-        num_head = int(turns[0].role == "system")
+        num_head = int(turns[0].role == "system") if turns else 0
+        thinking = any(chat.split_thought(answer)[0] for answer in answers)  # one prompt for both answers of a pair
         later = (index for index, message in enumerate(turns) if message.role == "user" and index > num_head)
         for start in (num_head, *later):
             kept = [*turns[:num_head], *turns[start:]]
-            encoded = [self._encode_turn(kept, answer) for answer in answers]
+            kept = chat.with_tools(kept, turns[0].tools) if kept else kept
+            encoded = [self._encode_turn(kept, answer, thinking=thinking) for answer in answers]
             if max(len(example.input_ids) for example in encoded) <= self._max_length:
                 return kept, start - num_head, encoded
-        return None
+        raise TooLongError(f"{what} more than {self._max_length} tokens")
 
-    def _answer(self, content: str) -> str:
-        if not self._opens_thought:
-            return content
-        if _THOUGHT_END in content:
-            return content.lstrip().removeprefix(_THOUGHT).lstrip("\n")
-        return f"\n{_THOUGHT_END}\n\n{content}"  # an answer without a thought closes it at once
+
+def _example(
+    id_: str, prompt: Sequence[Message], answer: Message, encoded: chat.EncodedExample, *, num_cut: int
+) -> Example:
+    """Return the example of an encoded answer, from which the same tokens can be encoded again."""
+    has_more = bool(answer.tool_calls or chat.split_thought(answer)[0])
+    is_text = encoded.follows_template and not has_more
+    completion = answer.content if is_text else encoded.completion
+    turn = answer if has_more else None
+    return Example(id=id_, messages=tuple(prompt), completion=completion, num_cut=num_cut, turn=turn)
 
 
 def _tokenized(
-    example: Example, rows: Sequence[TokenRow], *, rejected: str | None = None, label: bool | None = None
+    example: Example,
+    rows: Sequence[TokenRow],
+    notes: tuple[str, ...],
+    *,
+    rejected: str | None = None,
+    label: bool | None = None,
 ) -> TokenizedExample:
     completions = [sum(row.completion_mask) for row in rows]
     counts = tuple((len(row.input_ids) - number, number) for row, number in zip(rows, completions, strict=True))
-    return TokenizedExample(example, tuple(rows), counts, rejected, label)
+    return TokenizedExample(example, tuple(rows), counts, rejected, label, notes=notes)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from fintune.errors import DataError
 from fintune.models import chat_template as chat
@@ -63,7 +63,7 @@ class CachedChatTokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, heading: str = "") -> None:
         self._tokenizer = tokenizer
         self._render_fast = _compile(tokenizer)
-        self._checked_roles: set[tuple[str, ...]] = set()
+        self._checked_forms: set[tuple[tuple[str, ...], ...]] = set()
         self._end: tuple[int, str] | None = None
         self._is_splittable = True
         self._heading = heading
@@ -71,40 +71,44 @@ class CachedChatTokenizer:
         self._ids: dict[_Piece, list[int]] = {}
         self._num_ids = 0
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, *, thinking: bool = False) -> str:
         """Render a conversation with the chat template.
 
         Raises:
             DataError: The template refuses these messages.
         """
-        text = self._try_fast(messages, add_generation_prompt)
-        return chat.render(self._tokenizer, messages, add_generation_prompt) if text is None else text
+        text = self._try_fast(messages, add_generation_prompt, thinking)
+        return (
+            chat.render(self._tokenizer, messages, add_generation_prompt, thinking=thinking) if text is None else text
+        )
 
     def check(self, messages: Sequence[Message]) -> None:
         """Compare the fast rendering of a conversation with ``apply_chat_template``. If it differs, stop using it.
 
-        Conversations with the same order of roles are compared once.
+        Conversations whose turns have the same roles and fields are compared once.
         """
-        roles = tuple(message.role for message in messages)
-        if roles in self._checked_roles:
+        form = tuple((message.role, *message.as_dict()) for message in messages)
+        if form in self._checked_forms:
             return
-        self._checked_roles.add(roles)
-        try:
-            expected = chat.render(self._tokenizer, messages, add_generation_prompt=False)
-        except DataError:
-            expected = None
-        if self._try_fast(messages, False) != expected:
-            self._render_fast = None
+        self._checked_forms.add(form)
+        for thinking in (False, True):
+            try:
+                expected = chat.render(self._tokenizer, messages, False, thinking=thinking)
+            except DataError:
+                expected = None
+            if self._try_fast(messages, False, thinking) != expected:
+                self._render_fast = None
 
-    def _try_fast(self, messages: Sequence[Message], add_generation_prompt: bool) -> str | None:
+    def _try_fast(self, messages: Sequence[Message], add_generation_prompt: bool, thinking: bool) -> str | None:
         """Return None if the template refuses the messages, or the fast rendering is not used."""
         from jinja2 import TemplateError
 
         if self._render_fast is None or not messages:
             return None
+        turns = chat.template_turns(messages, chat.thought_field(self._tokenizer, messages))
         try:
-            return self._render_fast([dict(vars(message)) for message in messages], add_generation_prompt)
-        except TemplateError:
+            return self._render_fast(turns, list(messages[0].tools or ()) or None, add_generation_prompt, thinking)
+        except (TemplateError, TypeError):
             return None
 
     def cache_texts(self, texts: Sequence[str], *, num_letters: int) -> None:
@@ -282,7 +286,7 @@ def _begins_word(tokenizer: PreTrainedTokenizerBase, heading: str) -> bool:
     )
 
 
-def _compile(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, str]], bool], str] | None:
+def _compile(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]], object, bool, bool], str] | None:
     """Compile the chat template for direct rendering; None if it does not compile."""
     from jinja2 import TemplateError
 
@@ -292,8 +296,8 @@ def _compile(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, str
         return None  # `chat.render` reports it
     special_tokens = dict(tokenizer.special_tokens_map)
 
-    def render(messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        options = {"add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
-        return str(template.render(**{**special_tokens, "enable_thinking": False, **options, "messages": messages}))
+    def render(turns: list[dict[str, Any]], tools: object, add_generation_prompt: bool, thinking: bool) -> str:
+        options = {"add_generation_prompt": add_generation_prompt, "tools": tools, "documents": None}
+        return str(template.render(**{**special_tokens, "enable_thinking": thinking, **options, "messages": turns}))
 
     return render

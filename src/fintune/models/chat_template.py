@@ -9,14 +9,15 @@ Modelfile need the template before any tokenizer is loaded.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol
 from weakref import WeakKeyDictionary
 
 from fintune.errors import DataError, ModelError
@@ -32,19 +33,13 @@ TEMPLATE_DATE = date(2024, 7, 26)
 
 _STRFTIME_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _PROBE = "fintuneprobe"
-_end_of_turn: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[str, tuple[int, ...]]] = WeakKeyDictionary()
+_THOUGHT_FIELDS: Final = ("reasoning_content", "thinking", "reasoning")
+"""Names under which chat templates know the thought of a turn."""
+_THOUGHT: Final = re.compile(r"\s*(?:<think>)?(.*?)</think>\s*", re.DOTALL)
 
 
-class EndOfTurnError(DataError):
-    """A text contains the token that ends a turn.
-
-    Args:
-        token: The token as text.
-    """
-
-    def __init__(self, token: str) -> None:
-        super().__init__(f"the text contains {token}, the token that ends a turn", hint="remove it from the data")
-        self.token = token
+_facts: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[str, dict[str, Any]]] = WeakKeyDictionary()
+"""What is known about a tokenizer's chat template, which is found out by rendering probes."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +51,13 @@ class EncodedExample:
         completion_mask: 1 for trained tokens (completion and end of turn), 0 for the prompt; shape [num_tokens].
         follows_template: Whether the ids are the template's own rendering of the whole conversation. False if that
             rendering does not begin with the prompt's; the completion was then appended to the prompt.
+        completion: The trained text, without the end of turn.
     """
 
     input_ids: list[int]
     completion_mask: list[int]
     follows_template: bool
+    completion: str = ""
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -75,7 +72,7 @@ class ChatTokenizer(Protocol):
     returns what :func:`render` and :func:`encode_text` return.
     """
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, *, thinking: bool = False) -> str:
         """Render a conversation as :func:`render` does."""
 
     def encode(self, text: str) -> list[int]:
@@ -86,22 +83,42 @@ class ChatTokenizer(Protocol):
 class _PlainChatTokenizer:
     tokenizer: PreTrainedTokenizerBase
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        return render(self.tokenizer, messages, add_generation_prompt)
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, *, thinking: bool = False) -> str:
+        return render(self.tokenizer, messages, add_generation_prompt, thinking=thinking)
 
     def encode(self, text: str) -> list[int]:
         return encode_text(self.tokenizer, text)
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-    """Render a conversation with the tokenizer's chat template.
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    add_generation_prompt: bool = True,
+    *,
+    thinking: bool = False,
+) -> str:
+    """Render a conversation with the tokenizer's chat template, with the tools of its first turn. The date is fixed.
 
-    Thinking is switched off if the template knows ``enable_thinking``, and the date is fixed.
+    Args:
+        tokenizer: The tokenizer.
+        messages: All turns.
+        add_generation_prompt: Whether to append the opening of the assistant's turn.
+        thinking: The value of ``enable_thinking``, for templates that know it.
 
     Raises:
         ModelError: The tokenizer has no chat template.
         DataError: There are no messages, or the template refuses them (order of roles, system turn ...).
     """
+    return _render(tokenizer, messages, add_generation_prompt, thinking, thought_field(tokenizer, messages))
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    add_generation_prompt: bool,
+    thinking: bool,
+    thought_field: str | None,
+) -> str:
     from jinja2 import TemplateError
 
     if not messages:
@@ -111,16 +128,42 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_
         )
     try:
         text = tokenizer.apply_chat_template(
-            [message.model_dump() for message in messages],
+            template_turns(messages, thought_field),
+            tools=list(messages[0].tools or ()) or None,
             chat_template=dated_template(tokenizer),
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
-            enable_thinking=False,
+            enable_thinking=thinking,
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:
         roles = ", ".join(message.role for message in messages)
         raise DataError(f"the chat template of {tokenizer.name_or_path} refuses the turns {roles}: {error}") from error
     return str(text)
+
+
+def template_turns(messages: Sequence[Message], thought_field: str | None) -> list[dict[str, Any]]:
+    """Return the turns as a template takes them: thoughts in the field that it knows, else before the text."""
+    turns = []
+    for message in messages:
+        turn = message.as_dict()
+        turn.pop("tools", None)
+        if message.role == "assistant":
+            turn.pop("reasoning_content", None)
+            thought, text = split_thought(message)
+            if thought and thought_field:
+                turn |= {thought_field: thought, "content": text}
+            elif message.reasoning_content:
+                turn["content"] = f"<think>\n{thought}\n</think>\n\n{text}"
+        turns.append(turn)
+    return turns
+
+
+def split_thought(message: Message) -> tuple[str, str]:
+    """Return the thought of an assistant's turn, and its text. A thought is in its field, or in the text before it."""
+    if message.reasoning_content:
+        return message.reasoning_content.strip("\n"), message.content
+    match = _THOUGHT.match(message.content) if "</think>" in message.content else None
+    return (match[1].strip("\n"), message.content[match.end() :]) if match else ("", message.content)
 
 
 def dated_template(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -133,22 +176,30 @@ def dated_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], chat_tokenizer: ChatTokenizer | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    chat_tokenizer: ChatTokenizer | None = None,
+    *,
+    thinking: bool = False,
 ) -> list[int]:
     """Return the ids of a conversation up to the start of the assistant's turn, as training saw them.
 
     Raises:
         ModelError: There is no chat template, it does not end turns, or the prompt begins with two BOS tokens.
-        DataError: The template refuses these messages, or one contains the token that ends a turn.
+        DataError: The template refuses these messages, or one contains a special token.
     """
     chat_tokenizer = chat_tokenizer or _PlainChatTokenizer(tokenizer)
-    return _encode_prompt(tokenizer, messages, chat_tokenizer.render(messages), chat_tokenizer)
+    return _encode_prompt(tokenizer, messages, chat_tokenizer.render(messages, thinking=thinking), chat_tokenizer)
 
 
 def _encode_prompt(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], prompt: str, chat_tokenizer: ChatTokenizer
 ) -> list[int]:
-    _refuse_end_of_turn(tokenizer, *(message.content for message in messages))
+    # Inside a page or an answer, such a token would end the turn, and the rest would become the next speaker's text.
+    pattern = special_tokens(tokenizer)
+    for message in messages:
+        if found := pattern.search(message.content):
+            raise DataError(f"the text contains {found[0]}, a special token", hint="remove it from the data")
     ids = chat_tokenizer.encode(prompt)
     if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
         raise ModelError(
@@ -161,41 +212,93 @@ def _encode_prompt(
 def encode_example(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
-    completion: str,
+    completion: str | Message,
     chat_tokenizer: ChatTokenizer | None = None,
+    *,
+    thinking: bool | None = None,
 ) -> EncodedExample:
     """Encode a conversation with the assistant's answer. The answer and the token that ends it are trained.
 
-    If the template's rendering of the whole conversation begins with the prompt's ids, the ids are that rendering up to
-    the end-of-turn token. Otherwise prompt and completion are encoded separately, as generation joins them.
+    The ids are the template's rendering of the whole conversation up to the end-of-turn token, after the prompt with
+    which it begins: of a template with a switch for thoughts, the thinking prompt if the answer has a thought, else the
+    other one. If the rendering begins with no such prompt, prompt and completion are encoded separately, as generation
+    joins them.
+
+    Args:
+        tokenizer: A tokenizer with a chat template.
+        messages: The turns before the answer.
+        completion: The answer. A text is the completion as it is; a turn may have a thought and tool calls.
+        chat_tokenizer: A cache for conversations that share their first turns.
+        thinking: Prefer this prompt of a template with a switch, whether or not the answer has a thought.
 
     Raises:
         ModelError: As for :func:`encode_prompt`, or the template rewrites the completion.
-        DataError: As for :func:`encode_prompt`, or the completion is empty.
+        DataError: As for :func:`encode_prompt`, or the completion is empty, or the template leaves out a part of it.
     """
     chat_tokenizer = chat_tokenizer or _PlainChatTokenizer(tokenizer)
-    prompt = chat_tokenizer.render(messages)
-    prompt_ids = _encode_prompt(tokenizer, messages, prompt, chat_tokenizer)
-    if not completion.strip():
+    answer = Message(role="assistant", content=completion) if isinstance(completion, str) else completion
+    if not (answer.content.strip() or answer.tool_calls):
         raise DataError("the completion is empty, so there is nothing to train on")
-    end_id, end_text = _refuse_end_of_turn(tokenizer, completion)
-
-    turns = [*messages, Message(role="assistant", content=completion)]
-    whole = chat_tokenizer.render(turns, add_generation_prompt=False)
-    turn = whole.removeprefix(prompt) if whole.startswith(prompt) else completion + end_text
-    turn = turn[: turn.find(end_text) + len(end_text)]
-    if turn.removesuffix(end_text).strip() != completion.strip():
-        raise ModelError(
-            f"the chat template of {tokenizer.name_or_path} writes the completion {completion[:60]!r} as {turn[:80]!r}"
-        )
-    ids = chat_tokenizer.encode(prompt + turn)
-    follows = whole.startswith(prompt + turn) and ids[: len(prompt_ids)] == prompt_ids
+    end_id = end_of_turn_ids(tokenizer)[0]
+    end_text = str(tokenizer.convert_ids_to_tokens(end_id))
+    if end_text in answer.content or end_text in (answer.reasoning_content or ""):
+        raise DataError(f"the text contains {end_text}, the token that ends a turn", hint="remove it from the data")
+    first = bool(split_thought(answer)[0]) if thinking is None else thinking
+    prompts = []
+    for mode in (first, not first) if "enable_thinking" in chat_template(tokenizer) else (False,):
+        prompt = chat_tokenizer.render(messages, thinking=mode)
+        whole = chat_tokenizer.render([*messages, answer], add_generation_prompt=False, thinking=mode)
+        prompts.append(prompt)
+        if whole.startswith(prompt):
+            turn = whole.removeprefix(prompt)
+            break
+    else:
+        prompt = prompts[0]
+        turn = (completion if isinstance(completion, str) else _completion_after(prompt, answer)) + end_text
+        whole = ""
+    prompt_ids = _encode_prompt(tokenizer, messages, prompt, chat_tokenizer)
+    text, end, _ = turn.partition(end_text)
+    _check_completion(text, end, answer, tokenizer)
+    ids = chat_tokenizer.encode(prompt + text + end)
+    follows = bool(whole) and ids[: len(prompt_ids)] == prompt_ids
     if not follows:
-        ids = prompt_ids + chat_tokenizer.encode(turn)
+        ids = prompt_ids + chat_tokenizer.encode(text + end)
     trained = ids[len(prompt_ids) :]
     if trained[-1:] != [end_id] or trained.count(end_id) != 1:
-        raise ModelError(f"{end_text} does not end the encoded completion {completion[:60]!r}")
-    return EncodedExample(ids, [0] * len(prompt_ids) + [1] * len(trained), follows)
+        raise ModelError(f"{end_text} does not end the encoded completion {answer.content[:60]!r}")
+    return EncodedExample(ids, [0] * len(prompt_ids) + [1] * len(trained), follows, text)
+
+
+def _completion_after(prompt: str, answer: Message) -> str:
+    """Return what the model writes after a prompt that the template's rendering of the answer does not begin with."""
+    if answer.tool_calls:
+        hint = "remove the row, or use a template that writes an answer as it asks for one"
+        raise DataError("the chat template renders a tool call otherwise than its prompt announces it", hint=hint)
+    thought, text = split_thought(answer)
+    if not prompt.rstrip().endswith("<think>"):
+        return f"<think>\n{thought}\n</think>\n\n{text}" if answer.reasoning_content else answer.content
+    if not thought:  # an answer without a thought closes it at once
+        return f"\n</think>\n\n{text}"
+    if answer.reasoning_content:
+        return f"{thought}\n</think>\n\n{text}"
+    return answer.content.lstrip().removeprefix("<think>").lstrip("\n")
+
+
+def _check_completion(text: str, end: str, answer: Message, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a turn in which the template left something out of the answer."""
+    name = tokenizer.name_or_path
+    thought, content = split_thought(answer)
+    if not (thought or answer.tool_calls) and not text.strip().endswith(answer.content.strip()):
+        shown = f"{answer.content[:60]!r} as {text[:80]!r}"
+        raise ModelError(f"the chat template of {name} writes the completion {shown}")
+    if not end:
+        hint = "remove the row, or use a model whose template ends every turn with the same token"
+        raise DataError(f"the chat template of {name} ends this turn with another token", hint=hint)
+    calls = [call["function"]["name"] for call in answer.tool_calls or ()]
+    for what, part in (("thought", thought), ("text", content), *(("tool call", call) for call in calls)):
+        if part.strip() not in text:
+            hint = "remove the row, or use a model whose template knows it"
+            raise DataError(f"the chat template of {name} leaves out the {what} of the answer", hint=hint)
 
 
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -207,10 +310,21 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     Raises:
         ModelError: There is no chat template, or it writes no special token after an assistant's turn.
     """
+    return tuple(_known(tokenizer, "stop ids", lambda: _find_stop_ids(tokenizer)))
+
+
+def _known(tokenizer: PreTrainedTokenizerBase, fact: str, find: Callable[[], Any]) -> Any:
+    """Return a fact about the chat template, found out once."""
     template = chat_template(tokenizer)
-    cached = _end_of_turn.get(tokenizer)
-    if cached is not None and cached[0] == template:
-        return cached[1]
+    if tokenizer not in _facts or _facts[tokenizer][0] != template:
+        _facts[tokenizer] = template, {}
+    facts = _facts[tokenizer][1]
+    if fact not in facts:
+        facts[fact] = find()
+    return facts[fact]
+
+
+def _find_stop_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     turns = [Message(role="user", content="question"), Message(role="assistant", content=_PROBE)]
     ending = render(tokenizer, turns, add_generation_prompt=False).rpartition(_PROBE)[2]
     special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -221,18 +335,69 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
             hint="use a template that ends each turn, as ChatML does with <|im_end|>; otherwise generation never stops",
         )
     eos = tokenizer.eos_token_id
-    ids = (end,) if eos is None or eos == end else (end, eos)
-    _end_of_turn[tokenizer] = template, ids
-    return ids
+    return (end,) if eos is None or eos == end else (end, eos)
 
 
-def _refuse_end_of_turn(tokenizer: PreTrainedTokenizerBase, *texts: str) -> tuple[int, str]:
-    # Inside a page or an answer, the token would end the turn, and the rest would become the next speaker's text.
-    end_id = end_of_turn_ids(tokenizer)[0]
-    end_text = str(tokenizer.convert_ids_to_tokens(end_id))
-    if any(end_text in text for text in texts):
-        raise EndOfTurnError(end_text)
-    return end_id, end_text
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Return a pattern that finds the tokenizer's special tokens in a text."""
+
+    def find() -> re.Pattern[str]:
+        texts = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        return re.compile("|".join(re.escape(text) for text in sorted(texts, reverse=True) if text.strip()) or "(?!)")
+
+    pattern: re.Pattern[str] = _known(tokenizer, "special tokens", find)
+    return pattern
+
+
+def thought_field(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str | None:
+    """Return the field in which the template takes thoughts; None if it knows none, or if the turns have no thought."""
+    if not any(message.reasoning_content or "</think>" in message.content for message in messages):
+        return None
+    name: str | None = _known(tokenizer, "thought field", lambda: _find_thought_field(tokenizer))
+    return name
+
+
+def _find_thought_field(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    answer = Message(role="assistant", content="answer", reasoning_content=_PROBE)
+    for name in _THOUGHT_FIELDS:
+        with contextlib.suppress(DataError):
+            text = _render(tokenizer, [Message(role="user", content="question"), answer], False, True, name)
+            if _PROBE in text:
+                return name
+    return None
+
+
+def leaves_out(text: str, message: Message) -> bool:
+    """Whether a rendered conversation lacks the text of a turn. Templates may write a tool's result as JSON."""
+    content = split_thought(message)[1].strip() if message.role == "assistant" else message.content.strip()
+    if content in text:
+        return False
+    quoted = (json.dumps(content, ensure_ascii=is_ascii)[1:-1] for is_ascii in (False, True))
+    return message.role != "tool" or not any(written in text for written in quoted)
+
+
+def fold_system(messages: Sequence[Message]) -> list[Message]:
+    """Put a system message at the beginning of the first user's turn, for templates that leave it out."""
+    system, *turns = messages
+    first = next(index for index, message in enumerate(turns) if message.role == "user")
+    content = f"{system.content}\n\n{turns[first].content}"
+    turns[first] = turns[first].model_copy(update={"content": content})
+    return with_tools(turns, system.tools)
+
+
+def with_tools(messages: Sequence[Message], tools: tuple[dict[str, Any], ...] | None) -> list[Message]:
+    """Let the first of some turns offer tools."""
+    first, *rest = messages
+    return [first if first.tools == tools else first.model_copy(update={"tools": tools}), *rest]
+
+
+def drops_system(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template leaves out a system message, instead of writing or refusing it."""
+    turns = [Message(role="system", content=_PROBE), Message(role="user", content="question")]
+    try:
+        return _PROBE not in render(tokenizer, turns)
+    except DataError:
+        return False
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -201,11 +201,13 @@ def test_not_used_lists_row_field_and_hint(tmp_path, tiny_model):
     assert listed[0]["reason"] == "missing or empty"
     assert {row["hint"] for row in listed[-3:]} == {"remove it from the data", "raise prompt.max_length"}
     assert "not used: 33 rows in all; prepare/not_used.jsonl lists each" in done.err
-    told = f"{tmp_path / 'rows.jsonl'}, row 41: answer: the text contains <|im_end|>, the token"
-    assert f"train: dropped 4 not encodable, 2 too long; the first: {told}" in done.err
+    told = f"{tmp_path / 'rows.jsonl'}, row 41: answer: the text contains <|im_end|>, a special token of the model"
+    assert f"not used: {told}: remove it from the data" in done.err
+    assert "dropped 30 no answer, 2 special token" in done.err
+    assert "train: dropped 2 too long; the first: " in done.err
     done = fintune("inspect", tmp_path / "c.yaml", *options, "--html", tmp_path / "page.html")
-    assert "10 more" in done.out
-    assert "10 more" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "12 more" in done.out
+    assert "12 more" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_nothing_is_listed_where_all_was_used(options, tmp_path):

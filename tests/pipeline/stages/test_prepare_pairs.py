@@ -101,7 +101,7 @@ def test_pair_loses_oldest_turns_first():
 
     def encode(max_length: int):
         encoder = ConversationEncoder(tokenizer, system="", train_on="all", max_length=max_length)
-        return encoder.encode_pair("x", [system, *turns], "sell everything now")
+        return encoder.encode_pair("x", [system, *turns], Message(role="assistant", content="sell everything now"))
 
     whole = encode(1000)
     assert whole.example.num_cut == 0

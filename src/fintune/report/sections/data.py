@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
+from fintune.data.report import SourceReport, SplitReport
 from fintune.report.formatting import Cell, HtmlTable, Row, format_counts
 from fintune.report.plots import is_too_small, length_plot, share_plot
 
@@ -136,15 +137,16 @@ def num_more(report: Report) -> int:
 
 
 def left_out(report: Report) -> list[str]:
-    """Parts of rows that were left out, one line each."""
+    """What was read, what was not, and what the chat template made necessary, one line each."""
     lines = []
-    for source in report["sources"]:
-        if number := source.get("num_trailing"):
-            lines.append(f"{source['path']}: {number:,} turns without an answer left out")
-        if number := source.get("num_thoughts"):
-            lines.append(f"{source['path']}: {number:,} thoughts in a separate field left out")
-        if source.get("unread"):
-            lines.append(f"{source['path']}: {source['unread']}")
+    for entry in report["sources"]:
+        source = SourceReport.model_validate(entry)
+        lines += [source.read_columns()] if source.columns else []
+        if source.num_trailing:
+            lines.append(f"{source.path}: {source.num_trailing:,} turns without an answer left out")
+        lines += source.remarks()
+    for name in _SPLITS:
+        lines += SplitReport.model_validate(report[name]).describe_renderings(name)
     return lines
 
 
