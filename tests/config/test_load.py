@@ -101,7 +101,7 @@ def test_load_target_modules_are_names_or_all(write, targets, told) -> None:
 
 
 def test_gguf_types_equal_the_writers() -> None:
-    from fintune.export.gguf.quant_types import QUANT_TYPES
+    from fintune.export.gguf.ggml import QUANT_TYPES
 
     assert set(GGUF_TYPES) == set(QUANT_TYPES)
 

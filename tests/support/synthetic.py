@@ -117,7 +117,7 @@ def importance_of(base: Path, path: Path) -> Path:
     """An importance matrix of a synthetic folder in which a few columns matter most."""
     from fintune.export.gguf.imatrix import write_imatrix
     from fintune.export.gguf.layout import ModelLayout
-    from fintune.export.merge.safetensors_files import SafetensorFolder
+    from fintune.models.safetensors_files import SafetensorFolder
 
     random = np.random.default_rng(11)
     sums = {}

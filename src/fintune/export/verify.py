@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import http.client
-import json
 import math
-import os
-import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING
 
-from fintune.errors import ModelError, ResourceError
+from fintune.models.tokenizer_check import LlamaCppServer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -120,10 +114,8 @@ def compare_distributions(
     )
 
 
-class GgufReplay:
-    """A GGUF file in llama.cpp's server; use it as a context manager.
-
-    The server listens on the loopback interface and requires a random key.
+class GgufReplay(LlamaCppServer):
+    """A GGUF file in llama.cpp's server, which gives next-token distributions; use it as a context manager.
 
     Args:
         path: The file.
@@ -136,33 +128,14 @@ class GgufReplay:
     """
 
     def __init__(self, path: Path, *, context_tokens: int, threads: int) -> None:
-        self._path = path
-        self._key = secrets.token_urlsafe(16)
-        # OpenMP reads this when it is loaded. Idle threads then sleep, and other processes can use their cores.
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-        try:
-            import xllamacpp
-        except ImportError as error:
-            raise ResourceError(
-                "replaying a GGUF file needs xllamacpp, which is not installed", hint='pip install "fintune[gguf]"'
-            ) from error
-        params = xllamacpp.CommonParams()
-        params.model.path = str(path)
-        params.n_ctx, params.n_parallel, params.n_threads_http, params.port = context_tokens + 8, 1, 1, 0
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-        params.warmup = params.fit_params = params.ui = False
-        params.cache_ram_mib, params.verbosity = 0, -1
-        params.hostnames, params.api_keys = ["127.0.0.1"], [self._key]
-        try:
-            self._server: Any = xllamacpp.Server(params)
-        except RuntimeError as error:
-            raise ModelError(f"{path}: llama.cpp cannot load it: {error}") from error
-        address = urlsplit(self._server.listening_address)
-        self._connection = http.client.HTTPConnection(address.hostname or "127.0.0.1", address.port)
+        super().__init__(path, context_tokens=context_tokens + 8, threads=threads)
         # The generated token is discarded. If it ended inside a character, the server would omit its probabilities, so
         # the request forces this token.
-        self._forced_token: int = self._post("/tokenize", {"content": "a"})["tokens"][0]
-        self._num_tokens: int = json.loads(self._get("/v1/models"))["data"][0]["meta"]["n_vocab"]
+        self._forced_token: int = self.request("/tokenize", {"content": "a"})["tokens"][0]
+        self._num_tokens: int = self.request("/v1/models")["data"][0]["meta"]["n_vocab"]
+
+    def __enter__(self) -> GgufReplay:
+        return self
 
     def distributions(self, row: Sequence[int], positions: Iterable[int]) -> list[TokenDistribution]:
         """Return the distribution of the token at every position of a row, predicted from the tokens before it."""
@@ -182,40 +155,10 @@ class GgufReplay:
 
     def _next(self, prompt: Sequence[int], num_listed: int) -> dict[int, float]:
         """Return token id -> log-probability, the likeliest first."""
-        answer = self._post(
-            "/completion",
-            {
-                "prompt": list(prompt),
-                "n_predict": 1,
-                "n_probs": num_listed,
-                "temperature": 0,
-                "cache_prompt": True,
-                "logit_bias": [[self._forced_token, 1000.0]],
-            },
-        )
-        entries = answer["completion_probabilities"][0]["top_logprobs"]
+        body = {"prompt": list(prompt), "n_predict": 1, "n_probs": num_listed, "temperature": 0, "cache_prompt": True}
+        answer = self.request("/completion", body | {"logit_bias": [[self._forced_token, 1000.0]]})
         # The server writes null for NaN, which damaged weights can give.
         return {
-            int(entry["id"]): math.nan if entry["logprob"] is None else float(entry["logprob"]) for entry in entries
+            int(entry["id"]): math.nan if entry["logprob"] is None else float(entry["logprob"])
+            for entry in answer["completion_probabilities"][0]["top_logprobs"]
         }
-
-    def _get(self, route: str) -> bytes:
-        self._connection.request("GET", route, headers={"authorization": f"Bearer {self._key}"})
-        return self._connection.getresponse().read()
-
-    def _post(self, route: str, body: dict[str, Any]) -> Any:
-        headers = {"content-type": "application/json", "authorization": f"Bearer {self._key}"}
-        self._connection.request("POST", route, json.dumps(body), headers)
-        answer = json.loads(self._connection.getresponse().read())
-        if "error" in answer:
-            raise ModelError(f"{self._path}: llama.cpp refused a row: {answer['error'].get('message', answer)}")
-        return answer
-
-    def __enter__(self) -> GgufReplay:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._connection.close()
-        self._server = None

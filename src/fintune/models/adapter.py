@@ -14,18 +14,24 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import subprocess
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from fintune.errors import ModelError
-from fintune.models.folder import adapter_base_name, cached_sha256, read_safetensors_header, weight_files
+from pydantic import BaseModel, ConfigDict, Field
+
+from fintune.errors import FintuneError, ModelError
+from fintune.models.folder import Count, adapter_base_name, cached_sha256
 from fintune.models.load import DtypeName, Quantization, load_model
 from fintune.models.resolve import ModelFolder
+from fintune.models.safetensors_files import read_safetensors_header, weight_files
 from fintune.util.console import quiet_libraries
-from fintune.util.files import read_json
+from fintune.util.files import read_json, read_json_as
+from fintune.util.text import first_line
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -38,6 +44,98 @@ _BASE = "base_weights_sha256"
 _MERGED = "adapter_sha256"
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PUBLIC_NAME = re.compile(r"builtin:\S+|[\w.-]+/[\w.-]+")
+_PLAIN_PATTERN = re.compile(r"(?:[\w|-]|\\?\.)*")
+"""Names and alternatives of names, which every pattern engine matches in linear time."""
+_MATCH_SECONDS = 10
+_MATCH = """import json, re, sys
+patterns, names = json.load(sys.stdin)
+for pattern in patterns:
+    for form in (rf"(.*\\.)?({pattern})$", pattern, rf".*\\.{pattern}\\.(\\d+)\\."):
+        compiled = re.compile(form)
+        for name in names:
+            compiled.match(name), compiled.fullmatch(name)
+"""
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+# --- the configuration of an adapter
+
+
+class AdapterConfig(BaseModel):
+    """The keys of ``adapter_config.json`` on which loading and merging depend. Names and defaults are PEFT's."""
+
+    model_config = ConfigDict(extra="allow")
+
+    peft_type: str
+    base_model_name_or_path: str | None = None
+    r: Count = 8
+    lora_alpha: Finite = 8
+    alpha_pattern: dict[str, Finite] | None = None
+    rank_pattern: dict[str, Count] | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
+    ensure_weight_tying: bool = False
+    bias: str = "none"
+    init_lora_weights: bool | str | None = True
+    target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
+    layers_pattern: str | list[str] | None = None
+
+    @property
+    def patterns(self) -> list[str]:
+        """Every text that PEFT matches with module names as a regular expression."""
+        texts = [self.target_modules, self.exclude_modules, self.layers_pattern]
+        patterns = [text for text in texts if isinstance(text, str)]
+        patterns += self.layers_pattern if isinstance(self.layers_pattern, list) else []
+        return [*patterns, *(self.alpha_pattern or {}), *(self.rank_pattern or {})]
+
+    def alpha_of(self, module: str) -> float:
+        """Return a module's ``lora_alpha``: the value of the first pattern that matches the end of its name."""
+        matching = (v for p, v in (self.alpha_pattern or {}).items() if re.match(rf"(.*\.)?({p})$", module))
+        return next(matching, self.lora_alpha)
+
+
+def read_adapter_config(folder: Path) -> AdapterConfig:
+    """Read the configuration of a PEFT adapter.
+
+    Raises:
+        ModelError: The folder holds no adapter, or a key has another type.
+    """
+    check_is_adapter(folder, _CONFIG, _WEIGHTS)
+    return read_json_as(folder / _CONFIG, AdapterConfig, ModelError)
+
+
+def check_patterns(folder: Path, config: AdapterConfig, modules: Collection[str]) -> None:
+    """Check that an adapter's patterns can be matched with the names of modules in bounded time.
+
+    A pattern can need exponential time, which no thread can interrupt. So a process that can be killed tries first.
+
+    Raises:
+        ModelError: A pattern is no regular expression, or matching takes more than ten seconds.
+    """
+    patterns = [pattern for pattern in config.patterns if not _PLAIN_PATTERN.fullmatch(pattern)]
+    if not patterns:
+        return
+    command, work = [sys.executable, "-I", "-c", _MATCH], json.dumps([patterns, sorted(modules)])
+    try:
+        done = subprocess.run(command, input=work, capture_output=True, text=True, timeout=_MATCH_SECONDS, check=False)  # noqa: S603
+        problem = done.stderr.strip().splitlines()[-1][:200] if done.returncode else ""
+    except subprocess.TimeoutExpired:
+        problem = f"matching them takes more than {_MATCH_SECONDS} seconds"
+    if problem:
+        raise ModelError(f"{folder / _CONFIG}: its patterns of module names cannot be used ({problem})")
+
+
+def check_is_adapter(folder: Path, *files: str) -> None:
+    """Check that a folder has the files of a PEFT adapter, by default its configuration alone.
+
+    Raises:
+        ModelError: A file is missing.
+    """
+    for name in files or (_CONFIG,):
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder} holds no adapter: {name} is missing", hint="give a folder in PEFT format")
 
 
 # --- loading
@@ -56,14 +154,17 @@ def load_adapter(model: PreTrainedModel, path: Path, *, trainable: bool = False)
     """
     from peft import PeftModel
 
-    check_is_adapter(path, _CONFIG, _WEIGHTS)
+    check_patterns(path, read_adapter_config(path), [name for name, _ in model.named_modules()])
     shapes = {tensor.name: tensor.shape for tensor in read_safetensors_header(path / _WEIGHTS)}
     _fit_vocabulary(model, path, shapes)
     _check_shapes(model, path, shapes)
     if (Path(model.name_or_path) / "config.json").is_file():
         check_adapter_base(Path(model.name_or_path), path)
-    with quiet_libraries(), quiet_peft():
-        adapted: PeftModel = PeftModel.from_pretrained(model, path, is_trainable=trainable)
+    try:
+        with quiet_libraries(), quiet_peft():
+            adapted: PeftModel = PeftModel.from_pretrained(model, path, is_trainable=trainable)
+    except Exception as error:  # PEFT raises what its configuration classes happen to raise
+        raise ModelError(f"{path}: PEFT cannot load the adapter ({first_line(error)})") from error
     return adapted
 
 
@@ -76,15 +177,7 @@ def load_with_adapter(
     quantization: Quantization = "none",
     trust_remote_code: bool = False,
 ) -> PreTrainedModel | PeftModel:
-    """Load a model in evaluation mode, and an adapter on it if there is one.
-
-    Args:
-        folder: The base model.
-        adapter: Folder in PEFT's format, or None.
-        dtype: As for :func:`fintune.models.load.load_model`, like the arguments after it.
-        device: The device.
-        quantization: Whether to quantise the base while it loads.
-        trust_remote_code: Whether the model's own Python code may run.
+    """Load a model with :func:`fintune.models.load.load_model`, and an adapter on it if there is one.
 
     Raises:
         ModelError: As for :func:`fintune.models.load.load_model` and :func:`load_adapter`.
@@ -104,17 +197,6 @@ def quiet_peft() -> Iterator[None]:
         yield
 
 
-def check_is_adapter(folder: Path, *files: str) -> None:
-    """Check that a folder has the files of a PEFT adapter, by default its configuration alone.
-
-    Raises:
-        ModelError: A file is missing.
-    """
-    for name in files or (_CONFIG,):
-        if not (folder / name).is_file():
-            raise ModelError(f"{folder} holds no adapter: {name} is missing", hint="give a folder in PEFT format")
-
-
 def _fit_vocabulary(model: PreTrainedModel, path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     """Resize the embeddings to the size that was saved with the adapter; PEFT fills only existing rows."""
     embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
@@ -123,7 +205,7 @@ def _fit_vocabulary(model: PreTrainedModel, path: Path, shapes: dict[str, tuple[
     for key, shape in shapes.items():
         module = re.sub(r"\.(modules_to_save(\.default)?|base_layer)(?=\.weight$)", "", key)
         module = module.removeprefix("base_model.model.").removesuffix(".weight")
-        if module in names:
+        if module in names and shape:
             num_rows[module] = shape[0]
     vocab_size = embeddings[0].weight.shape[0]
     sizes = set(num_rows.values())
@@ -147,12 +229,11 @@ def _check_shapes(model: PreTrainedModel, path: Path, shapes: dict[str, tuple[in
     # lora_A is [rank, in], lora_B is [out, rank]. Embeddings are stored transposed, and PEFT checks them.
     for key, shape in shapes.items():
         module, _, part = key.removeprefix("base_model.model.").partition(".lora_")
-        if part not in ("A.weight", "B.weight"):
+        if part not in ("A.weight", "B.weight") or len(shape) != 2:
             continue
         if module not in modules:
             raise ModelError(f"{problem}: it adapts {module}, which this model does not have")
-        rows, columns = shape
-        side, adapter_size = ("in_features", columns) if part.startswith("A") else ("out_features", rows)
+        side, adapter_size = ("in_features", shape[1]) if part.startswith("A") else ("out_features", shape[0])
         model_size = getattr(modules[module], side, adapter_size)
         if model_size != adapter_size:
             raise ModelError(f"{problem}: {module} has {model_size} {side} here and {adapter_size} in the adapter")
@@ -182,11 +263,7 @@ def merged_facts(adapter: Path) -> dict[str, str]:
 
 
 def check_base_name(name: str, adapter: Path) -> None:
-    """Compare public names, before anything is fetched or loaded.
-
-    Args:
-        name: The model as the user named it.
-        adapter: Folder in PEFT's format.
+    """Compare a model's name, as the user wrote it, with the adapter's, before anything is fetched or loaded.
 
     Raises:
         ModelError: The folder holds no adapter, or the adapter names another public model as its base.
@@ -220,36 +297,24 @@ def check_adapter_base(base: Path, adapter: Path, *, name: str | None = None) ->
         ModelError: The weights are others, or already contain this adapter.
     """
     shown, base_name = name or str(base), adapter_base_name(adapter)
-    if _is_merged(base, adapter):
+    facts = _read_if_readable(base / "manifest.json").get("facts")
+    merged = facts.get(_MERGED) if isinstance(facts, dict) else None
+    if merged is not None and (adapter / _WEIGHTS).is_file() and merged == cached_sha256(adapter / _WEIGHTS):
         raise ModelError(
             f"{adapter} is already merged into {shown}", hint=f"leave the adapter out, or use it with {base_name}"
         )
-    expected = _expected_base(base, adapter, base_name)
+    expected, folder = _read_if_readable(adapter / BASE_FILE).get(_BASE), Path(base_name).expanduser()
+    if not isinstance(expected, str):
+        is_known = (folder / "config.json").is_file() and folder.resolve() != base.resolve()
+        expected = weights_sha256(folder) if is_known else None
     if expected is not None and expected != weights_sha256(base):
         raise ModelError(
             f"{adapter} was trained on {base_name}, not on the weights of {shown}", hint=f"use it with {base_name}"
         )
 
 
-def _expected_base(base: Path, adapter: Path, base_name: str) -> str | None:
-    recorded = _read_if_readable(adapter / BASE_FILE).get(_BASE)
-    if isinstance(recorded, str):
-        return recorded
-    folder = Path(base_name).expanduser()
-    if not (folder / "config.json").is_file() or folder.resolve() == base.resolve():
-        return None
-    return weights_sha256(folder)
-
-
-def _is_merged(base: Path, adapter: Path) -> bool:
-    facts = _read_if_readable(base / "manifest.json").get("facts")
-    merged = facts.get(_MERGED) if isinstance(facts, dict) else None
-    return merged is not None and (adapter / _WEIGHTS).is_file() and merged == cached_sha256(adapter / _WEIGHTS)
-
-
 def _read_if_readable(path: Path) -> dict[str, object]:
-    """Return a JSON object; an empty one if the file is missing or unreadable."""
     try:
-        return read_json(path, ModelError)
-    except ModelError:
+        return read_json(path)
+    except FintuneError:
         return {}

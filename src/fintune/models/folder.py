@@ -1,84 +1,165 @@
-"""Inspect a model folder as files: completeness, licence, safetensors headers, fingerprint. Needs no torch."""
+"""Inspect a model folder as files: completeness, configuration, licence, fingerprint. Needs no torch."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from math import isfinite
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fintune.errors import ModelError
-from fintune.util.files import cache_folder, read_json, sha256_file, write_atomically
+from fintune.models.safetensors_files import DTYPES, StoredTensor, read_safetensors_header, weight_files
+from fintune.util.files import cache_folder, read_json, read_json_as, sha256_file, write_atomically
 
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.model",
-    "chat_template.json",
-    "*.jinja",
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("vocab.txt", "merges.txt", "*.model", "chat_template.json", "*.jinja"),
 )
 MODEL_FILES = (
     *TOKENIZER_FILES,
-    "config.json",
-    "generation_config.json",
-    "adapter_config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
+    *("config.json", "generation_config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json"),
 )
 """Patterns of the files that decide a model's answers. None of them runs code when it is read (no pickled weights)."""
 
 FULL_MODEL_FOLDER = "model"
 """Folder in that of ``train`` with the result of full fine-tuning; an adapter is in ``adapter``."""
 
-_INDEX = "model.safetensors.index.json"
 _UNKNOWN_BASE = "not named"
 _LARGE_BYTES = 1 << 22
 """The hash of a file above this size is kept in the cache folder."""
 _HASH_LETTERS = 64
-_MAX_HEADER_BYTES = 100_000_000
-"""Largest header that the safetensors library reads."""
+
+Count = Annotated[int, Field(gt=0, lt=1 << 31)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class TensorEntry(NamedTuple):
-    """One tensor in a safetensors file.
+class RopeScaling(BaseModel):
+    """Rotary parameters of ``config.json``, under the names of transformers 4 or 5."""
 
-    Attributes:
-        name: Name of the tensor.
-        dtype: Type as the format writes it, such as "F32", "BF16" or "U8".
-        shape: Sizes of the dimensions.
-        start: Offset of its first byte in the file.
-        stop: Offset after its last byte.
-    """
+    model_config = ConfigDict(extra="allow")
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
+    rope_type: str | None = None
+    type: str | None = None
+    rope_theta: Positive | None = None
+    factor: Positive | None = None
+    original_max_position_embeddings: Count | None = None
+    low_freq_factor: Positive | None = None
+    high_freq_factor: Positive | None = None
+    extrapolation_factor: Positive | None = None
+    attention_factor: Positive | None = None
+    beta_fast: Positive | None = None
+    beta_slow: Positive | None = None
+
+
+class DecoderConfig(BaseModel):
+    """The keys of ``config.json`` that decide the shapes of a dense decoder, and the keys that a GGUF file stores."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model_type: str
+    hidden_size: Count | None = None
+    intermediate_size: Count | None = None
+    num_hidden_layers: Annotated[int, Field(gt=0, le=10_000)] | None = None
+    num_attention_heads: Count | None = None
+    num_key_value_heads: Count | None = None
+    head_dim: Count | None = None
+    vocab_size: Count | None = None
+    max_position_embeddings: Count | None = None
+    rms_norm_eps: Positive = 1e-6
+    rope_theta: Positive | None = None
+    rope_scaling: RopeScaling | None = None
+    rope_parameters: RopeScaling | None = None
+    tie_word_embeddings: bool | None = None
+    quantization_config: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> DecoderConfig:
+        heads, width = self.num_attention_heads, self.hidden_size
+        if heads and width and self.head_dim is None and self.model_type in SPLIT_HEADS and width % heads:
+            raise ValueError(f"hidden_size {width} is no multiple of num_attention_heads {heads}")
+        if heads and self.num_key_value_heads and heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {heads} is no multiple of num_key_value_heads {self.num_key_value_heads}"
+            )
+        return self
+
+    @property
+    def head_width(self) -> int | None:
+        """Width of a head, as transformers assumes it if ``head_dim`` is missing; None if it cannot be computed."""
+        if self.head_dim is not None or self.model_type not in SPLIT_HEADS:
+            return self.head_dim or 128
+        return self.hidden_size // self.num_attention_heads if self.hidden_size and self.num_attention_heads else None
+
+
+SPLIT_HEADS = ("llama", "mistral", "qwen2")
+"""Model types whose heads share the hidden size if ``head_dim`` is missing. Those of Qwen3 have width 128."""
+DECODERS = (*SPLIT_HEADS, "qwen3")
+"""Model types whose ``config.json`` is compared with the shapes of the weights."""
+
+# Module -> (rows, columns) of its weight, as keys of config.json; q and kv are all heads of that kind.
+_SHAPES = {
+    "embed_tokens": ("vocab_size", "hidden_size"),
+    "lm_head": ("vocab_size", "hidden_size"),
+    "q_proj": ("q", "hidden_size"),
+    "k_proj": ("kv", "hidden_size"),
+    "v_proj": ("kv", "hidden_size"),
+    "o_proj": ("hidden_size", "q"),
+    "gate_proj": ("intermediate_size", "hidden_size"),
+    "up_proj": ("intermediate_size", "hidden_size"),
+    "down_proj": ("hidden_size", "intermediate_size"),
+}
 
 
 def check_model_folder(folder: Path) -> None:
     """Check that a folder holds a configuration, whole safetensors weights and a tokenizer. Reads only headers.
 
     Raises:
-        ModelError: A file is missing or truncated; the message names it.
+        ModelError: A file is missing, truncated or unreadable, or the weights do not fit ``config.json``.
     """
     if not (folder / "config.json").is_file():
         raise _not_a_model(folder)
-    for path in weight_files(folder):
-        read_safetensors_header(path)
+    check_config_fits(folder, (tensor for path in weight_files(folder) for tensor in read_safetensors_header(path)))
     is_fast = (folder / "tokenizer.json").is_file() or any(folder.glob("*.model"))
     if not is_fast and not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
         raise ModelError(
             f"{folder} holds no tokenizer (tokenizer.json)", hint="copy the tokenizer files of its base model into it"
+        )
+
+
+def check_config_fits(folder: Path, tensors: Iterable[StoredTensor]) -> None:
+    """Check the number of layers and the shapes of a model's matrices by its ``config.json``.
+
+    Models of other types than :data:`DECODERS` are left to transformers. Packed weights are not compared.
+
+    Raises:
+        ModelError: ``config.json`` is unreadable, or the weights belong to another configuration.
+    """
+    tensors = list(tensors)
+    if read_model_config(folder).get("model_type") not in DECODERS:
+        return
+    config = read_json_as(folder / "config.json", DecoderConfig, ModelError)
+    sizes = config.model_dump(include={"vocab_size", "hidden_size", "intermediate_size"})
+    heads, width = config.num_attention_heads, config.head_width
+    kv_heads = config.num_key_value_heads or (heads if config.model_type == "llama" else None)
+    sizes |= {"q": (heads or 0) * (width or 0), "kv": (kv_heads or 0) * (width or 0)}
+    hint = "take weights and config.json from the same model"
+    for tensor in tensors:
+        rows, columns = map(sizes.get, _SHAPES.get(tensor.name.removesuffix(".weight").rpartition(".")[2], ("", "")))
+        if rows and columns and tensor.dtype in DTYPES and tensor.shape != (rows, columns):
+            raise ModelError(
+                f"{folder}: {tensor.name} has the shape {list(tensor.shape)}, config.json says {[rows, columns]}",
+                hint=hint,
+            )
+    layers = {int(match[1]) for tensor in tensors if (match := re.match(r"model\.layers\.(\d{1,9})\.", tensor.name))}
+    if layers and config.num_hidden_layers is not None and max(layers) + 1 != config.num_hidden_layers:
+        raise ModelError(
+            f"{folder}: config.json says {config.num_hidden_layers} layers, the weights have {max(layers) + 1}",
+            hint=hint,
         )
 
 
@@ -126,73 +207,6 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / "config.json", ModelError)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a model: those of its index, or all ``model*.safetensors`` without an index.
-
-    Raises:
-        ModelError: There are no such files, or some that the index names are missing.
-    """
-    index = folder / _INDEX
-    if index.is_file():
-        weight_map = read_json(index, ModelError).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ModelError(f"{index} has no weight_map", hint="download the model again")
-        shards = sorted(set(weight_map.values()))
-        missing = [shard for shard in shards if not (folder / shard).is_file()]
-        if missing:
-            raise ModelError(
-                f"{folder} lacks {len(missing)} of the {len(shards)} weight files that {_INDEX} names: {missing[0]}",
-                hint="download the model again or copy the missing files",
-            )
-        return [folder / shard for shard in shards]
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        others = sorted({*folder.glob("pytorch_model*.bin"), *folder.glob("*.gguf"), *folder.glob("*.pth")})
-        raise ModelError(
-            f"{folder} holds no safetensors weights{f', only {others[0].name}' if others else ''}",
-            hint="only safetensors are read; save the model with save_pretrained of a recent transformers",
-        )
-    return files
-
-
-def read_safetensors_header(path: Path) -> list[TensorEntry]:
-    """Return the tensors of a safetensors file, sorted by name, from its header alone.
-
-    Source: github.com/huggingface/safetensors, "Format": 8 bytes little-endian header length, a JSON header, the data.
-
-    Raises:
-        ModelError: The file is truncated, too long, or not a safetensors file.
-    """
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-            if not 0 < header_bytes <= min(size - 8, _MAX_HEADER_BYTES):
-                raise ValueError("no header")
-            header = json.loads(file.read(header_bytes))
-        data_start = 8 + header_bytes
-        tensors = [
-            TensorEntry(
-                name,
-                str(entry["dtype"]),
-                tuple(map(int, entry["shape"])),
-                data_start + int(entry["data_offsets"][0]),
-                data_start + int(entry["data_offsets"][1]),
-            )
-            for name, entry in sorted(header.items())
-            if name != "__metadata__"
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ModelError(f"{path} is not a readable safetensors file", hint="download or copy it again") from error
-    expected_size = max((tensor.stop for tensor in tensors), default=data_start)
-    if size != expected_size:
-        raise ModelError(
-            f"{path} has {size:,} bytes, but its header describes {expected_size:,}",
-            hint="it is truncated or damaged; download or copy it again",
-        )
-    return tensors
-
-
 def context_tokens(config: Mapping[str, object]) -> int | None:
     """Return the context length in tokens by a model's ``config.json``, scaled positions included; None if unknown."""
     inner = config.get("text_config")
@@ -201,11 +215,36 @@ def context_tokens(config: Mapping[str, object]) -> int | None:
     if not isinstance(positions, int):
         return None
     scaling = text.get("rope_scaling") or text.get("rope_parameters")
-    if not isinstance(scaling, dict) or not isinstance(factor := scaling.get("factor"), int | float):
+    factor = scaling.get("factor") if isinstance(scaling, dict) else None
+    if not isinstance(scaling, dict) or not isinstance(factor, int | float) or not isfinite(factor):
         return positions
     # max_position_embeddings is the scaled length in Llama 3.1's files, the original length in Qwen2.5's for YaRN.
     original = scaling.get("original_max_position_embeddings", positions)
     return max(positions, int(factor * original)) if isinstance(original, int) else positions
+
+
+def count_tokens(folder: Path) -> int | None:
+    """Count the tokens of a folder's ``tokenizer.json``, added tokens included.
+
+    Returns:
+        The number, or None if there is no such file or its format is unknown.
+
+    Raises:
+        ModelError: The file is unreadable, or its vocabulary is empty.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    content = read_json(path, ModelError)
+    model, added = content.get("model"), content.get("added_tokens") or []
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(vocabulary, dict | list) or not isinstance(added, list):
+        return None
+    if not vocabulary:
+        raise ModelError(f"{path}: the vocabulary is empty", hint="copy the tokenizer files of the base model")
+    # A Unigram model lists pairs of text and score.
+    known = {str(entry[0] if isinstance(entry, list) and entry else entry) for entry in vocabulary}
+    return len(known | {str(token.get("content")) for token in added if isinstance(token, dict)})
 
 
 def full_model_folder(train: Path) -> Path | None:
@@ -239,10 +278,8 @@ def model_fingerprint(folder: Path) -> str:
     files = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()})
     if not files:
         raise ModelError(f"{folder} holds no model files")
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.name}\0{cached_sha256(path)}\n".encode())
-    return digest.hexdigest()
+    lines = [f"{path.name}\0{cached_sha256(path)}\n" for path in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def cached_sha256(path: Path) -> str:

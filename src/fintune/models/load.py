@@ -12,15 +12,17 @@ from __future__ import annotations
 import importlib.util
 import platform
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import BaseModel
+
 from fintune.errors import ModelError, ResourceError
 from fintune.models.chat_template import end_of_turn_ids
-from fintune.models.folder import model_fingerprint, read_model_config
+from fintune.models.folder import count_tokens, model_fingerprint, read_model_config
 from fintune.models.resolve import ModelFolder, ModelName, fetch, fetch_base, fetch_config, resolve
+from fintune.util.console import quiet_libraries
+from fintune.util.files import read_json_as
 from fintune.util.memory import advice_on_memory
 from fintune.util.text import first_line
 
@@ -51,14 +53,19 @@ _PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|padd
 _RESERVED = re.compile(r"reserved|unused|extra_?id|_pad\b|_pad_|dummy", re.IGNORECASE)
 
 
+class TokenizerConfig(BaseModel):
+    """The keys of ``tokenizer_config.json`` whose types transformers does not check."""
+
+    model_max_length: int | float | None = None
+    bos_token: str | dict[str, object] | None = None
+    eos_token: str | dict[str, object] | None = None
+    pad_token: str | dict[str, object] | None = None
+    unk_token: str | dict[str, object] | None = None
+
+
 @dataclass(frozen=True)
 class Precision:
-    """A number type for the arithmetic.
-
-    Attributes:
-        dtype: Name of the torch type.
-        reason: Why it was chosen, for the user.
-    """
+    """A number type for the arithmetic: the name of the torch type, and for the user why it was chosen."""
 
     dtype: DtypeName
     reason: str
@@ -73,9 +80,15 @@ def load_tokenizer(model: ModelFolder, *, trust_remote_code: bool = False) -> Pr
     from transformers import AutoTokenizer
 
     folder = model.path
+    count_tokens(folder)
+    if (folder / "tokenizer_config.json").is_file():
+        read_json_as(folder / "tokenizer_config.json", TokenizerConfig, ModelError)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        with quiet_libraries():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # tokenizers raises a bare Exception for a file that it cannot parse
         raise ModelError(f"{folder}: the tokenizer cannot be loaded ({first_line(error)})") from error
     if not tokenizer.is_fast:
         raise ModelError(f"{folder} has only a slow tokenizer", hint="add its tokenizer.json")
@@ -86,13 +99,10 @@ def load_tokenizer(model: ModelFolder, *, trust_remote_code: bool = False) -> Pr
 
 
 def ensure_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Give the tokenizer a padding token from its vocabulary that does not end anything.
+    """Give the tokenizer a padding token from its vocabulary that does not end anything, and return the same object.
 
     If it were the end token, masking the padding would mask the end of every answer, and the model would never stop.
     The vocabulary is never enlarged.
-
-    Returns:
-        The same object.
 
     Raises:
         ModelError: The vocabulary has no unused special token.
@@ -137,7 +147,7 @@ def detect_precision() -> Precision:
 def load_model(
     folder: ModelFolder,
     *,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    dtype: Literal["auto", DtypeName] = "auto",
     device: str = "auto",
     quantization: Quantization = "none",
     compute: DtypeName | None = None,
@@ -160,16 +170,24 @@ def load_model(
         ResourceError: bitsandbytes is missing for 4-bit, or the memory does not suffice.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     path = folder.path
     stored = getattr(torch, detect_precision().dtype if dtype == "auto" else dtype)
     if device == "auto":
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    in_products = stored if compute is None else getattr(torch, compute)
-    options = {"quantization_config": _four_bit(in_products)} if quantization == "nf4" else {}
+    options, smaller = {}, "take a smaller model or a machine with more memory"
+    if quantization == "nf4":
+        check_four_bit()
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=stored if compute is None else getattr(torch, compute),
+        )
+    advice = smaller if options else f"load it in 4 bits, or {smaller}"
     try:
-        with _no_progress_bar(), advice_on_memory(_less_memory(quantization), during=f"loading {path}"):
+        with quiet_libraries(), advice_on_memory(advice, during=f"loading {path}"):
             model, loading = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=stored,
@@ -179,7 +197,9 @@ def load_model(
                 output_loading_info=True,
                 **options,
             )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except ResourceError:
+        raise
+    except Exception as error:  # for a configuration that it cannot use, transformers raises errors of many kinds
         raise ModelError(f"{path}: the model cannot be loaded ({first_line(error)})") from error
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
@@ -189,11 +209,6 @@ def load_model(
         )
     loaded: PreTrainedModel = model.eval()
     return loaded
-
-
-def _less_memory(quantization: Quantization) -> str:
-    smaller = "take a smaller model or a machine with more memory"
-    return smaller if quantization == "nf4" else f"load it in 4 bits, or {smaller}"
 
 
 def check_four_bit() -> None:
@@ -208,26 +223,3 @@ def check_four_bit() -> None:
             hint="pip install bitsandbytes, or set model.quantization: none",
             option="model.quantization",
         )
-
-
-def _four_bit(compute: object) -> object:
-    check_four_bit()
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
-    )
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    # transformers' own bar would interrupt this package's.
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

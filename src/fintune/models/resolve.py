@@ -42,14 +42,7 @@ class ModelName:
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model whose files are in a local folder.
-
-    Attributes:
-        name: The name as the user wrote it.
-        path: Folder with configuration, weights and tokenizer in Hugging Face form.
-        base_name: Short name for reports and file names.
-        licence: SPDX-like name; None if it is not known.
-    """
+    """A model whose files are in the local folder ``path``, in Hugging Face form. The rest is as in ModelName."""
 
     name: str
     path: Path
@@ -101,29 +94,22 @@ def fetch(model: str | ModelName, *, revision: str | None = None) -> ModelFolder
     """
     if isinstance(model, str):
         model = resolve(model, revision=revision)
-    if model.local_path is not None:
-        return ModelFolder(model.name, model.local_path, model.base_name, model.licence)
-    if model.name.startswith(builtin.PREFIX):
-        return ModelFolder(model.name, builtin.ensure(model.name), model.base_name, model.licence)
-    from huggingface_hub import snapshot_download
+    path, licence = model.local_path, model.licence
+    if path is None and model.name.startswith(builtin.PREFIX):
+        path = builtin.ensure(model.name)
+    elif path is None:
+        from huggingface_hub import snapshot_download
 
-    with _explain_hub_errors(model), offline_unless_resolved():
-        path = Path(
-            snapshot_download(
-                model.name, revision=model.revision, allow_patterns=[*MODEL_FILES, "README.md", "LICENSE*"]
-            )
-        )
-    check_model_folder(path)
-    return ModelFolder(model.name, path, model.base_name, stated_licence(path))
+        patterns = [*MODEL_FILES, "README.md", "LICENSE*"]
+        with _explain_hub_errors(model), offline_unless_resolved():
+            path = Path(snapshot_download(model.name, revision=model.revision, allow_patterns=patterns))
+        check_model_folder(path)
+        licence = stated_licence(path)
+    return ModelFolder(model.name, path, model.base_name, licence)
 
 
 def fetch_base(config: Config) -> ModelFolder:
-    """Fetch the base model of a run, ``model.name`` at ``model.revision``.
-
-    Raises:
-        ModelError: As for :func:`fetch`.
-        ResourceError: As for :func:`fetch`.
-    """
+    """Fetch the base model of a run, ``model.name`` at ``model.revision``; errors as for :func:`fetch`."""
     return fetch(config.model.name, revision=config.model.revision)
 
 
@@ -152,12 +138,6 @@ def fetch_config(name: str, *, revision: str | None = None) -> Path:
 
 @contextmanager
 def _explain_hub_errors(model: ModelName) -> Iterator[None]:
-    """Turn the hub library's errors into messages of one line.
-
-    Raises:
-        ModelError: The model is unknown, gated or incomplete.
-        ResourceError: The hub cannot be reached.
-    """
     from huggingface_hub import errors
 
     what = f"{model.name}, revision {model.revision}" if model.revision else model.name
@@ -179,7 +159,7 @@ def _explain_hub_errors(model: ModelName) -> Iterator[None]:
         raise ModelError(f"{what} on the hub has no config.json", hint="give a model in Hugging Face form") from error
     except (errors.HfHubHTTPError, OSError) as error:
         # The first sentence of the message. The rest is advice for users of the library.
-        reason = str(error).strip().splitlines()[0].split(". ")[0][:200] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0][:200]
         raise ResourceError(
             f"there is no folder {model.name} here; taken for a hub id, {what} cannot be fetched: the hub cannot be "
             f"reached and the model is not in the local hub cache ({reason})",

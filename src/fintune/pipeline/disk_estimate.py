@@ -12,8 +12,8 @@ from fintune.data.files import local_files
 from fintune.errors import ModelError
 from fintune.export.gguf.imatrix import read_imatrix
 from fintune.export.gguf.writer import predict_gguf_bytes
-from fintune.models.folder import read_safetensors_header, weight_files
 from fintune.models.load import fetch_base
+from fintune.models.safetensors_files import read_safetensors_header, weight_files
 
 _MERGED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _STORED_BYTES = {"F64": 8, "F32": 4, "F8_E4M3": 1, "F8_E5M2": 1}

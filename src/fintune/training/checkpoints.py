@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fintune.models.folder import read_safetensors_header
+from fintune.models.safetensors_files import read_safetensors_header
 
 if TYPE_CHECKING:
     from torch import nn

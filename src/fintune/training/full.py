@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fintune.errors import ModelError
-from fintune.models.folder import read_safetensors_header
+from fintune.models.safetensors_files import read_safetensors_header
 from fintune.training.checkpoints import replaced_folder
 from fintune.util.console import quiet_libraries
 

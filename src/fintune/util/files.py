@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import secrets
 import shutil
@@ -11,12 +10,19 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import pydantic_core
+from pydantic import BaseModel, ValidationError
 
 from filelock import FileLock, Timeout
 
 from fintune.errors import FintuneError
 from fintune.util.signals import sigterm_as_interrupt
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+_MAX_JSON_BYTES = 1 << 29
 
 CACHE_VARIABLE = "FINTUNE_CACHE"
 ANOTHER_CACHE = f"set {CACHE_VARIABLE} to a folder on another disk"
@@ -133,7 +139,7 @@ def _sha256(path: Path, _state: tuple[int, ...]) -> str:
 
 
 def read_json(path: Path, error: type[FintuneError] = FintuneError) -> dict[str, Any]:
-    """Read a JSON object from a file.
+    """Read a JSON object from a file of at most 512 MB, nested at most 200 levels deep.
 
     Args:
         path: A JSON file.
@@ -143,12 +149,33 @@ def read_json(path: Path, error: type[FintuneError] = FintuneError) -> dict[str,
         FintuneError: The file is missing or unreadable, or holds no JSON object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as problem:
-        raise error(f"{path} cannot be read as JSON ({problem})") from problem
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ValueError(f"more than {_MAX_JSON_BYTES:,} bytes")
+        # Unlike Python's own reader, this one limits the nesting by a number, not by the interpreter's stack.
+        content = pydantic_core.from_json(path.read_bytes())
+    except (OSError, ValueError) as problem:
+        reason = problem.strerror if isinstance(problem, OSError) else problem
+        raise error(f"{path} cannot be read as JSON ({reason})") from problem
     if not isinstance(content, dict):
         raise error(f"{path} holds no JSON object")
     return content
+
+
+def read_json_as(path: Path, schema: type[Schema], error: type[FintuneError] = FintuneError) -> Schema:
+    """Read a JSON object whose fields have the types of a pydantic model. Nothing is converted.
+
+    Raises:
+        FintuneError: As for :func:`read_json`, or a field has another type or range; the message names the first.
+    """
+    try:
+        return schema.model_validate(read_json(path, error), strict=True)
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        field, value = ".".join(map(str, first["loc"])), repr(first["input"])[:60]
+        if first["type"] == "value_error":
+            raise error(f"{path}: {first['ctx']['error']}") from problem
+        reason = first["msg"][0].lower() + first["msg"][1:]
+        raise error(f"{path}: {field[:80]} is {value}: {reason}", hint="copy or download the file again") from problem
 
 
 def make_folder(folder: Path) -> None:

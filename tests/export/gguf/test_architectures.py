@@ -12,7 +12,7 @@ from fintune.export.gguf.architectures import (
     map_tensor_names,
     rope_factors,
 )
-from fintune.export.merge.safetensors_files import SafetensorFolder
+from fintune.models.safetensors_files import SafetensorFolder
 from support.synthetic import write_folder
 from support.tiny import patch_json
 

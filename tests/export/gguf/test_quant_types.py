@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from fintune.errors import ModelError
-from fintune.export.gguf.quant_types import QUANT_TYPES, tensor_types
+from fintune.export.gguf.ggml import QUANT_TYPES, tensor_types
 
 
 def shapes(num_layers: int, width: int = 256, *, tied: bool = False) -> dict[str, tuple[int, ...]]:

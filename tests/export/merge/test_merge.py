@@ -16,9 +16,9 @@ from safetensors.numpy import load_file, save_file
 from fintune.errors import ArtifactError, ModelError, ResourceError
 from fintune.export.merge import merge as module
 from fintune.export.merge.merge import merge_folders
-from fintune.export.merge.safetensors_files import from_stored, to_stored
 from fintune.models.adapter import load_adapter, quiet_peft
 from fintune.models.load import fetch, load_model, model_fingerprint
+from fintune.models.safetensors_files import from_stored, to_stored
 from fintune.util.console import quiet_libraries
 from support.synthetic import lora_of, write_folder
 from support.tiny import make_tiny_model, patch_json
@@ -248,7 +248,7 @@ def test_a_quantised_truncated_or_incomplete_base_is_refused(llama_folder, tmp_p
     with pytest.raises(ModelError, match=r"model\.safetensors has [\d,]+ bytes"):
         merged(base, adapter, tmp_path / "b")
     (base / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match="no weights"):
+    with pytest.raises(ModelError, match="no safetensors weights"):
         merged(base, adapter, tmp_path / "c")
 
 

@@ -10,9 +10,9 @@ from fintune.config import AdapterOptions, Config
 from fintune.errors import ArtifactError
 from fintune.export.merge import layerwise
 from fintune.export.merge.merge import merge_folders
-from fintune.export.merge.safetensors_files import SafetensorFolder
 from fintune.models import adapter as adapters
 from fintune.models import load as models
+from fintune.models.safetensors_files import SafetensorFolder
 from fintune.pipeline.stages.merge import merge, merge_adapter
 from fintune.training import lora
 from fintune.util.console import quiet_libraries

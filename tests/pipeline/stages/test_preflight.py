@@ -8,7 +8,9 @@ import string
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from fintune.config import Config
@@ -158,6 +160,9 @@ def test_preflight_refuses_strip_or_single_word_tokens(tiny_model, tmp_path, few
         tokenizer["added_tokens"].append({"id": place, "content": text} | flags | {flag: True})
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
     patch_json(model / "config.json", vocab_size=place + 1)
+    weights = load_file(model / "model.safetensors")
+    embedding = np.zeros((place + 1, 64), np.float32)
+    save_file(weights | {"model.embed_tokens.weight": embedding}, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(
         ModelError, match=r"3 of \d\d strings .*'revenue <call> x' .*'revenue <then> x' .*'acatb' gives"
     ):

@@ -6,15 +6,15 @@ A new architecture needs one row in :data:`ARCHITECTURES`. Source of names and k
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fintune.errors import ModelError
+from fintune.models.folder import DecoderConfig, read_model_config
+from fintune.util.files import read_json_as
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,24 +22,21 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-@dataclass(frozen=True)
-class Architecture:
+class Architecture(NamedTuple):
     """The conversion of one Hugging Face ``model_type`` to a GGUF architecture.
 
     Attributes:
         arch: llama.cpp's architecture name.
-        permutes_qk: Whether rows of q and k are interleaved, because llama.cpp rotates neighbouring pairs.
-        writes_rope_dimension: Whether the vocabulary size and the rotary dimension are written.
+        is_llama: Whether rows of q and k are interleaved, because llama.cpp rotates neighbouring pairs, and the
+            vocabulary size and the rotary dimension are written.
         required: Tensors that every layer must have, by their Hugging Face names.
-        default_head_dim: Head width that transformers assumes if config.json has none: a number, or "split" for the
-            hidden size divided by the number of heads. None if the architecture has no such key.
+        writes_head_dim: Whether the head width is written even if ``config.json`` has none.
     """
 
     arch: str
-    permutes_qk: bool
-    writes_rope_dimension: bool
+    is_llama: bool
     required: tuple[str, ...]
-    default_head_dim: int | Literal["split"] | None
+    writes_head_dim: bool
 
 
 # Hugging Face's name in a layer -> GGUF's.
@@ -66,11 +63,16 @@ _QKV_BIAS = ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj
 _QK_NORM = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture("llama", True, True, _DENSE, "split"),
-    "mistral": Architecture("llama", True, True, _DENSE, "split"),
-    "qwen2": Architecture("qwen2", False, False, _DENSE + _QKV_BIAS, None),
-    "qwen3": Architecture("qwen3", False, False, _DENSE + _QK_NORM, 128),
+    "llama": Architecture("llama", True, _DENSE, True),
+    "mistral": Architecture("llama", True, _DENSE, True),
+    "qwen2": Architecture("qwen2", False, _DENSE + _QKV_BIAS, False),
+    "qwen3": Architecture("qwen3", False, _DENSE + _QK_NORM, True),
 }
+_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+_REQUIRED_KEYS = (
+    *("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size", "vocab_size"),
+    "max_position_embeddings",
+)
 
 
 class ModelConfig:
@@ -85,122 +87,94 @@ class ModelConfig:
         num_heads: Number of query heads.
         num_kv_heads: Number of key and value heads.
         head_dim: Width of a head.
-        writes_head_dim: Whether the head width is written as key and value length.
         vocab_size: Number of rows of the embedding.
         tied: Whether input and output embedding are one tensor.
         rope: Rotary parameters in the form of transformers 5; keys of older versions are included.
 
     Raises:
-        ModelError: The file is missing or unreadable, the model type is unknown, a key is missing, or the rotary
-            scaling is not supported.
+        ModelError: The file is missing or unreadable, the model type is unknown, a key is missing or has an impossible
+            value, or the rotary scaling is not supported.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / "config.json"
-        if not self.path.is_file():
-            raise ModelError(f"{folder}: no config.json", hint="give a Hugging Face model folder")
-        try:
-            raw = json.loads(self.path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ModelError(f"{self.path}: unreadable: {error}") from error
-        self._raw: dict[str, Any] = raw if isinstance(raw, dict) else {}
-        model_type = self._raw.get("model_type")
-        if model_type not in ARCHITECTURES:
+        self.folder = folder
+        raw = read_model_config(folder)
+        model_type = raw.get("model_type")
+        if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
             raise ModelError(
-                f"{self.path}: model_type {model_type!r} cannot be exported to GGUF",
+                f"{folder}/config.json: model_type {model_type!r} cannot be exported to GGUF",
                 hint=f"known: {', '.join(ARCHITECTURES)}; others need a llama.cpp checkout: "
                 "export.llama_cpp_path=FOLDER",
             )
         self.architecture = ARCHITECTURES[model_type]
-        self.num_layers = self.integer("num_hidden_layers")
-        self.num_heads = self.integer("num_attention_heads")
         # The default of the other architectures depends on the version of transformers.
-        self.num_kv_heads = self.integer("num_key_value_heads", self.num_heads if model_type == "llama" else None)
-        default_head_dim = self.architecture.default_head_dim
-        self.writes_head_dim = self._raw.get("head_dim") is not None or default_head_dim is not None
-        split = self.integer("hidden_size") // self.num_heads
-        self.head_dim = self.integer("head_dim", default_head_dim if isinstance(default_head_dim, int) else split)
-        self.vocab_size = self.integer("vocab_size")
-        self.tied = bool(self._raw.get("tie_word_embeddings", False))
-        self.rope = self._read_rope()
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        """Return an integer of the file, or ``default`` if the key is absent or null."""
-        value = self._raw.get(key)
-        if value is None:
-            value = default
-        if not isinstance(value, int):
-            raise ModelError(f"{self.path}: {key} is {value!r}, expected a whole number")
-        return value
+        required = _REQUIRED_KEYS if model_type == "llama" else (*_REQUIRED_KEYS, "num_key_value_heads")
+        config = self._config = read_json_as(folder / "config.json", DecoderConfig, ModelError)
+        for key in required:
+            if getattr(config, key) is None:
+                raise ModelError(f"{folder}/config.json: {key} is {raw.get(key)!r}, expected a whole number")
+        self.num_layers: int = config.num_hidden_layers or 0
+        self.num_heads: int = config.num_attention_heads or 0
+        self.num_kv_heads: int = config.num_key_value_heads or self.num_heads
+        self.head_dim: int = config.head_width or 0
+        self.vocab_size: int = config.vocab_size or 0
+        self.tied = bool(config.tie_word_embeddings)
+        rope = config.rope_parameters or config.rope_scaling
+        self.rope: dict[str, Any] = {} if rope is None else rope.model_dump(exclude_none=True)
+        self.rope.setdefault("rope_theta", 10000.0 if config.rope_theta is None else config.rope_theta)
+        self.rope.setdefault("rope_type", self.rope.get("type", "default"))
+        if self.rope["rope_type"] not in _ROPE_TYPES:
+            raise ModelError(
+                f"{folder}/config.json: rotary scaling {self.rope['rope_type']!r} cannot be exported",
+                hint=f"known: {', '.join(_ROPE_TYPES)}",
+            )
 
     @property
     def is_70b(self) -> bool:
         """Whether llama.cpp counts the model as its size 70B, for which it has a quantisation rule."""
         grouped = self.num_heads != self.num_kv_heads
-        return self.num_layers == 80 and (
-            self.architecture.arch == "qwen2" or (self.architecture.arch == "llama" and grouped)
-        )
-
-    def _read_rope(self) -> dict[str, Any]:
-        rope = dict(self._raw.get("rope_parameters") or self._raw.get("rope_scaling") or {})
-        rope.setdefault("rope_theta", self._raw.get("rope_theta", 10000.0))
-        rope.setdefault("rope_type", rope.get("type", "default"))
-        known = ("default", "linear", "yarn", "llama3")
-        if rope["rope_type"] not in known:
-            raise ModelError(
-                f"{self.path}: rotary scaling {rope['rope_type']!r} cannot be exported",
-                hint=f"known: {', '.join(known)}",
-            )
-        return rope
+        return self.num_layers == 80 and (self.architecture.arch == "qwen2" or (self.architecture.is_llama and grouped))
 
     def write_metadata(self, writer: GGUFWriter) -> None:
         """Add the keys of the architecture: all but the tokenizer, the quantisation version and the file type."""
         import gguf
 
+        config, rope = self._config, self.rope
         writer.add_block_count(self.num_layers)
-        writer.add_context_length(self.integer("max_position_embeddings"))
-        writer.add_embedding_length(self.integer("hidden_size"))
-        writer.add_feed_forward_length(self.integer("intermediate_size"))
+        writer.add_context_length(config.max_position_embeddings)
+        writer.add_embedding_length(config.hidden_size)
+        writer.add_feed_forward_length(config.intermediate_size)
         writer.add_head_count(self.num_heads)
         writer.add_head_count_kv(self.num_kv_heads)
-        rope = self.rope
-        if rope["rope_type"] in ("linear", "yarn") and rope.get("factor") is not None:
+        if rope["rope_type"] in ("linear", "yarn") and "factor" in rope:
             writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
             writer.add_rope_scaling_factor(rope["factor"])
             if rope["rope_type"] == "yarn":
-                self._write_yarn(writer)
+                original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+                writer.add_rope_scaling_orig_ctx_len(original)
+                for key, add in (
+                    ("extrapolation_factor", writer.add_rope_scaling_yarn_ext_factor),
+                    ("attention_factor", writer.add_rope_scaling_yarn_attn_factor),
+                    ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
+                    ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
+                ):
+                    if key in rope:
+                        add(rope[key])
         writer.add_rope_freq_base(rope["rope_theta"])
-        writer.add_layer_norm_rms_eps(self._raw.get("rms_norm_eps", 1e-6))
-        if self.writes_head_dim:
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        if config.head_dim is not None or self.architecture.writes_head_dim:
             writer.add_key_length(self.head_dim)
             writer.add_value_length(self.head_dim)
 
-    def _write_yarn(self, writer: GGUFWriter) -> None:
-        rope = self.rope
-        original = rope.get("original_max_position_embeddings") or self.integer("max_position_embeddings")
-        writer.add_rope_scaling_orig_ctx_len(original)
-        for key, add in (
-            ("extrapolation_factor", writer.add_rope_scaling_yarn_ext_factor),
-            ("attention_factor", writer.add_rope_scaling_yarn_attn_factor),
-            ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
-            ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
-        ):
-            if rope.get(key) is not None:
-                add(rope[key])
-
     def write_rope_dimension(self, writer: GGUFWriter) -> None:
         """Add the keys that only some architectures have. llama.cpp's converter writes them after the file type."""
-        if self.architecture.writes_rope_dimension:
+        if self.architecture.is_llama:
             writer.add_vocab_size(self.vocab_size)
             writer.add_rope_dimension_count(self.head_dim)
 
 
-def map_tensor_names(config: ModelConfig, names: Mapping[str, object]) -> dict[str, str]:
+def map_tensor_names(config: ModelConfig, names: Iterable[str]) -> dict[str, str]:
     """Map the tensor names of a folder to GGUF names.
-
-    Args:
-        config: The model.
-        names: Tensor names of the folder.
 
     Returns:
         Hugging Face name -> GGUF name, in the order of ``names``, without buffers that GGUF does not store.
@@ -215,7 +189,7 @@ def map_tensor_names(config: ModelConfig, names: Mapping[str, object]) -> dict[s
         target = gguf_tensor_name(name, config.num_layers)
         if target is None:
             raise ModelError(
-                f"{config.path.parent}: the architecture {config.architecture.arch} has no tensor {name} in GGUF",
+                f"{config.folder}: the architecture {config.architecture.arch} has no tensor {name} in GGUF",
                 hint="merge an adapter before the export; another architecture needs llama.cpp's own tools",
             )
         mapped[name] = target
@@ -225,7 +199,7 @@ def map_tensor_names(config: ModelConfig, names: Mapping[str, object]) -> dict[s
     missing = [name for name in needed if name not in mapped]
     if missing:
         raise ModelError(
-            f"{config.path.parent}: {len(missing)} tensors are missing, the first is {missing[0]}",
+            f"{config.folder}: {len(missing)} tensors are missing, the first is {missing[0]}",
             hint="the folder is incomplete, or its config.json belongs to another model",
         )
     return mapped
@@ -235,7 +209,7 @@ def gguf_tensor_name(name: str, num_layers: int) -> str | None:
     """Return the GGUF name of a tensor by its Hugging Face name, or None if GGUF has no such tensor."""
     if name in _OTHER_NAMES:
         return _OTHER_NAMES[name]
-    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
+    match = re.fullmatch(r"model\.layers\.(\d{1,9})\.(.+)\.(weight|bias)", name)
     if not match or int(match[1]) >= num_layers or match[2] not in _LAYER_NAMES:
         return None
     return f"blk.{int(match[1])}.{_LAYER_NAMES[match[2]]}.{match[3]}"
@@ -243,13 +217,8 @@ def gguf_tensor_name(name: str, num_layers: int) -> str | None:
 
 def heads_to_permute(config: ModelConfig, name: str) -> int | None:
     """Return the number of heads whose rows are interleaved in a GGUF tensor, or None if the rows keep their order."""
-    if not config.architecture.permutes_qk:
-        return None
-    if re.search(r"\.attn_q\.(weight|bias)$", name):
-        return config.num_heads
-    if re.search(r"\.attn_k\.(weight|bias)$", name):
-        return config.num_kv_heads
-    return None
+    match = re.search(r"\.attn_([qk])\.(weight|bias)$", name) if config.architecture.is_llama else None
+    return {"q": config.num_heads, "k": config.num_kv_heads}[match[1]] if match else None
 
 
 def rope_factors(config: ModelConfig) -> NDArray[np.float32] | None:
@@ -261,7 +230,7 @@ def rope_factors(config: ModelConfig) -> NDArray[np.float32] | None:
     import numpy as np
 
     rope = config.rope
-    if rope["rope_type"] != "llama3" or config.architecture.arch != "llama":
+    if rope["rope_type"] != "llama3" or not config.architecture.is_llama:
         return None
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     powers = np.float64(rope["rope_theta"]) ** exponents.astype(np.float64)

@@ -7,9 +7,9 @@ GGUF is written. Source: llama.cpp, ``tools/imatrix`` (the sums), ``common/imatr
 
 from __future__ import annotations
 
-import re
+import io
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 # llama.cpp's tool cuts longer texts in the header of the quantised file.
 _MAX_TEXT = 127
+_CHUNK_TOKENS = 512
+"""Default chunk of llama.cpp's tool."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,7 @@ class ImportanceMatrix:
             writer.add_uint32("quantize.imatrix.chunks_count", self.num_chunks)
 
     def check_fits(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Check that the matrix belongs to a model.
-
-        Args:
-            shapes: GGUF tensor name -> shape of the model's tensor.
+        """Check that the matrix belongs to a model, whose tensors have these shapes by their GGUF names.
 
         Raises:
             ModelError: It belongs to another model.
@@ -87,7 +86,7 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
         with path.open("rb") as file:
             is_gguf = file.read(4) == b"GGUF"
         imatrix = _read_gguf(path) if is_gguf else _read_legacy(path)
-    except (OSError, ValueError, KeyError, IndexError, struct.error, UnicodeDecodeError) as error:
+    except (OSError, ValueError, KeyError, IndexError, TypeError, OverflowError, struct.error) as error:
         raise ModelError(
             f"{path}: no readable importance matrix ({error})",
             hint="create it with llama.cpp's imatrix, or leave the option out",
@@ -96,6 +95,67 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
     if wrong:
         raise ModelError(f"{path}: a value of {wrong[0]} is negative or not finite")
     return imatrix
+
+
+def _read_gguf(path: Path) -> ImportanceMatrix:
+    import gguf
+    import numpy as np
+
+    reader = gguf.GGUFReader(path)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    missing = [key for key in ("datasets", "chunk_count", "chunk_size") if f"imatrix.{key}" not in fields]
+    if missing:
+        raise ValueError(f"imatrix.{missing[0]} is missing")
+    # The reader's tensors are views into the mapped file, so they are copied.
+    tensors = {tensor.name: np.array(tensor.data, np.float32).reshape(-1) for tensor in reader.tensors}
+    columns = {}
+    for key, sums in tensors.items():
+        if not key.endswith(_SUMS):
+            continue
+        name = key.removesuffix(_SUMS)
+        counts = tensors[name + _COUNTS]
+        if counts.size != 1 or not sums.size:
+            raise ValueError(f"{name} is a mixture of experts, or has no values")
+        count = np.float32(round(float(counts[0])))
+        columns[name] = sums / count if count > 0 else np.ones_like(sums)
+    if not columns:
+        raise ValueError("it holds no entries")
+    datasets = fields["imatrix.datasets"]
+    return ImportanceMatrix(columns, path.name, datasets[0] if datasets else None, int(fields["imatrix.chunk_count"]))
+
+
+def _read_legacy(path: Path) -> ImportanceMatrix:
+    """Read the older format.
+
+    It holds the number of entries; for every entry its name, number of calls, number of values and values; then the
+    total number of calls and the name of the text.
+    """
+    import numpy as np
+
+    data = io.BytesIO(path.read_bytes())
+    size = len(data.getbuffer())
+
+    def take(number: int) -> bytes:
+        if not 0 <= number <= size - data.tell():
+            raise ValueError("truncated")
+        return data.read(number)
+
+    def integer() -> int:
+        return int(struct.unpack("<i", take(4))[0])
+
+    columns = {}
+    for _ in range(integer()):
+        name = take(integer()).decode()
+        num_calls, num_values = integer(), integer()
+        if num_values < 1:
+            raise ValueError(f"{name} has no values")
+        values = np.frombuffer(take(4 * num_values), "<f4")
+        columns[name] = values / np.float32(num_calls) if num_calls > 0 else values
+    if not columns:
+        raise ValueError("it holds no entries")
+    num_chunks = integer() if data.tell() < size else 0
+    dataset = take(integer()).decode() if data.tell() < size else ""
+    return ImportanceMatrix(columns, path.name, dataset or None, num_chunks)
 
 
 def write_imatrix(
@@ -136,81 +196,10 @@ def write_imatrix(
     beside.replace(path)
 
 
-def _read_gguf(path: Path) -> ImportanceMatrix:
-    import gguf
-    import numpy as np
-
-    reader = gguf.GGUFReader(path)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    missing = [key for key in ("datasets", "chunk_count", "chunk_size") if f"imatrix.{key}" not in fields]
-    if missing:
-        raise ValueError(f"imatrix.{missing[0]} is missing")
-    # The reader's tensors are views into the mapped file, so they are copied.
-    tensors = {tensor.name: np.array(tensor.data, np.float32).reshape(-1) for tensor in reader.tensors}
-    columns = {}
-    for key, sums in tensors.items():
-        if not key.endswith(_SUMS):
-            continue
-        name = key.removesuffix(_SUMS)
-        counts = tensors[name + _COUNTS]
-        if counts.size != 1:
-            raise ValueError(f"{name} is a mixture of experts")
-        count = np.float32(round(float(counts[0])))
-        columns[name] = sums / count if count > 0 else np.ones_like(sums)
-    if not columns:
-        raise ValueError("it holds no entries")
-    datasets = fields["imatrix.datasets"]
-    return ImportanceMatrix(columns, path.name, datasets[0] if datasets else None, int(fields["imatrix.chunk_count"]))
-
-
-def _read_legacy(path: Path) -> ImportanceMatrix:
-    """Read the older format.
-
-    It holds the number of entries; for every entry its name, number of calls, number of values and values; then the
-    total number of calls and the name of the text.
-    """
-    import numpy as np
-
-    data = path.read_bytes()
-    position = 0
-
-    def take(number: int) -> bytes:
-        nonlocal position
-        if not 0 <= number <= len(data) - position:
-            raise ValueError("truncated")
-        position += number
-        return data[position - number : position]
-
-    def integer() -> int:
-        return int(struct.unpack("<i", take(4))[0])
-
-    num_entries = integer()
-    if num_entries < 1:
-        raise ValueError("it holds no entries")
-    columns = {}
-    for _ in range(num_entries):
-        name = take(integer()).decode()
-        num_calls, num_values = integer(), integer()
-        if num_values < 1:
-            raise ValueError(f"{name} has no values")
-        values = np.frombuffer(take(4 * num_values), "<f4")
-        columns[name] = values / np.float32(num_calls) if num_calls > 0 else values
-    num_chunks, dataset = 0, None
-    if position < len(data):
-        num_chunks = integer()
-        length = integer() if position < len(data) else 0
-        dataset = take(length).decode() if length > 0 else None
-    return ImportanceMatrix(columns, path.name, dataset, num_chunks)
-
-
-_CHUNK_TOKENS = 512
-"""Default chunk of llama.cpp's tool."""
-
-
 def compute_imatrix(
     model: nn.Module, texts: Iterable[Sequence[int]], path: Path, *, dataset: str, max_tokens: int
 ) -> int:
-    """Compute the importance matrix of a model on texts, and write it.
+    """Compute the importance matrix of a model on texts, write it, and return the number of tokens that were read.
 
     Args:
         model: A causal language model with the weights that will be exported.
@@ -219,24 +208,27 @@ def compute_imatrix(
         dataset: Name of the data for the file's metadata.
         max_tokens: After this number of tokens no further text is read.
 
-    Returns:
-        The number of tokens that were read.
-
     Raises:
         DataError: There is no text.
     """
     import torch
 
     sums: dict[str, torch.Tensor] = {}
+
+    def add_squares(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            total = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).double().square().sum(0)
+            sums[name] = sums[name] + total if name in sums else total
+
+        return hook
+
     hooks = []
-    num_layers = _num_layers(model)
-    for module_name, module in model.named_modules():
-        if not isinstance(module, torch.nn.Linear):
-            continue
-        name = gguf_tensor_name(f"{module_name}.weight", num_layers)
+    modules = dict(model.named_modules())
+    for module_name, module in modules.items():
+        name = gguf_tensor_name(f"{module_name}.weight", len(modules))
         # llama.cpp excludes the output embedding, too.
-        if name is not None and name.startswith("blk."):
-            hooks.append(module.register_forward_pre_hook(_sum_squares(sums, name)))
+        if isinstance(module, torch.nn.Linear) and name is not None and name.startswith("blk."):
+            hooks.append(module.register_forward_pre_hook(add_squares(name)))
     num_tokens = 0
     try:
         with torch.inference_mode():
@@ -246,8 +238,8 @@ def compute_imatrix(
                 model(input_ids=torch.tensor([list(ids)], device=next(model.parameters()).device), logits_to_keep=1)
                 num_tokens += len(ids)
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in hooks:
+            handle.remove()
     if not num_tokens:
         raise DataError(f"{dataset} holds no text to compute an importance matrix on")
     totals = {name: total.float().cpu().numpy() for name, total in sums.items()}
@@ -255,17 +247,3 @@ def compute_imatrix(
         path, totals, dict.fromkeys(totals, num_tokens), datasets=[dataset], chunk_size=min(_CHUNK_TOKENS, num_tokens)
     )
     return num_tokens
-
-
-def _sum_squares(sums: dict[str, torch.Tensor], name: str) -> Any:
-    def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        rows = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).double()
-        total = rows.square().sum(0)
-        sums[name] = sums[name] + total if name in sums else total
-
-    return hook
-
-
-def _num_layers(model: nn.Module) -> int:
-    numbers = [int(match[1]) for name, _ in model.named_modules() if (match := re.search(r"\.layers\.(\d+)\.", name))]
-    return 1 + max(numbers, default=-1)

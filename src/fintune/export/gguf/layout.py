@@ -7,15 +7,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from fintune.errors import ModelError
 from fintune.export.gguf.architectures import ModelConfig, heads_to_permute, map_tensor_names, rope_factors
-from fintune.export.gguf.ggml import TYPES, row_bytes
+from fintune.export.gguf.ggml import QUANT_TYPES, TYPES, row_bytes, tensor_types
 from fintune.export.gguf.imatrix import ImportanceMatrix
-from fintune.export.gguf.quant_types import quant_type, tensor_types
 from fintune.export.gguf.vocabulary import GgufVocabulary, read_vocabulary
-from fintune.export.merge.safetensors_files import StoredTensor, WeightSource
+from fintune.models.folder import check_config_fits, check_unquantised
+from fintune.models.safetensors_files import StoredTensor, WeightSource
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,13 +45,11 @@ class TensorSource:
     num_heads: int | None = None
 
 
-@dataclass(frozen=True)
-class TensorSlot:
-    """Type and position of one tensor in a file; ``offset`` and ``num_bytes`` are in bytes from the file's start."""
+class TensorSlot(NamedTuple):
+    """Type of one tensor in a file, and its position in bytes from the file's start."""
 
     type_name: str
     offset: int
-    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -59,18 +57,16 @@ class FileLayout:
     """The layout of one output file.
 
     Attributes:
-        kind: A key of :data:`fintune.export.gguf.quant_types.QUANT_TYPES`.
+        kind: A key of :data:`fintune.export.gguf.ggml.QUANT_TYPES`.
         header: All bytes before the first tensor.
         slots: GGUF name -> slot.
         num_bytes: Size of the finished file.
-        quantised: Whether the file follows llama.cpp's quantiser; otherwise it follows llama.cpp's converter.
     """
 
     kind: str
     header: bytes
     slots: Mapping[str, TensorSlot]
     num_bytes: int
-    quantised: bool
 
 
 class ModelLayout:
@@ -96,17 +92,14 @@ class ModelLayout:
         self.folder = folder
         self._imatrix = imatrix
         self.name = name
+        check_unquantised(folder)
+        check_config_fits(folder, weights.tensors.values())
         self.config = ModelConfig(folder)
         self.sources = {source.name: source for source in self._sources(weights)}
-        num_rows = self.sources["token_embd.weight"].shape[0]
-        if num_rows != self.config.vocab_size:
-            raise ModelError(
-                f"{folder}: the embedding has {num_rows} rows, but config.json has vocab_size {self.config.vocab_size}",
-                hint="the vocabulary was resized and only one of the two was saved: save the model again",
-            )
+        self._shapes = {name: source.shape for name, source in self.sources.items()}
         self.vocabulary: GgufVocabulary = read_vocabulary(folder, self.config.vocab_size)
         if imatrix is not None:
-            imatrix.check_fits({name: source.shape for name, source in self.sources.items()})
+            imatrix.check_fits(self._shapes)
 
     def _sources(self, weights: WeightSource) -> Iterator[TensorSource]:
         factors = rope_factors(self.config)
@@ -119,57 +112,49 @@ class ModelLayout:
             yield TensorSource(gguf_name, stored.shape, stored, num_heads=heads_to_permute(self.config, gguf_name))
 
     def file(self, kind: str) -> FileLayout:
-        """Lay out the file of one kind.
-
-        Args:
-            kind: A key of :data:`fintune.export.gguf.quant_types.QUANT_TYPES`.
+        """Lay out the file of one kind, a key of :data:`fintune.export.gguf.ggml.QUANT_TYPES`.
 
         Raises:
             ModelError: The kind is unknown.
         """
-        shapes = {name: source.shape for name, source in self.sources.items()}
-        types = tensor_types(kind, shapes, is_70b=self.config.is_70b)
-        header = self._header(kind, types)
+        types = tensor_types(kind, self._shapes, is_70b=self.config.is_70b)
+        sizes = {name: prod(shape[:-1]) * row_bytes(types[name], shape[-1]) for name, shape in self._shapes.items()}
+        header = self._header(kind, types, sizes)
         slots: dict[str, TensorSlot] = {}
         position = len(header)
         for name, type_name in types.items():
-            shape = shapes[name]
-            num_bytes = prod(shape[:-1]) * row_bytes(type_name, shape[-1])
-            slots[name] = TensorSlot(type_name, position, num_bytes)
-            position += num_bytes + -num_bytes % _ALIGNMENT
-        return FileLayout(kind, header, slots, position, quant_type(kind).quantised)
+            slots[name] = TensorSlot(type_name, position)
+            position += sizes[name] + -sizes[name] % _ALIGNMENT
+        return FileLayout(kind, header, slots, position)
 
-    def _header(self, kind: str, types: Mapping[str, str]) -> bytes:
+    def _header(self, kind: str, types: Mapping[str, str], sizes: Mapping[str, int]) -> bytes:
         import gguf
         import numpy as np
         from gguf.gguf_writer import WriterState
 
-        file_kind = quant_type(kind)
+        file_type, _, quantised = QUANT_TYPES[kind]
         config = self.config
         writer = gguf.GGUFWriter(None, config.architecture.arch)
         self._write_general(writer)
         config.write_metadata(writer)
         # llama.cpp's converter writes file type and quantisation version at this point; its quantiser, at the end.
-        if not file_kind.quantised:
-            writer.add_file_type(file_kind.file_type)
+        if not quantised:
+            writer.add_file_type(file_type)
         config.write_rope_dimension(writer)
-        if not file_kind.quantised:
+        if not quantised:
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         self.vocabulary.write_metadata(writer)
-        if config.architecture.arch == "llama" and config.vocab_size == 49152:
+        if config.architecture.is_llama and config.vocab_size == 49152:
             # Tokenizers of this size declare a BOS that they do not prepend (SmolLM2, Granite).
             writer.add_add_bos_token(False)
-        if file_kind.quantised:
+        if quantised:
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-            writer.add_file_type(file_kind.file_type)
+            writer.add_file_type(file_type)
             if self._imatrix is not None:
                 self._imatrix.write_metadata(writer)
         for name, type_name in types.items():
-            shape = self.sources[name].shape
-            num_bytes = prod(shape[:-1]) * row_bytes(type_name, shape[-1])
-            writer.add_tensor_info(
-                name, shape, np.dtype(np.float32), num_bytes, gguf.GGMLQuantizationType(TYPES[type_name].id)
-            )
+            number = gguf.GGMLQuantizationType(TYPES[type_name].id)
+            writer.add_tensor_info(name, self._shapes[name], np.dtype(np.float32), sizes[name], number)
         # The header goes to a stream in memory, because `write_gguf` writes the weights itself.
         stream = io.BytesIO()
         writer.fout, writer.state = [stream], WriterState.EMPTY
@@ -182,7 +167,7 @@ class ModelLayout:
     def _write_general(self, writer: GGUFWriter) -> None:
         import gguf
 
-        num_parameters = sum(prod(source.shape) for source in self.sources.values())
+        num_parameters = sum(prod(shape) for shape in self._shapes.values())
         metadata = gguf.Metadata.load(None, self.folder, self.name, num_parameters)
         if self.name is not None:
             metadata.name = self.name

@@ -14,60 +14,47 @@ from pathlib import Path
 from fintune.errors import ConfigError, ResourceError
 from fintune.util.console import say
 
-OPTION = "export.llama_cpp_path"
-CONVERTER = "convert_hf_to_gguf.py"
+_OPTION = "export.llama_cpp_path"
+_CONVERTER = "convert_hf_to_gguf.py"
 _BUILD = "cmake -B build -S . && cmake --build build"
 _QUANTIZERS = ("build/bin/llama-quantize", "build/bin/llama-quantize.exe", "build/bin/Release/llama-quantize.exe")
 _HELP_SECONDS = 120
 _TYPE = re.compile(r"\bor\s+(\w+)\s+:")
 """A type in the usage of llama-quantize: ``15  or  Q4_K_M  :  4.58G, +0.1754 ppl``."""
-UNQUANTISED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_UNQUANTISED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """Type of the weights -> the converter's type that holds them exactly."""
 
 
 @dataclass(frozen=True)
 class Checkout:
-    """The tools of a llama.cpp checkout.
-
-    Attributes:
-        converter: Path of ``convert_hf_to_gguf.py``.
-        quantizer: Path of ``llama-quantize``.
-    """
+    """The tools of a llama.cpp checkout: the paths of ``convert_hf_to_gguf.py`` and of ``llama-quantize``."""
 
     converter: Path
     quantizer: Path
 
 
 def check_checkout(folder: Path, kinds: Sequence[str] = ()) -> Checkout:
-    """Find both tools and run them once.
-
-    Args:
-        folder: The checkout.
-        kinds: Types that will be exported.
+    """Find both tools, run them once, and check that the quantiser lists the types that will be exported.
 
     Raises:
         ResourceError: A tool is missing or does not run.
         ConfigError: The quantiser does not list one of the types.
     """
-    if not folder.is_dir():
-        hint = "name a llama.cpp checkout, or leave the option out: fintune then writes the GGUF files itself"
-        raise ResourceError(f"{OPTION} {folder}: no such folder", hint=hint)
-    converter = folder / CONVERTER
+    converter, leave_out = folder / _CONVERTER, "or leave the option out: fintune then writes the GGUF files itself"
     if not converter.is_file():
-        hint = f"name a llama.cpp checkout with {CONVERTER}, or leave the option out"
-        raise ResourceError(f"{OPTION} {folder}: there is no {CONVERTER}", hint=hint)
+        missing = f"there is no {_CONVERTER}" if folder.is_dir() else "no such folder"
+        raise ResourceError(f"{_OPTION} {folder}: {missing}", hint=f"name a llama.cpp checkout, {leave_out}")
     quantizer = next((folder / path for path in _QUANTIZERS if (folder / path).is_file()), None)
     if quantizer is None:
         raise ResourceError(
-            f"{OPTION} {folder}: there is no build/bin/llama-quantize", hint=f"build it in {folder}: {_BUILD}"
+            f"{_OPTION} {folder}: there is no build/bin/llama-quantize", hint=f"build it in {folder}: {_BUILD}"
         )
-    _usage(
-        (sys.executable, str(converter.absolute()), "--help"), CONVERTER, f"pip install -r {folder}/requirements.txt"
-    )
+    command = (sys.executable, str(converter.absolute()), "--help")
+    _usage(command, _CONVERTER, f"pip install -r {folder}/requirements.txt")
     rebuild = f"build it again in {folder}: {_BUILD}"
     known = _TYPE.findall(_usage((str(quantizer.absolute()), "--help"), "llama-quantize", rebuild))
     for kind in kinds:
-        if known and kind.upper() not in {*known, *UNQUANTISED.values()}:
+        if known and kind.upper() not in {*known, *_UNQUANTISED.values()}:
             near = difflib.get_close_matches(kind.upper(), known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"its types are {', '.join(known)}"
             raise ConfigError(
@@ -104,9 +91,7 @@ def convert_model(
     name: str | None = None,
     vocabulary_only: bool = False,
 ) -> None:
-    """Convert a merged folder to a GGUF file that is not quantised.
-
-    The file gets its name only when it is complete.
+    """Convert a merged folder to a GGUF file that is not quantised. The file gets its name only when it is complete.
 
     Args:
         checkout: The tools.
@@ -119,40 +104,8 @@ def convert_model(
     Raises:
         ResourceError: The converter fails; the message has its last line.
     """
-    part = target.with_name(f".{target.name}.part.gguf")
-    command = [sys.executable, str(checkout.converter), str(model), "--outtype", outtype, "--outfile", str(part)]
-    command += [] if name is None else ["--model-name", name]
-    _run(command + ["--vocab-only"] * vocabulary_only, CONVERTER, part, target)
-
-
-def quantize_gguf(
-    checkout: Checkout,
-    source: Path,
-    target: Path,
-    kind: str,
-    *,
-    imatrix: Path | None = None,
-    threads: int | None = None,
-) -> None:
-    """Quantise a GGUF file.
-
-    The new file gets its name only when it is complete.
-
-    Args:
-        checkout: The tools.
-        source: GGUF file that is not quantised.
-        target: The quantised file.
-        kind: Type of the quantised file, such as "Q4_K_M".
-        imatrix: File of an importance matrix, or None.
-        threads: Number of CPU threads, or None for the tool's choice.
-
-    Raises:
-        ResourceError: The quantiser fails; the message has its last line.
-    """
-    part = target.with_name(f".{target.name}.part.gguf")
-    weighting = [] if imatrix is None else ["--imatrix", str(imatrix)]
-    command = [str(checkout.quantizer), *weighting, str(source), str(part), kind]
-    _run(command + ([] if threads is None else [str(threads)]), "llama-quantize", part, target)
+    options = ["--outtype", outtype, *(["--model-name", name] if name else []), *["--vocab-only"] * vocabulary_only]
+    _run([sys.executable, str(checkout.converter), str(model), *options, "--outfile", _PART], _CONVERTER, target)
 
 
 def export_with_checkout(
@@ -165,7 +118,7 @@ def export_with_checkout(
     threads: int | None = None,
     imatrix: Path | None = None,
 ) -> None:
-    """Write GGUF files of several types from a merged folder.
+    """Write GGUF files of several types from a merged folder. Each gets its name only when it is complete.
 
     The quantised files come from an intermediate file that holds the weights exactly. It is removed unless ``outputs``
     names its type.
@@ -176,33 +129,38 @@ def export_with_checkout(
         outputs: Type -> file.
         name: ``general.name`` of the files.
         dtype: Type of the folder's weights, and so of the intermediate file.
-        threads: Number of CPU threads of the quantiser.
+        threads: Number of CPU threads of the quantiser, or None for its own choice.
         imatrix: File of an importance matrix for the quantised types.
 
     Raises:
         ResourceError: A tool fails; the message has its last line.
     """
-    exact = UNQUANTISED.get(dtype, "F32")
-    quantised = [kind for kind in outputs if kind not in UNQUANTISED.values()]
-    for kind in [kind for kind in outputs if kind in UNQUANTISED.values()]:
-        convert_model(checkout, model, outputs[kind], outtype=kind.lower(), name=name)
-    if not quantised:
-        return
-    requested = outputs.get(exact)
-    source = requested or next(iter(outputs.values())).with_name(f".{name}-{exact}.gguf")
+    exact = _UNQUANTISED.get(dtype, "F32")
+    converted = {kind: path for kind, path in outputs.items() if kind in _UNQUANTISED.values()}
+    quantised = {kind: path for kind, path in outputs.items() if kind not in converted}
+    is_extra = bool(quantised) and exact not in converted
+    source = next(iter(outputs.values())).with_name(f".{name}-{exact}.gguf") if is_extra else outputs.get(exact)
     try:
-        if requested is None:
-            convert_model(checkout, model, source, outtype=exact.lower(), name=name)
-        for kind in quantised:
-            quantize_gguf(checkout, source, outputs[kind], kind, imatrix=imatrix, threads=threads)
+        for kind, path in (converted | ({exact: source} if is_extra and source else {})).items():
+            convert_model(checkout, model, path, outtype=kind.lower(), name=name)
+        weighting = [] if imatrix is None else ["--imatrix", str(imatrix)]
+        for kind, path in quantised.items():
+            command = [str(checkout.quantizer), *weighting, str(source), _PART, kind]
+            _run(command + ([] if threads is None else [str(threads)]), "llama-quantize", path)
     finally:
-        if requested is None:
+        if is_extra and source is not None:
             source.unlink(missing_ok=True)
 
 
-def _run(command: list[str], name: str, part: Path, target: Path) -> None:
+_PART = "PART"
+"""Stands for the unfinished file in a command of :func:`_run`."""
+
+
+def _run(command: list[str], name: str, target: Path) -> None:
     say(f"{name}: {target}")
     target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.part.gguf")
+    command = [str(part) if word is _PART else word for word in command]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, errors="replace")  # noqa: S603
         if done.returncode != 0 or not part.is_file():

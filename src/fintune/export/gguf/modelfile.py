@@ -8,7 +8,7 @@ Source: Ollama's documentation, "Modelfile" and "Template" (``.Messages``, ``.Ro
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,17 @@ _ROLES = {"s": "system", "u": "user", "a": "assistant"}
 # Conversations as first letters of roles. The first is the probe; all are compared.
 _CONVERSATIONS = ("suau", "u", "su", "uau", "suauau")
 _THOUGHT = "<think>\nfintune-probe-thought\n</think>\n\n"
+_KEEPS_THOUGHTS = (
+    "the chat template removes or changes <think>...</think> in earlier answers, Ollama's template keeps it: "
+    "send earlier answers without their thoughts"
+)
+_KEEPS_WHITE_SPACE = (
+    "the chat template strips white space from the ends of messages, Ollama's template keeps it: send messages "
+    "without white space at their ends"
+)
+
+Renderer = Callable[[str, Sequence[str], bool], str]
+"""(first letters of the roles, words of the turns, whether the assistant's turn is opened) -> text."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +50,8 @@ class TurnPieces:
 
     def render(self, roles: str, words: Sequence[str]) -> str:
         """Render a conversation with the generation prompt. ``roles`` are the first letters of the roles."""
-        turns = [
-            before + word + after
-            for role, word in zip(roles, words, strict=True)
-            for before, after in (self.around[_ROLES[role]],)
-        ]
+        around = [self.around[_ROLES[role]] for role in roles]
+        turns = [before + word + after for word, (before, after) in zip(words, around, strict=True)]
         return self.opening + ("" if "s" in roles else self.default_system) + "".join(turns) + self.generation
 
 
@@ -67,8 +75,17 @@ def render_modelfile(folder: Path, gguf_name: str, *, context_tokens: int) -> tu
     """
     import gguf
 
-    template, special = _template(folder)
-    pieces = _read_pieces(folder, template, special)
+    template, special = read_chat_template(folder), special_token_texts(folder)
+    if template is None:
+        raise ModelError(
+            f"{folder} has no chat template, so no Modelfile is written", hint="add chat_template.jinja to the folder"
+        )
+
+    def render(roles: str, words: Sequence[str], generate: bool) -> str:
+        messages = [{"role": _ROLES[role], "content": word} for role, word in zip(roles, words, strict=True)]
+        return render_template(template, messages, special_tokens=special, add_generation_prompt=generate)
+
+    pieces = _read_pieces(folder, render, special["bos_token"])
     # If the vocabulary says that BOS is prepended, Ollama prepends it, so the template must not.
     adds_bos = gguf.SpecialVocab(folder).add_special_token.get("bos", False)
     opening = pieces.opening.removeprefix(special["bos_token"]) if adds_bos else pieces.opening
@@ -79,7 +96,7 @@ def render_modelfile(folder: Path, gguf_name: str, *, context_tokens: int) -> tu
     default = f"{{{{ if not .System }}}}{pieces.default_system}{{{{ end }}}}" if pieces.default_system else ""
     body = f"{opening}{default}{{{{ range .Messages }}}}{branches}{{{{ end }}}}{{{{ end }}}}{pieces.generation}"
     stop = turn_ending(template, special).strip() or special["eos_token"]
-    notes = _differences(pieces, template, special)
+    notes = _differences(pieces, render)
     lines = [
         *(f"# {note}" for note in notes),
         f"FROM ./{gguf_name}",
@@ -92,45 +109,22 @@ def render_modelfile(folder: Path, gguf_name: str, *, context_tokens: int) -> tu
     return "\n".join(lines) + "\n", notes
 
 
-def _differences(pieces: TurnPieces, template: str, special: dict[str, str]) -> list[str]:
+def _differences(pieces: TurnPieces, render: Renderer) -> list[str]:
     def differs(roles: str, words: Sequence[str]) -> bool:
-        return pieces.render(roles, words) != _render(template, special, roles, words, generate=True)
+        return pieces.render(roles, words) != render(roles, words, True)
 
-    notes = []
-    if differs("uau", [_THOUGHT * (role == "a") + word for role, word in zip("uau", _words("uau"), strict=True)]):
-        notes.append(
-            "the chat template removes or changes <think>...</think> in earlier answers, Ollama's template keeps it: "
-            "send earlier answers without their thoughts"
-        )
+    user, answer, again = _words("uau")
     # Some templates strip line ends only, others all white space.
-    if any(differs("suau", [f"{white}{word}{white[::-1]}" for word in _words("suau")]) for white in (" \n", "\n ")):
-        notes.append(
-            "the chat template strips white space from the ends of messages, Ollama's template keeps it: send messages "
-            "without white space at their ends"
-        )
-    return notes
+    padded = [[f"{white}{word}{white[::-1]}" for word in _words("suau")] for white in (" \n", "\n ")]
+    keeps_thoughts = differs("uau", [user, _THOUGHT + answer, again])
+    keeps_white_space = any(differs("suau", words) for words in padded)
+    return [_KEEPS_THOUGHTS] * keeps_thoughts + [_KEEPS_WHITE_SPACE] * keeps_white_space
 
 
-def _template(folder: Path) -> tuple[str, dict[str, str]]:
-    template = read_chat_template(folder)
-    if template is None:
-        raise ModelError(
-            f"{folder} has no chat template, so no Modelfile is written", hint="add chat_template.jinja to the folder"
-        )
-    return template, special_token_texts(folder)
-
-
-def _render(template: str, special: dict[str, str], roles: str, words: Sequence[str], *, generate: bool) -> str:
-    messages = [{"role": _ROLES[role], "content": word} for role, word in zip(roles, words, strict=True)]
-    return render_template(template, messages, special_tokens=special, add_generation_prompt=generate)
-
-
-def _read_pieces(folder: Path, template: str, special: dict[str, str]) -> TurnPieces:
-    def rendered(roles: str, generate: bool) -> str:
-        return _render(template, special, roles, _words(roles), generate=generate)
-
+def _read_pieces(folder: Path, render: Renderer, bos: str) -> TurnPieces:
     def parts(roles: str, generate: bool) -> list[str]:
-        text, pieces = rendered(roles, generate), []
+        """Return the texts before, between and after the words."""
+        text, pieces = render(roles, _words(roles), generate), []
         for word in _words(roles):
             before, _, text = text.partition(word)
             pieces.append(before)
@@ -139,7 +133,8 @@ def _read_pieces(folder: Path, template: str, special: dict[str, str]) -> TurnPi
     first, system_user, user_assistant, assistant_user, end = parts("suau", True)
     after_user, after_assistant = parts("su", False)[-1], parts("sua", False)[-1]
     before_user = assistant_user.removeprefix(after_assistant)
-    opening = special["bos_token"] if special["bos_token"] and _is_opening(first, before_user, special) else ""
+    # SmolLM2 declares the token that opens every turn as BOS. That is no opening of the whole text.
+    opening = bos if bos and first.startswith(bos) and not before_user.startswith(bos) else ""
     pieces = TurnPieces(
         opening,
         parts("u", True)[0].removeprefix(opening).removesuffix(before_user),
@@ -150,22 +145,15 @@ def _read_pieces(folder: Path, template: str, special: dict[str, str]) -> TurnPi
         },
         end.removeprefix(after_user),
     )
-    for roles in _CONVERSATIONS:
-        if pieces.render(roles, _words(roles)) != rendered(roles, True):
-            raise ModelError(
-                f"{folder}: the chat template cannot be written as an Ollama template, because it is not made of turns",
-                hint="write the Modelfile by hand, or serve the GGUF with llama.cpp, which runs the chat template",
-            )
+    if any(pieces.render(roles, _words(roles)) != render(roles, _words(roles), True) for roles in _CONVERSATIONS):
+        raise ModelError(
+            f"{folder}: the chat template cannot be written as an Ollama template, because it is not made of turns",
+            hint="write the Modelfile by hand, or serve the GGUF with llama.cpp, which runs the chat template",
+        )
     texts = [pieces.opening, pieces.default_system, pieces.generation, *itertools.chain(*pieces.around.values())]
     if any("{{" in text or '"""' in text for text in texts):
         raise ModelError(f"{folder}: the chat template's text cannot be quoted in a Modelfile")
     return pieces
-
-
-def _is_opening(first: str, before_user: str, special: dict[str, str]) -> bool:
-    # SmolLM2 declares the token that opens every turn as BOS. That is no opening of the whole text.
-    bos = special["bos_token"]
-    return first.startswith(bos) and not before_user.startswith(bos)
 
 
 def _words(roles: str) -> list[str]:

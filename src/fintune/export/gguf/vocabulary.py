@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from fintune.errors import ModelError
 from fintune.models.chat_template import read_chat_template, special_token_texts, turn_ending
+from fintune.models.folder import count_tokens
+from fintune.util.files import read_json
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -46,41 +48,49 @@ _LLAMA3_SPLIT = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _PRE_BY_SPLIT = {_LLAMA3_SPLIT: "llama-bpe", _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2"}
+_WIDTH = 32
+"""Width of the tiny model in :func:`write_vocabulary_file`."""
 
 
 @dataclass(frozen=True)
 class GgufVocabulary:
-    """The ``tokenizer.*`` metadata of a GGUF file.
+    """The ``tokenizer.*`` metadata of a GGUF file, from a model folder or from a file of llama.cpp's converter.
 
     Attributes:
-        folder: The model folder that it was read from.
+        source: The model folder, or the converter's file.
         pre: llama.cpp's name of the pre-tokenizer.
         tokens: Token texts in order of id, padded to the rows of the embedding.
-        kinds: llama.cpp's token types in order of id (1 normal, 3 control, 4 user-defined, 5 unused).
         chat_template: Default template, or None.
-        eos_id: Token that ends generation. With a chat template it is the end of a turn.
+        eos_id: Token that ends generation, or None. With a chat template it is the end of a turn.
+        kinds: llama.cpp's token types in order of id (1 normal, 3 control, 4 user-defined, 5 unused).
         eos_replaced: The folder's own end token if it is not the end of a turn, else None.
-        model: llama.cpp's name of the tokenizer's algorithm, byte-level BPE.
+        model: llama.cpp's name of the tokenizer's algorithm: gpt2 is byte-level BPE, llama is SentencePiece.
     """
 
-    folder: Path
+    source: Path
     pre: str
     tokens: tuple[str, ...]
-    kinds: tuple[int, ...]
     chat_template: str | None
     eos_id: int | None
-    eos_replaced: int | None
+    kinds: tuple[int, ...] = ()
+    eos_replaced: int | None = None
     model: str = "gpt2"
 
     def write_metadata(self, writer: GGUFWriter) -> None:
         """Add the ``tokenizer.*`` keys, in the order of llama.cpp's converter."""
         import gguf
 
+        if self.source.is_file():
+            for field in gguf.GGUFReader(self.source).fields.values():
+                if field.name.startswith("tokenizer."):
+                    inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+                    writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=inner)
+            return
         writer.add_tokenizer_model(self.model)
         writer.add_tokenizer_pre(self.pre)
         writer.add_token_list(list(self.tokens))
         writer.add_token_types(list(self.kinds))
-        special = gguf.SpecialVocab(self.folder, load_merges=True, n_vocab=len(self.tokens))
+        special = gguf.SpecialVocab(self.source, load_merges=True, n_vocab=len(self.tokens))
         if special.chat_template is None or isinstance(special.chat_template, str):
             special.chat_template = self.chat_template
         if self.eos_id is not None:
@@ -99,71 +109,52 @@ def read_vocabulary(folder: Path, vocab_size: int) -> GgufVocabulary:
         ModelError: There is no tokenizer, its algorithm is not supported, llama.cpp does not have its pre-tokenizer,
             there are more tokens than rows, or the chat template cannot be rendered.
     """
+    import gguf
     from tokenizers import Tokenizer
 
     path = folder / "tokenizer.json"
-    if not path.is_file():
+    if count_tokens(folder) is None:
         raise ModelError(
-            f"{folder}: no tokenizer.json",
+            f"{folder}: no tokenizer.json with a vocabulary",
             hint="save the tokenizer with transformers' AutoTokenizer(...).save_pretrained",
         )
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
         tokenizer = Tokenizer.from_file(str(path))
     # The Rust library raises a bare Exception for a file that it cannot parse.
     except Exception as error:
         raise ModelError(f"{path}: unreadable: {error}") from error
-    pre = recognise_pre_tokenizer(tokenizer, raw, path)
+    pre = _recognise_pre_tokenizer(tokenizer, read_json(path, ModelError), path)
     tokens, kinds = _token_list(tokenizer, vocab_size, path)
-    template = read_chat_template(folder)
-    config_eos = _special_ids(folder).get("eos")
-    eos = config_eos
+    template, special = read_chat_template(folder), special_token_texts(folder)
+    eos = config_eos = gguf.SpecialVocab(folder).special_token_ids.get("eos")
     if template is not None:
-        ending = turn_ending(template, special_token_texts(folder))
         specials = {t for t, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-        ids = tokenizer.encode(ending.strip(), add_special_tokens=False).ids
+        ids = tokenizer.encode(turn_ending(template, special).strip(), add_special_tokens=False).ids
         eos = ids[0] if ids and ids[0] in specials else config_eos
-    replaced = config_eos if config_eos is not None and config_eos != eos else None
-    return GgufVocabulary(folder, pre, tokens, kinds, template, eos, replaced)
+    replaced = config_eos if config_eos != eos else None
+    return GgufVocabulary(folder, pre, tokens, template, eos, kinds, replaced)
 
 
-def count_tokens(folder: Path) -> int | None:
-    """Count the tokens of a folder's ``tokenizer.json``, added tokens included.
-
-    Returns:
-        The number, or None if there is no such file or its format is unknown.
+def read_converted_vocabulary(path: Path) -> GgufVocabulary:
+    """Read the vocabulary of a GGUF file that llama.cpp's converter wrote, with or without weights.
 
     Raises:
-        ModelError: The file is unreadable.
+        ModelError: The file has no tokens.
     """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: unreadable: {error}") from error
-    model, added = content.get("model"), content.get("added_tokens") or []
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    if not isinstance(vocabulary, dict | list) or not isinstance(added, list):
-        return None
-    # A Unigram model lists pairs of text and score.
-    known = set(vocabulary) if isinstance(vocabulary, dict) else {entry[0] for entry in vocabulary}
-    return len(known | {token["content"] for token in added})
+    import gguf
+
+    known: dict[str, Any] = {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+    tokens, model = known.get("tokenizer.ggml.tokens"), known.get("tokenizer.ggml.model")
+    if not isinstance(tokens, list):
+        raise ModelError(f"{path} holds no tokenizer", hint="the converter does not support this tokenizer")
+    pre, template = known.get("tokenizer.ggml.pre") or model, known.get("tokenizer.chat_template")
+    eos = known.get("tokenizer.ggml.eos_token_id")
+    return GgufVocabulary(path, str(pre), tuple(map(str, tokens)), template, eos, model=str(model))
 
 
-def recognise_pre_tokenizer(tokenizer: Tokenizer, raw: Mapping[str, Any], path: Path) -> str:
-    """Return llama.cpp's name of a tokenizer's pre-tokenizer.
-
-    Args:
-        tokenizer: The loaded tokenizer.
-        raw: The content of ``tokenizer.json``.
-        path: Path of that file, for messages.
-
-    Raises:
-        ModelError: The name is unknown, or structure and hash disagree.
-    """
-    model = raw.get("model") or {}
+def _recognise_pre_tokenizer(tokenizer: Tokenizer, raw: Mapping[str, Any], path: Path) -> str:
+    """Return llama.cpp's name of a tokenizer's pre-tokenizer; structure and hash must agree."""
+    model = raw["model"]
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         raise ModelError(
             f"{path}: a {model.get('type')} tokenizer with byte fallback or without byte-level BPE is not supported",
@@ -171,8 +162,7 @@ def recognise_pre_tokenizer(tokenizer: Tokenizer, raw: Mapping[str, Any], path: 
             "export.llama_cpp_path=FOLDER; or train without GGUF files: --skip export",
         )
     by_structure = _pre_by_structure(raw)
-    ids = tokenizer.encode(_PROBE).ids
-    digest = hashlib.sha256(str(ids).encode()).hexdigest()
+    digest = hashlib.sha256(str(tokenizer.encode(_PROBE).ids).encode()).hexdigest()
     by_hash = _PRE_BY_HASH.get(digest)
     if by_hash and by_structure and _SAME_SPLIT.get(by_hash, by_hash) != by_structure:
         raise ModelError(
@@ -195,7 +185,6 @@ def _pre_by_structure(raw: Mapping[str, Any]) -> str | None:
     kinds = [step.get("type") for step in steps]
     if not kinds or kinds[-1] != "ByteLevel" or steps[-1].get("add_prefix_space"):
         return None
-    ignores_merges = bool((raw.get("model") or {}).get("ignore_merges"))
     splits_words = steps[-1].get("use_regex", True)
     name = None
     if kinds == ["ByteLevel"] and splits_words:
@@ -205,7 +194,7 @@ def _pre_by_structure(raw: Mapping[str, Any]) -> str | None:
     elif kinds == ["Split", "ByteLevel"] and not splits_words and steps[0].get("behavior") == "Isolated":
         name = _PRE_BY_SPLIT.get(str((steps[0].get("pattern") or {}).get("Regex")))
     # With ignore_merges a word of the vocabulary is not split. llama.cpp does so under the name llama-bpe alone.
-    return name if ignores_merges == (name == "llama-bpe") else None
+    return name if bool(raw["model"].get("ignore_merges")) == (name == "llama-bpe") else None
 
 
 def _token_list(tokenizer: Tokenizer, vocab_size: int, path: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -229,9 +218,10 @@ def _token_list(tokenizer: Tokenizer, vocab_size: int, path: Path) -> tuple[tupl
             if not added[token_id].normalized:
                 ids = tokenizer.encode(text, add_special_tokens=False).ids
                 text = tokenizer.decode(ids, skip_special_tokens=False)
-            special = added[token_id].special or _looks_special(text)
-            kind = TokenType.CONTROL if special else TokenType.USER_DEFINED
-            text = text if special else text.replace("\u2581", " ")
+            if added[token_id].special or _looks_special(text):
+                kind = TokenType.CONTROL
+            else:
+                text, kind = text.replace("\u2581", " "), TokenType.USER_DEFINED
         tokens.append(text)
         kinds.append(int(kind))
     return tuple(tokens), tuple(kinds)
@@ -241,110 +231,10 @@ def _looks_special(text: str) -> bool:
     return text in ("<pad>", "<mask>") or (text.startswith(("<|", "<｜")) and text.endswith(("|>", "｜>")))
 
 
-def _special_ids(folder: Path) -> dict[str, int]:
-    import gguf
-
-    return dict(gguf.SpecialVocab(folder).special_token_ids)
-
-
-_WIDTH = 32
-
-
-class TokenizerMetadata(Protocol):
-    """The ``tokenizer.*`` metadata of a GGUF file: :class:`GgufVocabulary` or :class:`ConvertedVocabulary`."""
-
-    @property
-    def model(self) -> str:
-        """llama.cpp's name of the tokenizer's algorithm: gpt2 is byte-level BPE, llama is SentencePiece."""
-
-    @property
-    def pre(self) -> str:
-        """llama.cpp's name of the pre-tokenizer."""
-
-    @property
-    def tokens(self) -> Sequence[str]:
-        """Token texts in order of id."""
-
-    @property
-    def chat_template(self) -> str | None:
-        """Default template, or None."""
-
-    @property
-    def eos_id(self) -> int | None:
-        """Token that ends generation, or None."""
-
-    def write_metadata(self, writer: GGUFWriter) -> None:
-        """Add the ``tokenizer.*`` keys."""
-
-
-@dataclass(frozen=True)
-class ConvertedVocabulary:
-    """The ``tokenizer.*`` metadata of a GGUF file that llama.cpp's converter wrote.
-
-    Attributes:
-        path: The file.
-        model: See :class:`TokenizerMetadata`.
-        pre: See :class:`TokenizerMetadata`.
-        tokens: See :class:`TokenizerMetadata`.
-        chat_template: See :class:`TokenizerMetadata`.
-        eos_id: See :class:`TokenizerMetadata`.
-    """
-
-    path: Path
-    model: str
-    pre: str
-    tokens: tuple[str, ...]
-    chat_template: str | None
-    eos_id: int | None
-
-    def write_metadata(self, writer: GGUFWriter) -> None:
-        """Copy the ``tokenizer.*`` keys of the file."""
-        import gguf
-
-        for field in gguf.GGUFReader(self.path).fields.values():
-            if field.name.startswith("tokenizer."):
-                inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-                writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=inner)
-
-
-def read_converted_vocabulary(path: Path) -> ConvertedVocabulary:
-    """Read the vocabulary of a GGUF file, with or without weights.
-
-    Raises:
-        ModelError: The file has no tokens.
-    """
-    import gguf
-
-    fields = gguf.GGUFReader(path).fields
-
-    def value(name: str) -> object:
-        field = fields.get(f"tokenizer.{name}")
-        return None if field is None else field.contents()
-
-    tokens, template, eos = value("ggml.tokens"), value("chat_template"), value("ggml.eos_token_id")
-    if not isinstance(tokens, list):
-        raise ModelError(f"{path} holds no tokenizer", hint="the converter does not support this tokenizer")
-    return ConvertedVocabulary(
-        path,
-        str(value("ggml.model")),
-        str(value("ggml.pre") or value("ggml.model")),
-        tuple(str(token) for token in tokens),
-        template if isinstance(template, str) else None,
-        eos if isinstance(eos, int) else None,
-    )
-
-
-def write_vocabulary_file(vocabulary: TokenizerMetadata, path: Path) -> Path:
-    """Write a GGUF file with a whole vocabulary and a tiny model, to test the tokenizer.
+def write_vocabulary_file(vocabulary: GgufVocabulary, path: Path) -> Path:
+    """Write a GGUF file with a whole vocabulary and a tiny model, to test the tokenizer. Return its path.
 
     llama.cpp's server loads no file without weights, so the model is one layer of width 32 with zeros.
-
-    Args:
-        vocabulary: From :func:`read_vocabulary` or :func:`read_converted_vocabulary`.
-        path: The file. An existing file is replaced.
-
-    Returns:
-        ``path``.
     """
     import gguf
     import numpy as np

@@ -20,13 +20,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from fintune.errors import ModelError, ResourceError
-from fintune.export.gguf.ggml import Ggml, load_ggml
+from fintune.export.gguf.ggml import QUANT_TYPES, Ggml, load_ggml
 from fintune.export.gguf.imatrix import ImportanceMatrix
 from fintune.export.gguf.layout import FileLayout, ModelLayout, TensorSource
-from fintune.export.merge.safetensors_files import SafetensorFolder, WeightSource
+from fintune.models.safetensors_files import SafetensorFolder, WeightSource
 from fintune.util.disk import name_full_disk, require_space
 
 if TYPE_CHECKING:
@@ -117,7 +117,13 @@ def write_gguf(
             weights = stack.enter_context(SafetensorFolder(folder))
         layout = ModelLayout(folder, weights, name, imatrix)
         files = {path: layout.file(kind) for kind, path in outputs.items()}
-        _check_disk(files)
+        needed: Counter[Path] = Counter()
+        for path, file in files.items():
+            needed[path.parent] += file.num_bytes
+        for parent, num_bytes in needed.items():
+            if not parent.is_dir():
+                raise ResourceError(f"{parent}: no such folder for the GGUF files")
+            require_space(parent, num_bytes, _WHAT)
         temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in files}
         for part in temporary.values():
             stack.callback(part.unlink, missing_ok=True)
@@ -131,14 +137,18 @@ def write_gguf(
                 target.finish()
         for path, part in temporary.items():
             part.replace(path)
-    vocabulary = layout.vocabulary
-    return ExportReport(
-        files=tuple(_describe(path, file) for path, file in files.items()),
-        num_bytes_read=done,
-        seconds=time.monotonic() - started,
-        eos_token=None if vocabulary.eos_id is None else vocabulary.tokens[vocabulary.eos_id],
-        notes=_notes(layout),
+    vocabulary, notes = layout.vocabulary, []
+    eos_token = None if vocabulary.eos_id is None else vocabulary.tokens[vocabulary.eos_id]
+    if vocabulary.eos_replaced is not None and eos_token is not None:
+        replaced = vocabulary.tokens[vocabulary.eos_replaced]
+        notes = [
+            f"the end token is {eos_token}, which ends a turn of the chat template, not the tokenizer's {replaced}"
+        ]
+    exported = tuple(
+        ExportedFile(file.kind, path, file.num_bytes, dict(Counter(slot.type_name for slot in file.slots.values())))
+        for path, file in files.items()
     )
+    return ExportReport(exported, done, time.monotonic() - started, eos_token, tuple(notes))
 
 
 class _Target:
@@ -161,19 +171,12 @@ class _Target:
         os.fsync(self._file.fileno())
 
 
-@dataclass(frozen=True)
-class _Slab:
+class _Slab(NamedTuple):
     """Consecutive rows of a tensor: the unit of work of a thread."""
 
     source: TensorSource
     start: int
     stop: int
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of stored weights, 0 for a computed tensor."""
-        stored = self.source.stored
-        return 0 if stored is None else stored.num_bytes // stored.shape[0] * (self.stop - self.start)
 
 
 @dataclass(frozen=True)
@@ -186,19 +189,27 @@ class _Worker:
     imatrix: ImportanceMatrix | None
 
     def __call__(self, slab: _Slab) -> int:
-        name, rows = slab.source.name, self._rows(slab)
+        """Return the bytes of stored weights that were read, 0 for a computed tensor."""
+        (name, shape, stored), rows = (slab.source.name, slab.source.shape, slab.source.stored), self._rows(slab)
         # A vector counts as one row.
-        first = slab.start if len(slab.source.shape) == 2 else 0
+        first = slab.start if len(shape) == 2 else 0
         converted: dict[tuple[str, bool], NDArray[np.uint8]] = {}
         for target in self.targets:
             type_name = target.layout.slots[name].type_name
             # Unquantised files follow llama.cpp's converter, which takes no importance matrix.
-            is_weighted = self.imatrix is not None and target.layout.quantised
-            key = (type_name, is_weighted)
-            if key not in converted:
-                converted[key] = self._convert(slab, type_name, rows, is_weighted=is_weighted)
-            target.write(name, first * converted[key].shape[1], converted[key])
-        return slab.num_bytes
+            is_weighted = self.imatrix is not None and QUANT_TYPES[target.layout.kind].quantised
+            data = converted.get((type_name, is_weighted))
+            if data is None:
+                columns = self.imatrix.columns.get(name) if self.imatrix is not None and is_weighted else None
+                data = converted[type_name, is_weighted] = self.ggml.quantise(type_name, rows, columns)
+                if not self.ggml.is_valid(type_name, data):
+                    raise ModelError(
+                        f"tensor {stored.name if stored else name} holds values that are not finite in {type_name}",
+                        hint="the training diverged, or the values exceed the range of 16-bit floats: "
+                        "export BF16 or F32",
+                    )
+            target.write(name, first * data.shape[1], data)
+        return 0 if stored is None else stored.num_bytes // stored.shape[0] * (slab.stop - slab.start)
 
     def _rows(self, slab: _Slab) -> NDArray[np.float32]:
         """Return the rows as a matrix, those of q and k in llama.cpp's order."""
@@ -215,19 +226,6 @@ class _Worker:
             rows = halves.swapaxes(1, 2).reshape(rows.shape)
         return np.ascontiguousarray(rows if rows.ndim == 2 else rows[None, :])
 
-    def _convert(
-        self, slab: _Slab, type_name: str, rows: NDArray[np.float32], *, is_weighted: bool
-    ) -> NDArray[np.uint8]:
-        column_weights = self.imatrix.columns.get(slab.source.name) if is_weighted and self.imatrix else None
-        data = self.ggml.quantise(type_name, rows, column_weights)
-        if not self.ggml.is_valid(type_name, data):
-            name = slab.source.stored.name if slab.source.stored else slab.source.name
-            raise ModelError(
-                f"tensor {name} holds values that are not finite in {type_name}",
-                hint="the training diverged, or the values exceed the range of 16-bit floats: export BF16 or F32",
-            )
-        return data
-
 
 def _stream(layout: ModelLayout, worker: _Worker, threads: int, progress: Callable[[int, int], None] | None) -> int:
     total = sum(source.stored.num_bytes for source in layout.sources.values() if source.stored)
@@ -240,45 +238,20 @@ def _stream(layout: ModelLayout, worker: _Worker, threads: int, progress: Callab
                 for slab in itertools.islice(slabs, 2 * threads - len(waiting)):
                     waiting.append(pool.submit(worker, slab))
                 if not waiting:
-                    break
+                    return done
                 done += waiting.popleft().result()
                 if progress is not None:
                     progress(done, total)
         finally:
             for future in waiting:
                 future.cancel()
-    return done
 
 
 def _slabs(source: TensorSource, threads: int) -> Iterator[_Slab]:
-    num_rows = source.shape[0]
-    columns = source.shape[1] if len(source.shape) == 2 else 1
+    num_rows, columns = source.shape[0], source.shape[-1]
     # The rows of a head are reordered, so a slab must hold whole heads.
     unit = num_rows // source.num_heads if source.num_heads else 1
     elements = max(_SLAB_ELEMENTS // threads, _MIN_SLAB_ELEMENTS)
     step = num_rows if len(source.shape) == 1 else max(1, elements // columns // unit) * unit
     for start in range(0, num_rows, step):
         yield _Slab(source, start, min(num_rows, start + step))
-
-
-def _check_disk(files: Mapping[Path, FileLayout]) -> None:
-    needed: dict[Path, int] = {}
-    for path, layout in files.items():
-        if not path.parent.is_dir():
-            raise ResourceError(f"{path.parent}: no such folder for {path.name}")
-        needed[path.parent] = needed.get(path.parent, 0) + layout.num_bytes
-    for folder, num_bytes in needed.items():
-        require_space(folder, num_bytes, _WHAT)
-
-
-def _describe(path: Path, layout: FileLayout) -> ExportedFile:
-    counts = Counter(slot.type_name for slot in layout.slots.values())
-    return ExportedFile(layout.kind, path, layout.num_bytes, dict(counts))
-
-
-def _notes(layout: ModelLayout) -> tuple[str, ...]:
-    vocabulary = layout.vocabulary
-    if vocabulary.eos_replaced is None or vocabulary.eos_id is None:
-        return ()
-    replaced, eos = vocabulary.tokens[vocabulary.eos_replaced], vocabulary.tokens[vocabulary.eos_id]
-    return (f"the end token is {eos}, which ends a turn of the chat template, not the tokenizer's {replaced}",)

@@ -9,24 +9,16 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from fintune.errors import ModelError
-from fintune.export.merge.safetensors_files import StoredTensor, read_header
-from fintune.util.files import read_json
+from fintune.models.adapter import check_patterns, read_adapter_config
+from fintune.models.safetensors_files import StoredTensor, read_float_tensors
 
 _PREFIX = "base_model.model."
-_PARTS = {
-    ".lora_A.weight": "a",
-    ".lora_B.weight": "b",
-    ".lora_embedding_A": "a",
-    ".lora_embedding_B": "b",
-    ".lora_magnitude_vector": "magnitude",
-    ".lora_magnitude_vector.weight": "magnitude",
-}
+_PART = re.compile(r"\.lora_(embedding_A|embedding_B|A\.weight|B\.weight|magnitude_vector(?:\.weight)?)$")
 # Options that change the model in ways that cannot be merged, and the values with which they do not.
 _REFUSED: Mapping[str, tuple[object, ...]] = {
     "bias": ("none",),
@@ -60,38 +52,25 @@ class LowRank:
     embedding: bool
 
     @property
-    def rank(self) -> int:
-        """Inner dimension of the product."""
-        return self.a.shape[0]
-
-    @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns of the changed tensor."""
         return (self.a.shape[1], self.b.shape[0]) if self.embedding else (self.b.shape[0], self.a.shape[1])
 
 
-def read_adapter_header(path: Path) -> Iterator[StoredTensor]:
-    """Yield the tensors of ``adapter_model.safetensors`` by their names in the base, without duplicates.
+def read_adapter_tensors(folder: Path) -> list[StoredTensor]:
+    """Return the tensors of ``adapter_model.safetensors`` by their names in PEFT's model, without duplicates.
 
     PEFT removes its own parts from the names of replaced modules, but saves resized embeddings a second time with them.
-
-    Args:
-        path: The file.
-
-    Yields:
-        Tensors with PEFT's prefix, without the original weights of replaced modules.
 
     Raises:
         ModelError: The file is unreadable.
     """
     tensors: dict[str, StoredTensor] = {}
-    for tensor in read_header(path):
-        if ".original_module." in tensor.name:
-            continue
+    for tensor in read_float_tensors(folder / "adapter_model.safetensors"):
         name = re.sub(r"\.modules_to_save\.(default\.)?", ".", tensor.name)
-        if name == tensor.name or name not in tensors:
+        if ".original_module." not in tensor.name and (name == tensor.name or name not in tensors):
             tensors[name] = replace(tensor, name=name)
-    yield from tensors.values()
+    return list(tensors.values())
 
 
 class Adapter:
@@ -113,69 +92,44 @@ class Adapter:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        config_path, path = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-        for required in (config_path, path):
-            if not required.is_file():
-                raise ModelError(
-                    f"{folder} holds no adapter: {required.name} is missing", hint="name a folder in PEFT format"
-                )
-        self._config: Mapping[str, Any] = read_json(config_path, ModelError)
-        self._refuse_other_kinds(config_path)
-        self.base_name = str(self._config.get("base_model_name_or_path") or "an unnamed model")
-        self.ties_weights = bool(self._config.get("ensure_weight_tying"))
-        self.changes: dict[str, LowRank] = {}
-        self.saved: dict[str, StoredTensor] = {}
-        self._read_tensors(path)
-
-    def _refuse_other_kinds(self, path: Path) -> None:
-        kind = self._config.get("peft_type")
-        if kind != "LORA":
+        config = read_adapter_config(folder)
+        if config.peft_type != "LORA":
             raise ModelError(
-                f"{path}: an adapter of type {kind!r} cannot be merged", hint="only LORA (with DoRA) can be merged"
+                f"{folder}: an adapter of type {config.peft_type!r} cannot be merged",
+                hint="only LORA (with DoRA) can be merged",
             )
-        for key, harmless in _REFUSED.items():
-            value = self._config.get(key)
-            if value and value not in harmless:
+        for key, value in config.model_dump(include=set(_REFUSED)).items():
+            if value and value not in _REFUSED[key]:
                 raise ModelError(
-                    f"{path}: {key} is {json.dumps(value)[:80]}, which cannot be merged here",
+                    f"{folder}: {key} is {json.dumps(value)[:80]}, which cannot be merged here",
                     hint="merge this adapter with PEFT's merge_and_unload",
                 )
-
-    def _read_tensors(self, path: Path) -> None:
+        self.base_name = config.base_model_name_or_path or "an unnamed model"
+        self.ties_weights = config.ensure_weight_tying
+        self.saved: dict[str, StoredTensor] = {}
         pieces: dict[str, dict[str, StoredTensor]] = {}
-        embeddings = set()
-        for tensor in read_adapter_header(path):
+        for tensor in read_adapter_tensors(folder):
             name = tensor.name.removeprefix(_PREFIX)
-            match = re.search(r"\.lora_\w+(\.weight)?$", name)
-            if match is None:
+            if match := _PART.search(name):
+                pieces.setdefault(name[: match.start()], {})[match[1].removesuffix(".weight")] = tensor
+            elif ".lora_" in name:
+                raise ModelError(f"{folder}: tensor {tensor.name} belongs to no LoRA or DoRA adapter")
+            else:
                 # An embedding that was resized and adapted is saved whole, in addition to its two matrices.
                 name = name.replace(".base_layer.", ".")
                 self.saved[name] = replace(tensor, name=name)
-                continue
-            part = _PARTS.get(match[0])
-            if part is None:
-                raise ModelError(f"{path}: tensor {tensor.name} belongs to no LoRA or DoRA adapter")
-            module = name[: match.start()]
-            pieces.setdefault(module, {})[part] = tensor
-            if match[0].startswith(".lora_embedding"):
-                embeddings.add(module)
+        check_patterns(folder, config, pieces)
+        self.changes: dict[str, LowRank] = {}
         for module, parts in pieces.items():
-            if "a" not in parts or "b" not in parts:
-                raise ModelError(f"{path}: {module} lacks one of its two matrices", hint="copy the adapter again")
-            a, b, magnitude = parts["a"], parts["b"], parts.get("magnitude")
-            fits = len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1]
+            embedding = "embedding_A" in parts or "embedding_B" in parts
+            a, b = (parts.get(f"embedding_{side}" if embedding else side) for side in "AB")
+            magnitude = parts.get("magnitude_vector")
+            if a is None or b is None:
+                raise ModelError(f"{folder}: {module} lacks one of its two matrices", hint="copy the adapter again")
+            fits = len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1] > 0
             if not fits or (magnitude is not None and magnitude.shape != (b.shape[0],)):
-                raise ModelError(f"{path}: the matrices of {module} do not fit each other: {a.shape}, {b.shape}")
-            scale = self._scale(module, a.shape[0])
-            self.changes[f"{module}.weight"] = LowRank(a, b, scale, magnitude, module in embeddings)
+                raise ModelError(f"{folder}: the matrices of {module} do not fit each other: {a.shape}, {b.shape}")
+            scale = config.alpha_of(module) / (math.sqrt(a.shape[0]) if config.use_rslora else a.shape[0])
+            self.changes[f"{module}.weight"] = LowRank(a, b, scale, magnitude, embedding)
         if not self.changes and not self.saved:
-            raise ModelError(f"{path} holds no tensors", hint="the adapter is incomplete; copy it again")
-
-    def _scale(self, module: str, rank: int) -> float:
-        alpha = self._config.get("lora_alpha", 8)
-        for pattern, value in (self._config.get("alpha_pattern") or {}).items():
-            # PEFT uses the first pattern that matches the end of the name.
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                alpha = value
-                break
-        return float(alpha) / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
+            raise ModelError(f"{folder} holds no tensors", hint="the adapter is incomplete; copy it again")

@@ -12,7 +12,6 @@ changes is loaded entirely.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -20,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from fintune.errors import ModelError
 from fintune.export.gguf.architectures import ARCHITECTURES
-from fintune.export.merge.adapter_reader import Adapter, read_adapter_header
-from fintune.export.merge.safetensors_files import SafetensorFolder, StoredTensor
-from fintune.util.files import read_json
+from fintune.export.merge.adapter_reader import Adapter, read_adapter_tensors
+from fintune.models.adapter import check_patterns, read_adapter_config
+from fintune.models.folder import read_model_config
+from fintune.models.safetensors_files import SafetensorFolder, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +33,8 @@ _HEAD = "lm_head."
 _ADAPTER = "base_model.model."
 _ACTIVE = "default"
 """PEFT's default name of an adapter."""
+_INSERTED = ("base_layer", "original_module", "modules_to_save")
+"""Parts that PEFT inserts into the name of a parameter."""
 _MATRICES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
 
@@ -61,8 +63,7 @@ def can_compare_layers(folder: Path, adapter: Path | None = None) -> bool:
     Raises:
         ModelError: A configuration, adapter or weight file is unreadable.
     """
-    config = read_json(folder / "config.json", ModelError)
-    if config.get("model_type") not in ARCHITECTURES:
+    if read_model_config(folder).get("model_type") not in ARCHITECTURES:
         return False
     if adapter is None:
         return True
@@ -130,37 +131,35 @@ class _LayeredModel:
 
     def __init__(self, folder: Path, adapter: Path | None) -> None:
         self._folder = SafetensorFolder(folder)
-        self._tied = bool(read_json(folder / "config.json", ModelError).get("tie_word_embeddings"))
-        self._adapter = {} if adapter is None else {tensor.name: tensor for tensor in _adapter_tensors(adapter)}
+        self._tied = bool(read_model_config(folder).get("tie_word_embeddings"))
+        self._adapter: dict[str, StoredTensor] = {}
+        for tensor in read_adapter_tensors(adapter) if adapter is not None else ():
+            # Later versions of PEFT end the name of the magnitude with .weight.
+            name = tensor.name + ".weight" * tensor.name.endswith("lora_magnitude_vector")
+            self._adapter[name] = replace(tensor, name=name)
         self._model = _build_without_weights(folder, adapter)
         self.num_layers = len(self._model.model.layers)
 
     def last_hidden(self, prompts: Sequence[Sequence[int]], layer_done: Callable[[], None]) -> torch.Tensor:
         """Return the inputs of the output matrix for all prompts, [positions, width]."""
         import torch
-        from torch.func import functional_call
 
         inner = self._model.model
         states = [self._embed(ids) for ids in prompts]
         arguments = [_record_layer_arguments(inner, state) for state in states]
         for number, layer in enumerate(inner.layers):
-            weights = self._weights(layer, f"model.layers.{number}.")
-            for index, state in enumerate(states):
-                states[index] = functional_call(layer, weights, (state,), arguments[index][number])
-            del weights
+            calls = [((state,), found[number]) for state, found in zip(states, arguments, strict=True)]
+            states = self._call(layer, f"model.layers.{number}.", calls)
             layer_done()
-        weights = self._weights(inner.norm, "model.norm.")
-        return torch.cat([functional_call(inner.norm, weights, (state,))[0] for state in states])
+        return torch.cat([state[0] for state in self._call(inner.norm, "model.norm.", [((s,), {}) for s in states])])
 
     def head(self, states: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield logits in slabs of the vocabulary, [positions, rows of the slab]."""
         import torch
-        from torch.func import functional_call
 
         module = self._model.lm_head
         if type(module) is not torch.nn.Linear:
-            logits = functional_call(module, self._weights(module, _HEAD), (states,))
-            yield from logits.split(_SLAB_ROWS, dim=-1)
+            yield from self._call(module, _HEAD, [((states,), {})])[0].split(_SLAB_ROWS, dim=-1)
             return
         stored = self._stored(f"{_HEAD}weight")
         for start in range(0, stored.shape[0], _SLAB_ROWS):
@@ -169,46 +168,41 @@ class _LayeredModel:
 
     def _embed(self, ids: Sequence[int]) -> torch.Tensor:
         import torch
-        from torch.func import functional_call
 
         module = self._model.model.embed_tokens
         if type(module) is not torch.nn.Embedding:
-            embedded: torch.Tensor = functional_call(
-                module, self._weights(module, _EMBEDDING), (torch.tensor([list(ids)]),)
-            )
-            return embedded
+            return self._call(module, _EMBEDDING, [((torch.tensor([list(ids)]),), {})])[0]
         stored = self._stored(f"{_EMBEDDING}weight")
         rows = {token: torch.from_numpy(self._folder.rows(stored, token, token + 1)[0]) for token in set(ids)}
         return torch.stack([rows[token] for token in ids])[None]
 
-    def _weights(self, module: torch.nn.Module, prefix: str) -> dict[str, torch.Tensor]:
-        """Read every parameter of a module."""
+    def _call(
+        self, module: torch.nn.Module, prefix: str, calls: Sequence[tuple[tuple[torch.Tensor, ...], Mapping[str, Any]]]
+    ) -> list[torch.Tensor]:
+        """Read every parameter of a module, and call it with each pair of arguments."""
         import torch
+        from torch.func import functional_call
 
         weights: dict[str, torch.Tensor] = {}
         for name, parameter in module.named_parameters():
-            if self._is_absent(prefix + name):
+            key = ".".join(part for part in (prefix + name).split(".") if part not in (*_INSERTED, _ACTIVE))
+            if any(f".{part}." in name for part in _MATRICES) and _ADAPTER + key not in self._adapter:
+                # PEFT starts a matrix that is not in the adapter's file without change.
                 weights[name] = torch.zeros(parameter.shape)
                 continue
             stored = self._stored(prefix + name)
-            values = torch.from_numpy(self._folder.rows(stored))
-            if values.shape != parameter.shape:
+            weights[name] = torch.from_numpy(self._folder.rows(stored))
+            if weights[name].shape != parameter.shape:
                 raise ModelError(
                     f"{stored.path}: {stored.name} has the shape {list(stored.shape)}, but config.json needs "
                     f"{list(parameter.shape)}",
                     hint="copy weights and config.json from the same model",
                 )
-            weights[name] = values
-        return weights
-
-    def _is_absent(self, name: str) -> bool:
-        """Return whether the adapter's file lacks this matrix. PEFT starts it without change, so zeros replace it."""
-        low_rank = any(f".{part}." in name for part in _MATRICES)
-        return low_rank and _ADAPTER + ".".join(_parts(name, _ACTIVE)) not in self._adapter
+        return [functional_call(module, weights, arguments, dict(options)) for arguments, options in calls]
 
     def _stored(self, name: str) -> StoredTensor:
         """Return the stored tensor of a parameter by its name in PEFT and transformers."""
-        parts = _parts(name)
+        parts = [part for part in name.split(".") if part not in _INSERTED]
         tensors: Mapping[str, StoredTensor] = self._folder.tensors
         if _ACTIVE in parts:
             parts.remove(_ACTIVE)
@@ -230,18 +224,6 @@ class _LayeredModel:
         self._folder.__exit__(kind, error, trace)
 
 
-def _parts(name: str, *more: str) -> list[str]:
-    """Split a parameter's name and remove the parts that PEFT inserts."""
-    return [part for part in name.split(".") if part not in ("base_layer", "original_module", "modules_to_save", *more)]
-
-
-def _adapter_tensors(folder: Path) -> Iterator[StoredTensor]:
-    for tensor in read_adapter_header(folder / "adapter_model.safetensors"):
-        # Later versions of PEFT end the name of the magnitude with .weight.
-        name = tensor.name + ".weight" * tensor.name.endswith("lora_magnitude_vector")
-        yield replace(tensor, name=name)
-
-
 def _build_without_weights(folder: Path, adapter: Path | None) -> Any:
     """Build the model, with PEFT's layers if there is an adapter, on torch's meta device."""
     import torch
@@ -255,6 +237,7 @@ def _build_without_weights(folder: Path, adapter: Path | None) -> Any:
     if adapter is not None:
         from peft import PeftConfig, get_peft_model
 
+        check_patterns(adapter, read_adapter_config(adapter), [name for name, _ in model.named_modules()])
         options = PeftConfig.from_pretrained(str(adapter))
         options.inference_mode = True
         options.base_model_name_or_path = None  # PEFT must not look for the base
@@ -275,19 +258,11 @@ def _record_layer_arguments(inner: Any, state: torch.Tensor) -> list[dict[str, A
             self.arguments = arguments
             return hidden
 
-    recorders = [Recorder() for _ in inner.layers]
-    with _replaced(inner, layers=torch.nn.ModuleList(recorders), norm=torch.nn.Identity()):
-        inner(inputs_embeds=state, use_cache=False)
-    return [dict(recorder.arguments) for recorder in recorders]
-
-
-@contextmanager
-def _replaced(module: Any, **parts: Any) -> Iterator[None]:
-    before = {name: getattr(module, name) for name in parts}
-    for name, part in parts.items():
-        setattr(module, name, part)
+    layers, norm = inner.layers, inner.norm
+    recorders = [Recorder() for _ in layers]
+    inner.layers, inner.norm = torch.nn.ModuleList(recorders), torch.nn.Identity()
     try:
-        yield
+        inner(inputs_embeds=state, use_cache=False)
     finally:
-        for name, part in before.items():
-            setattr(module, name, part)
+        inner.layers, inner.norm = layers, norm
+    return [dict(recorder.arguments) for recorder in recorders]

@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fintune.errors import ModelError
-from fintune.export.merge.merged_weights import EMBEDDING, BaseTransform, MergedWeights
-from fintune.export.merge.rounded_weights import RoundedWeights
-from fintune.export.merge.safetensors_files import SafetensorWriter, StoredTensor
-from fintune.models import chat_template as chat
-from fintune.models.chat_template import read_chat_template, special_token_texts, turn_ending
-from fintune.models.folder import check_unquantised
+from fintune.export.merge.merged_weights import EMBEDDING, BaseTransform, MergedWeights, RoundedWeights
+from fintune.models.chat_template import end_of_turn_ids, read_chat_template, special_token_texts, turn_ending
+from fintune.models.folder import check_unquantised, read_model_config
+from fintune.models.safetensors_files import INDEX_FILE, SafetensorWriter, StoredTensor
 from fintune.util.disk import name_full_disk, require_space
 from fintune.util.files import read_json, write_atomically
 
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SLAB_ELEMENTS = 4 << 20
-_INDEX = "model.safetensors.index.json"
 _WHAT = "the merged model"
 _TOKENIZER = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"),
@@ -84,7 +81,6 @@ def merge_folders(
         ResourceError: The disk is too small.
     """
     (folder / "config.json").unlink(missing_ok=True)
-    tied = bool(read_json(base / "config.json", ModelError).get("tie_word_embeddings", False))
     check_unquantised(base)
     with MergedWeights(base, adapter, transform=transform) as merged:
         weights = RoundedWeights(merged, dtype, counts_all=True)
@@ -95,8 +91,8 @@ def merge_folders(
         weights.check_read()
         copy_metadata(base, adapter, folder)
         write_json(folder / "config.json", merged_config(base, merged, weights.dtype))
-        num_tensors, untied = len(weights.tensors), tied and not merged.tied
-    return MergeReport(weights.dtype, num_tensors, weights.num_moved, total, weights.moved_share, untied)
+        untied = bool(read_model_config(base).get("tie_word_embeddings")) and not merged.tied
+    return MergeReport(weights.dtype, len(weights.tensors), weights.num_moved, total, weights.moved_share, untied)
 
 
 def _write_shards(
@@ -124,7 +120,7 @@ def _write_shards(
     if len(shards) > 1:
         weight_map = {tensor.name: shard for shard, tensors in shards.items() for tensor in tensors}
         content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_json(folder / _INDEX, content)
+        write_json(folder / INDEX_FILE, content)
 
 
 def copy_metadata(base: Path, adapter: Path, folder: Path) -> None:
@@ -133,12 +129,10 @@ def copy_metadata(base: Path, adapter: Path, folder: Path) -> None:
     The tokenizer comes from the adapter if the adapter has one, because it was trained with it.
     """
     tokenizer = adapter if (adapter / "tokenizer.json").is_file() else base
-    for pattern in _TOKENIZER:
-        for path in sorted(tokenizer.glob(pattern)):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
-    for path in sorted(base.iterdir()):
-        if path.is_file() and (path.name == "generation_config.json" or path.name.upper().startswith(_LICENCES)):
+    files = [path for pattern in _TOKENIZER for path in sorted(tokenizer.glob(pattern))]
+    files += [p for p in base.iterdir() if p.name == "generation_config.json" or p.name.upper().startswith(_LICENCES)]
+    for path in files:
+        if path.is_file():
             shutil.copyfile(path, folder / path.name)
 
 
@@ -148,7 +142,7 @@ def merged_config(base: Path, weights: MergedWeights, dtype: str) -> dict[str, A
     Raises:
         ModelError: The base's ``config.json`` cannot be read.
     """
-    config = read_json(base / "config.json", ModelError)
+    config = read_model_config(base)
     # transformers 4 reads torch_dtype and rope_theta. If version 5 did not write them, it silently uses its defaults.
     merged = config | {"dtype": dtype, "torch_dtype": dtype}
     theta = (config.get("rope_parameters") or {}).get("rope_theta")
@@ -177,13 +171,11 @@ def write_special_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> No
         folder: The merged folder.
         tokenizer: Its tokenizer, with a padding token that ends nothing.
     """
-    stops = list(chat.end_of_turn_ids(tokenizer))
+    stops, pad_id = list(end_of_turn_ids(tokenizer)), tokenizer.pad_token_id
+    eos = stops if len(stops) > 1 else stops[0]
     changes: dict[str, dict[str, Any]] = {
-        "config.json": {"pad_token_id": tokenizer.pad_token_id},
-        "generation_config.json": {
-            "pad_token_id": tokenizer.pad_token_id,
-            "eos_token_id": stops if len(stops) > 1 else stops[0],
-        },
+        "config.json": {"pad_token_id": pad_id},
+        "generation_config.json": {"pad_token_id": pad_id, "eos_token_id": eos},
         "tokenizer_config.json": {"pad_token": tokenizer.pad_token},
     }
     for name, change in changes.items():

@@ -4,29 +4,38 @@ The sums are those of PEFT's ``merge_and_unload`` in float32, bit for bit: the p
 scale, plus the weight. DoRA then scales every row to its trained magnitude. If the adapter changes one of two tied
 embeddings, they become two tensors, because base + adapter answers like that. PEFT would change both.
 
-:class:`NormalFloat` replaces the base weights by those that 4-bit training used (QLoRA, arXiv 2305.14314).
+:class:`NormalFloat` replaces the base weights by those that 4-bit training used (QLoRA, arXiv 2305.14314), and
+:class:`RoundedWeights` rounds the merged weights to the type in which they are stored.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from fintune.errors import ModelError, ResourceError
-from fintune.export.gguf.vocabulary import count_tokens
+from fintune.errors import ArtifactError, ModelError, ResourceError
 from fintune.export.merge.adapter_reader import Adapter, LowRank
-from fintune.export.merge.safetensors_files import SafetensorFolder, StoredTensor
 from fintune.models import adapter as adapters
-from fintune.util.files import read_json
+from fintune.models.folder import count_tokens, read_model_config
+from fintune.models.safetensors_files import (
+    DTYPES,
+    SafetensorFolder,
+    StoredTensor,
+    WeightSource,
+    from_stored,
+    to_stored,
+)
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from torch import nn
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -35,7 +44,8 @@ HEAD = "lm_head.weight"
 _MAX_PLAIN_RANK = 128
 # Threads work on neighbouring tensors, so the shared parts of several tensors are cached.
 _NUM_CACHED = 3
-
+_SLAB_ELEMENTS = 4 << 20
+_COMPARED_ROWS = 1024
 
 BaseTransform = Callable[[StoredTensor, "NDArray[np.float32]"], "NDArray[np.float32]"]
 """Change of a whole base weight: (tensor, values) -> values of the same shape."""
@@ -60,23 +70,19 @@ class MergedWeights:
         ModelError: Base or adapter is unreadable, or the adapter belongs to another base.
     """
 
-    def __init__(
-        self,
-        base: Path,
-        adapter: Path,
-        *,
-        transform: BaseTransform | None = None,
-    ) -> None:
+    def __init__(self, base: Path, adapter: Path, *, transform: BaseTransform | None = None) -> None:
         self.adapter = Adapter(adapter)
         self._base = SafetensorFolder(base)
         adapters.check_adapter_base(base, adapter)
-        tied = bool(read_json(base / "config.json", ModelError).get("tie_word_embeddings"))
+        tied = bool(read_model_config(base).get("tie_word_embeddings"))
         self._transform = transform
         self._changes = dict(self.adapter.changes)
         self._saved = dict(self.adapter.saved)
         self._lock = threading.RLock()
         self._cache: dict[str, dict[str, NDArray[np.float32]]] = {}
         self.tensors: dict[str, StoredTensor] = dict(self._base.tensors)
+        if tied and EMBEDDING not in self.tensors:
+            raise ModelError(f"{base}: its embeddings are tied, but the weights lack {EMBEDDING}")
         self.tied = tied and not self._unties_embeddings()
         if tied and not self.tied and HEAD not in self.tensors:
             self.tensors[HEAD] = replace(self.tensors[EMBEDDING], name=HEAD)
@@ -96,23 +102,16 @@ class MergedWeights:
         alike = embedding is not None and head is not None and self._are_equal(embedding, head)
         if not (resized or alike or self.adapter.ties_weights):
             return any(name in changed for name in (EMBEDDING, HEAD) for changed in (self._changes, self._saved))
-        change, saved = self._changes.pop(HEAD, None), self._saved.pop(HEAD, None)
-        if change is not None:
+        if (change := self._changes.pop(HEAD, None)) is not None:
             self._changes.setdefault(EMBEDDING, change)
-        if saved is not None:
+        if (saved := self._saved.pop(HEAD, None)) is not None:
             self._saved.setdefault(EMBEDDING, saved)
         return False
 
     def _are_equal(self, one: StoredTensor, other: StoredTensor) -> bool:
-        import numpy as np
-
-        step = 1024
+        spans = [(at, min(at + _COMPARED_ROWS, one.shape[0])) for at in range(0, one.shape[0], _COMPARED_ROWS)]
         return one.shape == other.shape and all(
-            np.array_equal(
-                self._base.rows(one, at, min(at + step, one.shape[0])),
-                self._base.rows(other, at, min(at + step, one.shape[0])),
-            )
-            for at in range(0, one.shape[0], step)
+            (self._base.rows(one, *span) == self._base.rows(other, *span)).all() for span in spans
         )
 
     def _check_fits(self) -> None:
@@ -121,39 +120,39 @@ class MergedWeights:
         hint: str | None = "name the base model that the adapter was trained on"
         if adapters.is_base_of(base, adapter.base_name):
             subject, missing, hint = str(adapter.folder), f"{base} does not have", None
-        for name, saved in self._saved.items():
-            tensor = self.tensors.get(name)
-            if tensor is None:
-                raise ModelError(f"{subject} replaces {name}, which {missing}", hint=hint)
-            # Only the vocabulary may have grown. Any other difference means another model.
-            resized = name in (EMBEDDING, HEAD) and tensor.shape[1:] == saved.shape[1:]
-            if tensor.shape != saved.shape and not resized:
-                raise ModelError(f"{subject} replaces {_describe_shapes(name, tensor.shape, saved.shape)}", hint=hint)
-        for name, change in self._changes.items():
-            tensor = self._saved.get(name) or self.tensors.get(name)
-            if tensor is None:
-                raise ModelError(f"{subject} adapts {name.removesuffix('.weight')}, which {missing}", hint=hint)
-            if name in (EMBEDDING, HEAD) and tensor.shape[0] != change.shape[0] and tensor.shape[1] == change.shape[1]:
-                raise ModelError(
-                    f"{adapter.folder} was trained with a vocabulary of {change.shape[0]} tokens, {base} "
-                    f"has {tensor.shape[0]}, and the resized embeddings were not saved with the adapter",
-                    hint="save the adapter again from the training, with PEFT's save_embedding_layers=True",
+        for verb, parts in (("replaces", self._saved), ("adapts", self._changes)):
+            for name, part in parts.items():
+                tensor = self.tensors.get(name)
+                if verb == "adapts":
+                    tensor = self._saved.get(name) or tensor
+                if tensor is None:
+                    module = name.removesuffix(".weight") if verb == "adapts" else name
+                    raise ModelError(f"{subject} {verb} {module}, which {missing}", hint=hint)
+                # Only the vocabulary may have grown. Any other difference means another model.
+                resized = (
+                    name in (EMBEDDING, HEAD) and tensor.shape != part.shape and tensor.shape[1:] == part.shape[1:]
                 )
-            if tensor.shape != change.shape:
-                raise ModelError(f"{subject} adapts {_describe_shapes(name, tensor.shape, change.shape)}", hint=hint)
+                if resized and verb == "adapts":
+                    raise ModelError(
+                        f"{adapter.folder} was trained with a vocabulary of {part.shape[0]} tokens, {base} "
+                        f"has {tensor.shape[0]}, and the resized embeddings were not saved with the adapter",
+                        hint="save the adapter again from the training, with PEFT's save_embedding_layers=True",
+                    )
+                if tensor.shape != part.shape and not resized:
+                    raise ModelError(
+                        f"{subject} {verb} {name}, which has the shape {list(tensor.shape)} in the base and "
+                        f"{list(part.shape)} in the adapter",
+                        hint=hint,
+                    )
 
     def _check_vocabulary(self) -> None:
         """Check that both embeddings have a row for every token of the merged folder's tokenizer."""
         adapter, base = self.adapter.folder, self._base.folder
         of_adapter = count_tokens(adapter)
         required = count_tokens(base) if of_adapter is None else of_adapter
-        if required is None:
-            return
         # A missing tensor has another name in this architecture, or is tied to the other one.
-        rows = min(
-            (self.tensors[name].shape[0] for name in (EMBEDDING, HEAD) if name in self.tensors), default=required
-        )
-        if required <= rows:
+        rows = min([self.tensors[name].shape[0] for name in (EMBEDDING, HEAD) if name in self.tensors], default=None)
+        if required is None or rows is None or required <= rows:
             return
         if of_adapter is None:
             raise ModelError(f"{base}: the tokenizer has {required} tokens, but the model has only {rows} rows")
@@ -168,8 +167,8 @@ class MergedWeights:
         """Names of the tensors that differ from the base's."""
         return frozenset(self._changes) | frozenset(self._saved)
 
-    def base_rows(self, tensor: StoredTensor, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
-        """Return rows ``start`` to ``stop`` without the low-rank change. A replaced tensor gives the replacement."""
+    def _base_rows(self, tensor: StoredTensor, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+        """Return rows without the low-rank change. A replaced tensor gives the replacement."""
         if self._transform is None or tensor.name in self._saved:
             return self._base.rows(tensor, start, stop)
         transform = self._transform
@@ -182,7 +181,7 @@ class MergedWeights:
             ModelError: A file ended early.
             ResourceError: DoRA or a rank above 128 needs torch, which is not installed.
         """
-        weight = self.base_rows(tensor, start, stop)
+        weight = self._base_rows(tensor, start, stop)
         change = self._changes.get(tensor.name)
         if change is None:
             return weight
@@ -190,11 +189,15 @@ class MergedWeights:
         merged: NDArray[np.float32] = weight + self._delta(tensor.name, change, start, stop)
         if change.magnitude is None:
             return merged
-        magnitude = self._once(tensor.name, "magnitude", lambda: self._base.rows(change.magnitude))  # type: ignore[arg-type]
-        if change.embedding:
-            norms = self._once(tensor.name, "norms", lambda: self._embedding_norms(tensor, change))
-            return (magnitude / norms)[None, :] * merged
-        return (magnitude[start:stop] / _norms(merged))[:, None] * merged
+        stored = change.magnitude
+        magnitude = self._once(tensor.name, "magnitude", lambda: self._base.rows(stored))
+        if not change.embedding:
+            return (magnitude[start:stop] / _norms(merged))[:, None] * merged
+
+        def column_norms() -> NDArray[np.float32]:
+            return _norms((self._base_rows(tensor) + self._delta(tensor.name, change, 0, tensor.shape[0])).T)
+
+        return (magnitude / self._once(tensor.name, "norms", column_norms))[None, :] * merged
 
     def original_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32] | None:
         """Return the base's own rows, or None if the base does not have them because the vocabulary grew."""
@@ -210,19 +213,22 @@ class MergedWeights:
 
         scale = np.float32(change.scale)
         a = self._once(name, "a", lambda: self._base.rows(change.a))
-        if change.rank > _MAX_PLAIN_RANK:
-            whole = self._once(name, "product", lambda: _torch_product(self._base.rows(change.b), a) * scale)
-            return whole.T[start:stop] if change.embedding else whole[start:stop]
-        if change.embedding:
-            b = self._once(name, "b", lambda: self._base.rows(change.b))
-            part: NDArray[np.float32] = (b @ np.ascontiguousarray(a[:, start:stop])).T * scale
-            return part
-        delta: NDArray[np.float32] = (self._base.rows(change.b, start, stop) @ a) * scale
-        return delta
+        delta: NDArray[np.float32]
+        if change.a.shape[0] > _MAX_PLAIN_RANK:
+            torch = _import_torch(f"a rank above {_MAX_PLAIN_RANK}")
 
-    def _embedding_norms(self, tensor: StoredTensor, change: LowRank) -> NDArray[np.float32]:
-        merged = self.base_rows(tensor) + self._delta(tensor.name, change, 0, tensor.shape[0])
-        return _norms(merged.T)
+            def product() -> NDArray[np.float32]:
+                b = torch.from_numpy(self._base.rows(change.b))
+                whole: NDArray[np.float32] = (b @ torch.from_numpy(a)).numpy() * scale
+                return whole.T if change.embedding else whole
+
+            delta = self._once(name, "product", product)[start:stop]
+        elif change.embedding:
+            b = self._once(name, "b", lambda: self._base.rows(change.b))
+            delta = (b @ np.ascontiguousarray(a[:, start:stop])).T * scale
+        else:
+            delta = (self._base.rows(change.b, start, stop) @ a) * scale
+        return delta
 
     def _once(self, name: str, part: str, compute: Callable[[], NDArray[np.float32]]) -> NDArray[np.float32]:
         """Return a part that all rows of a tensor share, from a cache of the last few tensors."""
@@ -244,24 +250,14 @@ class MergedWeights:
         self._base.__exit__(kind, error, trace)
 
 
-def _describe_shapes(name: str, base: Sequence[int], adapter: Sequence[int]) -> str:
-    return f"{name}, which has the shape {list(base)} in the base and {list(adapter)} in the adapter"
-
-
 def _norms(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return the length of every row. torch computes it, because the order of the sum differs between libraries."""
-    torch = _torch("DoRA")
+    torch = _import_torch("DoRA")
     norms: NDArray[np.float32] = torch.linalg.norm(torch.from_numpy(rows), dim=1).numpy()
     return norms
 
 
-def _torch_product(b: NDArray[np.float32], a: NDArray[np.float32]) -> NDArray[np.float32]:
-    torch = _torch(f"a rank above {_MAX_PLAIN_RANK}")
-    product: NDArray[np.float32] = (torch.from_numpy(b) @ torch.from_numpy(a)).numpy()
-    return product
-
-
-def _torch(what: str) -> Any:
+def _import_torch(what: str) -> Any:
     try:
         import torch
     except ImportError as error:
@@ -273,27 +269,20 @@ class NormalFloat:
     """Round trip of matrices through 4-bit NormalFloat with double quantisation, a :data:`BaseTransform`.
 
     Embeddings and vectors do not change, as in 4-bit training.
-
-    Attributes:
-        max_difference: Largest absolute difference to the base weights so far.
     """
 
     def __init__(self) -> None:
-        self.max_difference = 0.0
-        self._squares = self._difference_squares = 0.0
+        self._largest = self._squares = self._difference_squares = 0.0
         self._measured: set[str] = set()
 
     @property
-    def relative_rms(self) -> float:
-        """Root mean square of the difference, divided by that of the weights."""
-        return math.sqrt(self._difference_squares / self._squares) if self._squares else 0.0
+    def difference(self) -> dict[str, float]:
+        """The difference to the base so far: its root mean square by that of the weights, and the largest absolute."""
+        relative_rms = math.sqrt(self._difference_squares / self._squares) if self._squares else 0.0
+        return {"relative_rms": relative_rms, "largest": self._largest}
 
     def __call__(self, tensor: StoredTensor, weight: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Quantise and dequantise one tensor.
-
-        Args:
-            tensor: The tensor.
-            weight: Its values, float32, of any shape.
+        """Quantise and dequantise the float32 values of one tensor.
 
         Raises:
             ResourceError: bitsandbytes is missing.
@@ -315,19 +304,135 @@ class NormalFloat:
         if tensor.name not in self._measured:
             self._measured.add(tensor.name)
             difference = rounded - weight
-            self.max_difference = max(self.max_difference, float(abs(difference).max()))
+            self._largest = max(self._largest, float(abs(difference).max()))
             self._squares += float((weight.astype(float) ** 2).sum())
             self._difference_squares += float((difference.astype(float) ** 2).sum())
         return rounded
 
 
 def describe_merge_base(quantised: NormalFloat | None) -> dict[str, str | Mapping[str, float]]:
-    """Return the manifest's entries about the weights into which the adapter was merged.
-
-    Args:
-        quantised: The transform of the base weights, or None if the base's own weights were used.
-    """
+    """Return the manifest's entries about the weights into which the adapter was merged; None: the base's own."""
     if quantised is None:
         return {"merged_into": "16-bit base"}
-    difference = {"relative_rms": quantised.relative_rms, "largest": quantised.max_difference}
-    return {"merged_into": "base dequantised from 4 bits", "base_difference": difference}
+    return {"merged_into": "base dequantised from 4 bits", "base_difference": quantised.difference}
+
+
+class RoundedWeights:
+    """Rows of merged weights, rounded to a stored type, and the check that the adapter changed every tensor.
+
+    Several threads may read.
+
+    Args:
+        weights: Base and adapter.
+        dtype: "bfloat16", "float16", "float32", or "auto" for the type of most values of the base.
+        counts_all: Whether to count every changed value. False stops at the first of each tensor, which is faster.
+
+    Attributes:
+        dtype: The stored type; "auto" is resolved.
+        tensors: Name -> shape, type and position.
+    """
+
+    def __init__(self, weights: MergedWeights, dtype: str, *, counts_all: bool = False) -> None:
+        self._weights = weights
+        self.tensors: Mapping[str, StoredTensor] = weights.tensors
+        if dtype == "auto":
+            sizes: Counter[str] = Counter()
+            for tensor in weights.tensors.values():
+                sizes[tensor.dtype] += math.prod(tensor.shape)
+            dtype = DTYPES[max(sizes, key=lambda code: sizes[code])]
+        self.dtype = dtype
+        self._counts_all = counts_all
+        self._lock = threading.Lock()
+        # Name -> number of values that were compared with the base, and of those that differ.
+        self._counts = {name: [0, 0] for name in sorted(weights.changed) if name in weights.tensors}
+
+    def stored_rows(self, tensor: StoredTensor, start: int = 0, stop: int | None = None) -> NDArray[np.generic]:
+        """Return rows ``start`` to ``stop`` in the stored type; bfloat16 as its bits in uint16.
+
+        Raises:
+            ModelError: A value is not finite in this type, or a file ended early.
+        """
+        import numpy as np
+
+        stop = tensor.shape[0] if stop is None else stop
+        stored = to_stored(self._weights.rows(tensor, start, stop), self.dtype)
+        if not np.isfinite(stored if stored.dtype != np.uint16 else from_stored(stored)).all():
+            raise ModelError(
+                f"tensor {tensor.name} holds values that are not finite in {self.dtype}",
+                hint="the training diverged, or the values exceed the range of float16: use merge.dtype=bfloat16",
+            )
+        count = self._counts.get(tensor.name)
+        if count is not None and (self._counts_all or not count[1]):
+            before = self._weights.original_rows(tensor.name, start, stop)
+            same = 0 if before is None else int((to_stored(before, self.dtype) == stored).sum())
+            with self._lock:
+                count[0] += stored.size
+                count[1] += stored.size - same
+        return stored
+
+    def rows(self, tensor: StoredTensor, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+        """Return rows ``start`` to ``stop``, rounded to the stored type, as float32."""
+        return from_stored(self.stored_rows(tensor, start, stop))
+
+    @property
+    def num_moved(self) -> int:
+        """Number of tensors that the adapter changed."""
+        return sum(num_changed > 0 for _, num_changed in self._counts.values())
+
+    @property
+    def moved_share(self) -> float:
+        """Share of the values of adapted tensors that differ from the base, if all were counted."""
+        num_changed = sum(num for _, num in self._counts.values())
+        return num_changed / max(1, sum(num for num, _ in self._counts.values()))
+
+    def check_read(self) -> None:
+        """Check, after all rows were read, that the adapter changed every tensor that it adapts.
+
+        Raises:
+            ArtifactError: A tensor did not change.
+        """
+        unchanged = [name for name, (_, num_changed) in self._counts.items() if not num_changed]
+        if len(unchanged) == len(self._counts):
+            raise ArtifactError(
+                "the adapter changes no weight of the model", hint="it is untrained; look at train/metrics.jsonl"
+            )
+        if unchanged:
+            raise ArtifactError(
+                f"{len(unchanged)} of {len(self._counts)} adapted weights did not change in {self.dtype}, "
+                f"the first is {unchanged[0]}",
+                hint="merge.dtype=float32 keeps smaller changes; if none change there either, they are untrained",
+            )
+
+
+def load_merged_weights(model: nn.Module, weights: WeightSource, tensors: Iterable[StoredTensor] | None = None) -> None:
+    """Replace embedding and layers of a loaded base with merged weights, slab by slab.
+
+    The output embedding stays the base's, because no layer's input depends on it. The result equals the model that
+    loading the merged folder in the same type would give, without a second model in memory.
+
+    Args:
+        model: The base model.
+        weights: The merged weights, rounded as they would be stored.
+        tensors: The tensors of ``weights`` to load, such as an iterator with a progress bar. None loads all of them.
+
+    Raises:
+        ModelError: A value is not finite, or a tensor has another shape than the model's.
+    """
+    import torch
+
+    modules = dict(model.named_modules())
+    for tensor in weights.tensors.values() if tensors is None else tensors:
+        owner, _, leaf = tensor.name.rpartition(".")
+        parameter = getattr(modules.get(owner), leaf, None)
+        if tensor.name == HEAD or not isinstance(parameter, torch.nn.Parameter):
+            continue  # a checkpoint may hold what a model does not load, such as rotary frequencies
+        if parameter.shape != tensor.shape:
+            if parameter.shape[1:] != tensor.shape[1:] or not isinstance(modules[owner], torch.nn.Embedding):
+                raise ModelError(f"tensor {tensor.name} has the shape {list(tensor.shape)}, which is not the model's")
+            parameter = torch.nn.Parameter(parameter.new_empty(tensor.shape), requires_grad=False)
+            setattr(modules[owner], leaf, parameter)  # the vocabulary grew in training
+        step = max(1, _SLAB_ELEMENTS * tensor.shape[0] // max(1, parameter.numel()))
+        with torch.no_grad():
+            for start in range(0, tensor.shape[0], step):
+                stop = min(start + step, tensor.shape[0])
+                parameter[start:stop].copy_(torch.from_numpy(weights.rows(tensor, start, stop)))

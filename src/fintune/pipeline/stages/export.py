@@ -24,8 +24,13 @@ from fintune.export.merge.merge import (
     write_json,
     write_special_tokens,
 )
-from fintune.export.merge.merged_weights import MergedWeights, NormalFloat, describe_merge_base
-from fintune.export.merge.rounded_weights import RoundedWeights, load_merged_weights
+from fintune.export.merge.merged_weights import (
+    MergedWeights,
+    NormalFloat,
+    RoundedWeights,
+    describe_merge_base,
+    load_merged_weights,
+)
 from fintune.manifest import Facts
 from fintune.models import adapter as adapters
 from fintune.models import load as models

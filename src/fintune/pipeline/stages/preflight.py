@@ -14,7 +14,7 @@ from fintune.errors import ModelError
 from fintune.export.gguf import llama_cpp_checkout
 from fintune.export.gguf.architectures import ModelConfig
 from fintune.export.gguf.vocabulary import (
-    TokenizerMetadata,
+    GgufVocabulary,
     read_converted_vocabulary,
     read_vocabulary,
     write_vocabulary_file,
@@ -64,7 +64,7 @@ def preflight(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts
         return _check(ref.path, tokenizer, _vocabulary(config, ref.path, Path(temporary)), folder)
 
 
-def _vocabulary(config: Config, model: Path, temporary: Path) -> TokenizerMetadata:
+def _vocabulary(config: Config, model: Path, temporary: Path) -> GgufVocabulary:
     """Return the vocabulary that the export will write, with or without a llama.cpp checkout."""
     if config.export.llama_cpp_path is None:
         return read_vocabulary(model, ModelConfig(model).vocab_size)
@@ -73,7 +73,7 @@ def _vocabulary(config: Config, model: Path, temporary: Path) -> TokenizerMetada
     return read_converted_vocabulary(temporary / "converted.gguf")
 
 
-def _check(model: Path, tokenizer: PreTrainedTokenizerBase, vocabulary: TokenizerMetadata, folder: Path) -> Facts:
+def _check(model: Path, tokenizer: PreTrainedTokenizerBase, vocabulary: GgufVocabulary, folder: Path) -> Facts:
     if vocabulary.chat_template is None or vocabulary.chat_template != tokenizer.chat_template:
         raise ModelError(
             f"{model}: the chat template of the GGUF would differ from the one for training",

@@ -8,9 +8,9 @@ import pytest
 from safetensors.torch import load_file
 
 from fintune.errors import ModelError
-from fintune.export.merge import rounded_weights
-from fintune.export.merge.rounded_weights import load_merged_weights
-from fintune.export.merge.safetensors_files import SafetensorFolder
+from fintune.export.merge import merged_weights
+from fintune.export.merge.merged_weights import load_merged_weights
+from fintune.models.safetensors_files import SafetensorFolder
 from support.tiny import make_tiny_model
 
 torch = pytest.importorskip("torch")
@@ -26,7 +26,7 @@ def loaded(tiny_model):
 @pytest.mark.parametrize("vocab_size", [400, 420])
 def test_load_merged_weights_equals_loading_the_folder(loaded, tmp_path, monkeypatch, vocab_size):
     other = make_tiny_model(tmp_path, seed=7, vocab_size=vocab_size)
-    monkeypatch.setattr(rounded_weights, "_SLAB_ELEMENTS", 1000)  # several slabs, the last one short
+    monkeypatch.setattr(merged_weights, "_SLAB_ELEMENTS", 1000)  # several slabs, the last one short
     with SafetensorFolder(other) as weights:
         load_merged_weights(loaded, weights)
     own = dict(loaded.named_parameters())

@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from fintune.errors import ModelError
-from fintune.export.merge.safetensors_files import SafetensorFolder
+from fintune.models.safetensors_files import SafetensorFolder
 from support.synthetic import write_folder
 
 
@@ -31,7 +31,7 @@ def test_rows_of_all_float_types_come_as_float32(tmp_path):
 
 def test_a_missing_shard_is_named(folder):
     (folder / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"shard model-00002-of-00003\.safetensors .* is missing"):
+    with pytest.raises(ModelError, match=r"lacks 1 of the 3 weight files .* model-00002-of-00003\.safetensors"):
         SafetensorFolder(folder)
 
 
@@ -55,7 +55,7 @@ def test_index_with_tensors_missing_in_shards_is_refused(folder):
 @pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}'])
 def test_an_unreadable_index_is_one_line(folder, text):
     (folder / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(ModelError, match=r"index\.json: unreadable"):
+    with pytest.raises(ModelError, match=r"index\.json"):
         SafetensorFolder(folder)
 
 
@@ -66,5 +66,5 @@ def test_quantised_weights_are_refused(tmp_path):
 
 
 def test_a_folder_without_weights_says_so(tmp_path):
-    with pytest.raises(ModelError, match="no weights"):
+    with pytest.raises(ModelError, match="no safetensors weights"):
         SafetensorFolder(tmp_path)
