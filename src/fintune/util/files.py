@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pydantic_core
-from pydantic import BaseModel, ValidationError
-
 from filelock import FileLock, Timeout
+from pydantic import BaseModel, ValidationError
 
 from fintune.errors import FintuneError
 from fintune.util.signals import sigterm_as_interrupt
