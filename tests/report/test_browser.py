@@ -56,7 +56,7 @@ def test_used_parts_mark_operands_with_currency_and_percent():
 
 
 def test_an_operand_in_a_first_row_that_is_no_header_is_found():
-    assert find_used_parts(record(program="subtract(50, 2010)", gold_inds={"table_1": ""})).cells == ((1, 1), (0, 1))
+    assert find_used_parts(record(program="subtract(50, 2010)", gold_inds={"table_1": ""})).cells == ((0, 1), (1, 1))
 
 
 def test_constants_and_steps_mark_nothing():

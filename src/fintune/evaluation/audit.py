@@ -178,8 +178,7 @@ def _is_sign_dropped(value: object, cells: Sequence[tuple[int, int]], record: Fi
 
 def _has_unused_step(program: Program) -> bool:
     used = {len(program.steps) - 1}
-    for index in range(len(program.steps) - 1, -1, -1):
-        step = program.steps[index]
+    for index, step in reversed(list(enumerate(program.steps))):
         if index in used:
             used |= {argument.step for argument in (step.first, step.second) if isinstance(argument, Reference)}
     return len(used) < len(program.steps)
@@ -221,39 +220,35 @@ def _table_findings(record: FinQARecord) -> Iterator[str]:
 
 def _repeated_questions(records: Sequence[FinQARecord]) -> dict[str, set[str]]:
     """Findings about questions that occur more than once, by id."""
-    pages = defaultdict[tuple[str, ...], Counter[str]](Counter)
-    keys = [(record.id, question_words(record.qa.question), group_of(record.id, "page")) for record in records]
-    for _, words, page in keys:
-        pages[words][page] += 1
-    findings: dict[str, set[str]] = {record.id: set() for record in records}
-    for record_id, words, page in keys:
-        if len(pages[words]) > 1:
-            findings[record_id].add("question_on_other_page")
-        if pages[words][page] > 1:
-            findings[record_id].add("question_twice_on_page")
+    keys = [(question_words(record.qa.question), group_of(record.id, "page")) for record in records]
+    num_on_page = Counter(keys)
+    num_pages = Counter(words for words, _ in num_on_page)
+    findings = defaultdict[str, set[str]](set)
+    for record, key in zip(records, keys, strict=True):
+        findings[record.id] |= {"question_on_other_page"} if num_pages[key[0]] > 1 else set()
+        findings[record.id] |= {"question_twice_on_page"} if num_on_page[key] > 1 else set()
     return findings
 
 
 def _audit_evidence(records: Sequence[FinQARecord]) -> EvidenceAudit:
     counts: Counter[Agreement] = Counter()
     unambiguous: Counter[Agreement] = Counter()
-    num_derived = num_without = 0
+    num_derived = 0
     for record in records:
         derived = derive(tokenize(record.qa.program), record.table, _sentences(record), record.qa.question)
-        if not record.qa.gold_inds:
+        if record.qa.gold_inds:
+            kind = agreement(derived.units, record.qa.gold_inds)
+            counts[kind] += 1
+            unambiguous[kind] += not derived.chosen
+        else:
             num_derived += derived.complete
-            num_without += not derived.complete
-            continue
-        kind = agreement(derived.units, record.qa.gold_inds)
-        counts[kind] += 1
-        unambiguous[kind] += not derived.chosen
     return EvidenceAudit(
         num_annotated=counts.total(),
         agreement={kind: counts[kind] for kind in AGREEMENTS},
         num_unambiguous=unambiguous.total(),
         unambiguous={kind: unambiguous[kind] for kind in AGREEMENTS},
         num_derived=num_derived,
-        num_without=num_without,
+        num_without=len(records) - counts.total() - num_derived,
     )
 
 

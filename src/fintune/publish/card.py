@@ -54,22 +54,16 @@ class Card:
 
     Attributes:
         repo: ``OWNER/NAME``; its characters have no meaning to a shell.
-        options: What is pushed, and the branch.
         licence: Licence of the model, as the hub writes it.
-        base: The base model.
-        sources: Sources of the training data.
         used: A sentence about the examples that were used.
         is_program: Whether the model answers with programs of FinQA's language.
         method: Name and value of each option of the training method.
         training: Name and value of each figure of training.
         messages: A conversation for the code snippets.
-        max_new_tokens: Maximum tokens of an answer.
         context_tokens: Maximum tokens of prompt and completion in training.
-        scores: Scores by kind of model.
         scored: Sentences about the questions and the decoding of the scores.
         replay: Facts of the stage ``replay``: the agreement of each kind of model with the trained model.
         gguf: GGUF files, the smallest last.
-        has_modelfile: Whether the repository has a Modelfile for Ollama.
         files: Name and bytes of each file.
         origin: Name and value of each fact about provenance.
         needs_remote_code: Whether the base model needs its own Python code.
@@ -145,7 +139,7 @@ def render_card(card: Card) -> str:
     return fill_template(
         "card.md.j2",
         card=card,
-        title=_title(card),
+        title=card.repo.rpartition("/")[2],
         front=_front(card),
         restricted=[f"{escape_markdown(origin.name)} ({escape_markdown(origin.licence)})" for origin in restricted],
         scores=[score_row(kind, score) for kind, score in card.scores.items()],
@@ -160,10 +154,6 @@ def render_card(card: Card) -> str:
         flag=f" --revision {branch}" if branch else "",
         trust=", trust_remote_code=True" if card.needs_remote_code else "",
     )
-
-
-def _title(card: Card) -> str:
-    return card.repo.rpartition("/")[2]
 
 
 def _front(card: Card) -> str:
@@ -219,12 +209,11 @@ def unstated_licences(config: Config, card: Card) -> list[str]:
     """Return a line for the base model and for each source whose licence is not stated, with what to set."""
     if config.publish.license:
         return []
-    lines = []
-    if NOT_STATED in card.base.licence:
-        lines.append(f"license: the base model {card.base.name} states none: set publish.license")
     entry = "" if card.is_program else "`license` of its entry in data.sources, or "
-    unstated = [source.name for source in card.sources if NOT_STATED in source.licence]
-    return lines + [f"license: {name} states none: set {entry}publish.license" for name in unstated]
+    origins = [(card.base, f"the base model {card.base.name}", "")]
+    origins += [(source, source.name, entry) for source in card.sources]
+    unstated = [(name, entry) for origin, name, entry in origins if NOT_STATED in origin.licence]
+    return [f"license: {name} states none: set {entry}publish.license" for name, entry in unstated]
 
 
 def _check_licence(stated: str | None, origins: Sequence[CardOrigin]) -> None:
@@ -298,10 +287,8 @@ def _method(manifests: Mapping[str, Manifest]) -> Iterator[tuple[str, str]]:
     if kind != "full":
         init = options.get("adapter.init_lora_weights", "default")
         start = "" if init == "default" else f", initialised by {init} and therefore stored with twice the rank"
-        yield (
-            "rank, alpha, dropout",
-            f"{options['adapter.r']}, {options['adapter.lora_alpha']}, {options['adapter.lora_dropout']}{start}",
-        )
+        shape = ", ".join(options[f"adapter.{name}"] for name in ("r", "lora_alpha", "lora_dropout"))
+        yield "rank, alpha, dropout", f"{shape}{start}"
         yield "adapted layers", ", ".join(manifest.key.options["adapter.target_modules"])
     yield "precision", str(manifest.facts.get("precision", options.get("train.dtype")))
     yield "learning rate", f"{float(options['train.learning_rate']):g}, {options['train.lr_scheduler_type']}"
@@ -319,17 +306,6 @@ def _passes(options: Mapping[str, Any], facts: Facts) -> str:
     return f"{passes:.2g}, {examples:,}" if passes < 1 else f"{round(passes, 2):g}, {examples:,}"
 
 
-def _guarded(facts: Facts) -> Iterator[tuple[str, str]]:
-    """Yield the guard's summary, and the shares of right programs with intervals, because twelve prompts are few."""
-    yield "fixed prompts, before and after", str(facts.get("summary", ""))
-    for group in facts.get("groups", ()):
-        number = group["num_prompts"]
-        if group["right_before"] is not None:
-            rights = (group["right_before"], group["right_after"])
-            shares = ", ".join(f"{right} of {number} ({format_interval(wilson(right, number))} %)" for right in rights)
-            yield f"{group['name']} right, before and after, 95 % intervals", shares
-
-
 def _training(manifests: Mapping[str, Manifest]) -> Iterator[tuple[str, str]]:
     if "train" not in manifests:
         return
@@ -344,7 +320,13 @@ def _training(manifests: Mapping[str, Manifest]) -> Iterator[tuple[str, str]]:
         ends = f"{facts['mean_first_loss']:.3f} to {facts['mean_last_loss']:.3f}"
         yield "training loss, first to last steps", f"{ends}, means of {facts['num_mean_losses']:,}"
     if "guard" in manifests:
-        yield from _guarded(manifests["guard"].facts)
+        guarded = manifests["guard"].facts
+        yield "fixed prompts, before and after", str(guarded.get("summary", ""))
+        for group in guarded.get("groups", ()):
+            if group["right_before"] is not None:  # with intervals, because twelve prompts are few
+                n, rights = group["num_prompts"], (group["right_before"], group["right_after"])
+                shares = ", ".join(f"{right} of {n} ({format_interval(wilson(right, n))} %)" for right in rights)
+                yield f"{group['name']} right, before and after, 95 % intervals", shares
     speed = f"{format_duration(facts['train_seconds'])}, {facts['tokens_per_second']:,.0f} tokens a second"
     machine = manifest.machine
     device = machine.get("gpu") or f"{machine.get('cores')} cores of {machine.get('processor')}"
@@ -355,10 +337,8 @@ def _origin(manifests: Mapping[str, Manifest]) -> Iterator[tuple[str, str]]:
     yield "made with", f"fintune {__version__}"
     last = manifests.get("train") or next(iter(manifests.values()))
     if commits := dict.fromkeys(manifest.commit for manifest in manifests.values() if manifest.commit):
-        yield (
-            "commit",
-            ", ".join(commits) + (" (+: files were changed)" if any("+" in commit for commit in commits) else ""),
-        )
+        text = ", ".join(commits)
+        yield "commit", text + (" (+: files were changed)" if "+" in text else "")
     yield "seed", str(last.seed)
     yield "finished", last.finished[:10]
     names = ("torch", "transformers", "peft", "trl")

@@ -54,12 +54,9 @@ class Publication:
 
 
 def gather_files(config: Config, inputs: Mapping[str, Path], folder: Path) -> Publication:
-    """Collect and check the files of a push.
+    """Collect and check the files of a push from the finished folders by step name.
 
-    Args:
-        config: The run.
-        inputs: Step name -> finished folder.
-        folder: Folder for the adapter's configuration, which names the base model by its name on the hub.
+    The adapter's configuration is written into ``folder`` with the base model's name on the hub.
 
     Raises:
         ArtifactError: A requested result or that of ``prepare`` is missing, is older than its inputs, or was changed.
@@ -101,12 +98,15 @@ def _stage_files(
     for what in config.publish.artifacts:
         step = _STEPS[what]
         for name in manifests[step].outputs:
-            if name == f"adapter/{adapters.BASE_FILE}":
-                continue  # it describes the weights on this machine, which may differ from those on the hub
-            if what == "adapter" and name.startswith("adapter/"):
-                chosen.append((step, name, _below(config.publish.adapter_folder, name.removeprefix("adapter/"))))
-            elif name in gguf if what == "gguf" else what == "merged" and name != CARD:
-                chosen.append((step, name, name))
+            target = name
+            if what == "adapter":
+                # The base file describes the weights on this machine, which may differ from those on the hub.
+                is_pushed = name.startswith("adapter/") and name != f"adapter/{adapters.BASE_FILE}"
+                target = _below(config.publish.adapter_folder, name.removeprefix("adapter/"))
+            else:
+                is_pushed = name in gguf if what == "gguf" else name != CARD
+            if is_pushed:
+                chosen.append((step, name, target))
     for step, name, target in track(chosen, "check", len(chosen)):
         path = inputs[step] / name
         digest = sha256_file(path) if path.is_file() else None
@@ -167,8 +167,7 @@ def base_of(config: Config) -> tuple[CardOrigin, Path | None]:
     if licence == "other" and folder is not None:
         named = re.search(r"^license_name:\s*(\S+)", (folder / CARD).read_text("utf-8", "replace"), re.MULTILINE)
         licence = named[1].strip("\"'") if named else licence
-    shown = hub_id or ref.base_name
-    return CardOrigin(shown, hub_id, licence, is_non_commercial(licence), note), folder
+    return CardOrigin(hub_id or ref.base_name, hub_id, licence, is_non_commercial(licence), note), folder
 
 
 def _cached(name: str, revision: str | None) -> Path | None:

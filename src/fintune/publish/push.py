@@ -67,16 +67,7 @@ class Upload:
 
 @dataclass(frozen=True)
 class PushResult:
-    """The result of a push.
-
-    Attributes:
-        commit: The hub's id of the commit.
-        address: URL of the commit.
-        sent: Names of new and changed files.
-        kept: Names of unchanged files.
-        removed: Names of deleted files.
-        num_sent_bytes: Total size of ``sent``.
-    """
+    """The result of a push: the commit's id and URL, and the names of sent, unchanged (kept) and deleted files."""
 
     commit: str
     address: str
@@ -112,18 +103,26 @@ def push(
     from huggingface_hub import HfApi
 
     require_token()
-    what = what or f"{target.repo} was not pushed"
     api = HfApi()
+
+    def open_repo() -> None:
+        api.create_repo(target.repo, private=target.private, exist_ok=True)
+        if target.must_be_private and not api.repo_info(target.repo).private:
+            raise ResourceError(
+                f"{target.repo} can be read by everybody, but the files to push are private",
+                hint="make the repository private in its settings on the hub, or set publish.private=false",
+            )
+        if target.branch != MAIN_BRANCH:
+            api.create_branch(target.repo, branch=target.branch, exist_ok=True)
+
+    what = what or f"{target.repo} was not pushed"
     with quiet_hub():
-        call_hub(lambda: _open_repo(api, target), what, pauses)
+        call_hub(open_repo, what, pauses)
         return call_hub(lambda: _commit(api, target, uploads, message, remove), what, pauses)
 
 
 def push_files(repo: str, files: Sequence[Path]) -> str:
-    """Push files of one folder by their names to a repository, which is private if it is new.
-
-    Returns:
-        URL of the commit.
+    """Push files of one folder to a repository, which is private if it is new, and return the commit's URL.
 
     Raises:
         ResourceError: The hub refuses the push or cannot be reached.
@@ -137,17 +136,6 @@ def uploads_of(folder: Path, below: str = "") -> list[Upload]:
     """Return every file under a folder as an upload, with ``below`` as the folder in the repository."""
     paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return [Upload((Path(below) / path.relative_to(folder)).as_posix(), path) for path in paths]
-
-
-def _open_repo(api: HfApi, target: PushTarget) -> None:
-    api.create_repo(target.repo, private=target.private, exist_ok=True)
-    if target.must_be_private and not api.repo_info(target.repo).private:
-        raise ResourceError(
-            f"{target.repo} can be read by everybody, but the files to push are private",
-            hint="make the repository private in its settings on the hub, or set publish.private=false",
-        )
-    if target.branch != MAIN_BRANCH:
-        api.create_branch(target.repo, branch=target.branch, exist_ok=True)
 
 
 def _commit(
@@ -197,11 +185,8 @@ class _Snapshot(NamedTuple):
 class BackgroundPush:
     """Pushes snapshots in a thread, so that neither a slow hub nor an error stops training.
 
-    One snapshot is sent at a time. If another one is waiting, a newer one replaces it.
-
-    Args:
-        target: The repository; its name may lack the owner.
-        below: Folder in the repository.
+    One snapshot is sent at a time. If another one is waiting, a newer one replaces it. The repository's name may lack
+    the owner. ``below`` is a folder in the repository.
     """
 
     def __init__(self, target: PushTarget, below: str = "") -> None:
@@ -214,7 +199,7 @@ class BackgroundPush:
         """Save a snapshot now and push it in the background.
 
         Args:
-            save: Function that creates the folder of this name and writes the files into it.
+            save: Creates the folder of this name and writes the files into it.
             label: Commit message, and name of the snapshot in messages.
             failure: Message of an error, with the fields ``{label}`` and ``{error}``.
         """
@@ -239,9 +224,7 @@ class BackgroundPush:
 
     def finish(self, seconds: float = FINISH_SECONDS) -> None:
         """Wait until every snapshot is sent, but not longer than ``seconds``."""
-        with self._lock:
-            thread = self._thread
-        if thread is not None:
+        if (thread := self._thread) is not None:
             thread.join(seconds)
             if thread.is_alive():
                 say(f"the last push to {self._target.repo} is not done after {seconds:g} s and is given up")
@@ -254,21 +237,18 @@ class BackgroundPush:
                     self._thread = None
                     return
             try:
-                self._push_snapshot(snapshot)
+                if "/" not in self._target.repo:
+                    self._target = replace(self._target, repo=full_repo_name(self._target.repo))
+                # No further attempts: after a longer failure of the network, the next snapshot is pushed.
+                uploads = uploads_of(snapshot.folder / "files", self._below)
+                result = push(self._target, uploads, message=snapshot.label, pauses=())
+                say(f"{snapshot.label} pushed: {result.address}")
             except Exception as error:  # the thread must stay alive for later snapshots
                 # Of other errors only the class: their text may hold the headers of a request, and so the token.
                 text = error if isinstance(error, FintuneError) else type(error).__name__
                 say(snapshot.failure.format(label=snapshot.label, error=text))
             finally:
                 shutil.rmtree(snapshot.folder, ignore_errors=True)
-
-    def _push_snapshot(self, snapshot: _Snapshot) -> None:
-        if "/" not in self._target.repo:
-            self._target = replace(self._target, repo=full_repo_name(self._target.repo))
-        # No further attempts: after a longer failure of the network, the next snapshot is pushed.
-        uploads = uploads_of(snapshot.folder / "files", self._below)
-        result = push(self._target, uploads, message=snapshot.label, pauses=())
-        say(f"{snapshot.label} pushed: {result.address}")
 
 
 def _save_error(error: Exception) -> str:
@@ -280,12 +260,9 @@ def _save_error(error: Exception) -> str:
 
 
 class EpochPushes:
-    """Pushes of the adapter during a run's own training, whose epochs are steps of one long pass.
+    """Pushes of the adapter during a run's own training, whose epochs are ``steps`` steps of one long pass.
 
-    Args:
-        options: The repository.
-        save: Function that writes the present adapter into the folder of this name, which it creates.
-        steps: Number of optimiser steps in an epoch.
+    ``save`` creates the folder of this name and writes the present adapter into it.
     """
 
     def __init__(self, options: PublishOptions, save: Callable[[Path], None], steps: int) -> None:

@@ -15,8 +15,7 @@ from typing import Any
 from fintune.finqa.cleaning import clean
 from fintune.finqa.execute import Value
 from fintune.finqa.page import page_content
-from fintune.finqa.parse import ParseError, parse
-from fintune.finqa.program import Number, RowName, tokenize
+from fintune.finqa.program import tokenize
 from fintune.finqa.trace import Operand, Trace, magnitudes, trace
 from fintune.finqa.verdict import OUTCOMES, OfficialVerdict
 from fintune.records import FinQARecord, Prediction
@@ -91,33 +90,24 @@ def find_used_parts(record: FinQARecord) -> UsedParts:
     sign: programs write ``32`` for a cell ``-32 ( 32 )``. If ``gold_inds`` is missing, the whole page is searched, the
     table first.
     """
-    numbers, row_names = _operands(record.qa.program)
-    sentences = (*record.pre_text, *record.post_text)
-    evidence = record.qa.gold_inds
-    if evidence is not None:
-        rows = _indices(evidence, "table", len(record.table))
-        text = _indices(evidence, "text", len(sentences))
-    else:
-        rows, text = list(range(len(record.table))), []
-    cells = [
-        (row, column)
-        for row in rows
-        for column, cell in enumerate(record.table[row])
-        if column and (magnitudes(cell) & numbers or (record.table[row][0].strip() in row_names and cell.strip()))
-    ]
-    missing = numbers - {number for row, column in cells for number in magnitudes(record.table[row][column])}
+    sentences, evidence = (*record.pre_text, *record.post_text), record.qa.gold_inds
+    steps = _trace(record, tokenize(record.qa.program)).steps
+    operands = [operand for step in steps for operand in step.operands if operand.cells or operand.sentences]
+    cells = {(r, c) for operand in operands for r, c in operand.cells if c and record.table[r][c].strip()}
     if evidence is None:
         rows = sorted({row for row, _ in cells})
+        missing = {number for operand in operands if not operand.cells for number in magnitudes(operand.text)}
         hits = {index: find_words(sentence, missing) for index, sentence in enumerate(sentences)}
-        marks = {index: words for index, words in hits.items() if words}
-    else:
-        marks = {index: find_words(sentences[index], numbers) for index in text}
+        return UsedParts(tuple(rows), tuple(sorted(cells)), {k: words for k, words in hits.items() if words}, True)
+    rows = _indices(evidence, "table", len(record.table))
+    numbers = {number for operand in operands if operand.kind != "row" for number in magnitudes(operand.text)}
+    marks = {k: find_words(sentences[k], numbers) for k in _indices(evidence, "text", len(sentences))}
+    used = {(row, column) for row, column in cells if row in rows}
+    for operand in operands:
         # If a page's first row was taken for a header, operands are in it, and gold_inds name the row below.
-        for index, words in marks.items():
-            missing -= {number for word in words for number in magnitudes(sentences[index].split(" ")[word])}
-        header = record.table[0] if rows and 0 not in rows else ()
-        cells += [(0, column) for column, cell in enumerate(header) if column and magnitudes(cell) & missing]
-    return UsedParts(tuple(rows), tuple(cells), marks, evidence is None)
+        if rows and not used & set(operand.cells) and not marks.keys() & set(operand.sentences):
+            used |= {(row, column) for row, column in operand.cells if row == 0 and column}
+    return UsedParts(tuple(rows), tuple(sorted(used)), marks, False)
 
 
 def browser_blocks(
@@ -126,16 +116,13 @@ def browser_blocks(
     num_cut: Mapping[str, int],
     num_compared: int | None = None,
 ) -> tuple[str, str]:
-    """Write the two blocks of the page, safe inside a ``script`` element.
+    """Write the index (one JSON object) and the pages (one a line) of the questions, safe inside a ``script`` element.
 
     Args:
         records: The questions to show.
         answers: Answers by the label of the model, then by id.
         num_cut: Number of sentences and rows that were cut from the prompt, by id.
         num_compared: Number of models, from the first, whose programs are compared; None for all.
-
-    Returns:
-        The index (one JSON object) and the pages (one JSON object a line).
     """
     pages: dict[Hashable, tuple[int, str]] = {}
     examples = []
@@ -255,22 +242,6 @@ def _answer(record: FinQARecord, answer: BrowserAnswer | None, gold: UsedParts) 
     if answer.verdict is not None:
         entry |= {"c": OUTCOMES.index(answer.verdict.outcome), "r": str(answer.verdict.result)}
     return entry
-
-
-def _operands(program: str) -> tuple[set[float], set[str]]:
-    """The magnitudes and the row names that a program reads."""
-    numbers: set[float] = set()
-    row_names: set[str] = set()
-    try:
-        steps = parse(program).steps
-    except ParseError:  # prepare checks the programs; a question with a broken one is shown without marks
-        return numbers, row_names
-    for argument in (argument for step in steps for argument in (step.first, step.second)):
-        if isinstance(argument, Number):
-            numbers |= magnitudes(argument.text)
-        elif isinstance(argument, RowName):
-            row_names.add(argument.text.strip())
-    return numbers, row_names
 
 
 def _indices(evidence: Mapping[str, str], kind: str, length: int) -> list[int]:

@@ -20,15 +20,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class Shown:
-    """One tokenized example.
+    """One tokenized example: the number of its tokens and of those in the loss, and its pieces in order.
 
-    Attributes:
-        id: The example's id.
-        num_tokens: Number of tokens.
-        num_trained: Number of tokens in the loss.
-        pieces: The tokens in order.
-        rejected: The rejected answer of a preference pair, which follows the same prompt.
-        label: Whether a single answer is desired; None without labels.
+    ``rejected`` is the rejected answer of a preference pair, which follows the same prompt. ``label`` is whether a
+    single answer is desired; None without labels.
     """
 
     id: str
@@ -47,16 +42,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class InspectPage:
-    """The content of the page.
-
-    Attributes:
-        name: The run's name.
-        origin: Where the examples come from.
-        model: The model whose tokenizer is used.
-        data: The option ``data.source``.
-        report: Counts and figures.
-        examples: Some examples of the training split.
-    """
+    """The run's name, where the examples come from, ``model.name``, ``data.source``, the figures, and some examples."""
 
     name: str
     origin: str

@@ -68,9 +68,8 @@ class RunData:
     Attributes:
         config: The run's options.
         results: Results by kind and mode, the first mode first, the kinds of a mode in the order of the chain.
-        metrics: The lines of ``metrics.jsonl``.
-        replay: The content of ``replay/replay.json``.
-        guard: The content of ``guard/guard.json``.
+        metrics: The lines of ``train/metrics.jsonl``.
+        replay: The content of ``replay/replay.json``; likewise ``guard``.
         data: The content of ``prepare/report.json``.
         records: The evaluation records.
         num_cut: Number of sentences and rows that were cut from the prompt, by example id.

@@ -77,16 +77,10 @@ def read_scored(run: Path, names: Iterable[str]) -> dict[str, ScoredSet]:
 
 
 def score_tables(scored: Mapping[str, ScoredSet], what: str, first: str = "plain") -> list[Table]:
-    """Official figures, one row for each kind of model.
+    """Official figures by kind of model, or by kind and decoding mode (``merged+page``).
 
-    Args:
-        scored: Scores by kind, or by kind and decoding mode (``merged+page``).
-        what: Heading of the names.
-        first: Heading of the mode of names without one.
-
-    Returns:
-        One plain table if no kind was measured in two modes. Else one table with a column group for each mode, and one
-        table of differences for each mode but the first.
+    One plain table if no kind was measured in two modes. Else one table with a column group for each mode, and one of
+    differences for each mode but the first. ``first`` heads the mode of names without one.
     """
     kinds: dict[str, dict[str, ScoredSet]] = {}
     for name, one in scored.items():

@@ -53,24 +53,21 @@ def headline(run: RunData) -> dict[str, str]:
     by_kind = {results.kind: results for results in run.scored}
     before = by_kind.pop("base", None)
     after = by_kind.get("adapter") or next(iter(by_kind.values()), None)
-    first, second = before or after, after if before else None
-    if first is None:
+    only = before or after
+    if only is None:
         return _unscored_headline(run)
-    shown = {
-        "before": format_percent(first.figures.execution_accuracy),
-        "after": format_percent(second.figures.execution_accuracy) if second else "",
-    }
-    words = f"execution accuracy on {common_n(run.scored) or 'the'} evaluation questions"
-    if second is None:
-        return {**shown, "words": f"{words} ({KIND_LABELS[first.kind]})"}
-    quantized = [kind for kind in by_kind if kind.startswith("Q")]
-    shipped = by_kind.get("Q4_K_M") or (by_kind[quantized[-1]] if quantized else second)
-    if shipped is second:
-        return {**shown, "words": f"{words}, before and after training"}
-    accuracy = format_percent(shipped.figures.execution_accuracy)
-    size = f" in {shipped.weights_bytes / 1e6:.0f} MB" if shipped.weights_bytes else ""
-    file = f"{accuracy} as the {shipped.kind} file that ships{size}"
-    return {**shown, "words": f"{words}, before and after training; {file}"}
+    words = f"execution accuracy on {_common_n(run.scored) or 'the'} evaluation questions"
+    first = format_percent(only.figures.execution_accuracy)
+    if before is None or after is None:
+        return {"before": first, "after": "", "words": f"{words} ({KIND_LABELS[only.kind]})"}
+    words += ", before and after training"
+    quantized = [results for kind, results in by_kind.items() if kind.startswith("Q")]
+    shipped = by_kind.get("Q4_K_M", quantized[-1] if quantized else after)
+    if shipped is not after:
+        size = f" in {shipped.weights_bytes / 1e6:.0f} MB" if shipped.weights_bytes else ""
+        accuracy = format_percent(shipped.figures.execution_accuracy)
+        words += f"; {accuracy} as the {shipped.kind} file that ships{size}"
+    return {"before": first, "after": format_percent(after.figures.execution_accuracy), "words": words}
 
 
 def _unscored_headline(run: RunData) -> dict[str, str]:
@@ -102,9 +99,9 @@ def accuracy_section(run: RunData) -> dict[str, Any]:
     if not scored:
         return {}
     cut_off = ", ".join(f"{results.label} {results.num_cut_off}" for results in scored if results.num_cut_off)
-    number = common_n(scored)
+    number = _common_n(scored)
     return {
-        "n": common_n(run.scored),
+        "n": _common_n(run.scored),
         "decoding": decoding_sentence(run.config),
         "modes": _modes(run),
         "table": HtmlTable(
@@ -135,7 +132,7 @@ def decoding_sentence(config: Config) -> str:
     return f"{_MODE_SENTENCES[options.decoding_modes[0]]} {strategy}".strip()
 
 
-def common_n(scored: Sequence[ModelResults]) -> str:
+def _common_n(scored: Sequence[ModelResults]) -> str:
     """The number of questions if it is the same for all, else ""."""
     numbers = {results.figures.num_predictions for results in scored}
     return f"{numbers.pop():,}" if len(numbers) == 1 else ""
