@@ -10,6 +10,7 @@ from rich.console import Console
 from fintune.config import Config
 from fintune.pipeline.stages.report import collect
 from fintune.report.run_page import render_run
+from fintune.report.sections.accuracy import accuracy_section
 from fintune.report.sections.agreement import agreement_section
 from fintune.report.tables import read_scored, score_tables
 from support.example_run import records, write_run
@@ -37,15 +38,13 @@ def printed_lines(tables) -> list[str]:
     return captured.get().splitlines()
 
 
-def test_score_tables_have_a_column_group_for_each_mode(folder, inputs) -> None:
+def test_score_tables_have_a_row_for_each_kind_and_mode(folder, inputs) -> None:
     scored = read_scored(folder, NAMES)
-    lines = printed_lines(score_tables(scored, "model", first="none"))
-    assert lines[0].split() == ["none", "page"]
-    assert lines[1].split().count("execution") == 2
-    adapter = next(line.split() for line in lines if line.startswith("adapter"))
-    shares = [f"{scored[name].score.execution_accuracy:.2%}" for name in ("adapter", "adapter+page")]
-    assert [adapter[2], adapter[8]] == shares
-    assert [line.split()[0] for line in lines[2:5]] == ["base", "adapter", "merged"]
+    lines = [line.split() for line in printed_lines(score_tables(scored, "model", first="none"))]
+    assert lines[0][:3] == ["model", "decoding", "n"]
+    modes = [("base", "none"), ("base", "page"), ("adapter", "none"), ("adapter", "page"), ("merged", "none")]
+    assert [(line[0], line[1]) for line in lines[1:6]] == modes
+    assert [line[3] for line in lines[1:6]] == [f"{scored[name].score.execution_accuracy:.2%}" for name in NAMES]
 
 
 def test_difference_table_has_kinds_measured_in_both_modes(folder, inputs) -> None:
@@ -62,14 +61,14 @@ def test_score_tables_without_two_modes_is_one_table(folder, inputs) -> None:
     assert [line.split()[0] for line in lines[1:]] == ["base", "adapter+page"]
 
 
-def test_page_has_column_groups_and_differences(inputs) -> None:
+def test_page_has_rows_by_mode_and_differences(inputs) -> None:
     page = collect(CONFIG, inputs)
-    parsed = outline(render_run(page))
-    groups = [attrs for tag, attrs in parsed.tags if tag == "th" and attrs.get("scope") == "colgroup"]
-    assert len(groups) == 2
-    words = re.sub(r"\s+", " ", parsed.text)
+    section = accuracy_section(page)
+    modes = [("base", "none"), ("base", "page"), ("adapter", "none"), ("adapter", "page"), ("merged", "none")]
+    assert [tuple(row[:2]) for row in section["table"].texts()] == modes
+    assert [row[:2] for row in section["differences"].texts()] == [["base", "page"], ["adapter", "page"]]
+    words = re.sub(r"\s+", " ", outline(render_run(page)).text)
     assert "What the constraint changes" in words
-    assert "not measured" in words, "merged was measured in one mode"
     others = [(results.mode, results.kind) for results in page.results if results.mode]
     assert others == [("page", "base"), ("page", "adapter")]
     assert {"adapter, page", "base, page"} <= set(re.findall(r"\w+, page", words))
@@ -80,7 +79,7 @@ def test_rest_of_the_page_is_about_the_first_mode(inputs) -> None:
     alone = collect(CONFIG.with_decoding_mode("none"), inputs)
     assert both.first_mode == alone.first_mode == list(alone.results)
     assert [row[0] for row in agreement_section(both)["table"].texts()] == ["adapter and merged"]
-    assert "colgroup" not in render_run(alone)
+    assert "What the constraint changes" not in render_run(alone)
 
 
 def test_browser_compares_models_of_the_first_mode(inputs) -> None:

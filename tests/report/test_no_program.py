@@ -10,7 +10,7 @@ from fintune.evaluation.metrics import Score, compute_scores
 from fintune.finqa.program import tokenize
 from fintune.publish.card import score_row
 from fintune.report.formatting import format_invalid
-from fintune.report.tables import ScoredSet, headline_table, score_table, score_tables
+from fintune.report.tables import ScoredSet, headline_table, score_tables
 from support.example_run import records
 
 
@@ -34,18 +34,18 @@ def printed(table: Table) -> str:
 
 def test_its_share_stands_beside_the_invalid_rate(partly: Score) -> None:
     assert (partly.invalid_rate, partly.no_program_rate) == (0.25, 0.5)
-    header, row, *_ = printed(score_table({"base": partly})).splitlines()
+    header, row, *_ = printed(score_tables({"base": ScoredSet(partly, {}, None)}, "model")[0]).splitlines()
     assert header.endswith("invalid  no program")
     assert row.split()[-2:] == ["25.00%", "50.00%"]
     assert format_invalid(partly) == "25.0\u00a0% + 50.0\u00a0% no program"
     assert "no program, not invalid       50.00%" in printed(headline_table(partly, "p.json"))
     assert score_row("base", partly)[-1] == format_invalid(partly)
     both = {"base": ScoredSet(partly, {}, None), "base+page": ScoredSet(partly, {}, None)}
-    assert printed(score_tables(both, "model", first="none")[0]).count("25.00% + 50.00% no program") == 2
+    assert printed(score_tables(both, "model", first="none")[0]).count("25.00%      50.00%") == 2
 
 
 def test_where_every_completion_is_a_program_nothing_is_added() -> None:
     figures = scores("add(1, 2)", "divide(1, 0)")
-    assert "no program" not in printed(score_table({"base": figures}))
+    assert "no program" not in printed(score_tables({"base": ScoredSet(figures, {}, None)}, "model")[0])
     assert "no program" not in printed(headline_table(figures, "p.json"))
     assert format_invalid(figures) == "50.0\u00a0%"

@@ -134,7 +134,6 @@ class HtmlTable:
         columns: Headings, "\n" for a line break; empty for a table of names and values.
         rows: Cells by row; the first cell of a row is its heading. Shorter rows are filled with empty cells.
         left: Indices of the columns that are aligned to the left; the others hold numbers.
-        groups: Headings above the columns, each with the number of columns below it.
         footer: Cells of a last row that sums up the others.
     """
 
@@ -142,7 +141,6 @@ class HtmlTable:
     columns: Sequence[str]
     rows: Sequence[Row]
     left: Collection[int] = (0,)
-    groups: Sequence[tuple[str, int]] = ()
     footer: Row = ()
 
     def __bool__(self) -> bool:

@@ -79,59 +79,41 @@ def read_scored(run: Path, names: Iterable[str]) -> dict[str, ScoredSet]:
 def score_tables(scored: Mapping[str, ScoredSet], what: str, first: str = "plain") -> list[Table]:
     """Official figures by kind of model, or by kind and decoding mode (``merged+page``).
 
-    One plain table if no kind was measured in two modes. Else one table with a column group for each mode, and one of
-    differences for each mode but the first. ``first`` heads the mode of names without one.
+    If a kind was measured in two modes, each row names its mode (``first`` for a name without one), and a table of
+    differences follows for each mode but the first.
     """
     kinds: dict[str, dict[str, ScoredSet]] = {}
     for name, one in scored.items():
         kind, mode = split_kind_and_mode(name)
         kinds.setdefault(kind, {})[mode] = one
-    if all(len(by_mode) == 1 for by_mode in kinds.values()):
-        return [score_table({name: one.score for name, one in scored.items()}, what)]
+    if len(kinds) == len(scored):
+        return [_score_table(what, [((name,), one) for name, one in scored.items()])]
     modes = sorted({mode: None for by_mode in kinds.values() for mode in by_mode}, key=bool)  # "" first
     titles = {mode: mode or first for mode in modes}
+    rows = [((kind, titles[mode]), kinds[kind][mode]) for kind in kinds for mode in modes if mode in kinds[kind]]
     differences = (_difference_table(kinds, mode, modes[0], what, titles) for mode in modes[1:])
-    return [_mode_table(kinds, what, titles), *(table for table in differences if table.row_count)]
+    return [_score_table(what, rows), *(table for table in differences if table.row_count)]
 
 
-def score_table(scores: Mapping[str, Rates], what: str = "predictions") -> Table:
-    """Official figures, one row for each set of predictions, and the share without a program if there is one."""
-    columns = (what, "n", "execution accuracy", "95 % interval", "program accuracy", "invalid")
-    has_no_program = any(score.no_program_rate for score in scores.values())
-    table = plain_table(*columns, *(["no program"] if has_no_program else []))
-    for name, score in scores.items():
-        no_program = [f"{score.no_program_rate:.2%}"] if has_no_program else []
-        table.add_row(name, str(score.num_predictions), *_figures(score), *no_program)
+def _score_table(what: str, rows: Sequence[tuple[tuple[str, ...], ScoredSet]]) -> Table:
+    """One row for each name, or for each name and mode and then with the seconds."""
+    has_modes = any(len(names) > 1 for names, _ in rows)
+    has_no_program = any(one.score.no_program_rate for _, one in rows)
+    columns = [what, *(["decoding"] if has_modes else []), "n", "execution accuracy", "95 % interval"]
+    columns += ["program accuracy", "invalid", *(["no program"] if has_no_program else [])]
+    table = plain_table(*columns, *(["seconds"] if has_modes else []), left=("decoding",))
+    for names, one in rows:
+        score = one.score
+        cells = [str(score.num_predictions), f"{score.execution_accuracy:.2%}"]
+        cells += [_format_range(score.execution_accuracy_interval), f"{score.program_accuracy:.2%}"]
+        cells += [f"{score.invalid_rate:.2%}", *([f"{score.no_program_rate:.2%}"] if has_no_program else [])]
+        seconds = "" if one.seconds is None else f"{one.seconds:.1f}"
+        table.add_row(*names, *cells, *([seconds] if has_modes else []))
     return table
-
-
-def _figures(score: Rates) -> list[str]:
-    interval = _format_range(score.execution_accuracy_interval)
-    return [f"{score.execution_accuracy:.2%}", interval, f"{score.program_accuracy:.2%}", f"{score.invalid_rate:.2%}"]
 
 
 def _format_range(interval: Interval) -> str:
     return f"{100 * interval[0]:.1f} to {interval[1]:.1%}"
-
-
-def _mode_table(kinds: Mapping[str, Mapping[str, ScoredSet]], what: str, titles: Mapping[str, str]) -> Table:
-    heads = []
-    for title in titles.values():
-        heads += [f"{title}\nexecution", "\n95 % interval", "\nprogram", "\ninvalid", "\nseconds"]
-    table = plain_table(f"\n{what}", "\nn", *heads)
-    for kind, by_mode in kinds.items():
-        numbers = dict.fromkeys(str(one.score.num_predictions) for one in by_mode.values())
-        cells: list[str] = []
-        for mode in titles:
-            if mode in by_mode:
-                score, seconds = by_mode[mode].score, by_mode[mode].seconds
-                *figures, invalid = _figures(score)
-                no_program = f" + {score.no_program_rate:.2%} no program" if score.no_program_rate else ""
-                cells += [*figures, f"{invalid}{no_program}", "" if seconds is None else f"{seconds:.1f}"]
-            else:
-                cells += [""] * 5
-        table.add_row(kind, ", ".join(numbers), *cells)
-    return table
 
 
 def _difference_table(

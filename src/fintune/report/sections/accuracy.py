@@ -99,15 +99,21 @@ def accuracy_section(run: RunData) -> dict[str, Any]:
     if not scored:
         return {}
     cut_off = ", ".join(f"{results.label} {results.num_cut_off}" for results in scored if results.num_cut_off)
-    number = _common_n(scored)
+    number, names = _common_n(scored), run.config.predict.decoding_modes
+    has_modes = any(results.mode for results in scored)
+    changes = ("difference,\npoints", "95 % interval", "answers\ngained", "answers\nlost", "times the\nseconds")
     return {
         "n": _common_n(run.scored),
         "decoding": decoding_sentence(run.config),
-        "modes": _modes(run),
+        "modes": [(mode, MODE_LABELS[mode]) for mode in names] if has_modes else [],
         "table": HtmlTable(
             "Accuracy",
-            ("model", "n", *_FIGURES, "MB"),
-            [_heading(results, *_figures(results), _megabytes(results)) for results in run.scored],
+            ("model", *(["decoding"] if has_modes else []), "n", *_FIGURES, "MB"),
+            [_figures(results, (results.mode or names[0]) if has_modes else "") for results in scored],
+            left=(0, 1) if has_modes else (0,),
+        ),
+        "differences": HtmlTable(
+            "What the constraint changes", ("model", "mode", "n", *changes), list(_differences(run)), left=(0, 1)
         ),
         "plot": accuracy_plot(
             "accuracy-plot",
@@ -148,23 +154,19 @@ def accuracy_plot(name: str, what: str, rows: Sequence[tuple[str, Rates, int]], 
     return dot_plot(name, f"Execution accuracy{what}: {words}", dots, axis)
 
 
-def _heading(results: ModelResults, *cells: str | Cell) -> Row:
-    return [kind_cell(results.kind), f"{results.figures.num_predictions:,}", *cells]
-
-
-def _figures(results: ModelResults) -> list[str | Cell]:
-    score = results.figures
+def _figures(results: ModelResults, mode: str) -> Row:
+    score, size = results.figures, results.weights_bytes
     return [
+        kind_cell(results.kind),
+        *([Cell(mode, style="code")] if mode else []),
+        f"{score.num_predictions:,}",
         Cell(format_percent(score.execution_accuracy), style="strong"),
         format_interval(score.execution_accuracy_interval),
         format_percent(score.program_accuracy),
         format_invalid(score),
         format_seconds(results.seconds),
+        "" if size is None else f"{size / 1e6:,.1f}",
     ]
-
-
-def _megabytes(results: ModelResults) -> str:
-    return "" if results.weights_bytes is None else f"{results.weights_bytes / 1e6:,.1f}"
 
 
 def _breakdowns(scored: Sequence[ModelResults]) -> Iterator[HtmlTable]:
@@ -184,43 +186,16 @@ def group_label(key: int | str) -> str:
     return str(key).replace("yes_no", "yes or no")
 
 
-def _modes(run: RunData) -> dict[str, Any]:
-    """Decoding modes side by side; nothing if only one has results."""
-    names = run.config.predict.decoding_modes
-    if all(not results.mode for results in run.results):
-        return {}
-    modes = ("", *names[1:])
-    by_kind = {kind: {r.mode: r for r in run.results if r.kind == kind and r.score is not None} for kind in KIND_LABELS}
-    rows: list[Row] = []
-    differences: list[Row] = []
-    for measured in by_kind.values():
-        for results in list(measured.values())[:1]:
-            cells = [
-                _figures(measured[mode]) if mode in measured else ["not measured", "", "", "", ""] for mode in modes
-            ]
-            rows.append(_heading(results, *(cell for group in cells for cell in group), _megabytes(results)))
-    for mode in modes[1:]:
-        for kind, measured in by_kind.items():
-            if "" in measured and mode in measured:
-                before, after = measured[""], measured[mode]
-                number, points, *others = paired_cells(compare_paired(before.correct, after.correct))
-                ratio = f"{after.seconds / before.seconds:.2f}" if before.seconds else ""
-                head = (kind_cell(kind), Cell(mode, style="code"), number, Cell(points, style="strong"))
-                differences.append([*head, *others, ratio])
-    changes = ("difference,\npoints", "95 % interval", "answers\ngained", "answers\nlost", "times the\nseconds")
-    width = len(_FIGURES)
-    return {
-        "names": [(mode, MODE_LABELS[mode]) for mode in names],
-        "table": HtmlTable(
-            "Accuracy by decoding mode",
-            ("model", "n", *(_FIGURES * len(modes)), "MB"),
-            rows,
-            groups=[("", 2), *((mode, width) for mode in names), ("", 1)],
-        ),
-        "differences": HtmlTable(
-            "What the constraint changes", ("model", "mode", "n", *changes), differences, left=(0, 1)
-        ),
-    }
+def _differences(run: RunData) -> Iterator[Row]:
+    """The effect of each other mode on the kinds of model that were scored in both."""
+    first = {results.kind: results for results in run.scored}
+    for after in run.results:
+        if after.mode and after.score is not None and after.kind in first:
+            before = first[after.kind]
+            number, points, *others = paired_cells(compare_paired(before.correct, after.correct))
+            ratio = f"{after.seconds / before.seconds:.2f}" if before.seconds else ""
+            head = (kind_cell(after.kind), Cell(after.mode, style="code"), number, Cell(points, style="strong"))
+            yield [*head, *others, ratio]
 
 
 def confidence_section(run: RunData) -> dict[str, Any]:
