@@ -247,7 +247,7 @@ def test_failure_at_the_end_of_a_run_says_where_the_adapter_is(hub, capsys, monk
             raise OSError(28, "No space left on device")
         writer("1")(folder)
 
-    EpochPushes(Config.model_validate({"publish": {"repo_id": "ann/model"}}).publish, save, 2).finish()
+    EpochPushes(Config.model_validate({"publish": {"repo_id": "ann/model"}}).publish, save).finish()
     message = capsys.readouterr().err
     why = "it could not be saved (No space left on device)" if is_full else "pushing to the hub needs a token, and"
     assert f"could not push the adapter: {why}" in message
@@ -255,15 +255,16 @@ def test_failure_at_the_end_of_a_run_says_where_the_adapter_is(hub, capsys, monk
     assert "training continues" not in message
 
 
-def test_run_pushes_every_epoch_and_the_selected_weights(tiny_model, hub, tmp_path, capsys):
+def test_run_pushes_every_epoch_and_the_selected_weights(tiny_model, hub, tmp_path, capsys, monkeypatch):
     from fintune.pipeline.stages.train import train as stage
 
+    push = BackgroundPush.push
     (tmp_path / "train").mkdir()
     config = Config.model_validate(
         {
             "model": {"name": str(tiny_model)},
             "adapter": {"r": 2, "init_lora_weights": "pissa"},
-            "train": {"dtype": "float32", "per_device_train_batch_size": 4, "num_train_epochs": 2, "save_steps": 100},
+            "train": {"dtype": "float32", "per_device_train_batch_size": 4, "num_train_epochs": 3, "save_steps": 100},
             "publish": {
                 "repo_id": "ann/model",
                 "each_epoch": True,
@@ -272,8 +273,11 @@ def test_run_pushes_every_epoch_and_the_selected_weights(tiny_model, hub, tmp_pa
             },
         }
     )
-    stage(config, {"prepare": prepared(tmp_path / "prepare", tiny_model, 8)}, tmp_path / "train")
-    assert hub.repositories["ann/model"].commits["main"] == ["initial commit", "epoch 1, step 2", "end of training"]
+    # 5 rows in steps of 4: the first pass is complete after 8 examples, the second after 12.
+    monkeypatch.setattr(BackgroundPush, "push", lambda self, *args: (push(self, *args), self.finish()))
+    stage(config, {"prepare": prepared(tmp_path / "prepare", tiny_model, 5)}, tmp_path / "train")
+    commits = ["initial commit", "epoch 1, step 2", "epoch 2, step 3", "end of training"]
+    assert hub.repositories["ann/model"].commits["main"] == commits
     files = hub.files("ann/model")
     assert set(files) == {f"adapter/{name}" for name in ADAPTER}
     assert json.loads(files["adapter/adapter_config.json"])["base_model_name_or_path"] == "acme/tiny"

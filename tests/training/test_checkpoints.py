@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pytest
+
 from fintune.training import checkpoints
 
 
@@ -36,3 +38,26 @@ def test_drop_old_checkpoints_keeps_the_newest(tmp_path):
     for num_kept, steps in ((5, [1, 2, 10, 11]), (3, [2, 10, 11]), (1, [11])):
         checkpoints.drop_old_checkpoints(tmp_path, num_kept)
         assert [checkpoints.step_of(path) for path in checkpoints.complete_checkpoints(tmp_path)] == steps
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: (path / "optimizer.pt").write_bytes(b"y"), "optimizer.pt is damaged"),
+        (lambda path: (path / "optimizer.pt").write_bytes(b""), "optimizer.pt is damaged"),
+        (lambda path: (path / "optimizer.pt").unlink(), "optimizer.pt is missing"),
+        (lambda path: (path / "complete").write_text("{"), "complete cannot be read"),
+        (lambda path: (path / "complete").write_text("[]"), "complete cannot be read"),
+        (lambda path: (path / "complete").write_bytes(b"\xff"), "complete cannot be read"),
+    ],
+)
+def test_damaged_checkpoint_is_passed_over(tmp_path, capsys, damage, message):
+    older, newer = make(tmp_path, 9), make(tmp_path, 10)
+    damage(newer)
+    assert checkpoints.latest_checkpoint(tmp_path) == older
+    assert not newer.exists()
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"checkpoint-10: {message}; this checkpoint is removed, and training resumes from step 9" in told
+    damage(older)
+    assert checkpoints.latest_checkpoint(tmp_path) is None
+    assert "training starts again" in " ".join(capsys.readouterr().err.split())

@@ -35,6 +35,7 @@ def run(
     kind="lora",
     quantization="none",
     compute="float32",
+    after_epoch=None,
     **opts,
 ):
     """Train from scratch or resume; gives the model and the kept step."""
@@ -65,6 +66,7 @@ def run(
         seed=5,
         folder=folder,
         evaluation=Evaluation(splits[1], accuracy),
+        after_epoch=after_epoch,
         extra_callbacks=callbacks,
     )
     return model, kept
@@ -308,3 +310,45 @@ def test_best_step_follows_select_checkpoint():
     ]
     assert (best_step(read, "best_loss"), best_step(read, "best_accuracy"), best_step(read, "last")) == (2, 4, 2)
     assert best_step([{"step": 1, "loss": 2.0}], "best_loss") is None
+
+
+def test_epochs_are_evaluated_and_saved_when_a_pass_is_complete(tiny_model, splits, tmp_path):
+    """7 rows in steps of 5: passes are complete after 7, 14 and 21 examples, in the steps 2, 3 and 5."""
+    epochs, saved = [], []
+
+    from transformers import TrainerCallback
+
+    class Look(TrainerCallback):
+        def on_save(self, args, state, control, **_):
+            saved.append((state.global_step, state.epoch))
+
+    options = {"per_device_train_batch_size": 5, "num_train_epochs": 3, "max_steps": None, "eval_steps": None}
+    run(
+        tiny_model,
+        splits,
+        tmp_path / "run",
+        callbacks=[Look()],
+        after_epoch=lambda *args: epochs.append(args),
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        **options,
+    )
+    assert losses(tmp_path / "run", "epoch") == {2: 1, 3: 2, 5: 3}
+    assert sorted(losses(tmp_path / "run", "eval_loss")) == [2, 3, 5]
+    assert saved == [(2, 10 / 7), (3, 15 / 7), (5, 3.0)]
+    assert epochs == [(1, 2), (2, 3)]
+
+
+def test_damaged_checkpoint_resumes_from_the_older_one_exactly(tiny_model, splits, tmp_path, capsys):
+    """The best weights up to the older checkpoint are still there."""
+    options = {"save_steps": 2, "select_checkpoint": "best_loss"}
+    whole, kept = run(tiny_model, splits, tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_model, splits, tmp_path / "cut", callbacks=[stop_at(6)], **options)
+    damaged = tmp_path / "cut/checkpoints/checkpoint-6/adapter_model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-4] + bytes(4))
+    resumed, kept_after = run(tiny_model, splits, tmp_path / "cut", **options)
+    assert "adapter_model.safetensors is damaged" in capsys.readouterr().err.replace("\n", " ")
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+    assert kept_after == kept
+    assert same(weights(resumed), weights(whole))

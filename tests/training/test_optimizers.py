@@ -12,6 +12,7 @@ from fintune.models import load as models
 from fintune.pipeline.stages.train import check_training
 from fintune.training import lora, metrics, optimizers, sft
 from fintune.training.memory.model import AdapterMethod, DecoderShape, StepSetting, static_bytes
+from fintune.util.console import quiet_libraries
 from support.prepared_rows import prepared
 
 torch = pytest.importorskip("torch")
@@ -68,6 +69,42 @@ def test_the_chosen_optimizer_trains(tiny_model, rows, tmp_path, name, kind, sta
     }
     assert (state in kept) or (name == "adafactor" and not kept) or (state is None and not kept)
     assert any(bool(weight.any()) for part, weight in weights.items() if "lora_B" in part)
+
+
+def optimizer_of(options, folder, shape=(64, 64)):
+    """What the trainer's arguments make of the options, on one matrix of ones."""
+    from transformers import Trainer
+
+    from fintune.training.trainers import make_arguments
+
+    matrix = torch.nn.Linear(*shape, bias=False)
+    torch.nn.init.ones_(matrix.weight)
+    with quiet_libraries():
+        args = make_arguments(matrix, options, 3, "float32", 0, folder)
+    kind, keywords = Trainer.get_optimizer_cls_and_kwargs(args, matrix)
+    group = {"params": [matrix.weight], "weight_decay": args.weight_decay}
+    return kind([group], **keywords), matrix.weight
+
+
+@pytest.mark.parametrize("name", ["adamw_torch", "adamw_8bit", "lion_8bit", "adafactor", "sgd"])
+def test_weight_decay_means_the_same_in_each_optimizer(tmp_path, name):
+    """Without a gradient, a step takes the share learning rate x weight decay off each weight."""
+    options = TrainOptions(optim=name, learning_rate=0.1, weight_decay=0.25)
+    optimizer, weight = optimizer_of(options, tmp_path)
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    assert torch.allclose(weight, torch.full_like(weight, 1 - 0.1 * 0.25), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lion_8bit", "adafactor", "sgd"])
+def test_beta2_of_adam_is_for_adam_only(tmp_path, name):
+    with pytest.raises(ValueError, match=f"train.adam_beta2 is not read with train.optim: {name}; remove it"):
+        Config(train=TrainOptions(optim=name, adam_beta2=0.95))
+    optimizer, _ = optimizer_of(TrainOptions(optim=name, adam_beta2=0.95), tmp_path)
+    betas = optimizer.param_groups[0].get("betas")
+    assert betas == ((0.9, 0.99) if name == "lion_8bit" else None)  # Lion's paper
+    optimizer, _ = optimizer_of(TrainOptions(optim="adamw_8bit", adam_beta2=0.95), tmp_path)
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.95)
 
 
 def test_interrupted_run_with_8_bit_moments_resumes(tiny_model, rows, tmp_path):

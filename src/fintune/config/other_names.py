@@ -44,8 +44,7 @@ _OTHER_PROGRAMS: Mapping[str, str] = {
     "base_model": "model.name",
     "bf16": "train.dtype=bfloat16",
     "dataset": "data.sources",
-    "eval_strategy": "train.eval_steps",
-    "evaluation_strategy": "train.eval_steps",
+    "evaluation_strategy": "train.eval_strategy",
     "fp16": "train.dtype=float16",
     "load_best_model_at_end": "train.select_checkpoint=best_loss",
     "load_in_4bit": "model.quantization=nf4",
@@ -69,7 +68,6 @@ _FIXED: Mapping[str, str] = {
     "adam_epsilon": "it is always 1e-8",
     "group_by_length": "batches always hold rows of similar length",
     "packing": "rows are never packed into one, and the fused layers need no padding",
-    "save_strategy": "checkpoints are written every train.save_steps",
 }
 """Why an option of another program does not exist here."""
 

@@ -12,7 +12,7 @@ from fintune.config.base import Options, neutral
 from fintune.config.data import DataOptions, PromptOptions
 from fintune.config.export import GGUF_TYPES, ExportOptions, MergeOptions, PublishOptions, ReplayOptions, is_hub_name
 from fintune.config.predict import GGUF_KINDS, DecodingMode, PredictOptions
-from fintune.config.train import BETA, AdapterOptions, GuardOptions, ModelOptions, TrainOptions
+from fintune.config.train import ADAM_BETA2, BETA, AdapterOptions, GuardOptions, ModelOptions, TrainOptions
 
 
 class RunOptions(Options):
@@ -163,8 +163,16 @@ def _training_rules(config: Config) -> Rules:
     needing = [f"train.select_checkpoint: {train.select_checkpoint}"] if train.select_checkpoint != "last" else []
     needing += ["train.early_stopping_patience"] if train.early_stopping_patience is not None else []
     yield (
-        bool(needing) and train.eval_steps is None,
+        bool(needing) and not train.has_evaluations,
         f"{' and '.join(needing)} needs evaluations; set train.eval_steps",
+    )
+    yield (
+        train.adam_beta2 != ADAM_BETA2 and "adamw" not in train.optim,
+        f"train.adam_beta2 is not read with train.optim: {train.optim}; remove it, or set it to {ADAM_BETA2}",
+    )
+    yield (
+        train.eval_strategy == "epoch" and train.eval_steps is not None,
+        "train.eval_steps is not read with train.eval_strategy: epoch; remove one of them",
     )
     yield (
         is_full and is_four_bit,

@@ -10,6 +10,7 @@ from pydantic import Field
 from fintune.config.base import Options, advanced, neutral
 
 BETA = 0.1
+ADAM_BETA2 = 0.999
 
 
 class ModelOptions(Options):
@@ -89,9 +90,9 @@ class TrainOptions(Options):
     `paged` ones move them to main memory if a CUDA GPU runs short. `adafactor` (arXiv 1804.04235) stores only sums of
     rows and columns."""
     weight_decay: float = Field(0.0, ge=0)
-    """Weight decay."""
-    adam_beta2: float = Field(0.999, gt=0, lt=1)
-    """Decay of AdamW's second moment. 0.99 suits runs of a few hundred steps."""
+    """Weight decay: a step also takes this share times the learning rate off each weight, with every optimizer."""
+    adam_beta2: float = Field(ADAM_BETA2, gt=0, lt=1)
+    """Decay of AdamW's second moment. 0.99 suits runs of a few hundred steps. Other optimizers do not read it."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are clipped to this norm."""
     backend: Literal["builtin", "unsloth"] = "builtin"
@@ -123,10 +124,16 @@ class TrainOptions(Options):
     fused_layers: Literal["auto", "always", "never"] = "auto"
     """Run the decoder layers of Llama, Mistral, Qwen2 and Qwen3 with this package's forward and backward pass (same
     mathematics, faster). `auto`: on a CUDA GPU, if the model and its adapter allow it."""
+    save_strategy: Literal["steps", "epoch"] = "steps"
+    """`steps`: write a checkpoint every `train.save_steps`. `epoch`: after the step that completes each pass over the
+    training examples. An interrupted run resumes from the last checkpoint."""
     save_steps: int = Field(100, ge=1)
-    """Steps between checkpoints. An interrupted run resumes from the last one."""
+    """Steps between checkpoints."""
     save_total_limit: int = neutral(2, ge=1)
     """Number of complete checkpoints to keep, the newest ones."""
+    eval_strategy: Literal["steps", "epoch"] = "steps"
+    """`steps`: evaluate every `train.eval_steps`. `epoch`: after the step that completes each pass over the training
+    examples; metrics.jsonl has the number of the pass."""
     eval_steps: int | None = Field(None, ge=1)
     """Steps between evaluations on the evaluation split. The last step is evaluated, too. Default: no evaluations."""
     max_eval_samples: int | None = Field(None, ge=1)
@@ -147,6 +154,11 @@ class TrainOptions(Options):
     `train.early_stopping_patience`, after each evaluation."""
     threads: int | None = neutral(None, advanced=True, ge=1)
     """CPU threads (default: all cores)."""
+
+    @property
+    def has_evaluations(self) -> bool:
+        """Whether the evaluation split is evaluated during training."""
+        return self.eval_steps is not None or self.eval_strategy == "epoch"
 
 
 class GuardOptions(Options):

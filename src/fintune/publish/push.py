@@ -260,28 +260,18 @@ def _save_error(error: Exception) -> str:
 
 
 class EpochPushes:
-    """Pushes of the adapter during a run's own training, whose epochs are ``steps`` steps of one long pass.
+    """Pushes of the adapter during a run's own training.
 
     ``save`` creates the folder of this name and writes the present adapter into it.
     """
 
-    def __init__(self, options: PublishOptions, save: Callable[[Path], None], steps: int) -> None:
+    def __init__(self, options: PublishOptions, save: Callable[[Path], None]) -> None:
         target = PushTarget(options.repo_id or "", options.private, options.branch, must_be_private=options.private)
-        self._pushes = BackgroundPush(target, options.adapter_folder)
-        self._save, self._steps = save, steps
+        self._pushes, self._save = BackgroundPush(target, options.adapter_folder), save
 
-    def callback(self) -> TrainerCallback:
-        """Return a callback that pushes after every epoch but the last, whose weights may not be the selected ones."""
-        from transformers import TrainerCallback
-
-        class PushEpochs(TrainerCallback):  # type: ignore[misc]
-            @staticmethod
-            def on_step_end(args: Any, state: Any, control: Any, **_: Any) -> None:
-                epoch, rest = divmod(state.global_step, self._steps)
-                if not rest and state.global_step < state.max_steps:
-                    self._pushes.push(self._save, f"epoch {epoch}, step {state.global_step}")
-
-        return PushEpochs()
+    def push_epoch(self, epoch: int, step: int) -> None:
+        """Push after an epoch, but not after the last step, whose weights may not be the selected ones."""
+        self._pushes.push(self._save, f"epoch {epoch}, step {step}")
 
     def finish(self) -> None:
         """Push the weights that training selected, and wait for the push."""

@@ -51,6 +51,10 @@ class TrainingSchedule:
         """Number of optimizer steps."""
         return len(self.tokens) - 1
 
+    def rows_of(self, step: int) -> list[int]:
+        """Return the indices of the examples of a step, over all processes. Steps count from 1."""
+        return self.order[(step - 1) * self.step_size : step * self.step_size]
+
     def epochs(self, step: int) -> float:
         """Return the passes over the rows that are done after a step."""
         return min(step * self.step_size, len(self.order)) / self.num_rows

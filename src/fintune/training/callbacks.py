@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 from fintune.config import TrainOptions
 from fintune.errors import ResourceError
 from fintune.training import checkpoints, distributed, metrics
+from fintune.training.batches import TrainingSchedule
 from fintune.training.evaluate import Evaluator, non_finite_error
+from fintune.training.interrupt import StopAfterStep
 from fintune.training.preference import FIGURES
 from fintune.util.console import Bar
 from fintune.util.text import first_line
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import TrainerCallback
 
 # -- the recorder: metrics.jsonl, progress bar, complete checkpoints, check of the gradients, evaluations
@@ -28,20 +31,25 @@ def make_recorder(
     options: TrainOptions,
     *,
     folder: Path,
-    plan_tokens: Sequence[int],
+    schedule: TrainingSchedule,
+    rows: Dataset,
     bar: Bar,
     seconds: float,
-    examples_of: Callable[[int], Sequence[str]],
+    stop: StopAfterStep,
+    after_epoch: Callable[[int, int], None] | None,
 ) -> TrainerCallback:
     """Make the callback that records a training.
 
     Args:
         options: When to evaluate and which weights to keep.
         folder: Gets ``metrics.jsonl``; complete checkpoints in its ``checkpoints/`` are marked.
-        plan_tokens: Tokens that are trained up to each step, from step 0.
+        schedule: The examples of each step.
+        rows: The examples, for their ``id``.
         bar: Progress bar that advances by one a step.
         seconds: Training time of earlier attempts.
-        examples_of: Returns the ids of the examples of a step, over all processes. Steps count from 1.
+        stop: Once it is requested, the step ends with a checkpoint.
+        after_epoch: Called with the number of a pass over the rows and the step that completes it, but not after the
+            last step.
     """
     import torch
     from transformers import TrainerCallback
@@ -61,59 +69,53 @@ def make_recorder(
             self.trained = [weight for weight in model.parameters() if weight.requires_grad]
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            step = state.global_step + 1
             if self.check_losses is not None:
-                self.check_losses(state.global_step + 1)
+                self.check_losses(step)
             if args.fp16:  # the gradient scaler expects infinite gradients and skips those steps
                 return
             grads = [weight.grad for weight in self.trained if weight.grad is not None]
             if not bool(torch.stack(torch._foreach_norm(grads)).isfinite().all()):
-                step = state.global_step + 1
-                raise non_finite_error(f"the gradient is not finite at step {step}", examples_of(step), args)
+                ids = [str(rows[index]["id"]) for index in schedule.rows_of(step)]
+                raise non_finite_error(f"the gradient is not finite at step {step}", ids, args)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             bar.advance()
-            step = state.global_step
-            is_last = step == len(plan_tokens) - 1
-            if options.eval_steps is not None and (is_last or step % options.eval_steps == 0):
+            step, is_last = state.global_step, state.global_step == schedule.steps
+            state.epoch = schedule.epochs(step)  # transformers takes the run for one pass
+            epoch = schedule.completed_epoch(step)
+            is_due = epoch is not None if options.eval_strategy == "epoch" else step % (options.eval_steps or 1) == 0
+            if options.has_evaluations and (is_last or is_due):
                 control.should_evaluate = True
-            may_end = is_last or (control.should_evaluate and options.early_stopping_patience is not None)
+            if options.save_strategy == "epoch" and (is_last or epoch is not None):
+                control.should_save = True
+            if stop.is_requested:
+                control.should_save = control.should_training_stop = True
             # Besides the multiples of train.logging_steps: the run's figures are read from the line of its last step,
             # and a checkpoint does not hold the losses since the last line.
-            if may_end or step % options.save_steps == 0:
+            may_end = is_last or (control.should_evaluate and options.early_stopping_patience is not None)
+            if may_end or control.should_save:
                 control.should_log = True
+            if epoch is not None and not is_last and after_epoch is not None:
+                after_epoch(epoch, step)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
-            if "eval_loss" in logs:
-                self._record_evaluation(state.global_step, logs)
-            if "loss" not in logs:  # an evaluation, or the summary at the end of training
-                return
-            elapsed = self._elapsed_seconds()
-            tokens = plan_tokens[state.global_step]
-            rate = (tokens - plan_tokens[self.first_step]) / max(elapsed, 1e-9)
-            bar.note(f"loss {logs['loss']:.3f}  {rate:.0f} tok/s")
+            elapsed = time.monotonic() - self.started - (self.evaluator.seconds if self.evaluator else 0.0)
             line = {"step": state.global_step}
-            line |= {key: logs[key] for key in ("loss", "learning_rate", "grad_norm", *FIGURES) if key in logs}
-            line |= {"tokens": tokens, "seconds": round(seconds + elapsed, 3)}
-            if distributed.is_main():
-                metrics.append(folder / "metrics.jsonl", line)
-
-        def _elapsed_seconds(self) -> float:
-            """Return the training time of this attempt, without evaluations."""
-            return time.monotonic() - self.started - (self.evaluator.seconds if self.evaluator else 0.0)
-
-        def _record_evaluation(self, step: int, logs: dict[str, Any]) -> None:
-            line: dict[str, Any] = {"step": step}
-            names = ("eval_loss", "eval_accuracy", *(f"eval_{name}" for name in FIGURES))
-            line |= {key: logs[key] for key in names if key in logs}
-            text = f"eval loss {logs['eval_loss']:.3f}"
-            if "eval_accuracy" in logs:
-                text += f"  {logs['eval_accuracy']:.1%} right"
-            if "eval_rewards/accuracies" in logs:
-                text += f"  {logs['eval_rewards/accuracies']:.1%} of the pairs ranked right"
-            elif shares := metrics.correct_side_shares(logs):
-                text += f"  {metrics.format_correct_sides(shares)}"
-            bar.note(text)
-            line["seconds"] = round(seconds + self._elapsed_seconds(), 3)
+            if "eval_loss" in logs:
+                epoch = schedule.completed_epoch(state.global_step)
+                line |= {"epoch": epoch} if options.eval_strategy == "epoch" and epoch is not None else {}
+                names = ("eval_loss", "eval_accuracy", *(f"eval_{name}" for name in FIGURES))
+                bar.note(metrics.format_evaluation(logs))
+            elif "loss" in logs:
+                tokens = schedule.tokens[state.global_step]
+                rate = (tokens - schedule.tokens[self.first_step]) / max(elapsed, 1e-9)
+                bar.note(f"loss {logs['loss']:.3f}  {rate:.0f} tok/s")
+                logs = logs | {"tokens": tokens}
+                names = ("loss", "learning_rate", "grad_norm", *FIGURES, "tokens")
+            else:  # the summary at the end of training
+                return
+            line |= {name: logs[name] for name in names if name in logs} | {"seconds": round(seconds + elapsed, 3)}
             if distributed.is_main():
                 metrics.append(folder / "metrics.jsonl", line)
 
@@ -125,7 +127,11 @@ def make_recorder(
             checkpoints.mark_complete(checkpoints_folder / f"checkpoint-{state.global_step}")
             checkpoints.drop_old_checkpoints(checkpoints_folder, options.save_total_limit)
             if options.select_checkpoint != "last":
-                best = metrics.best_step(metrics.read(folder / "metrics.jsonl"), options.select_checkpoint)
+                # A run may resume from any of the checkpoints, and then needs the best weights up to it.
+                lines = metrics.read(folder / "metrics.jsonl")
+                steps = [checkpoints.step_of(path) for path in checkpoints.complete_checkpoints(checkpoints_folder)]
+                before = [[line for line in lines if line["step"] <= step] for step in steps]
+                best = {metrics.best_step(earlier, options.select_checkpoint) for earlier in before}
                 checkpoints.drop_other_best(folder / checkpoints.BEST_FOLDER, best)
 
     return Recorder()

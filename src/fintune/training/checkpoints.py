@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import os
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fintune.models.safetensors_files import read_safetensors_header
+from fintune.util.console import say
+from fintune.util.files import flush_to_disk, sha256_file, write_atomically
 
 if TYPE_CHECKING:
     from torch import nn
 
 MARK = "complete"
-"""Name of the empty file that is written last into a checkpoint."""
+"""Name of the file that is written last into a checkpoint: the hash of each other file."""
 BEST_FOLDER = "best"
 """Folder of the best weights so far, below that of ``train``, during training."""
 _WEIGHTS_FILE = "weights.safetensors"
@@ -34,21 +36,43 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def mark_complete(checkpoint: Path) -> None:
-    """Flush every file of the checkpoint to the disk, and then mark it as complete."""
-    for path in checkpoint.iterdir():
-        if path.is_file():
-            _flush(path)
-    with (checkpoint / MARK).open("w") as file:
-        os.fsync(file.fileno())
+    """Flush every file of the checkpoint to the disk, and then write their hashes, which mark it as complete."""
+    files = [path for path in sorted(checkpoint.iterdir()) if path.is_file()]
+    for path in files:
+        flush_to_disk(path)
+    write_atomically(checkpoint / MARK, json.dumps({path.name: sha256_file(path) for path in files}))
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the last complete checkpoint, and remove those that an interruption left incomplete."""
+    """Return the last checkpoint that is complete and intact.
+
+    Later ones are removed: an interruption left them incomplete, or the disk returns other bytes than were written. A
+    line names each damaged one.
+    """
     complete = complete_checkpoints(folder)
     for path in folder.glob("checkpoint-*"):
         if path not in complete:
             shutil.rmtree(path)
-    return complete[-1] if complete else None
+    while complete:
+        problem = _damage(complete[-1])
+        if problem is None:
+            return complete[-1]
+        damaged = complete.pop()
+        goal = f"resumes from step {step_of(complete[-1])}" if complete else "starts again"
+        say(f"{damaged}: {problem}; this checkpoint is removed, and training {goal}")
+        shutil.rmtree(damaged)
+    return None
+
+
+def _damage(checkpoint: Path) -> str | None:
+    try:
+        hashes = json.loads((checkpoint / MARK).read_text(encoding="utf-8"))
+        bad = next((name for name, sha in hashes.items() if sha256_file(checkpoint / name) != sha), None)
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, AttributeError):
+        return f"{MARK} cannot be read"
+    return None if bad is None else f"{bad} is damaged"
 
 
 def drop_old_checkpoints(folder: Path, num_kept: int) -> None:
@@ -72,7 +96,7 @@ def save_best(model: nn.Module, folder: Path, step: int) -> None:
     with replaced_folder(folder / f"step-{step}") as temporary:
         temporary.mkdir(parents=True)
         save_file(weights, temporary / _WEIGHTS_FILE)
-        _flush(temporary / _WEIGHTS_FILE)
+        flush_to_disk(temporary / _WEIGHTS_FILE)
 
 
 def load_best(model: nn.Module, folder: Path, step: int) -> None:
@@ -87,14 +111,10 @@ def load_best(model: nn.Module, folder: Path, step: int) -> None:
                 weight.copy_(saved[name])
 
 
-def drop_other_best(folder: Path, step: int | None) -> None:
-    """Remove all saved weights but those of a step.
-
-    Call it when a checkpoint at or after that step is complete: a run that resumes from an older checkpoint may need
-    older weights.
-    """
+def drop_other_best(folder: Path, steps: Collection[int | None]) -> None:
+    """Remove all saved weights but those of some steps."""
     for path in folder.glob("*"):
-        if path.name != f"step-{step}":
+        if path.name not in {f"step-{step}" for step in steps}:
             shutil.rmtree(path)
 
 
@@ -115,8 +135,3 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 def count_saved_numbers(folder: Path) -> int:
     """Count the numbers in the safetensors files of an adapter or model folder."""
     return sum(prod(tensor.shape) for path in folder.glob("*.safetensors") for tensor in read_safetensors_header(path))
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -11,36 +11,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fintune.training import checkpoints, distributed
 from fintune.util.console import say
 from fintune.util.signals import Terminated
 
-if TYPE_CHECKING:
-    from transformers import TrainerCallback
-
 _SIGNALS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
 
 
 class StopAfterStep:
-    """A request to stop after the current step."""
+    """A request to write a checkpoint and stop after the current step."""
 
     is_requested = False
     kind: type[KeyboardInterrupt] = KeyboardInterrupt
-
-    def callback(self) -> TrainerCallback:
-        """Make a callback that lets transformers' Trainer write a checkpoint and stop once it is requested."""
-        from transformers import TrainerCallback
-
-        request = self
-
-        class StopCallback(TrainerCallback):  # type: ignore[misc]
-            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                if request.is_requested:  # logged as well, or the losses since the last line would be lost
-                    control.should_log = control.should_save = control.should_training_stop = True
-
-        return StopCallback()
 
 
 @contextmanager
@@ -48,7 +32,7 @@ def stopping_after_step(request: StopAfterStep, folder: Path) -> Iterator[None]:
     """Within the block, the first SIGINT or SIGTERM requests a stop after the step; the second one stops at once.
 
     Args:
-        request: Its callback is one of the trainer's.
+        request: The recorder of :func:`fintune.training.callbacks.make_recorder` obeys it.
         folder: Folder of the checkpoints.
 
     Raises:

@@ -85,6 +85,17 @@ def format_correct_sides(shares: Mapping[str, float]) -> str:
     return f"{parts} the reference"
 
 
+def format_evaluation(figures: Mapping[str, float]) -> str:
+    """Format an evaluation for the progress bar."""
+    text = f"eval loss {figures['eval_loss']:.3f}"
+    if "eval_accuracy" in figures:
+        text += f"  {figures['eval_accuracy']:.1%} right"
+    if "eval_rewards/accuracies" in figures:
+        return f"{text}  {figures['eval_rewards/accuracies']:.1%} of the pairs ranked right"
+    shares = correct_side_shares(figures)
+    return f"{text}  {format_correct_sides(shares)}" if shares else text
+
+
 def training_facts(config: Config, folder: Path, num_trainable: int) -> dict[str, Any]:
     """Summarise a finished training for its manifest.
 

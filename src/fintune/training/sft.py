@@ -40,6 +40,7 @@ def train_model(
     folder: Path,
     evaluation: Evaluation | None = None,
     reporters: Callable[[int], Sequence[object]] | None = None,
+    after_epoch: Callable[[int, int], None] | None = None,
     extra_callbacks: Sequence[object] = (),
 ) -> int:
     """Train the model in place, resuming from the last complete checkpoint in ``folder/checkpoints``.
@@ -54,8 +55,9 @@ def train_model(
             type when they are used.
         seed: Seed of the order and of dropout.
         folder: Gets ``metrics.jsonl``, ``checkpoints/`` and, if the best weights are kept, ``best/``.
-        evaluation: Evaluation data, which ``train.eval_steps`` requires.
+        evaluation: Evaluation data, needed if ``options.has_evaluations``.
         reporters: Makes callbacks for TensorBoard and W&B from the number of steps of earlier attempts.
+        after_epoch: As in :func:`fintune.training.callbacks.make_recorder`.
         extra_callbacks: More callbacks for transformers' Trainer.
 
     Returns:
@@ -72,11 +74,6 @@ def train_model(
     schedule = make_schedule(lengths, options, seed, labels=preference.row_labels(rows))
     fused = supervised and _uses_fused_layers(model, options.fused_layers)
     options, plan = _fit_memory(model, options, lengths, folder, fused=fused)
-
-    def examples_of(step: int) -> list[str]:
-        indices = schedule.order[(step - 1) * schedule.step_size : step * schedule.step_size]
-        return [str(rows[index]["id"]) for index in indices]
-
     checkpoint, earlier = _read_progress(folder)
     done = checkpoints.step_of(checkpoint) if checkpoint else 0
     with quiet_libraries(), bar("train", schedule.steps, done=done) as progress:
@@ -84,24 +81,26 @@ def train_model(
         order = schedule.order
         if metrics.is_out_of_patience(earlier, options):  # training was over; only the work after it is left
             args.max_steps, order = done, order[: done * schedule.step_size]
+        stop = StopAfterStep()
         recorder = make_recorder(
             options,
             folder=folder,
-            plan_tokens=schedule.tokens,
+            schedule=schedule,
+            rows=rows,
             bar=progress,
             seconds=earlier[-1]["seconds"] if earlier else 0.0,
-            examples_of=examples_of,
+            stop=stop,
+            after_epoch=after_epoch,
         )
-        stop = StopAfterStep()
-        callbacks = [recorder, stop.callback(), *(reporters(done) if reporters else ()), *extra_callbacks]
+        callbacks = [recorder, *(reporters(done) if reporters else ()), *extra_callbacks]
         ordered_rows = rows.select(order)
         with adapter_in_float32(model):
             if fused:
                 trainer = make_fused_trainer(model, tokenizer, ordered_rows, args, callbacks, plan)
             else:
                 trainer = make_trainer(model, tokenizer, ordered_rows, args, callbacks, options)
-        if options.eval_steps is not None:
-            assert evaluation is not None, "train.eval_steps needs an evaluation split"
+        if options.has_evaluations:
+            assert evaluation is not None, "evaluations need an evaluation split"
             recorder.evaluator = trainer.evaluate = Evaluator(
                 trainer, evaluation, options, folder, measure=None if supervised else trainer.measure
             )

@@ -59,7 +59,8 @@ def make_arguments(
         lr_scheduler_type=options.lr_scheduler_type,
         warmup_steps=_warmup_steps(options, num_steps),
         weight_decay=options.weight_decay,
-        adam_beta2=options.adam_beta2,
+        # transformers also gives these to Lion, whose second one is the decay of its momentum (arXiv 2302.06675).
+        adam_beta2=0.99 if options.optim == "lion_8bit" else options.adam_beta2,
         max_grad_norm=options.max_grad_norm,
         optim=optimizers.TRANSFORMERS_NAMES[options.optim],
         bf16=compute == "bfloat16",
@@ -74,7 +75,7 @@ def make_arguments(
         logging_steps=options.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,
-        save_strategy="steps",
+        save_strategy="steps" if options.save_strategy == "steps" else "no",  # the recorder saves after epochs
         save_steps=options.save_steps,
         save_total_limit=None,  # the recorder removes old checkpoints, after the new one is known to be complete
         seed=seed,

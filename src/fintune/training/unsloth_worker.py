@@ -128,7 +128,7 @@ def run_job(job: dict[str, Any]) -> None:
             compute=job["compute"],
             seed=config.run.seed,
             folder=folder,
-            evaluation=Evaluation(eval_rows) if config.train.eval_steps is not None else None,
+            evaluation=Evaluation(eval_rows) if config.train.has_evaluations else None,
         )
     peak = round(torch.cuda.max_memory_allocated() / GIB, 2) if torch.cuda.is_available() else None
     (folder / VERSIONS_FILE).write_text(json.dumps({"versions": versions(), "peak_gib": peak}) + "\n", encoding="utf-8")

@@ -106,7 +106,7 @@ def test_flags_choose_the_method(tiny_model, processed, tmp_path, others, use_do
 def test_flags_become_the_configuration(tiny_model, processed, tmp_path, monkeypatch):
     configs = []
     real = finqa._config
-    monkeypatch.setattr(finqa, "_config", lambda *words, **steps: configs.append(real(*words, **steps)) or configs[-1])
+    monkeypatch.setattr(finqa, "_config", lambda *words: configs.append(real(*words)) or configs[-1])
     others = {
         "epochs": 0.5,
         "lr": 3e-4,
@@ -124,7 +124,7 @@ def test_flags_become_the_configuration(tiny_model, processed, tmp_path, monkeyp
     train = configs[-1].train
     assert (train.num_train_epochs, train.learning_rate, train.weight_decay) == (0.5, 3e-4, 0.1)
     assert (train.gradient_checkpointing, train.report_to, train.dtype) == (True, ("tensorboard",), "float32")
-    assert (train.save_steps, train.eval_steps, train.gradient_accumulation_steps) == (2, 1, 2)
+    assert (train.save_strategy, train.eval_steps, train.gradient_accumulation_steps) == ("epoch", 1, 2)
     assert (configs[-1].adapter.lora_dropout, configs[-1].run.seed) == (0.05, 5)
     lines = metrics.read(tmp_path / "out" / "run" / "train" / "metrics.jsonl")
     assert [line["step"] for line in lines if "eval_loss" in line] == [1]

@@ -6,7 +6,6 @@ The adapter appears in ``--output_dir``. The run is in ``--output_dir/run``, whe
 from __future__ import annotations
 
 import json
-import math
 import shlex
 from collections.abc import Sequence
 from typing import Any
@@ -75,17 +74,13 @@ def train_finqa(flags: dict[str, Any], overrides: Sequence[str]) -> None:
     if repo is not None and flags["hub_strategy"] == "epoch":
         overrides = [f"publish.repo_id={repo}", "publish.each_epoch=true", *overrides]
     values, data = _data(flags)
-    # Steps of an epoch are known when the data are prepared.
-    config = _config(values, [*data, *overrides], steps_per_epoch=1)
+    config = _config(values, [*data, *overrides])
     adapter = Output("--output_dir", folder, "train", config.folder / "train" / "adapter", is_copy=True)
     check([adapter], config.folder, flags["dataset_dir"], overwrite=overwrite)
     redo = {"prepare", "train", *flags["redo"]} if overwrite else {*flags["redo"]}
     # Only this step: a result of train that cannot be read must not stop the command that replaces it.
     steps = [step for step in build_steps(config) if step.name == "prepare"]
-    (prepared,) = Pipeline(config, steps, Selection(redo=redo & {"prepare"})).run()
-    batch = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
-    steps_per_epoch = max(1, math.ceil(prepared.facts["num_train_rows"] / batch))
-    config = _config(values, [*data, *overrides], steps_per_epoch=steps_per_epoch)
+    Pipeline(config, steps, Selection(redo=redo & {"prepare"})).run()
     steps = [replaces(step, [adapter]) for step in build_steps(config)]
     Pipeline(config, steps, Selection(only=("train",), redo=redo - {"prepare"})).run()
     adapter.write(overwrite=overwrite)
@@ -123,7 +118,7 @@ def _data(flags: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return values, ["data.source=finqa", *([] if eval_file else ["data.max_eval_samples=1"])]
 
 
-def _config(flags: dict[str, Any], overrides: Sequence[str], *, steps_per_epoch: int) -> Config:
+def _config(flags: dict[str, Any], overrides: Sequence[str]) -> Config:
     from fintune.config.load import load
 
     dtype = None if flags["use_bf16"] is None else "bfloat16"
@@ -136,7 +131,8 @@ def _config(flags: dict[str, Any], overrides: Sequence[str], *, steps_per_epoch:
         "use_4bit": "nf4" if flags["use_4bit"] else "none",
         "use_dora": "dora" if flags["use_dora"] else "lora",
         "report_to": _REPORTERS[flags["report_to"] or "none"],
-        "save_steps": {"no": _NEVER, "epoch": steps_per_epoch}.get(flags["save_strategy"], flags["save_steps"]),
-        "eval_steps": {"steps": flags["eval_steps"], "epoch": steps_per_epoch}.get(flags["eval_strategy"]),
+        "save_steps": _NEVER if flags["save_strategy"] == "no" else flags["save_steps"],
+        "eval_steps": flags["eval_steps"] if flags["eval_strategy"] == "steps" else None,
     }
-    return load(None, ["run.name=run", *as_overrides(FLAGS, values), *overrides]).config
+    strategies = [f"train.{name}=epoch" for name in ("save_strategy", "eval_strategy") if flags[name] == "epoch"]
+    return load(None, ["run.name=run", *strategies, *as_overrides(FLAGS, values), *overrides]).config

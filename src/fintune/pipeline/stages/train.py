@@ -18,7 +18,7 @@ from fintune.models import load as models
 from fintune.models.folder import FULL_MODEL_FOLDER, read_model_config
 from fintune.publish import files as publication
 from fintune.publish.push import EpochPushes
-from fintune.training import batches, callbacks, distributed, full, lora, optimizers, preference, sft, unsloth
+from fintune.training import callbacks, distributed, full, lora, optimizers, preference, sft, unsloth
 from fintune.training.checkpoints import BEST_FOLDER, count_saved_numbers
 from fintune.training.combinations import check_combinations
 from fintune.training.evaluate import Evaluation
@@ -144,8 +144,8 @@ def _train(config: Config, prepare: Path, rows: Dataset, folder: Path, result: P
     if config.adapter.init_lora_weights != "default":
         start = folder / "checkpoints" / "start"
         lora.save_adapter_start(model, start)
-    pushes = _epoch_pushes(config, model, start, len(rows))
-    run(model, extra_callbacks=[pushes.callback()] if pushes else [])
+    pushes = _epoch_pushes(config, model, start)
+    run(model, after_epoch=pushes.push_epoch if pushes else None)
     if distributed.is_main():
         name, revision = config.model.name, config.model.revision
         lora.save_adapter(model, name, revision, result, start=start, base=base_folder.path)
@@ -186,18 +186,13 @@ def _reporters(config: Config, folder: Path, done: int) -> Sequence[object]:
     )
 
 
-def _epoch_pushes(config: Config, model: PeftModel, start: Path | None, num_rows: int) -> EpochPushes | None:
+def _epoch_pushes(config: Config, model: PeftModel, start: Path | None) -> EpochPushes | None:
     """Return the pushes of the adapter after each epoch; None if they are off."""
     if not config.publish.each_epoch or not distributed.is_main():
         return None
     base, _ = publication.base_of(config)  # a path of this machine means nothing on the hub
     name, revision = base.hub_id or base.name, config.model.revision
-    step_size = batches.examples_per_step(config.train)
-    return EpochPushes(
-        config.publish,
-        lambda folder: lora.save_adapter(model, name, revision, folder, start=start),
-        -(-num_rows // step_size),
-    )
+    return EpochPushes(config.publish, lambda folder: lora.save_adapter(model, name, revision, folder, start=start))
 
 
 def _is_sharded(config: Config, folder: models.ModelFolder, rows: Dataset) -> bool:
@@ -215,7 +210,7 @@ def _is_sharded(config: Config, folder: models.ModelFolder, rows: Dataset) -> bo
 
 def _evaluation(config: Config, prepare: Path, tokenizer: PreTrainedTokenizerBase) -> Evaluation | None:
     options = config.train
-    if options.eval_steps is None:
+    if not options.has_evaluations:
         return None
     rows = _load_rows(prepare / "tokens" / "eval", "evaluate")
     rows = rows.select(draw_indices(len(rows), options.max_eval_samples, config.run.seed))
