@@ -74,7 +74,7 @@ def test_score_of_several_files_is_one_table(tmp_path: Path, gold: Path) -> None
     assert "two.json: not scored: 1 unknown id" in done.err
 
 
-def test_score_groups_columns_by_decoding_mode(tmp_path: Path, gold: Path) -> None:
+def test_score_of_two_decoding_modes_shows_differences(tmp_path: Path, gold: Path) -> None:
     free = [text_row("a"), {"id": "b", "program": ""}, {"id": "c", "program": ""}]
     kept = [{**text_row(name), "seconds": 1.5} for name in "abc"]
     for name, rows in (("free", free), ("kept", kept)):
@@ -84,16 +84,17 @@ def test_score_groups_columns_by_decoding_mode(tmp_path: Path, gold: Path) -> No
     done = fintune("score", *words, "--gold", gold)
     assert done.status == 0
     lines = [line.split() for line in done.out.splitlines()]
-    assert lines[0] == ["plain", "page"]
+    assert lines[0][:3] == ["predictions", "decoding", "n"]
     rows = [line for line in lines if line[:1] in (["LoRA"], ["DoRA"])]
-    assert rows[0][:3] == ["LoRA", "3", "33.33%"]
-    assert rows[0][-6:] == ["43.9", "to", "100.0%", "100.00%", "0.00%", "4.5"]
-    assert rows[0][7:12] == ["0.00%", "+", "66.67%", "no", "program"]
-    assert rows[1] == ["DoRA", "3", *rows[0][2:12]], "no column of a way that was not measured"
+    assert rows[0][:4] == ["LoRA", "plain", "3", "33.33%"]
+    assert rows[0][-3:] == ["0.00%", "0.00%", "66.67%"], "invalid and no program; the seconds are not known"
+    assert rows[1][:4] == ["LoRA", "page", "3", "100.00%"]
+    assert rows[1][-3:] == ["0.00%", "0.00%", "4.5"]
+    assert rows[2] == ["DoRA", *rows[0][1:]]
     assert ["page", "against", "plain", "answers", "times", "the"] in lines
-    assert rows[2][:3] == ["LoRA", "3", "+66.7"]
-    assert rows[2][-2:] == ["2", "0"], "gained and lost; the times are not known in both ways"
-    assert len(rows) == 3
+    assert rows[3][:3] == ["LoRA", "3", "+66.7"]
+    assert rows[3][-2:] == ["2", "0"], "gained and lost; the times are not known in both ways"
+    assert len(rows) == 4
 
 
 @pytest.mark.parametrize(

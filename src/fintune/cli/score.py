@@ -19,7 +19,7 @@ from fintune.cli.common import FILE, optional_config_arguments, print_tables, ru
     multiple=True,
     metavar="[NAME=]FILE",
     help="JSON, JSONL or .gz of {id, predicted} or {id, program}. Several files give one table with a row each; "
-    "names such as NAME+none and NAME+page give a column group each.",
+    "names such as NAME+none and NAME+page are also compared.",
 )
 @click.option("--gold", type=FILE, help="FinQA file with the gold programs, plain or .gz.")
 @click.option("--csv", type=FILE, help="Write one row for each prediction to this file.")
