@@ -87,7 +87,7 @@ def test_score_of_two_decoding_modes_shows_differences(tmp_path: Path, gold: Pat
     assert lines[0][:3] == ["predictions", "decoding", "n"]
     rows = [line for line in lines if line[:1] in (["LoRA"], ["DoRA"])]
     assert rows[0][:4] == ["LoRA", "plain", "3", "33.33%"]
-    assert rows[0][-3:] == ["0.00%", "0.00%", "66.67%"], "invalid and no program; the seconds are not known"
+    assert rows[0][-3:] == ["33.33%", "0.00%", "66.67%"], "program, invalid, no program; no seconds are known"
     assert rows[1][:4] == ["LoRA", "page", "3", "100.00%"]
     assert rows[1][-3:] == ["0.00%", "0.00%", "4.5"]
     assert rows[2] == ["DoRA", *rows[0][1:]]

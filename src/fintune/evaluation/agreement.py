@@ -53,17 +53,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class ModelAgreement:
-    """The comparison of two models over their common examples.
+    """The comparison of two models: the examples that both answered (common), and those that only one answered.
 
-    Attributes:
-        num_common: Number of examples that both answered.
-        num_only_a: Number of examples that only the first answered.
-        num_only_b: Number of examples that only the second answered.
-        num_same_completion: Common examples with identical tokens (identical text if token ids are missing).
-        num_same_program: Common examples with identical programs.
-        num_same_verdict: Common, scored examples with the same execution verdict.
-        num_scored: Common examples that were scored on both sides.
-        differences: The common examples with different completions, in the order of the first model.
+    The same completion means identical tokens (identical text if token ids are missing). ``num_scored`` and
+    ``num_same_verdict`` count common examples that were scored on both sides. ``differences`` are the common examples
+    with different completions, in the order of the first model.
     """
 
     num_common: int
@@ -101,12 +95,8 @@ def compare_predictions(
 ) -> ModelAgreement:
     """Compare the predictions of a reference ``a`` with those of its copy ``b`` by example id.
 
-    Args:
-        a: Predictions of the reference model.
-        b: Predictions of its copy.
-        verdicts_a: Execution verdicts of ``a`` by id.
-        verdicts_b: Execution verdicts of ``b`` by id.
-        threshold_nats: A difference is a near-tie if the gap of both models is below this.
+    The verdicts are whether the program executes to the gold result, by id. A difference is a near-tie if the gap of
+    both models is below ``threshold_nats``.
 
     Raises:
         DataError: An id occurs twice on one side.

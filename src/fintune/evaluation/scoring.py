@@ -95,10 +95,8 @@ class ScoreResult:
         """Return one row for each prediction: the fields of `Verdict`, flags as 0 and 1, unknown values empty."""
         columns = list(Verdict.model_fields)
         file = io.StringIO()
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        for verdict in self.verdicts:
-            writer.writerow([_csv_cell(getattr(verdict, name)) for name in columns])
+        rows = ([_csv_cell(getattr(verdict, name)) for name in columns] for verdict in self.verdicts)
+        csv.writer(file, lineterminator="\n").writerows([columns, *rows])
         return file.getvalue()
 
 
@@ -180,8 +178,8 @@ def read_verdicts(path: Path) -> dict[str, OfficialVerdict]:
 
 
 def _unreadable(path: Path, error: Exception) -> ArtifactError:
-    step = f"score/{path.parent.name}"
-    return ArtifactError(f"{path} cannot be read ({first_line(error)})", hint=f"--redo {step} reruns it")
+    message, hint = f"{path} cannot be read ({first_line(error)})", f"--redo score/{path.parent.name} reruns it"
+    return ArtifactError(message, hint=hint)
 
 
 def _read(predictions: Predictions) -> PredictionFile:

@@ -63,21 +63,15 @@ def dot_plot(name: str, title: str, rows: Sequence[Dot], axis: str) -> str:
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
         for index, row in enumerate(rows):
-            colour = _SERIES[row.series]
+            colour, value = _SERIES[row.series], 100 * row.value
             axes.plot([100 * row.low, 100 * row.high], [index, index], color=colour, linewidth=3, alpha=0.45)
-            axes.plot([100 * row.value], [index], "o", color=colour, markersize=8)
+            axes.plot([value], [index], "o", color=colour, markersize=8)
             if row.second is not None:
                 axes.plot([100 * row.second], [index], "D", color=_INK, markersize=5, markerfacecolor="none")
-            axes.annotate(
-                f"{100 * row.value:.1f} %",
-                (100 * row.value, index),
-                # Centred over the dot, but not over the row's name.
-                xytext=(0 if row.value > 0.04 else -5, 8),
-                textcoords="offset points",
-                ha="center" if row.value > 0.04 else "left",
-                color=_INK,
-                fontweight="bold",
-            )
+            # Centred over the dot, but not over the row's name.
+            offset, side = ((0, 8), "center") if value > 4 else ((-5, 8), "left")
+            label = axes.annotate(f"{value:.1f} %", (value, index), offset, textcoords="offset points", ha=side)
+            label.set(color=_INK, fontweight="bold")
         axes.set_yticks(range(len(rows)), [row.label for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.75)
         axes.set_xlim(-3, 103)

@@ -100,18 +100,20 @@ def _facts(run: RunData) -> list[tuple[str, str]]:
 
 def _provenance(run: RunData) -> dict[str, Any]:
     changed, unchanged = _options(run.config)
-    versions = {name: "" for manifest in run.manifests.values() for name in manifest.versions}
-    for name in versions:
-        versions[name] = _distinct(manifest.versions.get(name) for manifest in run.manifests.values())
+    used = [manifest.versions for manifest in run.manifests.values()]
+    names = dict.fromkeys(name for versions in used for name in versions)
+    versions = [(name, _distinct(versions.get(name) for versions in used)) for name in names]
     return {
         "stages": _stages_table(run.manifests),
-        "origin": HtmlTable("Origin", (), [[name, Cell(text, style="mono")] for name, text in _origin(run)], (0, 1)),
+        "origin": _facts_table("Origin", _origin(run)),
         "changed": HtmlTable("Changed options", ("option", "value", "default"), changed, (0, 1, 2)),
         "unchanged": HtmlTable("Options at their defaults", ("option", "value"), unchanged, (0, 1)),
-        "versions": HtmlTable(
-            "Package versions", (), [[name, Cell(text, style="mono")] for name, text in versions.items()], (0, 1)
-        ),
+        "versions": _facts_table("Package versions", versions),
     }
+
+
+def _facts_table(label: str, facts: Iterable[tuple[str, str]]) -> HtmlTable:
+    return HtmlTable(label, (), [[name, Cell(text, style="mono")] for name, text in facts], (0, 1))
 
 
 def _distinct(values: Iterable[object]) -> str:

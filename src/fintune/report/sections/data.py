@@ -13,16 +13,8 @@ from fintune.report.plots import is_too_small, length_plot, share_plot
 Report: TypeAlias = Mapping[str, Any]
 """``fintune.data.report.PrepareReport`` as JSON."""
 _SPLITS = ("train", "eval")
-_SOURCE_COLUMNS = (
-    "source",
-    "rows",
-    "usable rows by format",
-    "duplicates\ndropped",
-    "dropped for other reasons",
-    "train",
-    "held out",
-    "licence",
-)
+_READ_COLUMNS = ("source", "rows", "usable rows by format", "duplicates\ndropped", "dropped for other reasons")
+_SOURCE_COLUMNS = (*_READ_COLUMNS, "train", "held out", "licence")
 _DUPLICATES = ("exact duplicate", "near duplicate")
 
 
