@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from fintune.cli.common import echo
 from fintune.cli.legacy.finqa_data import preprocess as write_dataset
 from fintune.cli.legacy.flags import PATH, PastedCommand
 from fintune.cli.main import main
@@ -20,7 +21,7 @@ def preprocess(input_json: Path, output_dataset: Path, strict: bool) -> None:
     for problem in abridge_remarks(read.problems):
         click.echo(f"fintune: {problem}", err=True)
     dropped = ", ".join(f"{number} {reason}" for reason, number in read.dropped.most_common())
-    click.echo(f"{output_dataset}: {len(read.records)} records{dropped and f', left out {dropped}'}")
+    echo(f"{output_dataset}: {len(read.records)} records{dropped and f', left out {dropped}'}")
 
 
 if __name__ == "__main__":

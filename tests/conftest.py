@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the command line does, see
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # The GPU's kernels are tested on the CPU; Triton asks for this when it is first imported.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# nohup and "&" in a script ignore Ctrl-C, and every process that a test starts would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

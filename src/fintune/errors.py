@@ -10,9 +10,9 @@
     ├── ArtifactError       a stage's folder: stale, unfinished, or held by another process
     └── ResourceError       the machine: disk too small, network unreachable, no GPU, package missing
 
-A message says what happened and where. ``hint`` says how to fix it. ``option`` names the option at fault, so that a
-command with its own flags can print its flag instead (:meth:`FintuneError.renamed`). Any other exception that escapes
-is a bug of this package and keeps its traceback.
+A message says what happened and where, without a final full stop. ``hint`` says how to fix it, in one sentence.
+``option`` is the dotted key of the option at fault, so that a command with its own flags can print its flag instead
+(:meth:`FintuneError.renamed`). Any other exception that escapes is a bug of this package and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -26,13 +26,7 @@ Error = TypeVar("Error", bound="FintuneError")
 
 
 class FintuneError(Exception):
-    """Base class of all errors of this package.
-
-    Args:
-        message: What happened and where, without a final full stop.
-        hint: How to fix it, in one sentence, or None if the message already says so.
-        option: Dotted key of the option at fault, such as ``train.learning_rate``, or None.
-    """
+    """Base class of all errors of this package."""
 
     def __init__(self, message: str, *, hint: str | None = None, option: str | None = None) -> None:
         super().__init__(message)
@@ -42,11 +36,7 @@ class FintuneError(Exception):
         return f"{self.message}: {self.hint}" if self.hint else self.message
 
     def renamed(self: Error, name: str) -> Error:
-        """Return a copy that calls the option by another name.
-
-        Args:
-            name: What the user typed, such as ``--lr``.
-        """
+        """Return a copy that calls the option by another name, such as ``--lr``."""
         error = copy.copy(self)
         if self.option is not None:
             # Whole keys only: train.eval is not part of train.eval_steps.
@@ -58,14 +48,7 @@ class FintuneError(Exception):
 
 
 class ConfigError(FintuneError):
-    """A configuration that cannot be used.
-
-    Args:
-        message: What is wrong, without the location.
-        hint: How to fix it.
-        option: Dotted key of the option at fault.
-        location: Where the option was set, such as ``configs/chat.yaml:12`` or ``command line``.
-    """
+    """A configuration that cannot be used; ``location`` is where it was set, such as ``configs/chat.yaml:12``."""
 
     def __init__(
         self, message: str, *, hint: str | None = None, option: str | None = None, location: str | None = None
@@ -83,16 +66,7 @@ class ConfigError(FintuneError):
 
 
 class DataError(FintuneError):
-    """A data file that cannot be read, or a row of it.
-
-    Args:
-        message: What is wrong, without the location.
-        path: The file.
-        row: 1-based row (line of a JSONL file, element of a JSON list), or None if the error concerns the whole file.
-        record_id: Id of the record, if it has one.
-        hint: How to fix it.
-        option: Dotted key of the option at fault.
-    """
+    """A data file that cannot be read, or a row of it: a line of a JSONL file or element of a JSON list, from 1."""
 
     def __init__(
         self,
@@ -104,15 +78,8 @@ class DataError(FintuneError):
         hint: str | None = None,
         option: str | None = None,
     ) -> None:
-        location = ", ".join(
-            part
-            for part in (
-                str(path) if path is not None else "",
-                f"row {row}" if row is not None else "",
-                f"id {record_id}" if record_id is not None else "",
-            )
-            if part
-        )
+        parts = ((path, ""), (row, "row "), (record_id, "id "))
+        location = ", ".join(f"{word}{part}" for part, word in parts if part is not None)
         super().__init__(f"{location}: {message}" if location else message, hint=hint, option=option)
         self.path, self.row, self.record_id = path, row, record_id
 
@@ -122,13 +89,7 @@ class ModelError(FintuneError):
 
 
 class PromptError(ModelError):
-    """One of several prompts that a model cannot take.
-
-    Args:
-        number: Number of the prompt, from 1.
-        problem: What is wrong with it, as text that follows "prompt 3".
-        hint: How to fix it.
-    """
+    """One of several prompts that a model cannot take: its number, from 1, and the text that follows "prompt 3"."""
 
     def __init__(self, number: int, problem: str, *, hint: str | None = None) -> None:
         super().__init__(f"prompt {number}{problem}", hint=hint)

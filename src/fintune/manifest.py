@@ -36,7 +36,6 @@ class Key(BaseModel):
     """What a stage's result depends on.
 
     Attributes:
-        step: Name of the step, ``predict/merged``.
         options: Values by dotted key that can change the result.
         sources: Fingerprints of things outside the run (data files, base model), by option name.
         inputs: Digests of the stages that this one reads, by step name.
@@ -78,9 +77,7 @@ class Manifest(BaseModel):
         outputs: SHA-256 of each file, by path below the folder.
         output_bytes: Size of each file, likewise; empty in a manifest of an earlier version.
         facts: Counts and figures that the stage reported.
-        versions: Versions of Python and of the packages that matter.
         commit: Commit of this package's checkout, with ``+`` if files differ from it; None outside a checkout.
-        machine: Processor, cores, memory, GPU.
         seconds: Wall time of the last attempt.
         peak_memory_bytes: Largest resident memory of the process during the last attempt.
     """
@@ -108,11 +105,7 @@ class Manifest(BaseModel):
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of one step.
-
-    Attributes:
-        what: "done", "up to date" or "skipped".
-    """
+    """The outcome of one step: "done", "up to date" or "skipped"."""
 
     step: str
     what: str

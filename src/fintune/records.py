@@ -40,7 +40,6 @@ class Message(Record):
 
 
 def _text_or_number(value: Any) -> Any:
-    # Copies of FinQA have exe_ans as a string for yes/no questions, and as a number for all others. A bool is neither.
     if isinstance(value, bool):
         raise ValueError("exe_ans must be a number, 'yes' or 'no'")
     return value
@@ -113,13 +112,7 @@ class Example(Record):
 
 
 class Pair(Record):
-    """One prompt with a better and a worse answer, for preference training.
-
-    Attributes:
-        messages: The turns before the answer; the last is the user's.
-        chosen: The better answer, without template tokens.
-        rejected: The worse answer, without template tokens.
-    """
+    """One prompt (the turns before the answer) with a better and a worse answer, for preference training."""
 
     id: str
     messages: tuple[Message, ...]
@@ -128,13 +121,7 @@ class Pair(Record):
 
 
 class LabelledAnswer(Record):
-    """One prompt with one answer and its label, for preference training without pairs.
-
-    Attributes:
-        messages: The turns before the answer; the last is the user's.
-        completion: The answer, without template tokens.
-        label: Whether the answer is desired.
-    """
+    """One prompt with one answer, and whether the answer is desired, for preference training without pairs."""
 
     id: str
     messages: tuple[Message, ...]
@@ -143,14 +130,7 @@ class LabelledAnswer(Record):
 
 
 class Candidate(Record):
-    """One of several completions of a prompt.
-
-    Attributes:
-        program: The program in the completion.
-        logprob: See `Prediction`.
-        result: The result of the program, rounded as in the official script; None if it has no result.
-        num_tokens: Number of generated tokens.
-    """
+    """One of several completions of a prompt; ``result`` is rounded as in the official script, or None."""
 
     program: str
     logprob: float | None

@@ -4,7 +4,7 @@ import io
 import threading
 
 import pytest
-from rich.console import Console
+from rich.table import Table
 
 from fintune.util import console as progress
 
@@ -13,14 +13,14 @@ from fintune.util import console as progress
 def written(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """Where messages go instead of a file that is no terminal."""
     out = io.StringIO()
-    monkeypatch.setattr(progress, "console", Console(file=out, width=40, highlight=False))
+    monkeypatch.setattr(progress, "console", progress.make_console(file=out, width=40, highlight=False))
     return out
 
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     out = io.StringIO()
-    shown = Console(file=out, width=100, force_terminal=True, highlight=False, color_system=None)
+    shown = progress.make_console(file=out, width=100, force_terminal=True, highlight=False, color_system=None)
     monkeypatch.setattr(progress, "console", shown)
     return out
 
@@ -58,7 +58,7 @@ def test_a_resumed_bar_counts_from_where_it_was(written: io.StringIO, clock: lis
 
 
 def test_a_slow_step_is_told_of_though_nothing_moves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "console", Console(file=io.StringIO()))
+    monkeypatch.setattr(progress, "console", progress.make_console(file=io.StringIO()))
     monkeypatch.setattr(progress, "SILENT_SECONDS", 0.01)
     told = threading.Event()
     monkeypatch.setattr(progress, "say", lambda text: (lines.append(text), told.set()))
@@ -112,3 +112,10 @@ def test_a_failure_below_a_bar_clears_the_area(terminal: io.StringIO) -> None:
 def test_a_remark_about_the_data_does_not_steer_the_terminal(written: io.StringIO) -> None:
     progress.say("field \x1b[2J\x9b: [b]unknown[/b]")
     assert written.getvalue() == "  field \\x1b[2J\\x9b: [b]unknown[/b]\n"
+
+
+def test_a_table_does_not_steer_the_terminal(written: io.StringIO) -> None:
+    table = Table("p\x1b[2J", box=None)
+    table.add_row("a\u202eb")
+    progress.console.print(table)
+    assert written.getvalue().split() == ["p\\x1b[2J", "a\\u202eb"]

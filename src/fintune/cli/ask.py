@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 
 from fintune.cli.common import (
     FILE,
@@ -39,6 +38,7 @@ from fintune.inference.open_model import ModelSpec, open_model
 from fintune.inference.protocol import sorted_by_prompt
 from fintune.records import Candidate, FinQARecord
 from fintune.report.answer_text import answer_lines, confidence_line
+from fintune.util.console import make_console
 from fintune.util.memory import advice_on_memory
 from fintune.util.text import abridge_remarks, escape_control_chars
 
@@ -179,7 +179,7 @@ def page_command(
 
 
 def _print_page(path: Path, page: PageReading) -> None:
-    out = Console()
+    out = make_console()
     out.print(f"{path}: table {page.number} of {page.num_tables}", style="bold", markup=False, soft_wrap=True)
     record = page.record
     for sentence in record.pre_text:
@@ -195,7 +195,7 @@ def _print_page(path: Path, page: PageReading) -> None:
 
 
 def _print_answer(answer: Answer, options: PredictOptions) -> None:
-    out = Console()
+    out = make_console()
     lines = answer_lines(
         answer.record,
         "" if answer.is_text else answer.program,

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json as json_module
+import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.table import Table
 
-from fintune.cli.common import FILE, print_tables, stdout
+from fintune.cli.common import FILE, echo, print_tables
 from fintune.data.finqa_json import WITHOUT_STRICT, read_finqa, read_objects
 from fintune.errors import DataError, FintuneError
 from fintune.evaluation.audit import FINDINGS, NEAR, Overlap, SplitAudit, Splits, audit_split, find_overlaps
@@ -23,7 +25,6 @@ from fintune.report.tables import plain_table
 from fintune.util.files import check_outputs, make_folder, write_output
 from fintune.util.text import abridge_remarks
 
-_ENDINGS = (".gz", ".json", ".jsonl")
 _SIZES = {"records": "num_records", "pages": "num_pages", "reports": "num_reports", "companies": "num_companies"}
 _SHARED = {
     "id": "ids",
@@ -55,19 +56,16 @@ _AGREEMENT: Mapping[Agreement, str] = {
     help="What no two of the written files may share.",
 )
 @click.option("--strict", is_flag=True, help="Stop at the first record that cannot be used.")
-def audit_command(
-    files: tuple[Path, ...], json: Path | None, write_splits: Path | None, by: Level, strict: bool
-) -> None:
+def audit_command(files: tuple[Path, ...], write_splits: Path | None, by: Level, **options: Any) -> None:
     """Report data problems in FinQA files and the overlap between them. Needs no torch."""
-    result = audit_files(files, json=json, write_splits=write_splits, by=by, strict=strict)
+    result = audit_files(files, write_splits=write_splits, by=by, **options)
     for problem in abridge_remarks(result.problems):
         sys.stderr.write(f"fintune: {problem}\n")
-    print_tables(list(result.tables()))
+    print_tables(*result.tables())
     if result.resplit is not None:
         repeated = result.resplit.num_repeated
         left_out = f"; {repeated} repeated ids are left out" if repeated else ""
-        line = f"\n{write_splits}: no two of these files share a {by}{left_out}"
-        stdout().print(line, markup=False, highlight=False, soft_wrap=True)
+        echo(f"\n{write_splits}: no two of these files share a {by}{left_out}")
 
 
 class Audit(Record):
@@ -80,11 +78,9 @@ class Audit(Record):
 
 @dataclass(frozen=True)
 class Resplit:
-    """A new division of the records of several files.
+    """A new division of the records of several files; all mappings are by file name.
 
     Attributes:
-        splits: Records by file name.
-        num_before: Number of records that each file had.
         num_moved: Number of records of each file that come from another file.
         num_repeated: Number of records that are left out because an earlier one has their id.
         groups: Reports or companies of each file, sorted.
@@ -122,27 +118,25 @@ def audit_files(
     by: Level = "report",
     strict: bool = False,
 ) -> AuditResult:
-    """Audit FinQA files.
+    """Audit FinQA files (JSON or lines, plain or gzip). A file's name without endings is the name of its split.
 
     Args:
-        files: FinQA JSON or JSON lines, plain or gzip. A file's name without endings is the name of its split.
+        files: The files.
         json: Write all figures to this file.
         write_splits: Write ``NAME.json`` for each file to this folder, and ``splits.json`` about them: the same records
             with all their keys, split so that no two files share a report or company. Nothing is overwritten.
-        by: "report" or "company".
+        by: What no two written files may share.
         strict: Stop at the first record that cannot be used.
 
     Raises:
         DataError: A file cannot be read or has no usable record, or ``strict`` is set and a record is broken.
         FintuneError: Two files have one name, there is only one file to split, or an output cannot be written.
     """
-    names = _split_names(files)
+    paths = _name_splits(files)
     check_outputs((json,), inputs=files)
     if write_splits is not None:
-        _check_folder(write_splits, names)
-    read = {
-        name: read_finqa(path, strict=strict, instead=WITHOUT_STRICT) for name, path in zip(names, files, strict=True)
-    }
+        _check_folder(write_splits, paths)
+    read = {name: read_finqa(path, strict=strict, instead=WITHOUT_STRICT) for name, path in paths.items()}
     records = {name: result.records for name, result in read.items()}
     new = resplit(records, by) if write_splits is not None else None
     audit = Audit(
@@ -197,20 +191,17 @@ def resplit(splits: Splits, by: Level) -> Resplit:
     )
 
 
-def _split_names(files: Sequence[Path]) -> list[str]:
-    names: list[str] = []
+def _name_splits(files: Sequence[Path]) -> dict[str, Path]:
+    paths: dict[str, Path] = {}
     for path in files:
-        name = path.name
-        while (end := next((end for end in _ENDINGS if name.endswith(end) and name != end), None)) is not None:
-            name = name.removesuffix(end)
-        if name in names:
-            other = files[names.index(name)]
-            raise FintuneError(f"{other} and {path} would both be called {name!r}", hint="rename one of them")
-        names.append(name)
-    return names
+        name = re.sub(r"(?<=.)(\.gz|\.jsonl?)+$", "", path.name)
+        if name in paths:
+            raise FintuneError(f"{paths[name]} and {path} would both be called {name!r}", hint="rename one of them")
+        paths[name] = path
+    return paths
 
 
-def _check_folder(folder: Path, names: Sequence[str]) -> None:
+def _check_folder(folder: Path, names: Collection[str]) -> None:
     if len(names) < 2:
         raise FintuneError("--write-splits needs several files", hint="name the training and the evaluation file")
     if "splits" in names:

@@ -6,7 +6,7 @@ import functools
 import os
 import re
 import shlex
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -14,9 +14,9 @@ import click
 
 from fintune.errors import ConfigError, ModelError
 from fintune.util.signals import RESUME_MESSAGE, interrupt_message
+from fintune.util.text import escape_control_chars
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
 
     from fintune.pipeline.step import Selection
@@ -125,9 +125,8 @@ def resolve_run_model(name: str, *, with_adapter: bool = False) -> tuple[str, li
         return name, []
     if with_adapter:
         raise ModelError(f"{name} is a run's folder, which needs no adapter", hint="name the adapter's base model")
-    model = find_run_model(folder)
+    model, options = find_run_model(folder), overrides_of(folder)
     say(f"using {model}, the model of {name}")
-    options = overrides_of(folder)
     if 'data.source="chat"' in options:
         say(
             f"{name} was trained on conversations, not on programs, so its answers here mean little. "
@@ -136,7 +135,7 @@ def resolve_run_model(name: str, *, with_adapter: bool = False) -> tuple[str, li
     return str(model), [option for option in options if option.startswith("prompt.")]
 
 
-def run_stage(name: str, config: Path, overrides: tuple[str, ...], *, redo: bool, dry_run: bool) -> None:
+def run_stage(name: str, config: Path | None, overrides: tuple[str, ...], *, redo: bool, dry_run: bool) -> None:
     """Run one stage of a run."""
     from fintune.pipeline.step import Selection
 
@@ -144,67 +143,58 @@ def run_stage(name: str, config: Path, overrides: tuple[str, ...], *, redo: bool
 
 
 def run_stages(path: Path | None, overrides: tuple[str, ...], selection: Selection, *, dry_run: bool = False) -> None:
-    """Run the selected stages of a run; then print the scores and where the results are.
-
-    Args:
-        path: The configuration file.
-        overrides: ``dotted.key=value``.
-        selection: Which stages to run.
-        dry_run: Print the plan only.
-    """
+    """Run the selected stages of a run, then print the scores and where the results are; or print the plan only."""
     from fintune.config.load import load
     from fintune.pipeline.runner import Pipeline
     from fintune.pipeline.steps import build_steps
     from fintune.report.tables import plan_table, read_scored, score_tables
 
-    loaded = load(path, overrides)
+    config = load(path, overrides).config
     called = shlex.join([*([str(path)] if path is not None else []), *overrides])
-    pipeline = Pipeline(loaded.config, build_steps(loaded.config), selection, called=called)
-    out = stdout()
+    pipeline = Pipeline(config, build_steps(config), selection, called=called)
     if dry_run:
-        out.print(plan_table([(step.name, state, step.inputs) for step, state in pipeline.preview()]))
+        print_tables(plan_table([(step.name, state, step.inputs) for step, state in pipeline.preview()]))
         return
-    folder = loaded.config.folder
     with interrupt_message(RESUME_MESSAGE):
         steps = [outcome.step for outcome in pipeline.run() if outcome.what != "skipped"]
-    scored = [step.removeprefix("score/") for step in steps if step.startswith("score/")]
-    if scored:
-        out.print()
-        print_tables(score_tables(read_scored(folder, scored), "model", first=loaded.config.predict.decoding_modes[0]))
-        out.print()
-    if loaded.config.data.source == "chat":
+    if scored := [step.removeprefix("score/") for step in steps if step.startswith("score/")]:
+        first = config.predict.decoding_modes[0]
+        echo("")
+        print_tables(*score_tables(read_scored(config.folder, scored), "model", first=first))
+        echo("")
+    if config.data.source == "chat":
         # Nothing was scored: the results are the files.
-        for line in _result_lines(folder, steps):
-            out.print(line, markup=False, soft_wrap=True)
+        for line in _result_lines(config.folder, steps):
+            echo(line)
     if "report" in steps:
-        out.print(f"The run's page: {folder / 'report' / 'index.html'}", markup=False, soft_wrap=True)
+        echo(f"The run's page: {config.folder / 'report' / 'index.html'}")
 
 
 def _result_lines(run: Path, steps: Collection[str]) -> Iterator[str]:
     """Yield a line for each model of a run, and how to use them."""
     if "merge" in steps and (run / "merge" / "config.json").is_file():
         yield f"Merged model: {run / 'merge'}"
-    export = run / "export"
-    found = sorted(export.glob("*.gguf")) if "export" in steps else []
-    files = [file for file in found if not file.name.endswith("-imatrix.gguf")]
+    files = sorted((run / "export").glob("*.gguf")) if "export" in steps else []
+    files = [file for file in files if not file.name.endswith("-imatrix.gguf")]
     for file in files:
         yield f"GGUF: {file}"
     if files:
         yield f"To serve it: fintune serve {shlex.quote(str(run))}"
-    if files and (export / "Modelfile").is_file():
-        yield f"To use it in Ollama: ollama create {shlex.quote(run.name)} -f {shlex.quote(str(export / 'Modelfile'))}"
+        modelfile = run / "export" / "Modelfile"
+        if modelfile.is_file():
+            yield f"To use it in Ollama: ollama create {shlex.quote(run.name)} -f {shlex.quote(str(modelfile))}"
 
 
-def print_tables(tables: Sequence[Table]) -> None:
-    """Print tables to standard output, with an empty line between two."""
-    out = stdout()
+def echo(text: str) -> None:
+    """Print a line to standard output; control characters of names do not steer the terminal."""
+    click.echo(escape_control_chars(text))
+
+
+def print_tables(*tables: Table) -> None:
+    """Print tables to standard output, with an empty line between two. A file or pipe gets lines of any length."""
+    from fintune.util.console import make_console
+
+    out = make_console()
+    out = out if out.is_terminal else make_console(width=_PIPE_COLUMNS)
     for index, table in enumerate(tables):
         out.print(*([""] if index else []), table, sep="\n")
-
-
-def stdout() -> Console:
-    """Return the console for tables. A file or pipe gets lines of any length."""
-    from rich.console import Console
-
-    out = Console()
-    return out if out.is_terminal else Console(width=_PIPE_COLUMNS)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from fintune.cli.common import FILE, config_arguments, stdout
+from fintune.cli.common import FILE, config_arguments, echo, print_tables
 from fintune.config.load import load
 from fintune.config.reference import options_page
 from fintune.config.yaml_file import TEMPLATES, write_template
@@ -25,7 +25,7 @@ def show_command(config: Path, overrides: tuple[str, ...], changed: bool) -> Non
     from fintune.report.tables import config_table
 
     loaded = load(config, overrides)
-    stdout().print(config_table(loaded, loaded.changed() if changed else None))
+    print_tables(config_table(loaded, loaded.changed() if changed else None))
 
 
 @config_group.command("reference")
@@ -45,4 +45,4 @@ def init_command(template: str, out: Path | None) -> None:
     """
     path = out or Path(f"{template}.yaml")
     write_template(template, path)
-    click.echo(f"{path}: written. Edit it, then check your data: fintune inspect {path}")
+    echo(f"{path}: written. Edit it, then check your data: fintune inspect {path}")

@@ -38,6 +38,7 @@ from fintune.report.sections.data import (
     restricted_names,
     source_rows,
 )
+from fintune.util.console import make_console
 from fintune.util.files import check_outputs, write_output
 from fintune.util.sampling import describe_row, file_of_row, stratified_indices
 from fintune.util.text import escape_control_chars
@@ -71,7 +72,7 @@ def inspect_command(config: Path | None, overrides: tuple[str, ...], examples: i
     if config is not None and config.is_dir():
         overrides, config = (*overrides_of(config, with_data=True), *overrides), None
     check_outputs([html], [config] if config is not None else [])
-    inspect_data(load(config, overrides).config, Console(), num_examples=examples, html=html)
+    inspect_data(load(config, overrides).config, make_console(), num_examples=examples, html=html)
 
 
 def inspect_data(config: Config, console: Console, *, num_examples: int = 3, html: Path | None = None) -> None:

@@ -51,14 +51,8 @@ VERBS: Mapping[str, tuple[str, str]] = {
 """Module and command of each verb, with its line in ``fintune --help``, in the order of work."""
 
 _OUTSIDE = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.EISDIR,
-    errno.ENOTDIR,
-    errno.ENAMETOOLONG,
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG),
 }
 """File system errors that the user can fix. Any other is a bug of this package and keeps its traceback."""
 
@@ -114,18 +108,11 @@ def app() -> None:
 
 
 def main(command: click.Command | None = None, name: str = "fintune") -> None:
-    """Run a command. An error of the user becomes one line on standard error, with exit status 2.
-
-    Args:
-        command: The command (default: that of ``fintune`` itself).
-        name: The name that its help shows.
-    """
+    """Run a command (default: ``fintune`` itself). A user's error becomes one line, with exit status 2."""
     configure_environment()
     try:
         with sigterm_as_interrupt():
             (command or app)(prog_name=name, standalone_mode=False)
-    except FintuneError as error:
-        _stop(str(error), USER_ERROR)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         sys.exit(USER_ERROR)
@@ -134,16 +121,15 @@ def main(command: click.Command | None = None, name: str = "fintune") -> None:
             _stop(hint, USER_ERROR)
         verb = error.ctx.command_path if error.ctx is not None else "fintune"
         _stop(f"{error.format_message().rstrip('.')}; see {verb} --help", USER_ERROR)
-    except click.ClickException as error:
-        _stop(error.format_message(), USER_ERROR)
+    except (FintuneError, click.ClickException) as error:
+        _stop(str(error), USER_ERROR)
     except (KeyboardInterrupt, click.Abort) as error:
         # The cause of click's exception carries the message.
         cause = error.__cause__ if isinstance(error, click.Abort) else error
         status = TERMINATED if isinstance(cause, Terminated) else INTERRUPTED
         _stop(str(cause or "") or "interrupted", status)
     except ModuleNotFoundError as error:
-        missing = missing_extra(error)
-        if missing is None:
+        if (missing := missing_extra(error)) is None:
             raise
         _stop(str(missing), USER_ERROR)
     except BrokenPipeError:
@@ -173,17 +159,12 @@ def _stop(message: str, status: int) -> NoReturn:
 
 
 def _override_hint(error: click.UsageError, words: Sequence[str]) -> str | None:
-    """Return what to write instead of a flag such as ``--learning_rate 1e-4``, or None if it is not an option.
-
-    Args:
-        error: The error of click.
-        words: The command line, from which the value is taken.
-    """
+    """Return what to write instead of a flag such as ``--learning_rate 1e-4``, or None if it is not an option."""
+    if not isinstance(error, click.NoSuchOption):
+        return None
     from fintune.config.load import fields
     from fintune.config.other_names import other_name
 
-    if not isinstance(error, click.NoSuchOption):
-        return None
     flag = error.option_name
     name = flag.lstrip("-").replace("-", "_")
     same = [key for key, _ in fields() if name in (key, key.rpartition(".")[2])]
@@ -191,11 +172,9 @@ def _override_hint(error: click.UsageError, words: Sequence[str]) -> str | None:
     if option is None:
         return None
     if "=" not in option:
-        value = "VALUE"
-        for word, following in zip(words, [*words[1:], ""], strict=True):
-            if word.partition("=")[0] == flag:
-                value = word.partition("=")[2] or ("" if following.startswith("-") else following) or value
-                break
+        index = next((index for index, word in enumerate(words) if word.partition("=")[0] == flag), len(words))
+        after = next((word for word in words[index + 1 : index + 2] if not word.startswith("-")), "")
+        value = "".join(words[index : index + 1]).partition("=")[2] or after or "VALUE"
         option = f"{option}={value}"
     return f"no option {flag}: write {option}"
 

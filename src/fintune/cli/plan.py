@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from fintune.cli.common import config_arguments
+from fintune.cli.common import config_arguments, echo
 from fintune.config import Config
 from fintune.config.load import load
 from fintune.errors import ConfigError, ResourceError
@@ -20,7 +20,6 @@ from fintune.training.memory.model import (
     GIB,
     LINEAR_LAYERS,
     RESERVE_BYTES,
-    MemoryPlan,
     format_usage,
 )
 
@@ -39,7 +38,7 @@ def plan_command(config: Path, overrides: tuple[str, ...], gib: float | None, to
     Only the model's configuration is read, so --gib 24 also answers for a GPU that is not in this machine.
     """
     for line in memory_plan_lines(load(config, overrides).config, gib=gib, longest=tokens):
-        click.echo(line)
+        echo(line)
 
 
 def memory_plan_lines(config: Config, *, gib: float | None = None, longest: int | None = None) -> list[str]:
@@ -54,26 +53,9 @@ def memory_plan_lines(config: Config, *, gib: float | None = None, longest: int 
         ConfigError: The planner does not support the model or the method.
         ResourceError: There is no GPU and no ``gib``, or not even one example per pass fits.
     """
-    if config.adapter.kind == "full":
-        raise ConfigError(
-            "the planner supports adapters, not adapter.kind: full",
-            hint="set adapter.kind to lora or dora",
-            option="adapter.kind",
-        )
-    if config.train.objective != "sft":
-        raise ConfigError(
-            f"the planner supports train.objective: sft, not {config.train.objective}",
-            option="train.objective",
-            hint="lower train.per_device_train_batch_size and raise train.gradient_accumulation_steps "
-            "if memory runs out",
-        )
     model_config = read_model_config(models.fetch_config(config.model.name, revision=config.model.revision))
-    if model_config.get("model_type") not in FUSED_FAMILIES:
-        raise ConfigError(
-            f"the planner supports {', '.join(FUSED_FAMILIES)}, not {model_config.get('model_type')}",
-            hint="train with transformers' layers, and lower train.per_device_train_batch_size if memory runs out",
-        )
-    _check_method(config)
+    _check_supported(config, str(model_config.get("model_type")))
+    check_combinations(config)
     total = _total_bytes() if gib is None else int(gib * GIB)
     limit = planner.usable_bytes(config.train.max_memory_gib, total)
     longest = longest or config.prompt.max_length
@@ -84,7 +66,6 @@ def memory_plan_lines(config: Config, *, gib: float | None = None, longest: int 
         f"{config.model.name}, {config.adapter.kind} r={config.adapter.r} on {bits} weights, "
         f"{examples} example{'s' if examples > 1 else ''} a step of at most {longest} tokens"
     )
-    check_combinations(config)
     may_divide = gpus > 1 and config.train.sharding == "auto" and config.model.quantization == "none"
     request = planner.MemoryRequest.from_config(config, model_config, longest, limit)
     if config.train.sharding == "full" or (may_divide and not request.choose_plan().fits):
@@ -92,43 +73,51 @@ def memory_plan_lines(config: Config, *, gib: float | None = None, longest: int 
     if config.train.fused_layers == "never":
         return [head, request.describe_transformers_plan()]
     made = request.require_plan()
+    from_memory = f"{total / GIB:.1f} less {RESERVE_BYTES / GIB:.2f} for the context and the allocator"
+    because = "train.max_memory_gib" if limit < total - RESERVE_BYTES else from_memory
+    passes = (
+        f"{made.accumulation} accumulated passes over batches" if made.accumulation > 1 else "one pass over a batch"
+    )
     on_each = f" on each of {gpus} GPUs, which hold the whole model" if gpus > 1 else ""
     return [
         head,
-        f"fits: {format_usage(made.predicted_bytes, limit, ' predicted')} ({_describe_limit(limit, total)})",
-        f"a step: {_passes(made)}{on_each}",
+        f"fits: {format_usage(made.predicted_bytes, limit, ' predicted')} ({because})",
+        f"a step: {passes} of {made.batch_size}{on_each}",
         *(f"- {reason}" for reason in made.reasons),
         f"- {request.describe_four_bit_need()}",
     ]
 
 
-def _check_method(config: Config) -> None:
-    if config.train.backend != "builtin":
-        raise ConfigError(
-            f"the planner supports train.backend: builtin, not {config.train.backend}",
-            option="train.backend",
-            hint="lower train.per_device_train_batch_size and raise train.gradient_accumulation_steps "
-            "if memory runs out",
-        )
-    unknown = sorted(set(config.adapter.target_modules) - {"all-linear", *LINEAR_LAYERS})
-    if unknown:
-        raise ConfigError(
-            f"the planner supports adapters of {', '.join(LINEAR_LAYERS)}, not of {', '.join(unknown)}",
-            hint="name some of these, or all-linear, in adapter.target_modules",
-            option="adapter.target_modules",
-        )
-
-
-def _passes(made: MemoryPlan) -> str:
-    if made.accumulation == 1:
-        return f"one pass over a batch of {made.batch_size}"
-    return f"{made.accumulation} accumulated passes over batches of {made.batch_size}"
-
-
-def _describe_limit(limit: int, total: int) -> str:
-    if limit < total - RESERVE_BYTES:
-        return "train.max_memory_gib"
-    return f"{total / GIB:.1f} less {RESERVE_BYTES / GIB:.2f} for the context and the allocator"
+def _check_supported(config: Config, family: str) -> None:
+    lower = "lower train.per_device_train_batch_size"
+    instead = f"{lower} and raise train.gradient_accumulation_steps if memory runs out"
+    objective, backend = config.train.objective, config.train.backend
+    layers = ", ".join(sorted({*config.adapter.target_modules} - {"all-linear", *LINEAR_LAYERS}))
+    rules = (
+        (
+            config.adapter.kind == "full",
+            "adapter.kind",
+            "adapters, not adapter.kind: full",
+            "set adapter.kind to lora or dora",
+        ),
+        (objective != "sft", "train.objective", f"train.objective: sft, not {objective}", instead),
+        (
+            family not in FUSED_FAMILIES,
+            None,
+            f"{', '.join(FUSED_FAMILIES)}, not {family}",
+            f"train with transformers' layers, and {lower} if memory runs out",
+        ),
+        (backend != "builtin", "train.backend", f"train.backend: builtin, not {backend}", instead),
+        (
+            bool(layers),
+            "adapter.target_modules",
+            f"adapters of {', '.join(LINEAR_LAYERS)}, not of {layers}",
+            "name some of these, or all-linear, in adapter.target_modules",
+        ),
+    )
+    for is_refused, option, supported, hint in rules:
+        if is_refused:
+            raise ConfigError(f"the planner supports {supported}", hint=hint, option=option)
 
 
 def _total_bytes() -> int:

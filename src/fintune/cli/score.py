@@ -5,10 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
-from fintune.cli.common import FILE, optional_config_arguments, print_tables, run_stages, stdout
+from fintune.cli.common import FILE, optional_config_arguments, print_tables, run_stages
+from fintune.evaluation.scoring import score_predictions
+from fintune.pipeline.step import Selection
+from fintune.report.score_page import render_score
+from fintune.report.tables import ScoredSet, headline_table, score_tables, views_table
+from fintune.util.files import check_outputs, sha256_file, write_output
+from fintune.util.text import abridge_remarks, escape_control_chars
 
 
 @click.command("score")
@@ -23,6 +30,9 @@ from fintune.cli.common import FILE, optional_config_arguments, print_tables, ru
 )
 @click.option("--gold", type=FILE, help="FinQA file with the gold programs, plain or .gz.")
 @click.option("--csv", type=FILE, help="Write one row for each prediction to this file.")
+@click.option(
+    "--escape-formulas", is_flag=True, help="Put an apostrophe before CSV cells that a spreadsheet would compute."
+)
 @click.option("--json", type=FILE, help="Write all figures to this file.")
 @click.option("--html", type=FILE, help="Write a page with figures, plots and all examples to this file.")
 @click.option("--strict", is_flag=True, help="Stop if a row is broken, or has a duplicate or unknown id.")
@@ -31,24 +41,20 @@ def score_command(
     overrides: tuple[str, ...],
     files: tuple[str, ...],
     gold: Path | None,
-    csv: Path | None,
-    json: Path | None,
-    html: Path | None,
     strict: bool,
+    **outputs: Any,
 ) -> None:
     """Score a run, or --predictions against --gold, with the official FinQA verdicts. Needs no torch."""
     if config is not None and not files and gold is None:
-        from fintune.pipeline.step import Selection
-
         run_stages(config, overrides, Selection(only=("score",)))
         return
     if config is not None or overrides or not files or gold is None:
         raise click.UsageError("give a CONFIG, or both --predictions and --gold")
     named = [_split_name(file) for file in files]
     if len(named) == 1:
-        print_score(named[0][1], gold, csv=csv, json=json, html=html, strict=strict)
+        print_score(named[0][1], gold, strict=strict, **outputs)
         return
-    if csv or json or html:
+    if any(outputs.values()):
         raise click.UsageError("--csv, --json and --html take one file of predictions")
     repeated = next((name for index, (name, _) in enumerate(named) if name in dict(named[:index])), None)
     if repeated is not None:
@@ -66,15 +72,12 @@ def _split_name(text: str) -> tuple[str, Path]:
 
 def print_scores(paths: Mapping[str, Path], gold: Path, *, strict: bool = False) -> None:
     """Score several files: tables to standard output, the number of unscored rows to standard error."""
-    from fintune.evaluation.scoring import score_predictions
-    from fintune.report.tables import ScoredSet, score_tables
-
     scored = {}
     for name, path in paths.items():
         result = score_predictions(path, gold, strict=strict)
         scored[name] = ScoredSet(result.score, result.correct, result.seconds)
         _print_unscored(name, result.num_unscored)
-    print_tables(score_tables(scored, "predictions"))
+    print_tables(*score_tables(scored, "predictions"))
 
 
 def print_score(
@@ -84,37 +87,29 @@ def print_score(
     csv: Path | None = None,
     json: Path | None = None,
     html: Path | None = None,
+    escape_formulas: bool = False,
     strict: bool = False,
 ) -> None:
     """Score one file: remarks go to standard error, figures to standard output and to the named files."""
-    from fintune.evaluation.scoring import score_predictions
-    from fintune.report.score_page import render_score
-    from fintune.report.tables import headline_table, views_table
-    from fintune.util import files
-    from fintune.util.text import abridge_remarks
-
-    files.check_outputs((csv, json, html), inputs=(predictions, gold))
+    check_outputs((csv, json, html), inputs=(predictions, gold))
     result = score_predictions(predictions, gold, strict=strict)
     if csv is not None:
-        files.write_output(csv, result.to_csv())
+        write_output(csv, result.to_csv(escape_formulas=escape_formulas))
     if json is not None:
-        files.write_output(json, result.to_json())
+        write_output(json, result.to_json())
     if html is not None:
-        digests = {path.name: files.sha256_file(path) for path in (predictions, gold)}
-        files.write_output(html, render_score(result, _page_name(predictions), gold.name, digests))
+        path = predictions.resolve()
+        # In a run, every file is called predictions.jsonl, and its folders tell which it is.
+        name = "/".join(path.parts[-4 if path.parent.parent.name == "predict" else -1 :])
+        digests = {path.name: sha256_file(path) for path in (predictions, gold)}
+        write_output(html, render_score(result, name, gold.name, digests))
     for problem in abridge_remarks(result.problems, "--json writes all of them"):
         sys.stderr.write(f"fintune: {problem}\n")
     _print_unscored(predictions, result.num_unscored)
-    stdout().print(headline_table(result.score, predictions.name), "", views_table(result.score), sep="\n")
-
-
-def _page_name(predictions: Path) -> str:
-    """The name of a file of predictions; ``predictions.jsonl``, the name in every run, gets those of its folders."""
-    path = predictions.resolve()
-    return "/".join(path.parts[-4 if path.parent.parent.name == "predict" else -1 :])
+    print_tables(headline_table(result.score, predictions.name), views_table(result.score))
 
 
 def _print_unscored(name: object, num_unscored: Mapping[str, int]) -> None:
     if num_unscored:
         reasons = ", ".join(f"{number} {reason}" for reason, number in num_unscored.items())
-        sys.stderr.write(f"fintune: {name}: not scored: {reasons}\n")
+        sys.stderr.write(escape_control_chars(f"fintune: {name}: not scored: {reasons}\n"))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from fintune.cli.common import echo
 from fintune.config.load import load
 from fintune.errors import ConfigError, ModelError, ResourceError
 from fintune.inference.http_pool import OWN_KEY
@@ -75,12 +76,12 @@ def serve_command(
         key_name = (variable or OWN_KEY) if key else None
         access = f"API key in {key_name}" if key_name else "no API key"
         tokens = f"{server.context_tokens} tokens per request"
-        click.echo(f"Serving {server.model} at {server.url}, {tokens}, {access}. Press Ctrl-C to stop.")
-        click.echo(f"To ask it: {_curl(server.url, key_name)}")
+        echo(f"Serving {server.model} at {server.url}, {tokens}, {access}. Press Ctrl-C to stop.")
+        echo(f"To ask it: {_curl(server.url, key_name)}")
         while True:
             time.sleep(3600)
     except KeyboardInterrupt:
-        click.echo("stopped")
+        echo("stopped")
     # A normal exit would wait for requests in flight, and the library waits forever. No file is left half written.
     sys.stdout.flush()
     sys.stderr.flush()
@@ -88,7 +89,7 @@ def serve_command(
 
 
 def gguf_of(reference: Path, overrides: Sequence[str] = (), *, kind: str | None = None) -> Path:
-    """Return the GGUF file to serve.
+    """Return the GGUF file to serve: the named one, or that of a run's folder or YAML file.
 
     Args:
         reference: A GGUF file, a run's folder, or a run's YAML file.
@@ -96,9 +97,7 @@ def gguf_of(reference: Path, overrides: Sequence[str] = (), *, kind: str | None 
         kind: Type of a run's file, such as "Q4_K_M" (default: the last of ``export.types``).
 
     Raises:
-        ModelError: There is no such file.
-        ConfigError: The configuration cannot be used, or there are overrides without one.
-        ArtifactError: The folder has no result of ``export``, or none of that type.
+        FintuneError: There is no such file, or the run has none (of that type); or an argument is left over.
     """
     path = reference.expanduser()
     if path.suffix.lower() in (".yaml", ".yml"):
@@ -115,10 +114,7 @@ def gguf_of(reference: Path, overrides: Sequence[str] = (), *, kind: str | None 
 
 
 def key_from(variable: str | None) -> str | None:
-    """Return the key that requests must send, or None.
-
-    Args:
-        variable: Environment variable with the key (default: :data:`OWN_KEY`; if that is unset, no key is needed).
+    """Return the key that requests must send, from a variable or else :data:`OWN_KEY`; None if no key is needed.
 
     Raises:
         ResourceError: The named variable is not set.

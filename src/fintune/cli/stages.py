@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -14,6 +14,7 @@ from fintune.cli.common import (
     STRICT,
     config_arguments,
     dry_run_option,
+    echo,
     optional_config_arguments,
     redo_flag,
     redo_option,
@@ -21,12 +22,14 @@ from fintune.cli.common import (
     run_stages,
     strict_option,
 )
+from fintune.config.load import load
 from fintune.config.yaml_file import packaged_config
+from fintune.pipeline.stages.export import export_model
+from fintune.pipeline.stages.merge import merge_adapter
 from fintune.pipeline.step import Selection
+from fintune.util.files import atomic_folder
 from fintune.util.signals import interrupt_message
-
-if TYPE_CHECKING:
-    from fintune.config import Config
+from fintune.util.system import checkout_commit, installed_versions
 
 
 @click.command("run")
@@ -37,23 +40,13 @@ if TYPE_CHECKING:
 @redo_option
 @strict_option
 @dry_run_option
-def run_command(
-    config: Path,
-    overrides: tuple[str, ...],
-    skip: tuple[str, ...],
-    start: str | None,
-    only: tuple[str, ...],
-    redo: tuple[str, ...],
-    strict: bool,
-    dry_run: bool,
-) -> None:
+def run_command(config: Path, overrides: tuple[str, ...], strict: bool, dry_run: bool, **selection: Any) -> None:
     """Run every stage, from data to measured GGUF files and one HTML page.
 
     Stages that are up to date are skipped, and an interrupted run resumes. STAGE is a verb (predict) or one step of it
     (predict/merged). Give --skip, --only and --redo once for each stage.
     """
-    overrides = (*overrides, *(STRICT if strict else ()))
-    run_stages(config, overrides, Selection(skip=skip, start=start, only=only, redo=redo), dry_run=dry_run)
+    run_stages(config, (*overrides, *(STRICT if strict else ())), Selection(**selection), dry_run=dry_run)
 
 
 @click.command("demo")
@@ -70,8 +63,8 @@ def _stage_command(name: str, help_text: str) -> click.Command:
     @config_arguments
     @redo_flag
     @dry_run_option
-    def command(config: Path, overrides: tuple[str, ...], redo: bool, dry_run: bool) -> None:
-        run_stage(name, config, overrides, redo=redo, dry_run=dry_run)
+    def command(**arguments: Any) -> None:
+        run_stage(name, **arguments)
 
     return command
 
@@ -81,7 +74,7 @@ def _stage_command(name: str, help_text: str) -> click.Command:
 @redo_flag
 @strict_option
 @dry_run_option
-def prepare_command(config: Path, overrides: tuple[str, ...], redo: bool, strict: bool, dry_run: bool) -> None:
+def prepare_command(config: Path, overrides: tuple[str, ...], strict: bool, redo: bool, dry_run: bool) -> None:
     """Read the data, drop what cannot be used, split it, and tokenize it."""
     run_stage("prepare", config, (*overrides, *(STRICT if strict else ())), redo=redo, dry_run=dry_run)
 
@@ -104,103 +97,70 @@ replay_command = _stage_command(
 )
 report_command = _stage_command("report", "Write one HTML page about the run: scores, losses, data and checks.")
 
-
-def _conversion_arguments(
-    *, model: str, adapter: str, out: str
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add the arguments of a stage, and --model, --adapter and --out with these help texts."""
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        command = click.option("--out", type=FILE, metavar="DIR", help=out)(command)
-        command = click.option("--adapter", type=FILE, metavar="DIR", help=adapter)(command)
-        command = click.option("--model", metavar="MODEL", help=model)(command)
-        return optional_config_arguments(redo_flag(dry_run_option(command)))
-
-    return decorate
+_Convert = Callable[..., dict[str, Any]]
 
 
-@click.command("merge")
-@_conversion_arguments(
+def _conversion_command(
+    name: str, help_text: str, convert: _Convert, required: tuple[str, ...], **flags: str
+) -> click.Command:
+    """Make a verb that runs a stage, or converts any model if all of ``required`` are given."""
+
+    @click.command(name, help=help_text)
+    @optional_config_arguments
+    @click.option("--model", metavar="MODEL", help=flags["model"])
+    @click.option("--adapter", type=FILE, metavar="DIR", help=flags["adapter"])
+    @click.option("--out", type=FILE, metavar="DIR", help="Folder for the result; it must not exist or be empty.")
+    @redo_flag
+    @dry_run_option
+    def command(config: Path | None, overrides: tuple[str, ...], redo: bool, dry_run: bool, **paths: Any) -> None:
+        if config is not None and not any(paths.values()):
+            run_stage(name, config, overrides, redo=redo, dry_run=dry_run)
+            return
+        if not all(paths[flag] for flag in required) or redo or dry_run:
+            *others, last = (f"--{flag}" for flag in required)
+            raise click.UsageError(f"give a CONFIG, or {', '.join(others)} and {last} together")
+        _convert(convert, config, overrides, **paths)
+
+    return command
+
+
+merge_command = _conversion_command(
+    "merge",
+    "Merge the adapter into the base model and write a 16-bit Hugging Face folder.\n\n"
+    "Give a CONFIG to merge a run, or --model, --adapter and --out to merge any adapter.",
+    merge_adapter,
+    ("model", "adapter", "out"),
     model="Base model (folder or hub id), instead of a run's.",
     adapter="PEFT adapter of --model.",
-    out="Folder for the merged model; it must not exist or be empty.",
 )
-def merge_command(
-    config: Path | None,
-    overrides: tuple[str, ...],
-    redo: bool,
-    dry_run: bool,
-    model: str | None,
-    adapter: Path | None,
-    out: Path | None,
-) -> None:
-    """Merge the adapter into the base model and write a 16-bit Hugging Face folder.
-
-    Give a CONFIG to merge a run, or --model, --adapter and --out to merge any adapter.
-    """
-    if config is not None and model is None and adapter is None and out is None:
-        run_stage("merge", config, overrides, redo=redo, dry_run=dry_run)
-        return
-    if model is None or adapter is None or out is None or redo or dry_run:
-        raise click.UsageError("give a CONFIG, or --model, --adapter and --out together")
-    from fintune.pipeline.stages.merge import merge_adapter
-
-    given = adapter
-    _convert(config, overrides, model, given, out, lambda options, folder: merge_adapter(options, given, folder))
-
-
-@click.command("export")
-@_conversion_arguments(
+export_command = _conversion_command(
+    "export",
+    "Export the model to GGUF files for llama.cpp.\n\n"
+    "Give a CONFIG to export a run, or --model and --out to export any model, with or without --adapter. "
+    "export.types=[Q4_K_M,F16] chooses the types.",
+    export_model,
+    ("model", "out"),
     model="Any Hugging Face folder or hub id, instead of a run's model.",
     adapter="PEFT adapter of --model; it is merged while the weights are read.",
-    out="Folder for the files; it must not exist or be empty.",
 )
-def export_command(
-    config: Path | None,
-    overrides: tuple[str, ...],
-    redo: bool,
-    dry_run: bool,
-    model: str | None,
-    adapter: Path | None,
-    out: Path | None,
-) -> None:
-    """Export the model to GGUF files for llama.cpp.
-
-    Give a CONFIG to export a run, or --model and --out to export any model, with or without --adapter.
-    export.types=[Q4_K_M,F16] chooses the types.
-    """
-    if config is not None and model is None and adapter is None and out is None:
-        run_stage("export", config, overrides, redo=redo, dry_run=dry_run)
-        return
-    if model is None or out is None or redo or dry_run:
-        raise click.UsageError("give a CONFIG, or --model and --out together")
-    from fintune.pipeline.stages.export import export_model
-
-    def convert(options: Config, folder: Path) -> dict[str, Any]:
-        return export_model(options, folder, adapter=adapter)
-
-    _convert(config, overrides, model, adapter, out, convert)
 
 
 def _convert(
+    convert: _Convert,
     config: Path | None,
     overrides: tuple[str, ...],
+    *,
     model: str,
     adapter: Path | None,
     out: Path,
-    convert: Callable[[Config, Path], dict[str, Any]],
 ) -> None:
     """Write a folder without a run: all of it or nothing, with a manifest of its inputs and versions."""
-    from fintune.config.load import load
-    from fintune.util.files import atomic_folder
-    from fintune.util.system import checkout_commit, installed_versions
-
     has_name = any(override.startswith("run.name=") for override in overrides)
     name = () if has_name else (f"run.name={json.dumps(out.name)}",)
     options = load(config, [f"model.name={json.dumps(model)}", "predict.models=[base]", *name, *overrides]).config
     message = f"interrupted; {out} is empty, and the same command starts from the beginning"
     with interrupt_message(message), atomic_folder(out) as folder:
-        facts = convert(options, folder)
+        facts = convert(options, folder, adapter=adapter)
         manifest = {
             "model": model,
             "adapter": None if adapter is None else str(adapter),
@@ -209,4 +169,4 @@ def _convert(
             "commit": checkout_commit(),
         }
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    click.echo(f"{out}: {facts['summary']}")
+    echo(f"{out}: {facts['summary']}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -19,7 +19,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from fintune.config import Config, Options, is_neutral
-from fintune.config.other_names import RENAMED_IN_SOURCES, suggest_key, suggest_option
+from fintune.config.other_names import suggest_key, suggest_option
 from fintune.config.yaml_file import read_yaml
 from fintune.errors import ConfigError
 
@@ -38,10 +38,8 @@ class Loaded:
     """A configuration and the origin of its values.
 
     Attributes:
-        config: The checked options.
         origin: Location by dotted key, ``"configs/demo.yaml:12"`` or ``"command line"``. A key that is not in it has
             its default value.
-        path: The file, or None.
     """
 
     config: Config
@@ -55,11 +53,7 @@ class Loaded:
 
 
 def load(path: Path | None, overrides: Sequence[str] = ()) -> Loaded:
-    """Load a file and apply overrides.
-
-    Args:
-        path: YAML file, or None to start from the defaults.
-        overrides: ``dotted.key=value``, with values in YAML.
+    """Load a YAML file (None: the defaults) and apply overrides, ``dotted.key=value`` with values in YAML.
 
     Raises:
         ConfigError: Missing or malformed file, unknown option (with a suggestion), wrong type, or options that do not
@@ -71,11 +65,10 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> Loaded:
             f"{path} is empty",
             hint="write at least model and data (`fintune init` writes an example); `fintune demo` needs no file",
         )
-    values = dict(_options(tree, lines))
-    origin = dict(lines)
+    values, origin = dict(_options(tree, lines.get)), dict(lines)
     for override in overrides:
         key, tree = _parse_override(override)
-        for option, value in _options(tree, {key: OVERRIDE}):
+        for option, value in _options(tree, lambda _: OVERRIDE):
             before = values.get(option) or {}
             # data.columns.question=... adds to data.columns
             is_entry = key != option and isinstance(value, dict) and isinstance(before, dict)
@@ -155,67 +148,49 @@ def _parse_override(override: str) -> tuple[str, dict[str, Any]]:
     key = key.strip()
     if not equals or not key:
         raise ConfigError(
-            f"{override!r}: not an override",
-            hint="write dotted.key=value, for example train.learning_rate=1e-4",
+            f"{override!r}: not an override", hint="write dotted.key=value, for example train.learning_rate=1e-4"
         )
     try:
         value = YAML(typ="safe").load(text) if text.strip() else None
     except YAMLError:
+        hint = "quote it, for example 'run.name=\"a: b\"'"
         raise ConfigError(
-            f"{override!r}: the value is not valid YAML",
-            hint="quote it, for example 'run.name=\"a: b\"'",
-            option=key,
-            location=OVERRIDE,
+            f"{override!r}: the value is not valid YAML", hint=hint, option=key, location=OVERRIDE
         ) from None
-    tree = json.loads(json.dumps(value, default=str))
-    for part in reversed(key.split(".")):
-        tree = {part: tree}
-    return key, tree
+    return key, _nested({key: json.loads(json.dumps(value, default=str))})
 
 
 def _options(
-    tree: Mapping[str, Any], location: Mapping[str, str], model: type[BaseModel] = Config, prefix: str = ""
+    tree: Mapping[str, Any],
+    locate: Callable[[str], str | None],
+    model: type[BaseModel] = Config,
+    prefix: str = "",
 ) -> Iterator[tuple[str, Any]]:
     """Yield the options of a tree of sections as (dotted key, value).
 
     A section that is null (all its lines are comments) has no options. A list of names may be one name or names with
     commas between them.
-
-    Raises:
-        ConfigError: An unknown option, or a value instead of a section.
     """
     for name, value in tree.items():
         key = f"{prefix}{name}"
-        # Overrides have the location of the whole key, files that of every part.
-        where = location.get(key) or (OVERRIDE if OVERRIDE in location.values() else None)
-        field = model.model_fields.get(name)
+        field, where = model.model_fields.get(name), locate(key)
         if field is None:
-            known = [option for option, _ in fields()]
-            raise ConfigError(
-                f"unknown option {key}",
-                hint=suggest_option(prefix, str(name), list(model.model_fields), known, list(Config.model_fields)),
-                option=key,
-                location=where,
+            hint = suggest_option(
+                prefix, name, [*model.model_fields], [option for option, _ in fields()], [*Config.model_fields]
             )
-        section = _section(field)
+            raise ConfigError(f"unknown option {key}", hint=hint, option=key, location=where)
+        section, kind = _section(field), field.annotation
         if section is None:
-            yield key, _as_list(value) if _is_list_of_names(field) else value
+            is_list = get_origin(kind) is tuple and not hasattr(get_args(kind)[0], "model_fields")
+            is_text = is_list and isinstance(value, str)
+            yield key, [name.strip() for name in value.split(",") if name.strip()] if is_text else value
         elif isinstance(value, Mapping):
-            yield from _options(value, location, section, f"{key}.")
+            yield from _options(value, locate, section, f"{key}.")
         elif value is not None or where == OVERRIDE:
             example = f"{key}.{next(iter(section.model_fields))}"
             raise ConfigError(
                 f"{key} is a section, not a value", hint=f"set for example {example}", option=key, location=where
             )
-
-
-def _is_list_of_names(field: FieldInfo) -> bool:
-    kind = field.annotation
-    return get_origin(kind) is tuple and not hasattr(get_args(kind)[0], "model_fields")
-
-
-def _as_list(value: Any) -> Any:
-    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
 
 
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,46 +206,33 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _explain(error: ValidationError, origin: Mapping[str, str]) -> ConfigError:
     """Turn the first problem that pydantic found into an error about an option."""
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"] if isinstance(part, str))
-    known = {name for name, _ in fields()}
-    while key and key not in known and key not in origin and "." in key:
+    first, known = error.errors()[0], dict(fields())
+    loc, value = first["loc"], first["input"]
+    key = ".".join(part for part in loc if isinstance(part, str))
+    while key not in known and key not in origin and "." in key:
         key = key.rsplit(".", 1)[0]
     location = origin.get(key)
     if first["type"] == "value_error":
         text = str(first["ctx"]["error"])
-        # A check of several options belongs to a section. Its message names the options.
+        # A rule about several options belongs to none of them. Its message names the options.
         named = [name for name in _OPTION.findall(text) if name in known]
         chosen = next((name for name in named if name in origin), None)
-        if key not in known and chosen is not None:
-            location = origin[chosen]
-        option = key if key in known else chosen or next(iter(named), None)
-        return ConfigError(text, option=option, location=location)
-    entry = _entry_key(first["loc"])
+        if key not in known:
+            key, location = chosen or next(iter(named), ""), origin.get(chosen or "", location)
+        return ConfigError(text, option=key or None, location=location)
+    is_entry = any(isinstance(part, int) for part in loc[:-1])
+    if is_entry:
+        key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)[1:]
     if first["type"] == "extra_forbidden":
-        name = entry or key
-        return ConfigError(
-            f"unknown option {name}", hint=_suggest_entry_key(first["loc"]), option=name, location=location
-        )
-    if first["type"] == "missing" and entry:
-        return ConfigError(f"{entry} is missing", option=entry, location=location)
-    key, value = entry or key, first["input"]
+        field = known.get(".".join(map(str, loc[:-2])))
+        models = [kind for kind in get_args(field.annotation) if hasattr(kind, "model_fields")] if field else []
+        hint = suggest_key(str(loc[-1]), [*models[0].model_fields]) if models else None
+        return ConfigError(f"unknown option {key}", hint=hint, option=key, location=location)
+    if first["type"] == "missing" and is_entry:
+        return ConfigError(f"{key} is missing", option=key, location=location)
     hint = first["msg"][0].lower() + first["msg"][1:] + _METHODS.get(f"{key}={value}".lower(), "")
     if key == "data.source" and isinstance(value, str) and any(mark in value for mark in "./*"):
         hint = (
             f"data.source is finqa, chat or builtin:statements; for a file write data.source=chat data.sources={value}"
         )
     return ConfigError(f"{key}: got {json.dumps(value, default=str)}", hint=hint, option=key, location=location)
-
-
-def _entry_key(loc: Sequence[int | str]) -> str:
-    """Return ``data.sources[0].weight`` for a location inside an entry of a list, else ""."""
-    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc]
-    is_inside = any(isinstance(part, int) for part in loc[:-1])
-    return "".join(parts).removeprefix(".") if is_inside else ""
-
-
-def _suggest_entry_key(loc: Sequence[int | str]) -> str | None:
-    field = dict(fields()).get(".".join(str(part) for part in loc[:-2]))
-    models = [kind for kind in get_args(field.annotation) if hasattr(kind, "model_fields")] if field else []
-    return suggest_key(str(loc[-1]), list(models[0].model_fields), RENAMED_IN_SOURCES) if models else None

@@ -37,9 +37,6 @@ RENAMED: Mapping[str, str] = {
 }
 """Present name of an option by its earlier name."""
 
-RENAMED_IN_SOURCES: Mapping[str, str] = {"shape": "format", "licence": "license"}
-"""The same for the keys of an entry of ``data.sources``."""
-
 _OTHER_PROGRAMS: Mapping[str, str] = {
     "base_model": "model.name",
     "bf16": "train.dtype=bfloat16",
@@ -75,18 +72,12 @@ _FIXED: Mapping[str, str] = {
 def other_name(name: str) -> str | None:
     """Return the option that was called so before, or that another program calls so, or None.
 
-    Args:
-        name: A dotted key such as ``train.epochs``, or a single name such as ``lr``.
-
-    Returns:
-        A dotted key, or ``key=value`` if the name implies the value.
+    The name is a dotted key such as ``train.epochs``, or a single name such as ``lr``. The result is a dotted key, or
+    ``key=value`` if the name implies the value.
     """
     leaf = name.rpartition(".")[2]
-    if name in RENAMED:
-        return RENAMED[name]
-    if leaf in _OTHER_PROGRAMS:
-        return _OTHER_PROGRAMS[leaf]
-    return {old.rpartition(".")[2]: new for old, new in RENAMED.items()}.get(name)
+    leaves = {old.rpartition(".")[2]: new for old, new in RENAMED.items()}
+    return RENAMED.get(name) or _OTHER_PROGRAMS.get(leaf) or leaves.get(name)
 
 
 def suggest_option(prefix: str, name: str, names: Sequence[str], known: Sequence[str], sections: Sequence[str]) -> str:
@@ -110,13 +101,13 @@ def suggest_option(prefix: str, name: str, names: Sequence[str], known: Sequence
         return f"did you mean {prefix}{near[0]}?"
     # The section alone is no likeness: train.zzz is not train.eval.
     leaves = {option.rpartition(".")[2]: option for option in known}
-    candidates = known if prefix else [*known, *sections]
-    near = difflib.get_close_matches(key, candidates, n=1, cutoff=0.8)
+    near = difflib.get_close_matches(key, known if prefix else [*known, *sections], n=1, cutoff=0.8)
     near = near or [leaves[leaf] for leaf in difflib.get_close_matches(name, list(leaves), n=1)]
     return f"did you mean {near[0]}?" if near else f"known here: {', '.join(names)}"
 
 
-def suggest_key(name: str, names: Sequence[str], renamed: Mapping[str, str]) -> str:
-    """Return a hint for an unknown key of a list entry."""
+def suggest_key(name: str, names: Sequence[str]) -> str:
+    """Return a hint for an unknown key of an entry of ``data.sources``."""
+    renamed = {"shape": "format", "licence": "license"}
     near = [renamed[name]] if name in renamed else difflib.get_close_matches(name, names, n=1)
     return f"did you mean {near[0]}?" if near else f"known here: {', '.join(names)}"

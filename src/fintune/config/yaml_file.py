@@ -36,16 +36,20 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     except IsADirectoryError:
         raise _is_folder(path) from None
     except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path}: not UTF-8 text (byte {error.start})", hint="a configuration is a YAML file, see docs/options.md"
-        ) from None
+        hint = "a configuration is a YAML file, see docs/options.md"
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})", hint=hint) from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from None
     try:
         tree = YAML(typ="rt").load(text)
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else None
-        reason, hint = _yaml_problem(str(error.problem))
+        reason, hint = str(error.problem), "check that line and the one before it"
+        if "'\\t'" in reason:
+            reason, hint = "a tab stands before it", "use spaces, not a tab"
+        elif reason.startswith("expected <block end>") or reason == "mapping values are not allowed here":
+            reason = "the indentation does not match a line above"
+            hint = "begin options of one section in the same column"
         raise ConfigError(f"{path}:{line or '?'}: not valid YAML ({reason})", hint=hint) from None
     except YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from None
@@ -89,15 +93,6 @@ def _is_folder(path: Path) -> ConfigError:
     return ConfigError(f"{path} is a folder, not a configuration file", hint=_where_to_look(path / "_"))
 
 
-def _yaml_problem(problem: str) -> tuple[str, str]:
-    """Return what the parser found, in plain words, and how to fix it."""
-    if "'\\t'" in problem:
-        return "a tab stands before it", "use spaces, not a tab"
-    if problem.startswith("expected <block end>") or problem == "mapping values are not allowed here":
-        return "the indentation does not match a line above", "begin options of one section in the same column"
-    return problem, "check that line and the one before it"
-
-
 def _where_to_look(path: Path) -> str:
     near = sorted(str(found) for found in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
     listed = f"{path.parent} contains {', '.join(near)}; " if near else ""
@@ -114,11 +109,7 @@ def packaged_config(name: str) -> Path:
 
 
 def write_template(name: str, path: Path) -> None:
-    """Write a new configuration file, with its own path in the commands of its comments.
-
-    Args:
-        name: One of :data:`TEMPLATES`.
-        path: The file to write.
+    """Write a new configuration file from one of :data:`TEMPLATES`, with its own path in the commands of its comments.
 
     Raises:
         ConfigError: The file exists, or its folder does not.

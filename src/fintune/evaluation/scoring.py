@@ -91,12 +91,18 @@ class ScoreResult:
         file = ScoreFile(**dict(self.score), num_unscored=dict(self.num_unscored), problems=tuple(self.problems))
         return json.dumps(file.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
 
-    def to_csv(self) -> str:
-        """Return one row for each prediction: the fields of `Verdict`, flags as 0 and 1, unknown values empty."""
+    def to_csv(self, *, escape_formulas: bool = False) -> str:
+        """Return one row for each prediction: the fields of `Verdict`, flags as 0 and 1, unknown values empty.
+
+        With ``escape_formulas`` an apostrophe comes before a text that a spreadsheet would take for a formula.
+        """
         columns = list(Verdict.model_fields)
         file = io.StringIO()
-        rows = ([_csv_cell(getattr(verdict, name)) for name in columns] for verdict in self.verdicts)
-        csv.writer(file, lineterminator="\n").writerows([columns, *rows])
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        for verdict in self.verdicts:
+            cells = [_csv_cell(getattr(verdict, name)) for name in columns]
+            writer.writerow([f"'{cell}" if escape_formulas and _is_formula(cell) else cell for cell in cells])
         return file.getvalue()
 
 
@@ -240,6 +246,10 @@ def _remarks(gold: Path | str, score: Score, verdicts: Sequence[Verdict]) -> lis
             f"{raised[0]}"
         )
     return lines
+
+
+def _is_formula(cell: object) -> bool:
+    return isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r"))
 
 
 def _csv_cell(value: object) -> object:

@@ -10,6 +10,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
+from functools import lru_cache
 
 _WORD = re.compile(r"[a-z]+|\d+(?:[.,]\d+)*")
 _ENDINGS = (("ies", "y"), ("sses", "ss"), ("ing", ""), ("ed", ""), ("es", ""), ("s", ""))
@@ -36,6 +37,7 @@ def content_words(text: str) -> list[str]:
     return [_stem(word) for word in _WORD.findall(text.lower()) if word not in _STOP]
 
 
+@lru_cache(maxsize=1 << 16)  # a report's words recur on every page
 def _stem(word: str) -> str:
     for ending, new in _ENDINGS:
         if word.endswith(ending) and len(word) - len(ending) >= 3:

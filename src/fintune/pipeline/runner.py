@@ -24,12 +24,11 @@ from fintune.util.console import console, say, stage
 from fintune.util.disk import require_space
 from fintune.util.memory import peak_memory_bytes, release_memory, reset_peak_memory
 from fintune.util.system import checkout_commit, installed_versions, machine_facts
-from fintune.util.text import escape_control_chars, format_duration
+from fintune.util.text import format_duration
 
 _NOTHING_TO_DO = ("skipped", "up to date")
 _AS_ASKED = "rerun, as asked"
 _ANOTHER_DISK = "set run.dir to a folder on another disk"
-_WEIGHTS = (".safetensors", ".gguf")
 _DONE = {"prepare": "prepared", "train": "trained", "merge": "merged", "export": "exported"}
 
 
@@ -172,8 +171,7 @@ class Pipeline:
                     self.slot(step.name).finalize()
                 plan = self._checked_plan()
             num_work = sum(not action.startswith(_NOTHING_TO_DO) for _, action in plan)
-            line = escape_control_chars(f"{self.config.folder}: {num_work} of {len(plan)} stages to do")
-            console.print(Text(line), soft_wrap=True)
+            console.print(Text(f"{self.config.folder}: {num_work} of {len(plan)} stages to do"), soft_wrap=True)
             return [self._do(step) for step in self.steps]
 
     def _checked_plan(self) -> list[tuple[Step, str]]:
@@ -196,9 +194,9 @@ class Pipeline:
             return Outcome(step.name, action, finished.seconds, finished.facts)
         require_space(self.config.folder, step.needed_bytes(self.config), step.name, way_out=_ANOTHER_DISK)
         inputs = {name: self.slot(name) for name in self._present_inputs(step)}
-        for earlier in inputs.values():
-            # Of weights, the page shows only the size, and a push compares what it sends.
-            earlier.verify(lambda name: not (step.reads_what_exists and name.endswith(_WEIGHTS)))
+        for earlier in inputs.values() if step.verb != "publish" else ():  # a push compares what it sends
+            # The page shows only the size of weights.
+            earlier.verify(lambda name: step.verb != "report" or not name.endswith((".safetensors", ".gguf")))
         if action != "run":
             say(f"{step.name}: {action}")
         # Unfinished work beside a finished result belongs to an interrupted --redo; the same command resumes it.
@@ -233,7 +231,7 @@ class Pipeline:
         """Print one line for a stage: its name, its most important figure, and what was done."""
         name = step.name.ljust(max(len(step.name) for step in self.steps))
         parts = ", ".join(part for part in (str(facts.get("summary", "")), what) if part)
-        console.print(Text.assemble((name, "bold"), "  ", escape_control_chars(parts), style=style), soft_wrap=True)
+        console.print(Text.assemble((name, "bold"), "  ", parts, style=style), soft_wrap=True)
 
     def _action(self, step: Step, key: Key) -> str:
         """Decide what to do about a step whose inputs are all final.

@@ -6,28 +6,54 @@ import logging
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderableType, RenderHook, RenderResult
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
-    Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 from rich.text import Text
 
 from fintune.util.text import escape_control_chars
 
 T = TypeVar("T")
 
-console = Console(stderr=True, highlight=False)
+
+class _Escaped:
+    """A renderable whose texts cannot steer the terminal: names and texts of files may hold control characters."""
+
+    def __init__(self, inner: RenderableType) -> None:
+        self._inner = inner
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for text, style, control in console.render(self._inner, options):
+            yield Segment(text if control else escape_control_chars(text), style, control)
+
+
+class _EscapeHook(RenderHook):
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Escaped(renderable) for renderable in renderables]
+
+
+def make_console(**settings: Any) -> Console:
+    """Return a console that escapes control characters in all that it prints; it takes the arguments of rich's."""
+    made = Console(**settings)
+    made.push_render_hook(_EscapeHook())
+    return made
+
+
+console = make_console(stderr=True, highlight=False)
 """Where progress and messages go; results go to standard output."""
 
 QUIET_SECONDS = 15.0
@@ -47,15 +73,26 @@ class Bar(Protocol):
         """Replace the remark after the bar, such as the current loss."""
 
 
+def show_bytes(shown: Bar) -> Callable[[int, int], None]:
+    """Return a function that turns (bytes done, bytes in all) into a bar that counts to one, and shows the speed."""
+    started, share = time.monotonic(), 0.0
+
+    def progress(num_done: int, num_total: int) -> None:
+        nonlocal share
+        shown.advance(num_done / num_total - share)
+        share = num_done / num_total
+        shown.note(f"{num_done / 1e6 / max(time.monotonic() - started, 1e-3):.0f} MB/s")
+
+    return progress
+
+
 class _RichBar:
-    def __init__(self, progress: Progress, task: int) -> None:
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self.advance = partial(progress.advance, task)
         self._progress, self._task = progress, task
 
-    def advance(self, amount: float = 1) -> None:
-        self._progress.advance(self._task, amount)  # type: ignore[arg-type]
-
     def note(self, text: str) -> None:
-        self._progress.update(self._task, note=text)  # type: ignore[arg-type]
+        self._progress.update(self._task, note=text)
 
 
 class _LineBar:
@@ -84,15 +121,11 @@ class _LineBar:
         say(f"{self._description} {self._done:g}/{self._total:g} {self._note}".rstrip())
 
 
-class _BarsOnly(ProgressColumn):
-    """A column that is empty in the line of a stage, which has no total."""
-
-    def __init__(self, inner: ProgressColumn) -> None:
-        super().__init__()
-        self._inner = inner
-
-    def render(self, task: Task) -> RenderableType:
-        return Text() if task.total is None else self._inner(task)
+def _bars_only(column: ProgressColumn) -> ProgressColumn:
+    """Leave a column empty in the line of a stage, which has no total."""
+    render = column.render
+    column.render = lambda task: Text() if task.total is None else render(task)  # type: ignore[method-assign]
+    return column
 
 
 _live: Progress | None = None
@@ -117,10 +150,10 @@ def _area() -> Iterator[Progress | None]:
         return
     columns = (
         TextColumn("{task.description}"),
-        _BarsOnly(BarColumn(bar_width=30)),
-        _BarsOnly(MofNCompleteColumn()),
+        _bars_only(BarColumn(bar_width=30)),
+        _bars_only(MofNCompleteColumn()),
         TimeElapsedColumn(),
-        _BarsOnly(TimeRemainingColumn()),
+        _bars_only(TimeRemainingColumn()),
         TextColumn("[dim]{task.fields[note]}"),
     )
     with Progress(*columns, console=console, transient=True) as _live:
@@ -144,8 +177,16 @@ def bar(description: str, total: float, *, done: float = 0, slow: bool = False) 
         if progress is None:
             line = _LineBar(description, total)
             line.advance(done)
-            with _printed_from_time_to_time(line) if slow else nullcontext():
+            ended = threading.Event()
+            thread = threading.Thread(target=line.print_until, args=(ended,), daemon=True)
+            if slow:
+                thread.start()
+            try:
                 yield line
+            finally:
+                ended.set()
+                if slow:
+                    thread.join()
             return
         task = progress.add_task(f"  {description}", total=total, completed=done, note="")  # type: ignore[arg-type]
         try:
@@ -154,21 +195,9 @@ def bar(description: str, total: float, *, done: float = 0, slow: bool = False) 
             progress.remove_task(task)
 
 
-@contextmanager
-def _printed_from_time_to_time(line: _LineBar) -> Iterator[None]:
-    ended = threading.Event()
-    thread = threading.Thread(target=line.print_until, args=(ended,), daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
 def say(text: str) -> None:
     """Print a remark of a stage: one line of any length, in which brackets are no markup."""
-    console.print(escape_control_chars(f"  {text}"), markup=False, soft_wrap=True)
+    console.print(f"  {text}", markup=False, soft_wrap=True)
 
 
 def track(items: Iterable[T], description: str, total: float) -> Iterator[T]:

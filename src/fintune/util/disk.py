@@ -13,10 +13,10 @@ from fintune.util.text import format_bytes
 
 
 def require_space(folder: Path, needed_bytes: int, what: str, *, way_out: str = "") -> None:
-    """Refuse to start what would fill the disk.
+    """Refuse to start what would fill the disk; ``folder`` need not exist yet.
 
     Args:
-        folder: The folder that will be written; it need not exist yet.
+        folder: The folder that will be written.
         needed_bytes: How much the work will write.
         what: The work, as it follows "no space for".
         way_out: What the user can do instead of freeing space.
@@ -36,11 +36,6 @@ def require_space(folder: Path, needed_bytes: int, what: str, *, way_out: str = 
 @contextmanager
 def name_full_disk(folder: Path, what: str, *, way_out: str = "") -> Iterator[None]:
     """Name the folder if the disk fills up in the block; the file system's own error does not.
-
-    Args:
-        folder: The folder that everything in the block is written to.
-        what: The work, as it follows "no space for".
-        way_out: What the user can do instead of freeing space.
 
     Raises:
         ResourceError: The disk, or the user's quota, is full.

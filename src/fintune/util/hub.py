@@ -39,14 +39,7 @@ def require_token() -> None:
 
 
 def full_repo_name(name: str, *, pauses: Sequence[float] = ()) -> str:
-    """Check the token with the hub, and complete the name of a repository with its owner.
-
-    Args:
-        name: ``OWNER/NAME``, or ``NAME`` for a repository of the user.
-        pauses: Seconds before each further attempt.
-
-    Returns:
-        ``OWNER/NAME``.
+    """Check the token with the hub, and complete a repository's name with its owner: ``OWNER/NAME``.
 
     Raises:
         ResourceError: There is no token, the hub refuses it, or the hub cannot be reached.
@@ -116,9 +109,8 @@ def call_hub(call: Callable[[], _Result], what: str, pauses: Sequence[float]) ->
 
 def _is_hub_error(error: Exception) -> bool:
     """Return whether the hub or the network failed. Any other error is a bug and keeps its traceback."""
-    causes = list(error_chain(error))
-    has_known_cause = any(isinstance(cause, OSError) or type(cause).__name__ == _XET_REFUSAL for cause in causes)
-    return has_known_cause or status_of(error) is not None or _is_transient_upload(error)
+    is_known = any(isinstance(e, OSError) or type(e).__name__ == _XET_REFUSAL for e in error_chain(error))
+    return is_known or status_of(error) is not None or _is_transient_upload(error)
 
 
 def _is_transient_upload(error: Exception) -> bool:
@@ -128,24 +120,19 @@ def _is_transient_upload(error: Exception) -> bool:
 
 def _hub_error(error: Exception, what: str, attempts: str) -> FintuneError:
     """Describe an error of the hub in one line. Only the server's message is quoted, because it holds no secret."""
-    status = status_of(error)
-    message = _server_message(error)
+    status, message = status_of(error), _server_message(error)
+    login = "run `hf auth login` with a token that may write there"
     if status in (401, 403) or type(error).__name__ == _XET_REFUSAL:
-        return ResourceError(
-            f"{what}: the hub refuses the token (status {status or 401}){message}",
-            hint="run `hf auth login` with a token that may write there",
-        )
-    if status == 404:
-        return ResourceError(
-            f"{what}: the hub has no such repository or branch, or hides it from this token (status 404)",
-            hint="check the spelling, or run `hf auth login` with a token that may write there",
-        )
-    if status is not None:
-        return ResourceError(f"{what}: the hub answers with status {status}{attempts}{message}", hint="try again later")
-    return ResourceError(
-        f"{what}: the hub cannot be reached{attempts} ({_short_reason(error)})",
-        hint="check the network and try again",
-    )
+        reason, hint = f"the hub refuses the token (status {status or 401}){message}", login
+    elif status == 404:
+        reason = "the hub has no such repository or branch, or hides it from this token (status 404)"
+        hint = f"check the spelling, or {login}"
+    elif status is not None:
+        reason, hint = f"the hub answers with status {status}{attempts}{message}", "try again later"
+    else:
+        reason = f"the hub cannot be reached{attempts} ({_short_reason(error)})"
+        hint = "check the network and try again"
+    return ResourceError(f"{what}: {reason}", hint=hint)
 
 
 def _server_message(error: Exception) -> str:
@@ -189,7 +176,8 @@ def offline_unless_resolved() -> Iterator[str]:
     from huggingface_hub import constants
 
     host = urllib.parse.urlsplit(constants.ENDPOINT).hostname or ""
-    if constants.HF_HUB_OFFLINE or urllib.request.getproxies().keys() & {"http", "https", "all"} or _resolves(host):
+    has_proxy = urllib.request.getproxies().keys() & {"http", "https", "all"}
+    if constants.HF_HUB_OFFLINE or has_proxy or _resolves(host):
         yield ""
         return
     # datasets keeps a copy of the setting.

@@ -11,7 +11,7 @@ import gc
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fintune.errors import ResourceError
@@ -69,21 +69,18 @@ def release_memory() -> None:
 
 def reset_peak_memory() -> None:
     """Reset the peak of :func:`peak_memory_bytes` if the kernel allows it (Linux)."""
-    try:
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return
 
 
 def peak_memory_bytes() -> int:
     """Return the largest resident memory of this process since the last reset (Linux) or its start (elsewhere)."""
-    peak = _linux_status_bytes("VmHWM")
-    if peak is not None:
+    if (peak := _linux_status_bytes("VmHWM")) is not None:
         return peak
-    try:
-        import resource
-    except ImportError:  # Windows
+    if sys.platform == "win32":
         return 0
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -95,10 +92,7 @@ def resident_memory_bytes() -> int:
 
 
 def _linux_status_bytes(field: str) -> int | None:
-    try:
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith(f"{field}:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    with suppress(OSError):
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)
     return None

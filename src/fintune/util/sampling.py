@@ -14,27 +14,16 @@ _LATER_SOURCE = re.compile(r"[1-9]\d*/", re.ASCII)
 
 
 def draw_indices(num_items: int, number: int | None, seed: int) -> list[int]:
-    """Draw distinct indices below ``num_items``, in ascending order.
-
-    Args:
-        num_items: How many items there are.
-        number: How many indices to draw; None or a number above ``num_items`` takes all.
-        seed: The same seed draws the same indices.
-    """
+    """Draw ``number`` distinct indices below ``num_items``, in ascending order; None takes all."""
     if number is None or number >= num_items:
         return list(range(num_items))
     return sorted(random.Random(seed).sample(range(num_items), number))  # noqa: S311 - a sample, no secret
 
 
 def stratified_indices(kinds: Sequence[Hashable], number: int) -> list[int]:
-    """Choose indices so that each kind gets about the same number, at even distances.
+    """Choose at most ``number`` indices, ascending, so that each kind gets about the same number, at even distances.
 
-    Args:
-        kinds: The kind of every row.
-        number: How many indices to choose at most. With fewer than there are kinds, kinds at even distances get one.
-
-    Returns:
-        Indices in ascending order.
+    With a smaller number than there are kinds, kinds at even distances get one.
     """
     groups: dict[Hashable, list[int]] = {}
     for index, kind in enumerate(kinds):
@@ -64,9 +53,7 @@ def file_of_row(row_id: str) -> str:
 def describe_row(row_id: str, paths: Sequence[str]) -> str:
     """Name a conversation's row as messages do: ``rows.jsonl, row 7`` for ``2/rows.jsonl:7``.
 
-    Args:
-        row_id: The conversation's id; the number before ``/`` is that of a source after the first.
-        paths: The paths of the sources, in order.
+    The number before ``/`` is that of a source after the first; ``paths`` are those of the sources, in order.
     """
     match = _ROW_OF_FILE.fullmatch(row_id)
     if not match or not paths:

@@ -7,20 +7,13 @@ import platform
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
 PACKAGES = (
-    "fintune",
-    "torch",
-    "transformers",
-    "peft",
-    "trl",
-    "datasets",
-    "tokenizers",
-    "gguf",
-    "libggml-python",
-    "xllamacpp",
+    *("fintune", "torch", "transformers", "peft", "trl", "datasets"),
+    *("tokenizers", "gguf", "libggml-python", "xllamacpp"),
 )
 """Packages whose versions a manifest records."""
 
@@ -29,10 +22,8 @@ def installed_versions() -> dict[str, str]:
     """Return the versions of Python and of those of :data:`PACKAGES` that are installed."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return versions
 
 
@@ -56,9 +47,13 @@ def checkout_commit() -> str | None:
 
 def machine_facts() -> dict[str, str]:
     """Return processor, cores, memory and GPU, for the manifest. The host's name is deliberately not recorded."""
+    processor = platform.processor() or "unknown"
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     facts = {
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": processor,
         "cores": str(os.cpu_count() or 0),
     }
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
@@ -69,38 +64,15 @@ def machine_facts() -> dict[str, str]:
     return facts
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
 def configure_environment() -> None:
     """Set the variables that torch reads when it is imported. What the user has set stays."""
-    _shorten_spinning()
-    _use_expandable_segments()
-
-
-def _use_expandable_segments() -> None:
-    """Let the GPU's allocator grow its segments by pages, so that idle blocks of one size serve another.
-
-    Training a 14B model in 4 bits on a card of 24 GiB then holds 1.2 GiB beside the 21.7 in use. Without it the
-    allocator holds all of the card. Windows lacks this, and under WSL some drivers fail at the first allocation
-    (pytorch issue 192330).
-    """
+    # libgomp lets waiting threads spin for about a millisecond at each of a model's many small steps. If another
+    # program uses one of two cores, the steps become 10 to 30 times slower; with 1000 turns, 1.8 times (torch 2.13).
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # The GPU's allocator may grow its segments by pages, so that idle blocks of one size serve another: for a 14B model
+    # in 4 bits on 24 GiB it holds 1.2 GiB beside the 21.7 in use, and else all of the card. Windows lacks this, and
+    # under WSL some drivers fail at the first allocation (pytorch issue 192330).
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch before 2.9 reads the second
     if sys.platform == "linux" and "microsoft" not in platform.release().lower() and not set(names) & set(os.environ):
         os.environ |= dict.fromkeys(names, "expandable_segments:True")
-
-
-def _shorten_spinning() -> None:
-    """Let threads that wait for each other sleep after a short while.
-
-    libgomp lets them spin for about a millisecond at each of a model's many small steps. If another program used one
-    of two cores, that made the steps 10 to 30 times slower. With 1000 turns they take 1.8 times as long, and no longer
-    than before if nothing else runs (two cores, torch 2.13).
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")

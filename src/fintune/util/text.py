@@ -11,12 +11,14 @@ MAX_REMARKS = 20
 """Remarks that are printed in full; the others are counted."""
 
 _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+_REORDERING = (0x061C, 0x200E, 0x200F, 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_ESCAPES |= {code: f"\\u{code:04x}" for code in _REORDERING}
 
 
 def escape_control_chars(text: str) -> str:
-    r"""Replace every control character but line feed and tab by its escape, such as ``\x1b``.
+    r"""Replace every control character but line feed and tab by its escape, such as ``\x1b`` or ``\u202e``.
 
-    Text of a data file may otherwise steer the terminal that prints it.
+    Text of a data file may otherwise steer the terminal that prints it, or turn the order of its letters.
     """
     return text.translate(_ESCAPES)
 

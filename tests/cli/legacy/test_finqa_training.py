@@ -18,7 +18,8 @@ from fintune.cli.legacy import finqa
 from fintune.cli.legacy.finqa_data import preprocess
 from fintune.data.synthetic import generate
 from fintune.errors import ArtifactError, ConfigError, DataError, ResourceError
-from fintune.pipeline import steps
+from fintune.models import adapter as adapters
+from fintune.models import load as models
 from fintune.pipeline.steps import build_steps
 from fintune.publish.push import push_files
 from fintune.training import metrics
@@ -66,26 +67,6 @@ def adapter_config(folder: Path) -> dict[str, object]:
     return json.loads((folder / "adapter_config.json").read_text())
 
 
-def test_script_writes_the_adapter(tiny_model, processed, tmp_path):
-    arguments = flags(tiny_model, processed / "train", tmp_path / "out", lora_alpha=8, save_strategy="epoch")
-    done = subprocess.run(
-        [sys.executable, str(SCRIPTS / "train_dora.py"), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert f"{tmp_path / 'out'}: the adapter" in done.stdout
-    assert (adapter_config(tmp_path / "out")["use_dora"], adapter_config(tmp_path / "out")["lora_alpha"]) == (True, 8)
-    from fintune.models import adapter as adapters
-    from fintune.models import load as models
-
-    base = models.load_model(models.fetch(str(tiny_model)), dtype="float32", device="cpu")
-    adapters.load_adapter(base, tmp_path / "out")
-    assert len(metrics.read(tmp_path / "out" / "run" / "train" / "metrics.jsonl")) == 4
-
-
 @pytest.mark.parametrize(
     ("others", "use_dora", "expected"),
     [
@@ -101,6 +82,9 @@ def test_flags_choose_the_method(tiny_model, processed, tmp_path, others, use_do
     options = manifest["key"]["options"]
     assert (options["adapter.kind"], options["model.quantization"]) == expected
     assert adapter_config(tmp_path / "out")["use_dora"] is (expected[0] == "dora")
+    base = models.load_model(models.fetch(str(tiny_model)), dtype="float32", device="cpu")
+    adapters.load_adapter(base, tmp_path / "out")
+    assert len(metrics.read(tmp_path / "out" / "run" / "train" / "metrics.jsonl")) == 4
 
 
 def test_flags_become_the_configuration(tiny_model, processed, tmp_path, monkeypatch):
@@ -183,7 +167,7 @@ def ran(monkeypatch) -> list[str]:
 
     real = build_steps
     monkeypatch.setattr(
-        steps, "build_steps", lambda config: [replace(step, run=stand_in(step.name)) for step in real(config)]
+        finqa, "build_steps", lambda config: [replace(step, run=stand_in(step.name)) for step in real(config)]
     )
     return names
 

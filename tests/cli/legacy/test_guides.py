@@ -97,6 +97,7 @@ def test_finqa_guide_runs(folder, model, monkeypatch):
     wandb, pushed = FakeWandb(), []
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setattr("fintune.training.callbacks.check_reporters", lambda _names: None)
+    monkeypatch.setattr(finqa, "check_reporters", lambda _names: None)
     monkeypatch.setattr(finqa, "full_repo_name", lambda name: f"ann/{name}")
     monkeypatch.setattr(finqa, "push_files", lambda repo, *_, **__: pushed.append(repo) or f"pushed to {repo}")
     adapter = folder / "models" / "llama-3b-finqa-dora-adapter"

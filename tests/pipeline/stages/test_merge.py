@@ -183,7 +183,7 @@ def test_a_vocabulary_that_grew_in_training_is_merged_and_proved(tmp_path, tied,
     base = make_tiny_model(tmp_path / "base", tie_word_embeddings=tied)
     lora, trained = grown(base, tmp_path / "lora", **options)
     (tmp_path / "merge").mkdir()
-    facts = merge_adapter(config(base), lora, tmp_path / "merge")
+    facts = merge_adapter(config(base), tmp_path / "merge", adapter=lora)
     assert facts["proof"] == "whole models in memory"
     assert facts["max_logit_difference"] < 1e-4 < facts["max_logit"]
     ids = torch.tensor([[400, 5, 401, 17]])
@@ -204,6 +204,6 @@ def test_merge_of_embeddings_saved_twice_by_peft(tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (lora / name).unlink()
     (tmp_path / "merge").mkdir()
-    facts = merge_adapter(config(base), lora, tmp_path / "merge")
+    facts = merge_adapter(config(base), tmp_path / "merge", adapter=lora)
     assert (facts["proof"], facts["num_moved"]) == ("layer by layer", 4)
     assert facts["max_logit_difference"] < 1e-4 < facts["max_logit"]

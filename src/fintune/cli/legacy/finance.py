@@ -14,13 +14,18 @@ from typing import Any
 
 import click
 
-from fintune.cli.common import stdout
+from fintune.cli.common import echo, print_tables
 from fintune.cli.legacy.flags import PATH, REDO, Flag, as_overrides, make_command
 from fintune.cli.legacy.outputs import Output, check, replaces
 from fintune.config import Config
+from fintune.config.load import load
 from fintune.errors import ConfigError, DataError, ResourceError
 from fintune.manifest import Slot
+from fintune.models.load import fetch_base, load_tokenizer
+from fintune.pipeline.runner import Pipeline
 from fintune.pipeline.step import Selection, Step
+from fintune.pipeline.steps import build_steps
+from fintune.report.tables import plan_table
 from fintune.util.console import say
 
 GUIDE_MODEL = "DSR1/DSR1-Distill-Qwen-14B"
@@ -56,9 +61,7 @@ _TRAINING = (
     Flag("per_device_train_batch_size", 1, "Conversations per forward pass.", "train.per_device_train_batch_size"),
     Flag("lora_r", 32, "Rank of the adapter.", "adapter.r"),
     Flag("lora_alpha", 64, "Scale of the adapter.", "adapter.lora_alpha"),
-    Flag(
-        "training_quantization", _BITS, "Base weights. Default: 4bit on a CUDA GPU, else 16bit.", "model.quantization"
-    ),
+    Flag("training_quantization", _BITS, "Base weights. Default: 4bit on a CUDA GPU.", "model.quantization"),
     Flag("extra_train_args", "", "More options in one string: 'train.weight_decay=0.01 train.max_steps=50'."),
     Flag("strict", False, "Stop at the first row that cannot be used.", "data.strict"),
     Flag("dry_run", False, "Print the plan without running it."),
@@ -112,9 +115,9 @@ def train_financial_model(flags: dict[str, Any], overrides: Sequence[str]) -> No
         raise
     if is_done and not flags["skip_quantization"]:
         modelfile = config.folder / "export" / "Modelfile"
-        click.echo(f"To serve it: fintune serve {shlex.quote(str(file))}")
+        echo(f"To serve it: fintune serve {shlex.quote(str(file))}")
         if modelfile.is_file():
-            click.echo(f"To use it in Ollama: ollama create {file.stem} -f {shlex.quote(str(modelfile))}")
+            echo(f"To use it in Ollama: ollama create {file.stem} -f {shlex.quote(str(modelfile))}")
 
 
 def run_training(flags: dict[str, Any], overrides: Sequence[str]) -> None:
@@ -133,8 +136,6 @@ TRAIN = make_command(run_training, _TRAIN, "Fine-tune an adapter on a folder of 
 def _config(
     table: Sequence[Flag], flags: dict[str, Any], overrides: Sequence[str], more_sources: Sequence[Mapping[str, Any]]
 ) -> Config:
-    from fintune.config.load import load
-
     flags = {**flags}
     if flags["model_name"] == GUIDE_MODEL and not Path(GUIDE_MODEL).is_dir():
         say(f"{GUIDE_MODEL} is {MODEL} on the hub")
@@ -148,9 +149,8 @@ def _config(
             say("no CUDA GPU: training uses 16-bit weights (--training_quantization 4bit forces 4-bit weights)")
     flags["training_quantization"] = "nf4" if bits == "4bit" else "none"
     flags["dataset_folder"] = [{"path": str(flags["dataset_folder"])}, *more_sources]
-    return load(
-        None, [*_FIXED, *as_overrides(table, flags), *shlex.split(flags["extra_train_args"]), *overrides]
-    ).config
+    extra = shlex.split(flags["extra_train_args"])
+    return load(None, [*_FIXED, *as_overrides(table, flags), *extra, *overrides]).config
 
 
 def _adapter(config: Config, flag: str, path: Path) -> list[Output]:
@@ -162,9 +162,6 @@ def _with_tokenizer(step: Step) -> Step:
     """Return training so that it also saves the base model's tokenizer, which the guide wants beside the adapter."""
 
     def run(config: Config, inputs: Mapping[str, Path], folder: Path) -> dict[str, Any]:
-        from fintune.models.load import load_tokenizer
-        from fintune.models.resolve import fetch_base
-
         facts = step.run(config, inputs, folder)
         tokenizer = load_tokenizer(fetch_base(config), trust_remote_code=config.model.trust_remote_code)
         tokenizer.save_pretrained(folder / "tokenizer")
@@ -175,10 +172,6 @@ def _with_tokenizer(step: Step) -> Step:
 
 def _run(config: Config, flags: Mapping[str, Any], skipped: Sequence[str], outputs: Sequence[Output]) -> bool:
     """Run the stages and write the outputs; False if ``--dry_run`` only asks for the plan."""
-    from fintune.pipeline.runner import Pipeline
-    from fintune.pipeline.steps import build_steps
-    from fintune.report.tables import plan_table
-
     check(outputs, config.folder, flags["dataset_folder"])
     steps = [replaces(_with_tokenizer(step), outputs) for step in build_steps(config)]
     pipeline = Pipeline(config, steps, Selection(skip=skipped, redo=flags["redo"]), called=str(config.folder))
@@ -186,15 +179,15 @@ def _run(config: Config, flags: Mapping[str, Any], skipped: Sequence[str], outpu
     if flags["resume_from_checkpoint"]:
         _check_checkpoint(config.folder, Path(flags["resume_from_checkpoint"]), {s.name: w for s, w in plan}["train"])
     if flags["dry_run"]:
-        stdout().print(plan_table([(step.name, word, step.inputs) for step, word in plan]))
+        print_tables(plan_table([(step.name, word, step.inputs) for step, word in plan]))
         return False
     steps_run = [outcome.step for outcome in pipeline.run() if outcome.what != "skipped"]
     for output in outputs:
         output.write()
     for path in dict.fromkeys(output.path for output in outputs if output.path.exists()):
-        click.echo(f"{path}" if path.is_dir() else f"{path}: {path.stat().st_size / 1e6:.0f} MB")
+        echo(f"{path}" if path.is_dir() else f"{path}: {path.stat().st_size / 1e6:.0f} MB")
     if "report" in steps_run:
-        click.echo(f"The run's page: {config.folder / 'report' / 'index.html'}")
+        echo(f"The run's page: {config.folder / 'report' / 'index.html'}")
     return True
 
 

@@ -12,13 +12,19 @@ from typing import Any
 
 import click
 
+from fintune.cli.common import echo
 from fintune.cli.legacy.finqa_data import finqa_file, split_folders
 from fintune.cli.legacy.flags import PATH, REDO, TRUE_OR_FALSE, Flag, as_overrides, make_command
 from fintune.cli.legacy.outputs import Output, check, replaces
 from fintune.config import Config
+from fintune.config.load import load
 from fintune.errors import ConfigError
 from fintune.models.adapter import BASE_FILE
+from fintune.pipeline.runner import Pipeline
+from fintune.pipeline.step import Selection
+from fintune.pipeline.steps import build_steps
 from fintune.publish.push import push_files
+from fintune.training.callbacks import check_reporters
 from fintune.util.hub import full_repo_name
 
 _NEVER = 10**9
@@ -63,11 +69,6 @@ _DORA_FLAGS = [Flag("use_dora", True, flag.help, flag.option) if flag.name == "u
 
 def train_finqa(flags: dict[str, Any], overrides: Sequence[str]) -> None:
     """Prepare the data, train, put the adapter into its folder, and push it."""
-    from fintune.pipeline.runner import Pipeline
-    from fintune.pipeline.step import Selection
-    from fintune.pipeline.steps import build_steps
-    from fintune.training.callbacks import check_reporters
-
     folder, overwrite = flags["output_dir"], bool(flags["overwrite_output_dir"])
     check_reporters(_REPORTERS[flags["report_to"] or "none"])
     repo = full_repo_name(flags["hub_model_id"] or folder.resolve().name) if flags["push_to_hub"] else None
@@ -84,14 +85,14 @@ def train_finqa(flags: dict[str, Any], overrides: Sequence[str]) -> None:
     steps = [replaces(step, [adapter]) for step in build_steps(config)]
     Pipeline(config, steps, Selection(only=("train",), redo=redo - {"prepare"})).run()
     adapter.write(overwrite=overwrite)
-    click.echo(f"{folder}: the adapter; its losses are in {config.folder / 'train' / 'metrics.jsonl'}")
+    echo(f"{folder}: the adapter; its losses are in {config.folder / 'train' / 'metrics.jsonl'}")
     if repo is not None:
-        click.echo(push_files(repo, [path for source, path in adapter.pairs() if source.name != BASE_FILE]))
+        echo(push_files(repo, [path for source, path in adapter.pairs() if source.name != BASE_FILE]))
     if config.data.source == "finqa":
         predict = f"inference_fixed.py --model_path {shlex.quote(str(folder))} --test_json data/FinQA_test.json"
-        click.echo(f"To answer questions: python scripts/{predict} --out_json predictions.json")
+        echo(f"To answer questions: python scripts/{predict} --out_json predictions.json")
         score = "score_finqa.py --pred_json predictions.json --gold_json data/FinQA_test.json"
-        click.echo(f"To score the answers: python scripts/{score}")
+        echo(f"To score the answers: python scripts/{score}")
 
 
 TRAIN_LORA = make_command(train_finqa, FLAGS, "Fine-tune a LoRA adapter on FinQA.")
@@ -119,8 +120,6 @@ def _data(flags: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _config(flags: dict[str, Any], overrides: Sequence[str]) -> Config:
-    from fintune.config.load import load
-
     dtype = None if flags["use_bf16"] is None else "bfloat16"
     if flags["use_bf16"] is False:
         import torch

@@ -33,11 +33,6 @@ _QA, _PAGE = ("question", "program", "exe_ans"), ("id", "pre_text", "table", "po
 def preprocess(source: Path, folder: Path, *, strict: bool = False) -> FinqaFile:
     """Write the dataset folder of a FinQA file. An earlier one is replaced when the new one is complete.
 
-    Args:
-        source: FinQA JSON list or lines, plain or gzip.
-        folder: Must not exist, be empty, or hold a dataset that this function wrote.
-        strict: Refuse a file with an unusable record instead of dropping the record.
-
     Raises:
         FintuneError: The file cannot be used, or ``folder`` holds something else or cannot be written.
     """
@@ -76,11 +71,7 @@ def split_folders(folder: Path) -> tuple[Path, Path | None]:
 
 
 def finqa_file(folder: Path, copy: Path) -> Path | None:
-    """Return a file of the FinQA records of a dataset folder; None if its rows are not FinQA records.
-
-    Args:
-        folder: Dataset of one split.
-        copy: File to write the records to, if the folder has their columns but no ``records.jsonl``.
+    """Return a file of a dataset folder's FinQA records (written to ``copy`` if there is none); None for other rows.
 
     Raises:
         DataError: The folder cannot be read.
@@ -107,10 +98,8 @@ def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _record(row: Mapping[str, Any]) -> dict[str, Any]:
-    qa = {name: row[name] for name in _QA}
-    if qa["exe_ans"] not in ("yes", "no"):
-        qa["exe_ans"] = float(qa["exe_ans"])
-    return {name: row[name] for name in _PAGE} | {"qa": qa}
+    answer = row["exe_ans"] if row["exe_ans"] in ("yes", "no") else float(row["exe_ans"])
+    return {name: row[name] for name in _PAGE} | {"qa": {name: row[name] for name in _QA} | {"exe_ans": answer}}
 
 
 def _save(records: Sequence[FinQARecord], folder: Path) -> None:

@@ -22,12 +22,9 @@ class Flag:
     """A row of a script's table of flags.
 
     Attributes:
-        name: Name without dashes: ``lora_r`` is ``--lora_r``.
         default: Value if the flag is left out; a type stands for None, False for a flag without a value, () for a flag
             that may be repeated.
-        help: Sentence of ``--help``.
         option: Key of the option that the flag sets, such as ``adapter.r``; empty if the script reads the flag itself.
-        is_required: Whether the flag must be present.
     """
 
     name: str
@@ -64,13 +61,7 @@ def as_overrides(table: Sequence[Flag], flags: Mapping[str, Any]) -> list[str]:
 def make_command(
     run: Callable[[dict[str, Any], list[str]], None], table: Sequence[Flag], summary: str
 ) -> click.Command:
-    """Make the click command of a script, whose errors name flags.
-
-    Args:
-        run: Gets the value of each flag by its name, and the ``key=value`` arguments after the flags.
-        table: Flags of the script.
-        summary: Sentence of ``--help``.
-    """
+    """Make the click command of a script, whose errors name flags; ``run`` gets their values and the overrides."""
 
     def callback(overrides: tuple[str, ...], **flags: Any) -> None:
         try:

@@ -6,6 +6,7 @@ the run's new result is complete. Any other file stops the command before its wo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import filecmp
 import os
@@ -26,11 +27,8 @@ class Output:
     """A result of a run that a flag puts at another path.
 
     Attributes:
-        flag: The flag, such as ``--merged_model_dir``.
         path: Folder or file, as the user wrote it.
-        stage: Stage of the run that makes the result.
-        source: The result in the run's folder.
-        is_folder: Whether the result is a folder.
+        source: The result of ``stage`` in the run's folder.
         is_copy: False for hard links to the run's files where the disk allows it. Writing into them changes the run.
     """
 
@@ -58,7 +56,7 @@ class Output:
         for source, target in self.pairs():
             if _is_same(source, target):
                 continue
-            if os.path.lexists(target) and not overwrite:
+            if os.path.lexists(target) and not (overwrite and target.is_file() and not target.is_symlink()):
                 hint = f"move it elsewhere and run the same command again; the run's file is {source}"
                 raise ArtifactError(f"{target} exists and is not a file of the run", hint=hint)
             part = target.with_name(f".{target.name}.part")
@@ -68,10 +66,9 @@ class Output:
                 _copy_or_link(source, part, is_copy=self.is_copy)
                 part.replace(target)
             except OSError as error:
+                part.unlink(missing_ok=True)
                 hint = f"{source} is complete: free some space or name another path, and run the same command again"
                 raise ResourceError(f"{target} cannot be written ({error.strerror or error})", hint=hint) from None
-            finally:
-                part.unlink(missing_ok=True)
 
 
 def replaces(step: Step, outputs: Sequence[Output]) -> Step:
@@ -79,10 +76,10 @@ def replaces(step: Step, outputs: Sequence[Output]) -> Step:
 
     def run(*arguments: Any) -> dict[str, Any]:
         facts = step.run(*arguments)
-        for output in (output for output in outputs if output.stage == step.name):
-            for source, target in reversed(output.pairs()):
-                if _is_same(source, target):
-                    target.unlink()
+        pairs = [pair for output in outputs if output.stage == step.name for pair in reversed(output.pairs())]
+        for source, target in pairs:
+            if _is_same(source, target):
+                target.unlink()
         return facts
 
     return dataclasses.replace(step, run=run)
@@ -124,9 +121,8 @@ def _is_same(source: Path | None, target: Path) -> bool:
 
 
 def _copy_or_link(source: Path, part: Path, *, is_copy: bool) -> None:
-    try:
-        if is_copy:
-            raise OSError
-        os.link(source, part)
-    except OSError:  # also another disk, or a file system without links
-        shutil.copyfile(source, part)
+    if not is_copy:
+        with contextlib.suppress(OSError):  # another disk, or a file system without links
+            os.link(source, part)
+            return
+    shutil.copyfile(source, part)

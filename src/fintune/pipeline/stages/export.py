@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +36,7 @@ from fintune.models import adapter as adapters
 from fintune.models import load as models
 from fintune.models.folder import full_model_folder
 from fintune.pipeline import disk_estimate
-from fintune.util.console import Bar, bar, say, track
+from fintune.util.console import bar, say, show_bytes, track
 from fintune.util.disk import require_space
 from fintune.util.files import read_json
 from fintune.util.memory import peak_memory_bytes, release_memory, reset_peak_memory, resident_memory_bytes
@@ -55,17 +55,11 @@ def gguf_path(config: Config, folder: Path, kind: str) -> Path:
 
 
 def export(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
-    """Write every type of ``export.types`` in one pass over the weights, or with a llama.cpp checkout.
+    """Write ``NAME-TYPE.gguf`` for every type of ``export.types``, in one pass over the weights or with a checkout.
 
-    The quantised types use the importance matrix of ``export.imatrix``. If that is ``compute``, the matrix is computed
-    from the first training texts of ``prepare`` and written to ``NAME-imatrix.gguf``.
-
-    Args:
-        config: The run.
-        inputs: Step name -> folder of ``merge``, or of ``train`` to merge the adapter while the base is read. Both give
-            the same bytes. Computing a matrix needs ``prepare``, too.
-        folder: Folder for ``NAME-TYPE.gguf`` of every type, and for a ``Modelfile`` for the last type, by convention
-            the smallest. There is no Modelfile if Ollama's language cannot express the chat template.
+    The weights are those of ``merge``, or of base and adapter (``train``), merged while they are read: the same bytes.
+    The last type, by convention the smallest, gets a ``Modelfile``, unless Ollama's language cannot express the chat
+    template. ``export.imatrix: compute`` also writes ``NAME-imatrix.gguf``, from the first training texts.
 
     Raises:
         ModelError: llama.cpp does not have the architecture, a tensor or the tokenizer.
@@ -88,13 +82,9 @@ def export(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
 
 
 def export_model(config: Config, folder: Path, *, adapter: Path | None = None) -> Facts:
-    """Export a Hugging Face folder, or a base with an adapter, without a run.
+    """Export a Hugging Face folder, or a base with an adapter (PEFT), without a run.
 
-    Args:
-        config: Configuration of which ``model``, ``export`` and ``merge`` are used. ``run.name`` begins the names of
-            the files.
-        folder: Folder for the files.
-        adapter: PEFT folder that is merged while the base is read, or None.
+    Of the configuration ``model``, ``export`` and ``merge`` are used. ``run.name`` begins the names of the files.
 
     Raises:
         ConfigError: ``export.imatrix`` is ``compute``, but without a run there are no texts.
@@ -129,12 +119,11 @@ def _stream(
 ) -> Facts:
     """Write the files in one pass over a model folder, or over the configuration's model with an adapter."""
     facts: Facts = {}
-    quantised = NormalFloat() if config.merge.into == "quantized_base" else None
     before = resident_memory_bytes()
-    if adapter is None:
-        assert model is not None, "the caller passes a model or an adapter"
+    if model is not None:
         report, notes = _write(config, model, None, folder, imatrix)
-    else:
+    elif adapter is not None:
+        quantised = _nf4(config)
         with _merged_while_read(config, adapter, folder, quantised) as (metadata, weights):
             report, notes = _write(config, metadata, weights, folder, imatrix)
         facts |= describe_merge_base(quantised)
@@ -167,19 +156,20 @@ def _compute_imatrix(config: Config, inputs: Mapping[str, Path], path: Path) -> 
     """Compute the importance matrix of the merged model. Without a merged folder, the base gets the merged weights."""
     from datasets import load_from_disk
 
-    merged = inputs.get("merge")
-    trust = config.model.trust_remote_code
     base = models.fetch_base(config)
-    ref = base if merged is None else models.fetch(str(merged))
-    model: Any = models.load_model(ref, dtype=config.predict.dtype, trust_remote_code=trust)
-    if merged is None:
-        quantised = NormalFloat() if config.merge.into == "quantized_base" else None
-        with MergedWeights(base.path, inputs["train"] / "adapter", transform=quantised) as weights:
+    ref = models.fetch(str(inputs["merge"])) if "merge" in inputs else base
+    model: Any = models.load_model(ref, dtype=config.predict.dtype, trust_remote_code=config.model.trust_remote_code)
+    if ref is base:
+        with MergedWeights(base.path, inputs["train"] / "adapter", transform=_nf4(config)) as weights:
             rounded = RoundedWeights(weights, config.merge.dtype)
             load_merged_weights(model, rounded, track(rounded.tensors.values(), "merge", len(rounded.tensors)))
     rows = load_from_disk(str(inputs["prepare"] / "tokens" / "train"))
     texts = track((row["input_ids"] for row in rows), "importance matrix", len(rows))
     return compute_imatrix(model, texts, path, dataset="train", max_tokens=IMATRIX_TOKENS)
+
+
+def _nf4(config: Config) -> NormalFloat | None:
+    return NormalFloat() if config.merge.into == "quantized_base" else None
 
 
 def _write(
@@ -191,7 +181,7 @@ def _write(
             model,
             outputs,
             threads=config.export.threads or os.cpu_count() or 1,
-            progress=_speed(shown),
+            progress=show_bytes(shown),
             name=config.run.name,
             weights=weights,
             imatrix=imatrix,
@@ -263,16 +253,3 @@ def _merged_while_read(
         if not has_padding_token(model):
             write_special_tokens(model, models.load_tokenizer(replace(ref, path=model)))
         yield model, weights
-
-
-def _speed(shown: Bar) -> Callable[[int, int], None]:
-    """Return a function that turns progress in bytes into the shares of a bar, and shows the speed."""
-    started, share = time.monotonic(), 0.0
-
-    def progress(num_read: int, num_total: int) -> None:
-        nonlocal share
-        shown.advance(num_read / num_total - share)
-        share = num_read / num_total
-        shown.note(f"{num_read / 1e6 / max(time.monotonic() - started, 1e-3):.0f} MB/s")
-
-    return progress

@@ -42,13 +42,8 @@ class PromptChange(Record):
     """A prompt before and after training.
 
     Attributes:
-        id: Id of the prompt.
-        group: Name of its group.
-        question: Text of its question.
-        before: Loss of the reference answer before training, in nats per token.
-        after: The same loss after training.
-        right_before: Whether the model's program executed to the gold result before training; None for other prompts.
-        right_after: The same after training.
+        before: Loss of the reference answer before training, in nats per token; ``after`` likewise.
+        right_before: Whether the model's program executed to the gold result; None for prompts without a program.
     """
 
     id: str
@@ -61,15 +56,11 @@ class PromptChange(Record):
 
 
 class GroupChange(Record):
-    """All prompts of one kind, before and after training.
+    """All prompts of one kind (``finance`` or ``statements``), before and after training.
 
     Attributes:
-        name: ``finance`` or ``statements``.
-        num_prompts: Number of prompts.
         before: Mean loss over all tokens of the reference answers before training, in nats per token.
-        after: The same loss after training.
-        right_before: Number of programs that executed to the gold result before training; None for other prompts.
-        right_after: The same after training.
+        right_before: Number of programs that executed to the gold result; None for prompts without a program.
     """
 
     name: str
@@ -90,11 +81,8 @@ class GuardReport(Record):
     """Content of ``guard.json``.
 
     Attributes:
-        threshold: ``guard.threshold``, in nats per token.
-        groups: The groups, in the order of the set.
         worse: Ids of the prompts whose loss rose by more than the threshold, the largest rise first.
         lost: Ids of the prompts that were answered right before training and no longer are.
-        prompts: All prompts.
     """
 
     threshold: float
@@ -105,15 +93,7 @@ class GuardReport(Record):
 
 
 def guard(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
-    """Measure the fixed set on the base model and on the trained one.
-
-    Args:
-        config: The run.
-        inputs: Folder of ``train``.
-        folder: Gets ``guard.json``.
-
-    Returns:
-        The figures of the groups, and the prompts that got worse.
+    """Measure the fixed set on the base model and on the trained one; write ``guard.json``.
 
     Raises:
         FintuneError: A group's loss rose by more than ``guard.max_rise``.
@@ -128,7 +108,7 @@ def guard(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
     prompts = regression_prompts()
     rows = _rows(tokenizer, prompts)
     with advice_on_memory(_memory_hint(config, prompts), during="asking the guard's prompts"):
-        model: PreTrainedModel | PeftModel = _load(config, ref)
+        model: PreTrainedModel | PeftModel = _load(config, ref)  # a model trained in 4 bits may fit no other way
         before = _measure(config, model, tokenizer, prompts, rows, "before")
         whole = full_model_folder(inputs["train"])
         if whole is None:
@@ -150,7 +130,6 @@ def guard(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
 
 
 def _load(config: Config, ref: models.ModelFolder) -> PreTrainedModel:
-    # As training held it: a model that was trained in 4 bits may fit no other way.
     return models.load_model(
         ref,
         dtype=config.train.dtype,
@@ -162,11 +141,11 @@ def _load(config: Config, ref: models.ModelFolder) -> PreTrainedModel:
 def _rows(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[RegressionPrompt]) -> list[TokenRow]:
     """Encode each prompt with its reference answer, as training would."""
     encoder = ConversationEncoder(tokenizer, system="", train_on="last", max_length=_MAX_TOKENS)
-    rows: list[TokenRow] = []
-    for prompt in prompts:
-        turns = [*prompt.messages, Message(role="assistant", content=prompt.answer)]
-        rows += encoder.encode(prompt.id, turns).rows
-    return rows
+    turns = {prompt.id: [*prompt.messages, Message(role="assistant", content=prompt.answer)] for prompt in prompts}
+    return [row for name, messages in turns.items() for row in encoder.encode(name, messages).rows]
+
+
+_Measured = tuple[list[AnswerLoss], dict[str, bool]]
 
 
 def _measure(
@@ -176,7 +155,7 @@ def _measure(
     prompts: Sequence[RegressionPrompt],
     rows: Sequence[TokenRow],
     when: str,
-) -> tuple[list[AnswerLoss], dict[str, bool]]:
+) -> _Measured:
     """Return the loss of every reference answer, and which questions about pages are answered right, by id."""
     tracked = track([(row.input_ids, row.completion_mask) for row in rows], f"guard {when} training", len(rows))
     losses = list(answer_losses(model, tracked))
@@ -197,12 +176,7 @@ def _memory_hint(config: Config, prompts: Sequence[RegressionPrompt]) -> str:
     return f"{smaller}continue without it (guard.enabled=false)"
 
 
-def _report(
-    prompts: Sequence[RegressionPrompt],
-    before: tuple[list[AnswerLoss], dict[str, bool]],
-    after: tuple[list[AnswerLoss], dict[str, bool]],
-    threshold: float,
-) -> GuardReport:
+def _report(prompts: Sequence[RegressionPrompt], before: _Measured, after: _Measured, threshold: float) -> GuardReport:
     changes = [
         PromptChange(
             id=prompt.id,

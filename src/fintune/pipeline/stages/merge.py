@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from fintune.config import Config
 from fintune.errors import ArtifactError
 from fintune.evaluation.questions import regression_prompts
 from fintune.export.merge import layerwise
-from fintune.export.merge.merge import MergeReport, merge_folders, write_special_tokens
+from fintune.export.merge.merge import merge_folders, write_special_tokens
 from fintune.export.merge.merged_weights import NormalFloat, describe_merge_base
 from fintune.models import adapter as adapters
 from fintune.models import chat_template as chat
@@ -20,11 +20,10 @@ from fintune.models import load as models
 from fintune.models.folder import full_model_folder
 from fintune.records import Example, Message
 from fintune.training import full
-from fintune.util.console import bar, quiet_libraries, track
+from fintune.util.console import bar, quiet_libraries, show_bytes, track
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
 
 GoldenPrompt = tuple[Sequence[Message], str]
 """A conversation and its answer."""
@@ -37,17 +36,8 @@ def merge(config: Config, inputs: Mapping[str, Path], folder: Path) -> dict[str,
     """Merge row by row in float32, store in ``merge.dtype``, and compare the result with the trained model.
 
     With ``merge.into: quantized_base`` the adapter goes into the weights that 4-bit training used. Otherwise it goes
-    into the base's own weights, also after 4-bit training.
-
-    Args:
-        config: The run.
-        inputs: Step name -> folder of ``prepare`` (for golden prompts) and ``train``.
-        folder: Folder for the Hugging Face model.
-
-    Returns:
-        Type of the weights, number of moved tensors and share of moved values; over the golden prompts the largest
-        logit difference to base + adapter in float32 and the share of positions with the same best token; and whether
-        the models were compared layer by layer or as a whole.
+    into the base's own weights, also after 4-bit training. The comparison is on the first evaluation examples, in
+    float32, layer by layer where that is possible.
 
     Raises:
         ArtifactError: The adapter does not change a weight that it adapts, or a logit is not finite.
@@ -61,16 +51,8 @@ def merge(config: Config, inputs: Mapping[str, Path], folder: Path) -> dict[str,
     return _merge(config, ref.path, inputs["train"] / "adapter", folder, _golden_of(inputs["prepare"] / "eval.jsonl"))
 
 
-def merge_adapter(config: Config, adapter: Path, folder: Path) -> dict[str, Any]:
-    """Merge a base and an adapter without a run, and compare them on prompts of the guard's fixed set.
-
-    Args:
-        config: Configuration of which ``model`` and ``merge`` are used.
-        adapter: PEFT folder.
-        folder: Folder for the Hugging Face model.
-
-    Returns:
-        The facts that :func:`merge` returns.
+def merge_adapter(config: Config, folder: Path, *, adapter: Path) -> dict[str, Any]:
+    """Merge a base and an adapter (PEFT) without a run, and compare them on prompts of the guard's fixed set.
 
     Raises:
         FintuneError: The errors of :func:`merge`.
@@ -84,7 +66,6 @@ def merge_adapter(config: Config, adapter: Path, folder: Path) -> dict[str, Any]
 
 def _merge(config: Config, base: Path, adapter: Path, folder: Path, golden: Sequence[GoldenPrompt]) -> dict[str, Any]:
     """Merge base and adapter, and compare them with the result."""
-    trust = config.model.trust_remote_code
     quantised = NormalFloat() if config.merge.into == "quantized_base" else None
     with bar("merge", 1.0) as shown:
         report = merge_folders(
@@ -93,14 +74,16 @@ def _merge(config: Config, base: Path, adapter: Path, folder: Path, golden: Sequ
             folder,
             dtype=config.merge.dtype,
             transform=quantised,
-            progress=_shares(shown.advance),
+            progress=show_bytes(shown),
         )
-    tokenizer = models.load_tokenizer(models.fetch(str(folder)), trust_remote_code=trust)
-    write_special_tokens(folder, tokenizer)
-
-    proof = _compare((base, adapter), (folder, None), _encoded(tokenizer, golden), trust_remote_code=trust)
+    proof = _prove(config, (base, adapter), folder, golden)
     return {
-        **_facts(report, quantised),
+        "dtype": report.dtype,
+        "num_moved": report.num_moved,
+        "moved_share": report.moved_share,
+        "weight_bytes": report.num_bytes,
+        "embeddings_parted": report.untied,
+        **describe_merge_base(quantised),
         **adapters.merged_facts(adapter),
         **proof,
         "summary": (
@@ -120,11 +103,7 @@ def _store_trained(
         raise ArtifactError(
             f"{trained} has the weights of the base model", hint="it is untrained; look at train/metrics.jsonl"
         )
-    trust = config.model.trust_remote_code
-    tokenizer = models.load_tokenizer(models.fetch(str(folder)), trust_remote_code=trust)
-    write_special_tokens(folder, tokenizer)
-    golden = _encoded(tokenizer, _golden_of(inputs["prepare"] / "eval.jsonl"))
-    proof = _compare((trained, None), (folder, None), golden, trust_remote_code=trust)
+    proof = _prove(config, (trained, None), folder, _golden_of(inputs["prepare"] / "eval.jsonl"))
     return {
         "dtype": dtype,
         "num_moved": num_moved,
@@ -136,23 +115,23 @@ def _store_trained(
     }
 
 
-def _compare(
-    expected: tuple[Path, Path | None],
-    actual: tuple[Path, Path | None],
-    golden: Sequence[Sequence[int]],
-    *,
-    trust_remote_code: bool,
+def _prove(
+    config: Config, expected: tuple[Path, Path | None], folder: Path, prompts: Sequence[GoldenPrompt]
 ) -> dict[str, Any]:
-    """Compare two models on the golden prompts in float32, as a whole if not possible layer by layer."""
+    """Complete the folder, and compare it with a model on the golden prompts in float32."""
+    trust, actual = config.model.trust_remote_code, (folder, None)
+    tokenizer = models.load_tokenizer(models.fetch(str(folder)), trust_remote_code=trust)
+    write_special_tokens(folder, tokenizer)
+    golden = [chat.encode_example(tokenizer, messages, answer).input_ids for messages, answer in prompts]
     by_layers = all(layerwise.can_compare_layers(*model) for model in (expected, actual))
     with quiet_libraries():
         if by_layers:
             with bar("proof, layer by layer", 1.0) as shown:
                 agreement = layerwise.compare_layers(expected, actual, golden, progress=shown.advance)
         else:
-            agreement = _compare_whole(expected, actual, golden, trust_remote_code=trust_remote_code)
+            agreement = _compare_whole(expected, actual, golden, trust_remote_code=trust)
     if not isfinite(agreement.max_difference):
-        path = actual[0] if isfinite(agreement.max_logit) else expected[1] or expected[0]
+        path = folder if isfinite(agreement.max_logit) else expected[1] or expected[0]
         raise ArtifactError(
             f"{path}: the logits of the model are not finite",
             hint="the training diverged, look at train/metrics.jsonl; or merge.dtype=float32",
@@ -193,38 +172,11 @@ def _compare_whole(
     )
 
 
-def _facts(report: MergeReport, quantised: NormalFloat | None) -> dict[str, Any]:
-    return {
-        "dtype": report.dtype,
-        "num_moved": report.num_moved,
-        "moved_share": report.moved_share,
-        "weight_bytes": report.num_bytes,
-        "embeddings_parted": report.untied,
-        **describe_merge_base(quantised),
-    }
-
-
-def _shares(advance: Callable[[float], None]) -> Callable[[int, int], None]:
-    """Return a function that turns progress in bytes into the shares of a bar that counts to one."""
-    shown = 0.0
-
-    def progress(done: int, total: int) -> None:
-        nonlocal shown
-        advance(done / total - shown)
-        shown = done / total
-
-    return progress
-
-
 def _golden_of(path: Path) -> list[GoldenPrompt]:
     """Read the first examples of a run's evaluation split."""
     with path.open(encoding="utf-8") as lines:
         examples = [Example.model_validate_json(line) for line, _ in zip(lines, range(NUM_GOLDEN), strict=False)]
     return [(example.messages, example.completion) for example in examples]
-
-
-def _encoded(tokenizer: PreTrainedTokenizerBase, golden: Sequence[GoldenPrompt]) -> list[list[int]]:
-    return [chat.encode_example(tokenizer, messages, completion).input_ids for messages, completion in golden]
 
 
 def _logits(model: Any, golden: Sequence[Sequence[int]], what: str) -> list[torch.Tensor]:

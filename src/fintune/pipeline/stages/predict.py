@@ -36,18 +36,9 @@ if TYPE_CHECKING:
 def predict(config: Config, inputs: Mapping[str, Path], folder: Path, *, kind: ModelKind) -> dict[str, Any]:
     """Complete every evaluation prompt. Resumes where an interrupted attempt in ``folder`` stopped.
 
-    Args:
-        config: The run.
-        inputs: Folders of ``prepare``, and of ``train``, ``merge`` or ``export`` as the kind needs them.
-        folder: Gets ``predictions.jsonl`` and ``official.json``, both in the order of ``eval.jsonl``, and
-            ``predictions.key.json``, which says what they are from. With few-shot prompts it also gets ``shots.json``
-            with the ids of the shots of each question.
-        kind: The model before training, base + adapter, the merged folder (these two also in 4 bits), a GGUF file by
-            its type, or what is served at ``predict.endpoint``.
-
-    Returns:
-        Number of predictions, seconds, generated tokens per second, share that was cut off at
-        ``predict.max_new_tokens``, number of programs that the parser does not read, mean confidence.
+    Writes ``predictions.jsonl`` and ``official.json``, both in the order of ``eval.jsonl``, and
+    ``predictions.key.json``, which says what they are from. With few-shot prompts, ``shots.json`` has the ids of the
+    shots of each question.
 
     Raises:
         ModelError: The model cannot be used, a prompt does not fit its context, or a GGUF file's tokenizer counts
@@ -160,11 +151,7 @@ def _read_examples(path: Path) -> list[Example]:
 
 
 def _pages(prepare: Path, examples: Sequence[Example]) -> list[FinQARecord]:
-    """Return the records that the examples were made from.
-
-    Raises:
-        ArtifactError: A record is missing.
-    """
+    """Return the records that the examples were made from."""
     path = prepare / "gold.json"
     rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     records = {record.id: record for record in map(FinQARecord.model_validate, rows)}

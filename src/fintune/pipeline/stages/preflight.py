@@ -44,14 +44,8 @@ _DECOMPOSED = "Ne\u0301stle\u0301 Zu\u0308rich"
 def preflight(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
     """Compare the base model's tokenizer with llama.cpp, on a GGUF file with the vocabulary and a tiny model.
 
-    Args:
-        config: The run.
-        inputs: Unused.
-        folder: Folder for ``preflight.json``.
-
-    Returns:
-        Name of the pre-tokenizer, end token, hash of the chat template and number of strings; whether the tokenizer
-        composes accents, which llama.cpp does not; and whether it drops a leading space, which llama.cpp keeps.
+    The facts, also written to ``preflight.json``, state whether the tokenizer composes accents, which llama.cpp does
+    not, and whether it drops a leading space, which llama.cpp keeps.
 
     Raises:
         ModelError: The GGUF cannot keep the architecture, pre-tokenizer, chat template or a special token, or llama.cpp

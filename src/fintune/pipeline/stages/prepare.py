@@ -18,14 +18,6 @@ from fintune.util.console import say
 def prepare(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
     """Fill ``folder`` with what training and prediction read; :mod:`fintune.data.prepared` lists the files.
 
-    Args:
-        config: The configuration; ``data``, ``prompt``, ``model.name`` and ``run.seed`` decide the result.
-        inputs: Not used, because no stage comes before.
-        folder: An empty folder.
-
-    Returns:
-        Counts for the manifest, and a line for the summary table.
-
     Raises:
         DataError: A data file cannot be used, or none of its rows.
         ModelError: The model has no usable tokenizer.

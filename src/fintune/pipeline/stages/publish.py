@@ -7,8 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from fintune.config import Config
-from fintune.errors import ArtifactError, ResourceError
-from fintune.manifest import MANIFEST, Facts, Manifest
+from fintune.errors import ResourceError
+from fintune.manifest import Facts, Slot
 from fintune.publish.card import card_of, render_card, unstated_licences
 from fintune.publish.files import CARD, gather_files
 from fintune.publish.push import PushTarget, Upload, push
@@ -39,15 +39,7 @@ def _check_token() -> None:
 
 
 def publish(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
-    """Push the results that ``publish.artifacts`` names.
-
-    Args:
-        config: The run.
-        inputs: Step name -> finished folder. The card uses every finished step, not only those that are pushed.
-        folder: Folder for the card.
-
-    Returns:
-        Repository, branch, commit, and the names of new and removed files.
+    """Push the results that ``publish.artifacts`` names, with a card about every finished step.
 
     Raises:
         ArtifactError: A result is missing, older than its inputs, or was changed.
@@ -84,19 +76,10 @@ def publish(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
 
 
 def preview(config: Config, inputs: Mapping[str, Path], folder: Path) -> list[tuple[str, int]]:
-    """Write the card and list the files of a push, without a request to the hub.
-
-    Args:
-        config: The run.
-        inputs: As for :func:`publish`.
-        folder: Folder for the card and for the adapter's configuration.
-
-    Returns:
-        Name and bytes of every file.
+    """Write the card and list name and bytes of the files of a push, without a request to the hub.
 
     Raises:
-        ArtifactError: A result is missing, older than its inputs, or was changed.
-        ConfigError: The licence allows what the data forbid.
+        FintuneError: The errors of :func:`publish`, but for those of the hub.
     """
     folder.mkdir(parents=True, exist_ok=True)
     uploads = _prepare(config, config.publish.repo_id or "", inputs, folder)
@@ -116,12 +99,7 @@ def _prepare(config: Config, repo: str, inputs: Mapping[str, Path], folder: Path
 
 def _pushed_before(config: Config, repo: str) -> set[str]:
     """Return the files that an earlier push of this run left in the repository. Only these may be removed."""
-    path = config.folder / "publish" / MANIFEST
-    try:
-        facts = Manifest.model_validate_json(path.read_bytes()).facts
-    except OSError:
-        return set()
-    except ValueError:
-        raise ArtifactError(f"{path}: not a manifest", hint="remove the folder; the pushed files stay") from None
+    manifest = Slot(config.folder, "publish").manifest()
+    facts = {} if manifest is None else manifest.facts
     is_same_target = facts.get("repo") == repo and facts.get("branch") == config.publish.branch
     return set(facts.get("file_bytes", {})) if is_same_target else set()

@@ -50,15 +50,10 @@ class _Row:
 def replay(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
     """Compare the next-token distributions of every export with the trained model, on held-out completions.
 
-    Args:
-        config: The run.
-        inputs: Step name -> folder of ``prepare``, ``train`` and ``export``, and of ``merge`` if there is one.
-        folder: Folder for ``replay.json``.
-
-    Returns:
-        For the base without adapter and for every export: mean KL divergence in nats from base + adapter in
-        ``predict.dtype``, share of positions with the same likeliest token, and perplexity of the completions. With
-        ``merge.into: quantized_base`` the reference is the adapter on the base in 4 bits, as in training.
+    The facts, also written to ``replay.json``, hold for the base without adapter and for every export: mean KL
+    divergence in nats from base + adapter in ``predict.dtype``, share of positions with the same likeliest token, and
+    perplexity of the completions. With ``merge.into: quantized_base`` the reference is the adapter on the base in 4
+    bits, as in training.
 
     Raises:
         ArtifactError: An export does not match the trained model, a figure is not finite, or there is no example.
@@ -128,7 +123,8 @@ def _verify(facts: Facts, agreements: Mapping[str, TokenAgreement], config: Conf
         _check_finite(kind, agreement, config)
     for kind, min_share in facts["min_same_share"].items():
         agreement = exports[kind]
-        if _num_different(agreement) > _num_allowed(min_share, agreement.num_positions):
+        num_different = round((1 - agreement.same_best_token_share) * agreement.num_positions)
+        if num_different > _num_allowed(min_share, agreement.num_positions):
             raise ArtifactError(
                 f"{_file_name(kind, config)} gives the trained model's best token at "
                 f"{agreement.same_best_token_share:.1%} of {agreement.num_positions} positions "
@@ -163,27 +159,20 @@ def _min_share(kind: str, config: Config) -> float:
 
 
 def _file_name(kind: str, config: Config) -> str:
-    return "the merged folder" if kind == "merged" else f"{config.run.name}-{kind}.gguf"
+    names = {"merged": "the merged folder", **dict.fromkeys(_REFERENCES, "what was trained")}
+    return names.get(kind, f"{config.run.name}-{kind}.gguf")
 
 
 def _check_finite(kind: str, agreement: TokenAgreement, config: Config) -> None:
     figures = {"KL": agreement.mean_kl, "perplexity": agreement.perplexity}
     not_finite = ", ".join(f"{name} {value}" for name, value in figures.items() if not math.isfinite(value))
-    if not not_finite:
-        return
-    if kind in _REFERENCES:
+    if not_finite:
         raise ArtifactError(
-            f"what was trained gives probabilities that are not finite ({not_finite})",
-            hint="the training diverged, look at train/metrics.jsonl; or predict.dtype=float32",
+            f"{_file_name(kind, config)} gives probabilities that are not finite ({not_finite})",
+            hint="the training diverged, look at train/metrics.jsonl; or predict.dtype=float32"
+            if kind in _REFERENCES
+            else "its weights are damaged, or overflow in this type: --redo merge and export, or export another type",
         )
-    raise ArtifactError(
-        f"{_file_name(kind, config)} gives probabilities that are not finite ({not_finite})",
-        hint="its weights are damaged, or overflow in this type: --redo merge and export, or export another type",
-    )
-
-
-def _num_different(agreement: TokenAgreement) -> int:
-    return round((1 - agreement.same_best_token_share) * agreement.num_positions)
 
 
 def _num_allowed(min_share: float, num_positions: int) -> int:

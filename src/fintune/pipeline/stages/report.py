@@ -25,15 +25,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def report(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
-    """Write ``index.html`` into ``folder``.
-
-    Args:
-        config: The run's options.
-        inputs: Finished folders by step name. Every step is optional; without it, its section is left out.
-        folder: The folder to write into.
-
-    Returns:
-        Number of examples and models on the page, and its size.
+    """Write ``index.html``. Every step is optional; without it, its section is left out.
 
     Raises:
         ArtifactError: A file of a finished stage cannot be read.

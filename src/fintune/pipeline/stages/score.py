@@ -15,20 +15,15 @@ from fintune.util import files
 
 
 def score(config: Config, inputs: Mapping[str, Path], folder: Path, *, kind: str) -> Facts:
-    """Score the predictions of one kind of model in one decoding mode.
-
-    Args:
-        config: The run's options.
-        inputs: Finished folders by step name.
-        folder: The folder to write into.
-        kind: The kind of model, such as ``merged``; with a decoding mode ``merged+page``.
-    """
+    """Score the predictions of one kind of model, such as ``merged``; with a decoding mode ``merged+page``."""
     predictions, gold = inputs[f"predict/{kind}"] / "predictions.jsonl", inputs["prepare"] / "gold.json"
     result = score_predictions(predictions, gold, strict=True)
     files.write_output(folder / "score.csv", result.to_csv())
     files.write_output(folder / "score.json", result.to_json())
     figures = result.score
-    warning = _eval_warning(inputs["prepare"])
+    report = inputs["prepare"] / "report.json"
+    # Why the evaluation says little about new questions, if it does.
+    warning = files.read_json(report).get("eval_warning") if report.is_file() else None
     caution = f"; caution: {warning}" if warning else ""
     no_program = f", no program {figures.no_program_rate:.2%}" if figures.no_program_rate else ""
     return {
@@ -39,9 +34,3 @@ def score(config: Config, inputs: Mapping[str, Path], folder: Path, *, kind: str
         "program_accuracy": figures.program_accuracy,
         "invalid_rate": figures.invalid_rate,
     }
-
-
-def _eval_warning(prepare: Path) -> str:
-    """Why the evaluation says little about new questions, from the report of ``prepare``; "" if it does not."""
-    path = prepare / "report.json"
-    return str(files.read_json(path).get("eval_warning", "")) if path.is_file() else ""

@@ -38,15 +38,8 @@ if TYPE_CHECKING:
 def train(config: Config, inputs: Mapping[str, Path], folder: Path) -> dict[str, Any]:
     """Train, resuming an interrupted attempt in ``folder``.
 
-    Args:
-        config: The run.
-        inputs: Folders of earlier stages; needs ``prepare``.
-        folder: Gets ``adapter/`` in PEFT's format (or ``model/`` if every weight is trained), ``metrics.jsonl`` and,
-            during training, ``checkpoints/``.
-
-    Returns:
-        Steps, tokens, mean loss of the first and last steps, seconds, tokens per second, trained parameters, precision
-        and the step that was kept.
+    Writes ``adapter/`` in PEFT's format (or ``model/`` if every weight is trained), ``metrics.jsonl`` and, during
+    training, ``checkpoints/``.
 
     Raises:
         FintuneError: Loss or gradient is not finite.
