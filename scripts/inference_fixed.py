@@ -33,14 +33,11 @@ FLAGS = (
 def predict(flags: dict[str, Any], overrides: list[str]) -> None:
     """Answer every question of a FinQA file with a program."""
     model, base, adapter = flags["model_path"], flags["base_model"], flags["adapter_path"]
-    if (model is None) == (base is None):
-        raise click.UsageError("give either --model_path, or --base_model with --adapter_path")
-    if (base is None) != (adapter is None):
-        raise click.UsageError("--base_model and --adapter_path go together; a model alone is --model_path")
+    if (model is None) == (base is None) or (base is None) != (adapter is None):
+        raise click.UsageError("give either --model_path alone, or --base_model with --adapter_path")
     if model and (Path(model) / "adapter_config.json").is_file() and not (Path(model) / "config.json").is_file():
-        # The output of train_dora.py, which the guide names here.
         adapter, model = Path(model), adapter_base_name(Path(model))
-        say(f"{adapter} holds an adapter of {model}")
+        say(f"{adapter} holds an adapter of {model}")  # the guide names the output of train_dora.py here
     strategy = "execution_guided" if flags["eg_k"] > 1 else "sample" if flags["do_sample"] else "greedy"
     flags["out_json"].parent.mkdir(parents=True, exist_ok=True)
     predict_plain(

@@ -255,8 +255,8 @@ def test_older_script_runs_an_adapter_with_shots(data, tiny_model, tmp_path, dor
     ("words", "message"),
     [
         (["--model_path", "MODEL", "--test_json", "no.json"], "no.json: no such file"),
-        (["--test_json", "DATA"], "give either --model_path, or --base_model with --adapter_path"),
-        (["--base_model", "MODEL", "--test_json", "DATA"], "--base_model and --adapter_path go together"),
+        (["--test_json", "DATA"], "give either --model_path alone, or --base_model"),
+        (["--base_model", "MODEL", "--test_json", "DATA"], "give either --model_path alone, or --base_model"),
         (["--model_path", "m.gguf", "--test_json", "DATA"], "m.gguf: no such file"),
         (["--model_path", "MODEL", "--test_json", "COPY", "--num_shots", "2"], "does not say which training file"),
         (["--model_path", "MODEL", "--test_json", "DATA", "--temperature", "-1"], "fintune: --temperature: got -1.0"),

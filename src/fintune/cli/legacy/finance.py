@@ -1,7 +1,7 @@
 """Finance chat with the older flags: ``train_financial_model.py`` and ``train.py``.
 
-The run with its manifests and checkpoints is in ``run/`` of the adapter's folder, where the same command resumes.
-Adapter, merged folder and GGUF files appear at the paths that the flags name.
+The run is in ``run/`` of the adapter's folder, where the same command resumes. Adapter, merged folder and GGUF files
+appear at the paths that the flags name.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from fintune.report.tables import plan_table
 from fintune.util.console import say
 
 GUIDE_MODEL = "DSR1/DSR1-Distill-Qwen-14B"
-MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B"
-"""Name of the guide's model on the Hugging Face hub."""
+MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B"  # the guide's model on the hub
 INVESTOPEDIA = "hub:FinLang/investopedia-instruction-tuning-dataset"
 _FIXED = (
     *("run.name=run", "run.seed=3407", "data.source=chat", "merge.dtype=float16"),
@@ -38,8 +37,7 @@ _FIXED = (
     "adapter.target_modules=q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
 )
 """Options that the guide sets without a flag."""
-_NEWEST = ("checkpoint-latest", "latest", "last", "true")
-"""Values of ``--resume_from_checkpoint`` that mean the newest checkpoint."""
+_NEWEST = ("checkpoint-latest", "latest", "last", "true")  # values of --resume_from_checkpoint
 _SKIPS = {
     "prepare": "skip_dataset_prep",
     "train": "skip_training",
@@ -133,9 +131,7 @@ PIPELINE = make_command(train_financial_model, _PIPELINE, "Fine-tune, merge and 
 TRAIN = make_command(run_training, _TRAIN, "Fine-tune an adapter on a folder of conversations.")
 
 
-def _config(
-    table: Sequence[Flag], flags: dict[str, Any], overrides: Sequence[str], more_sources: Sequence[Mapping[str, Any]]
-) -> Config:
+def _config(table: Sequence[Flag], flags: dict[str, Any], overrides: Sequence[str], sources: list[Any]) -> Config:
     flags = {**flags}
     if flags["model_name"] == GUIDE_MODEL and not Path(GUIDE_MODEL).is_dir():
         say(f"{GUIDE_MODEL} is {MODEL} on the hub")
@@ -148,7 +144,7 @@ def _config(
         if bits == "16bit":
             say("no CUDA GPU: training uses 16-bit weights (--training_quantization 4bit forces 4-bit weights)")
     flags["training_quantization"] = "nf4" if bits == "4bit" else "none"
-    flags["dataset_folder"] = [{"path": str(flags["dataset_folder"])}, *more_sources]
+    flags["dataset_folder"] = [{"path": str(flags["dataset_folder"])}, *sources]
     extra = shlex.split(flags["extra_train_args"])
     return load(None, [*_FIXED, *as_overrides(table, flags), *extra, *overrides]).config
 
@@ -181,12 +177,12 @@ def _run(config: Config, flags: Mapping[str, Any], skipped: Sequence[str], outpu
     if flags["dry_run"]:
         print_tables(plan_table([(step.name, word, step.inputs) for step, word in plan]))
         return False
-    steps_run = [outcome.step for outcome in pipeline.run() if outcome.what != "skipped"]
+    outcomes = {outcome.step: outcome.what for outcome in pipeline.run()}
     for output in outputs:
         output.write()
     for path in dict.fromkeys(output.path for output in outputs if output.path.exists()):
         echo(f"{path}" if path.is_dir() else f"{path}: {path.stat().st_size / 1e6:.0f} MB")
-    if "report" in steps_run:
+    if outcomes.get("report", "skipped") != "skipped":
         echo(f"The run's page: {config.folder / 'report' / 'index.html'}")
     return True
 
@@ -194,8 +190,8 @@ def _run(config: Config, flags: Mapping[str, Any], skipped: Sequence[str], outpu
 def _check_checkpoint(run: Path, checkpoint: Path, word: str) -> None:
     """Refuse a checkpoint of another run. Say what the plan's word for training means if another one is named."""
     if checkpoint.is_dir() and run.resolve() not in checkpoint.resolve().parents:
-        what = f"--resume_from_checkpoint {checkpoint}: this checkpoint is not from the run in {run}"
-        raise ConfigError(what, hint="leave the flag out, or merge that adapter into the base model first")
+        hint = "leave the flag out, or merge that adapter into the base model first"
+        raise ConfigError(f"--resume_from_checkpoint {checkpoint}: it is not from the run in {run}", hint=hint)
     newest = word.removeprefix("resume from step ")
     if not newest.isdecimal():
         say(f"--resume_from_checkpoint {checkpoint}: {run} has no checkpoint to resume from; train: {word}")

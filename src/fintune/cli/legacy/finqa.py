@@ -27,8 +27,7 @@ from fintune.publish.push import push_files
 from fintune.training.callbacks import check_reporters
 from fintune.util.hub import full_repo_name
 
-_NEVER = 10**9
-"""Steps between checkpoints with ``--save_strategy no``."""
+_NEVER = 10**9  # steps between checkpoints with --save_strategy no
 _REPORTERS = {"none": [], "tensorboard": ["tensorboard"], "wandb": ["wandb"], "all": ["tensorboard", "wandb"]}
 _STRATEGY = click.Choice(("no", "steps", "epoch"))
 
@@ -108,14 +107,16 @@ def _data(flags: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if train_file is None:
         sources = [{"path": str(train_folder), "hold_out": "none" if eval_folder else "split"}]
         sources += [{"path": str(eval_folder), "hold_out": "all"}] if eval_folder else []
-        values = {**flags, "dataset_dir": None, "eval_dataset_dir": None}
-        return values, ["data.source=chat", f"data.sources={json.dumps(sources)}"]
+        return flags | {"dataset_dir": None, "eval_dataset_dir": None}, [
+            "data.source=chat",
+            f"data.sources={json.dumps(sources)}",
+        ]
     eval_file = finqa_file(eval_folder, flags["output_dir"] / "data" / "eval.jsonl") if eval_folder else None
     if eval_file is None and flags["eval_strategy"] in ("steps", "epoch"):
         what = f"--eval_strategy {flags['eval_strategy']}: {flags['dataset_dir']} has no evaluation split"
         raise ConfigError(what, hint="set --eval_dataset_dir, or name a folder with train and validation")
     # Without an evaluation split, the first training record stands in. Nothing is measured on it.
-    values = {**flags, "dataset_dir": train_file, "eval_dataset_dir": eval_file or train_file}
+    values = flags | {"dataset_dir": train_file, "eval_dataset_dir": eval_file or train_file}
     return values, ["data.source=finqa", *([] if eval_file else ["data.max_eval_samples=1"])]
 
 

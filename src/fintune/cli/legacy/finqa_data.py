@@ -1,9 +1,6 @@
-"""FinQA files as Hugging Face dataset folders: written by ``scripts/preprocess.py``, read by the training scripts.
+"""FinQA files as folders for ``datasets.load_from_disk``: written by ``scripts/preprocess.py``, read to train.
 
-::
-
-    *.arrow, dataset_info.json, state.json   for datasets.load_from_disk
-    records.jsonl                            one records.FinQARecord per line, for data.train and data.eval
+Beside the Arrow files ``records.jsonl`` has one ``records.FinQARecord`` a line, for ``data.train`` and ``data.eval``.
 """
 
 from __future__ import annotations
@@ -25,22 +22,18 @@ from fintune.records import FinQARecord
 from fintune.util.files import make_folder
 
 _RECORDS = "records.jsonl"
+_OURS = {_RECORDS, "dataset_info.json", "state.json"}
 _ARROW = re.compile(r"(?:data|cache)-[\w.-]+\.arrow")
 _TRAIN, _EVAL = ("train", "training"), ("validation", "valid", "dev", "eval", "test")
 _QA, _PAGE = ("question", "program", "exe_ans"), ("id", "pre_text", "table", "post_text")
 
 
 def preprocess(source: Path, folder: Path, *, strict: bool = False) -> FinqaFile:
-    """Write the dataset folder of a FinQA file. An earlier one is replaced when the new one is complete.
-
-    Raises:
-        FintuneError: The file cannot be used, or ``folder`` holds something else or cannot be written.
-    """
+    """Write the dataset folder of a FinQA file. An earlier one is replaced when the new one is complete."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    ours = {_RECORDS, "dataset_info.json", "state.json"}
     # What `datasets` computed from our files may go, a file that someone put beside them may not.
-    is_ours = ours <= names and all(_ARROW.fullmatch(name) for name in names - ours)
-    if folder.is_symlink() or folder.is_file() or (names and not is_ours):
+    others = {name for name in names - _OURS if not _ARROW.fullmatch(name)}
+    if folder.is_symlink() or folder.is_file() or (names and (others or not names >= _OURS)):
         what = f"{folder} exists and holds more than a dataset that this command wrote"
         raise FintuneError(what, hint="move it elsewhere or name another folder")
     read = read_finqa(source, strict=strict, instead=WITHOUT_STRICT)
@@ -56,11 +49,7 @@ def preprocess(source: Path, folder: Path, *, strict: bool = False) -> FinqaFile
 
 
 def split_folders(folder: Path) -> tuple[Path, Path | None]:
-    """Return the folders of a dataset, or of a folder with one dataset per split, to train on and to evaluate on.
-
-    Raises:
-        DataError: ``folder`` is neither.
-    """
+    """Return the folders of a dataset, or of a folder with one dataset per split, to train on and to evaluate on."""
     names = (".", *_TRAIN, *_EVAL)
     found = [name for name in names if any((folder / name / file).is_file() for file in ("state.json", _RECORDS))]
     train = next((folder / name for name in found if name not in _EVAL), None)
@@ -71,11 +60,7 @@ def split_folders(folder: Path) -> tuple[Path, Path | None]:
 
 
 def finqa_file(folder: Path, copy: Path) -> Path | None:
-    """Return a file of a dataset folder's FinQA records (written to ``copy`` if there is none); None for other rows.
-
-    Raises:
-        DataError: The folder cannot be read.
-    """
+    """Return a file of a dataset folder's FinQA records (written to ``copy`` if there is none); None for other rows."""
     if (folder / _RECORDS).is_file():
         return folder / _RECORDS
     import datasets
@@ -116,8 +101,8 @@ def _save(records: Sequence[FinQARecord], folder: Path) -> None:
 
 
 def _row(record: FinQARecord) -> dict[str, Any]:
-    """A row of the dataset: ``prompt`` holds the whole page, because only a tokenizer can tell what fits."""
     qa, sentences = record.qa, [*record.pre_text, *record.post_text]
+    # The prompt holds the whole page, because only a tokenizer can tell what fits.
     prompt = build_messages(record, system=PromptOptions().system, budget=2**62, count_tokens=len).messages
     derived = derive(tokenize(qa.program), record.table, sentences, qa.question).units if qa.gold_inds is None else None
     columns = {name: getattr(record, name) for name in _PAGE} | {name: getattr(qa, name) for name in _QA}

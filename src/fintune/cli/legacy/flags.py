@@ -21,10 +21,8 @@ TRUE_OR_FALSE = click.BOOL
 class Flag:
     """A row of a script's table of flags.
 
-    Attributes:
-        default: Value if the flag is left out; a type stands for None, False for a flag without a value, () for a flag
-            that may be repeated.
-        option: Key of the option that the flag sets, such as ``adapter.r``; empty if the script reads the flag itself.
+    A type as default stands for None, False for a flag without a value, () for a flag that may be repeated. ``option``
+    is the key that the flag sets, such as ``adapter.r``; empty if the script reads the flag itself.
     """
 
     name: str
@@ -80,8 +78,7 @@ def make_command(
 class PastedCommand(click.Command):
     r"""A command that refuses to run with a part of its flags.
 
-    In ``--use_4bit true \   # comment`` the backslash does not continue the line. The shell passes a blank as an
-    argument and drops the flags of the following lines.
+    In ``--use_4bit true \   # comment`` the backslash passes a blank, and the shell drops the flags of the next lines.
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """Results of a run at the paths that the older commands' flags name.
 
-A file at such a path belongs to the run if its content is that of the run's own file. Only such a file is deleted, when
-the run's new result is complete. Any other file stops the command before its work starts.
+A file there is the run's if its content is that of the run's own file. Only such a file is deleted, when the run's new
+result is complete. Any other file stops the command before its work starts.
 """
 
 from __future__ import annotations
@@ -24,12 +24,10 @@ from fintune.util.disk import nearest_existing
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """A result of a run that a flag puts at another path.
+    """The result of a stage (``source``, in the run's folder) that a flag puts at another path.
 
-    Attributes:
-        path: Folder or file, as the user wrote it.
-        source: The result of ``stage`` in the run's folder.
-        is_copy: False for hard links to the run's files where the disk allows it. Writing into them changes the run.
+    Where the disk allows it, these are hard links to the run's files, unless ``is_copy``. Writing into links changes
+    the run.
     """
 
     flag: str
@@ -47,12 +45,7 @@ class Output:
         return [(file, self.path / file.name) for file in sorted(files, key=lambda file: file.name == "config.json")]
 
     def write(self, *, overwrite: bool = False) -> None:
-        """Put the run's files at the output. A file appears there when it is complete.
-
-        Raises:
-            ArtifactError: A file that is not the run's is in the way, and ``overwrite`` is False.
-            ResourceError: A file cannot be written.
-        """
+        """Put the run's files at the output. A file appears there when it is complete."""
         for source, target in self.pairs():
             if _is_same(source, target):
                 continue
@@ -86,13 +79,9 @@ def replaces(step: Step, outputs: Sequence[Output]) -> Step:
 
 
 def check(outputs: Sequence[Output], run: Path, data: Path, *, overwrite: bool = False) -> None:
-    """Refuse outputs that would overwrite something, be read as data, or cannot be written. Nothing is touched.
-
-    Raises:
-        ConfigError: The first such output, with its flag.
-    """
+    """Refuse outputs that would overwrite something, be read as data, or cannot be written. Nothing is touched."""
     for output in outputs:
-        if reason := next(_reasons(output, outputs, run, data, overwrite), None):
+        for reason in _reasons(output, outputs, run, data, overwrite):
             raise ConfigError(f"{output.flag} {output.path}: {reason}", hint="name another path, or move what is there")
 
 
