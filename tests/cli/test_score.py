@@ -110,3 +110,18 @@ def test_score_refuses_what_no_table_can_hold(tmp_path: Path, gold: Path, words:
     done = fintune("score", *(word.replace("P", str(path)) for word in words), "--gold", gold)
     assert (done.status, done.err.count("\n")) == (2, 1)
     assert message in done.err
+
+
+def test_score_escapes_formulas_and_names(tmp_path):
+    name = '=HYPERLINK("http://x.test")'
+    qa = {"question": "?", "program": "add(1, 2)", "exe_ans": 3.0}
+    gold = [{"id": name, "pre_text": ["1 2 ."], "post_text": [], "table": [["", "a"]], "qa": qa}]
+    (tmp_path / "gold.json").write_text(json.dumps(gold))
+    predictions = tmp_path / "p\x1b[2J\u202e.json"
+    predictions.write_text(json.dumps([{"id": name, "program": "add(1, 2)"}, {"id": "other", "program": "add(1, 2)"}]))
+    words = ("score", "--predictions", predictions, "--gold", tmp_path / "gold.json", "--csv", tmp_path / "out.csv")
+    done = fintune(*words, "--escape-formulas")
+    assert done.status == 0
+    assert not {"\x1b", "\u202e"} & {*done.out, *done.err}
+    with (tmp_path / "out.csv").open(newline="") as file:
+        assert [row["id"] for row in csv.DictReader(file)] == [f"'{name}"]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,27 +97,39 @@ def test_a_folder_that_another_process_writes_is_refused(tmp_path: Path) -> None
     assert (tmp_path / "out" / "half").exists()
 
 
-def test_a_folder_is_flushed_before_it_gets_its_name(tmp_path: Path, monkeypatch) -> None:
-    calls: list[str] = []
-    real_replace, paths = Path.replace, {}
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace reads the order of the calls")
+def test_results_are_flushed_before_they_get_their_name(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from fintune.manifest import Key, Manifest, Slot\n"
+        "from fintune.util.files import atomic_folder, write_output\n"
+        "here = Path(sys.argv[1])\n"
+        "with atomic_folder(here / 'out') as folder:\n"
+        "    (folder / 'below').mkdir(); (folder / 'below' / 'weights').write_text('x')\n"
+        "slot, key = Slot(here / 'run', 'train'), Key(step='train', options={}, sources={}, inputs={})\n"
+        "(slot.start(key, resume=False) / 'adapter').write_text('x')\n"
+        "slot.finish(Manifest(key=key, fingerprint='', outputs={}, facts={}, versions={}, commit=None, machine={},\n"
+        "    seed=1, finished='', seconds=1, peak_memory_bytes=1))\n"
+        "write_output(here / 'score.json', '{}')\n"
+    )
+    calls = ["strace", "-y", "-e", "trace=fsync,rename,renameat,renameat2", "-o", tmp_path / "calls"]
+    done = subprocess.run([*calls, sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False)
+    if "ptrace" in done.stderr:
+        pytest.skip("strace may not trace here")
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "calls").read_text().splitlines()
 
-    def opened(path: Path, *_: object) -> int:
-        descriptor = os.dup(0)
-        paths[descriptor] = Path(path).name
-        return descriptor
+    def number(call: str, end: str) -> int:
+        return next(k for k, line in enumerate(lines) if line.startswith(call) and end in line)
 
-    def replace(path: Path, target: Path) -> Path:
-        calls.append("rename")
-        return real_replace(path, target)
-
-    with atomic_folder(tmp_path / "out") as folder:
-        (folder / "below").mkdir()
-        (folder / "below" / "weights").write_text("x")
-        monkeypatch.setattr("fintune.util.files.os.open", opened)
-        monkeypatch.setattr("fintune.util.files.os.fsync", lambda descriptor: calls.append(paths[descriptor]))
-        monkeypatch.setattr(Path, "replace", replace)
-    assert sorted(calls[:3]) == sorted([folder.name, "below", "weights"])
-    assert calls[3:] == ["rename", tmp_path.name]
+    root = str(tmp_path)
+    for flushed, renamed, parent in (
+        ("/below/weights>", f'"{root}/out")', f"<{root}>"),
+        ("/.work/train/adapter>", f'"{root}/run/train")', f"<{root}/run>"),
+        (f"{root}/.score.json.tmp>", f'"{root}/score.json")', f"<{root}>"),
+    ):
+        after = number("rename", renamed)
+        assert number("fsync", flushed) < after
+        assert any(line.startswith("fsync") and parent in line for line in lines[after:])
 
 
 def test_sha256_file_sees_a_change_of_the_same_size(tmp_path: Path) -> None:
