@@ -26,20 +26,20 @@ def log_prob(model, prompt, answer):
     return scores[len(prompt) - 1 : -1].gather(1, torch.tensor(answer)[:, None]).sum()
 
 
-def reference_log_prob(model, prompt, answer):
-    """The same with the adapter switched off."""
-    with torch.no_grad(), model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():
-        return log_prob(model, prompt, answer)
+def reference_log_prob(model, reference, prompt, answer):
+    """The same of the reference, which is the model with its adapter switched off if None."""
+    with torch.no_grad(), model.disable_adapter() if reference is None else nullcontext():
+        return log_prob(reference or model, prompt, answer)
 
 
-def step_loss(model, rows, objective, *, alpha=0.0, weights=(1.0, 1.0)):
+def step_loss(model, rows, objective, *, alpha=0.0, weights=(1.0, 1.0), reference=None):
     """Loss of a step: a mean over tokens (SFT), pairs (DPO, ORPO) or answers (KTO)."""
     if objective == "sft":
         answers = [answers_of(row)[0] for row in rows]
         total = sum(log_prob(model, prompt, answer) for prompt, answer, _ in answers)
         return -total / sum(len(answer) for _, answer, _ in answers)
     if objective == "kto":
-        return _kto(model, rows, weights)
+        return _kto(model, rows, weights, reference)
     losses = []
     for row in rows:
         (prompt, chosen, _), (_, rejected, _) = answers_of(row)
@@ -50,25 +50,25 @@ def step_loss(model, rows, objective, *, alpha=0.0, weights=(1.0, 1.0)):
             losses.append(-means[0] - BETA * logsigmoid(odds[0] - odds[1]))
             continue
         gains = [
-            logp - reference_log_prob(model, prompt, answer)
+            logp - reference_log_prob(model, reference, prompt, answer)
             for logp, answer in zip(logps, (chosen, rejected), strict=True)
         ]
         losses.append(-logsigmoid(BETA * (gains[0] - gains[1])) - alpha * means[0])
     return sum(losses) / len(losses)
 
 
-def _kto(model, rows, weights):
+def _kto(model, rows, weights, reference):
     both = [answers_of(row) for row in rows]
     answers = [each[0] for each in both] + [each[1] for each in both if len(each) > 1]
     gains = []
     with torch.no_grad():  # every prompt with the answer before it; the prompts of the tests differ
         for at, (prompt, _, _) in enumerate(answers):
             other = answers[at - 1][1]
-            gains.append(log_prob(model, prompt, other) - reference_log_prob(model, prompt, other))
+            gains.append(log_prob(model, prompt, other) - reference_log_prob(model, reference, prompt, other))
     kl = (sum(gains) / len(gains)).clamp(min=0)
     losses = []
     for prompt, answer, label in answers:
-        gain = log_prob(model, prompt, answer) - reference_log_prob(model, prompt, answer)
+        gain = log_prob(model, prompt, answer) - reference_log_prob(model, reference, prompt, answer)
         sign, weight = (1, weights[0]) if label else (-1, weights[1])
         losses.append(weight * (1 - torch.sigmoid(sign * BETA * (gain - kl))))
     return sum(losses) / len(losses)

@@ -149,6 +149,9 @@ def _training_rules(config: Config) -> Iterator[str]:  # noqa: PLR0912 - a branc
     option = "adapter.use_rslora" if adapter.use_rslora else f"adapter.init_lora_weights: {init}"
     if is_full and (init != "default" or adapter.use_rslora):
         yield f"{option} is about an adapter, and adapter.kind: full has none; remove it"
+    if adapter.continue_from is not None and (is_full or init != "default"):
+        cause = "adapter.kind: full" if is_full else f"adapter.init_lora_weights: {init}"
+        yield f"adapter.continue_from trains a given adapter, which {cause} does not allow; remove one of them"
     if is_full and train.fused_layers == "always":
         yield "train.fused_layers: always freezes the base weights, which adapter.kind: full trains"
     if init == "pissa" and is_four_bit:

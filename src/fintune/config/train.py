@@ -46,6 +46,9 @@ class AdapterOptions(Options):
     2310.08659). Both are saved as a plain adapter of twice the rank for the unchanged base."""
     lora_dropout: float = Field(0.0, ge=0.0, lt=1.0)
     """Dropout probability of the adapter's input."""
+    continue_from: Path | None = None
+    """Folder of an adapter (PEFT format) to train further, on the base that it was trained on. It keeps its layers, and
+    `kind`, `r`, `lora_alpha` and `use_rslora` have to be its own. `lora_dropout` may differ."""
     target_modules: tuple[str, ...] = ("all-linear",)
     """Names of the layers that get an adapter. `all-linear`: every linear layer but the output head."""
 

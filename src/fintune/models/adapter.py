@@ -262,6 +262,17 @@ def merged_facts(adapter: Path) -> dict[str, str]:
     return {_MERGED: cached_sha256(adapter / _WEIGHTS)}
 
 
+def read_merged_facts(base: Path) -> dict[str, str]:
+    """Return what a model folder that :func:`merged_facts` was noted in was merged from; nothing for other models."""
+    manifest = _read_if_readable(base / "manifest.json")
+    facts, key = manifest.get("facts"), manifest.get("key")
+    if not isinstance(facts, dict) or _MERGED not in facts:
+        return {}
+    options = key.get("options") if isinstance(key, dict) else None
+    name = options.get("model.name") if isinstance(options, dict) else None
+    return {_MERGED: str(facts[_MERGED])} | ({"base_model": str(name)} if name is not None else {})
+
+
 def check_base_name(name: str, adapter: Path) -> None:
     """Compare a model's name, as the user wrote it, with the adapter's, before anything is fetched or loaded.
 
@@ -297,8 +308,7 @@ def check_adapter_base(base: Path, adapter: Path, *, name: str | None = None) ->
         ModelError: The weights are others, or already contain this adapter.
     """
     shown, base_name = name or str(base), adapter_base_name(adapter)
-    facts = _read_if_readable(base / "manifest.json").get("facts")
-    merged = facts.get(_MERGED) if isinstance(facts, dict) else None
+    merged = read_merged_facts(base).get(_MERGED)
     if merged is not None and (adapter / _WEIGHTS).is_file() and merged == cached_sha256(adapter / _WEIGHTS):
         raise ModelError(
             f"{adapter} is already merged into {shown}", hint=f"leave the adapter out, or use it with {base_name}"

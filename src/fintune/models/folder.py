@@ -178,8 +178,11 @@ def _not_a_model(folder: Path) -> ModelError:
 def _hint_to_merge(adapter: Path) -> str:
     base = adapter_base_name(adapter)
     model = "BASE" if base == _UNKNOWN_BASE else shlex.quote(base)
-    command = f"fintune merge --model {model} --adapter {shlex.quote(str(adapter))} --out DIR"
-    return f"its base model is {base}; to continue training from it: {command}, then model.name=DIR"
+    folder = shlex.quote(str(adapter))
+    return (
+        f"its base model is {base}; to merge it: fintune merge --model {model} --adapter {folder} --out DIR; "
+        f"to train it further: model.name={model} adapter.continue_from={folder}"
+    )
 
 
 def check_unquantised(folder: Path) -> None:

@@ -31,6 +31,15 @@ def _fingerprint_model(name: str, revision: str | None) -> str:
     return model_fingerprint(fetch(name, revision=revision).path)
 
 
+def base_and_adapter_sources(config: Config) -> dict[str, str]:
+    """Return the fingerprints of the base model and of the adapter that is trained further."""
+    folder = config.adapter.continue_from
+    files = ("adapter_config.json", "adapter_model.safetensors") if folder is not None else ()
+    return model_source(config) | {
+        f"adapter.continue_from {name}": sha256_file(folder / name) for name in files if folder
+    }
+
+
 def importance_source(config: Config) -> dict[str, str]:
     """Return the hash of the importance matrix, if one is read from a file."""
     return {option: sha256_file(path) for option, path in _importance_file(config)}

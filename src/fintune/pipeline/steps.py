@@ -66,7 +66,7 @@ def build_steps(config: Config) -> list[Step]:
             ("prepare",),
             ("run.seed", *_MODEL, "model.quantization", "adapter", "train"),
             train,
-            inputs.model_source,
+            inputs.base_and_adapter_sources,
             disk_estimate.train_bytes,
             resumes=True,
             resume_word=_describe_resumed_training,

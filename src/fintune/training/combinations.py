@@ -2,55 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from functools import reduce
-from typing import NamedTuple
 
 from fintune.config import Config
 from fintune.errors import ConfigError
 
+Proven = Mapping[str, tuple[object, ...]]
+"""The proven values of some options."""
 
-class _Mode(NamedTuple):
-    """A way to train that some options are not proven with.
-
-    Attributes:
-        name: As it ends the message.
-        hint: How to leave the mode.
-        unproven: Refused values by option.
-    """
-
-    name: str
-    hint: str
-    unproven: dict[str, tuple[object, ...]]
-
-
-_SEVERAL_GPUS = _Mode(
-    "on several GPUs",
-    "set train.gpus and train.machines to 1",
-    {
-        "adapter.kind": ("full",),
-        "adapter.init_lora_weights": ("pissa", "loftq"),
-        "train.objective": ("dpo", "orpo", "kto"),
-        "train.backend": ("unsloth",),
-    },
-)
-_SHARDED = _Mode(
-    "with train.sharding: full",
-    "set train.sharding to none",
-    {"model.quantization": ("nf4",), "train.fused_layers": ("always",), "train.select_checkpoint": ("best_accuracy",)},
-)
-_UNSLOTH = _Mode(
-    "with train.backend: unsloth",
-    "set train.backend to builtin",
-    {
-        "adapter.kind": ("full",),
-        "adapter.init_lora_weights": ("pissa", "loftq"),
-        "train.objective": ("dpo", "orpo", "kto"),
-        "train.select_checkpoint": ("best_accuracy",),
-        "train.fused_layers": ("always",),
-        "publish.each_epoch": (True,),
-        "model.trust_remote_code": (True,),
-    },
-)
+_NEW_ADAPTER: Proven = {
+    "adapter.kind": ("lora", "dora"),
+    "adapter.init_lora_weights": ("default",),
+    "adapter.continue_from": (None,),
+    "train.objective": ("sft",),
+}
 
 
 def check_combinations(config: Config) -> None:
@@ -60,18 +26,47 @@ def check_combinations(config: Config) -> None:
         ConfigError: With the option, and the option to change.
     """
     train = config.train
-    is_distributed = train.gpus * train.machines > 1
-    if train.sharding == "full" and not is_distributed:
+    if train.sharding == "full" and train.gpus * train.machines == 1:
         raise ConfigError(
             "train.sharding: full divides weights among GPUs",
             hint="set train.gpus to 2 or more",
             option="train.sharding",
         )
-    modes = [_SEVERAL_GPUS] if is_distributed else []
-    modes += [_SHARDED] if train.sharding == "full" else []
-    modes += [_UNSLOTH] if train.backend == "unsloth" else []
-    for mode in modes:
-        for option, refused in mode.unproven.items():
+    for mode, hint, proven in _modes(config):
+        for option, values in proven.items():
             value = reduce(getattr, option.split("."), config)
-            if value in refused:
-                raise ConfigError(f"{option}: {value} is not proven {mode.name}", hint=mode.hint, option=option)
+            if value not in values:
+                raise ConfigError(f"{option}: {value} is not proven {mode}", hint=hint, option=option)
+
+
+def _modes(config: Config) -> Iterator[tuple[str, str, Proven]]:
+    """Yield how the run trains, how to leave that mode, and what is proven with it."""
+    train = config.train
+    if train.gpus * train.machines > 1:
+        yield (
+            "on several GPUs",
+            "set train.gpus and train.machines to 1",
+            {**_NEW_ADAPTER, "train.backend": ("builtin",)},
+        )
+    if train.sharding == "full":
+        yield (
+            "with train.sharding: full",
+            "set train.sharding to none",
+            {
+                "model.quantization": ("none",),
+                "train.fused_layers": ("auto", "never"),
+                "train.select_checkpoint": ("last", "best_loss"),
+            },
+        )
+    if train.backend == "unsloth":
+        yield (
+            "with train.backend: unsloth",
+            "set train.backend to builtin",
+            {
+                **_NEW_ADAPTER,
+                "train.select_checkpoint": ("last", "best_loss"),
+                "train.fused_layers": ("auto", "never"),
+                "publish.each_epoch": (False,),
+                "model.trust_remote_code": (False,),
+            },
+        )

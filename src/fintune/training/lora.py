@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from fintune.config import AdapterOptions
 from fintune.errors import ConfigError
-from fintune.models.adapter import record_base
+from fintune.models.adapter import load_adapter, read_adapter_config, record_base
 from fintune.training.checkpoints import replaced_folder
-from fintune.util.console import quiet_libraries
+from fintune.util.console import quiet_libraries, say
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -250,3 +250,55 @@ def _subtract_start(start: Path, folder: Path) -> None:
     growth = 2**0.5 if config["use_rslora"] else 2
     config |= {"r": config["r"] * 2, "lora_alpha": config["lora_alpha"] * growth, "init_lora_weights": True}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+# -- an adapter that was trained before
+
+
+def check_continued(options: AdapterOptions) -> None:
+    """Check that an adapter to train further is of the kind that the options ask for; loads nothing.
+
+    Raises:
+        ModelError: The folder holds no adapter.
+        ConfigError: It has another kind, rank or scale; with the overrides to add.
+    """
+    folder = options.continue_from
+    assert folder is not None, "there is an adapter to continue"
+    config = read_adapter_config(folder)
+    if config.peft_type != "LORA":
+        raise ConfigError(
+            f"adapter.continue_from: {folder} has the type {config.peft_type}",
+            hint="name a LoRA or DoRA adapter",
+            option="adapter.continue_from",
+        )
+    own = {"kind": "dora" if config.use_dora else "lora", "r": config.r, "use_rslora": config.use_rslora}
+    if config.lora_alpha == int(config.lora_alpha):  # with use_rslora, one saved by PiSSA has a fraction
+        own["lora_alpha"] = int(config.lora_alpha)
+    other = [f"adapter.{name}={value}" for name, value in own.items() if getattr(options, name) != value]
+    if other:
+        raise ConfigError(
+            f"adapter.continue_from: {folder} was trained with other options",
+            hint=f"set {' '.join(other).lower()}",
+            option="adapter.continue_from",
+        )
+
+
+def continue_adapter(model: PreTrainedModel, options: AdapterOptions) -> PeftModel:
+    """Put an adapter that was trained before on its base, to train it further; errors as for :func:`check_continued`.
+
+    Raises:
+        ModelError: It was trained on another base.
+    """
+    from peft.tuners.lora import LoraLayer
+    from torch import nn
+
+    folder = options.continue_from
+    assert folder is not None, "there is an adapter to continue"
+    adapted = load_adapter(model, folder, trainable=True)
+    layers = [module for module in adapted.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        for name in layer.lora_dropout:
+            layer.lora_dropout[name] = nn.Dropout(options.lora_dropout) if options.lora_dropout else nn.Identity()
+    adapted.peft_config["default"].lora_dropout = options.lora_dropout
+    say(f"adapter: {folder} is trained further, on {len(layers)} layers")
+    return adapted

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fintune.config import Config
-from fintune.errors import ArtifactError
+from fintune.errors import ArtifactError, ConfigError
 from fintune.evaluation.questions import read_questions
 from fintune.inference.open_model import wrap_model
 from fintune.inference.protocol import Decoding, sorted_by_prompt
 from fintune.models import load as models
+from fintune.models.adapter import check_base_name, merged_facts, read_merged_facts
 from fintune.models.folder import FULL_MODEL_FOLDER, read_model_config
 from fintune.publish import files as publication
 from fintune.publish.push import EpochPushes
@@ -60,8 +61,20 @@ def train(config: Config, inputs: Mapping[str, Path], folder: Path) -> dict[str,
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     shutil.rmtree(folder / BEST_FOLDER, ignore_errors=True)
     facts: dict[str, Any] = {"num_examples": len(rows), "precision": _precision(config).dtype}
-    facts |= preference.label_facts(config.train, rows)
+    facts |= _origin(config) | preference.label_facts(config.train, rows)
     return facts | training_facts(config, folder, count_saved_numbers(result))
+
+
+def _origin(config: Config) -> dict[str, Any]:
+    """Return the adapter that was trained further, and the adapter that was merged into the base model."""
+    origin: dict[str, Any] = {}
+    if config.adapter.continue_from is not None:
+        origin["continued_from"] = {"adapter": str(config.adapter.continue_from)} | merged_facts(
+            config.adapter.continue_from
+        )
+    if merged := read_merged_facts(models.fetch_base(config).path):
+        origin["base_merged_from"] = merged
+    return origin
 
 
 def train_as_rank(config: Config, prepare: Path, folder: Path) -> None:
@@ -81,6 +94,16 @@ def check_training(config: Config) -> None:
     check_combinations(config)
     distributed.require_gpus(config.train.gpus)
     callbacks.check_reporters(config.train.report_to)
+    adapter = config.adapter.continue_from
+    if adapter is not None:
+        if adapter.resolve().is_relative_to(config.folder.resolve()):
+            raise ConfigError(
+                f"adapter.continue_from: {adapter} is a result of this run, which would replace it",
+                hint="set another run.name",
+                option="adapter.continue_from",
+            )
+        check_base_name(config.model.name, adapter)
+        lora.check_continued(config.adapter)
     if config.publish.each_epoch:
         require_token()
     if config.train.backend == "unsloth":
@@ -130,7 +153,8 @@ def _train(config: Config, prepare: Path, rows: Dataset, folder: Path, result: P
         run(full.train_all_weights(base))
         full.save_full_model(base, tokenizer, base_folder.path, result)
         return
-    model = lora.attach_adapter(base, config.adapter)
+    attach = lora.attach_adapter if config.adapter.continue_from is None else lora.continue_adapter
+    model = attach(base, config.adapter)
     if config.adapter.init_lora_weights == "loftq":
         lora.init_from_quantization_error(model, base_folder.path)
     start = None
