@@ -126,7 +126,7 @@ def test_continued_adapter_has_to_fit_the_options(tiny_model, data, tmp_path):
     with pytest.raises(ConfigError, match=r"adapter\.kind: full does not allow"):
         options(tiny_model, f"adapter.continue_from={first}", "adapter.kind=full")
     own = options(tiny_model, f"adapter.continue_from={first}", f"run.dir={tmp_path}", "run.name=first")
-    with pytest.raises(ConfigError, match="is a result of this run, which would replace it: set another run.name"):
+    with pytest.raises(ConfigError, match="is a result of this run, which would replace it: set another"):
         check_training(own)
     other = options(tiny_model, f"adapter.continue_from={first}")
     before = base_and_adapter_sources(other)
