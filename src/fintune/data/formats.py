@@ -56,7 +56,7 @@ _LABELLED: Final = ("messages", "sharegpt", "prompt_completion")
 """Formats of which an empty label makes a broken row if labels are trained on."""
 _ROW_MASKS: Final = ("loss_mask", "train", "training", "weight", "loss")
 """Fields that exclude the whole row from training if they are false or 0. The last two may be figures of the data."""
-_CONTROLS: Final = {"role", "from", "type", "id", "weight", "train", "training", "loss"}
+_CONTROLS: Final = {"role", "from", "type", "weight", "train", "training", "loss"}
 """Keys of a turn that decide how it is read. They have no text of their own."""
 NOT_READ: Final = "not read"
 _NO_COINCIDENCE: Final = 20
@@ -430,11 +430,12 @@ def _finish(
             hint = "name the column of the labels, as columns: {label: liked}"
             raise BrokenRowError("no label", "not in the row", field="label", hint=hint)
         label = parse(fields.take("label"), base)
-    num_answered = max(index for index, turn in enumerate(turns) if turn.message.role == "assistant") + 1
-    head = [] if turns[0].message.role == "system" else _system(fields)
-    head = [*head, *(turns[:1] if turns[0].message.role == "system" else ()), *_history(fields)]
-    rest = turns[int(turns[0].message.role == "system") : num_answered]
-    whole = [*head, *rest]
+    has_system = turns[0].message.role == "system"
+    whole = [*(turns[:1] if has_system else _system(fields)), *_history(fields), *turns[int(has_system) :]]
+    answers = [index for index, turn in enumerate(whole) if turn.message.role == "assistant"]
+    trained = [index for index in answers if whole[index].is_trained]
+    num_trailing = len(whole) - (trained if trained and label is None else answers)[-1] - 1
+    whole = whole[: len(whole) - num_trailing]
     if not any(turn.message.role == "user" for turn in whole[:-1]):
         raise BrokenRowError("no question", "no user's turn before the answer", hint="add the question")
     if label is not None and not whole[-1].is_trained:
@@ -448,9 +449,7 @@ def _finish(
     untrained = {
         index for index, turn in enumerate(whole) if turn.message.role == "assistant" and (is_excluded or not turn[1])
     }
-    return Conversation(
-        tuple(messages), frozenset(untrained), rejected, num_trailing=len(turns) - num_answered, label=label
-    )
+    return Conversation(tuple(messages), frozenset(untrained), rejected, num_trailing=num_trailing, label=label)
 
 
 def _system(fields: _Fields) -> list[Turn]:

@@ -95,7 +95,7 @@ class _SourceReader:
         self._columns = {**data.columns, **self._source.columns}
         self._is_labelled = row_kind == "labels"
         is_named = "label" in self._columns or self._source.format == "unpaired_preference"
-        self._reads_label = True if is_named or row_kind != "answers" else None
+        self._reads_label = True if is_named or row_kind != "answers" or self._source.format != "auto" else None
 
     def convert(self, value: object) -> Converted:
         """Convert a row. Whether a column called ``label`` holds verdicts is found out at the first one."""

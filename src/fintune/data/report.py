@@ -176,7 +176,7 @@ class SourceReport(Record):
         lines = [
             f"{self.path}: {self.num_rows} rows: {shapes}"
             + (f"; dropped {dropped}" if dropped else "")
-            + (f"; left out {self.num_trailing} turns without an answer" if self.num_trailing else "")
+            + (f"; left out {self.num_trailing} turns after the last trained answer" if self.num_trailing else "")
             + (f"; {NOT_READ}: {unread}" if unread else "")
             + f"; {self.num_train} to train on{times}, {self.num_eval} held out; licence {self.licence.name}"
         ]

@@ -177,9 +177,9 @@ class ConversationEncoder:
             notes.append(FOLDED)
         text = self._writer.render(prompt)
         for index, message in enumerate(prompt):
-            if chat.leaves_out(text, message):
-                why = f"the chat template leaves out the text of turn {index + 1}, the {message.role}'s"
-                raise DataError(why, hint="remove the turn, or use a model whose template knows it")
+            if what := chat.find_left_out(text, message):
+                why = f"the chat template leaves out the {what} of turn {index + 1}, the {message.role}'s"
+                raise DataError(why, hint="remove it, or use a model whose template knows it")
             if message.role == "assistant" and index not in trained and HIDDEN_THOUGHT not in notes:
                 thought = chat.split_thought(message)[0]
                 notes += [HIDDEN_THOUGHT] if thought.strip() and thought.strip() not in text else []

@@ -367,13 +367,22 @@ def _find_thought_field(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return None
 
 
-def leaves_out(text: str, message: Message) -> bool:
-    """Whether a rendered conversation lacks the text of a turn. Templates may write a tool's result as JSON."""
+def find_left_out(text: str, message: Message) -> str:
+    """Return what a rendered conversation lacks of a turn: its text, a tool or a tool call; empty if nothing.
+
+    Templates may write a tool's result as JSON.
+    """
     content = split_thought(message)[1].strip() if message.role == "assistant" else message.content.strip()
-    if content in text:
-        return False
-    quoted = (json.dumps(content, ensure_ascii=is_ascii)[1:-1] for is_ascii in (False, True))
-    return message.role != "tool" or not any(written in text for written in quoted)
+    forms = [content]
+    if message.role == "tool":
+        forms += [json.dumps(content, ensure_ascii=is_ascii)[1:-1] for is_ascii in (False, True)]
+    if not any(form in text for form in forms):
+        return "text"
+    named = {"tool": message.tools or (), "tool call": message.tool_calls or ()}
+    return next(
+        (what for what, tools in named.items() for tool in tools if tool["function"]["name"] not in text),
+        "",
+    )
 
 
 def fold_system(messages: Sequence[Message]) -> list[Message]:

@@ -135,7 +135,7 @@ def left_out(report: Report) -> list[str]:
         source = SourceReport.model_validate(entry)
         lines += [source.read_columns()] if source.columns else []
         if source.num_trailing:
-            lines.append(f"{source.path}: {source.num_trailing:,} turns without an answer left out")
+            lines.append(f"{source.path}: {source.num_trailing:,} turns after the last trained answer left out")
         lines += source.remarks()
     for name in _SPLITS:
         lines += SplitReport.model_validate(report[name]).describe_renderings(name)
