@@ -71,7 +71,7 @@ def test_thoughts_follow_the_thinking_prompt(prepared):
     assert not done.report.train.renderings
 
 
-def test_labelled_answers_with_thoughts_follow_the_thinking_prompt(prepared):
+def test_labelled_thoughts_follow_the_thinking_prompt(prepared):
     tokenizer = family_tokenizer("qwen3")
     rows = [{"messages": turns(n, reasoning_content="By hand."), "label": n % 2 == 0} for n in range(4)]
     done = prepared(rows, tokenizer=tokenizer, objective="kto")
@@ -231,7 +231,7 @@ def prepared_all(prepared, tmp_path) -> Prepared:
 
 
 @pytest.mark.parametrize("where", ["row", "option"])
-def test_system_message_is_kept_by_a_template_without_system_role(prepared, where):
+def test_system_message_survives_a_template_without_it(prepared, where):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = CHATML.replace(
         "{% for message in messages %}", "{% for message in messages if message['role'] != 'system' %}"
