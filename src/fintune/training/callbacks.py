@@ -177,73 +177,63 @@ def make_reporters(
     from transformers import TrainerCallback
 
     class Reporter(TrainerCallback):  # type: ignore[misc]
-        def __init__(self, sink: _TensorBoardSink | _WandbSink) -> None:
-            self.sink = sink
+        def __init__(self, write: Callable[[int, dict[str, float]], None], close: Callable[[], None]) -> None:
+            self.write, self.close = write, close
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
             figures = {name: value for name, value in logs.items() if isinstance(value, (int, float))}
             if "loss" in figures or "eval_loss" in figures:  # not the summary at the end
-                self.sink.write(state.global_step, _group_names(figures))
+                # train/loss and eval/loss, which both programs show in groups
+                names = {
+                    name: name.replace("eval_", "eval/") if "eval_" in name else f"train/{name}" for name in figures
+                }
+                self.write(state.global_step, {names[name]: value for name, value in figures.items()})
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.sink.close()
+            self.close()
 
-    sinks: dict[str, Callable[[], Any]] = {
-        "tensorboard": lambda: _TensorBoardSink(folder / "tensorboard", done),
-        "wandb": lambda: _WandbSink(folder, run_name, options),
+    makers = {
+        "tensorboard": lambda: _start_tensorboard(folder / "tensorboard", done),
+        "wandb": lambda: _start_wandb(folder, run_name, options),
     }
-    return [Reporter(sinks[name]()) for name in names]
+    return [Reporter(*makers[name]()) for name in names]
 
 
-def _group_names(figures: Mapping[str, float]) -> dict[str, float]:
-    """Rename to ``train/loss`` and ``eval/loss``, which both sinks show in groups."""
-    return {
-        f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}": value
-        for name, value in figures.items()
-    }
+def _start_tensorboard(folder: Path, done: int) -> tuple[Callable[[int, dict[str, float]], None], Callable[[], None]]:
+    from torch.utils.tensorboard import SummaryWriter
 
+    writer = SummaryWriter(str(folder), purge_step=done + 1 if done else None)
 
-class _TensorBoardSink:
-    def __init__(self, folder: Path, done: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder), purge_step=done + 1 if done else None)
-
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
+    def write(step: int, figures: dict[str, float]) -> None:
         for name, value in figures.items():
-            self._writer.add_scalar(name, value, step)
+            writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        self._writer.close()
+    return write, writer.close
 
 
-class _WandbSink:
-    def __init__(self, folder: Path, run_name: str, options: Mapping[str, Any]) -> None:
-        import wandb
+def _start_wandb(
+    folder: Path, run_name: str, options: Mapping[str, Any]
+) -> tuple[Callable[[int, dict[str, float]], None], Callable[[], None]]:
+    import wandb
 
-        # With the same id, a resumed run continues its curves.
-        id_file = folder / _WANDB_ID_FILE
-        if not id_file.exists():
-            id_file.write_text(secrets.token_hex(4), encoding="ascii")
-        try:
-            self._run = wandb.init(
-                project=os.environ.get("WANDB_PROJECT", _WANDB_PROJECT),
-                name=run_name or None,
-                id=id_file.read_text(encoding="ascii"),
-                resume="allow",
-                dir=str(folder),
-                config=dict(options),
-                settings=wandb.Settings(silent=True, console="off"),
-            )
-        except wandb.Error as error:
-            raise ResourceError(
-                f"train.report_to: wandb does not start ({first_line(error)})",
-                hint="run `wandb login`, or set WANDB_MODE=offline",
-                option="train.report_to",
-            ) from None
-
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
-        self._run.log(dict(figures), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
+    # With the same id, a resumed run continues its curves.
+    id_file = folder / _WANDB_ID_FILE
+    if not id_file.exists():
+        id_file.write_text(secrets.token_hex(4), encoding="ascii")
+    try:
+        run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", _WANDB_PROJECT),
+            name=run_name or None,
+            id=id_file.read_text(encoding="ascii"),
+            resume="allow",
+            dir=str(folder),
+            config=dict(options),
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+    except wandb.Error as error:
+        raise ResourceError(
+            f"train.report_to: wandb does not start ({first_line(error)})",
+            hint="run `wandb login`, or set WANDB_MODE=offline",
+            option="train.report_to",
+        ) from None
+    return lambda step, figures: run.log(figures, step=step), run.finish

@@ -39,7 +39,6 @@ RANKS_FOLDER = "ranks"
 """Folder below that of ``train``, during training: the job for the processes, and the error that stopped one."""
 WORKER = "fintune.pipeline.train_worker"
 _PORT = 29400
-_JOB_FILE = "job.json"
 _BUCKET_NUMBERS = 2**26
 _TIMEOUT_HOURS = 3
 
@@ -122,28 +121,23 @@ def barrier() -> None:
 
 def all_reduce_sum(values: Sequence[float]) -> list[float]:
     """Add the values of all processes, position by position."""
+    return _all_reduce(values, "SUM")
+
+
+def all_reduce_min(value: int) -> int:
+    """Return the smallest of all processes' values; a number of bytes is exact."""
+    return int(_all_reduce([value], "MIN")[0])
+
+
+def _all_reduce(values: Sequence[float], operation: str) -> list[float]:
     if _world.size == 1:
         return list(values)
     import torch
     import torch.distributed as dist
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    total = torch.tensor(list(values), dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return [float(value) for value in total]
-
-
-def all_reduce_min(value: int) -> int:
-    """Return the smallest of all processes' values."""
-    if _world.size == 1:
-        return value
-    import torch
-    import torch.distributed as dist
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    smallest = torch.tensor([value], dtype=torch.int64, device=device)
-    dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
-    return int(smallest)
+    reduced = torch.tensor(list(values), dtype=torch.float64, device="cuda" if torch.cuda.is_available() else "cpu")
+    dist.all_reduce(reduced, op=getattr(dist.ReduceOp, operation))
+    return [float(value) for value in reduced]
 
 
 def rank_share(items: Sequence[T]) -> list[T]:
@@ -158,28 +152,23 @@ def padded_rank_share(items: Sequence[T]) -> list[tuple[T, bool]]:
 
 
 def all_reduce_mean(gradients: Sequence[torch.Tensor]) -> None:
-    """Replace gradients by their mean over all processes, in messages of limited size."""
+    """Replace gradients by their mean over all processes, in messages of limited size and one type."""
     import torch
     import torch.distributed as dist
 
     bucket: list[torch.Tensor] = []
-
-    def send() -> None:
-        if not bucket:
-            return
-        flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+    for gradient, following in zip(gradients, [*gradients[1:], None], strict=True):
+        bucket.append(gradient)
+        num_bucket = sum(tensor.numel() for tensor in bucket)
+        fits = following is not None and num_bucket + following.numel() <= _BUCKET_NUMBERS
+        if following is not None and fits and following.dtype == gradient.dtype:
+            continue
+        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
         dist.all_reduce(flat)
         flat /= _world.size
-        for gradient, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
-            gradient.copy_(part.view_as(gradient))
-        bucket.clear()
-
-    for gradient in gradients:
-        is_full = sum(tensor.numel() for tensor in bucket) + gradient.numel() > _BUCKET_NUMBERS
-        if is_full or (bucket and gradient.dtype != bucket[0].dtype):
-            send()
-        bucket.append(gradient)
-    send()
+        for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+        bucket = []
 
 
 def average_gradients(trainer: Trainer) -> None:
@@ -211,25 +200,11 @@ def is_sharded(options: TrainOptions) -> bool:
     return options.sharding == "full" and _world.size > 1
 
 
-def without_device_placement(trainer: type[Trainer]) -> type[Trainer]:
-    """Return a trainer class that does not move its model to a GPU: it has to be divided first."""
-
-    class UnplacedTrainer(trainer):  # type: ignore[misc]
-        def _move_model_to_device(self, model: object, device: object) -> None:
-            pass
-
-    return UnplacedTrainer
-
-
 def shard_frozen_weights(model: PeftModel) -> int:
     """Divide the frozen weights among the processes. The weights of a layer are gathered while it computes.
 
     Only the base is divided. Every process keeps whole adapters, so optimizer, checkpoints and the saved adapter are
-    those of a training on one GPU.
-
-    Args:
-        model: A model with adapters, whole on the device that it was loaded to. Its shard ends up on this process's
-            GPU.
+    those of a training on one GPU. The model is whole at first. Its shard ends up on this process's GPU.
 
     Returns:
         Number of decoder layers that were divided.
@@ -286,10 +261,7 @@ def require_gpus(number: int) -> None:
 def launch(config: Config, prepare: Path, folder: Path) -> None:
     """Train in ``train.gpus`` processes on this machine, and wait for as many on each of the other machines.
 
-    Args:
-        config: The run.
-        prepare: Folder of the prepared data. With several machines, all of them must see this path.
-        folder: The stage's folder, which all machines must see too.
+    All machines have to see the folders of the prepared data and of the stage.
 
     Raises:
         FintuneError: The error that stopped a process; the others are ended too.
@@ -301,11 +273,11 @@ def launch(config: Config, prepare: Path, folder: Path) -> None:
     ranks_folder = folder / RANKS_FOLDER
     shutil.rmtree(ranks_folder, ignore_errors=True)
     ranks_folder.mkdir(parents=True)
-    job_file = ranks_folder / _JOB_FILE
+    job_file = (ranks_folder / "job.json").resolve()
     job = {"config": config.model_dump(mode="json"), "prepare": str(prepare), "folder": str(folder)}
     job_file.write_text(json.dumps(job), encoding="utf-8")
     try:
-        _run_agent(config, job_file.resolve())
+        _run_agent(config, job_file)
     finally:
         shutil.rmtree(ranks_folder, ignore_errors=True)
 
@@ -373,9 +345,6 @@ def torchrun_command(config: Config, host: str, port: int, job_file: Path) -> st
         f"torchrun --nnodes {train.machines} --nproc-per-node {train.gpus} --rdzv-backend c10d "
         f"--rdzv-endpoint {host}:{port} --rdzv-id {name} -m {WORKER} {shlex.quote(str(job_file))}"
     )
-
-
-# -- errors of processes
 
 
 def write_error(job_file: Path, rank: int, error: FintuneError) -> None:

@@ -7,17 +7,6 @@ from collections.abc import Mapping
 
 from fintune.errors import ConfigError, ResourceError
 
-TRANSFORMERS_NAMES: Mapping[str, str] = {
-    "adamw_torch": "adamw_torch_fused",
-    "adamw_8bit": "adamw_8bit",
-    "paged_adamw_8bit": "paged_adamw_8bit",
-    "paged_adamw_32bit": "paged_adamw_32bit",
-    "lion_8bit": "lion_8bit",
-    "adafactor": "adafactor",
-    "sgd": "sgd",
-}
-"""``TrainingArguments.optim`` of transformers by ``train.optim``."""
-
 _BYTE = 1 + 4 / 256  # bitsandbytes has one scale for 256 numbers
 MOMENT_BYTES: Mapping[str, float] = {
     "adamw_torch": 8,
@@ -32,11 +21,7 @@ MOMENT_BYTES: Mapping[str, float] = {
 
 
 def check_optimizer(name: str, *, cuda: bool) -> None:
-    """Refuse an optimizer whose package or GPU is missing; loads nothing.
-
-    Args:
-        name: Value of ``train.optim``.
-        cuda: Whether there is a CUDA GPU.
+    """Refuse a ``train.optim`` whose package or CUDA GPU is missing; loads nothing.
 
     Raises:
         ResourceError: Its package is missing.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fintune.config import TrainOptions
-from fintune.training import distributed, optimizers, preference
+from fintune.training import distributed, preference
 from fintune.training.batches import WIDTH_MULTIPLE, CompletionCollator, examples_per_step
 from fintune.training.cpu_layers import use_cpu_attention, use_label_only_head
 from fintune.training.evaluate import non_finite_error
@@ -42,7 +42,9 @@ def make_arguments(
     weights = next(model.parameters())
     is_sharded_on_gpu = distributed.is_sharded(options) and torch.cuda.is_available()
     # A batch of a preference objective is a whole step, which its trainer divides into passes.
-    is_supervised = options.objective == "sft"
+    batch_size, accumulation = examples_per_step(options), 1
+    if options.objective == "sft":
+        batch_size, accumulation = options.per_device_train_batch_size, options.gradient_accumulation_steps
     args = SFTConfig(
         # max_length=None: rows that are too long were dropped by prepare, and nothing is truncated here.
         dataset_kwargs={"skip_prepare_dataset": True},
@@ -51,10 +53,8 @@ def make_arguments(
         use_cpu=weights.device.type == "cpu" and not is_sharded_on_gpu,
         max_steps=num_steps,
         num_train_epochs=1,
-        per_device_train_batch_size=options.per_device_train_batch_size
-        if is_supervised
-        else examples_per_step(options),
-        gradient_accumulation_steps=options.gradient_accumulation_steps if is_supervised else 1,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
         learning_rate=options.learning_rate,
         lr_scheduler_type=options.lr_scheduler_type,
         warmup_steps=_warmup_steps(options, num_steps),
@@ -62,7 +62,7 @@ def make_arguments(
         # transformers also gives these to Lion, whose second one is the decay of its momentum (arXiv 2302.06675).
         adam_beta2=0.99 if options.optim == "lion_8bit" else options.adam_beta2,
         max_grad_norm=options.max_grad_norm,
-        optim=optimizers.TRANSFORMERS_NAMES[options.optim],
+        optim="adamw_torch_fused" if options.optim == "adamw_torch" else options.optim,
         bf16=compute == "bfloat16",
         fp16=compute == "float16",
         gradient_checkpointing=bool(options.gradient_checkpointing),
