@@ -14,7 +14,7 @@ from fintune.errors import ModelError, ResourceError
 from fintune.inference.http_pool import OWN_KEY
 from fintune.inference.open_model import ModelSpec, open_model
 from fintune.inference.protocol import Decoding, sorted_by_prompt
-from fintune.models import load as models
+from fintune.models.folder import model_fingerprint
 from fintune.records import Message
 from support import fake_vllm
 from support.served import Scripted, llama_cpp_server, said
@@ -111,7 +111,7 @@ def test_fingerprint_identifies_the_model(tiny_model):
         fingerprints = [open_model(ModelSpec(f"{served.url}#{name}")).fingerprint for name in "aba"]
     assert fingerprints[0] == fingerprints[2] != fingerprints[1]
     whole, packed = (open_model(ModelSpec(str(tiny_model), load_in_4bit=is_4bit)) for is_4bit in (False, True))
-    assert whole.fingerprint == models.model_fingerprint(tiny_model)
+    assert whole.fingerprint == model_fingerprint(tiny_model)
     assert packed.fingerprint == f"{whole.fingerprint} 4bit"
 
 
@@ -163,7 +163,7 @@ def test_public_open_model_of_a_runs_merged_model(tiny_model, tmp_path):
     (run / "train" / "adapter" / "adapter_config.json").write_text("{}")
     shutil.copytree(tiny_model, run / "merge")
     with fintune.open_model(run) as model:
-        assert model.fingerprint == models.model_fingerprint(tiny_model)
+        assert model.fingerprint == model_fingerprint(tiny_model)
 
 
 def test_public_open_model_of_a_folder_without_a_model(tmp_path):

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import shutil
@@ -189,7 +188,7 @@ def test_a_cache_folder_that_cannot_be_made_is_named(world, monkeypatch, tmp_pat
 
 
 def test_a_padding_token_that_ends_turns_is_refused(world, monkeypatch):
-    monkeypatch.setitem(builtin.BUILTIN, "tiny", dataclasses.replace(world.spec, pad_token="<|im_end|>"))
+    monkeypatch.setitem(builtin.BUILTIN, "tiny", world.spec._replace(pad_token="<|im_end|>"))
     with pytest.raises(ModelError, match=r"<\|im_end\|> cannot pad"):
         builtin.ensure(NAME)
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fintune.errors import ModelError, ResourceError
+from fintune.models.folder import model_fingerprint
 from fintune.models.load import (
     ModelFolder,
     ModelName,
@@ -18,12 +19,11 @@ from fintune.models.load import (
     detect_precision,
     ensure_pad,
     fetch,
+    fetch_config,
     load_model,
     load_tokenizer,
-    model_fingerprint,
     resolve,
 )
-from fintune.models.resolve import fetch_config
 from support.tiny import BOS, EOS, PAD, make_tokenizer, patch_json
 
 

@@ -134,9 +134,6 @@ class GgufReplay(LlamaCppServer):
         self._forced_token: int = self.request("/tokenize", {"content": "a"})["tokens"][0]
         self._num_tokens: int = self.request("/v1/models")["data"][0]["meta"]["n_vocab"]
 
-    def __enter__(self) -> GgufReplay:
-        return self
-
     def distributions(self, row: Sequence[int], positions: Iterable[int]) -> list[TokenDistribution]:
         """Return the distribution of the token at every position of a row, predicted from the tokens before it."""
         import numpy as np

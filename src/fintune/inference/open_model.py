@@ -27,7 +27,7 @@ from fintune.inference.protocol import Decoding, Engine, PromptResult, sorted_by
 from fintune.models import adapter as adapters
 from fintune.models import chat_template as chat
 from fintune.models import load as models
-from fintune.models.folder import full_model_folder
+from fintune.models.folder import full_model_folder, model_fingerprint
 from fintune.records import Message
 
 if TYPE_CHECKING:
@@ -287,7 +287,7 @@ def open_model(spec: ModelSpec) -> LanguageModel:
     with_tokenizer = folder if spec.tokenizer is None else models.fetch(spec.tokenizer, revision=spec.revision)
     tokenizer = models.load_tokenizer(with_tokenizer, trust_remote_code=spec.trust_remote_code)
     parts = [folder.path] if spec.adapter is None else [folder.path, spec.adapter]
-    fingerprint = " ".join([*map(models.model_fingerprint, parts), *(["4bit"] if spec.load_in_4bit else [])])
+    fingerprint = " ".join([*map(model_fingerprint, parts), *(["4bit"] if spec.load_in_4bit else [])])
     start = _start_vllm if engine == "vllm" else _start_transformers
     return LanguageModel(engine, fingerprint, lambda: _with_tokenizer(start(spec, folder, tokenizer), tokenizer))
 

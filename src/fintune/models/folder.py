@@ -62,14 +62,14 @@ class DecoderConfig(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     model_type: str
-    hidden_size: Count | None = None
-    intermediate_size: Count | None = None
-    num_hidden_layers: Annotated[int, Field(gt=0, le=10_000)] | None = None
-    num_attention_heads: Count | None = None
+    hidden_size: Count
+    intermediate_size: Count
+    num_hidden_layers: Annotated[int, Field(gt=0, le=10_000)]
+    num_attention_heads: Count
     num_key_value_heads: Count | None = None
     head_dim: Count | None = None
-    vocab_size: Count | None = None
-    max_position_embeddings: Count | None = None
+    vocab_size: Count
+    max_position_embeddings: Count
     rms_norm_eps: Positive = 1e-6
     rope_theta: Positive | None = None
     rope_scaling: RopeScaling | None = None
@@ -79,40 +79,51 @@ class DecoderConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_heads(self) -> DecoderConfig:
-        heads, width = self.num_attention_heads, self.hidden_size
-        if heads and width and self.head_dim is None and self.model_type in SPLIT_HEADS and width % heads:
-            raise ValueError(f"hidden_size {width} is no multiple of num_attention_heads {heads}")
-        if heads and self.num_key_value_heads and heads % self.num_key_value_heads:
+        heads = self.num_attention_heads
+        if self.head_dim is None and self.model_type != "qwen3" and self.hidden_size % heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {heads}")
+        if heads % (self.num_key_value_heads or heads):
             raise ValueError(
-                f"num_attention_heads {heads} is no multiple of num_key_value_heads {self.num_key_value_heads}"
+                f"num_attention_heads {heads} is no multiple of {self.num_key_value_heads} key-value heads"
             )
         return self
 
     @property
-    def head_width(self) -> int | None:
-        """Width of a head, as transformers assumes it if ``head_dim`` is missing; None if it cannot be computed."""
-        if self.head_dim is not None or self.model_type not in SPLIT_HEADS:
-            return self.head_dim or 128
-        return self.hidden_size // self.num_attention_heads if self.hidden_size and self.num_attention_heads else None
+    def head_width(self) -> int:
+        """Width of a head, as transformers assumes it if ``head_dim`` is missing."""
+        return self.head_dim or (128 if self.model_type == "qwen3" else self.hidden_size // self.num_attention_heads)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Number of key and value heads."""
+        return self.num_key_value_heads or self.num_attention_heads
 
 
-SPLIT_HEADS = ("llama", "mistral", "qwen2")
-"""Model types whose heads share the hidden size if ``head_dim`` is missing. Those of Qwen3 have width 128."""
-DECODERS = (*SPLIT_HEADS, "qwen3")
+DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose ``config.json`` is compared with the shapes of the weights."""
 
-# Module -> (rows, columns) of its weight, as keys of config.json; q and kv are all heads of that kind.
-_SHAPES = {
-    "embed_tokens": ("vocab_size", "hidden_size"),
-    "lm_head": ("vocab_size", "hidden_size"),
-    "q_proj": ("q", "hidden_size"),
-    "k_proj": ("kv", "hidden_size"),
-    "v_proj": ("kv", "hidden_size"),
-    "o_proj": ("hidden_size", "q"),
-    "gate_proj": ("intermediate_size", "hidden_size"),
-    "up_proj": ("intermediate_size", "hidden_size"),
-    "down_proj": ("hidden_size", "intermediate_size"),
+# Module -> GGUF's name and the shape of the weight, as keys of config.json; q and kv are all heads of that kind.
+LAYER_MODULES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "input_layernorm": ("attn_norm", ("hidden_size",)),
+    "self_attn.q_proj": ("attn_q", ("q", "hidden_size")),
+    "self_attn.k_proj": ("attn_k", ("kv", "hidden_size")),
+    "self_attn.v_proj": ("attn_v", ("kv", "hidden_size")),
+    "self_attn.o_proj": ("attn_output", ("hidden_size", "q")),
+    "self_attn.q_norm": ("attn_q_norm", ("head",)),
+    "self_attn.k_norm": ("attn_k_norm", ("head",)),
+    "post_attention_layernorm": ("ffn_norm", ("hidden_size",)),
+    "mlp.gate_proj": ("ffn_gate", ("intermediate_size", "hidden_size")),
+    "mlp.up_proj": ("ffn_up", ("intermediate_size", "hidden_size")),
+    "mlp.down_proj": ("ffn_down", ("hidden_size", "intermediate_size")),
 }
+"""The modules of a decoder layer."""
+OTHER_MODULES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "model.embed_tokens": ("token_embd", ("vocab_size", "hidden_size")),
+    "model.norm": ("output_norm", ("hidden_size",)),
+    "lm_head": ("output", ("vocab_size", "hidden_size")),
+}
+"""The modules outside the layers."""
+_MODULES = LAYER_MODULES | OTHER_MODULES
 
 
 def check_model_folder(folder: Path) -> None:
@@ -139,28 +150,26 @@ def check_config_fits(folder: Path, tensors: Iterable[StoredTensor]) -> None:
     Raises:
         ModelError: ``config.json`` is unreadable, or the weights belong to another configuration.
     """
-    tensors = list(tensors)
     if read_model_config(folder).get("model_type") not in DECODERS:
         return
     config = read_json_as(folder / "config.json", DecoderConfig, ModelError)
-    sizes = config.model_dump(include={"vocab_size", "hidden_size", "intermediate_size"})
-    heads, width = config.num_attention_heads, config.head_width
-    kv_heads = config.num_key_value_heads or (heads if config.model_type == "llama" else None)
-    sizes |= {"q": (heads or 0) * (width or 0), "kv": (kv_heads or 0) * (width or 0)}
-    hint = "take weights and config.json from the same model"
+    width, kv_heads, num_layers = config.head_width, config.num_kv_heads, config.num_hidden_layers
+    sizes = {"q": config.num_attention_heads * width, "kv": kv_heads * width, "head": width}
+    sizes |= config.model_dump(include={"vocab_size", "hidden_size", "intermediate_size"})
+    hint, max_layer = "take weights and config.json from the same model", -1
     for tensor in tensors:
-        rows, columns = map(sizes.get, _SHAPES.get(tensor.name.removesuffix(".weight").rpartition(".")[2], ("", "")))
-        if rows and columns and tensor.dtype in DTYPES and tensor.shape != (rows, columns):
+        match = re.fullmatch(r"model\.layers\.(\d{1,9})\.(.+)", tensor.name)
+        max_layer = max(max_layer, int(match[1]) if match else -1)
+        module = (match[2] if match else tensor.name).removesuffix(".weight")
+        if module not in _MODULES or tensor.dtype not in DTYPES:
+            continue
+        shape = [sizes[key] for key in _MODULES[module][1]]
+        if list(tensor.shape) != shape:
             raise ModelError(
-                f"{folder}: {tensor.name} has the shape {list(tensor.shape)}, config.json says {[rows, columns]}",
-                hint=hint,
+                f"{folder}: {tensor.name} has the shape {list(tensor.shape)}, config.json says {shape}", hint=hint
             )
-    layers = {int(match[1]) for tensor in tensors if (match := re.match(r"model\.layers\.(\d{1,9})\.", tensor.name))}
-    if layers and config.num_hidden_layers is not None and max(layers) + 1 != config.num_hidden_layers:
-        raise ModelError(
-            f"{folder}: config.json says {config.num_hidden_layers} layers, the weights have {max(layers) + 1}",
-            hint=hint,
-        )
+    if max_layer >= 0 and max_layer + 1 != num_layers:
+        raise ModelError(f"{folder}: config.json says {num_layers} layers, the weights have {max_layer + 1}", hint=hint)
 
 
 def _not_a_model(folder: Path) -> ModelError:

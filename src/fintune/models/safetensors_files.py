@@ -8,12 +8,11 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, BinaryIO, Protocol
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
@@ -180,7 +179,7 @@ class WeightSource(Protocol):
         """
 
 
-class SafetensorFolder:
+class SafetensorFolder(ExitStack):
     """All tensors of a folder, open for reading; use it as a context manager.
 
     Args:
@@ -195,9 +194,9 @@ class SafetensorFolder:
     """
 
     def __init__(self, folder: Path) -> None:
+        super().__init__()
         self.folder = folder
         self.tensors = {tensor.name: tensor for path in weight_files(folder) for tensor in read_float_tensors(path)}
-        self._stack = ExitStack()
         self._files: dict[tuple[Path, int], BinaryIO] = {}
         absent = sorted(read_weight_map(folder).keys() - self.tensors.keys())
         if absent:
@@ -221,7 +220,7 @@ class SafetensorFolder:
         # A file handle has one position, so every thread opens its own.
         key = (tensor.path, threading.get_ident())
         if key not in self._files:
-            self._files[key] = self._stack.enter_context(tensor.path.open("rb"))
+            self._files[key] = self.enter_context(tensor.path.open("rb"))
         file = self._files[key]
         file.seek(tensor.offset + start * row_bytes)
         if file.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
@@ -231,15 +230,6 @@ class SafetensorFolder:
 
     def check_read(self) -> None:
         """Do nothing: a folder without an adapter has nothing to check."""
-
-    def __enter__(self) -> SafetensorFolder:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._files.clear()
-        self._stack.close()
 
 
 def to_stored(values: NDArray[np.float32], dtype: str) -> NDArray[np.generic]:
@@ -266,48 +256,36 @@ def from_stored(stored: NDArray[np.generic]) -> NDArray[np.float32]:
     return stored.astype(np.float32, copy=False)
 
 
-class SafetensorWriter:
-    """A file that is being written; it gets its name when the ``with`` block ends without an error.
+@contextmanager
+def safetensors_writer(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str
+) -> Iterator[Callable[[NDArray[np.generic]], object]]:
+    """Yield a function that appends rows, in the stored type, to a file that gets its name when the block ends.
 
     Args:
         path: The finished file.
         shapes: Tensor name -> shape, in the order in which the rows will be written.
         dtype: "float32", "bfloat16" or "float16".
     """
+    import numpy as np
 
-    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> None:
-        self._path, self._part = path, path.with_name(f".{path.name}.part")
-        code = next(code for code, name in DTYPES.items() if name == dtype)
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        position = 0
-        for name, shape in shapes.items():
-            end = position + prod(shape) * _ELEMENT_BYTES[code]
-            header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [position, end]}
-            position = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self._num_bytes = 8 + len(text) + position
-        self._file = self._part.open("wb")
-        self._file.write(len(text).to_bytes(8, "little") + text)
-
-    def write(self, rows: NDArray[np.generic]) -> None:
-        """Append rows, in the stored type, of the tensor that is next in ``shapes``."""
-        import numpy as np
-
-        self._file.write(np.ascontiguousarray(rows).data)
-
-    def __enter__(self) -> SafetensorWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with self._file:
-            if kind is None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-                assert self._file.tell() == self._num_bytes, f"{self._path}: rows are missing"
-        if kind is None:
-            self._part.replace(self._path)
-        else:
-            self._part.unlink(missing_ok=True)
+    code = next(code for code, name in DTYPES.items() if name == dtype)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, shape in shapes.items():
+        end = position + prod(shape) * _ELEMENT_BYTES[code]
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            yield lambda rows: file.write(np.ascontiguousarray(rows).data)
+            file.flush()
+            os.fsync(file.fileno())
+            assert file.tell() == 8 + len(text) + position, f"{path}: rows are missing"
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -13,8 +13,8 @@ import random
 import secrets
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, closing
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -24,7 +24,7 @@ _CHAT = ("<|im_start|>user\n12 %<|im_end|>\n<|im_start|>assistant\n", "text<|end
 _MAX_SHOWN = 3
 
 
-class LlamaCppServer:
+class LlamaCppServer(ExitStack):
     """A GGUF file in llama.cpp's server, which listens on the loopback interface and requires a random key.
 
     Use it as a context manager.
@@ -40,6 +40,7 @@ class LlamaCppServer:
     """
 
     def __init__(self, path: Path, *, context_tokens: int = 128, threads: int = 1) -> None:
+        super().__init__()
         self._path = path
         # OpenMP reads this when it is loaded. Idle threads then sleep, and other processes can use their cores.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -61,8 +62,10 @@ class LlamaCppServer:
             self._server: Any = xllamacpp.Server(params)
         except RuntimeError as error:
             raise ModelError(f"{path}: llama.cpp cannot load it: {error}") from error
+        self.callback(setattr, self, "_server", None)  # it stops when nothing refers to it
         address = urlsplit(self._server.listening_address)
-        self._connection = http.client.HTTPConnection(address.hostname or "127.0.0.1", address.port)
+        connection = http.client.HTTPConnection(address.hostname or "127.0.0.1", address.port)
+        self._connection = self.enter_context(closing(connection))
         self._headers = {"content-type": "application/json", "authorization": f"Bearer {key}"}
 
     def request(self, route: str, body: Mapping[str, Any] | None = None) -> Any:
@@ -77,15 +80,6 @@ class LlamaCppServer:
         if "error" in answer:
             raise ModelError(f"{self._path}: llama.cpp refused a row: {answer['error'].get('message', answer)}")
         return answer
-
-    def __enter__(self) -> LlamaCppServer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._connection.close()
-        self._server = None
 
 
 def check_tokenizer_against_llama_cpp(

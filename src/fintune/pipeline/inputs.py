@@ -12,9 +12,8 @@ from fintune.data.files import describe_tried, local_files
 from fintune.errors import DataError, ModelError
 from fintune.export.gguf import llama_cpp_checkout
 from fintune.models import builtin
-from fintune.models.folder import check_unquantised
-from fintune.models.load import check_four_bit, fetch, model_fingerprint
-from fintune.models.resolve import fetch_config, resolve
+from fintune.models.folder import check_unquantised, model_fingerprint
+from fintune.models.load import check_four_bit, fetch, fetch_config, resolve
 from fintune.pipeline.stages.train import check_training
 from fintune.util.files import sha256_file
 

@@ -15,7 +15,7 @@ from fintune.errors import ArtifactError, ModelError
 from fintune.manifest import MANIFEST, Manifest
 from fintune.models import adapter as adapters
 from fintune.models import builtin
-from fintune.models import resolve as model_ref
+from fintune.models import load as model_ref
 from fintune.publish.push import Upload
 from fintune.util.console import track
 from fintune.util.files import read_json, sha256_file

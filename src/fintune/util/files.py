@@ -173,6 +173,8 @@ def read_json_as(path: Path, schema: type[Schema], error: type[FintuneError] = F
         field, value = ".".join(map(str, first["loc"])), repr(first["input"])[:60]
         if first["type"] == "value_error":
             raise error(f"{path}: {first['ctx']['error']}") from problem
+        if first["type"] == "missing":
+            raise error(f"{path}: {field} is missing", hint="copy or download the file again") from problem
         reason = first["msg"][0].lower() + first["msg"][1:]
         raise error(f"{path}: {field[:80]} is {value}: {reason}", hint="copy or download the file again") from problem
 

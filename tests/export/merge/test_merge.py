@@ -17,7 +17,8 @@ from fintune.errors import ArtifactError, ModelError, ResourceError
 from fintune.export.merge import merge as module
 from fintune.export.merge.merge import merge_folders
 from fintune.models.adapter import load_adapter, quiet_peft
-from fintune.models.load import fetch, load_model, model_fingerprint
+from fintune.models.folder import model_fingerprint
+from fintune.models.load import fetch, load_model
 from fintune.models.safetensors_files import from_stored, to_stored
 from fintune.util.console import quiet_libraries
 from support.synthetic import lora_of, write_folder

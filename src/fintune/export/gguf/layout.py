@@ -94,7 +94,7 @@ class ModelLayout:
         self.name = name
         check_unquantised(folder)
         check_config_fits(folder, weights.tensors.values())
-        self.config = ModelConfig(folder)
+        self.config = ModelConfig.read(folder)
         self.sources = {source.name: source for source in self._sources(weights)}
         self._shapes = {name: source.shape for name, source in self.sources.items()}
         self.vocabulary: GgufVocabulary = read_vocabulary(folder, self.config.vocab_size)

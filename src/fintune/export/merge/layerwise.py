@@ -12,9 +12,9 @@ changes is loaded entirely.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from fintune.errors import ModelError
@@ -126,11 +126,12 @@ def _compare_logits(ones: Iterator[torch.Tensor], others: Iterator[torch.Tensor]
     return LogitAgreement(float(difference), int((token[0] == token[1]).sum()), num_positions, float(largest))
 
 
-class _LayeredModel:
+class _LayeredModel(ExitStack):
     """A model without weights and the files of its weights; use it as a context manager."""
 
     def __init__(self, folder: Path, adapter: Path | None) -> None:
-        self._folder = SafetensorFolder(folder)
+        super().__init__()
+        self._folder = self.enter_context(SafetensorFolder(folder))
         self._tied = bool(read_model_config(folder).get("tie_word_embeddings"))
         self._adapter: dict[str, StoredTensor] = {}
         for tensor in read_adapter_tensors(adapter) if adapter is not None else ():
@@ -214,14 +215,6 @@ class _LayeredModel:
         if key not in tensors:
             raise ModelError(f"{self._folder.folder}: the weights lack {key}", hint="copy or download the folder again")
         return tensors[key]
-
-    def __enter__(self) -> _LayeredModel:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._folder.__exit__(kind, error, trace)
 
 
 def _build_without_weights(folder: Path, adapter: Path | None) -> Any:

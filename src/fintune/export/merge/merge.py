@@ -18,7 +18,7 @@ from fintune.errors import ModelError
 from fintune.export.merge.merged_weights import EMBEDDING, BaseTransform, MergedWeights, RoundedWeights
 from fintune.models.chat_template import end_of_turn_ids, read_chat_template, special_token_texts, turn_ending
 from fintune.models.folder import check_unquantised, read_model_config
-from fintune.models.safetensors_files import INDEX_FILE, SafetensorWriter, StoredTensor
+from fintune.models.safetensors_files import INDEX_FILE, StoredTensor, safetensors_writer
 from fintune.util.disk import name_full_disk, require_space
 from fintune.util.files import read_json, write_atomically
 
@@ -108,12 +108,12 @@ def _write_shards(
         shards.setdefault(merged.shard_of(name), []).append(tensor)
     done = 0
     for shard, tensors in shards.items():
-        with SafetensorWriter(folder / shard, {t.name: t.shape for t in tensors}, weights.dtype) as file:
+        with safetensors_writer(folder / shard, {t.name: t.shape for t in tensors}, weights.dtype) as write:
             for tensor in tensors:
                 step = max(1, _SLAB_ELEMENTS * tensor.shape[0] // prod(tensor.shape))
                 for start in range(0, tensor.shape[0], step):
                     stored = weights.stored_rows(tensor, start, min(tensor.shape[0], start + step))
-                    file.write(stored)
+                    write(stored)
                     done += stored.nbytes
                     if progress is not None:
                         progress(done, total)

@@ -14,9 +14,9 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from fintune.errors import ArtifactError, ModelError, ResourceError
@@ -51,7 +51,7 @@ BaseTransform = Callable[[StoredTensor, "NDArray[np.float32]"], "NDArray[np.floa
 """Change of a whole base weight: (tensor, values) -> values of the same shape."""
 
 
-class MergedWeights:
+class MergedWeights(ExitStack):
     """A base folder with an adapter; use it as a context manager.
 
     Args:
@@ -71,8 +71,9 @@ class MergedWeights:
     """
 
     def __init__(self, base: Path, adapter: Path, *, transform: BaseTransform | None = None) -> None:
+        super().__init__()
         self.adapter = Adapter(adapter)
-        self._base = SafetensorFolder(base)
+        self._base = self.enter_context(SafetensorFolder(base))
         adapters.check_adapter_base(base, adapter)
         tied = bool(read_model_config(base).get("tie_word_embeddings"))
         self._transform = transform
@@ -239,15 +240,6 @@ class MergedWeights:
             if part not in parts:
                 parts[part] = compute()
             return parts[part]
-
-    def __enter__(self) -> MergedWeights:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._cache.clear()
-        self._base.__exit__(kind, error, trace)
 
 
 def _norms(rows: NDArray[np.float32]) -> NDArray[np.float32]:

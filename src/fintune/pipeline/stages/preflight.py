@@ -61,7 +61,7 @@ def preflight(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts
 def _vocabulary(config: Config, model: Path, temporary: Path) -> GgufVocabulary:
     """Return the vocabulary that the export will write, with or without a llama.cpp checkout."""
     if config.export.llama_cpp_path is None:
-        return read_vocabulary(model, ModelConfig(model).vocab_size)
+        return read_vocabulary(model, ModelConfig.read(model).vocab_size)
     checkout = llama_cpp_checkout.check_checkout(config.export.llama_cpp_path)
     llama_cpp_checkout.convert_model(checkout, model, temporary / "converted.gguf", vocabulary_only=True)
     return read_converted_vocabulary(temporary / "converted.gguf")
