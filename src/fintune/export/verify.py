@@ -23,17 +23,12 @@ NUM_LISTED = 1000
 
 @dataclass(frozen=True)
 class TokenDistribution:
-    """Next-token probabilities at one position.
+    """Next-token probabilities at one position: token ids, the likeliest first, with natural logarithms."""
 
-    Attributes:
-        ids: Token ids, the likeliest first, (num_listed,).
-        log_probs: Natural logarithms of their probabilities, (num_listed,).
-        target_log_prob: Natural logarithm of the probability of the text's next token.
-    """
-
-    ids: NDArray[np.int64]
-    log_probs: NDArray[np.float64]
+    ids: NDArray[np.int64]  # (num_listed,)
+    log_probs: NDArray[np.float64]  # (num_listed,)
     target_log_prob: float
+    """That of the text's next token."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +52,7 @@ class TokenAgreement:
 def distribution_from_logits(
     logits: NDArray[np.float32], target: int, num_listed: int = NUM_LISTED
 ) -> TokenDistribution:
-    """Compute the distribution of one position.
-
-    Args:
-        logits: Logits, (vocabulary,).
-        target: Id of the text's next token.
-        num_listed: Number of likeliest tokens to list.
-    """
+    """Compute the distribution of one position from its logits, (vocabulary,), and the id of the text's next token."""
     import numpy as np
 
     log_probs = _log_softmax(logits)
@@ -86,12 +75,7 @@ def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
 def compare_distributions(
     references: Sequence[NDArray[np.float32]], distributions: Sequence[TokenDistribution]
 ) -> TokenAgreement:
-    """Compare distributions with a reference, position by position.
-
-    Args:
-        references: Logits of the reference at every position, each (vocabulary,).
-        distributions: Distributions of the other model at the same positions.
-    """
+    """Compare distributions with those of a reference, whose logits are (vocabulary,) at every position."""
     import numpy as np
 
     assert references and len(references) == len(distributions)
@@ -115,17 +99,7 @@ def compare_distributions(
 
 
 class GgufReplay(LlamaCppServer):
-    """A GGUF file in llama.cpp's server, which gives next-token distributions; use it as a context manager.
-
-    Args:
-        path: The file.
-        context_tokens: Length of the longest row of tokens.
-        threads: Number of threads that compute.
-
-    Raises:
-        ModelError: llama.cpp cannot load the file.
-        ResourceError: xllamacpp is not installed.
-    """
+    """A GGUF file in llama.cpp's server, which gives next-token distributions; use it as a context manager."""
 
     def __init__(self, path: Path, *, context_tokens: int, threads: int) -> None:
         super().__init__(path, context_tokens=context_tokens + 8, threads=threads)

@@ -141,12 +141,7 @@ def check_is_adapter(folder: Path, *files: str) -> None:
 
 
 def load_adapter(model: PreTrainedModel, path: Path, *, trainable: bool = False) -> PeftModel:
-    """Load a PEFT adapter (LoRA or DoRA) on a model.
-
-    Args:
-        model: The base model. If training changed the size of the vocabulary, its embeddings are resized.
-        path: Folder in PEFT's format.
-        trainable: Whether the adapter will be trained further.
+    """Load a PEFT adapter (LoRA or DoRA) on a model. If training changed the vocabulary, the embeddings are resized.
 
     Raises:
         ModelError: The folder holds no adapter, or the adapter was trained on another base.
@@ -296,12 +291,7 @@ def check_adapter_base(base: Path, adapter: Path, *, name: str | None = None) ->
     """Compare a model's weights with those that an adapter was trained on, if these are known.
 
     Adapters of this package come with the hash of their base. For others, the folder that ``adapter_config.json`` names
-    is hashed if it exists.
-
-    Args:
-        base: Model folder.
-        adapter: Folder in PEFT's format.
-        name: The model as the user named it; the folder if None.
+    is hashed if it exists. Messages call the model by ``name``, as the user wrote it.
 
     Raises:
         ModelError: The weights are others, or already contain this adapter.

@@ -104,11 +104,8 @@ def resolve(name: str, *, revision: str | None = None) -> ModelName:
 def fetch(model: str | ModelName, *, revision: str | None = None) -> ModelFolder:
     """Fetch a model's files into a local folder. Files that are already there are not downloaded again.
 
-    From the hub, only configuration, tokenizer and safetensors files are downloaded.
-
-    Args:
-        model: A name as for :func:`resolve`, or what :func:`resolve` returned.
-        revision: Branch, tag or commit on the hub; ignored for a resolved name.
+    From the hub, only configuration, tokenizer and safetensors files are downloaded. The revision of a name that was
+    resolved is ignored.
 
     Raises:
         ModelError: The model is unknown, gated or incomplete.
@@ -137,10 +134,6 @@ def fetch_base(config: Config) -> ModelFolder:
 
 def fetch_config(name: str, *, revision: str | None = None) -> Path:
     """Return a local folder that holds at least the model's ``config.json``. From the hub, nothing else is fetched.
-
-    Args:
-        name: As for :func:`resolve`.
-        revision: Branch, tag or commit on the hub.
 
     Raises:
         ModelError: The model is unknown or gated, or has no configuration.

@@ -45,22 +45,15 @@ _HEADER = TypeAdapter(dict[str, _HeaderEntry | dict[str, str]])
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """The position of one tensor in a file.
-
-    Attributes:
-        name: Name of the tensor.
-        shape: Dimensions, rows first.
-        dtype: Type as the format writes it, such as "F32", "BF16" or "U8".
-        path: The file.
-        offset: First byte of the data in the file.
-        num_bytes: Bytes of the whole tensor.
-    """
+    """The position of one tensor in a file."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    """Type as the format writes it, such as "F32", "BF16" or "U8"."""
     path: Path
     offset: int
+    """First byte of the data in the file."""
     num_bytes: int
 
 
@@ -180,10 +173,7 @@ class WeightSource(Protocol):
 
 
 class SafetensorFolder(ExitStack):
-    """All tensors of a folder, open for reading; use it as a context manager.
-
-    Args:
-        folder: Folder with ``model.safetensors``, or with shards and ``model.safetensors.index.json``.
+    """All tensors of a model folder, open for reading; use it as a context manager.
 
     Attributes:
         tensors: Name -> position, sorted by shard, then by name.

@@ -29,11 +29,6 @@ class LlamaCppServer(ExitStack):
 
     Use it as a context manager.
 
-    Args:
-        path: The file.
-        context_tokens: Length of the longest row of tokens.
-        threads: Number of threads that compute.
-
     Raises:
         ModelError: llama.cpp cannot load the file.
         ResourceError: xllamacpp is not installed.

@@ -23,20 +23,16 @@ if TYPE_CHECKING:
 
 
 class Architecture(NamedTuple):
-    """The conversion of one Hugging Face ``model_type`` to a GGUF architecture.
-
-    Attributes:
-        arch: llama.cpp's architecture name.
-        is_llama: Whether rows of q and k are interleaved, because llama.cpp rotates neighbouring pairs, and the
-            vocabulary size and the rotary dimension are written.
-        required: Tensors that every layer must have, by their Hugging Face names.
-        writes_head_dim: Whether the head width is written even if ``config.json`` has none.
-    """
+    """The conversion of one Hugging Face ``model_type`` to llama.cpp's architecture ``arch``."""
 
     arch: str
     is_llama: bool
+    """Whether rows of q and k are interleaved, because llama.cpp rotates neighbouring pairs, and the vocabulary size
+    and the rotary dimension are written."""
     required: tuple[str, ...]
+    """Tensors that every layer must have, by their Hugging Face names."""
     writes_head_dim: bool
+    """Whether the head width is written even if ``config.json`` has none."""
 
 
 _DENSE = tuple(f"{name}.weight" for name in LAYER_MODULES if not name.endswith(("q_norm", "k_norm")))

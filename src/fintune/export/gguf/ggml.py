@@ -28,15 +28,10 @@ if TYPE_CHECKING:
 
 
 class GgmlType(NamedTuple):
-    """The storage layout of one tensor type.
-
-    Attributes:
-        id: Number in ggml's ``enum ggml_type``.
-        block_elements: Number of elements in a block. The length of a row must be a multiple of it.
-        block_bytes: Size of a block.
-    """
+    """The storage layout of one tensor type. The length of a row must be a multiple of a block."""
 
     id: int
+    """Number in ggml's ``enum ggml_type``."""
     block_elements: int
     block_bytes: int
 
@@ -57,17 +52,14 @@ TYPES: dict[str, GgmlType] = {
 
 
 class QuantType(NamedTuple):
-    """One type of GGUF file.
-
-    Attributes:
-        file_type: llama.cpp's ``llama_ftype`` number, written as ``general.file_type``.
-        base: Storage type of every matrix that no rule names.
-        quantised: Whether llama.cpp's quantiser writes this type. The quantiser orders tensors by layer.
-    """
+    """One type of GGUF file."""
 
     file_type: int
+    """llama.cpp's ``llama_ftype`` number, written as ``general.file_type``."""
     base: str
+    """Storage type of every matrix that no rule names."""
     quantised: bool = True
+    """Whether llama.cpp's quantiser writes this type. The quantiser orders tensors by layer."""
 
 
 QUANT_TYPES: dict[str, QuantType] = {
@@ -158,10 +150,7 @@ def _more_bits(kind: str, base: str, index: int, count: int, first_layers: tuple
 
 
 class Ggml:
-    """A checked handle to ``libggml-base``.
-
-    Args:
-        path: The shared library.
+    """A checked handle to the shared library ``libggml-base``.
 
     Raises:
         ResourceError: The library does not load, lacks a function, or disagrees with :data:`TYPES`.
@@ -203,12 +192,8 @@ class Ggml:
 
         Args:
             type_name: A key of :data:`TYPES`.
-            rows: Values, (num_rows, num_columns), C-contiguous.
-            column_weights: Weight of an error in each column, (num_columns,), from an importance matrix. None weights
-                all columns alike.
-
-        Returns:
-            The stored bytes, (num_rows, row_bytes).
+            rows: Values, (num_rows, num_columns), C-contiguous; the stored bytes are (num_rows, row_bytes).
+            column_weights: Weight of an error in each column, (num_columns,), from an importance matrix, or None.
         """
         import numpy as np
 

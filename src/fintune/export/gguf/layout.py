@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -26,23 +25,15 @@ _ALIGNMENT = 32
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
-@dataclass(frozen=True)
-class TensorSource:
-    """The source of the values of one GGUF tensor.
-
-    Attributes:
-        name: GGUF name.
-        shape: Dimensions, rows first.
-        stored: The tensor in the model folder, or None if ``values`` holds the data.
-        values: Computed data, or None if the data are stored.
-        num_heads: Number of heads whose rows are interleaved, or None if the rows keep their order.
-    """
+class TensorSource(NamedTuple):
+    """The source of the values of one GGUF tensor: a tensor in the model folder, or computed values."""
 
     name: str
     shape: tuple[int, ...]
     stored: StoredTensor | None
     values: NDArray[np.float32] | None = None
     num_heads: int | None = None
+    """Number of heads whose rows are interleaved, or None if the rows keep their order."""
 
 
 class TensorSlot(NamedTuple):
@@ -52,20 +43,13 @@ class TensorSlot(NamedTuple):
     offset: int
 
 
-@dataclass(frozen=True)
-class FileLayout:
-    """The layout of one output file.
-
-    Attributes:
-        kind: A key of :data:`fintune.export.gguf.ggml.QUANT_TYPES`.
-        header: All bytes before the first tensor.
-        slots: GGUF name -> slot.
-        num_bytes: Size of the finished file.
-    """
+class FileLayout(NamedTuple):
+    """The layout of one output file of a kind in :data:`fintune.export.gguf.ggml.QUANT_TYPES`."""
 
     kind: str
     header: bytes
     slots: Mapping[str, TensorSlot]
+    """GGUF name -> slot."""
     num_bytes: int
 
 
@@ -75,8 +59,8 @@ class ModelLayout:
     Args:
         folder: A Hugging Face folder.
         weights: The open weights of the folder.
-        name: ``general.name`` of the files; None takes the folder's own metadata, or its name.
-        imatrix: Importance matrix of the quantised files, which is named in their headers.
+        name: As for :func:`fintune.export.gguf.writer.write_gguf`.
+        imatrix: Likewise.
 
     Attributes:
         sources: GGUF name -> source, computed tensors first, then in the order of the folder.

@@ -34,19 +34,15 @@ Renderer = Callable[[str, Sequence[str], bool], str]
 
 @dataclass(frozen=True)
 class TurnPieces:
-    """The parts of a chat template.
-
-    Attributes:
-        opening: Text at the start of a conversation.
-        default_system: Text at the place of a system turn if the conversation has none.
-        around: Role -> (text before the words, text after the words).
-        generation: Text that opens the assistant's turn.
-    """
+    """The parts of a chat template."""
 
     opening: str
     default_system: str
+    """Text at the place of a system turn if the conversation has none."""
     around: dict[str, tuple[str, str]]
+    """Role -> (text before the words, text after the words)."""
     generation: str
+    """Text that opens the assistant's turn."""
 
     def render(self, roles: str, words: Sequence[str]) -> str:
         """Render a conversation with the generation prompt. ``roles`` are the first letters of the roles."""

@@ -41,14 +41,7 @@ _WHAT = "the GGUF files"
 
 @dataclass(frozen=True)
 class ExportedFile:
-    """One finished GGUF file.
-
-    Attributes:
-        kind: Type of the file, such as "Q4_K_M".
-        path: The file.
-        num_bytes: Size of the file.
-        num_tensors_by_type: ggml type -> number of tensors.
-    """
+    """One finished GGUF file of a type such as "Q4_K_M", with the number of its tensors of each ggml type."""
 
     kind: str
     path: Path

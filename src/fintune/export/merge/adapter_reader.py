@@ -76,9 +76,6 @@ def read_adapter_tensors(folder: Path) -> list[StoredTensor]:
 class Adapter:
     """A LoRA or DoRA adapter in PEFT's format.
 
-    Args:
-        folder: Folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
-
     Attributes:
         base_name: Name of the base model in the adapter's configuration.
         changes: Base tensor name -> low-rank change.

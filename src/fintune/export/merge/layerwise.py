@@ -82,13 +82,9 @@ def compare_layers(
     *,
     progress: Callable[[float], None] | None = None,
 ) -> LogitAgreement:
-    """Compare the logits of two models layer by layer.
+    """Compare the logits of two models, each a folder with an adapter or None, layer by layer on rows of token ids.
 
-    Args:
-        expected: Folder of the first model, and its adapter or None.
-        actual: Folder of the second model, and its adapter or None.
-        prompts: Token ids.
-        progress: Called with the share of the work since the last call.
+    ``progress`` is called with the share of the work since the last call.
 
     Raises:
         ModelError: Weights are missing or do not fit the configuration.
