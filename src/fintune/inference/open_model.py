@@ -327,13 +327,14 @@ def _start_transformers(spec: ModelSpec, folder: models.ModelFolder, tokenizer: 
     from fintune.inference.transformers_engine import TransformersEngine
 
     torch.set_num_threads(spec.threads or os.cpu_count() or 1)
-    model = adapters.load_with_adapter(
+    model: PreTrainedModel | PeftModel = models.load_model(
         folder,
-        spec.adapter,
         dtype=spec.dtype,
         quantization="nf4" if spec.load_in_4bit else "none",
         trust_remote_code=spec.trust_remote_code,
     )
+    if spec.adapter is not None:
+        model = adapters.load_adapter(model, spec.adapter)
     return TransformersEngine(model.eval(), tokenizer, spec.batch_size)
 
 

@@ -20,17 +20,15 @@ import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from fintune.errors import FintuneError, ModelError
 from fintune.models.folder import Count, adapter_base_name, cached_sha256
-from fintune.models.load import DtypeName, ModelFolder, Quantization, load_model
+from fintune.models.load import library_errors
 from fintune.models.safetensors_files import read_safetensors_header, weight_files
-from fintune.util.console import quiet_libraries
 from fintune.util.files import read_json, read_json_as
-from fintune.util.text import first_line
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -48,11 +46,9 @@ _PLAIN_PATTERN = re.compile(r"(?:[\w|-]|\\?\.)*")
 _MATCH_SECONDS = 10
 _MATCH = """import json, re, sys
 patterns, names = json.load(sys.stdin)
-for pattern in patterns:
-    for form in (rf"(.*\\.)?({pattern})$", pattern, rf".*\\.{pattern}\\.(\\d+)\\."):
-        compiled = re.compile(form)
-        for name in names:
-            compiled.match(name), compiled.fullmatch(name)
+for pattern in map(re.compile, patterns):
+    for name in names:
+        pattern.match(name), pattern.fullmatch(name)
 """
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -83,16 +79,18 @@ class AdapterConfig(BaseModel):
 
     @property
     def patterns(self) -> list[str]:
-        """Every text that PEFT matches with module names as a regular expression."""
-        texts = [self.target_modules, self.exclude_modules, self.layers_pattern]
-        patterns = [text for text in texts if isinstance(text, str)]
-        patterns += self.layers_pattern if isinstance(self.layers_pattern, list) else []
-        return [*patterns, *(self.alpha_pattern or {}), *(self.rank_pattern or {})]
+        """The regular expressions that PEFT matches with module names, without plain names and alternatives of them."""
+        layers = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []
+        forms = [(text, text) for text in (self.target_modules, self.exclude_modules) if isinstance(text, str)]
+        forms += [(text, rf".*\.{text}\.(\d+)\.") for text in layers]
+        forms += [(text, rf"(.*\.)?({text})$") for text in {**(self.alpha_pattern or {}), **(self.rank_pattern or {})}]
+        return [form for text, form in forms if not _PLAIN_PATTERN.fullmatch(text)]
 
-    def alpha_of(self, module: str) -> float:
-        """Return a module's ``lora_alpha``: the value of the first pattern that matches the end of its name."""
-        matching = (v for p, v in (self.alpha_pattern or {}).items() if re.match(rf"(.*\.)?({p})$", module))
-        return next(matching, self.lora_alpha)
+    def rank_and_alpha(self, module: str) -> tuple[int, float]:
+        """Return a module's values: those of the first pattern that matches the end of its name."""
+        ranks = (v for p, v in (self.rank_pattern or {}).items() if re.match(rf"(.*\.)?({p})$", module))
+        alphas = (v for p, v in (self.alpha_pattern or {}).items() if re.match(rf"(.*\.)?({p})$", module))
+        return next(ranks, self.r), next(alphas, self.lora_alpha)
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
@@ -113,10 +111,9 @@ def check_patterns(folder: Path, config: AdapterConfig, modules: Collection[str]
     Raises:
         ModelError: A pattern is no regular expression, or matching takes more than ten seconds.
     """
-    patterns = [pattern for pattern in config.patterns if not _PLAIN_PATTERN.fullmatch(pattern)]
-    if not patterns:
+    if not config.patterns:
         return
-    command, work = [sys.executable, "-I", "-c", _MATCH], json.dumps([patterns, sorted(modules)])
+    command, work = [sys.executable, "-I", "-c", _MATCH], json.dumps([config.patterns, sorted(modules)])
     try:
         done = subprocess.run(command, input=work, capture_output=True, text=True, timeout=_MATCH_SECONDS, check=False)  # noqa: S603
         problem = done.stderr.strip().splitlines()[-1][:200] if done.returncode else ""
@@ -154,33 +151,9 @@ def load_adapter(model: PreTrainedModel, path: Path, *, trainable: bool = False)
     _check_shapes(model, path, shapes)
     if (Path(model.name_or_path) / "config.json").is_file():
         check_adapter_base(Path(model.name_or_path), path)
-    try:
-        with quiet_libraries(), quiet_peft():
-            adapted: PeftModel = PeftModel.from_pretrained(model, path, is_trainable=trainable)
-    except Exception as error:  # PEFT raises what its configuration classes happen to raise
-        raise ModelError(f"{path}: PEFT cannot load the adapter ({first_line(error)})") from error
+    with library_errors(f"{path}: PEFT cannot load the adapter"), quiet_peft():
+        adapted: PeftModel = PeftModel.from_pretrained(model, path, is_trainable=trainable)
     return adapted
-
-
-def load_with_adapter(
-    folder: ModelFolder,
-    adapter: Path | None,
-    *,
-    dtype: Literal["auto", DtypeName] = "auto",
-    device: str = "auto",
-    quantization: Quantization = "none",
-    trust_remote_code: bool = False,
-) -> PreTrainedModel | PeftModel:
-    """Load a model with :func:`fintune.models.load.load_model`, and an adapter on it if there is one.
-
-    Raises:
-        ModelError: As for :func:`fintune.models.load.load_model` and :func:`load_adapter`.
-        ResourceError: As for :func:`fintune.models.load.load_model`.
-    """
-    model = load_model(
-        folder, dtype=dtype, device=device, quantization=quantization, trust_remote_code=trust_remote_code
-    )
-    return model if adapter is None else load_adapter(model, adapter)
 
 
 @contextmanager

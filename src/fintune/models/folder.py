@@ -76,6 +76,7 @@ class DecoderConfig(BaseModel):
     rope_parameters: RopeScaling | None = None
     tie_word_embeddings: bool | None = None
     quantization_config: dict[str, Any] | None = None
+    hidden_act: str | None = None
 
     @model_validator(mode="after")
     def _check_heads(self) -> DecoderConfig:
@@ -97,6 +98,17 @@ class DecoderConfig(BaseModel):
     def num_kv_heads(self) -> int:
         """Number of key and value heads."""
         return self.num_key_value_heads or self.num_attention_heads
+
+
+class TokenizerConfig(BaseModel):
+    """The keys of ``tokenizer_config.json`` whose types the libraries do not check."""
+
+    model_max_length: float | None = None
+    bos_token: str | dict[str, Any] | None = None
+    eos_token: str | dict[str, Any] | None = None
+    pad_token: str | dict[str, Any] | None = None
+    unk_token: str | dict[str, Any] | None = None
+    chat_template: str | list[dict[str, Any]] | dict[str, Any] | None = None
 
 
 DECODERS = ("llama", "mistral", "qwen2", "qwen3")
@@ -135,6 +147,9 @@ def check_model_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise _not_a_model(folder)
     check_config_fits(folder, (tensor for path in weight_files(folder) for tensor in read_safetensors_header(path)))
+    for name in ("generation_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            read_json_as(folder / name, TokenizerConfig if "tokenizer" in name else BaseModel, ModelError)
     is_fast = (folder / "tokenizer.json").is_file() or any(folder.glob("*.model"))
     if not is_fast and not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
         raise ModelError(

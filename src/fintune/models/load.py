@@ -20,15 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel
-
 from fintune.config import Config
-from fintune.errors import ModelError, ResourceError
+from fintune.errors import FintuneError, ModelError, ResourceError
 from fintune.models import builtin
 from fintune.models.chat_template import end_of_turn_ids
 from fintune.models.folder import MODEL_FILES, check_model_folder, count_tokens, read_model_config, stated_licence
 from fintune.util.console import quiet_libraries
-from fintune.util.files import read_json_as
 from fintune.util.hub import offline_unless_resolved, quiet_hub
 from fintune.util.memory import advice_on_memory
 from fintune.util.text import first_line
@@ -185,14 +182,20 @@ def _explain_hub_errors(model: ModelName) -> Iterator[None]:
 # --- tokenizers and models
 
 
-class TokenizerConfig(BaseModel):
-    """The keys of ``tokenizer_config.json`` whose types transformers does not check."""
+@contextmanager
+def library_errors(problem: str) -> Iterator[None]:
+    """Silence transformers and PEFT in the block. What they raise for a damaged folder becomes one line.
 
-    model_max_length: int | float | None = None
-    bos_token: str | dict[str, object] | None = None
-    eos_token: str | dict[str, object] | None = None
-    pad_token: str | dict[str, object] | None = None
-    unk_token: str | dict[str, object] | None = None
+    Raises:
+        ModelError: With the problem and the first line of the library's message.
+    """
+    try:
+        with quiet_libraries():
+            yield
+    except FintuneError:
+        raise
+    except Exception as error:  # of any class: tokenizers raises a bare Exception for a file that it cannot parse
+        raise ModelError(f"{problem} ({first_line(error)})") from error
 
 
 @dataclass(frozen=True)
@@ -213,20 +216,14 @@ def load_tokenizer(model: ModelFolder, *, trust_remote_code: bool = False) -> Pr
 
     folder = model.path
     count_tokens(folder)
-    if (folder / "tokenizer_config.json").is_file():
-        read_json_as(folder / "tokenizer_config.json", TokenizerConfig, ModelError)
-    try:
-        with quiet_libraries():
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=trust_remote_code
-            )
-    except Exception as error:  # tokenizers raises a bare Exception for a file that it cannot parse
-        raise ModelError(f"{folder}: the tokenizer cannot be loaded ({first_line(error)})") from error
+    with library_errors(f"{folder}: the tokenizer cannot be loaded"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast:
         raise ModelError(f"{folder} has only a slow tokenizer", hint="add its tokenizer.json")
     vocab_size = read_model_config(folder).get("vocab_size")
-    if isinstance(vocab_size, int) and len(tokenizer) > vocab_size:
-        raise ModelError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the model only {vocab_size}")
+    num_tokens = 1 + max(tokenizer.get_vocab().values(), default=-1)
+    if isinstance(vocab_size, int) and num_tokens > vocab_size:
+        raise ModelError(f"{folder}: the tokenizer has {num_tokens} tokens, but the model only {vocab_size}")
     return ensure_pad(tokenizer)
 
 
@@ -318,21 +315,16 @@ def load_model(
             bnb_4bit_compute_dtype=stored if compute is None else getattr(torch, compute),
         )
     advice = smaller if options else f"load it in 4 bits, or {smaller}"
-    try:
-        with quiet_libraries(), advice_on_memory(advice, during=f"loading {path}"):
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                path,
-                dtype=stored,
-                device_map={"": device},
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                **options,
-            )
-    except ResourceError:
-        raise
-    except Exception as error:  # for a configuration that it cannot use, transformers raises errors of many kinds
-        raise ModelError(f"{path}: the model cannot be loaded ({first_line(error)})") from error
+    with library_errors(f"{path}: the model cannot be loaded"), advice_on_memory(advice, during=f"loading {path}"):
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=stored,
+            device_map={"": device},
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise ModelError(

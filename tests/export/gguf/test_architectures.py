@@ -47,7 +47,7 @@ def test_a_config_that_is_no_object_is_refused(tmp_path, text):
 def test_a_missing_number_is_named(llama_folder, tmp_path):
     (tmp_path / "config.json").write_text((llama_folder / "config.json").read_text())
     patch_json(tmp_path / "config.json", num_hidden_layers=None)
-    with pytest.raises(ModelError, match="num_hidden_layers is None"):
+    with pytest.raises(ModelError, match="num_hidden_layers is missing"):
         ModelConfig.read(tmp_path)
 
 

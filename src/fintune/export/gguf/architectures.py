@@ -77,6 +77,8 @@ class ModelConfig(DecoderConfig):
         # The default of the other architectures depends on the version of transformers.
         if model_type != "llama" and config.num_key_value_heads is None:
             raise ModelError(f"{path}: num_key_value_heads is missing")
+        if config.hidden_act not in (None, "silu", "swish"):
+            raise ModelError(f"{path}: hidden_act {config.hidden_act[:40]!r} cannot be exported, llama.cpp uses silu")
         scaling = config.rope_parameters or config.rope_scaling
         rope = {} if scaling is None else scaling.model_dump(exclude_none=True)
         rope.setdefault("rope_theta", config.rope_theta or 10000.0)

@@ -15,6 +15,7 @@ from fintune.export.gguf.imatrix import ImportanceMatrix
 from fintune.export.gguf.vocabulary import GgufVocabulary, read_vocabulary
 from fintune.models.folder import check_config_fits, check_unquantised
 from fintune.models.safetensors_files import StoredTensor, WeightSource
+from fintune.util.text import first_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -152,7 +153,10 @@ class ModelLayout:
         import gguf
 
         num_parameters = sum(prod(shape) for shape in self._shapes.values())
-        metadata = gguf.Metadata.load(None, self.folder, self.name, num_parameters)
+        try:
+            metadata = gguf.Metadata.load(None, self.folder, self.name, num_parameters)
+        except Exception as error:  # it reads the YAML of README.md, too
+            raise ModelError(f"{self.folder}: README.md has unreadable metadata ({first_line(error)})") from error
         if self.name is not None:
             metadata.name = self.name
         if metadata.name is None:

@@ -183,9 +183,12 @@ class _Worker:
 
     def __call__(self, slab: _Slab) -> int:
         """Return the bytes of stored weights that were read, 0 for a computed tensor."""
+        import numpy as np
+
         (name, shape, stored), rows = (slab.source.name, slab.source.shape, slab.source.stored), self._rows(slab)
         # A vector counts as one row.
         first = slab.start if len(shape) == 2 else 0
+        is_finite = bool(np.isfinite(rows).all())  # some quantised types lose a NaN
         converted: dict[tuple[str, bool], NDArray[np.uint8]] = {}
         for target in self.targets:
             type_name = target.layout.slots[name].type_name
@@ -195,7 +198,7 @@ class _Worker:
             if data is None:
                 columns = self.imatrix.columns.get(name) if self.imatrix is not None and is_weighted else None
                 data = converted[type_name, is_weighted] = self.ggml.quantise(type_name, rows, columns)
-                if not self.ggml.is_valid(type_name, data):
+                if not is_finite or not self.ggml.is_valid(type_name, data):
                     raise ModelError(
                         f"tensor {stored.name if stored else name} holds values that are not finite in {type_name}",
                         hint="the training diverged, or the values exceed the range of 16-bit floats: "

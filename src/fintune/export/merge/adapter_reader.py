@@ -126,7 +126,12 @@ class Adapter:
             fits = len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1] > 0
             if not fits or (magnitude is not None and magnitude.shape != (b.shape[0],)):
                 raise ModelError(f"{folder}: the matrices of {module} do not fit each other: {a.shape}, {b.shape}")
-            scale = config.alpha_of(module) / (math.sqrt(a.shape[0]) if config.use_rslora else a.shape[0])
+            rank, alpha = config.rank_and_alpha(module)
+            if a.shape[0] != rank:
+                raise ModelError(
+                    f"{folder}: the matrices of {module} have rank {a.shape[0]}, its configuration says {rank}"
+                )
+            scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
             self.changes[f"{module}.weight"] = LowRank(a, b, scale, magnitude, embedding)
         if not self.changes and not self.saved:
             raise ModelError(f"{folder} holds no tensors", hint="the adapter is incomplete; copy it again")

@@ -22,6 +22,7 @@ from fintune.export.gguf.architectures import ARCHITECTURES
 from fintune.export.merge.adapter_reader import Adapter, read_adapter_tensors
 from fintune.models.adapter import check_patterns, read_adapter_config
 from fintune.models.folder import read_model_config
+from fintune.models.load import library_errors
 from fintune.models.safetensors_files import SafetensorFolder, StoredTensor
 
 if TYPE_CHECKING:
@@ -218,8 +219,8 @@ def _build_without_weights(folder: Path, adapter: Path | None) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
+    with library_errors(f"{folder}: the model cannot be built"), torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     # The rotary embedding is no weight; it is computed from the configuration.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
@@ -227,10 +228,10 @@ def _build_without_weights(folder: Path, adapter: Path | None) -> Any:
         from peft import PeftConfig, get_peft_model
 
         check_patterns(adapter, read_adapter_config(adapter), [name for name, _ in model.named_modules()])
-        options = PeftConfig.from_pretrained(str(adapter))
-        options.inference_mode = True
-        options.base_model_name_or_path = None  # PEFT must not look for the base
-        with torch.device("meta"):
+        with library_errors(f"{adapter}: PEFT cannot build the adapter"), torch.device("meta"):
+            options = PeftConfig.from_pretrained(str(adapter))
+            options.inference_mode = True
+            options.base_model_name_or_path = None  # PEFT must not look for the base
             get_peft_model(model, options, adapter_name=_ACTIVE, low_cpu_mem_usage=True)
         model.eval()
     return model

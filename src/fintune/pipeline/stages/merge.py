@@ -156,9 +156,10 @@ def _compare_whole(
 
     logits: list[list[torch.Tensor]] = []
     for path, adapter in (expected, actual):
-        model: Any = adapters.load_with_adapter(
-            models.fetch(str(path)), adapter, dtype="float32", device="cpu", trust_remote_code=trust_remote_code
+        model: Any = models.load_model(
+            models.fetch(str(path)), dtype="float32", device="cpu", trust_remote_code=trust_remote_code
         )
+        model = model if adapter is None else adapters.load_adapter(model, adapter)
         logits.append(_logits(model, golden, path.name))
         del model
         gc.collect()

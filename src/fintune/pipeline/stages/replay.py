@@ -197,13 +197,13 @@ def _rows(config: Config, tokenizer: Any, path: Path) -> list[_Row]:
 
 
 def _load(config: Config, ref: models.ModelFolder, adapter: Path | None) -> Any:
-    return adapters.load_with_adapter(
+    model: Any = models.load_model(
         ref,
-        adapter,
         dtype=config.predict.dtype,
         quantization="nf4" if adapter is not None and config.merge.into == "quantized_base" else "none",
         trust_remote_code=config.model.trust_remote_code,
     )
+    return model if adapter is None else adapters.load_adapter(model, adapter)
 
 
 def _logits(model: Any, rows: Sequence[_Row], what: str) -> list[NDArray[np.float32]]:
