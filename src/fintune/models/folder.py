@@ -147,9 +147,11 @@ def check_model_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise _not_a_model(folder)
     check_config_fits(folder, (tensor for path in weight_files(folder) for tensor in read_safetensors_header(path)))
-    for name in ("generation_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer_config.json"):
+    for name in ("generation_config.json", "special_tokens_map.json", "added_tokens.json"):
         if (folder / name).is_file():
-            read_json_as(folder / name, TokenizerConfig if "tokenizer" in name else BaseModel, ModelError)
+            read_json(folder / name, ModelError)
+    if (folder / "tokenizer_config.json").is_file():
+        read_json_as(folder / "tokenizer_config.json", TokenizerConfig, ModelError)
     is_fast = (folder / "tokenizer.json").is_file() or any(folder.glob("*.model"))
     if not is_fast and not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
         raise ModelError(
