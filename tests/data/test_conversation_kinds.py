@@ -12,7 +12,7 @@ import pytest
 from fintune.config.load import load
 from fintune.data.prepare import prepare_data
 from fintune.data.prepared import Prepared
-from fintune.errors import DataError
+from fintune.errors import ConfigError, DataError
 from support.template_families import family_tokenizer, trained_texts
 from support.tiny import CHATML, make_tokenizer
 
@@ -374,3 +374,27 @@ def test_a_table_without_header_is_read_by_number(prepared, tmp_path):
 def test_columns_that_are_not_read_are_in_the_source_line(prepared):
     rows = [{"messages": turns(n), "category": "rates"} | ({"note": "x"} if n == 1 else {}) for n in range(4)]
     assert "; not read: category, note (in 1 rows); " in source_line(prepared(rows))
+
+
+def test_columns_nobody_knows_end_with_the_command(prepared):
+    rows = [{"id": str(n), "Frage": ASKED[n], "Antwort": f"It is {n}."} for n in range(3)]
+    with pytest.raises(DataError, match=r"data\.columns\.question=Frage data\.columns\.answer=Antwort on the command"):
+        prepared(rows)
+    options = ("data.columns.question=Frage", "data.columns.answer=Antwort")
+    assert len(trained(prepared(rows, *options), make_tokenizer())) == 3
+    with pytest.raises(ConfigError, match=r"'qestion' is no field: did you mean question\?"):
+        prepared(rows, "data.columns.qestion=Frage")
+
+
+def test_warnings_of_what_training_would_show_too_late(prepared, tmp_path):
+    tokenizer = family_tokenizer("qwen2_5")
+    for name in ("train", "test"):
+        text = "".join(json.dumps({"messages": turns(n, content=f"{name} {n}.")}) + "\n" for n in range(3))
+        (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    (tmp_path / "rows.jsonl").unlink(missing_ok=True)
+    told = "\n".join(prepared(tmp_path, tokenizer=tokenizer).report.notes())
+    assert "3 of 3 held-out conversations ask what is also trained on" in told
+    assert "system message into 3 of 3 conversations: 'You are Qwen, created by Alibaba" in told
+    assert "3 rows make 3 steps of training" in told
+    rows = [{"messages": turns(n % 4, content=f"It is {n}."), "system": f"Desk {n}."} for n in range(90)]
+    assert not any("WARNING" in line for line in prepared(rows, tokenizer=tokenizer).report.notes())

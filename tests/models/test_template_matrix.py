@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 
 import pytest
@@ -135,3 +136,24 @@ def test_tools_that_the_template_never_shows_are_refused():
     row = {"messages": CASES["plain"], "tools": [TOOL]}
     with pytest.raises(DataError, match="leaves out the tool of turn 1"):
         encode.encode("x", convert_row(row).conversation.messages)
+
+
+def test_a_run_with_thoughts_is_asked_in_thinking_mode(tmp_path):
+    from fintune.config.load import load
+    from fintune.data.prepare import prepare_data
+    from fintune.data.prepared import write_prepared
+    from fintune.inference.open_model import ModelSpec
+
+    tokenizer = family_tokenizer("qwen3")
+    for name, case in (("with", "thoughts"), ("without", "turns")):
+        rows = [{"messages": [*CASES[case], user(f"ask {n} more"), CASES[case][-1]]} for n in range(3)]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        options = ["data.source=chat", f"data.sources=[{tmp_path / 'rows.jsonl'}]", "data.num_proc=0"]
+        done = prepare_data(load(None, options).config, tokenizer)
+        folder = tmp_path / name / "prepare"
+        folder.mkdir(parents=True)
+        write_prepared(folder, done)
+        for path in ("merge", "export/x-Q4_K_M.gguf"):
+            assert ModelSpec(str(tmp_path / name / path)).thinking == (name == "with")
+        assert ModelSpec("base", adapter=tmp_path / name / "train" / "adapter").thinking == (name == "with")
+    assert not ModelSpec("base").thinking

@@ -56,8 +56,12 @@ _LABELLED: Final = ("messages", "sharegpt", "prompt_completion")
 """Formats of which an empty label makes a broken row if labels are trained on."""
 _ROW_MASKS: Final = ("loss_mask", "train", "training", "weight", "loss")
 """Fields that exclude the whole row from training if they are false or 0. The last two may be figures of the data."""
+FIELDS: Final = tuple(sorted(_READ.union(_ROW_MASKS)))
+"""Names of all fields, to which columns may be mapped."""
 _CONTROLS: Final = {"role", "from", "type", "weight", "train", "training", "loss"}
 """Keys of a turn that decide how it is read. They have no text of their own."""
+_NO_TURN: Final = re.compile(r"(^|_)(u?u?id|key|hash|index|source|category|topic|title|date|lang|language|split|url)$")
+"""Names of columns that are hardly a question or an answer."""
 NOT_READ: Final = "not read"
 _NO_COINCIDENCE: Final = 20
 """Letters from which a text that is also in another column is the same text."""
@@ -301,7 +305,8 @@ def _unknown_format(fields: _Fields) -> BrokenRowError:
     elif "text" in filled and len(filled) == 1:
         hint = "running text has no turns; write prompt and completion"
     else:
-        texts = [str(name) for name, value in fields.row.items() if isinstance(value, str) and value.strip()]
+        filled_texts = (name for name, value in fields.row.items() if isinstance(value, str) and value.strip())
+        texts = [name for name in map(str, filled_texts) if not _NO_TURN.search(name.lower())]
         question = next((str(fields.original[name]) for _, name in _PROMPTS if fields.is_filled(name)), None)
         answer = next((str(fields.original[name]) for name in _ANSWERS if fields.is_filled(name)), None)
         free = [name for name in texts if name not in (question, answer)]

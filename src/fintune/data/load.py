@@ -6,6 +6,7 @@ rows that were there before.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import heapq
 import re
@@ -19,13 +20,13 @@ from typing import NamedTuple
 from fintune.config import DataOptions, SourceOptions
 from fintune.data import files, hub
 from fintune.data.dedup import digest_messages
-from fintune.data.formats import Conversation, Converted, convert_row, find_text, is_row
+from fintune.data.formats import FIELDS, Conversation, Converted, convert_row, find_text, is_row
 from fintune.data.licences import Licence, licence_of
 from fintune.data.messages import read_truth
 from fintune.data.objective_filter import RowKind, dedup_messages, skip_reason
 from fintune.data.readers import BrokenRowError, Row, read_rows
 from fintune.data.tokenize import DroppedRow
-from fintune.errors import DataError
+from fintune.errors import ConfigError, DataError
 
 HASH_LIMIT = 2**64
 _EXACT, _LIMIT = "exact duplicate", "beyond max_rows"
@@ -93,6 +94,10 @@ class _SourceReader:
     def __init__(self, data: DataOptions, index: int, row_kind: RowKind) -> None:
         self._source, self._index = data.sources[index], index
         self._columns = {**data.columns, **self._source.columns}
+        if unknown := next((name for name in self._columns if name.lower() not in FIELDS), None):
+            near = difflib.get_close_matches(unknown.lower(), FIELDS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(FIELDS)}"
+            raise ConfigError(f"data.columns: {unknown!r} is no field", hint=hint, option="data.columns")
         self._is_labelled = row_kind == "labels"
         is_named = "label" in self._columns or self._source.format == "unpaired_preference"
         self._reads_label = True if is_named or row_kind != "answers" or self._source.format != "auto" else None

@@ -5,8 +5,9 @@ Read, normalise, drop duplicates, tokenize, split. Every row is tokenized once.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 from fintune.config import Config
 from fintune.data import dataset
 from fintune.data.dataset import Copy, FinqaSplit
+from fintune.data.dedup import digest_texts
 from fintune.data.formats import Conversation
 from fintune.data.load import strict_hint
 from fintune.data.objective_filter import ROW_NOUNS, RowKind, row_kind_of
@@ -38,6 +40,10 @@ from fintune.util.console import track
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_FEW_STEPS = 10
+"""Steps of training below which there is a warning."""
 
 
 @dataclass
@@ -215,6 +221,7 @@ def _prepare_chat(config: Config, tokenizer: PreTrainedTokenizerBase, limit: int
         sources=tuple(dataset.report_sources(data, loaded, holdout)),
         unused_rows=tuple(_one_of_each_first(broken)[:MAX_PROBLEMS]),
         num_unused=len(unused),
+        warnings=tuple(_warnings(config, tokenizer, splits, limit)),
     )
     return Prepared(
         report,
@@ -223,6 +230,37 @@ def _prepare_chat(config: Config, tokenizer: PreTrainedTokenizerBase, limit: int
         pairs={name: _pairs(split) for name, split in splits.items()},
         labelled={name: _labelled_answers(split) for name, split in splits.items()},
     )
+
+
+def _warnings(
+    config: Config, tokenizer: PreTrainedTokenizerBase, splits: Mapping[str, _Split], limit: int | None
+) -> Iterator[str]:
+    """Yield what a user should look at before training on conversations."""
+    asked = {name: [_asked(result) for result in split.examples] for name, split in splits.items()}
+    trained = set(asked["train"])
+    if number := sum(question in trained for question in asked["eval"]):
+        yield (
+            f"{number:,} of {len(asked['eval']):,} held-out conversations ask what is also trained on, so their loss "
+            "says little about new questions"
+        )
+    without = sum(result.example.messages[0].role != "system" for result in splits["train"].examples)
+    if without and (own := chat.own_system_message(tokenizer)):
+        yield (
+            f"the chat template puts its own system message into {without:,} of {len(splits['train'].examples):,} "
+            f"conversations: {own[:80]!r}; set data.system for another one"
+        )
+    train, num_rows = config.train, sum(len(result.rows) for result in splits["train"].examples)
+    per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    num_steps = train.max_steps or math.ceil(math.ceil(num_rows / per_step) * train.num_train_epochs)
+    if limit is None and num_steps < _FEW_STEPS:
+        yield (
+            f"{num_rows:,} rows make {num_steps} steps of training; lower train.per_device_train_batch_size, or raise "
+            "train.num_train_epochs"
+        )
+
+
+def _asked(result: TokenizedExample) -> bytes:
+    return digest_texts(message.content for message in result.example.messages if message.role != "assistant")
 
 
 def _tokenize_chat(
@@ -344,7 +382,13 @@ def _report_chat(split: _Split, row_kind: RowKind) -> SplitReport:
     labels = _count_labels(split) if row_kind == "labels" else {}
     num_turns = sum(len(result.example.messages) + 1 + result.example.num_cut for result in split.examples)
     notes = Counter(note for result in split.examples for note in result.notes)
-    more = {"num_units": num_turns, "labels": labels, "renderings": dict(notes.most_common())}
+    num_thoughts = sum(bool(turn and chat.split_thought(turn)[0]) for turn in (r.example.turn for r in split.examples))
+    more = {
+        "num_thoughts": num_thoughts,
+        "num_units": num_turns,
+        "labels": labels,
+        "renderings": dict(notes.most_common()),
+    }
     return _report_split(split).model_copy(update=more)
 
 

@@ -82,6 +82,7 @@ class SplitReport(Record):
         steps: Share of programs by number of steps.
         operations: Share of steps by operation.
         renderings: Number of examples by what the chat template made necessary.
+        num_thoughts: Number of examples whose answer has a thought.
         labels: Number of ``desired`` and ``undesired`` answers, if the objective trains on labels.
     """
 
@@ -102,6 +103,7 @@ class SplitReport(Record):
     steps: dict[str, float]
     operations: dict[str, float]
     renderings: dict[str, int] = Field(default_factory=dict)
+    num_thoughts: int = 0
     labels: dict[str, int] = Field(default_factory=dict)
 
     def describe_renderings(self, name: str) -> list[str]:
@@ -231,6 +233,7 @@ class PrepareReport(Record):
         num_unused: Number of rows that could not be used. ``not_used.jsonl`` lists all of them.
         has_eval_stand_in: Whether there is no evaluation set, and a training record stands in for it.
         eval_warning: Why the evaluation says little about new questions; empty if it does not.
+        warnings: What else the user should look at before training.
     """
 
     template_hash: str
@@ -248,6 +251,12 @@ class PrepareReport(Record):
     num_unused: int = 0
     has_eval_stand_in: bool = False
     eval_warning: str = ""
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def trains_thoughts(self) -> bool:
+        """Whether most answers have a thought, so that the model is asked in thinking mode."""
+        return 2 * self.train.num_thoughts > self.train.num_examples
 
     @property
     def non_commercial(self) -> str:
@@ -281,7 +290,7 @@ class PrepareReport(Record):
             lines.append("there is no evaluation set: one training record stands in for it, and nothing is evaluated")
         if self.eval_warning:
             lines.append(f"WARNING: {self.eval_warning}")
-        return lines
+        return lines + [f"WARNING: {warning}" for warning in self.warnings]
 
     def _split_notes(self, name: str, split: SplitReport) -> list[str]:
         lines = []

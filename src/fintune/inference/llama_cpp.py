@@ -88,15 +88,15 @@ class LlamaCppEngine:
             ]
         return [[int(token) for token in answer["tokens"]] for answer in answers]
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """Render a conversation with the file's own chat template, generation prompt included, without thinking.
+    def render(self, messages: Sequence[Message], *, thinking: bool = False) -> str:
+        """Render a conversation with the file's own chat template, generation prompt included.
 
         Raises:
             ModelError: The file has no chat template, or it refuses these messages.
         """
         body = {
             "messages": [message.model_dump() for message in messages],
-            "chat_template_kwargs": {"enable_thinking": False, "date_string": f"{TEMPLATE_DATE:%d %b %Y}"},
+            "chat_template_kwargs": {"enable_thinking": thinking, "date_string": f"{TEMPLATE_DATE:%d %b %Y}"},
         }
         with closing(self._connect()) as connection:
             return str(self._post(connection, "/apply-template", body)["prompt"])

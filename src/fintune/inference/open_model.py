@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -20,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fintune.config import Config, ModelKind
-from fintune.errors import ModelError
+from fintune.data.prepared import read_report
+from fintune.errors import ArtifactError, ModelError
 from fintune.inference.llama_server import check_gguf, is_gguf
 from fintune.inference.openai import OpenAIEngine, is_endpoint, parse_endpoint
 from fintune.inference.protocol import Decoding, Engine, PromptResult, sorted_by_prompt
@@ -128,6 +130,16 @@ class ModelSpec:
             name, adapter = (name, inputs["train"] / "adapter") if whole is None else (str(whole), None)
         # All models of a run are prompted with the tokenizer of the base, as training was.
         return cls.from_options(name, config, adapter=adapter, load_in_4bit=is_4bit, tokenizer=config.model.name)
+
+    @property
+    def thinking(self) -> bool:
+        """Whether the model is asked in thinking mode: it lies in a run whose answers mostly had thoughts."""
+        path = self.adapter or Path(self.name).expanduser().absolute()
+        for folder in (path, *path.parents)[:4]:
+            if (folder / "prepare" / "report.json").is_file():
+                with contextlib.suppress(ArtifactError):  # of another version
+                    return read_report(folder / "prepare").trains_thoughts
+        return False
 
     @property
     def engine_name(self) -> EngineName:
@@ -289,7 +301,9 @@ def open_model(spec: ModelSpec) -> LanguageModel:
     parts = [folder.path] if spec.adapter is None else [folder.path, spec.adapter]
     fingerprint = " ".join([*map(model_fingerprint, parts), *(["4bit"] if spec.load_in_4bit else [])])
     start = _start_vllm if engine == "vllm" else _start_transformers
-    return LanguageModel(engine, fingerprint, lambda: _with_tokenizer(start(spec, folder, tokenizer), tokenizer))
+    return LanguageModel(
+        engine, fingerprint, lambda: _with_tokenizer(start(spec, folder, tokenizer), tokenizer, spec.thinking)
+    )
 
 
 def wrap_model(
@@ -308,14 +322,14 @@ def wrap_model(
     return LanguageModel("transformers", "", lambda: _with_tokenizer(engine, tokenizer))
 
 
-def _with_tokenizer(engine: Engine, tokenizer: PreTrainedTokenizerBase) -> _Backend:
+def _with_tokenizer(engine: Engine, tokenizer: PreTrainedTokenizerBase, thinking: bool = False) -> _Backend:
     """Return an engine whose prompts are rendered with a tokenizer's chat template."""
     return _Backend(
         complete=lambda conversations, decoding, done: engine.generate(
-            [chat.render(tokenizer, turns) for turns in conversations], decoding, done
+            [chat.render(tokenizer, turns, thinking=thinking) for turns in conversations], decoding, done
         ),
         complete_rendered=engine.generate,
-        count_tokens=lambda conversation: len(chat.encode_prompt(tokenizer, conversation)),
+        count_tokens=lambda conversation: len(chat.encode_prompt(tokenizer, conversation, thinking=thinking)),
         count_text_tokens=lambda text: len(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids),
         close=engine.close,
     )
@@ -356,7 +370,7 @@ def _open_gguf(spec: ModelSpec) -> LanguageModel:
     """Open a GGUF file with its own tokenizer and chat template."""
     path = Path(spec.name).expanduser()
     check_gguf(path)
-    stat = path.stat()
+    stat, thinking = path.stat(), spec.thinking
 
     def start() -> _Backend:
         from fintune.inference.llama_cpp import LlamaCppEngine
@@ -364,10 +378,10 @@ def _open_gguf(spec: ModelSpec) -> LanguageModel:
         engine = LlamaCppEngine(path, context_tokens=spec.context_tokens, threads=spec.threads or os.cpu_count() or 1)
         return _Backend(
             complete=lambda conversations, decoding, done: engine.generate(
-                [engine.render(turns) for turns in conversations], decoding, done
+                [engine.render(turns, thinking=thinking) for turns in conversations], decoding, done
             ),
             complete_rendered=engine.generate,
-            count_tokens=lambda conversation: len(engine.tokenise([engine.render(conversation)])[0]),
+            count_tokens=lambda conversation: len(engine.tokenise([engine.render(conversation, thinking=thinking)])[0]),
             count_text_tokens=lambda text: len(engine.tokenise([text])[0]),
             close=engine.close,
         )

@@ -400,6 +400,16 @@ def with_tools(messages: Sequence[Message], tools: tuple[dict[str, Any], ...] | 
     return [first if first.tools == tools else first.model_copy(update={"tools": tools}), *rest]
 
 
+def own_system_message(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what the chat template writes before a conversation without a system message, without special tokens.
+
+    Empty if it writes no sentence.
+    """
+    begin = render(tokenizer, [Message(role="user", content=_PROBE)]).partition(_PROBE)[0]
+    lines = (line.strip() for line in special_tokens(tokenizer).sub("\n", begin).splitlines())
+    return " ".join(line for line in lines if " " in line)
+
+
 def drops_system(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the chat template leaves out a system message, instead of writing or refusing it."""
     turns = [Message(role="system", content=_PROBE), Message(role="user", content="question")]

@@ -25,7 +25,7 @@ from fintune.util.console import bar, quiet_libraries, show_bytes, track
 if TYPE_CHECKING:
     import torch
 
-GoldenPrompt = tuple[Sequence[Message], str]
+GoldenPrompt = tuple[Sequence[Message], str | Message]
 """A conversation and its answer."""
 
 NUM_GOLDEN = 4
@@ -60,7 +60,7 @@ def merge_adapter(config: Config, folder: Path, *, adapter: Path) -> dict[str, A
     adapters.check_base_name(config.model.name, adapter)
     ref = models.fetch_base(config)
     adapters.check_adapter_base(ref.path, adapter, name=config.model.name)
-    golden = [(prompt.messages, prompt.answer) for prompt in regression_prompts()[:NUM_GOLDEN]]
+    golden: list[GoldenPrompt] = [(prompt.messages, prompt.answer) for prompt in regression_prompts()[:NUM_GOLDEN]]
     return _merge(config, ref.path, adapter, folder, golden)
 
 
@@ -177,7 +177,7 @@ def _golden_of(path: Path) -> list[GoldenPrompt]:
     """Read the first examples of a run's evaluation split."""
     with path.open(encoding="utf-8") as lines:
         examples = [Example.model_validate_json(line) for line, _ in zip(lines, range(NUM_GOLDEN), strict=False)]
-    return [(example.messages, example.completion) for example in examples]
+    return [(example.messages, example.answer) for example in examples]
 
 
 def _logits(model: Any, golden: Sequence[Sequence[int]], what: str) -> list[torch.Tensor]:

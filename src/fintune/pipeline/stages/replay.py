@@ -185,7 +185,7 @@ def _rows(config: Config, tokenizer: Any, path: Path) -> list[_Row]:
     with path.open(encoding="utf-8") as lines:
         for line in islice(lines, config.replay.num_examples):
             example = Example.model_validate_json(line)
-            encoded = chat.encode_example(tokenizer, example.messages, example.completion)
+            encoded = chat.encode_example(tokenizer, example.messages, example.answer)
             positions = [at for at, trained in enumerate(encoded.completion_mask) if trained and at]
             positions = positions[: config.replay.max_tokens]
             rows.append(_Row(list(encoded.input_ids[: positions[-1] + 1]), positions))
