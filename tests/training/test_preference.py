@@ -9,7 +9,6 @@ import pytest
 from fintune.config import TrainOptions
 from fintune.errors import ArtifactError, DataError
 from fintune.training.batches import IGNORED, PreferenceCollator, make_schedule
-from fintune.training.metrics import format_correct_sides
 from fintune.training.preference import (
     Scores,
     count_labels,
@@ -126,9 +125,6 @@ def test_answer_figures_by_label():
     )
     one = preference_figures(options, scores([0.0], [-5.0], [False]), 0.0, paired=False)
     assert one == {"kl": 0.0, "rewards/rejected": 0.0, "rewards/rejected_right": 0.0, "logps/rejected": -5.0}
-    assert format_correct_sides({"desired": 0.5, "undesired": 1.0}) == (
-        "50.0% of the desired answers above, 100.0% of the undesired answers below the reference"
-    )
 
 
 def test_collator_refuses_rows_that_train_nothing():

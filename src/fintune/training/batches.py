@@ -71,14 +71,7 @@ class TrainingSchedule:
 def make_schedule(
     lengths: Sequence[int], options: TrainOptions, seed: int, *, labels: Sequence[bool] | None = None
 ) -> TrainingSchedule:
-    """Fix the examples of every step of the run.
-
-    Args:
-        lengths: Tokens of each example.
-        options: Epochs, batch size and accumulation.
-        seed: Seed of the order.
-        labels: For KTO, whether each answer is desired. Every step then mixes the labels.
-    """
+    """Fix the examples of every step of the run; arguments as for :func:`training_order`."""
     size = examples_per_step(options)
     num_examples = max(1, round(len(lengths) * options.num_train_epochs))
     steps = options.max_steps or math.ceil(num_examples / size)

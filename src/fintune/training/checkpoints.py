@@ -83,13 +83,7 @@ def drop_old_checkpoints(folder: Path, num_kept: int) -> None:
 
 
 def save_best(model: nn.Module, folder: Path, step: int) -> None:
-    """Save the trained weights of a step.
-
-    Args:
-        model: The weights that require a gradient are saved.
-        folder: Gets the folder ``step-N``, which appears when it is complete.
-        step: The step N.
-    """
+    """Save the weights that require a gradient in the folder ``step-N``, which appears when it is complete."""
     from safetensors.torch import save_file
 
     weights = {name: weight.detach().contiguous() for name, weight in model.named_parameters() if weight.requires_grad}
@@ -120,11 +114,7 @@ def drop_other_best(folder: Path, steps: Collection[int | None]) -> None:
 
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
-    """Write a folder that appears when it is complete; an older one is replaced.
-
-    Yields:
-        Path of a hidden folder, which the block has to make.
-    """
+    """Yield a hidden folder, which the block has to make. When complete, it gets its name and replaces an older one."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     yield temporary

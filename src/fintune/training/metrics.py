@@ -13,17 +13,30 @@ from fintune.training import unsloth
 from fintune.training.memory.planner import read_plan
 from fintune.util.files import write_atomically
 
+_EVALUATION_FACTS = {
+    "eval_loss": "eval_loss",
+    "eval_accuracy": "eval_accuracy",
+    "eval_reward_accuracy": "eval_rewards/accuracies",
+    "eval_reward_margin": "eval_rewards/margins",
+    "eval_desired_right": "eval_rewards/chosen_right",
+    "eval_undesired_right": "eval_rewards/rejected_right",
+}
+"""Figures of an evaluation by the name of their fact in the manifest."""
+
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Read all whole lines. A torn last line is left out, and a missing file has no lines."""
+    """Read all whole lines up to the first one that is damaged. A missing file has no lines."""
     if not path.exists():
         return []
-    lines = []
-    for line in path.read_bytes().split(b"\n")[:-1]:
+    lines: list[dict[str, Any]] = []
+    for text in path.read_bytes().split(b"\n")[:-1]:
         try:
-            lines.append(json.loads(line))
-        except ValueError:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            break
+        lines.append(line)
     return lines
 
 
@@ -68,32 +81,20 @@ def is_out_of_patience(lines: Sequence[Mapping[str, Any]], options: TrainOptions
     return len(later) >= options.early_stopping_patience
 
 
-def correct_side_shares(line: Mapping[str, Any]) -> dict[str, float]:
-    """Return the shares of held-out labelled answers on the right side of the reference, by label.
-
-    Args:
-        line: An evaluation in ``metrics.jsonl``.
-    """
-    names = (("desired", "eval_rewards/chosen_right"), ("undesired", "eval_rewards/rejected_right"))
-    return {label: float(line[name]) for label, name in names if name in line}
-
-
-def format_correct_sides(shares: Mapping[str, float]) -> str:
-    """Return for example ``90.0% of the desired answers above, 80.0% of the undesired answers below the reference``."""
-    sides = {"desired": "above", "undesired": "below"}
-    parts = ", ".join(f"{share:.1%} of the {label} answers {sides[label]}" for label, share in shares.items())
-    return f"{parts} the reference"
-
-
-def format_evaluation(figures: Mapping[str, float]) -> str:
-    """Format an evaluation for the progress bar."""
-    text = f"eval loss {figures['eval_loss']:.3f}"
-    if "eval_accuracy" in figures:
-        text += f"  {figures['eval_accuracy']:.1%} right"
-    if "eval_rewards/accuracies" in figures:
-        return f"{text}  {figures['eval_rewards/accuracies']:.1%} of the pairs ranked right"
-    shares = correct_side_shares(figures)
-    return f"{text}  {format_correct_sides(shares)}" if shares else text
+def format_evaluation(line: Mapping[str, Any]) -> str:
+    """Format an evaluation, such as ``eval loss 0.693 and 95.7% of held-out pairs ranked right``."""
+    text = f"eval loss {line['eval_loss']:.3f}"
+    if "eval_accuracy" in line:
+        text += f" and {line['eval_accuracy']:.1%} right"
+    if "eval_rewards/accuracies" in line:
+        return f"{text} and {line['eval_rewards/accuracies']:.1%} of held-out pairs ranked right"
+    sides = (("desired", "above", "chosen"), ("undesired", "below", "rejected"))
+    shares = [
+        f"{line[f'eval_rewards/{name}_right']:.1%} of the {label} answers {side}"
+        for label, side, name in sides
+        if f"eval_rewards/{name}_right" in line
+    ]
+    return f"{text} and {', '.join(shares)} the reference" if shares else text
 
 
 def training_facts(config: Config, folder: Path, num_trainable: int) -> dict[str, Any]:
@@ -133,28 +134,9 @@ def training_facts(config: Config, folder: Path, num_trainable: int) -> dict[str
     if best is not None:
         selected = best if config.train.select_checkpoint != "last" else last["step"]
         evaluation = next(line for line in lines if "eval_loss" in line and line["step"] == selected)
-        evaluation_facts, text = _evaluation_facts(evaluation)
-        facts |= evaluation_facts
-        summary = f"{text}, {summary}"
+        facts |= {"kept_step": selected}
+        facts |= {fact: evaluation[name] for fact, name in _EVALUATION_FACTS.items() if name in evaluation}
+        summary = f"step {selected} kept with {format_evaluation(evaluation)}, {summary}"
     facts |= read_plan(folder) | unsloth.read_versions(folder)
     facts |= {"stopped_early": is_out_of_patience(lines, config.train)}
     return facts | {"summary": f"{last['step']} steps, {summary}"}
-
-
-def _evaluation_facts(line: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Return the facts of the selected evaluation, and a line of text."""
-    facts: dict[str, Any] = {"kept_step": line["step"], "eval_loss": line["eval_loss"]}
-    text = f"step {line['step']} kept with eval loss {line['eval_loss']:.3f}"
-    if "eval_accuracy" in line:
-        facts["eval_accuracy"] = line["eval_accuracy"]
-        text += f" and {line['eval_accuracy']:.1%} right"
-    if "eval_rewards/accuracies" in line:
-        ranked = line["eval_rewards/accuracies"]
-        facts |= {"eval_reward_accuracy": ranked, "eval_reward_margin": line["eval_rewards/margins"]}
-        text += f" and {ranked:.1%} of held-out pairs ranked right"
-    elif shares := correct_side_shares(line):
-        facts |= {f"eval_{label}_right": share for label, share in shares.items()}
-        if "eval_rewards/margins" in line:
-            facts["eval_reward_margin"] = line["eval_rewards/margins"]
-        text += f" and {format_correct_sides(shares)}"
-    return facts, text

@@ -105,14 +105,14 @@ def make_fused_trainer(
     callbacks: list[Any],
     plan: MemoryPlan | None,
 ) -> SFTTrainer:
-    """Make TRL's SFTTrainer over the fused layers.
+    """Make TRL's SFTTrainer over the fused layers, which have to support the model and its adapter.
 
     Args:
-        model: A model with an adapter that the fused layers support.
+        model: A model with an adapter.
         tokenizer: A tokenizer with a padding token.
         rows: Rows in the order of training.
         args: Arguments from :func:`make_arguments`.
-        callbacks: Callbacks. The first is the recorder, which gets the check of the losses.
+        callbacks: The first is the recorder, which gets the check of the losses.
         plan: Choice of the memory planner; None on a CPU.
     """
     import torch
