@@ -53,11 +53,11 @@ import sys
 import threading
 import time
 sys.path.insert(0, {place!r})
-from fintune.training import unsloth_worker
-unsloth_worker._has_cuda = lambda: {cuda}
-assert sys.argv[1:3] == ["-m", "fintune.training.unsloth_worker"]
+from fintune.training import unsloth
+unsloth._has_cuda = lambda: {cuda}
+assert sys.argv[1:3] == ["-m", "fintune.training.unsloth"]
 del sys.argv[1:3]
-unsloth_worker.run_worker()
+unsloth.run_worker()
 """
 
 
@@ -115,7 +115,7 @@ def test_unsloth_trains_the_same_rows_in_the_same_order(tiny_model, inputs, tmp_
 
 
 def test_unsloth_process_error_is_one_line(tiny_model, inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(unsloth, "_ask_worker", lambda _python: {"problem": ""})
+    monkeypatch.setattr(unsloth, "check_environment", lambda _config: None)
     chosen = config(tiny_model, backend="unsloth", backend_python=stand_in(tmp_path / "site"))
     for trouble, told in (
         ("killed", "Unsloth's process was ended by SIGKILL"),

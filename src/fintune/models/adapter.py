@@ -69,6 +69,7 @@ class AdapterConfig(BaseModel):
     rank_pattern: dict[str, Count] | None = None
     use_rslora: bool = False
     use_dora: bool = False
+    fan_in_fan_out: bool = False
     ensure_weight_tying: bool = False
     bias: str = "none"
     init_lora_weights: bool | str | None = True

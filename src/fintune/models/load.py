@@ -25,7 +25,7 @@ from fintune.errors import FintuneError, ModelError, ResourceError
 from fintune.models import builtin
 from fintune.models.chat_template import end_of_turn_ids
 from fintune.models.folder import MODEL_FILES, check_model_folder, count_tokens, read_model_config, stated_licence
-from fintune.util.console import quiet_libraries
+from fintune.util.console import quiet_libraries, say
 from fintune.util.hub import offline_unless_resolved, quiet_hub
 from fintune.util.memory import advice_on_memory
 from fintune.util.text import first_line
@@ -38,6 +38,8 @@ Quantization = Literal["none", "nf4"]
 
 # Special tokens that models have for padding, or do not use. The first unused one in the vocabulary is chosen.
 _PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|padding|>", "<|endoftext|>", "<|dummy_0|>")
+_NO_ADAPTER = "no-adapter"
+"""A folder that no model has."""
 _RESERVED = re.compile(r"reserved|unused|extra_?id|_pad\b|_pad_|dummy", re.IGNORECASE)
 
 
@@ -315,12 +317,16 @@ def load_model(
             bnb_4bit_compute_dtype=stored if compute is None else getattr(torch, compute),
         )
     advice = smaller if options else f"load it in 4 bits, or {smaller}"
+    if (path / "adapter_config.json").is_file():
+        say(f"{path} holds an adapter beside the model's own weights: the adapter is not loaded")
     with library_errors(f"{path}: the model cannot be loaded"), advice_on_memory(advice, during=f"loading {path}"):
         model, loading = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=stored,
             device_map={"": device},
             use_safetensors=True,
+            # Otherwise transformers also loads an adapter that lies beside the weights.
+            adapter_kwargs={"subfolder": _NO_ADAPTER},
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             **options,
@@ -331,6 +337,14 @@ def load_model(
             f"{path}: the weight files lack {len(missing)} tensors that config.json asks for: {missing[0]}",
             hint="they would start at random values; take weights and config.json from the same model",
         )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError(
+            f"{path}: transformers loaded the adapter beside the weights", hint="move adapter_config.json elsewhere"
+        )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # Otherwise the first forward pass reorders 4-bit weights, which DoRA and the backward pass cannot read.
+            module.support_avx512bf16_for_cpu = False
     loaded: PreTrainedModel = model.eval()
     return loaded
 

@@ -112,7 +112,7 @@ def make_recorder(
                 rate = (tokens - schedule.tokens[self.first_step]) / max(elapsed, 1e-9)
                 bar.note(f"loss {logs['loss']:.3f}  {rate:.0f} tok/s")
                 logs = logs | {"tokens": tokens}
-                names = ("loss", "learning_rate", "grad_norm", *FIGURES, "tokens")
+                names = ("loss", "aux_loss", "learning_rate", "grad_norm", *FIGURES, "tokens")
             else:  # the summary at the end of training
                 return
             line |= {name: logs[name] for name in names if name in logs} | {"seconds": round(seconds + elapsed, 3)}

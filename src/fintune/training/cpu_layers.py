@@ -1,11 +1,16 @@
-"""Faster attention and output head for training a model of transformers on a CPU, with the same results."""
+"""Faster attention on a CPU, and a faster output head, for training a model of transformers with the same results."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+from math import inf
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from fintune.training.batches import IGNORED
+from fintune.training.verify import allowed_difference, own_log_probs
+from fintune.util.console import say
 
 if TYPE_CHECKING:
     import torch
@@ -17,13 +22,11 @@ _ATTENTION_NAME = "fintune_cpu_attention"
 _MAX_SCORES = 2**24
 # Above this many logits (float32, 1 GiB), TRL's head needs less memory: it splits the vocabulary into tiles.
 _MAX_LOGITS = 2**28
-_LOGIT_SCALES = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "output_multiplier",
-    "lm_head_multiplier",
-    "logits_scaling",
-)
+_ATTENTION_OPTIONS = {
+    "position_ids", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
+    "is_causal", "sliding_window", "num_items_in_batch", "cache_position",
+}  # fmt: skip
+"""Arguments of attention that :func:`cpu_attention` may ignore. Others, such as a soft cap, go to transformers."""
 
 
 # -- attention
@@ -71,6 +74,7 @@ def _attention_forward(
     autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
     in_bfloat16 = autocast or query.dtype == torch.bfloat16
     is_causal = attention_mask is None and dropout == 0.0 and key.shape[2] == length and not rest.get("sliding_window")
+    is_causal = is_causal and all(value is None or name in _ATTENTION_OPTIONS for name, value in rest.items())
     fits = batch * heads * length * length <= _MAX_SCORES
     if not (is_causal and fits and scaling is not None and length > 1 and in_bfloat16):
         return sdpa_attention_forward(  # type: ignore[no-any-return]
@@ -109,25 +113,51 @@ def cpu_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, s
 # -- output head
 
 
-def use_label_only_head(model: PreTrainedModel) -> bool:
-    """Give ``model(..., fused_lm_head=True)`` a forward that applies the head to labelled positions only.
+def use_label_only_head(model: PreTrainedModel, ids: Sequence[int], *, routed: bool = False) -> str:
+    """Give ``model(..., labels=..., fused_lm_head=True)`` the fastest head that computes what the model computes.
 
-    TRL's fused head skips positions without a label on devices with Triton only. Elsewhere it multiplies every position
-    of the batch by the vocabulary, which takes a third of the step for a small model with a long prompt.
-
-    Rows are padded on the right, so a causal model needs no attention mask for the tokens before the padding. Without a
-    mask, attention is faster.
+    TRL's head skips positions without a label on devices with Triton only. Elsewhere it multiplies every position of
+    the batch by the vocabulary, which takes a third of the step for a small model with a long prompt. Both heads read
+    the hidden states, so they may miss what a model does to its logits. Each is compared with the model's own
+    log-probabilities on a real row. If both differ, the model's own logits are used.
 
     Args:
-        model: A base model to which TRL's trainer has already added its fused head.
+        model: A base model. TRL's trainer may have added its head.
+        ids: Tokens of a row.
+        routed: Whether the loss of the experts' router is trained, which the head has to return.
 
     Returns:
-        False if the model scales its logits. It then keeps TRL's head.
+        ``labels`` (positions with a label, on a CPU), ``trl`` or ``model``.
     """
-    config = model.config.get_text_config()
-    if any(getattr(config, name, None) not in (None, 1, 1.0) for name in _LOGIT_SCALES):
-        return False
-    trl_forward = model.forward
+    import torch
+
+    before, padding = model.forward, 3
+    expected = own_log_probs(model, ids)
+    allowed = allowed_difference(expected, model.dtype)
+    # Padded, as in a batch.
+    row = torch.tensor([[*ids, *[ids[0]] * padding]], device=model.device)
+    attention_mask, labels = torch.ones_like(row), row.clone()
+    attention_mask[:, len(ids) :], labels[:, len(ids) :] = 0, IGNORED
+    differences: dict[str, float] = {}
+
+    def heads(name: str) -> Callable[..., Any]:
+        return {"labels": partial(_score_labels, model), "trl": partial(before, fused_lm_head=True)}[name]
+
+    def agrees(name: str) -> bool:
+        if name not in differences:
+            more = {"output_router_logits": True} if routed else {}
+            try:
+                with torch.no_grad():
+                    output = heads(name)(input_ids=row, attention_mask=attention_mask, labels=labels, **more)
+            except TypeError:  # TRL before 1.15 has no head
+                return False
+            is_complete = not routed or getattr(output, "aux_loss", None) is not None
+            found = output.log_probs[0, : len(ids) - 1].float()
+            differences[name] = float((found - expected).abs().mean()) if is_complete else inf
+        return not differences[name] > allowed
+
+    candidates = ("labels", "trl") if model.device.type == "cpu" else ("trl",)
+    chosen = next((name for name in candidates if agrees(name)), "model")
 
     def forward(
         self: PreTrainedModel,
@@ -137,30 +167,53 @@ def use_label_only_head(model: PreTrainedModel) -> bool:
         fused_lm_head: bool = False,
         **rest: Any,
     ) -> object:
-        if fused_lm_head and labels is not None and input_ids is not None and attention_mask is not None:
-            num_logits = int((labels != IGNORED).sum()) * config.vocab_size
-            if num_logits <= _MAX_LOGITS and bool((attention_mask[:, :-1] >= attention_mask[:, 1:]).all()):
-                return _score_labels(self, input_ids, labels)
-        return trl_forward(
-            input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=fused_lm_head, **rest
-        )
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **rest}
+        if not fused_lm_head or labels is None or input_ids is None:
+            return before(**inputs, labels=labels)
+        if chosen == "labels" and _is_for_labels(self, attention_mask, labels):
+            return _score_labels(self, input_ids=input_ids, labels=labels)
+        if chosen == "trl" or (chosen == "labels" and agrees("trl")):
+            return before(**inputs, labels=labels, fused_lm_head=True)
+        output = before(**inputs)
+        targets = labels[:, 1:]
+        return _scored(output.logits[:, :-1][targets != IGNORED], targets, getattr(output, "aux_loss", None))
 
     model.forward = MethodType(forward, model)
-    return True
+    if chosen == "model":
+        figures = " and ".join(f"{value:.2g}" for value in differences.values() if value < inf)
+        say(f"output head: the model's own logits, from which shorter heads differ by {figures or 'their router loss'}")
+    return chosen
 
 
-def _score_labels(model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor) -> object:
-    """Return log-probability and top-1 hit of each label; shapes [batch, length - 1], zero where nothing is trained."""
+def _is_for_labels(model: PreTrainedModel, attention_mask: torch.Tensor | None, labels: torch.Tensor) -> bool:
+    """Whether the logits fit and the rows are padded on the right, so that a causal model needs no attention mask."""
+    if int((labels != IGNORED).sum()) * model.config.get_text_config().vocab_size > _MAX_LOGITS:
+        return False
+    return attention_mask is not None and bool((attention_mask[:, :-1] >= attention_mask[:, 1:]).all())
+
+
+def _score_labels(model: PreTrainedModel, *, input_ids: torch.Tensor, labels: torch.Tensor, **_: Any) -> Any:
+    """Score labels from their rows of the hidden states. Without a mask, attention is faster."""
+    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    targets = labels[:, 1:]
+    # One contiguous matrix: the path for a slice of three dimensions is several times slower.
+    rows = hidden[:, :-1][targets != IGNORED]  # [labels, hidden]
+    return _scored(model.get_output_embeddings()(rows), targets)
+
+
+def _scored(logits: torch.Tensor, targets: torch.Tensor, aux_loss: torch.Tensor | None = None) -> Any:
+    """Return log-probability and top-1 hit of each target; shapes [batch, length - 1], zero where nothing is trained.
+
+    Args:
+        logits: [labels, vocabulary].
+        targets: [batch, length - 1].
+        aux_loss: Loss of the experts' router.
+    """
     import torch
     from transformers.utils import ModelOutput
 
-    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-    targets = labels[:, 1:]
-    mask = targets != IGNORED
-    # One contiguous matrix: the path for a slice of three dimensions is several times slower.
-    rows = hidden[:, :-1][mask]  # [labels, hidden]
+    mask, logits = targets != IGNORED, logits.float()
     label_ids = targets[mask]  # [labels]
-    logits = model.get_output_embeddings()(rows).float()  # [labels, vocabulary]
     log_probs = -torch.nn.functional.cross_entropy(logits, label_ids, reduction="none")
     with torch.no_grad():
         is_top1 = logits.argmax(-1) == label_ids
@@ -169,11 +222,12 @@ def _score_labels(model: PreTrainedModel, input_ids: torch.Tensor, labels: torch
         return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
     # TRL only logs the mean logit and the entropy, which costs as much as the loss. Nothing here reads that log.
-    unknown = torch.zeros(mask.shape, device=hidden.device)
+    unknown = torch.zeros(mask.shape, device=logits.device)
     return ModelOutput(
         log_probs=scatter(log_probs),
         entropy=unknown,
         is_top1=scatter(is_top1),
         mean_logits=unknown,
         label_mask=mask,
+        aux_loss=aux_loss,
     )

@@ -78,6 +78,8 @@ class Evaluator:
         trainer.control.should_evaluate = False  # otherwise the end of the epoch evaluates once more
         model = trainer.model_wrapped
         model.eval()
+        # The router loss of a mixture of experts regularizes the training and is no part of a held-out loss.
+        routed, trainer.aux_loss_enabled = getattr(trainer, "aux_loss_enabled", False), False
         try:
             if self._measure is None:
                 figures = {"eval_loss": self._loss(model)}
@@ -88,6 +90,7 @@ class Evaluator:
             self.seconds += time.monotonic() - started
             trainer.log(dict(figures))
         finally:
+            trainer.aux_loss_enabled = routed
             model.train()
         distributed.barrier()  # until the line is written
         lines = metrics.read(self._folder / "metrics.jsonl")

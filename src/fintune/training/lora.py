@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fintune.config import AdapterOptions
-from fintune.errors import ConfigError
+from fintune.errors import ConfigError, ModelError
 from fintune.models.adapter import load_adapter, read_adapter_config, record_base
+from fintune.models.safetensors_files import read_safetensors_header, weight_files
 from fintune.training.checkpoints import replaced_folder
 from fintune.util.console import quiet_libraries, say
 
@@ -33,11 +34,14 @@ def attach_adapter(model: PreTrainedModel, options: AdapterOptions) -> PeftModel
     """
     from peft import LoraConfig, get_peft_model
 
-    targets: str | list[str] = list(options.target_modules)
+    layers = _linear_layers(model)
+    names = _adaptable_names(model, set(map(_last_name, layers)))
+    targets = list(options.target_modules)
     if targets == ["all-linear"]:
-        targets = "all-linear"
+        _say_frozen(model, layers, names)
+        targets = [layer for layer in layers if _last_name(layer) in names]
     else:
-        check_targets(model, options.target_modules)
+        _check_targets(model, targets, set(map(_last_name, layers)), names)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=options.r,
@@ -50,10 +54,6 @@ def attach_adapter(model: PreTrainedModel, options: AdapterOptions) -> PeftModel
     )
     with quiet_libraries():
         adapted: PeftModel = get_peft_model(model, config)
-    for module in adapted.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # Otherwise the first evaluation reorders 4-bit weights, and the backward pass cannot read that order.
-            module.support_avx512bf16_for_cpu = False
     return adapted
 
 
@@ -84,31 +84,35 @@ def init_from_quantization_error(model: PeftModel, folder: Path) -> int:
 
     Returns:
         Number of adapted layers.
+
+    Raises:
+        ModelError: The weight files have other names than the model.
     """
     import torch
     from bitsandbytes.functional import dequantize_4bit
     from peft.tuners.lora import LoraLayer
     from safetensors import safe_open
 
-    files: dict[str, Path] = {}
-    for path in sorted(folder.glob("model*.safetensors")):
-        with safe_open(path, framework="pt") as tensors:
-            files |= dict.fromkeys(tensors.keys(), path)
+    files = {tensor.name: path for path in weight_files(folder) for tensor in read_safetensors_header(path)}
     num_layers = 0
     for name, layer in model.get_base_model().named_modules():
         if not isinstance(layer, LoraLayer):
             continue
-        packed = layer.get_base_layer().weight
-        key = f"{name}.weight"
+        packed, key = layer.get_base_layer().weight, f"{name}.weight"
+        if key not in files:
+            raise ModelError(
+                f"{folder}: no weight file has {key}, which LoftQ needs", hint="set adapter.init_lora_weights: default"
+            )
         with safe_open(files[key], framework="pt") as tensors:
             exact = tensors.get_tensor(key).to(packed.device, torch.float32)
         error = exact - dequantize_4bit(packed.data, packed.quant_state).float()  # [out, in]
         left, sizes, right = torch.linalg.svd(error, full_matrices=False)
         (adapter,) = layer.active_adapters
-        rank = layer.r[adapter]
+        # A layer has no more directions than its smaller side. The rest of A stays random, and that of B zero.
+        rank = min(layer.r[adapter], len(sizes))
         root = (sizes[:rank] / layer.scaling[adapter]).sqrt()
-        layer.lora_A[adapter].weight.data.copy_(root[:, None] * right[:rank])
-        layer.lora_B[adapter].weight.data.copy_(left[:, :rank] * root)
+        layer.lora_A[adapter].weight.data[:rank] = root[:, None] * right[:rank]
+        layer.lora_B[adapter].weight.data[:, :rank] = left[:, :rank] * root
         num_layers += 1
     return num_layers
 
@@ -148,31 +152,95 @@ def store_frozen_weights(model: PeftModel, dtype: str) -> int:
     return num_stored
 
 
-def check_targets(model: nn.Module, targets: tuple[str, ...]) -> None:
-    """Refuse a target that is not the name of a linear layer.
-
-    Raises:
-        ConfigError: With the names of the model's layers.
-    """
-    names = linear_names(model)
+def _check_targets(model: PreTrainedModel, targets: Iterable[str], known: set[str], names: set[str]) -> None:
     for target in targets:
         if target not in names:
+            problem = f"the model has no linear layer {target!r}"
+            if target in known:
+                problem = f"{target} cannot have an adapter in {model.config.model_type}"
             raise ConfigError(
-                f"adapter.target_modules: the model has no linear layer {target!r}",
+                f"adapter.target_modules: {problem}",
                 hint=f"use some of {', '.join(sorted(names))}, or all-linear",
                 option="adapter.target_modules",
             )
 
 
-def linear_names(model: nn.Module) -> set[str]:
-    """Return the last names of the linear layers without the output head: ``q_proj``, ``down_proj`` ..."""
+def _linear_layers(model: PreTrainedModel) -> list[str]:
+    """Return the paths of the linear layers (GPT-2's ``Conv1D`` is one) without the output head."""
     from torch import nn
+    from transformers.pytorch_utils import Conv1D
 
-    return {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name != "lm_head"
-    }
+    head = model.get_output_embeddings()
+    return [
+        path for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and module is not head
+    ]
+
+
+def _last_name(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _adaptable_names(model: PreTrainedModel, names: set[str]) -> set[str]:
+    """Return the names of layers that PEFT adapts as they are.
+
+    PEFT refuses some layers of state-space models. In some mixtures of experts, it takes names like ``gate_proj`` for
+    the experts, whose stacked weights have no adapter that can be merged. Only models with weights of three dimensions
+    are concerned. A copy without weights is asked, because a refusal leaves adapters behind.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    if all(weight.dim() < 3 for weight in model.parameters()):
+        return names
+
+    def accepted(asked: set[str]) -> set[str]:
+        with torch.device("meta"), quiet_libraries():
+            copy = type(model)(model.config)
+            adapted = get_peft_model(copy, LoraConfig(task_type="CAUSAL_LM", r=1, target_modules=sorted(asked)))
+        return asked & set(adapted.peft_config["default"].target_modules)
+
+    try:
+        return accepted(names)
+    except ValueError:
+        return {name for name in names if _is_accepted(accepted, name)}
+
+
+def _is_accepted(accepted: Callable[[set[str]], set[str]], name: str) -> bool:
+    try:
+        return bool(accepted({name}))
+    except ValueError:
+        return False
+
+
+def _say_frozen(model: PreTrainedModel, layers: Iterable[str], names: set[str]) -> None:
+    """Say what ``all-linear`` leaves out."""
+    left_out = sorted(set(map(_last_name, layers)) - names)
+    stacked = sorted(
+        {_last_name(name) for name, weight in model.named_parameters() if weight.dim() == 3 and ".experts." in name}
+    )
+    reasons = [f"{', '.join(left_out)} cannot have an adapter in {model.config.model_type}"] if left_out else []
+    reasons += [f"the experts ({', '.join(stacked)}) have no adapter that can be merged"] if stacked else []
+    if reasons:
+        say(f"adapter: on {', '.join(sorted(names))}; {', and '.join(reasons)}")
+
+
+def say_unmergeable(model: PeftModel, folder: Path) -> None:
+    """Say before training which adapted layers cannot be merged, because the weight files have other names.
+
+    Args:
+        model: A model from :func:`attach_adapter`.
+        folder: Folder of the base model.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    stored = {tensor.name for path in weight_files(folder) for tensor in read_safetensors_header(path)}
+    layers = {path for path, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)}
+    missing = sorted(layer for layer in layers if f"{layer}.weight" not in stored)
+    if missing:
+        say(
+            f"merge: the adapter cannot be merged by fintune, because {folder} stores {missing[0]} and "
+            f"{len(missing) - 1} other layers under other names; save_pretrained of transformers renames them"
+        )
 
 
 def save_adapter_start(model: PeftModel, folder: Path) -> None:
@@ -237,16 +305,19 @@ def _subtract_start(start: Path, folder: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    end, begin = (load_file(path / "adapter_model.safetensors") for path in (folder, start))
-    difference = dict(end)
-    for name, weight in end.items():
-        if name.endswith("lora_A.weight"):
-            difference[name] = torch.cat([weight, begin[name]], dim=0)
-        elif name.endswith("lora_B.weight"):
-            difference[name] = torch.cat([weight, -begin[name]], dim=1)
-    save_file(difference, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
+    end, begin = (load_file(each / "adapter_model.safetensors") for each in (folder, start))
+    difference = dict(end)
+    for name, weight in end.items():
+        for suffix, dim, sign in (("lora_A.weight", 0, 1), ("lora_B.weight", 1, -1)):
+            if name.endswith(suffix):
+                # PiSSA gives a layer no more directions than its smaller side has. The others are zero.
+                missing = [*weight.shape]
+                missing[dim] = config["r"] - weight.shape[dim]
+                zeros = weight.new_zeros(missing)
+                difference[name] = torch.cat([weight, zeros, sign * begin[name], zeros], dim)
+    save_file(difference, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     growth = 2**0.5 if config["use_rslora"] else 2
     config |= {"r": config["r"] * 2, "lora_alpha": config["lora_alpha"] * growth, "init_lora_weights": True}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

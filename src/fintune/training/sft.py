@@ -21,6 +21,7 @@ from fintune.training.lora import adapter_in_float32
 from fintune.training.memory import planner
 from fintune.training.memory.model import MemoryPlan
 from fintune.training.trainers import make_arguments, make_fused_trainer, make_trainer
+from fintune.training.verify import probe_tokens
 from fintune.util.console import bar, quiet_libraries, say
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def train_model(
     supervised = options.objective == "sft"
     lengths = [len(ids) for ids in rows["input_ids"]] if supervised else preference.preference_lengths(rows)
     schedule = make_schedule(lengths, options, seed, labels=preference.row_labels(rows))
-    fused = supervised and _uses_fused_layers(model, options.fused_layers)
+    fused = supervised and _uses_fused_layers(model, options.fused_layers, probe_tokens(rows), compute)
     options, plan = _fit_memory(model, options, lengths, folder, fused=fused)
     checkpoint, earlier = _read_progress(folder)
     done = checkpoints.step_of(checkpoint) if checkpoint else 0
@@ -156,19 +157,21 @@ def _read_progress(folder: Path) -> tuple[Path | None, list[dict[str, Any]]]:
     return checkpoints.latest_checkpoint(checkpoints_folder), metrics.read(metrics_file)
 
 
-def _uses_fused_layers(model: PeftModel | PreTrainedModel, choice: str) -> bool:
-    """Whether to train through the fused layers; prints the choice if it was left open.
+def _uses_fused_layers(model: PeftModel | PreTrainedModel, choice: str, ids: Sequence[int], compute: str) -> bool:
+    """Whether to train through the fused layers, which are tried on a row; prints the choice if it was left open.
 
     Raises:
         ConfigError: The option requires them, and they do not support the model or its adapter.
     """
-    if choice == "never":
+    if choice == "never" or (choice == "auto" and model.device.type != "cuda"):
         return False
     from peft import PeftModel
 
-    from fintune.training.fused.model import unsupported_reason
+    from fintune.training.fused.model import differing_reason, unsupported_reason
 
-    reason = unsupported_reason(model) if isinstance(model, PeftModel) else "every weight is trained"
+    reason: str | None = "every weight is trained"
+    if isinstance(model, PeftModel):
+        reason = unsupported_reason(model) or differing_reason(model, ids, compute)
     if choice == "always":
         if reason is not None:
             raise ConfigError(
@@ -177,7 +180,5 @@ def _uses_fused_layers(model: PeftModel | PreTrainedModel, choice: str) -> bool:
                 option="train.fused_layers",
             )
         return True
-    if model.device.type != "cuda":
-        return False
     say("layers: fused" if reason is None else f"layers: those of transformers, because {reason}")
     return reason is None

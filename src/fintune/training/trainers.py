@@ -12,6 +12,7 @@ from fintune.training.cpu_layers import use_cpu_attention, use_label_only_head
 from fintune.training.evaluate import non_finite_error
 from fintune.training.lora import compute_in_base_type, store_frozen_weights
 from fintune.training.memory.model import MemoryPlan
+from fintune.training.verify import probe_tokens
 from fintune.util.console import say
 
 if TYPE_CHECKING:
@@ -172,11 +173,12 @@ def make_trainer(
         trainer = preference.make_preference_trainer(
             model, tokenizer, rows, args, options, callbacks, multiple=WIDTH_MULTIPLE
         )
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not distributed.is_sharded(options):  # a sharded model is not on its GPU yet
+        use_label_only_head(base, probe_tokens(rows), routed=getattr(trainer, "aux_loss_enabled", False))
     if args.bf16 or args.fp16:
         compute_in_base_type(model)
     if args.device.type == "cpu":
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        use_label_only_head(base)
         use_cpu_attention(base)
         if args.bf16 and base is not model:
             store_frozen_weights(model, "bfloat16")

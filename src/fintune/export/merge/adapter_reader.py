@@ -25,7 +25,7 @@ _REFUSED: Mapping[str, tuple[object, ...]] = {
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
 } | dict.fromkeys(
     (
-        "fan_in_fan_out", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices",
+        "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices",
         "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
         "alora_invocation_tokens",
     ),
@@ -38,23 +38,23 @@ class LowRank:
     """The low-rank change of one tensor.
 
     Attributes:
-        a: ``lora_A``, (rank, columns); for an embedding (rank, rows).
-        b: ``lora_B``, (rows, rank); for an embedding (columns, rank).
+        a: ``lora_A``, (rank, columns); transposed (rank, rows).
+        b: ``lora_B``, (rows, rank); transposed (columns, rank).
         scale: Factor of the product: alpha / rank, or alpha / sqrt(rank) with rank-stabilised scaling.
         magnitude: DoRA's magnitude of each output, or None for plain LoRA.
-        embedding: Whether the product is transposed, which is how PEFT stores embeddings.
+        is_transposed: Whether the tensor is the transposed product: an embedding, or GPT-2's ``Conv1D``.
     """
 
     a: StoredTensor
     b: StoredTensor
     scale: float
     magnitude: StoredTensor | None
-    embedding: bool
+    is_transposed: bool
 
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns of the changed tensor."""
-        return (self.a.shape[1], self.b.shape[0]) if self.embedding else (self.b.shape[0], self.a.shape[1])
+        return (self.a.shape[1], self.b.shape[0]) if self.is_transposed else (self.b.shape[0], self.a.shape[1])
 
 
 def read_adapter_tensors(folder: Path) -> list[StoredTensor]:
@@ -132,6 +132,8 @@ class Adapter:
                     f"{folder}: the matrices of {module} have rank {a.shape[0]}, its configuration says {rank}"
                 )
             scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
-            self.changes[f"{module}.weight"] = LowRank(a, b, scale, magnitude, embedding)
+            # GPT-2's Conv1D stores its weight transposed, as PEFT stores the product for an embedding.
+            is_transposed = embedding or config.fan_in_fan_out
+            self.changes[f"{module}.weight"] = LowRank(a, b, scale, magnitude, is_transposed)
         if not self.changes and not self.saved:
             raise ModelError(f"{folder} holds no tensors", hint="the adapter is incomplete; copy it again")

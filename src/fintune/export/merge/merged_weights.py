@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from fintune.errors import ArtifactError, ModelError, ResourceError
 from fintune.export.merge.adapter_reader import Adapter, LowRank
 from fintune.models import adapter as adapters
-from fintune.models.folder import count_tokens, read_model_config
+from fintune.models.folder import DECODERS, count_tokens, read_model_config
 from fintune.models.safetensors_files import (
     DTYPES,
     SafetensorFolder,
@@ -75,16 +75,18 @@ class MergedWeights(ExitStack):
         self.adapter = Adapter(adapter)
         self._base = self.enter_context(SafetensorFolder(base))
         adapters.check_adapter_base(base, adapter)
-        tied = bool(read_model_config(base).get("tie_word_embeddings"))
+        config = read_model_config(base)
+        tied = bool(config.get("tie_word_embeddings"))
         self._transform = transform
         self._changes = dict(self.adapter.changes)
         self._saved = dict(self.adapter.saved)
         self._lock = threading.RLock()
         self._cache: dict[str, dict[str, NDArray[np.float32]]] = {}
         self.tensors: dict[str, StoredTensor] = dict(self._base.tensors)
-        if tied and EMBEDDING not in self.tensors:
+        if tied and EMBEDDING not in self.tensors and config.get("model_type") in DECODERS:
             raise ModelError(f"{base}: its embeddings are tied, but the weights lack {EMBEDDING}")
-        self.tied = tied and not self._unties_embeddings()
+        # Other families have other names for their embeddings, which no adapter of this package changes.
+        self.tied = tied and (EMBEDDING not in self.tensors or not self._unties_embeddings())
         if tied and not self.tied and HEAD not in self.tensors:
             self.tensors[HEAD] = replace(self.tensors[EMBEDDING], name=HEAD)
         if self.tied:
@@ -192,7 +194,7 @@ class MergedWeights(ExitStack):
             return merged
         stored = change.magnitude
         magnitude = self._once(tensor.name, "magnitude", lambda: self._base.rows(stored))
-        if not change.embedding:
+        if not change.is_transposed:
             return (magnitude[start:stop] / _norms(merged))[:, None] * merged
 
         def column_norms() -> NDArray[np.float32]:
@@ -221,10 +223,10 @@ class MergedWeights(ExitStack):
             def product() -> NDArray[np.float32]:
                 b = torch.from_numpy(self._base.rows(change.b))
                 whole: NDArray[np.float32] = (b @ torch.from_numpy(a)).numpy() * scale
-                return whole.T if change.embedding else whole
+                return whole.T if change.is_transposed else whole
 
             delta = self._once(name, "product", product)[start:stop]
-        elif change.embedding:
+        elif change.is_transposed:
             b = self._once(name, "b", lambda: self._base.rows(change.b))
             delta = (b @ np.ascontiguousarray(a[:, start:stop])).T * scale
         else:

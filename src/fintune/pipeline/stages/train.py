@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 from fintune.config import Config
 from fintune.errors import ArtifactError, ConfigError
 from fintune.evaluation.questions import read_questions
+from fintune.export.gguf.architectures import ARCHITECTURES
 from fintune.inference.open_model import wrap_model
 from fintune.inference.protocol import Decoding, sorted_by_prompt
 from fintune.models import load as models
-from fintune.models.adapter import check_base_name, merged_facts, read_merged_facts
+from fintune.models.adapter import check_base_name, load_adapter, merged_facts, read_merged_facts
 from fintune.models.folder import FULL_MODEL_FOLDER, read_model_config
 from fintune.publish import files as publication
 from fintune.publish.push import EpochPushes
-from fintune.training import callbacks, distributed, full, lora, optimizers, preference, sft, unsloth
+from fintune.training import callbacks, distributed, full, lora, optimizers, preference, sft, unsloth, verify
 from fintune.training.checkpoints import BEST_FOLDER, count_saved_numbers
 from fintune.training.combinations import check_combinations
 from fintune.training.evaluate import Evaluation
@@ -27,10 +28,11 @@ from fintune.training.memory import planner
 from fintune.training.metrics import training_facts
 from fintune.util.console import say
 from fintune.util.hub import require_token
-from fintune.util.memory import advice_on_memory
+from fintune.util.memory import advice_on_memory, release_memory
 from fintune.util.sampling import draw_indices
 
 if TYPE_CHECKING:
+    import torch
     from datasets import Dataset
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -125,6 +127,7 @@ def _train(config: Config, prepare: Path, rows: Dataset, folder: Path, result: P
     four_bit = "; base weights in 4 bits (NF4)" if config.model.quantization == "nf4" else ""
     say(f"precision {precision.dtype}: {precision.reason}{four_bit}")
     base_folder = models.fetch_base(config)
+    _say_unexportable(config, base_folder)
     if config.train.backend == "unsloth":
         unsloth.train_with_unsloth(
             config, model=base_folder.path, prepare=prepare, folder=folder, compute=precision.dtype
@@ -138,6 +141,7 @@ def _train(config: Config, prepare: Path, rows: Dataset, folder: Path, result: P
     if is_sharded:
         options = options.model_copy(update={"fused_layers": "never", "sharding": "full"})
     base = _load_base(config, base_folder, precision, is_sharded=is_sharded)
+    unchecked, ids = result.with_name(f"{result.name}.unchecked"), verify.probe_tokens(rows)
     run = partial(
         sft.train_model,
         tokenizer=tokenizer,
@@ -151,24 +155,40 @@ def _train(config: Config, prepare: Path, rows: Dataset, folder: Path, result: P
     )
     if config.adapter.kind == "full":
         run(full.train_all_weights(base))
-        full.save_full_model(base, tokenizer, base_folder.path, result)
+        full.save_full_model(base, tokenizer, base_folder.path, unchecked)
+        expected = verify.own_logits(base, ids, compute=precision.dtype)
+        del base, run
+        _check_saved(config, models.fetch(str(unchecked)), unchecked, ids, expected, precision)
+        unchecked.replace(result)
         return
     attach = lora.attach_adapter if config.adapter.continue_from is None else lora.continue_adapter
     model = attach(base, config.adapter)
+    lora.say_unmergeable(model, base_folder.path)
     if config.adapter.init_lora_weights == "loftq":
         lora.init_from_quantization_error(model, base_folder.path)
-    start = None
+    first_logits = start = None
     if config.adapter.init_lora_weights != "default":
-        start = folder / "checkpoints" / "start"
+        first_logits, start = verify.own_logits(model, ids, compute=precision.dtype), folder / "checkpoints" / "start"
         lora.save_adapter_start(model, start)
     pushes = _epoch_pushes(config, model, start)
     run(model, after_epoch=pushes.push_epoch if pushes else None)
     if distributed.is_main():
         name, revision = config.model.name, config.model.revision
-        lora.save_adapter(model, name, revision, result, start=start, base=base_folder.path)
+        lora.save_adapter(model, name, revision, unchecked, start=start, base=base_folder.path)
+        if pushes:
+            pushes.finish()
+        if not is_sharded:
+            expected = verify.own_logits(model, ids, compute=precision.dtype)
+            del base, model, run, pushes
+            _check_saved(config, base_folder, unchecked, ids, expected, precision, first_logits)
+        unchecked.replace(result)
     distributed.barrier()
-    if pushes:
-        pushes.finish()
+
+
+def _say_unexportable(config: Config, base: models.ModelFolder) -> None:
+    family = read_model_config(base.path).get("model_type")
+    if family not in ARCHITECTURES and config.export.llama_cpp_path is None and distributed.is_main():
+        say(f"export: GGUF files of {family} need a llama.cpp checkout (export.llama_cpp_path)")
 
 
 def _load_base(
@@ -189,6 +209,27 @@ def _load_base(
         compute=precision.dtype,
         trust_remote_code=config.model.trust_remote_code,
     )
+
+
+def _check_saved(
+    config: Config,
+    base: models.ModelFolder,
+    saved: Path,
+    ids: Sequence[int],
+    expected: torch.Tensor,
+    precision: models.Precision,
+    first_logits: torch.Tensor | None = None,
+) -> None:
+    """Compare what was saved, on the base as it is stored, with the logits of the trained model."""
+    release_memory()
+    if first_logits is not None:  # PiSSA, which needs 16 bits, or LoftQ, which trains on 4-bit weights for 16-bit ones
+        config = config.model_copy(update={"model": config.model.model_copy(update={"quantization": "none"})})
+
+    def load() -> PreTrainedModel | PeftModel:
+        model = _load_base(config, base, precision, is_sharded=False)
+        return model if config.adapter.kind == "full" else load_adapter(model, saved)
+
+    verify.check_saved(saved, expected, ids, load, compute=precision.dtype, start=first_logits)
 
 
 def _reporters(config: Config, folder: Path, done: int) -> Sequence[object]:

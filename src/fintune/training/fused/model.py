@@ -6,7 +6,7 @@ the computation takes another path.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,7 @@ from fintune.training.fused.lora_linear import AdaptedLinear, LinearGroup
 from fintune.training.fused.loss import LabelLoss, label_loss
 from fintune.training.fused.stack import GroupStack
 from fintune.training.memory.model import FUSED_FAMILIES, LINEAR_LAYERS
+from fintune.training.verify import allowed_difference, own_log_probs
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -74,6 +75,30 @@ def _unsupported_adapters(model: PeftModel, num_layers: int) -> Iterator[str]:
             yield f"not every layer's {name} has an adapter"
         elif len(set(layer_ranks)) > 1:
             yield f"the adapters of {name} have different ranks"
+
+
+def differing_reason(model: PeftModel, ids: Sequence[int], compute: str) -> str | None:
+    """Return by how much the fused layers differ from the model's own logits on a row; None if by rounding alone.
+
+    Args:
+        model: A model that is supported.
+        ids: Tokens of the row.
+        compute: Name of the type of the products.
+    """
+    own = own_log_probs(model, ids, compute=compute)
+    was_training = model.training
+    fused = FusedModel(model.eval(), dtype=getattr(torch, compute), hold=False)
+    tokens = torch.tensor(list(ids), device=model.device)
+    bounds = SequenceBounds((len(ids),), torch.tensor([0, len(ids)], dtype=torch.int32, device=model.device))
+    positions = torch.arange(len(ids), device=model.device)
+    with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+        loss = fused.loss(tokens, positions, bounds, positions[:-1], tokens[1:], 1.0, training=False)
+    model.train(was_training)
+    difference = float((own + loss.losses.cpu()).abs().mean())
+    allowed = allowed_difference(own, getattr(torch, compute))
+    if not difference > allowed:  # logits that are not finite stop the first step, with its examples
+        return None
+    return f"the fused layers differ from the model by {difference:.2g} a token (rounding explains {allowed:.2g})"
 
 
 class FusedModel:

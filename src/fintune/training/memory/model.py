@@ -89,11 +89,7 @@ class DecoderShape:
         return (self.heads + 2 * self.key_heads) * self.head_dim
 
     def linear(self, name: str) -> tuple[int, int]:
-        """Return the outputs and inputs of a linear layer.
-
-        Args:
-            name: One of :data:`LINEAR_LAYERS`.
-        """
+        """Return the outputs and inputs of one of :data:`LINEAR_LAYERS`."""
         attention, keys = self.heads * self.head_dim, self.key_heads * self.head_dim
         return {
             "q_proj": (attention, self.hidden),
@@ -167,14 +163,7 @@ class StepSetting:
 def fused_peak_bytes(
     shape: DecoderShape, method: AdapterMethod, setting: StepSetting, *, num_labels: int | None = None
 ) -> int:
-    """Predict the largest allocation of a training step with the fused layers.
-
-    Args:
-        shape: Sizes of the model.
-        method: What is trained.
-        setting: Recomputed layers, 16-bit copies, tokens.
-        num_labels: Trained tokens of a forward pass. Default: all of them.
-    """
+    """Predict the largest allocation of a step with the fused layers; ``num_labels`` tokens (all) of a pass count."""
     num_labels = setting.tokens if num_labels is None else num_labels
     saved = setting.num_checkpointed * _input_bytes(shape, setting.tokens)
     saved += (shape.layers - setting.num_checkpointed) * _activation_bytes(shape, method, setting.tokens)
@@ -197,10 +186,9 @@ def transformers_peak_bytes(
         shape: Sizes of the model.
         method: What is trained.
         tokens: Tokens of one forward pass.
-        recomputed: Whether gradient checkpointing recomputes all layers.
+        recomputed: Whether all layers are recomputed.
         accumulates: Whether gradients are kept over several forward passes.
-        num_shards: GPUs among which the frozen weights are divided. The weights of the layer that computes, and of the
-            next one, are gathered on every GPU.
+        num_shards: GPUs among which the frozen weights are divided. Those of two layers are gathered on every GPU.
     """
     setting = StepSetting(0, unpacked=not method.four_bit, tokens=tokens, accumulates=accumulates)
     activations = int(_TRANSFORMERS_ACTIVATIONS * _activation_bytes(shape, method, tokens))
@@ -299,13 +287,7 @@ def format_distinct(needed: int, limit: int) -> tuple[str, str]:
 
 
 def format_usage(used: int, limit: int, suffix: str = "") -> str:
-    """Return ``39.1 GiB predicted of 78.8``. A unit that both sizes share is written once.
-
-    Args:
-        used: Bytes that are needed.
-        limit: Bytes that may be allocated.
-        suffix: Text after the first size, for example ``" predicted"``.
-    """
+    """Return ``39.1 GiB predicted of 78.8``, with ``" predicted"`` as suffix. A shared unit is written once."""
     unit = format_gib(used).split()[1]
     return f"{format_gib(used)}{suffix} of {format_gib(limit).removesuffix(f' {unit}')}"
 

@@ -69,19 +69,11 @@ class MemoryRequest:
 
     @classmethod
     def from_config(cls, config: Config, model_config: Mapping[str, Any], longest: int, limit: int) -> MemoryRequest:
-        """Make the request of a configuration whose model is not loaded.
-
-        Args:
-            config: The run.
-            model_config: The model's ``config.json``.
-            longest: Tokens of the longest example.
-            limit: Bytes that may be allocated.
-        """
-        adapter = config.adapter
-        is_all = "all-linear" in adapter.target_modules
+        """Make the request of a configuration whose model is not loaded; ``model_config`` is its ``config.json``."""
+        adapter, targets = config.adapter, config.adapter.target_modules
         method = AdapterMethod(
             adapter.r,
-            tuple(name for name in LINEAR_LAYERS if is_all or name in adapter.target_modules),
+            tuple(name for name in LINEAR_LAYERS if "all-linear" in targets or name in targets),
             dora=adapter.kind == "dora",
             four_bit=config.model.quantization == "nf4",
             moment_bytes=MOMENT_BYTES[config.train.optim],
@@ -91,13 +83,7 @@ class MemoryRequest:
 
     @classmethod
     def from_model(cls, model: PeftModel, options: TrainOptions, lengths: Sequence[int]) -> MemoryRequest:
-        """Make the request of an adapted model on its GPU.
-
-        Args:
-            model: The model.
-            options: Training options.
-            lengths: Tokens of each example.
-        """
+        """Make the request of an adapted model on its GPU; ``lengths`` are the tokens of each example."""
         from peft.tuners.lora import LoraLayer
 
         adapted = {
@@ -146,13 +132,11 @@ class MemoryRequest:
         plan = self.choose_plan()
         if plan.fits:
             return plan
-        changes = ["a shorter prompt.max_length", "a smaller adapter.r", "a smaller model"]
-        layers = "every layer recomputed"
-        if self.options.gradient_checkpointing is False:
-            changes.insert(0, "train.gradient_checkpointing=true")
-            layers = "no layer recomputed"
-        if not self.method.four_bit:
-            changes.insert(0, "model.quantization=nf4")
+        may_recompute = self.options.gradient_checkpointing is not False
+        layers = "every layer recomputed" if may_recompute else "no layer recomputed"
+        changes = [] if self.method.four_bit else ["model.quantization=nf4"]
+        changes += [] if may_recompute else ["train.gradient_checkpointing=true"]
+        changes += ["a shorter prompt.max_length", "a smaller adapter.r", "a smaller model"]
         needed, usable = format_distinct(plan.predicted_bytes, self.limit)
         raise ResourceError(
             f"training needs {needed} for one example of {self.longest} tokens with {layers}, but only {usable} may be "
@@ -232,12 +216,7 @@ def fits_one_gpu(config: Config, model_config: Mapping[str, Any], longest: int, 
 
 
 def plan_for_model(model: PeftModel, options: TrainOptions, lengths: Sequence[int]) -> MemoryPlan:
-    """Choose and print the settings of the fused layers for a model on its GPU.
-
-    Args:
-        model: A model that the fused layers support.
-        options: Training options.
-        lengths: Tokens of each example.
+    """Choose and print the settings of the fused layers for a model on its GPU; ``lengths`` in tokens.
 
     Raises:
         ResourceError: Not even one example a pass fits.
@@ -255,12 +234,7 @@ def resolve_checkpointing(
 ) -> TrainOptions:
     """Return the options with ``train.gradient_checkpointing`` set for the layers of transformers.
 
-    The choice is printed if the option was not set and there is a GPU.
-
-    Args:
-        model: The model.
-        options: Training options.
-        lengths: Tokens of each example.
+    The choice is printed if the option was not set and there is a GPU. ``lengths`` are the tokens of each example.
     """
     if options.gradient_checkpointing is not None:
         return options
@@ -307,10 +281,7 @@ def write_plan(plan: MemoryPlan, folder: Path) -> None:
 
 
 def record_peak(folder: Path) -> None:
-    """Print the largest allocation on this process's GPU, and write it beside the prediction if there was one.
-
-    The memory that torch's allocator reserved for it is recorded too: free blocks do not always fit a new tensor.
-    """
+    """Print what torch allocated and reserved at most on this process's GPU, and write it beside the prediction."""
     import torch
 
     measured, reserved = torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB
@@ -342,9 +313,9 @@ def advise_less_memory(
         limit: Bytes that could be allocated.
         followed_plan: Whether the fused layers ran by a plan, which needed more than predicted.
     """
-    is_known = model_config is not None and model_config.get("model_type") in FUSED_FAMILIES
-    if model_config is None or not is_known or config.adapter.kind == "full":
+    if (model_config or {}).get("model_type") not in FUSED_FAMILIES or config.adapter.kind == "full":
         return _general_advice(config, on_gpu=model_config is not None)
+    assert model_config is not None, "its type is known"
     request = MemoryRequest.from_config(config, model_config, longest, limit)
     return _advise_tighter_plan(request) if followed_plan else _advise_smaller_passes(request)
 
@@ -355,17 +326,17 @@ def _advise_tighter_plan(request: MemoryRequest) -> str:
     # If recomputation was forbidden, allowing it comes before anything else.
     allowed = ["train.gradient_checkpointing=true"] if options.gradient_checkpointing is False else []
     if allowed:
-        options = options.model_copy(update={"gradient_checkpointing": True})
+        request = replace(request, options=options.model_copy(update={"gradient_checkpointing": True}))
     for four_bit in dict.fromkeys((request.method.four_bit, True)):
         for share in _TIGHTER_SHARES:
-            plan = replace(request, options=options, limit=int(share * limit)).in_four_bits(four_bit).choose_plan()
+            plan = replace(request, limit=int(share * limit)).in_four_bits(four_bit).choose_plan()
             if plan.fits and plan.predicted_bytes < before.predicted_bytes:
                 overrides = [*allowed] if four_bit == request.method.four_bit else [*allowed, "model.quantization=nf4"]
                 overrides.append(f"train.max_memory_gib={int(10 * plan.limit_bytes / GIB) / 10}")
                 passes = f"{plan.accumulation} of {plan.batch_size} examples a step"
                 layers = f"{plan.setting.num_checkpointed} of {request.shape.layers} layers recomputed"
                 return _advice(overrides, f"{layers}, {passes}, {plan.predicted_bytes / GIB:.1f} GiB predicted")
-    smallest = replace(request, options=options, limit=int(_TIGHTER_SHARES[0] * limit)).in_four_bits(True)
+    smallest = replace(request, limit=int(_TIGHTER_SHARES[0] * limit)).in_four_bits(True)
     for longest in _shorter_lengths(request.longest):
         if replace(smallest, longest=longest).choose_plan().fits:
             return _advise_shorter_examples(longest, request, allowed)
