@@ -325,7 +325,7 @@ def load_model(
             dtype=stored,
             device_map={"": device},
             use_safetensors=True,
-            # Otherwise transformers also loads an adapter that lies beside the weights.
+            # Otherwise transformers also loads an adapter beside the weights.
             adapter_kwargs={"subfolder": _NO_ADAPTER},
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
