@@ -326,7 +326,7 @@ def _trainer_class(options: TrainOptions) -> type[Trainer]:
         def _log_probs(
             self, model: nn.Module, answers: Batch, **more: object
         ) -> tuple[torch.Tensor, torch.Tensor | None]:
-            output = model(**answers, fused_lm_head=True, **more)
+            output = model(**answers, fused_lm_head=True, use_cache=False, **more)
             return output.log_probs.float().sum(1), getattr(output, "aux_loss", None)
 
         def _reference(self, model: nn.Module, answers: Batch) -> torch.Tensor:
