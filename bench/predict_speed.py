@@ -15,6 +15,10 @@ The questions are measured in pieces, both ways on each piece in turn, and which
 after every piece, and the same command goes on from there. So the ratio holds on a busy machine, too, where processor
 seconds (of one thread: several wait for each other) say more than the wall time. With --loop-num the loop asks only so
 many questions of a piece, evenly spread, and its time is scaled up.
+
+``--also general page`` decodes within a grammar; the time includes making the grammars. ``--dump FILE`` writes the
+engine's completions. ``--against FILE`` compares them with those of another version of the package: a completion that
+differs is a near-tie if the margin where it first differs is below 0.25 nats.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ import json
 import random
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +39,7 @@ from shapes import SIZES
 MAX_LENGTH = 2048
 VOCABULARY = 8000
 """Of the tokenizer that is trained on the questions' text."""
+NEAR_TIE_NATS = 0.25
 
 
 def main() -> None:
@@ -55,12 +61,13 @@ def main() -> None:
     done = sum(piece["num_questions"] for piece in result["pieces"])
     model, tokenizer = opened(given, records)
     prompts = rendered(tokenizer, records)
+    given.records = dict(zip(prompts, records, strict=True))
     started = time.monotonic()
     for way in WAYS.values():
         way(model, tokenizer, prompts[:2], given)  # what is set up once is nobody's time
     for name in given.also:
         with contextlib.suppress(Exception):  # told when it is measured
-            ALSO[name](model, tokenizer, prompts[: given.batch_size], given)
+            ALSO[name](model, tokenizer, prompts[: min(64, given.batch_size)], given)
     while done < len(prompts) and (not result["pieces"] or time.monotonic() - started < 60 * given.minutes):
         part = prompts[done : done + given.piece]
         result["pieces"].append(measured(model, tokenizer, part, given, flip=len(result["pieces"]) % 2 == 1))
@@ -74,7 +81,9 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     """What is asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--finqa", type=Path, required=True, help="folder of dev.json.gz")
+    parser.add_argument(
+        "--finqa", type=Path, required=True, help="folder of dev.json.gz, and train.json.gz"
+    )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--model", default="builtin:smollm2-135m", help="folder, hub id or built-in model")
     which.add_argument("--random", choices=("3b", "tiny"), help="a model of this shape, made here")
@@ -87,6 +96,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--also", nargs="*", choices=ALSO, default=[], help="other ways, timed on the whole piece")
+    parser.add_argument("--dump", type=Path, help="JSON file for the engine's completions")
+    parser.add_argument("--against", type=Path, help="completions of --dump to compare with")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write, or to go on with")
     return parser.parse_args()
 
@@ -97,6 +108,8 @@ def questions(finqa: Path, num: int) -> list[Any]:
     from fintune.records import FinQARecord
 
     rows = json.loads(gzip.decompress((finqa / "dev.json.gz").read_bytes()))
+    if num > len(rows):
+        rows += json.loads(gzip.decompress((finqa / "train.json.gz").read_bytes()))[: num - len(rows)]
     records = [FinQARecord.model_validate(row) for row in rows]
     random.Random(17).shuffle(records)  # noqa: S311 - an order, no secret
     return [records[at] for at in page_order(records)][:num]
@@ -199,13 +212,22 @@ def generated(
     return rows
 
 
-def batched(model: Any, tokenizer: Any, prompts: list[str], given: argparse.Namespace) -> list[tuple[int, ...]]:
-    """This package's engine."""
+def batched(
+    model: Any, tokenizer: Any, prompts: list[str], given: argparse.Namespace, constrain: str = "none"
+) -> list[tuple[int, ...]]:
+    """This package's engine, free or within a grammar."""
+    from fintune.config import PredictOptions
+    from fintune.inference.decoding_strategies import make_grammars
     from fintune.inference.protocol import Decoding, sorted_by_prompt
     from fintune.inference.transformers_engine import TransformersEngine
 
+    grammars = make_grammars(PredictOptions(constrain=constrain), [given.records[prompt] for prompt in prompts])
     engine = TransformersEngine(model, tokenizer, given.batch_size)
-    return [each.token_ids for each in sorted_by_prompt(engine.generate(prompts, Decoding(given.new_tokens)))]
+    completions = sorted_by_prompt(engine.generate(prompts, Decoding(given.new_tokens, grammars=grammars)))
+    engine.close()
+    if constrain == "none":
+        given.completions = completions
+    return [each.token_ids for each in completions]
 
 
 def continuous(model: Any, tokenizer: Any, prompts: list[str], given: argparse.Namespace) -> list[tuple[int, ...]]:
@@ -249,8 +271,13 @@ def static(model: Any, tokenizer: Any, prompts: list[str], given: argparse.Names
 
 
 WAYS = {"loop": one_by_one, "engine": batched}
-ALSO = {"continuous": continuous, "static": static}
-"""Ways of transformers that the engine might have taken instead."""
+ALSO = {
+    "general": partial(batched, constrain="general"),
+    "page": partial(batched, constrain="page"),
+    "continuous": continuous,
+    "static": static,
+}
+"""The engine within grammars, and ways of transformers that it might have taken instead."""
 
 
 def measured(
@@ -271,6 +298,7 @@ def measured(
             "processor_seconds": round((time.process_time() - processor) * scale, 3),
             "num_tokens": sum(map(len, tokens[name])),
         }
+    piece |= compared(given)
     for name in given.also:
         started = time.perf_counter()
         try:
@@ -283,6 +311,20 @@ def measured(
         piece[name] = {"seconds": seconds, "num_same_as_engine": same, "num_tokens": sum(map(len, tokens[name]))}
     same = sum(tokens["engine"][at] == loop for at, loop in zip(places, tokens["loop"], strict=True))
     return piece | {"num_same_completions": same, "num_prompt_tokens": sum(map(len, tokenizer(prompts)["input_ids"]))}
+
+
+def compared(given: argparse.Namespace) -> dict[str, Any]:
+    """Write the engine's completions, and compare them with those of another version."""
+    rows = [(each.token_ids, [round(margin, 4) for margin in each.margins]) for each in given.completions]
+    if given.dump is not None:
+        given.dump.write_text(json.dumps(rows), encoding="utf-8")
+    if given.against is None:
+        return {}
+    found = {"same": 0, "near_ties": 0, "others": 0}
+    for (ids, margins), (old_ids, _) in zip(rows, json.loads(given.against.read_text(encoding="utf-8")), strict=True):
+        at = next((at for at, pair in enumerate(zip(ids, old_ids, strict=False)) if pair[0] != pair[1]), None)
+        found["same" if at is None else "near_ties" if margins[at] < NEAR_TIE_NATS else "others"] += 1
+    return {"against_the_other_version": found}
 
 
 def totals(pieces: list[dict[str, Any]]) -> dict[str, Any]:

@@ -6,10 +6,11 @@ import pytest
 
 from fintune.errors import ModelError
 from fintune.finqa.grammar import general, restricted, shortest_ending, vocabulary
-from fintune.inference import transformers_engine
+from fintune.inference import kv_cache, transformers_engine
+from fintune.inference.kv_cache import SlotBatch, has_slots
 from fintune.inference.prefix_cache import PrefixSplit
 from fintune.inference.protocol import Decoding, sorted_by_prompt
-from fintune.inference.transformers_engine import TransformersEngine
+from fintune.inference.transformers_engine import TransformersEngine, _Running
 from fintune.models import chat_template as chat
 from fintune.models import load as models
 from fintune.records import Message
@@ -96,11 +97,11 @@ def test_a_batch_is_handed_out_before_the_next_one_begins(model, tokenizer, prom
 
 
 def test_a_row_that_ends_is_handed_out_while_its_batch_goes_on(model, tokenizer, prompts, monkeypatch):
-    engine, steps, step = TransformersEngine(model, tokenizer, 11), [], TransformersEngine._step
+    engine, steps, step = TransformersEngine(model, tokenizer, 11), [], SlotBatch.step
     drawn = Decoding(8, temperature=2.0)
     free = sorted_by_prompt(engine.generate(prompts, drawn))
     engine._stop_ids = frozenset({free[0].token_ids[2]})
-    monkeypatch.setattr(TransformersEngine, "_step", lambda *given: steps.append(1) or step(*given))
+    monkeypatch.setattr(SlotBatch, "step", lambda *given: steps.append(1) or step(*given))
     num_steps = {answer.prompt_index: len(steps) for answer in engine.generate(prompts, drawn)}
     assert min(num_steps.values()) < max(num_steps.values()) == 7
 
@@ -141,7 +142,7 @@ def test_no_more_tokens_than_the_context_has_room_for(model, tokenizer):
 
 
 def _unshared(prompts):
-    return PrefixSplit(max(map(len, prompts)), [], [0] * len(prompts))
+    return PrefixSplit(1, [prompt[:-1] for prompt in prompts], [*range(len(prompts))])
 
 
 PAGE = "net revenue of $ 5829 million in 2019 compared with $ 5735 million in 2018 . "
@@ -163,7 +164,7 @@ def test_sharing_beginnings_changes_no_token(model, tokenizer, monkeypatch, name
     )
     shared = sorted_by_prompt(TransformersEngine(model, tokenizer, 7).generate(prompts, Decoding(12)))
     num_shared, passes[:] = sum(passes), []
-    monkeypatch.setattr(transformers_engine, "split_prefixes", _unshared)
+    monkeypatch.setattr(kv_cache, "split_prefixes", _unshared)
     alone = sorted_by_prompt(TransformersEngine(model, tokenizer, 7).generate(prompts, Decoding(12)))
     hook.remove()
     assert num_shared < sum(passes)
@@ -173,28 +174,118 @@ def test_sharing_beginnings_changes_no_token(model, tokenizer, monkeypatch, name
         assert a.margins == pytest.approx(b.margins, abs=1e-4)
 
 
-def test_a_model_that_forgets_tokens_computes_prompts_whole(tokenizer, prompts):
-    from transformers import MistralConfig, MistralForCausalLM
+class Recorded:
+    """In place of a CUDA graph, which needs a GPU: computes the step again and writes into the same logits."""
 
+    def __init__(self, batch, width):
+        self.batch, self.width = batch, width
+        self.logits = batch._step_all(width).clone()
+
+    def replay(self):
+        self.logits.copy_(self.batch._step_all(self.width))
+
+
+@pytest.fixture
+def gpu_loop(monkeypatch):
+    """Let engines decode as on a GPU: all slots in each step, a step ahead of the tokens, rows replaced."""
+    monkeypatch.setattr(SlotBatch, "_record", lambda *given: (recorded := Recorded(*given), recorded.logits))
+    init = TransformersEngine.__init__
+
+    def fixed(self, *given):
+        init(self, *given)
+        self._has_fixed_shape = True
+
+    def switch(is_on):
+        monkeypatch.setattr(TransformersEngine, "__init__", fixed if is_on else init)
+        monkeypatch.setattr(kv_cache, "_COLUMNS_STEP", 32)
+        monkeypatch.setattr(transformers_engine, "_PREFILL_TOKENS", 150)
+
+    return switch
+
+
+@pytest.mark.parametrize("decoding", ["greedy", "sampled", "general", "pages", "sampled pages"])
+def test_the_loop_of_a_gpu_writes_the_same(model, tokenizer, prompts, gpu_loop, decoding):
+    grammars = {"general": (general(),) * 22, "pages": tuple(PAGES * 2)}.get(decoding.split()[-1])
+    is_sampled = decoding.startswith("sampled")
+    options = Decoding(24, temperature=1.0 * is_sampled, num_candidates=1 + is_sampled, grammars=grammars)
+    found = []
+    for is_on in (False, True):
+        gpu_loop(is_on)
+        engine = TransformersEngine(model, tokenizer, 4)
+        # Some completions end early, so that others take their slots.
+        engine._stop_ids |= {*range(100, 180)} if grammars is None else set()
+        found.append(sorted_by_prompt(engine.generate(prompts * 2, options)))
+    for one, other in zip(*found, strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.finish_reason == other.finish_reason
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+        assert one.margins == pytest.approx(other.margins, abs=1e-4)
+    assert len({len(each.token_ids) for each in found[0]}) > 2
+
+
+def test_rows_that_end_are_replaced(model, tokenizer, prompts, gpu_loop, monkeypatch):
+    gpu_loop(True)
+    engine, running, step = TransformersEngine(model, tokenizer, 4), [], _Running.step
+    engine._stop_ids |= {*range(100, 180)}
+    monkeypatch.setattr(_Running, "step", lambda self: running.append(len(self.rows)) or step(self))
+    completions = sorted_by_prompt(engine.generate(prompts * 2, Decoding(24)))
+    num_steps = sum(len(each.token_ids) for each in completions)
+    assert sum(running) == num_steps
+    # Four rows run nearly all the time, though no four completions of a batch have one length.
+    assert len(running) < 1.4 * num_steps / 4
+
+
+def test_a_resumed_window_is_decoded_again_as_a_whole(model, tokenizer, prompts, gpu_loop):
+    gpu_loop(True)
+    whole = {each.prompt_index: each for each in TransformersEngine(model, tokenizer, 4).generate(prompts, Decoding(8))}
+    rest = [*TransformersEngine(model, tokenizer, 4).generate(prompts, Decoding(8), {1, 5})]
+    assert {each.prompt_index for each in rest} == whole.keys() - {1, 5}
+    for each in rest:
+        assert replace(each.completions[0], seconds=0) == replace(whole[each.prompt_index].completions[0], seconds=0)
+
+
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+    "pad_token_id": 0,
+}
+FAMILIES = {
+    "mistral": (True, {"sliding_window": 16}),
+    "qwen2": (True, {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
+    "qwen3": (True, {}),
+    "gemma3_text": (True, {"sliding_window": 16, "sliding_window_pattern": 2}),
+    "phi3": (True, {}),
+    "gemma2": (False, {"sliding_window": 16}),
+    "gpt2": (True, {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 4096}),
+    "bloom": (False, {"n_layer": 2, "n_head": 2}),
+    "llama4_text": (False, {"attention_chunk_size": 16, "num_local_experts": 2}),
+}
+"""Model type -> whether its rows have slots, and its options."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_writes_what_one_forward_pass_says(tokenizer, family, gpu_loop):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    expected, options = FAMILIES[family]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        sliding = MistralForCausalLM(
-            MistralConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                sliding_window=16,
-            )
-        ).eval()
-    texts = [chat.render(tokenizer, [Message(role="user", content=PAGE * 3 + str(q))]) for q in range(3)]
-    found = sorted_by_prompt(TransformersEngine(sliding, tokenizer, 3).generate(texts, Decoding(5)))
-    for text, each in zip(texts, found, strict=True):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        logits = sliding(torch.tensor([ids + list(each.token_ids)])).logits[0, len(ids) - 1 : -1]
-        assert logits.argmax(-1).tolist() == list(each.token_ids)
+        config = AutoConfig.for_model(family, vocab_size=len(tokenizer), **(TINY | options))
+        model = AutoModelForCausalLM.from_config(config).eval()
+    assert has_slots(model) is expected
+    texts = [chat.render(tokenizer, [Message(role="user", content=PAGE * 3 + "1" * q)]) for q in (1, 9, 40)]
+    for is_on in (False, True):
+        gpu_loop(is_on)
+        found = sorted_by_prompt(TransformersEngine(model, tokenizer, 3).generate(texts, Decoding(5)))
+        for text, each in zip(texts, found, strict=True):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            logits = model(torch.tensor([ids + list(each.token_ids)])).logits[0, len(ids) - 1 : -1]
+            assert logits.argmax(-1).tolist() == list(each.token_ids)
 
 
 def test_an_adapter_shares_beginnings_too(tiny_model, tokenizer, monkeypatch):
@@ -208,7 +299,7 @@ def test_an_adapter_shares_beginnings_too(tiny_model, tokenizer, monkeypatch):
             adapted = get_peft_model(base, lora).eval()
     prompts = [chat.render(tokenizer, [Message(role="user", content=text)]) for text in SETS["pages of questions"]]
     shared = sorted_by_prompt(TransformersEngine(adapted, tokenizer, 8).generate(prompts, Decoding(8)))
-    monkeypatch.setattr(transformers_engine, "split_prefixes", _unshared)
+    monkeypatch.setattr(kv_cache, "split_prefixes", _unshared)
     alone = sorted_by_prompt(TransformersEngine(adapted, tokenizer, 8).generate(prompts, Decoding(8)))
     assert [each.token_ids for each in shared] == [each.token_ids for each in alone]
 

@@ -1,9 +1,7 @@
 """Shared prefixes of prompts, which are computed only once: several questions about one page.
 
 All functions here are pure functions of token ids or records. A prompt is split into a head, whose keys and values may
-belong to other prompts too, and a tail. All tails of a batch have the same length. This costs nothing, because a batch
-is as wide as its longest tail, and it leaves no gap between a head and its tail, which sliding-window attention would
-count as distance.
+belong to other prompts too, and a tail. All tails of a batch have one length, so they need no padding.
 """
 
 from __future__ import annotations
@@ -19,9 +17,6 @@ from fintune.records import FinQARecord
 
 Ids = list[int]
 
-_MIN_SAVED_TOKENS = 32
-"""Sharing must save at least this many tokens, because the heads are one more pass through the model's weights."""
-
 _MAX_TAIL_LENGTHS = 32
 """Number of tail lengths that are compared, so that planning a wide batch takes no noticeable time."""
 
@@ -31,9 +26,8 @@ class PrefixSplit:
     """How a batch of prompts is computed: first the heads, then each prompt's tail after its head.
 
     Attributes:
-        num_tail: Length of every prompt's tail in tokens; it contains at least the last token. Shorter prompts have no
-            head.
-        heads: Distinct prefixes, none of them a prefix of another; empty if sharing saves too little.
+        num_tail: Length of every prompt's tail in tokens; it contains at least the last token.
+        heads: Distinct prefixes, none of them a prefix of another.
         head_of: For each prompt, the index of the head whose first ``len(prompt) - num_tail`` tokens are its own.
     """
 
@@ -62,7 +56,9 @@ def group_by_prefix(prompts: Sequence[Ids]) -> list[list[int]]:
     return sorted(groups, key=lambda group: max(len(prompts[index]) for index in group))
 
 
-def make_batches(groups: Sequence[Sequence[int]], size: int) -> list[list[int]]:
+def make_batches(
+    groups: Sequence[Sequence[int]], size: int, lengths: Sequence[int] = (), max_tokens: int | None = None
+) -> list[list[int]]:
     """Put groups into batches in their order. A group is only divided if it is larger than a batch.
 
     A page whose questions are in two batches is computed twice. On FinQA's dev questions in batches of 16, keeping
@@ -71,15 +67,25 @@ def make_batches(groups: Sequence[Sequence[int]], size: int) -> list[list[int]]:
     Args:
         groups: Groups from :func:`group_by_prefix`.
         size: Maximum number of prompts in a batch.
+        lengths: Length of each prompt in tokens, for ``max_tokens``.
+        max_tokens: Maximum number of tokens that a batch computes, if a group computes its longest prompt once and all
+            groups are as wide as the widest. A batch of one group may have more.
     """
     batches: list[list[int]] = [[]]
+    num_groups = 0
     for group in groups:
-        if batches[-1] and len(batches[-1]) + len(group) > size:
+        is_full = len(batches[-1]) + len(group) > size
+        if max_tokens is not None:
+            is_full |= (num_groups + 1) * max(lengths[index] for index in group) > max_tokens
+        if batches[-1] and is_full:
             batches.append([])
+            num_groups = 0
         for index in group:
             if len(batches[-1]) == size:
                 batches.append([])
+                num_groups = 0
             batches[-1].append(index)
+        num_groups += 1
     return [batch for batch in batches if batch]
 
 
@@ -89,23 +95,16 @@ def split_prefixes(prompts: Sequence[Ids]) -> PrefixSplit:
     Args:
         prompts: Token ids of the prompts, none of them empty.
     """
-    width = max(map(len, prompts))
-    ordered = sorted(prompts)
+    width, shortest = max(map(len, prompts)), min(map(len, prompts))
     # A head can be shared up to where two neighbours in sorted order differ.
-    lengths = {max(1, len(prompt) - num_shared_tokens(*pair)) for pair in pairwise(ordered) for prompt in pair}
-    tails = sorted(length for length in lengths if length < width)
-    best = PrefixSplit(width, [], [0] * len(prompts))
-    best_cost = len(prompts) * width - _MIN_SAVED_TOKENS
-    for num_tail in tails[:: 1 + len(tails) // _MAX_TAIL_LENGTHS]:
-        split = _split_at(prompts, num_tail)
-        cost = len(split.heads) * (width - num_tail) + len(prompts) * num_tail
-        if cost <= best_cost:
-            best, best_cost = split, cost
-    return best
+    lengths = {len(prompt) - num_shared_tokens(*pair) for pair in pairwise(sorted(prompts)) for prompt in pair}
+    tails = sorted({1, *(length for length in lengths if 1 <= length <= shortest)})
+    splits = [_split_at(prompts, num_tail) for num_tail in tails[:: 1 + len(tails) // _MAX_TAIL_LENGTHS]]
+    return min(splits, key=lambda split: len(split.heads) * (width - split.num_tail) + len(prompts) * split.num_tail)
 
 
 def _split_at(prompts: Sequence[Ids], num_tail: int) -> PrefixSplit:
-    own_heads = [prompt[: max(0, len(prompt) - num_tail)] for prompt in prompts]
+    own_heads = [prompt[: len(prompt) - num_tail] for prompt in prompts]
     heads: list[Ids] = []
     head_of = [0] * len(prompts)
     # In descending order, a prefix of a head comes directly after it.

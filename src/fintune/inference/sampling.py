@@ -1,17 +1,16 @@
 """The next token of each completion in a batch: greedy or sampled, and within a grammar if there is one.
 
-A token is first chosen freely. Only if the grammar refuses it, the allowed tokens are computed and one of them is
-chosen, so a model that knows the language pays almost nothing for the grammar. A sampled token has the same
-distribution as if all logits had been masked first. llguidance computes the allowed tokens; it handles tokens that span
-grammar boundaries.
+All rows are chosen on the model's device at once. llguidance computes on the CPU which tokens a grammar allows; it
+handles tokens that span grammar boundaries. The masks are computed in parallel, and only for the rows that need them.
 """
 
 from __future__ import annotations
 
-import random
+import os
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from fintune.errors import ModelError, ResourceError
 from fintune.finqa.grammar import Grammar
@@ -41,6 +40,7 @@ class GrammarMasks:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, num_tokens: int, stop_ids: frozenset[int]) -> None:
         try:
+            from llguidance import LLExecutor
             from llguidance.hf import from_tokenizer
         except ImportError as error:
             raise ResourceError(
@@ -53,137 +53,123 @@ class GrammarMasks:
             raise ModelError(
                 f"{tokenizer.name_or_path}: a grammar needs a tokenizer.json ({error})", hint="predict.constrain: none"
             ) from error
-        self._stop_ids = stop_ids
-        self._latest: tuple[Grammar, LLMatcher] | None = None
+        self._num_tokens, self._stop_ids = num_tokens, stop_ids
+        self._executor = LLExecutor()
+        self._builders = ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) // 2))
+        self._latest: tuple[Grammar, Future[LLMatcher]] | None = None
 
     def start(self, grammar: Grammar) -> GrammarState:
-        """Return the initial state of a grammar. Consecutive prompts with the same grammar build it once."""
-        if self._latest is None or self._latest[0] is not grammar:
-            from llguidance import LLMatcher
+        """Return the initial state of a grammar, which is built in the background.
 
-            matcher = LLMatcher(self._tokens, LLMatcher.grammar_from_lark(grammar.lark()))
-            assert not matcher.is_error(), matcher.get_error()
-            self._latest = (grammar, matcher)
-        return GrammarState(self._latest[1].deep_copy(), self._stop_ids)
+        Consecutive prompts with the same grammar build it once.
+        """
+        if self._latest is None or self._latest[0] is not grammar:
+            self._latest = (grammar, self._builders.submit(self._build, grammar))
+        return GrammarState(self._latest[1], self._stop_ids)
+
+    def allowed(self, states: Sequence[GrammarState]) -> torch.Tensor:
+        """Return which tokens may come next: bits of int32, shape [states, vocabulary / 32], on the CPU."""
+        import torch
+        from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
+
+        bits = allocate_token_bitmask(len(states), self._num_tokens)
+        fill_next_token_bitmask_par(self._executor, [(state.matcher, at) for at, state in enumerate(states)], bits)
+        for state in states:
+            assert not state.matcher.is_error(), state.matcher.get_error()
+        return torch.from_numpy(bits)
+
+    def close(self) -> None:
+        """Stop building grammars."""
+        self._builders.shutdown(wait=False, cancel_futures=True)
+
+    def _build(self, grammar: Grammar) -> LLMatcher:
+        from llguidance import LLMatcher
+
+        matcher = LLMatcher(self._tokens, LLMatcher.grammar_from_lark(grammar.lark()))
+        assert not matcher.is_error(), matcher.get_error()
+        return matcher
 
 
 class GrammarState:
     """The position of one completion in its grammar."""
 
-    def __init__(self, matcher: LLMatcher, stop_ids: frozenset[int]) -> None:
-        self._matcher, self._stop_ids = matcher, stop_ids
+    def __init__(self, built: Future[LLMatcher], stop_ids: frozenset[int]) -> None:
+        self._built, self._stop_ids = built, stop_ids
+        self._matcher: LLMatcher | None = None
+
+    @property
+    def matcher(self) -> LLMatcher:
+        """The state of llguidance."""
+        if self._matcher is None:
+            self._matcher = self._built.result().deep_copy()
+        return self._matcher
 
     def accept(self, token: int) -> bool:
         """Advance by a token and return True if the grammar allows it; otherwise return False."""
         # If nothing can follow, llguidance stops by itself and then takes no token.
-        if self._matcher.is_stopped():
+        if self.matcher.is_stopped():
             return token in self._stop_ids
-        return bool(self._matcher.try_consume_tokens([token]) == 1)
-
-    def allowed(self, num_tokens: int) -> torch.Tensor:
-        """Return which tokens may come next: bool, shape [num_tokens], on the CPU."""
-        import numpy as np
-        import torch
-
-        packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        assert not self._matcher.is_error(), self._matcher.get_error()
-        return torch.from_numpy(np.unpackbits(packed, count=num_tokens, bitorder="little").astype(bool))
+        return bool(self.matcher.try_consume_tokens([token]) == 1)
 
 
-@dataclass
-class SamplerState:
-    """How the tokens of one completion are chosen.
+@dataclass(frozen=True)
+class Masks:
+    """The allowed tokens of some rows.
 
     Attributes:
-        grammar: Position in the grammar; None for free text.
-        rng: Random numbers for sampling; None for greedy decoding.
+        rows: Indices, shape [masked rows].
+        bits: Bits of int32, shape [masked rows, vocabulary / 32].
     """
 
-    grammar: GrammarState | None
-    rng: random.Random | None
+    rows: torch.Tensor
+    bits: torch.Tensor
 
 
-class SampledTokens(NamedTuple):
-    """One token for each row.
-
-    Attributes:
-        tokens: Token ids.
-        logprobs: Log-probability of each token, in nats.
-        margins: Log-probability of the best minus that of the second-best token, in nats. Like ``logprobs``, of the
-            distribution before temperature, top_p and grammar.
-    """
-
-    tokens: list[int]
-    logprobs: list[float]
-    margins: list[float]
-
-
-def sample_tokens(logits: torch.Tensor, states: Sequence[SamplerState], decoding: Decoding) -> SampledTokens:
-    """Choose a token for each row, and advance the grammars.
+def choose_tokens(
+    logits: torch.Tensor, decoding: Decoding, numbers: torch.Tensor | None = None, masks: Masks | None = None
+) -> torch.Tensor:
+    """Choose a token for each row, without waiting for the device.
 
     Args:
-        logits: Float, shape [rows, vocabulary].
-        states: One state for each row.
+        logits: Shape [rows, vocabulary].
         decoding: Temperature and top_p of the sampled rows.
+        numbers: A random number below 1 for each sampled row, float64, shape [rows]; negative for greedy rows.
+        masks: The allowed tokens of the rows that have any.
+
+    Returns:
+        Float64, shape [4, rows]: the tokens; their log-probabilities in nats; the log-probability of the best minus
+        that of the second-best token, in nats; the best tokens. All but the tokens are of the distribution before
+        temperature, top_p and grammar.
     """
     import torch
 
+    logits = logits.float()
     best = logits.topk(2, dim=-1)
+    tokens, allowed = best.indices[:, 0], logits
+    if masks is not None:
+        shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
+        is_allowed = (masks.bits[:, :, None] >> shifts & 1).flatten(1)[:, : logits.shape[1]].bool()
+        allowed = logits.index_copy(0, masks.rows, logits[masks.rows].masked_fill_(~is_allowed, float("-inf")))
+        tokens = tokens.index_copy(0, masks.rows, allowed[masks.rows].argmax(-1))
+    if numbers is not None:
+        tokens = torch.where(numbers < 0, tokens, _draw(allowed, numbers.clamp(min=0), decoding))
+    logprobs = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
     # The difference of two logits is the difference of their log-probabilities.
-    margins: list[float] = (best.values[:, 0] - best.values[:, 1]).tolist()
-    tokens: list[int] = best.indices[:, 0].tolist()
-    sampled_rows = [row for row, state in enumerate(states) if state.rng is not None]
-    if sampled_rows:
-        draws = _draw(logits[sampled_rows], [states[row] for row in sampled_rows], decoding)
-        for row, token in zip(sampled_rows, draws, strict=True):
-            tokens[row] = token
-    refused = [
-        row for row, state in enumerate(states) if state.grammar is not None and not state.grammar.accept(tokens[row])
-    ]
-    if refused:
-        for row, token in zip(refused, _sample_allowed(logits, states, refused, decoding), strict=True):
-            tokens[row] = token
-    indices = torch.tensor(tokens, device=logits.device)[:, None]
-    logprobs = logits.gather(1, indices)[:, 0] - logits.logsumexp(-1)
-    return SampledTokens(tokens, logprobs.tolist(), margins)
+    margins = best.values[:, 0] - best.values[:, 1]
+    return torch.stack([tokens.double(), logprobs.double(), margins.double(), best.indices[:, 0].double()])
 
 
-def _sample_allowed(
-    logits: torch.Tensor, states: Sequence[SamplerState], rows: Sequence[int], decoding: Decoding
-) -> list[int]:
-    """Choose tokens for the rows whose first choice was refused by their grammar."""
-    import torch
-
-    grammars = [grammar for row in rows if (grammar := states[row].grammar) is not None]
-    allowed = torch.stack([grammar.allowed(logits.shape[-1]) for grammar in grammars]).to(logits.device)
-    masked = logits[list(rows)].masked_fill(~allowed, float("-inf"))
-    tokens: list[int] = masked.argmax(-1).tolist()
-    sampled = [index for index, row in enumerate(rows) if states[row].rng is not None]
-    if sampled:
-        draws = _draw(masked[sampled], [states[rows[index]] for index in sampled], decoding)
-        for index, token in zip(sampled, draws, strict=True):
-            tokens[index] = token
-    for grammar, token in zip(grammars, tokens, strict=True):
-        is_accepted = grammar.accept(token)
-        assert is_accepted, "a grammar accepts what it allows"
-    return tokens
-
-
-def _draw(logits: torch.Tensor, states: Sequence[SamplerState], decoding: Decoding) -> list[int]:
+def _draw(logits: torch.Tensor, numbers: torch.Tensor, decoding: Decoding) -> torch.Tensor:
     """Sample one token for each row with one random number of its own."""
     import torch
 
-    numbers = torch.tensor(
-        [[state.rng.random()] for state in states if state.rng is not None], dtype=torch.float64, device=logits.device
-    )
     weights, ids = (logits / decoding.temperature).softmax(-1), None
     if decoding.top_p < 1:
         weights, ids = _nucleus(weights, decoding.top_p)
     sums = weights.double().cumsum(-1)
     # The factor keeps the number below the total after rounding, so the token found has a weight above 0.
-    indices = torch.searchsorted(sums, numbers * (1 - 1e-12) * sums[:, -1:], right=True)
-    tokens: list[int] = (indices if ids is None else ids.gather(1, indices))[:, 0].tolist()
-    return tokens
+    indices = torch.searchsorted(sums, numbers[:, None] * (1 - 1e-12) * sums[:, -1:], right=True)
+    return (indices if ids is None else ids.gather(1, indices))[:, 0]
 
 
 def _nucleus(weights: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:

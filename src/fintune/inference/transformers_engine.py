@@ -1,51 +1,70 @@
 """Batched decoding with transformers: base models, merged folders, and PEFT adapters on their base.
 
-The decoding loop is written out here for two reasons. Rows that have ended leave the batch at once. And the margin to
-the second-best token is kept for each token; ``generate`` would hold the scores of all steps in memory for that. A
-prefix that prompts of a batch share (several questions about a page, several candidates of a question) is computed
-once if all layers attend to all tokens. The key-value cache is preallocated: transformers' own cache is copied whole
-for every new token, which takes a quarter of the decoding time on a CPU.
+The decoding loop is written out here so that completions can leave a batch and enter it (continuous batching, after
+Orca, OSDI 2022), and so that the margin to the second-best token is kept for each token. A prefix that prompts share
+(several questions about a page, several candidates of a question) is computed once; see
+:mod:`fintune.inference.kv_cache`.
+
+A GPU never waits for Python: the next position of all rows is queued before the tokens of this one are read. A row that
+has ended is therefore computed once more for nothing. A grammar's masks would come too late for that, so the model's
+choice is trusted, and a token that the grammar refuses is chosen again one step later. After a refusal, a row gets its
+mask in time until the model agrees with the grammar again. On a CPU each step ends before the next one begins.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fintune.errors import PromptError
-from fintune.inference.prefix_cache import group_by_prefix, make_batches, split_prefixes
+from fintune.inference.kv_cache import Batch, GrowingBatch, SlotBatch, has_slots, to_device
+from fintune.inference.prefix_cache import group_by_prefix, make_batches
 from fintune.inference.protocol import Completion, Decoding, PromptResult
-from fintune.inference.sampling import GrammarMasks, SamplerState, sample_tokens
+from fintune.inference.sampling import GrammarMasks, GrammarState, Masks, choose_tokens
 from fintune.models import chat_template as chat
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
-    from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _WINDOW_BATCHES = 4
 """Number of batches within which prompts are sorted by page and length.
 
 On FinQA's dev questions in page order, 8 batches would save 1 % of the computed tokens, and 2 would cost 10 %.
 """
+_MIN_REPLACING_WINDOW = 2048
+"""Smallest window in prompts where rows are replaced, because the batch runs empty at the end of each window."""
+_PREFILL_TOKENS = 65_536
+"""Tokens of prompts that enter a running batch in one pass."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Row:
-    """One candidate of the prompt at an index, while it is decoded."""
+    """One candidate of the prompt at an index, while it is decoded.
+
+    Attributes:
+        slot: Its place in the batch.
+        is_masked: Whether its next token is chosen within the grammar at once.
+        is_refused: Whether its last token was refused, after the position behind it was computed already.
+    """
 
     index: int
     candidate: int
     prompt_ids: list[int]
     max_new_tokens: int
-    sampler: SamplerState
+    grammar: GrammarState | None
+    rng: random.Random | None
     token_ids: list[int] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    slot: int = 0
+    is_masked: bool = False
+    is_refused: bool = False
     stopped: bool = False
     seconds: float = 0.0
 
@@ -69,6 +88,9 @@ class TransformersEngine:
         self._stop_ids = frozenset(chat.end_of_turn_ids(tokenizer))
         self._masks: GrammarMasks | None = None
         self._context = int(model.config.get_text_config().max_position_embeddings)
+        self._has_slots: bool | None = None
+        self._has_fixed_shape = model.device.type == "cuda"
+        self._batch: Batch | None = None
 
     def generate(
         self, prompts: Sequence[str], decoding: Decoding, done: Collection[int] = ()
@@ -76,13 +98,14 @@ class TransformersEngine:
         """Complete prompts; see :class:`fintune.inference.protocol.Engine`.
 
         A batch that an interrupted call left incomplete is decoded again as a whole, and only the missing prompts are
-        yielded. The completions of a resumed run are therefore bit-identical to those of an uninterrupted one.
+        yielded. Where rows are replaced (on a GPU), this is a window of at least 2,048 prompts. The completions of a
+        resumed run are therefore bit-identical to those of an uninterrupted one.
 
         Raises:
             ModelError: A prompt fills the model's context, which is checked before anything is decoded, or grammars
                 cannot be used with the tokenizer.
         """
-        encoded = [self._encode(number, prompt) for number, prompt in enumerate(prompts, 1)]
+        encoded = self._encode(prompts)
         if decoding.grammars is not None and self._masks is None:
             num_tokens = int(self._model.config.get_text_config().vocab_size)
             self._masks = GrammarMasks(self._tokenizer, num_tokens, self._stop_ids)
@@ -90,37 +113,56 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Release the model. The engine cannot be used afterwards."""
+        if self._masks is not None:
+            self._masks.close()
+        self._batch = None
         del self._model
 
+    def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Tokenise all prompts in parallel."""
+        encoded: list[list[int]] = []
+        if prompts:
+            encoded = self._tokenizer([*prompts], add_special_tokens=False, verbose=False)["input_ids"]
+        for number, ids in enumerate(encoded, 1):
+            if len(ids) >= self._context:
+                raise PromptError(
+                    number,
+                    f" has {len(ids)} tokens, but {self._model.config.name_or_path} reads at most {self._context}",
+                    hint="lower prompt.max_length",
+                )
+        return encoded
+
     def _windows(self, prompts: list[list[int]], decoding: Decoding, done: frozenset[int]) -> Iterator[PromptResult]:
-        window = max(1, self._batch_size * _WINDOW_BATCHES // decoding.num_candidates)
+        if self._has_slots is None:
+            self._has_slots = has_slots(self._model)
+        is_replacing = self._has_slots and self._has_fixed_shape
+        num_rows = max(self._batch_size * _WINDOW_BATCHES, _MIN_REPLACING_WINDOW if is_replacing else 0)
+        window = max(1, num_rows // decoding.num_candidates)
         ended: dict[int, list[_Row]] = defaultdict(list)
         for start in range(0, len(prompts), window):
             indices = range(start, min(start + window, len(prompts)))
-            part = [(index, candidate) for index in indices for candidate in range(decoding.num_candidates)]
-            groups = group_by_prefix([prompts[index] for index, _ in part])
-            for batch in make_batches(groups, self._batch_size):
-                members = [part[member] for member in batch]
-                if all(index in done for index, _ in members):
+            members = [(index, candidate) for index in indices for candidate in range(decoding.num_candidates)]
+            for unit in self._units([prompts[index] for index, _ in members], is_replacing):
+                if all(members[at][0] in done for part in unit for at in part):
                     continue
-                rows = [self._row(prompts, index, candidate, decoding) for index, candidate in members]
-                for row in self._decode(rows, decoding):
+                parts = [[self._row(prompts, *members[at], decoding) for at in part] for part in unit]
+                for row in self._decode(parts, decoding):
                     if row.index in done:
                         continue
                     ended[row.index].append(row)
                     if len(ended[row.index]) == decoding.num_candidates:
                         candidates = sorted(ended.pop(row.index), key=lambda row: row.candidate)
                         yield PromptResult(row.index, tuple(map(self._completion, candidates)))
+        self._batch = None
 
-    def _encode(self, number: int, prompt: str) -> list[int]:
-        ids: list[int] = self._tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
-        if len(ids) >= self._context:
-            raise PromptError(
-                number,
-                f" has {len(ids)} tokens, but {self._model.config.name_or_path} reads at most {self._context}",
-                hint="lower prompt.max_length",
-            )
-        return ids
+    def _units(self, prompts: list[list[int]], is_replacing: bool) -> list[list[list[int]]]:
+        """Divide a window into units, decoded one after another, and each unit into parts that enter whole."""
+        groups = group_by_prefix(prompts)
+        if not is_replacing:
+            return [[batch] for batch in make_batches(groups, self._batch_size)]
+        # A part that enters a full batch must wait until as many rows have ended.
+        size = self._batch_size if len(prompts) <= self._batch_size else max(1, self._batch_size // 4)
+        return [make_batches(groups, size, [*map(len, prompts)], _PREFILL_TOKENS)]
 
     def _row(self, prompts: list[list[int]], index: int, candidate: int, decoding: Decoding) -> _Row:
         ids = prompts[index]
@@ -133,114 +175,53 @@ class TransformersEngine:
             # Seeded by the prompt, not by its index: a resumed run samples the same tokens.
             rng = random.Random(f"{decoding.seed} {candidate} {ids}")  # noqa: S311
         max_new_tokens = min(decoding.max_new_tokens, self._context - len(ids))
-        return _Row(index, candidate, ids, max_new_tokens, SamplerState(grammar, rng))
+        return _Row(index, candidate, ids, max_new_tokens, grammar, rng)
 
-    def _decode(self, rows: list[_Row], decoding: Decoding) -> Iterator[_Row]:
-        """Decode one batch and yield each row when it has ended. The rows share the time of a step."""
-        state: _BatchState | None = None
-        while rows:
+    def _decode(self, parts: list[list[_Row]], decoding: Decoding) -> Iterator[_Row]:
+        """Decode parts of rows, each as soon as it has room, and yield each row when it has ended.
+
+        The running rows share the time of a step.
+        """
+        self._batch = self._open_batch([row for part in parts for row in part])
+        running = _Running(self._batch, self._stop_ids, self._masks, decoding, self._model.device)
+        is_ahead, waiting = self._batch.has_fixed_shape, deque(parts)
+        while waiting or running.rows:
             started = time.perf_counter()
-            state, logits = self._prefill(rows) if state is None else self._step(state, rows)
-            open_rows = self._append_tokens(rows, logits, decoding)
-            seconds = (time.perf_counter() - started) / len(rows)
-            for row in rows:
+            ended: list[_Row] = []
+            if is_ahead and running.rows:
+                running.step()
+                ended = running.read()
+            while waiting and len(waiting[0]) <= self._batch.num_slots - len(running.rows):
+                running.enter(waiting.popleft(), self._prefill)
+            if running.rows:
+                running.choose()
+            if not is_ahead:
+                ended = running.read()
+                running.close_ranks()
+                if running.rows:
+                    running.step()
+            seconds = (time.perf_counter() - started) / max(1, len(running.rows) + len(ended))
+            for row in (*running.rows, *ended):
                 row.seconds += seconds
-            yield from (row for row in rows if not row.is_open)
-            rows = open_rows
+            yield from ended
 
-    def _step(self, state: _BatchState, rows: list[_Row]) -> tuple[_BatchState, torch.Tensor]:
-        """Compute one more position of each row.
+    def _open_batch(self, rows: list[_Row]) -> Batch:
+        """Return a batch for rows: the latest one if it suits them, or a new one."""
+        num_slots = min(len(rows), self._batch_size)
+        if not self._has_slots:
+            return GrowingBatch(self._model, num_slots)
+        num_columns = max(len(row.prompt_ids) + row.max_new_tokens for row in rows)
+        old = self._batch
+        max_slots = 2 * num_slots if self._has_fixed_shape else self._batch_size
+        if isinstance(old, SlotBatch) and old.num_columns >= num_columns and num_slots <= old.num_slots <= max_slots:
+            return old
+        old = self._batch = None  # Its memory must be free before the new one takes its own.
+        return SlotBatch(self._model, num_slots, num_columns, has_fixed_shape=self._has_fixed_shape)
 
-        Returns:
-            The state of the batch after it, and its logits, shape [rows, 1, vocabulary].
-        """
-        import torch
-
-        # Entered for each step: a generator that is suspended within the mode would leave its caller in it.
-        with torch.inference_mode():
-            if len(rows) < len(state.rows):
-                state = state.select(rows)
-            last = torch.tensor([[row.token_ids[-1]] for row in rows], device=self._model.device)
-            state.mask = torch.cat([state.mask, torch.ones_like(last)], dim=1)
-            out = self._model(
-                input_ids=last,
-                attention_mask=state.mask,
-                position_ids=state.mask.sum(1, keepdim=True) - 1,
-                past_key_values=state.cache,
-                use_cache=True,
-            )
-        return state, out.logits
-
-    def _prefill(self, rows: list[_Row]) -> tuple[_BatchState, torch.Tensor]:
-        """Compute the prompts of a batch; returns what :meth:`_step` returns."""
-        import torch
-
-        with torch.inference_mode():
-            return self._prefill_batch(rows)
-
-    def _prefill_batch(self, rows: list[_Row]) -> tuple[_BatchState, torch.Tensor]:
-        import torch
-
-        prompts = [row.prompt_ids for row in rows]
-        width = max(map(len, prompts))
-        pad, device = self._tokenizer.pad_token_id, self._model.device
-        input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-        # Padding is on the left; each prompt's own first token is at position 0.
-        position_ids = (mask.cumsum(1) - 1).clamp(min=0)
-        cache = preallocate(self._model.config, max(row.max_new_tokens for row in rows))
-        num_tail = self._prefill_heads(prompts, cache) if can_expand(cache) else width
-        out = self._model(
-            input_ids=input_ids[:, -num_tail:],
-            attention_mask=mask,
-            position_ids=position_ids[:, -num_tail:],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return _BatchState(rows, mask, cache), out.logits
-
-    def _prefill_heads(self, prompts: list[list[int]], cache: DynamicCache) -> int:
-        """Fill the cache with the heads of the prompts. A shared head is computed once.
-
-        Returns:
-            Number of tokens at the end of the prompts that remain to be computed.
-        """
-        import torch
-
-        split = split_prefixes(prompts)
-        if not split.heads:
-            return split.num_tail
-        device = self._model.device
-        width, num_head = max(map(len, prompts)), max(map(len, split.heads))
-        pad = self._tokenizer.pad_token_id
-        # Padding is on the right, where no head's own tokens attend to it, so no mask is needed.
-        input_ids = torch.tensor([[*head, *[pad] * (num_head - len(head))] for head in split.heads], device=device)
-        self._model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        # Copy each head to the right end of its prompt's row. What is before the prompt's first token is masked.
-        num_pads = torch.tensor([[width - len(ids)] for ids in prompts], device=device)
-        columns = (torch.arange(width - split.num_tail, device=device) - num_pads).clamp(min=0)
-        expand_batch(cache, torch.tensor(split.head_of, device=device), columns)
-        return split.num_tail
-
-    def _append_tokens(self, rows: list[_Row], logits: torch.Tensor, decoding: Decoding) -> list[_Row]:
-        """Append a token to each row.
-
-        Args:
-            rows: The rows of the batch.
-            logits: Shape [rows, 1, vocabulary].
-            decoding: How the tokens are chosen.
-
-        Returns:
-            The rows that have not ended.
-        """
-        sampled = sample_tokens(logits[:, -1].float(), [row.sampler for row in rows], decoding)
-        for row, token, logprob, margin in zip(rows, *sampled, strict=True):
-            row.token_ids.append(token)
-            row.logprobs.append(logprob)
-            row.margins.append(margin)
-            row.stopped = token in self._stop_ids
-        return [row for row in rows if row.is_open]
+    def _prefill(self, rows: list[_Row]) -> torch.Tensor:
+        """Compute the prompts of rows in their slots; returns their logits, shape [rows, vocabulary]."""
+        assert self._batch is not None, "_decode opens it"
+        return self._batch.fill([row.slot for row in rows], [row.prompt_ids for row in rows])
 
     def _completion(self, row: _Row) -> Completion:
         return Completion(
@@ -254,94 +235,135 @@ class TransformersEngine:
         )
 
 
-@dataclass
-class _BatchState:
-    """A batch between two steps.
+class _Running:
+    """The rows that are in a batch, and what the device knows about them.
 
     Attributes:
-        rows: The rows of the batch.
-        mask: Attention mask, shape [rows, tokens so far].
-        cache: Keys and values.
+        rows: The running rows. A batch without a fixed shape has them in its first slots.
     """
 
-    rows: list[_Row]
-    mask: torch.Tensor
-    cache: DynamicCache
-
-    def select(self, rows: list[_Row]) -> _BatchState:
-        """Return the batch with these rows alone."""
+    def __init__(
+        self,
+        batch: Batch,
+        stop_ids: frozenset[int],
+        masks: GrammarMasks | None,
+        decoding: Decoding,
+        device: torch.device,
+    ) -> None:
         import torch
 
-        index_of = {id(row): index for index, row in enumerate(self.rows)}
-        indices = torch.tensor([index_of[id(row)] for row in rows], device=self.mask.device)
-        self.cache.batch_select_indices(indices)
-        return _BatchState(rows, self.mask[indices], self.cache)
+        self.rows: list[_Row] = []
+        self._batch, self._stop_ids, self._masks, self._decoding = batch, stop_ids, masks, decoding
+        self._tokens = torch.zeros(batch.num_slots, dtype=torch.long, device=device)
+        self._positions = torch.zeros_like(self._tokens)
+        self._logits: torch.Tensor | None = None
+        self._logits_before: torch.Tensor | None = None
+        self._chosen: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
 
+    def enter(self, rows: list[_Row], prefill: Callable[[list[_Row]], torch.Tensor]) -> None:
+        """Put rows into free slots and compute their prompts."""
+        import torch
 
-# --- the preallocated key-value cache
+        taken = {row.slot for row in self.rows}
+        free = (slot for slot in range(self._batch.num_slots) if slot not in taken)
+        for row in rows:
+            row.slot = next(free)
+            row.is_masked = row.grammar is not None and (row.rng is not None or not self._batch.has_fixed_shape)
+        # Entered for each call: a generator that is suspended within the mode would leave its caller in it.
+        with torch.inference_mode():
+            logits, device = prefill(rows), self._tokens.device
+            slots = to_device([row.slot for row in rows], device)
+            self._positions[slots] = to_device([len(row.prompt_ids) - 1 for row in rows], device)
+            if self._logits is None:
+                self._logits = logits.new_zeros(self._batch.num_slots, logits.shape[1])
+            self._logits[slots] = logits
+        self.rows += rows
 
+    def choose(self) -> None:
+        """Choose a token for each row, as its grammar allows; refused tokens are chosen again."""
+        import torch
 
-def preallocate(config: PreTrainedConfig, num_new_tokens: int) -> DynamicCache:
-    """Return an empty cache whose full-attention layers take new tokens after the prompt without a copy.
+        assert self._logits is not None, "enter computes them"
+        device = self._tokens.device
+        numbers = masks = None
+        with torch.inference_mode():
+            refused = [row.slot for row in self.rows if row.is_refused]
+            if refused:
+                assert self._logits_before is not None, "step keeps them"
+                slots = to_device(refused, device)
+                self._logits[slots] = self._logits_before[slots]
+                self._positions[slots] -= 1
+            masked = [row for row in self.rows if row.is_masked or row.is_refused]
+            if masked:
+                assert self._masks is not None, "the engine creates it"
+                bits = self._masks.allowed([row.grammar for row in masked if row.grammar is not None])
+                masks = Masks(to_device([row.slot for row in masked], device), to_device(bits, device))
+            if any(row.rng is not None for row in self.rows):
+                drawn = torch.full((len(self._logits),), -1.0, dtype=torch.float64)
+                for row in self.rows:
+                    if row.rng is not None:
+                        drawn[row.slot] = row.rng.random()
+                numbers = to_device(drawn, device)
+            chosen = choose_tokens(self._logits, self._decoding, numbers, masks)
+            self._tokens.copy_(chosen[0])
+            self._positions.add_(1)
+            if self._batch.has_fixed_shape:  # empty slots count on
+                self._positions.clamp_(max=self._batch.num_columns - 1)
+            event = None
+            if device.type == "cuda":
+                event = torch.cuda.Event()
+                chosen = chosen.to("cpu", non_blocking=True)
+                event.record()
+            self._chosen = chosen, event
 
-    Layers of other kinds (sliding windows) stay transformers' own.
+    def read(self) -> list[_Row]:
+        """Append the chosen tokens to their rows. Rows that have ended leave; they are returned."""
+        assert self._chosen is not None, "choose sets it"
+        chosen, event = self._chosen
+        if event is not None:
+            event.synchronize()
+        tokens, logprobs, margins, best = chosen.tolist()
+        for row in self.rows:
+            token = int(tokens[row.slot])
+            if row.grammar is not None:
+                row.is_refused = not row.grammar.accept(token)
+                if row.is_refused:
+                    assert not row.is_masked, "a grammar accepts what it allows"
+                    continue
+                is_lazy = self._batch.has_fixed_shape and row.rng is None
+                row.is_masked = not is_lazy or token != best[row.slot]
+            row.token_ids.append(token)
+            row.logprobs.append(logprobs[row.slot])
+            row.margins.append(margins[row.slot])
+            row.stopped = token in self._stop_ids
+        ended = [row for row in self.rows if not row.is_open]
+        self.rows = [row for row in self.rows if row.is_open]
+        return ended
 
-    Args:
-        config: The model's configuration.
-        num_new_tokens: Expected number of new tokens. More of them work too, with a copy now and then.
-    """
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
+    def close_ranks(self) -> None:
+        """Move the rows into the first slots, if some have ended."""
+        import torch
 
-    class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
-        """A layer whose keys and values are views of longer buffers, shape [rows, heads, tokens, width]."""
+        num_rows = len(self.rows)
+        if num_rows == len(self._tokens) or not num_rows:
+            return
+        holes = iter({*range(num_rows)} - {row.slot for row in self.rows})
+        order = [*range(num_rows)]
+        for row in self.rows:
+            if row.slot >= num_rows:
+                hole = next(holes)
+                order[hole], row.slot = row.slot, hole
+        with torch.inference_mode():
+            self._batch.keep(order)
+            indices = torch.tensor(order, device=self._tokens.device)
+            self._tokens, self._positions = self._tokens[indices], self._positions[indices]
 
-        def update(
-            self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            if not self.is_initialized:
-                self.lazy_initialization(key_states, value_states)
-                self.buffers: list[torch.Tensor] = [key_states[:, :, :0], value_states[:, :, :0]]
-            start = self.get_seq_length()
-            end = start + key_states.shape[-2]
-            for index, states in enumerate((key_states, value_states)):
-                old = self.buffers[index]
-                if old.shape[-2] < end:
-                    longer = states.new_empty((*states.shape[:-2], end + num_new_tokens, states.shape[-1]))
-                    longer[:, :, :start] = old[:, :, :start]
-                    self.buffers[index] = longer
-                self.buffers[index][:, :, start:end] = states
-            self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
-            return self.keys, self.values
+    def step(self) -> None:
+        """Compute the next position of each row."""
+        import torch
 
-        def batch_select_indices(self, indices: torch.Tensor) -> None:
-            length = self.get_seq_length()
-            if length:
-                self.buffers = [buffer.index_select(0, indices) for buffer in self.buffers]
-                self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
-
-        def expand(self, rows: torch.Tensor, columns: torch.Tensor) -> None:
-            self.buffers = [buffer.transpose(1, 2)[rows[:, None], columns].transpose(1, 2) for buffer in self.buffers]
-            self.keys, self.values = self.buffers
-
-    cache = DynamicCache(config=config)
-    # Exactly this class: its subclasses store their tokens differently.
-    cache.layers = [PreallocatedLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
-
-
-def can_expand(cache: DynamicCache) -> bool:
-    """Whether :func:`expand_batch` works with a cache: all its layers keep all tokens."""
-    return bool(cache.layers) and all(hasattr(layer, "expand") for layer in cache.layers)
-
-
-def expand_batch(cache: DynamicCache, rows: torch.Tensor, columns: torch.Tensor) -> None:
-    """Replace the rows of a cache by rows made from the tokens that it holds; nothing is computed again.
-
-    Args:
-        cache: A cache from :func:`preallocate` that is not empty.
-        rows: For each new row, the old row that it is taken from; shape [rows].
-        columns: For each token of a new row, its index in the old row; shape [rows, tokens].
-    """
-    for layer in cache.layers:
-        layer.expand(rows, columns)
+        num_read = max(len(row.prompt_ids) + len(row.token_ids) for row in self.rows) + 1
+        with torch.inference_mode():
+            if self._decoding.grammars is not None and self._batch.has_fixed_shape and self._logits is not None:
+                self._logits_before = self._logits.clone()
+            self._logits = self._batch.step(self._tokens, self._positions, num_read)
