@@ -13,9 +13,9 @@ def page(number, num_tokens):
 
 def heads_of(prompts, plan):
     """The head of each prompt, checked to be its beginning."""
-    own = [prompt[: max(0, len(prompt) - plan.num_tail)] for prompt in prompts]
+    own = [prompt[: len(prompt) - plan.num_tail] for prompt in prompts]
     for head, place in zip(own, plan.head_of, strict=True):
-        assert not plan.heads or plan.heads[place][: len(head)] == head
+        assert plan.heads[place][: len(head)] == head
     return own
 
 
@@ -34,16 +34,11 @@ def test_questions_on_a_page_share_all_but_their_own_words():
     assert computed(prompts, plan) < sum(map(len, prompts)) / 3
 
 
-def test_prompts_with_nothing_in_common_are_not_cut():
-    plan = split_prefixes([page(number, 50 + number) for number in range(5)])
-    assert plan.heads == []
-    assert plan.num_tail == 54
-
-
-def test_a_saving_that_is_not_worth_a_second_pass_is_left():
-    prompts = [[*page(1, 20), 5, 6], [*page(1, 20), 7, 8]]
-    assert split_prefixes(prompts).heads == []
-    assert split_prefixes([prompt[:20] + page(2, 60) + prompt[20:] for prompt in prompts]).heads != []
+def test_prompts_with_nothing_in_common_keep_their_last_token():
+    prompts = [page(number, 50 + number) for number in range(5)]
+    plan = split_prefixes(prompts)
+    assert plan.num_tail == 1
+    assert heads_of(prompts, plan) == [prompt[:-1] for prompt in prompts]
 
 
 def test_the_last_token_is_never_in_a_head():
@@ -58,11 +53,11 @@ def test_a_prompt_that_begins_another_shares_its_head():
     assert (plan.num_tail, plan.heads) == (1, [long[:-1]])
 
 
-def test_a_prompt_shorter_than_the_tail_has_no_head():
+def test_a_tail_is_no_longer_than_the_shortest_prompt():
     prompts = [[*page(1, 300), *page(2, 40)], [*page(1, 300), *page(3, 40)], page(4, 5)]
     plan = split_prefixes(prompts)
-    assert plan.num_tail == 40
-    assert heads_of(prompts, plan)[2] == []
+    assert plan.num_tail <= 5
+    assert [len(head) for head in heads_of(prompts, plan)] == [340 - plan.num_tail] * 2 + [5 - plan.num_tail]
 
 
 def test_no_cut_computes_fewer_tokens():
@@ -75,13 +70,11 @@ def test_no_cut_computes_fewer_tokens():
         plan, width = split_prefixes(prompts), max(map(len, prompts))
         heads_of(prompts, plan)
         costs = []
-        for num_tail in range(1, width):
-            own = {tuple(prompt[: max(0, len(prompt) - num_tail)]) for prompt in prompts}
+        for num_tail in range(1, min(map(len, prompts)) + 1):
+            own = {tuple(prompt[: len(prompt) - num_tail]) for prompt in prompts}
             distinct = [h for h in own if not any(h != other and other[: len(h)] == h for other in own)]
-            costs.append(len(distinct) * (width - num_tail) + 7 * num_tail)
-        found = len(plan.heads) * (width - plan.num_tail) + 7 * plan.num_tail
-        assert found == (min(costs) if plan.heads else 7 * width)
-        assert plan.heads or min(costs) > 7 * width - 32
+            costs.append(len(distinct) * (width - num_tail) + 14 * num_tail)
+        assert len(plan.heads) * (width - plan.num_tail) + 14 * plan.num_tail == min(costs)
 
 
 def test_a_wide_batch_is_cut_too():
@@ -122,3 +115,8 @@ def test_common_beginnings_are_counted(one, other, length):
 )
 def test_a_family_is_cut_only_where_no_batch_has_room_for_it(groups, expected):
     assert make_batches(groups, 3) == expected
+
+
+def test_a_batch_has_as_many_tokens_as_it_may():
+    groups = [[0, 1], [2], [3, 4, 5], [6]]
+    assert make_batches(groups, 9, [10, 9, 12, 20, 18, 18, 90], max_tokens=40) == [[0, 1, 2], [3, 4, 5], [6]]

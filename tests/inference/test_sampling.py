@@ -6,30 +6,23 @@ from collections import Counter
 import pytest
 
 from fintune.inference.protocol import Decoding
-from fintune.inference.sampling import SamplerState, sample_tokens
+from fintune.inference.sampling import Masks, choose_tokens
 
 torch = pytest.importorskip("torch")
 
 PROBABILITIES = [0.5, 0.25, 0.15, 0.1]
 
 
-class Some:
-    """A grammar of single tokens."""
-
-    def __init__(self, *tokens):
-        self.tokens = tokens
-
-    def accept(self, token):
-        return token in self.tokens
-
-    def allowed(self, num_tokens):
-        return torch.tensor([token in self.tokens for token in range(num_tokens)])
+def only(*tokens, rows):
+    """Masks that allow these tokens in some rows."""
+    bits = sum(1 << token for token in tokens)
+    return Masks(torch.tensor(rows), torch.full((len(rows), 1), bits, dtype=torch.int32))
 
 
-def shares(reader=None, number=4000, **options):
+def shares(masks=None, number=4000, **options):
     logits = torch.tensor(PROBABILITIES).log().expand(number, -1)
-    ways = [SamplerState(reader, random.Random(seed)) for seed in range(number)]
-    tokens = sample_tokens(logits, ways, Decoding(1, **options)).tokens
+    numbers = torch.tensor([random.Random(seed).random() for seed in range(number)], dtype=torch.float64)
+    tokens = choose_tokens(logits, Decoding(1, **options), numbers, masks)[0].int().tolist()
     return [Counter(tokens)[token] / number for token in range(4)]
 
 
@@ -48,19 +41,31 @@ def test_the_nucleus_is_the_fewest_tokens_that_reach_top_p():
 
 
 def test_a_wide_distribution_is_sorted_whole_for_its_nucleus():
-    ways = [SamplerState(None, random.Random(seed)) for seed in range(3000)]
-    tokens = sample_tokens(torch.zeros(3000, 600), ways, Decoding(1, temperature=1.0, top_p=0.9)).tokens
+    numbers = torch.rand(3000, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    tokens = choose_tokens(torch.zeros(3000, 600), Decoding(1, temperature=1.0, top_p=0.9), numbers)[0].tolist()
     assert 500 < len(set(tokens)) <= 541
 
 
 def test_allowed_tokens_keep_their_shares_of_what_is_allowed():
-    assert shares(Some(1, 3), temperature=1.0) == pytest.approx([0, 0.25 / 0.35, 0, 0.1 / 0.35], abs=0.03)
+    masks = only(1, 3, rows=[*range(4000)])
+    assert shares(masks, temperature=1.0) == pytest.approx([0, 0.25 / 0.35, 0, 0.1 / 0.35], abs=0.03)
 
 
-def test_a_refused_token_gives_way_to_the_best_allowed_one():
-    logits = torch.tensor([PROBABILITIES, PROBABILITIES, PROBABILITIES]).log()
-    ways = [SamplerState(Some(2, 3), None), SamplerState(None, None), SamplerState(Some(0), None)]
-    chosen = sample_tokens(logits, ways, Decoding(1))
-    assert chosen.tokens == [2, 0, 0]
-    assert [round(2.718281828**each, 4) for each in chosen.logprobs] == [0.15, 0.5, 0.5]
-    assert chosen.margins == pytest.approx([0.6931] * 3, abs=1e-3)
+def test_masked_greedy_and_sampled_rows_are_chosen_together():
+    logits = torch.tensor([PROBABILITIES] * 4).log()
+    masks = only(2, 3, rows=[0, 3])
+    numbers = torch.tensor([-1.0, -1.0, 0.8, 0.99], dtype=torch.float64)
+    tokens, logprobs, margins, best = choose_tokens(logits, Decoding(1, temperature=1.0), numbers, masks)
+    assert tokens.tolist() == [2, 0, 2, 3]
+    assert best.tolist() == [0] * 4
+    assert logprobs.exp().tolist() == pytest.approx([0.15, 0.5, 0.15, 0.1], abs=1e-4)
+    assert margins.tolist() == pytest.approx([0.6931] * 4, abs=1e-3)
+
+
+def test_a_mask_has_a_bit_for_every_token():
+    bits = torch.zeros(1, 3, dtype=torch.int32)
+    bits[0, 2], bits[0, 0] = 1 << 5, -(2**31)
+    masks = Masks(torch.tensor([0]), bits)
+    logits = torch.arange(70.0)[None]
+    assert choose_tokens(logits, Decoding(1), None, masks)[0].item() == 69
+    assert choose_tokens(-logits, Decoding(1), None, masks)[0].item() == 31

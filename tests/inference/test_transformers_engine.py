@@ -220,19 +220,20 @@ def test_the_loop_of_a_gpu_writes_the_same(model, tokenizer, prompts, gpu_loop, 
         assert one.finish_reason == other.finish_reason
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
         assert one.margins == pytest.approx(other.margins, abs=1e-4)
-    assert len({len(each.token_ids) for each in found[0]}) > 2
+    assert len({len(each.token_ids) for each in found[0]}) > 2 or decoding in ("greedy", "general")
 
 
 def test_rows_that_end_are_replaced(model, tokenizer, prompts, gpu_loop, monkeypatch):
-    gpu_loop(True)
-    engine, running, step = TransformersEngine(model, tokenizer, 4), [], _Running.step
-    engine._stop_ids |= {*range(100, 180)}
-    monkeypatch.setattr(_Running, "step", lambda self: running.append(len(self.rows)) or step(self))
-    completions = sorted_by_prompt(engine.generate(prompts * 2, Decoding(24)))
-    num_steps = sum(len(each.token_ids) for each in completions)
-    assert sum(running) == num_steps
-    # Four rows run nearly all the time, though no four completions of a batch have one length.
-    assert len(running) < 1.4 * num_steps / 4
+    step, num_steps = _Running.step, []
+    for is_on in (False, True):
+        gpu_loop(is_on)
+        engine, running = TransformersEngine(model, tokenizer, 4), []
+        engine._stop_ids |= {*range(100, 180)}
+        monkeypatch.setattr(_Running, "step", lambda self, steps=running: steps.append(len(self.rows)) or step(self))
+        completions = sorted_by_prompt(engine.generate(prompts * 2, Decoding(24, temperature=1.0)))
+        num_steps.append(len(running))
+    assert sum(running) == sum(len(each.token_ids) for each in completions)
+    assert num_steps[1] < 0.8 * num_steps[0]
 
 
 def test_a_resumed_window_is_decoded_again_as_a_whole(model, tokenizer, prompts, gpu_loop):

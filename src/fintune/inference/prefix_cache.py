@@ -6,6 +6,8 @@ belong to other prompts too, and a tail. All tails of a batch have one length, s
 
 from __future__ import annotations
 
+import sys
+from array import array
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +19,10 @@ from fintune.records import FinQARecord
 
 Ids = list[int]
 
+_TAIL_COST = 2
+"""A token of a tail costs about as much as so many of a head, because it attends to other tokens through a mask."""
+
+_TOKEN_BYTES = array("I").itemsize
 _MAX_TAIL_LENGTHS = 32
 """Number of tail lengths that are compared, so that planning a wide batch takes no noticeable time."""
 
@@ -45,7 +51,7 @@ def group_by_prefix(prompts: Sequence[Ids]) -> list[list[int]]:
     Returns:
         Groups of indices, from the shortest to the longest prompt, each group sorted by its prompts' tokens.
     """
-    order = sorted(range(len(prompts)), key=lambda index: prompts[index])
+    order = sorted(range(len(prompts)), key=lambda index: _sort_key(prompts[index]))
     groups: list[list[int]] = []
     for index in order:
         before = prompts[groups[-1][-1]] if groups else []
@@ -90,37 +96,56 @@ def make_batches(
 
 
 def split_prefixes(prompts: Sequence[Ids]) -> PrefixSplit:
-    """Return the split of a batch with the fewest computed tokens, padding included.
+    """Return the cheapest split of a batch: the fewest computed tokens, padding included.
 
     Args:
         prompts: Token ids of the prompts, none of them empty.
     """
     width, shortest = max(map(len, prompts)), min(map(len, prompts))
     # A head can be shared up to where two neighbours in sorted order differ.
-    lengths = {len(prompt) - num_shared_tokens(*pair) for pair in pairwise(sorted(prompts)) for prompt in pair}
+    keys = [_sort_key(prompt) for prompt in prompts]
+    ordered = [prompts[index] for index in sorted(range(len(prompts)), key=keys.__getitem__)]
+    shared = [(pair, num_shared_tokens(*pair)) for pair in pairwise(ordered)]
+    lengths = {len(prompt) - num_shared for pair, num_shared in shared for prompt in pair}
     tails = sorted({1, *(length for length in lengths if 1 <= length <= shortest)})
-    splits = [_split_at(prompts, num_tail) for num_tail in tails[:: 1 + len(tails) // _MAX_TAIL_LENGTHS]]
-    return min(splits, key=lambda split: len(split.heads) * (width - split.num_tail) + len(prompts) * split.num_tail)
+    splits = [_split_at(prompts, keys, num_tail) for num_tail in tails[:: 1 + len(tails) // _MAX_TAIL_LENGTHS]]
+
+    def cost(split: PrefixSplit) -> int:
+        return len(split.heads) * (width - split.num_tail) + _TAIL_COST * len(prompts) * split.num_tail
+
+    return min(splits, key=cost)
 
 
-def _split_at(prompts: Sequence[Ids], num_tail: int) -> PrefixSplit:
-    own_heads = [prompt[: len(prompt) - num_tail] for prompt in prompts]
-    heads: list[Ids] = []
+def _split_at(prompts: Sequence[Ids], keys: Sequence[bytes], num_tail: int) -> PrefixSplit:
+    own_heads = [key[: _TOKEN_BYTES * (len(prompt) - num_tail)] for prompt, key in zip(prompts, keys, strict=True)]
+    heads: list[int] = []
     head_of = [0] * len(prompts)
     # In descending order, a prefix of a head comes directly after it.
-    for index in sorted(range(len(prompts)), key=lambda index: own_heads[index], reverse=True):
-        if not heads or heads[-1][: len(own_heads[index])] != own_heads[index]:
-            heads.append(own_heads[index])
+    for index in sorted(range(len(prompts)), key=own_heads.__getitem__, reverse=True):
+        if not heads or not own_heads[heads[-1]].startswith(own_heads[index]):
+            heads.append(index)
         head_of[index] = len(heads) - 1
-    return PrefixSplit(num_tail, heads, head_of)
+    return PrefixSplit(num_tail, [prompts[index][: len(prompts[index]) - num_tail] for index in heads], head_of)
+
+
+def _sort_key(ids: Ids) -> bytes:
+    """Return bytes in the order of the ids. Long prompts that share pages take seconds to compare as lists."""
+    numbers = array("I", ids)
+    if sys.byteorder == "little":
+        numbers.byteswap()
+    return numbers.tobytes()
 
 
 def num_shared_tokens(first: Ids, second: Ids) -> int:
     """Return the number of tokens with which both begin."""
-    for index, (a, b) in enumerate(zip(first, second, strict=False)):
-        if a != b:
-            return index
-    return min(len(first), len(second))
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def page_order(records: Sequence[FinQARecord]) -> list[int]:
