@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fintune.inference.kv_cache import SlotCache, attend
+from fintune.inference.kv_cache import SlotCache, attend, attend_with_one_token
 
 torch = pytest.importorskip("torch")
 
@@ -53,6 +53,17 @@ def test_attention_of_a_prompt_is_causal(window):
     whole, _ = attend(None, query, key, value, None, sliding_window=window)
     masked, _ = attend(None, query, key, value, mask, sliding_window=window)
     assert torch.allclose(whole, masked, atol=1e-6)
+
+
+@pytest.mark.parametrize("scaling", [None, 0.7])
+def test_attention_of_one_token_on_a_gpu(scaling):
+    generator = torch.Generator().manual_seed(5)
+    query, key, value = (torch.randn(3, 2, num, 8, generator=generator) for num in (4, 11, 11))
+    mask = torch.zeros(3, 1, 1, 11).masked_fill(
+        torch.arange(11) > torch.tensor([3, 10, 0])[:, None, None, None], -torch.inf
+    )
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    assert torch.allclose(attend_with_one_token(query, key, value, mask, scaling), expected, atol=1e-6)
 
 
 def test_attention_with_caps_is_refused():

@@ -20,6 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeAlias
 
 from fintune.finqa.official import cell_number
@@ -137,15 +138,21 @@ def vocabulary(table: Sequence[Sequence[str]], texts: Iterable[str]) -> Vocabula
         table: Rows of cells.
         texts: The sentences of the page, and the question, because some programs take a number from it.
     """
-    numbers: set[str] = set()
-    for text in (*(cell for row in table for cell in row), *texts):
-        for sign, digits, percent in _NUMBER.findall(text):
-            bare = digits.replace(",", "")
-            for number in {bare, bare.rstrip(".")}:
-                forms = {number, f"{number}%"} if percent else {number}
-                numbers |= forms | ({f"-{form}" for form in forms} if sign else set())
+    numbers = frozenset[str]().union(*map(_numbers_in, (*(cell for row in table for cell in row), *texts)))
     last = {row[0]: row for row in table if row}
-    return Vocabulary(frozenset(numbers), frozenset(name for name, row in last.items() if _can_be_read(row)))
+    return Vocabulary(numbers, frozenset(name for name, row in last.items() if _can_be_read(row)))
+
+
+@lru_cache(maxsize=4096)
+def _numbers_in(text: str) -> frozenset[str]:
+    """Return the numbers of a cell or a sentence. The questions about a page ask for them again and again."""
+    numbers: set[str] = set()
+    for sign, digits, percent in _NUMBER.findall(text):
+        bare = digits.replace(",", "")
+        for number in {bare, bare.rstrip(".")}:
+            forms = {number, f"{number}%"} if percent else {number}
+            numbers |= forms | ({f"-{form}" for form in forms} if sign else set())
+    return frozenset(numbers)
 
 
 def can_be_named(name: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from fintune.config import PredictOptions
 from fintune.finqa.execute import NO_RESULT, Table, execute
@@ -18,7 +19,7 @@ from fintune.inference.protocol import Completion, Decoding
 from fintune.records import Candidate, FinQARecord, Prediction
 
 
-def decoding_from_options(options: PredictOptions, grammars: tuple[Grammar, ...] | None) -> Decoding:
+def decoding_from_options(options: PredictOptions, grammars: Sequence[Grammar] | None) -> Decoding:
     """Return the decoding that the options ask of an engine."""
     is_greedy = options.strategy == "greedy" or (options.strategy == "execution_guided" and options.num_candidates == 1)
     return Decoding(
@@ -32,18 +33,34 @@ def decoding_from_options(options: PredictOptions, grammars: tuple[Grammar, ...]
     )
 
 
-def make_grammars(options: PredictOptions, records: Iterable[FinQARecord]) -> tuple[Grammar, ...] | None:
+def make_grammars(options: PredictOptions, records: Sequence[FinQARecord]) -> Sequence[Grammar] | None:
     """Return a grammar for each record; the same object for all if it is the whole language, None for free text."""
     mode = options.decoding_modes[0]
     if mode == "none":
         return None
-    if mode == "general":
-        whole = general()
-        return tuple(whole for _ in records)
-    return tuple(
-        restricted(vocabulary(record.table, (*record.pre_text, *record.post_text, record.qa.question)))
-        for record in records
-    )
+    return (general(),) * len(records) if mode == "general" else PageGrammars(records)
+
+
+class PageGrammars(Sequence[Grammar]):
+    """The grammar of each record's page. It is made when it is read, so that an engine can do so in the background.
+
+    Args:
+        records: Records with their pages.
+    """
+
+    def __init__(self, records: Sequence[FinQARecord]) -> None:
+        self._records = records
+        self._made: dict[int, Grammar] = {}
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: Any) -> Any:
+        if index not in self._made:
+            record = self._records[index]
+            words = vocabulary(record.table, (*record.pre_text, *record.post_text, record.qa.question))
+            self._made[index] = restricted(words)
+        return self._made[index]
 
 
 def choose_prediction(

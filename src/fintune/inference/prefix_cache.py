@@ -23,7 +23,7 @@ _TAIL_COST = 2
 """A token of a tail costs about as much as so many of a head, because it attends to other tokens through a mask."""
 
 _TOKEN_BYTES = array("I").itemsize
-_MAX_TAIL_LENGTHS = 32
+_MAX_TAIL_LENGTHS = 12
 """Number of tail lengths that are compared, so that planning a wide batch takes no noticeable time."""
 
 

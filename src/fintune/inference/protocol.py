@@ -33,7 +33,7 @@ class Decoding:
     seed: int = 0
     num_candidates: int = 1
     greedy_first: bool = False
-    grammars: tuple[Grammar, ...] | None = None
+    grammars: Sequence[Grammar] | None = None
 
     def is_greedy(self, candidate: int) -> bool:
         """Whether this candidate (from 0) of a prompt takes the most probable tokens."""

@@ -56,15 +56,16 @@ class GrammarMasks:
         self._num_tokens, self._stop_ids = num_tokens, stop_ids
         self._executor = LLExecutor()
         self._builders = ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) // 2))
-        self._latest: tuple[Grammar, Future[LLMatcher]] | None = None
+        self._latest: tuple[object, Future[LLMatcher]] | None = None
 
-    def start(self, grammar: Grammar) -> GrammarState:
-        """Return the initial state of a grammar, which is built in the background.
+    def start(self, grammars: Sequence[Grammar], index: int) -> GrammarState:
+        """Return the initial state of a prompt's grammar, which is built in the background.
 
-        Consecutive prompts with the same grammar build it once.
+        The candidates of a prompt build it once, and so do consecutive prompts with one grammar in a tuple.
         """
-        if self._latest is None or self._latest[0] is not grammar:
-            self._latest = (grammar, self._builders.submit(self._build, grammar))
+        key = grammars[index] if isinstance(grammars, tuple) else (grammars, index)
+        if self._latest is None or (self._latest[0] is not key and self._latest[0] != key):
+            self._latest = (key, self._builders.submit(self._build, grammars, index))
         return GrammarState(self._latest[1], self._stop_ids)
 
     def allowed(self, states: Sequence[GrammarState]) -> torch.Tensor:
@@ -82,10 +83,10 @@ class GrammarMasks:
         """Stop building grammars."""
         self._builders.shutdown(wait=False, cancel_futures=True)
 
-    def _build(self, grammar: Grammar) -> LLMatcher:
+    def _build(self, grammars: Sequence[Grammar], index: int) -> LLMatcher:
         from llguidance import LLMatcher
 
-        matcher = LLMatcher(self._tokens, LLMatcher.grammar_from_lark(grammar.lark()))
+        matcher = LLMatcher(self._tokens, LLMatcher.grammar_from_lark(grammars[index].lark()))
         assert not matcher.is_error(), matcher.get_error()
         return matcher
 

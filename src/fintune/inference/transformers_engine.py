@@ -122,7 +122,8 @@ class TransformersEngine:
         """Tokenise all prompts in parallel."""
         encoded: list[list[int]] = []
         if prompts:
-            encoded = self._tokenizer([*prompts], add_special_tokens=False, verbose=False)["input_ids"]
+            options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+            encoded = self._tokenizer([*prompts], **options)["input_ids"]
         for number, ids in enumerate(encoded, 1):
             if len(ids) >= self._context:
                 raise PromptError(
@@ -169,7 +170,7 @@ class TransformersEngine:
         grammar = None
         if decoding.grammars is not None:
             assert self._masks is not None, "generate creates it"
-            grammar = self._masks.start(decoding.grammars[index])
+            grammar = self._masks.start(decoding.grammars, index)
         rng = None
         if not decoding.is_greedy(candidate):
             # Seeded by the prompt, not by its index: a resumed run samples the same tokens.
