@@ -1,8 +1,8 @@
 r"""How long predicting takes: the batched engine against a loop that asks one question after another.
 
     python bench/predict_speed.py --finqa ../shared/finqa --model runs/demo/merge --num 64 --out bench/results/X.json
-    python bench/predict_speed.py --finqa ../shared/finqa --random 3b --piece 883 --loop-num 64 --batch-size 96 \
-        --out bench/results/predict_speed_h100.json
+    python bench/predict_speed.py --finqa ../shared/finqa --random 3b --piece 883 --loop-num 64 --batch-size 256 \
+        --out bench/results/FILE.json
 
 The loop is what a script without an engine does: transformers' own ``generate``, greedy, with one prompt at a time.
 Both ways have the same model in memory, the same precision and the same prompts: FinQA's dev questions, whole pages in

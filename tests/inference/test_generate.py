@@ -7,8 +7,7 @@ import pytest
 from fintune.config import PredictOptions
 from fintune.finqa.execute import execute
 from fintune.finqa.program import tokenize
-from fintune.inference.generate import generate_all, memory_hint
-from fintune.inference.prediction_log import PredictionLog
+from fintune.inference.generate import PredictionLog, generate_all, memory_hint
 from fintune.inference.protocol import Completion, PromptResult
 from support.example_run import records
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fintune.inference.kv_cache import SlotCache, attend, attend_with_one_token
+from fintune.inference.kv_cache import SlotCache, attend_to_slots
 
 torch = pytest.importorskip("torch")
 
@@ -38,7 +38,7 @@ def test_attention_is_that_of_the_formula(window, num_tokens):
     positions = torch.tensor([[4], [2]]) + torch.arange(num_tokens)
     distance = positions[:, :, None] - torch.arange(9)
     mask = torch.zeros(2, 1, num_tokens, 9).masked_fill(distance[:, None] < 0, float("-inf"))
-    found, _ = attend(None, query, key, value, mask, scaling=0.3, sliding_window=window)
+    found, _ = attend_to_slots(None, query, key, value, mask, scaling=0.3, sliding_window=window)
     weights = 0.3 * query @ key.repeat_interleave(3, dim=1).transpose(2, 3)
     is_hidden = (distance < 0) | (distance >= (window or 99))
     expected = weights.masked_fill(is_hidden[:, None], float("-inf")).softmax(-1) @ value.repeat_interleave(3, dim=1)
@@ -50,22 +50,11 @@ def test_attention_of_a_prompt_is_causal(window):
     generator = torch.Generator().manual_seed(4)
     query, key, value = (torch.randn(2, heads, 7, 4, generator=generator) for heads in (4, 2, 2))
     mask = torch.zeros(1, 1, 7, 7).masked_fill(torch.ones(7, 7).triu(1).bool(), float("-inf")).expand(2, 1, 7, 7)
-    whole, _ = attend(None, query, key, value, None, sliding_window=window)
-    masked, _ = attend(None, query, key, value, mask, sliding_window=window)
+    whole, _ = attend_to_slots(None, query, key, value, None, sliding_window=window)
+    masked, _ = attend_to_slots(None, query, key, value, mask, sliding_window=window)
     assert torch.allclose(whole, masked, atol=1e-6)
-
-
-@pytest.mark.parametrize("scaling", [None, 0.7])
-def test_attention_of_one_token_on_a_gpu(scaling):
-    generator = torch.Generator().manual_seed(5)
-    query, key, value = (torch.randn(3, 2, num, 8, generator=generator) for num in (4, 11, 11))
-    mask = torch.zeros(3, 1, 1, 11).masked_fill(
-        torch.arange(11) > torch.tensor([3, 10, 0])[:, None, None, None], -torch.inf
-    )
-    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-    assert torch.allclose(attend_with_one_token(query, key, value, mask, scaling), expected, atol=1e-6)
 
 
 def test_attention_with_caps_is_refused():
     with pytest.raises(NotImplementedError):
-        attend(None, states(1, 1), states(1, 2), states(1, 2), None, softcap=30.0)
+        attend_to_slots(None, states(1, 1), states(1, 2), states(1, 2), None, softcap=30.0)

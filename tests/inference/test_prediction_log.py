@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from fintune.errors import ArtifactError
-from fintune.inference.prediction_log import PredictionLog
+from fintune.inference.generate import PredictionLog
 from fintune.records import Prediction
 
 KEY = {"model": "a", "prompts": "b"}

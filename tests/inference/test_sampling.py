@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from fintune.inference.protocol import Decoding
-from fintune.inference.sampling import Masks, choose_tokens
+from fintune.inference.sampling import TokenMasks, choose_tokens
 
 torch = pytest.importorskip("torch")
 
@@ -14,9 +14,9 @@ PROBABILITIES = [0.5, 0.25, 0.15, 0.1]
 
 
 def only(*tokens, rows):
-    """Masks that allow these tokens in some rows."""
+    """TokenMasks that allow these tokens in some rows."""
     bits = sum(1 << token for token in tokens)
-    return Masks(torch.tensor(rows), torch.full((len(rows), 1), bits, dtype=torch.int32))
+    return TokenMasks(torch.tensor(rows), torch.full((len(rows), 1), bits, dtype=torch.int32))
 
 
 def shares(masks=None, number=4000, **options):
@@ -65,7 +65,7 @@ def test_masked_greedy_and_sampled_rows_are_chosen_together():
 def test_a_mask_has_a_bit_for_every_token():
     bits = torch.zeros(1, 3, dtype=torch.int32)
     bits[0, 2], bits[0, 0] = 1 << 5, -(2**31)
-    masks = Masks(torch.tensor([0]), bits)
+    masks = TokenMasks(torch.tensor([0]), bits)
     logits = torch.arange(70.0)[None]
     assert choose_tokens(logits, Decoding(1), None, masks)[0].item() == 69
     assert choose_tokens(-logits, Decoding(1), None, masks)[0].item() == 31

@@ -381,12 +381,12 @@ KILLS = [
     pytest.param("preflight", "fintune.pipeline.stages.preflight:write_vocabulary_file", 1, id="preflight"),
     pytest.param("replay", "fintune.pipeline.stages.replay:write_atomically", 1, id="replay"),
     pytest.param("prepare", "datasets:Dataset.save_to_disk", 1, id="prepare"),
-    pytest.param("predict/base", "fintune.inference.prediction_log:PredictionLog.append", 5, id="predict-base"),
+    pytest.param("predict/base", "fintune.inference.generate:PredictionLog.append", 5, id="predict-base"),
     pytest.param("score/base", "fintune.util.files:write_output", 1, id="score"),
     pytest.param("train", "fintune.training.metrics:append", 13, id="train"),
     pytest.param("merge", "fintune.util.console:_LineBar.advance", 3, id="merge"),
     pytest.param("export", "fintune.util.console:_LineBar.advance", 8, id="export"),
-    pytest.param("predict/F16", "fintune.inference.prediction_log:PredictionLog.append", 5, id="predict-F16"),
+    pytest.param("predict/F16", "fintune.inference.generate:PredictionLog.append", 5, id="predict-F16"),
     pytest.param("report", "fintune.pipeline.stages.report:write_atomically", 1, id="report"),
 ]
 

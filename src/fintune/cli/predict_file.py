@@ -23,9 +23,14 @@ from fintune.data.finqa_json import read_finqa
 from fintune.errors import ArtifactError, DataError
 from fintune.finqa.program import tokenize
 from fintune.finqa.prompt import TooLongError, build_messages, prompt_budget
-from fintune.inference.generate import generate_all, is_correct_prediction, memory_hint, num_generated_tokens
+from fintune.inference.generate import (
+    PredictionLog,
+    generate_all,
+    is_correct_prediction,
+    memory_hint,
+    num_generated_tokens,
+)
 from fintune.inference.open_model import LanguageModel, ModelSpec, open_model
-from fintune.inference.prediction_log import PredictionLog
 from fintune.inference.protocol import Decoding, PromptResult
 from fintune.records import FinQARecord, Message, Prediction
 from fintune.util.console import bar, track

@@ -114,7 +114,7 @@ class GrammarState:
 
 
 @dataclass(frozen=True)
-class Masks:
+class TokenMasks:
     """The allowed tokens of some rows.
 
     Attributes:
@@ -127,7 +127,7 @@ class Masks:
 
 
 def choose_tokens(
-    logits: torch.Tensor, decoding: Decoding, numbers: torch.Tensor | None = None, masks: Masks | None = None
+    logits: torch.Tensor, decoding: Decoding, numbers: torch.Tensor | None = None, masks: TokenMasks | None = None
 ) -> torch.Tensor:
     """Choose a token for each row, without waiting for the device.
 

@@ -24,7 +24,7 @@ from fintune.errors import PromptError
 from fintune.inference.kv_cache import Batch, GrowingBatch, SlotBatch, has_slots, to_device
 from fintune.inference.prefix_cache import group_by_prefix, make_batches
 from fintune.inference.protocol import Completion, Decoding, PromptResult
-from fintune.inference.sampling import GrammarMasks, GrammarState, Masks, choose_tokens
+from fintune.inference.sampling import GrammarMasks, GrammarState, TokenMasks, choose_tokens
 from fintune.models import chat_template as chat
 
 if TYPE_CHECKING:
@@ -298,7 +298,7 @@ class _Running:
             if masked:
                 assert self._masks is not None, "the engine creates it"
                 bits = self._masks.allowed([row.grammar for row in masked if row.grammar is not None])
-                masks = Masks(to_device([row.slot for row in masked], device), to_device(bits, device))
+                masks = TokenMasks(to_device([row.slot for row in masked], device), to_device(bits, device))
             if any(row.rng is not None for row in self.rows):
                 drawn = torch.full((len(self._logits),), -1.0, dtype=torch.float64)
                 for row in self.rows:

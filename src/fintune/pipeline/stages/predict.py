@@ -17,9 +17,8 @@ from fintune.data.few_shot import examples_with_shots
 from fintune.errors import ArtifactError, ModelError
 from fintune.finqa.parse import ParseError, parse
 from fintune.finqa.program import tokenize
-from fintune.inference.generate import generate_all, memory_hint, num_generated_tokens
+from fintune.inference.generate import PredictionLog, generate_all, memory_hint, num_generated_tokens
 from fintune.inference.open_model import FOUR_BIT_SUFFIX, LanguageModel, ModelSpec, open_model
-from fintune.inference.prediction_log import PredictionLog
 from fintune.models import chat_template as chat
 from fintune.models import load as models
 from fintune.records import Example, FinQARecord, Prediction
