@@ -114,18 +114,6 @@ def predict_plain(
 ) -> None:
     """Ask a model every question of a FinQA file (see :mod:`fintune.cli.predict_file`) and print a summary.
 
-    Args:
-        model: Folder, hub id, built-in model, GGUF file, run folder or ``URL#MODEL``.
-        data: FinQA file.
-        out: JSON file to write.
-        overrides: ``dotted.key=value``.
-        config: Options of the run that trained the model.
-        adapter: PEFT adapter.
-        train: FinQA file for the few-shot examples (default: the training file beside ``data``).
-        engine: What runs the model.
-        load_in_4bit: Quantize the weights while they load.
-        max_questions: Maximum number of questions (default: the override ``data.max_eval_samples``, else all).
-
     Raises:
         ConfigError: An override has no effect here.
     """

@@ -76,12 +76,7 @@ class FileJob:
 
 @dataclass(frozen=True)
 class FilePredictions:
-    """Result of :func:`predict_file`.
-
-    Attributes:
-        facts: Counts and figures, as in the manifest.
-        problems: One line per record that was not asked.
-    """
+    """The facts of the manifest, and one line per record that was not asked."""
 
     facts: dict[str, Any]
     problems: list[str]
@@ -101,10 +96,6 @@ class _Prompts:
 
 def predict_file(job: FileJob, config: Config) -> FilePredictions:
     """Ask a model every question of a file and write the predictions.
-
-    Args:
-        job: The model and the files.
-        config: Its sections ``prompt``, ``predict`` and ``run.seed`` are read.
 
     Raises:
         DataError: A file cannot be used, or no question fits the prompt.

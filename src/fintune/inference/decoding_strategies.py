@@ -42,11 +42,7 @@ def make_grammars(options: PredictOptions, records: Sequence[FinQARecord]) -> Se
 
 
 class PageGrammars(Sequence[Grammar]):
-    """The grammar of each record's page. It is made when it is read, so that an engine can do so in the background.
-
-    Args:
-        records: Records with their pages.
-    """
+    """The grammar of each record's page. It is made when it is read, so that an engine can do so in the background."""
 
     def __init__(self, records: Sequence[FinQARecord]) -> None:
         self._records = records
@@ -70,15 +66,10 @@ def choose_prediction(
     table: Table,
     grammar: Grammar | None = None,
 ) -> Prediction:
-    """Choose the prediction of one prompt.
+    """Choose the prediction of one prompt from all its candidates, which are in the engine's order.
 
-    Args:
-        example_id: Id of the example.
-        completions: All candidates, in the order in which the engine returned them.
-        options: The strategy.
-        table: The table that table operations read.
-        grammar: The grammar of the completions. A completion that the token limit cut off gets the shortest ending that
-            makes it a program; its text, tokens and finish reason stay as generated.
+    With a grammar, a completion that the token limit cut off gets the shortest ending that makes it a program; its
+    text, tokens and finish reason stay as generated.
     """
     candidates = [_candidate(completion, table, grammar) for completion in completions]
     ranked = sorted(range(len(candidates)), key=lambda index: -_rank_logprob(candidates[index]))

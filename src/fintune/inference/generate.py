@@ -116,14 +116,6 @@ def generate_all(
     Questions about one page follow each other, those that are done included; see
     :meth:`fintune.inference.protocol.Engine.generate`.
 
-    Args:
-        title: Title of the progress bar.
-        records: All questions with their pages. Their gold programs are read for the running accuracy alone.
-        options: Decoding options.
-        log: Grows by one line with each prediction.
-        complete: Completes prompts by id.
-        check: Checks the first completion of each question.
-
     Raises:
         ModelError: The engine cannot take a question, which the message names, or does not support the decoding.
     """
@@ -186,10 +178,7 @@ def is_correct_prediction(prediction: Prediction, record: FinQARecord) -> bool |
 def memory_hint(batch_size: int, max_length: int, load_in_4bit: str | None) -> str:
     """Return what to change when memory ran out, the smallest change first.
 
-    Args:
-        batch_size: Number of completions that were decoded together.
-        max_length: ``prompt.max_length``.
-        load_in_4bit: How to load the weights in 4 bits; None if they already are, or cannot be.
+    ``load_in_4bit`` says how to load the weights in 4 bits; it is None if they already are, or cannot be.
     """
     changes = [f"set predict.batch_size={batch_size // 2}"] if batch_size > 1 else []
     changes += [load_in_4bit] if load_in_4bit else []

@@ -43,12 +43,7 @@ _SLOW_HINT = "raise predict.timeout_seconds, or lower predict.batch_size (reques
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A served model.
-
-    Attributes:
-        url: Address of the interface without a trailing slash: ``http://127.0.0.1:8080/v1``.
-        model: Name of the model on the server; None for the only one.
-    """
+    """A served model: an address such as ``http://127.0.0.1:8080/v1``, and a name there, or None for the only one."""
 
     url: str
     model: str | None = None
@@ -227,10 +222,6 @@ class RequestQueue:
 
     Nobody waits for these threads: those of ``concurrent.futures`` are joined when the interpreter ends, so Ctrl-C
     would wait for the slowest answer, which may take minutes.
-
-    Args:
-        post: Sends a request and returns its answer; called by several threads.
-        parallel: Maximum number of concurrent requests.
     """
 
     def __init__(self, post: Callable[[Mapping[str, Any]], dict[str, Any]], parallel: int) -> None:

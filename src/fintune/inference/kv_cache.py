@@ -56,23 +56,20 @@ class SlotCache:
 
         states = (key_states, value_states)
         if layer_idx not in self.layers:
+            shapes = [(self.num_slots, new.shape[1], self.num_columns, new.shape[3]) for new in states]
             # Zeros: a masked column must be finite.
-            keys, values = (
-                new.new_zeros(self.num_slots, new.shape[1], self.num_columns, new.shape[3]) for new in states
-            )
-            self.layers[layer_idx] = keys, values
-        layer = self.layers[layer_idx]
+            self.layers[layer_idx] = key_states.new_zeros(shapes[0]), value_states.new_zeros(shapes[1])
+        keys, values = self.layers[layer_idx]
         if self.positions is None:
-            for buffer, new in zip(layer, states, strict=True):
-                buffer[self.rows, :, : new.shape[2]] = new
+            num_tokens = key_states.shape[2]
+            keys[self.rows, :, :num_tokens], values[self.rows, :, :num_tokens] = states
             return states
         rows = self.rows
         if isinstance(rows, slice):
-            rows = torch.arange(rows.stop, device=key_states.device)
-        for buffer, new in zip(layer, states, strict=True):
-            buffer[rows[:, None], :, self.positions] = new.transpose(1, 2)
-        keys, values = (buffer[self.rows, :, : self.num_read] for buffer in layer)
-        return keys, values
+            rows = torch.arange(rows.stop, device=keys.device)
+        at = (rows[:, None], slice(None), self.positions)
+        keys[at], values[at] = key_states.transpose(1, 2), value_states.transpose(1, 2)
+        return keys[self.rows, :, : self.num_read], values[self.rows, :, : self.num_read]
 
     def copy(self, sources: torch.Tensor, targets: torch.Tensor, num_columns: int) -> None:
         """Copy the first columns of some slots to others."""
@@ -97,15 +94,9 @@ def attend_to_slots(
 ) -> tuple[torch.Tensor, None]:
     """Compute attention, as transformers' ``AttentionInterface`` calls it.
 
-    Args:
-        query: Shape [rows, heads, tokens, width].
-        key: Shape [rows, key heads, columns, width].
-        value: Like ``key``.
-        attention_mask: 0 or minus infinity, shape [rows, 1, tokens, columns]; each token attends to the columns up to
-            its own position. None for causal attention among the tokens themselves.
-        scaling: Factor of the products.
-        sliding_window: Number of columns that a token of this layer attends to.
-        options: Anything else that a model gives its attention.
+    Shapes: ``query`` [rows, heads, tokens, width]; ``key`` and ``value`` [rows, key heads, columns, width];
+    ``attention_mask`` [rows, 1, tokens, columns], 0 up to a token's own position and minus infinity after it, or None
+    for causal attention among the tokens themselves. A ``sliding_window`` is a number of columns.
 
     Raises:
         NotImplementedError: An option changes the attention in a way that is not computed here.
@@ -117,24 +108,18 @@ def attend_to_slots(
         raise NotImplementedError("attention with caps, sinks or biases")
     rows, num_heads, num_tokens, _ = query.shape
     num_queries = num_heads // key.shape[1]
-    window_mask = None
-    if attention_mask is None and sliding_window is not None and sliding_window < num_tokens:
-        columns = torch.arange(num_tokens, device=query.device)
-        attention_mask = torch.zeros(num_tokens, num_tokens, dtype=query.dtype, device=query.device)
-        attention_mask.masked_fill_(columns > columns[:, None], float("-inf"))
-        attention_mask = attention_mask[None, None]
-    if attention_mask is not None and sliding_window is not None:
-        columns = torch.arange(key.shape[2], device=query.device)
-        num_seen = (attention_mask == 0).sum(-1, keepdim=True)
-        window_mask = attention_mask.masked_fill(columns < num_seen - sliding_window, float("-inf"))
-    mask = attention_mask if window_mask is None else window_mask
+    mask, columns = attention_mask, torch.arange(key.shape[2], device=query.device)
+    if sliding_window is not None and sliding_window < key.shape[2]:
+        num_seen = columns[:, None] + 1 if mask is None else (mask == 0).sum(-1, keepdim=True)
+        is_seen = (columns < num_seen) & (columns >= num_seen - sliding_window)
+        mask = torch.zeros_like(is_seen, dtype=query.dtype).masked_fill(~is_seen, float("-inf"))
+        mask = mask.expand(rows, 1, num_tokens, -1)
     if mask is None:
-        has_groups = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)  # else it would be slow
+        # Other devices and types have no fast kernel for groups.
+        has_groups = num_queries > 1 and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
         if num_queries > 1 and not has_groups:
             key, value = (states.repeat_interleave(num_queries, dim=1) for states in (key, value))
-        out = scaled_dot_product_attention(
-            query, key, value, scale=scaling, is_causal=True, enable_gqa=num_queries > 1 and has_groups
-        )
+        out = scaled_dot_product_attention(query, key, value, scale=scaling, is_causal=True, enable_gqa=has_groups)
     else:
         # The queries of a group are more tokens of the one key head.
         grouped = query.reshape(rows, key.shape[1], num_queries * num_tokens, -1)
@@ -234,30 +219,20 @@ class SlotBatch:
             # The fastest one for a step. It compiles a kernel for each new shape, and prompts have ever new shapes.
             kernels.append(SDPBackend.CUDNN_ATTENTION)
         with _own_attention(self._model, _ATTENTION), sdpa_kernel(kernels):
-            out = self._model(
-                input_ids=ids,
-                position_ids=positions,
-                attention_mask=mask,
-                past_key_values=self._cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        logits: torch.Tensor = out.logits[:, -1]
-        return logits
+            return _last_logits(self._model, ids, positions, mask, self._cache)
 
     def _replay(self, tokens: torch.Tensor, positions: torch.Tensor, width: int) -> torch.Tensor:
         """Compute a step of all slots with the graph of a width. The first step of a width is computed without it."""
-        if self._inputs is None:
-            self._inputs = (tokens.clone(), positions.clone())
+        self._inputs = self._inputs or (tokens.clone(), positions.clone())
         for own, given in zip(self._inputs, (tokens, positions), strict=True):
             own.copy_(given)
         self._cache.rows = slice(0, self.num_slots)
-        if width not in self._graphs or not self._can_record:
-            self._graphs[width] = None
-            return self._step_all(width)
-        recorded = self._graphs[width] = self._graphs[width] or self._record(width)
+        recorded = self._graphs.get(width)
+        if recorded is None and width in self._graphs and self._can_record:
+            recorded = self._record(width)
+            self._can_record = recorded is not None
+        self._graphs[width] = recorded
         if recorded is None:
-            self._can_record = False
             return self._step_all(width)
         recorded[0].replay()
         return recorded[1]
@@ -311,7 +286,8 @@ class GrowingBatch:
         ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
         self._mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         self._cache = DynamicCache(config=self._model.config)
-        return self._forward(ids, (self._mask.cumsum(1) - 1).clamp(min=0))
+        positions = (self._mask.cumsum(1) - 1).clamp(min=0)
+        return _last_logits(self._model, ids, positions, self._mask, self._cache)
 
     def step(self, tokens: torch.Tensor, positions: torch.Tensor, num_read: int) -> torch.Tensor:
         """Compute one more token of each row; see :meth:`SlotBatch.step`."""
@@ -319,7 +295,7 @@ class GrowingBatch:
 
         assert self._mask is not None, "fill makes it"
         self._mask = torch.cat([self._mask, torch.ones_like(tokens[:, None])], dim=1)
-        return self._forward(tokens[:, None], positions[:, None])
+        return _last_logits(self._model, tokens[:, None], positions[:, None], self._mask, self._cache)
 
     def keep(self, slots: Sequence[int]) -> None:
         """Keep these rows alone, in this order."""
@@ -329,18 +305,6 @@ class GrowingBatch:
         indices = torch.tensor(slots, device=self._mask.device)
         self._cache.batch_select_indices(indices)
         self._mask = self._mask[indices]
-
-    def _forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        out = self._model(
-            input_ids=ids,
-            attention_mask=self._mask,
-            position_ids=positions,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits: torch.Tensor = out.logits[:, -1]
-        return logits
 
 
 Batch = SlotBatch | GrowingBatch
@@ -371,30 +335,31 @@ def has_slots(model: Model) -> bool:
     if not {*layers} <= {"DynamicLayer", "DynamicSlidingWindowLayer"}:
         return False
     AttentionInterface.register(_ATTENTION, recorded)
-    batch = SlotBatch(model, 2, 16, has_fixed_shape=False)
-    prompts = [[*prompt] for prompt in _CHECKED_PROMPTS]
-    device = model.device
+    batch, device = SlotBatch(model, 2, 16, has_fixed_shape=False), model.device
+    lengths = torch.tensor([*map(len, _CHECKED_PROMPTS)], device=device)
     try:
         with torch.inference_mode():
-            found = [batch.fill([1, 0], prompts).flip(0)]
-            lengths = torch.tensor([len(prompt) for prompt in reversed(prompts)], device=device)
-            found.append(batch.step(torch.full_like(lengths, 4), lengths, 16))
-            expected = [
-                torch.stack(
-                    [model(input_ids=torch.tensor([[*ids, *more]], device=device)).logits[0, -1] for ids in rows]
-                )
-                for rows in [prompts[::-1]]
-                for more in ((), (4,))
-            ]
+            batch.fill([0, 1], [[*prompt] for prompt in _CHECKED_PROMPTS])
+            found = batch.step(torch.full_like(lengths, 4), lengths, 16).float()
+            rows = [torch.tensor([[*prompt, 4]], device=device) for prompt in _CHECKED_PROMPTS]
+            expected = torch.stack([model(input_ids=row).logits[0, -1].float() for row in rows])
     except Exception:  # whatever a model's own code raises where it does not expect this cache
         return False
     finally:
         AttentionInterface.register(_ATTENTION, attend_to_slots)
+    num_windows = layers.count("DynamicSlidingWindowLayer") * len(windows) // len(layers)
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
-    return sum(windows) == layers.count("DynamicSlidingWindowLayer") * len(windows) // len(layers) and all(
-        float((a.float() - b.float()).norm() / b.float().norm()) < tolerance
-        for a, b in zip(found, expected, strict=True)
-    )
+    return sum(windows) == num_windows and float((found - expected).norm() / expected.norm()) < tolerance
+
+
+def _last_logits(
+    model: Model, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, cache: Any
+) -> torch.Tensor:
+    """Return the logits after the last of some tokens, shape [rows, vocabulary]."""
+    options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+    out = model(input_ids=ids, position_ids=positions, attention_mask=mask, **options)
+    logits: torch.Tensor = out.logits[:, -1]
+    return logits
 
 
 @contextmanager

@@ -16,12 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AnswerLoss:
-    """The loss of one answer.
-
-    Attributes:
-        total: Negative log-probability of all its tokens together, in nats.
-        num_tokens: Number of its tokens.
-    """
+    """The loss of one answer: the negative log-probability of all its tokens together, in nats, and their number."""
 
     total: float
     num_tokens: int

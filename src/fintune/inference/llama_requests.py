@@ -39,14 +39,7 @@ _CONTROL_TOKEN = 3
 def request_body(
     decoding: Decoding, candidate: int, grammar: Grammar | None, hidden_tokens: Sequence[int] = ()
 ) -> dict[str, Any]:
-    """Return the body of a request, without its prompts.
-
-    Args:
-        decoding: How tokens are chosen.
-        candidate: Which candidate of each prompt to generate.
-        grammar: The grammar of the completions; None for free text.
-        hidden_tokens: Tokens from :func:`hidden_tokens`; needed only with a grammar.
-    """
+    """Return the body of a request, without its prompts. ``hidden_tokens`` are needed only with a grammar."""
     is_greedy = decoding.greedy_first and candidate == 0
     body: dict[str, Any] = {
         **_FIXED,
@@ -93,13 +86,7 @@ def split_by_grammar(indices: Sequence[int], decoding: Decoding) -> list[list[in
 
 
 def parse_completion(answer: Mapping[str, Any], seconds: float, num_prompt_tokens: int) -> Completion:
-    """Return the completion in an answer.
-
-    Args:
-        answer: One answer of the server.
-        seconds: This prompt's share of the request's time.
-        num_prompt_tokens: Length of the prompt that was sent.
-    """
+    """Return the completion in an answer; ``seconds`` is the prompt's share of the request's time."""
     assert answer["tokens_evaluated"] == num_prompt_tokens, "llama.cpp changed the prompt"
     tokens = tuple(int(token) for token in answer["tokens"])
     logprobs, margins = _token_values(tokens, answer.get("completion_probabilities", []))

@@ -22,12 +22,8 @@ class LlamaServer:
     """A server in this process. It answers in its own threads as soon as it is created.
 
     Args:
-        path: The GGUF file.
-        host: Address or name to listen on.
         port: Port, or 0 for a free one.
         context_tokens: Longest prompt with its completion, in tokens, for each concurrent request.
-        threads: Threads of the arithmetic.
-        parallel: Number of concurrent requests. More requests wait.
         key: Key that requests must bring as ``Authorization: Bearer KEY``; None for no key.
 
     Attributes:

@@ -67,13 +67,7 @@ def parse_endpoint(reference: str) -> Endpoint:
 
 @dataclass(frozen=True)
 class _Dialect:
-    """What a kind of server takes beyond the common interface.
-
-    Attributes:
-        options: Parts of every request.
-        grammar: Returns the part that constrains a completion; None if the server takes no grammar.
-        limit: Name of the limit of new tokens.
-    """
+    """What a kind of server takes: parts of every request, the part with a grammar, the name of the token limit."""
 
     options: Mapping[str, Any] = field(default_factory=dict)
     grammar: Callable[[Grammar], Mapping[str, Any]] | None = None
@@ -162,13 +156,7 @@ class OpenAIEngine:
     ) -> Iterator[PromptResult]:
         """Complete conversations with the server's own chat template.
 
-        Args:
-            conversations: Turns up to the user's last one.
-            decoding: How tokens are chosen. Sampled tokens are drawn by the server.
-            done: Indices of conversations that an earlier call completed; they are not sent.
-
-        Yields:
-            As :meth:`fintune.inference.protocol.Engine.generate`.
+        Sampled tokens are drawn by the server. See :meth:`fintune.inference.protocol.Engine.generate`.
 
         Raises:
             ModelError: The server refuses a conversation, for example a long one, or takes no grammar.

@@ -70,12 +70,8 @@ def make_batches(
     A page whose questions are in two batches is computed twice. On FinQA's dev questions in batches of 16, keeping
     groups whole saves a tenth of the computed tokens.
 
-    Args:
-        groups: Groups from :func:`group_by_prefix`.
-        size: Maximum number of prompts in a batch.
-        lengths: Length of each prompt in tokens, for ``max_tokens``.
-        max_tokens: Maximum number of tokens that a batch computes, if a group computes its longest prompt once and all
-            groups are as wide as the widest. A batch of one group may have more.
+    A batch has at most ``size`` prompts, and computes at most ``max_tokens`` if each group computes its longest prompt
+    once, at the width of the widest. A batch of one group may have more. ``lengths`` are those of the prompts.
     """
     batches: list[list[int]] = [[]]
     num_groups = 0
@@ -96,11 +92,7 @@ def make_batches(
 
 
 def split_prefixes(prompts: Sequence[Ids]) -> PrefixSplit:
-    """Return the cheapest split of a batch: the fewest computed tokens, padding included.
-
-    Args:
-        prompts: Token ids of the prompts, none of them empty.
-    """
+    """Return the cheapest split of a batch: the fewest computed tokens, padding included."""
     width, shortest = max(map(len, prompts)), min(map(len, prompts))
     # A head can be shared up to where two neighbours in sorted order differ.
     keys = [_sort_key(prompt) for prompt in prompts]
@@ -161,10 +153,7 @@ def page_order(records: Sequence[FinQARecord]) -> list[int]:
 
 @contextmanager
 def name_prompts(records: Sequence[FinQARecord]) -> Iterator[None]:
-    """Name the question in the error of an engine that cannot take a prompt.
-
-    Args:
-        records: One record for each prompt, in the order of the prompts.
+    """Name the question in the error of an engine that cannot take a prompt; there is a record for each prompt.
 
     Raises:
         ModelError: In place of :class:`fintune.errors.PromptError`.

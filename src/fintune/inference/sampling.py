@@ -115,12 +115,7 @@ class GrammarState:
 
 @dataclass(frozen=True)
 class TokenMasks:
-    """The allowed tokens of some rows.
-
-    Attributes:
-        rows: Indices, shape [masked rows].
-        bits: Bits of int32, shape [masked rows, vocabulary / 32].
-    """
+    """The allowed tokens of some rows: indices [masked rows], and bits of int32 [masked rows, vocabulary / 32]."""
 
     rows: torch.Tensor
     bits: torch.Tensor

@@ -47,13 +47,8 @@ class VllmEngine:
     """A Hugging Face folder in vLLM.
 
     Args:
-        path: The folder.
-        tokenizer: Its tokenizer. Prompts are sent as token ids, so no BOS is added.
-        adapter: Folder of a LoRA adapter in PEFT format.
+        tokenizer: Prompts are sent as token ids, so no BOS is added.
         context_tokens: Longest prompt with its completion, in tokens.
-        dtype: Type of the arithmetic: "auto", "float32", "bfloat16" or "float16".
-        load_in_4bit: Whether to quantise the weights with bitsandbytes while they load.
-        trust_remote_code: Whether the model's own Python code may run.
         seed: Seed of vLLM itself; sampled completions have their own seeds.
 
     Raises:
