@@ -133,9 +133,14 @@ def test_serve_context_is_limited_by_the_model(run):
 def test_serve_refuses_other_origins(run):
     server = LlamaServer(gguf_of(run), port=0, threads=1)
     request = urllib.request.Request(f"{server.url}/models", headers={"origin": "http://elsewhere.example"})
-    with urllib.request.urlopen(request) as answer:
-        assert not answer.headers["access-control-allow-origin"]
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(request)
     server.close()
+
+
+def test_serve_refuses_contexts_beyond_the_library(run):
+    with pytest.raises(ResourceError, match="more than llama.cpp's 2147483647 tokens: use a shorter context"):
+        LlamaServer(gguf_of(run), port=0, context_tokens=1 << 30, parallel=2)
 
 
 def test_gguf_of_accepts_a_config(run, tmp_path):

@@ -18,7 +18,8 @@ from fintune.inference.llama_server import LlamaServer
 from fintune.inference.run_models import exported_gguf
 
 _QUESTION = '{"messages": [{"role": "user", "content": "Hello"}], "temperature": 0, "max_tokens": 200}'
-_POSITIVE = click.IntRange(min=1)
+_MAX_THREADS = 512  # llama.cpp aborts with more
+_MAX_PARALLEL = 256
 
 
 @click.command("serve")
@@ -39,8 +40,14 @@ _POSITIVE = click.IntRange(min=1)
     show_default=True,
     help="Maximum tokens of a prompt with its answer.",
 )
-@click.option("--parallel", type=_POSITIVE, default=2, show_default=True, help="Requests at a time; others wait.")
-@click.option("--threads", type=_POSITIVE, help="CPU threads (default: all cores).")
+@click.option(
+    "--parallel",
+    type=click.IntRange(1, _MAX_PARALLEL),
+    default=2,
+    show_default=True,
+    help="Requests at a time; others wait.",
+)
+@click.option("--threads", type=click.IntRange(1, _MAX_THREADS), help="CPU threads (default: all cores).")
 @click.option(
     "--api-key-env",
     "variable",
@@ -69,7 +76,7 @@ def serve_command(
             host=host,
             port=port,
             context_tokens=context,
-            threads=threads or os.cpu_count() or 1,
+            threads=threads or min(os.cpu_count() or 1, _MAX_THREADS),
             parallel=parallel,
             key=key,
         )

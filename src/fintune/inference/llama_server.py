@@ -1,21 +1,26 @@
 """llama.cpp's own server (package xllamacpp) for a GGUF file: for other programs, and for this package's engine.
 
-For other programs it has an OpenAI-compatible address. Without a key it listens on loopback only, and web pages of
-other origins cannot read its answers.
+For other programs it has an OpenAI-compatible address (:mod:`fintune.inference.http_front`). Without a key it listens
+on loopback only, and web pages cannot use it.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 import socket
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from fintune.errors import ModelError, ResourceError
+from fintune.inference.http_front import HttpFront, is_loopback
 from fintune.inference.http_pool import OWN_KEY
 
 _MAGIC = b"GGUF"
+_MAX_TOKENS = (1 << 31) - 1
+_MAX_BODY_BYTES_PER_TOKEN, _MIN_BODY_BYTES = 64, 1 << 16
+"""Far more than a prompt that fits the context needs."""
 
 
 class LlamaServer:
@@ -54,27 +59,44 @@ class LlamaServer:
                 f"{host} can be reached from other machines, and there is no key",
                 hint=f"set {OWN_KEY}, or listen on 127.0.0.1",
             )
-        _check_port(host, port)
+        listening = _listen(host, port)
         self.model = path.stem
-        params = server_params(path, context_tokens=context_tokens, threads=threads, parallel=parallel)
-        params.model_alias = {self.model}
-        params.endpoint_slots = False
-        params.cors_origins = ""
-        params.hostnames, params.port = [host], port
-        params.api_keys = [key] if key is not None else []
-        self._server = start_server(params, path)
-        self.url = f"{self._server.listening_address}/v1"
-        self.context_tokens = self._slot_tokens(key)
+        backend_key = secrets.token_urlsafe(32)
+        try:
+            params = server_params(path, context_tokens=context_tokens, threads=threads, parallel=parallel)
+            params.model_alias = {self.model}
+            params.endpoint_slots = False
+            params.cors_origins = ""
+            params.hostnames, params.port = ["127.0.0.1"], 0
+            params.n_threads_http = HttpFront.num_backend_threads(parallel)
+            params.api_keys = [backend_key]
+            self._server = start_server(params, path)
+        except BaseException:
+            listening.close()
+            raise
+        address = urlsplit(self._server.listening_address)
+        self.context_tokens = self._slot_tokens(backend_key)
+        self._front = HttpFront(
+            listening,
+            (address.hostname or "127.0.0.1", address.port or 0),
+            backend_key,
+            key=key,
+            parallel=parallel,
+            max_body_bytes=max(_MIN_BODY_BYTES, _MAX_BODY_BYTES_PER_TOKEN * self.context_tokens),
+        )
+        name, number = listening.getsockname()[:2]
+        self.url = f"http://{f'[{name}]' if ':' in name else name}:{number}/v1"
 
-    def _slot_tokens(self, key: str | None) -> int:
+    def _slot_tokens(self, key: str) -> int:
         import httpx
 
-        headers = {"authorization": f"Bearer {key}"} if key is not None else {}
-        answer = httpx.get(f"{self.url}/models", headers=headers, trust_env=False, timeout=60)
+        url, headers = f"{self._server.listening_address}/v1/models", {"authorization": f"Bearer {key}"}
+        answer = httpx.get(url, headers=headers, trust_env=False, timeout=60)
         return int(answer.raise_for_status().json()["data"][0]["meta"]["n_ctx"])
 
     def close(self) -> None:
         """Stop listening. Never call this during a request: the library would wait for it forever."""
+        self._front.close()
         self._server = None
 
 
@@ -82,8 +104,13 @@ def server_params(path: Path, *, context_tokens: int, threads: int, parallel: in
     """Return the parameters of a server whose ``parallel`` slots have a cache of ``context_tokens`` each.
 
     Raises:
-        ResourceError: xllamacpp is not installed.
+        ResourceError: xllamacpp is not installed, or the contexts are too large for it.
     """
+    if context_tokens * parallel > _MAX_TOKENS:
+        raise ResourceError(
+            f"{parallel} requests of {context_tokens} tokens are more than llama.cpp's {_MAX_TOKENS} tokens",
+            hint="use a shorter context or fewer requests",
+        )
     # OpenMP reads this when it is loaded: idle threads then sleep, instead of using a core that others need.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
@@ -147,23 +174,10 @@ def is_gguf(path: Path) -> bool:
         return False
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server that listens on an address."""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _check_port(host: str, port: int) -> None:
-    """Check the port first: if the library cannot listen, it gives no reason, or waits forever."""
+def _listen(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            # A server that has just stopped leaves connections that do no harm.
-            if os.name == "posix":
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
+        return socket.create_server(address[:2], family=family)
     except socket.gaierror:
         raise ResourceError(f"{host} is not an address or name of this machine", hint="use --host 127.0.0.1") from None
     except PermissionError:
