@@ -8,7 +8,6 @@ import gguf
 import numpy as np
 import pytest
 
-from fintune.errors import ModelError
 from fintune.export import verify as module
 from fintune.export.gguf.writer import write_gguf
 from fintune.export.verify import GgufReplay, compare_distributions, distribution_from_logits
@@ -81,13 +80,6 @@ def test_divergence_agreement_and_perplexity_are_the_textbooks():
     assert found.perplexity == pytest.approx(1 / math.sqrt(0.3 * 0.7), rel=1e-5)
     short = compare_distributions([reference], [distribution_from_logits(other, 0, num_listed=1)])
     assert short.mean_kl == pytest.approx(0.2 * math.log(0.2 / 0.6) + 0.8 * math.log(0.8 / 0.4), rel=1e-5)
-
-
-def test_a_file_that_is_no_model_is_one_line(tmp_path):
-    pytest.importorskip("xllamacpp")
-    (tmp_path / "m.gguf").write_bytes(b"GGUF" + bytes(100))
-    with pytest.raises(ModelError, match=r"m\.gguf: llama\.cpp cannot load it"):
-        GgufReplay(tmp_path / "m.gguf", context_tokens=64, threads=1)
 
 
 def test_what_is_not_a_number_stays_so():

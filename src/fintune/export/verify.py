@@ -33,19 +33,14 @@ class TokenDistribution:
 
 @dataclass(frozen=True)
 class TokenAgreement:
-    """The agreement of a model's next-token distributions with a reference.
-
-    Attributes:
-        num_positions: Number of positions.
-        mean_kl: Mean Kullback-Leibler divergence from the reference, in nats, over the listed tokens and all others as
-            one. Counting the others as one can only make it smaller.
-        same_best_token_share: Share of positions at which the likeliest token is the reference's.
-        perplexity: Perplexity of the text's tokens.
-    """
+    """The agreement of a model's next-token distributions with a reference, and the perplexity of the text."""
 
     num_positions: int
     mean_kl: float
+    """Mean Kullback-Leibler divergence from the reference, in nats, over the listed tokens and all others as one.
+    Counting the others as one can only make it smaller."""
     same_best_token_share: float
+    """Share of positions at which the likeliest token is the reference's."""
     perplexity: float
 
 

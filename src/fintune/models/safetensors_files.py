@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
@@ -152,24 +152,6 @@ def weight_files(folder: Path) -> list[Path]:
             hint="only safetensors are read; save the model with save_pretrained of a recent transformers",
         )
     return files
-
-
-class WeightSource(Protocol):
-    """Tensors that several threads can read row by row: those of a folder, or of a base with an adapter."""
-
-    @property
-    def tensors(self) -> Mapping[str, StoredTensor]:
-        """Name -> shape, type and position."""
-
-    def rows(self, tensor: StoredTensor, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
-        """Return rows ``start`` to ``stop`` (axis 0) as float32."""
-
-    def check_read(self) -> None:
-        """Check the weights after all rows were read.
-
-        Raises:
-            ArtifactError: An adapter does not change a weight that it adapts.
-        """
 
 
 class SafetensorFolder(ExitStack):

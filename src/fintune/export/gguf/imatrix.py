@@ -33,19 +33,14 @@ _CHUNK_TOKENS = 512
 
 @dataclass(frozen=True)
 class ImportanceMatrix:
-    """Weights of the columns of a model's matrices.
-
-    Attributes:
-        columns: GGUF tensor name -> weight of each column, float32, (num_columns,).
-        file: Name of the file that it was read from.
-        dataset: Name of the data that it was computed on, or None if the file does not have it.
-        num_chunks: Number of chunks of tokens that it was computed on, or 0 if the file does not have it.
-    """
+    """Weights of the columns of a model's matrices, and what the file says about their data."""
 
     columns: Mapping[str, NDArray[np.float32]]
+    """GGUF tensor name -> weight of each column, (num_columns,)."""
     file: str
     dataset: str | None
     num_chunks: int
+    """Number of chunks of tokens, or 0 if the file does not have it."""
 
     def write_metadata(self, writer: GGUFWriter) -> None:
         """Add the keys that llama.cpp's quantiser writes about its importance matrix."""

@@ -13,8 +13,9 @@ from fintune.export.gguf.architectures import ModelConfig, heads_to_permute, map
 from fintune.export.gguf.ggml import QUANT_TYPES, TYPES, row_bytes, tensor_types
 from fintune.export.gguf.imatrix import ImportanceMatrix
 from fintune.export.gguf.vocabulary import GgufVocabulary, read_vocabulary
+from fintune.export.merge.merged_weights import WeightSource
 from fintune.models.folder import check_config_fits, check_unquantised
-from fintune.models.safetensors_files import StoredTensor, WeightSource
+from fintune.models.safetensors_files import StoredTensor
 from fintune.util.text import first_line
 
 if TYPE_CHECKING:

@@ -54,27 +54,22 @@ _WIDTH = 32
 
 @dataclass(frozen=True)
 class GgufVocabulary:
-    """The ``tokenizer.*`` metadata of a GGUF file, from a model folder or from a file of llama.cpp's converter.
-
-    Attributes:
-        source: The model folder, or the converter's file.
-        pre: llama.cpp's name of the pre-tokenizer.
-        tokens: Token texts in order of id, padded to the rows of the embedding.
-        chat_template: Default template, or None.
-        eos_id: Token that ends generation, or None. With a chat template it is the end of a turn.
-        kinds: llama.cpp's token types in order of id (1 normal, 3 control, 4 user-defined, 5 unused).
-        eos_replaced: The folder's own end token if it is not the end of a turn, else None.
-        model: llama.cpp's name of the tokenizer's algorithm: gpt2 is byte-level BPE, llama is SentencePiece.
-    """
+    """The ``tokenizer.*`` metadata of a GGUF file, from a model folder or from a file of llama.cpp's converter."""
 
     source: Path
     pre: str
+    """llama.cpp's name of the pre-tokenizer."""
     tokens: tuple[str, ...]
+    """Token texts in order of id, padded to the rows of the embedding."""
     chat_template: str | None
     eos_id: int | None
+    """Token that ends generation, or None. With a chat template it is the end of a turn."""
     kinds: tuple[int, ...] = ()
+    """llama.cpp's token types in order of id (1 normal, 3 control, 4 user-defined, 5 unused)."""
     eos_replaced: int | None = None
+    """The folder's own end token if it is not the end of a turn, else None."""
     model: str = "gpt2"
+    """llama.cpp's name of the tokenizer's algorithm: gpt2 is byte-level BPE, llama is SentencePiece."""
 
     def write_metadata(self, writer: GGUFWriter) -> None:
         """Add the ``tokenizer.*`` keys, in the order of llama.cpp's converter."""
@@ -240,12 +235,11 @@ def write_vocabulary_file(vocabulary: GgufVocabulary, path: Path) -> Path:
     import numpy as np
 
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(1)
+    for add in (writer.add_block_count, writer.add_head_count, writer.add_head_count_kv):
+        add(1)
     writer.add_context_length(128)
     writer.add_embedding_length(_WIDTH)
     writer.add_feed_forward_length(_WIDTH)
-    writer.add_head_count(1)
-    writer.add_head_count_kv(1)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(len(vocabulary.tokens))
     vocabulary.write_metadata(writer)

@@ -26,7 +26,8 @@ from fintune.errors import ModelError, ResourceError
 from fintune.export.gguf.ggml import QUANT_TYPES, Ggml, load_ggml
 from fintune.export.gguf.imatrix import ImportanceMatrix
 from fintune.export.gguf.layout import FileLayout, ModelLayout, TensorSource
-from fintune.models.safetensors_files import SafetensorFolder, WeightSource
+from fintune.export.merge.merged_weights import WeightSource
+from fintune.models.safetensors_files import SafetensorFolder
 from fintune.util.disk import name_full_disk, require_space
 
 if TYPE_CHECKING:
@@ -51,21 +52,16 @@ class ExportedFile:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """The result of an export.
-
-    Attributes:
-        files: One file for each requested type, in the requested order.
-        num_bytes_read: Bytes of weights that were read.
-        seconds: Wall time.
-        eos_token: The token that ends generation by the files' metadata, or None.
-        notes: Remarks for the user, such as an end token that was replaced by the end of a turn.
-    """
+    """The result of an export: one file for each requested type, in the requested order."""
 
     files: tuple[ExportedFile, ...]
     num_bytes_read: int
+    """Bytes of weights."""
     seconds: float
     eos_token: str | None
+    """The token that ends generation by the files' metadata, or None."""
     notes: tuple[str, ...]
+    """Remarks for the user, such as an end token that was replaced by the end of a turn."""
 
 
 def predict_gguf_bytes(folder: Path, types: Sequence[str], imatrix: ImportanceMatrix | None = None) -> int:

@@ -35,21 +35,16 @@ _REFUSED: Mapping[str, tuple[object, ...]] = {
 
 @dataclass(frozen=True)
 class LowRank:
-    """The low-rank change of one tensor.
+    """The low-rank change of one tensor."""
 
-    Attributes:
-        a: ``lora_A``, (rank, columns); transposed (rank, rows).
-        b: ``lora_B``, (rows, rank); transposed (columns, rank).
-        scale: Factor of the product: alpha / rank, or alpha / sqrt(rank) with rank-stabilised scaling.
-        magnitude: DoRA's magnitude of each output, or None for plain LoRA.
-        is_transposed: Whether the tensor is the transposed product: an embedding, or GPT-2's ``Conv1D``.
-    """
-
-    a: StoredTensor
-    b: StoredTensor
+    a: StoredTensor  # lora_A, (rank, columns); transposed (rank, rows)
+    b: StoredTensor  # lora_B, (rows, rank); transposed (columns, rank)
     scale: float
+    """Factor of the product: alpha / rank, or alpha / sqrt(rank) with rank-stabilised scaling."""
     magnitude: StoredTensor | None
+    """DoRA's magnitude of each output, or None for plain LoRA."""
     is_transposed: bool
+    """Whether the tensor is the transposed product: an embedding, or GPT-2's ``Conv1D``."""
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -41,19 +41,15 @@ _MATRICES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
 @dataclass(frozen=True)
 class LogitAgreement:
-    """The agreement of the logits of two models.
-
-    Attributes:
-        max_difference: Largest absolute difference of a logit; not finite if a logit is not finite.
-        num_same: Number of positions at which the best token is the same.
-        num_positions: Number of all positions.
-        max_logit: Largest absolute logit of the first model.
-    """
+    """The agreement of the logits of two models."""
 
     max_difference: float
+    """Largest absolute difference of a logit; not finite if a logit is not finite."""
     num_same: int
+    """Number of positions at which the best token is the same."""
     num_positions: int
     max_logit: float
+    """Largest absolute logit of the first model."""
 
 
 def can_compare_layers(folder: Path, adapter: Path | None = None) -> bool:

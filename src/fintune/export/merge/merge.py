@@ -36,23 +36,17 @@ _LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 
 @dataclass(frozen=True)
 class MergeReport:
-    """The result of a merge.
-
-    Attributes:
-        dtype: Type of the stored weights.
-        num_tensors: Number of tensors in the folder.
-        num_moved: Number of tensors that the adapter changed.
-        num_bytes: Bytes of weights that were written.
-        moved_share: Share of the values of the adapted tensors that differ from the base after rounding to ``dtype``.
-        untied: Whether input and output embedding were one tensor in the base and are two now.
-    """
+    """The result of a merge: the type of the stored weights, and what changed."""
 
     dtype: str
     num_tensors: int
     num_moved: int
+    """Number of tensors that the adapter changed."""
     num_bytes: int
     moved_share: float
+    """Share of the values of the adapted tensors that differ from the base after rounding to ``dtype``."""
     untied: bool
+    """Whether input and output embedding were one tensor in the base and are two now."""
 
 
 def merge_folders(
@@ -71,8 +65,7 @@ def merge_folders(
         adapter: PEFT folder, LoRA or DoRA.
         folder: An existing folder to write into.
         dtype: "bfloat16", "float16", "float32", or "auto" for the type of most values of the base.
-        transform: Change of the base weights before the merge; see
-            :class:`~fintune.export.merge.merged_weights.MergedWeights`.
+        transform: Change of the base weights before the merge, as in ``MergedWeights``.
         progress: Called with (bytes written, total bytes).
 
     Raises:
@@ -165,12 +158,7 @@ def has_padding_token(folder: Path) -> bool:
 
 
 def write_special_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the padding token and the tokens that end an answer into the configuration files of a merged folder.
-
-    Args:
-        folder: The merged folder.
-        tokenizer: Its tokenizer, with a padding token that ends nothing.
-    """
+    """Write the padding token and the tokens that end an answer into the configuration files of a merged folder."""
     stops, pad_id = list(end_of_turn_ids(tokenizer)), tokenizer.pad_token_id
     eos = stops if len(stops) > 1 else stops[0]
     changes: dict[str, dict[str, Any]] = {

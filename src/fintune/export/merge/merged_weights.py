@@ -27,7 +27,6 @@ from fintune.models.safetensors_files import (
     DTYPES,
     SafetensorFolder,
     StoredTensor,
-    WeightSource,
     from_stored,
     to_stored,
 )
@@ -57,8 +56,7 @@ class MergedWeights(ExitStack):
     Args:
         base: Hugging Face folder.
         adapter: PEFT folder.
-        transform: Change of every base weight before the adapter is added, such as :class:`NormalFloat`; None keeps
-            the weights.
+        transform: Change of every base weight before the adapter is added, such as :class:`NormalFloat`, or None.
 
     Attributes:
         adapter: The adapter.
@@ -320,10 +318,6 @@ class RoundedWeights:
         weights: Base and adapter.
         dtype: "bfloat16", "float16", "float32", or "auto" for the type of most values of the base.
         counts_all: Whether to count every changed value. False stops at the first of each tensor, which is faster.
-
-    Attributes:
-        dtype: The stored type; "auto" is resolved.
-        tensors: Name -> shape, type and position.
     """
 
     def __init__(self, weights: MergedWeights, dtype: str, *, counts_all: bool = False) -> None:
@@ -398,16 +392,16 @@ class RoundedWeights:
             )
 
 
+WeightSource = SafetensorFolder | RoundedWeights
+"""Tensors that several threads can read row by row: those of a folder, or of a base with an adapter."""
+
+
 def load_merged_weights(model: nn.Module, weights: WeightSource, tensors: Iterable[StoredTensor] | None = None) -> None:
     """Replace embedding and layers of a loaded base with merged weights, slab by slab.
 
     The output embedding stays the base's, because no layer's input depends on it. The result equals the model that
-    loading the merged folder in the same type would give, without a second model in memory.
-
-    Args:
-        model: The base model.
-        weights: The merged weights, rounded as they would be stored.
-        tensors: The tensors of ``weights`` to load, such as an iterator with a progress bar. None loads all of them.
+    loading the merged folder in the same type would give, without a second model in memory. ``tensors`` are those of
+    ``weights`` to load, such as an iterator with a progress bar; None loads all of them.
 
     Raises:
         ModelError: A value is not finite, or a tensor has another shape than the model's.
