@@ -235,11 +235,12 @@ def write_vocabulary_file(vocabulary: GgufVocabulary, path: Path) -> Path:
     import numpy as np
 
     writer = gguf.GGUFWriter(path, "llama")
-    for add in (writer.add_block_count, writer.add_head_count, writer.add_head_count_kv):
-        add(1)
+    writer.add_block_count(1)
     writer.add_context_length(128)
     writer.add_embedding_length(_WIDTH)
     writer.add_feed_forward_length(_WIDTH)
+    writer.add_head_count(1)
+    writer.add_head_count_kv(1)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(len(vocabulary.tokens))
     vocabulary.write_metadata(writer)
