@@ -398,3 +398,45 @@ def test_warnings_of_what_training_would_show_too_late(prepared, tmp_path):
     assert "3 rows make 3 steps of training" in told
     rows = [{"messages": turns(n % 4, content=f"It is {n}."), "system": f"Desk {n}."} for n in range(90)]
     assert not any("WARNING" in line for line in prepared(rows, tokenizer=tokenizer).report.notes())
+
+
+@pytest.mark.parametrize("names", [("sentence", "label"), ("text", "label"), ("title", "answer")])
+def test_a_labelled_set_becomes_instructions_by_one_option(prepared, names):
+    rows = [dict(zip(names, (f"Profit {n} fell.", "negative" if n % 2 else "positive"), strict=True)) for n in range(4)]
+    done = prepared(rows, instruction="What is the tone?")
+    tokenizer = make_tokenizer()
+    assert all("user\nWhat is the tone?\n\nProfit " in prompt for prompt in prompts(done, tokenizer))
+    assert sorted(trained(done, tokenizer)) == [f"negative{END}"] * 2 + [f"positive{END}"] * 2
+    assert done.report.sources[0].columns == {names[0]: {"input": 4}, names[1]: {"output": 4}}
+
+
+CALL = {"function": {"name": "calculator", "arguments": {"program": "divide(94, 5735)"}}}
+TOOL = {"name": "calculator", "description": "Runs a program.", "parameters": {"type": "object"}}
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo", "kto"])
+def test_tool_calls_are_trained_and_results_are_read(prepared, objective):
+    tokenizer = family_tokenizer("qwen3")
+    call = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    asked = [{"role": "user", "content": "Change?"}]
+    before = [*asked, call, {"role": "tool", "name": "calculator", "content": "0.01639"}]
+    rows: list[dict[str, Any]] = []
+    for number in range(4):
+        told = [*before, {"role": "assistant", "content": f"About {number} %."}]
+        row: dict[str, Any] = {"messages": told, "label": number % 2 == 0}
+        if objective == "dpo":
+            row = {"prompt": asked, "chosen": call, "rejected": f"Perhaps {number} %."}
+        rows.append(row | {"tools": [TOOL], "system": f"Desk {number}."})
+    done = prepared(rows, "data.duplicates=off", tokenizer=tokenizer, objective=objective)
+    written = '<tool_call>\n{"name": "calculator", "arguments": {"program": "divide(94, 5735)"}}\n</tool_call>'
+    texts = trained(done, tokenizer)
+    assert all('"description": "Runs a program."' in prompt for prompt in prompts(done, tokenizer))
+    assert not any("0.01639" in text for text in texts)
+    if objective == "kto":
+        assert all(text.startswith("About") for text in texts) and len(texts) == 4
+        assert all(written in prompt and "0.01639" in prompt for prompt in prompts(done, tokenizer))
+    else:
+        assert f"{written}{END}" in texts
+    if objective == "dpo":
+        assert len(texts) == 4
+        assert all("Perhaps" in tokenizer.decode(list(row.rejected_ids)) for row in rows_of(done))

@@ -119,6 +119,7 @@ class PlainWriter:
         self.render = functools.partial(chat.render, tokenizer)
         self.encode = functools.partial(chat.encode_text, tokenizer)
         self.check = lambda turns: None
+        self.learn = lambda turns, num_letters: None
 
 
 def outcome(work, encoder) -> object:

@@ -44,6 +44,9 @@ class SourceOptions(Options):
     """Whether the first row of a table names its columns. If not, they are `column1`, `column2` and so on."""
     roles: dict[str, Literal["system", "user", "assistant", "tool"]] = Field(default_factory=dict)
     """Roles by the names that these rows give them, such as `{Analyst: assistant}`."""
+    instruction: str = ""
+    """What is asked about each row of a labelled set (a text and a label), such as `What is the tone of this headline?`.
+    The label is the answer."""
     split: str = ""
     """Split of a hub dataset, of a saved dataset, or of a folder whose files are named by splits. Default: `train` if a
     dataset has several. Of a folder, the files of other splits are held out."""

@@ -47,6 +47,8 @@ _PROMPTS: Final[tuple[tuple[Format, str], ...]] = (
     ("question_answer", "question"),
 )
 _ANSWERS: Final = ("output", "completion", "answer")
+_TEXTS: Final = ("question", "prompt", "text", "sentence", "headline", "title", "news", "content")
+"""Names of the text of a labelled set, as FPB, FiQA and others call it."""
 _DETECTING: Final = frozenset(
     (*_TURN_FIELDS, *("chosen", "rejected", "response", "query", "conversation"), *dict(_PROMPTS).values(), *_ANSWERS)
 )
@@ -120,6 +122,7 @@ def convert_row(
     is_labelled: bool = False,
     reads_label: bool = True,
     roles: Mapping[str, str] | None = None,
+    instruction: str = "",
 ) -> Converted:
     """Convert a row to a conversation.
 
@@ -130,6 +133,7 @@ def convert_row(
         is_labelled: Whether labels are trained on. Then an empty label makes the row broken, not of another format.
         reads_label: Whether a column called ``label`` says if an answer is good. If not, the column is not read.
         roles: Further names of roles.
+        instruction: What is asked about the text of each row of a labelled set, whose label is the answer.
 
     Raises:
         BrokenRowError: The row cannot be converted, with field, reason and hint.
@@ -143,7 +147,9 @@ def convert_row(
         raise BrokenRowError("not an object", f"{kind} is no object with named fields")
     try:
         fields = _Fields(row, columns or {}, roles or {})
-        if not reads_label:
+        if instruction:
+            fields.ask(instruction)
+        elif not reads_label:
             fields.values.pop("label", None)
         return _convert(fields, format_, is_labelled)
     except RecursionError:
@@ -168,7 +174,7 @@ class _Fields:
                 self._rename(alias, name)
         for name, other in (_TURN_FIELDS, _TURN_FIELDS[::-1]):
             turns = find_turns(self.values.get(name)) or [None]
-            is_sharegpt = isinstance(turns[0], Mapping) and "role" not in turns[0] and "from" in turns[0]
+            is_sharegpt = isinstance(turns[0], dict) and "role" not in turns[0] and "from" in turns[0]
             if is_empty(self.values.get(other)) and turns[0] is not None and is_sharegpt == (name == "messages"):
                 self._rename(name, other)
             elif name in self.values and self.values[name] is None:
@@ -176,6 +182,16 @@ class _Fields:
 
     def _rename(self, name: str, other: str) -> None:
         self.values[other], self.original[other] = self.values.pop(name), self.original[name]
+
+    def ask(self, instruction: str) -> None:
+        """Make a row of a labelled set an instruction about its text, with its label as the answer."""
+        for name, others in (("input", _TEXTS), ("output", (*_ANSWERS[1:], "label"))):
+            found = next((other for other in others if self.is_filled(other)), None)
+            if found and not self.is_filled(name):
+                self._rename(found, name)
+        self.values.pop("label", None)
+        self.values["instruction"] = instruction
+        self.original.pop("instruction", None)
 
     def is_filled(self, *names: str) -> bool:
         """Whether all these fields have a value."""
@@ -262,7 +278,7 @@ def find_text(value: object, text: str, name: str = "") -> str:
     if isinstance(value, str):
         return name if text in value else ""
     items: list[tuple[str, object]] = []
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         items = [(f"{name}.{key}" if name else str(key), item) for key, item in value.items()]
     elif isinstance(value, list):
         items = [(f"{name}[{index}]", item) for index, item in enumerate(value)]
@@ -284,8 +300,8 @@ def _find_column(row: Mapping[str, object], column: str) -> tuple[str, object]:
         return whole, row[whole]
     value: object = row
     for part in column.split("."):
-        key = _key_of(value, part) if isinstance(value, Mapping) else None
-        if key is None or not isinstance(value, Mapping):
+        key = _key_of(value, part) if isinstance(value, dict) else None
+        if key is None or not isinstance(value, dict):
             names = list(map(str, row))
             near = [name for name in names if name.strip().lower() == column.strip().lower()]
             near = near or difflib.get_close_matches(column, names, n=1)
@@ -478,7 +494,7 @@ def _is_excluded(fields: _Fields) -> bool:
     for name in _ROW_MASKS:
         value = fields.values.get(name)
         is_figure = name in ("weight", "loss") and read_truth(value) is None
-        if is_empty(value) or isinstance(value, (list, Mapping)) or is_figure:
+        if is_empty(value) or isinstance(value, (list, dict)) or is_figure:
             continue
         if not parse_mask(value, name):
             fields.take(name, "loss mask")

@@ -100,6 +100,7 @@ class _SourceReader:
             raise ConfigError(f"data.columns: {unknown!r} is no field", hint=hint, option="data.columns")
         self._is_labelled = row_kind == "labels"
         is_named = "label" in self._columns or self._source.format == "unpaired_preference"
+        is_named = is_named or bool(self._source.instruction)
         self._reads_label = True if is_named or row_kind != "answers" or self._source.format != "auto" else None
 
     def convert(self, value: object) -> Converted:
@@ -113,6 +114,7 @@ class _SourceReader:
             is_labelled=self._is_labelled,
             reads_label=self._reads_label is not False,
             roles=self._source.roles,
+            instruction=self._source.instruction,
         )
 
     def _has_verdicts(self) -> bool:

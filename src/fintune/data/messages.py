@@ -54,7 +54,7 @@ def is_empty(value: object) -> bool:
     """Whether a value is an empty cell: null, NaN, blank text, or a list or an object without a filled value."""
     if isinstance(value, str):
         return not value.strip() or value.strip() in ("[]", "{}", "null")
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return all(map(is_empty, value.values()))
     if isinstance(value, float):
         return math.isnan(value)
@@ -69,16 +69,16 @@ def find_turns(value: object) -> list[object] | None:
             ends = [*(mark.start() for mark in marks[1:]), len(value)]
             return [{"role": m[1].lower(), "content": value[m.end() : end]} for m, end in zip(marks, ends, strict=True)]
         parsed = parse_cell(value) if value.lstrip()[:1] in ("[", "{") else None
-        if isinstance(parsed, Mapping):  # an answer may itself be an object
+        if isinstance(parsed, dict):  # an answer may itself be an object
             parsed = [parsed] if str(parsed.get("role", parsed.get("from"))).lower() in ROLES else None
-        is_turns = isinstance(parsed, list) and any(isinstance(turn, Mapping) and _has_turn(turn) for turn in parsed)
+        is_turns = isinstance(parsed, list) and any(isinstance(turn, dict) and _has_turn(turn) for turn in parsed)
         return parsed if is_turns else None
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         if columns := [value[key] for key in ("role", "from") if isinstance(value.get(key), list)]:
             # Arrow may store a list of turns as lists by key.
             return [{key: items[index] for key, items in value.items()} for index in range(len(columns[0]))]
         return [value] if _has_turn(value) else None
-    if isinstance(value, list) and any(isinstance(turn, Mapping) and turn.keys() & {"role", "from"} for turn in value):
+    if isinstance(value, list) and any(isinstance(turn, dict) and turn.keys() & {"role", "from"} for turn in value):
         return value
     return None
 
@@ -130,7 +130,7 @@ def parse_turns(
 
 def _parse_turn(turn: object, field: str, index: int, roles: Mapping[str, Role]) -> Turn | None:
     """Parse a turn; None for an empty system message, which says nothing."""
-    if not isinstance(turn, Mapping):
+    if not isinstance(turn, dict):
         raise BrokenRowError("bad turns", f"{_kind_of(turn)}, not a turn", field=field, hint="write role and content")
     name, content_name = ("role", "content") if "role" in turn else ("from", "value")
     raw = turn.get(name)
@@ -162,7 +162,7 @@ def _parse_turn(turn: object, field: str, index: int, roles: Mapping[str, Role])
             more["reasoning_content"] = thought
     elif role == "tool":
         more = {key: str(turn[key]) for key in ("name", "tool_call_id") if not is_empty(turn.get(key))}
-        content = json.dumps(content, ensure_ascii=False) if isinstance(content, Mapping) else content
+        content = json.dumps(content, ensure_ascii=False) if isinstance(content, dict) else content
     has_text = not (is_empty(content) and ("tool_calls" in more or role == "tool"))
     text = parse_text(content, at, f"no {content_name}") if has_text else ""
     return Turn(Message(role=role, content=text, **more), _is_trained(turn, field))
@@ -172,9 +172,7 @@ def _thought_of(turn: Mapping[str, object], content: object) -> tuple[str, objec
     """Return the thought of a turn, from a field or a part of the content, and the content without it."""
     thoughts = [text for name in THOUGHT_FIELDS if isinstance(text := turn.get(name), str) and text.strip()]
     if isinstance(content, list):
-        parts = [
-            part for part in content if isinstance(part, Mapping) and part.get("type") in ("thinking", "reasoning")
-        ]
+        parts = [part for part in content if isinstance(part, dict) and part.get("type") in ("thinking", "reasoning")]
         thoughts += [text for part in parts if isinstance(text := part.get("thinking", part.get("text")), str)]
         content = [part for part in content if not any(part is thought for thought in parts)]
     return "\n\n".join(dict.fromkeys(thoughts)), content
@@ -208,14 +206,14 @@ def _parse_calls(value: object, field: str) -> tuple[dict[str, Any], ...]:
     parsed = parse_cell(value) if isinstance(value, str) else value
     calls = []
     for call in parsed if isinstance(parsed, list) else [parsed]:
-        function: Any = call.get("function", call) if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        function: Any = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             hint = 'write [{"function": {"name": "...", "arguments": {...}}}]'
             raise BrokenRowError("bad tool call", f"{_kind_of(call)} without a function's name", field=field, hint=hint)
         arguments = function.get("arguments", {})
         arguments = parse_cell(arguments) if isinstance(arguments, str) else arguments
         whole = {"name": function["name"], "arguments": _without_nulls(arguments or {})}
-        call_id = {"id": str(call["id"])} if isinstance(call, Mapping) and call.get("id") else {}
+        call_id = {"id": str(call["id"])} if isinstance(call, dict) and call.get("id") else {}
         calls.append({"type": "function", **call_id, "function": whole})
     return tuple(calls)
 
@@ -225,15 +223,15 @@ def parse_tools(value: object) -> tuple[dict[str, Any], ...]:
     parsed = parse_cell(value) if isinstance(value, str) else value
     if not isinstance(parsed, list):
         return ()
-    functions: list[Any] = [tool.get("function", tool) if isinstance(tool, Mapping) else None for tool in parsed]
-    if not all(isinstance(function, Mapping) and isinstance(function.get("name"), str) for function in functions):
+    functions: list[Any] = [tool.get("function", tool) if isinstance(tool, dict) else None for tool in parsed]
+    if not all(isinstance(function, dict) and isinstance(function.get("name"), str) for function in functions):
         return ()
     return tuple({"type": "function", "function": _without_nulls(function)} for function in functions)
 
 
 def _without_nulls(value: Any) -> Any:
     """Leave out nulls, with which Arrow fills the keys that only other rows have."""
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return {str(key): _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
@@ -246,7 +244,7 @@ def parse_text(value: object, field: str, missing: str) -> str:
         field: Name of the field, for messages.
         missing: The reason to count by if there is no text.
     """
-    if isinstance(value, list) and value and all(isinstance(part, Mapping) for part in value):
+    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
         value = "".join(_parse_part(part, f"{field}[{index}]") for index, part in enumerate(value))
     value = format_scalar(value)
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
@@ -320,7 +318,7 @@ def parse_label(value: object, base_format: str = "prompt_completion") -> bool:
 
 def walk_leaves(value: object, path: str) -> Iterator[tuple[str, object]]:
     """Yield every filled value of a structure with its path, as ``messages[].content``."""
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         for key, item in value.items():
             yield from walk_leaves(item, f"{path}.{key}" if path else str(key))
     elif isinstance(value, (list, tuple)):

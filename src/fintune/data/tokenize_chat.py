@@ -7,13 +7,12 @@ template leaves something out, the example has a note, which the report counts.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Literal
 
 from fintune.data.formats import Conversation
 from fintune.data.objective_filter import RowKind
 from fintune.data.tokenize import DroppedRow, TokenizedExample, TokenRow
-from fintune.errors import DataError, FintuneError
+from fintune.errors import DataError
 from fintune.finqa.prompt import TooLongError
 from fintune.models import chat_template as chat
 from fintune.models.chat_cache import CachedChatTokenizer
@@ -145,12 +144,8 @@ class ConversationEncoder:
         Args:
             conversations: All turns of each conversation.
         """
-        texts = []
-        for messages in conversations:
-            with suppress(FintuneError):  # `encode` raises it
-                texts.append(self._writer.render(self._with_head(messages), False))
-        with suppress(FintuneError):
-            self._writer.cache_texts(texts, num_letters=_CHARACTERS_PER_TOKEN * self._max_length)
+        heads = [self._with_head(messages) for messages in conversations]
+        self._writer.learn(heads, num_letters=_CHARACTERS_PER_TOKEN * self._max_length)
 
     def _with_head(self, messages: Sequence[Message]) -> list[Message]:
         """Return the turns with a system message, where the template shows it."""
@@ -175,7 +170,7 @@ class ConversationEncoder:
         notes = [] if all(turn.follows_template for turn in encoded) else [OTHER_RENDERING]
         if self._folds_system and (self._system or messages[0].role == "system"):
             notes.append(FOLDED)
-        text = self._writer.render(prompt)
+        text = encoded[-1].prompt
         for index, message in enumerate(prompt):
             if what := chat.find_left_out(text, message):
                 why = f"the chat template leaves out the {what} of turn {index + 1}, the {message.role}'s"

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from fintune.errors import DataError
+from fintune.errors import DataError, FintuneError
 from fintune.models import chat_template as chat
 from fintune.records import Message
 
@@ -64,6 +65,7 @@ class CachedChatTokenizer:
         self._tokenizer = tokenizer
         self._render_fast = _compile(tokenizer)
         self._checked_forms: set[tuple[tuple[str, ...], ...]] = set()
+        self._texts: dict[tuple[int, ...], tuple[Sequence[Message], str]] = {}
         self._end: tuple[int, str] | None = None
         self._is_splittable = True
         self._heading = heading
@@ -77,10 +79,27 @@ class CachedChatTokenizer:
         Raises:
             DataError: The template refuses these messages.
         """
+        if not (add_generation_prompt or thinking) and (known := self._texts.get(tuple(map(id, messages)))):
+            return known[1]
         text = self._try_fast(messages, add_generation_prompt, thinking)
         return (
             chat.render(self._tokenizer, messages, add_generation_prompt, thinking=thinking) if text is None else text
         )
+
+    def learn(self, conversations: Iterable[Sequence[Message]], *, num_letters: int) -> None:
+        """Render and tokenise whole conversations at once, so that their parts are found again. This only saves time.
+
+        Args:
+            conversations: All turns of each conversation.
+            num_letters: See :meth:`cache_texts`.
+        """
+        self._texts.clear()
+        for messages in conversations:
+            with suppress(FintuneError):  # encoding raises it
+                # The turns are kept, so that no other turn gets the id of one of them.
+                self._texts[tuple(map(id, messages))] = messages, self.render(messages, False)
+        with suppress(FintuneError):
+            self.cache_texts([text for _, text in self._texts.values()], num_letters=num_letters)
 
     def check(self, messages: Sequence[Message]) -> None:
         """Compare the fast rendering of a conversation with ``apply_chat_template``. If it differs, stop using it.
@@ -98,6 +117,7 @@ class CachedChatTokenizer:
                 expected = None
             if self._try_fast(messages, False, thinking) != expected:
                 self._render_fast = None
+                self._texts.clear()
 
     def _try_fast(self, messages: Sequence[Message], add_generation_prompt: bool, thinking: bool) -> str | None:
         """Return None if the template refuses the messages, or the fast rendering is not used."""

@@ -52,12 +52,14 @@ class EncodedExample:
         follows_template: Whether the ids are the template's own rendering of the whole conversation. False if that
             rendering does not begin with the prompt's; the completion was then appended to the prompt.
         completion: The trained text, without the end of turn.
+        prompt: The text before it.
     """
 
     input_ids: list[int]
     completion_mask: list[int]
     follows_template: bool
     completion: str = ""
+    prompt: str = ""
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -266,7 +268,7 @@ def encode_example(
     trained = ids[len(prompt_ids) :]
     if trained[-1:] != [end_id] or trained.count(end_id) != 1:
         raise ModelError(f"{end_text} does not end the encoded completion {answer.content[:60]!r}")
-    return EncodedExample(ids, [0] * len(prompt_ids) + [1] * len(trained), follows, text)
+    return EncodedExample(ids, [0] * len(prompt_ids) + [1] * len(trained), follows, text, prompt)
 
 
 def _completion_after(prompt: str, answer: Message) -> str:
