@@ -45,8 +45,8 @@ class SourceOptions(Options):
     roles: dict[str, Literal["system", "user", "assistant", "tool"]] = Field(default_factory=dict)
     """Roles by the names that these rows give them, such as `{Analyst: assistant}`."""
     instruction: str = ""
-    """What is asked about each row of a labelled set (a text and a label), such as `What is the tone of this headline?`.
-    The label is the answer."""
+    """What is asked about each row of a labelled set (a text and a label), such as `What is the tone of this
+    headline?`. The label is the answer."""
     split: str = ""
     """Split of a hub dataset, of a saved dataset, or of a folder whose files are named by splits. Default: `train` if a
     dataset has several. Of a folder, the files of other splits are held out."""
