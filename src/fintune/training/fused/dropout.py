@@ -44,14 +44,7 @@ class DropoutMask:
 
 
 def dropout_mask(p: float, seed: int | None, layer: int, group: int) -> DropoutMask | None:
-    """Return the masks of a group; the same arguments give the same masks.
-
-    Args:
-        p: Probability that a number becomes zero.
-        seed: Seed of the batch; None if nothing is dropped.
-        layer: Index of the decoder layer.
-        group: Index of the group in the decoder layer.
-    """
+    """Return the masks of a group of a layer, by their indices and the batch's seed; None if nothing is dropped."""
     if seed is None or p == 0:
         return None
     return DropoutMask(p, (seed + _MAX_PARTS * (_MAX_PARTS * layer + group)) % 2**31)
@@ -146,16 +139,7 @@ def input_grad_dropout(
 def adapter_grads_dropout(
     group: LinearGroup, unscaled_grad: Tensor, low_rank_grad: Tensor, x: Tensor, low_rank: Tensor, mask: DropoutMask
 ) -> AdapterGrads:
-    """Return the gradients of A and B in float32.
-
-    Args:
-        group: The layers.
-        unscaled_grad: Gradient of the output before DoRA's scale, from :func:`input_grad_dropout`.
-        low_rank_grad: Gradient of the low-rank activations, from there.
-        x: Input, [tokens, in].
-        low_rank: Low-rank activations, [tokens, r].
-        mask: The masks.
-    """
+    """Return the gradients of A and B in float32, from what :func:`input_grad_dropout` returns and from the input."""
     grads = AdapterGrads([], [])
     for index, (rows, columns) in enumerate(group.b_slices):
         has_adapter = group.ranks[index] > 0

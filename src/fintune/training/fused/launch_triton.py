@@ -89,10 +89,11 @@ def join_heads(
     heads, blocks = _blocks((transform.num_heads, transform.num_key_heads, transform.num_key_heads))
     assert sums is None or qkv is not None, "the sums need what the magnitudes scaled"
     rows = 1 if sums is None else _rows_per_sum(tokens)
+    qkv = out if qkv is None else qkv  # not read then, but a kernel cannot add to None
     kernels_triton.join_heads_program[(triton.cdiv(tokens, rows), blocks)](
         *(grad.contiguous() for grad in grads), qkv, transform.scale, transform.bias, sums and sums.values,
         transform.query_norm, transform.key_norm, cos.contiguous(), sin.contiguous(), out, sums and sums.blocks,
-        tokens, 0 if qkv is None else qkv.stride(0), out.stride(0), 0 if sums is None else sums.blocks.stride(0),
+        tokens, qkv.stride(0), out.stride(0), 0 if sums is None else sums.blocks.stride(0),
         transform.num_heads, transform.num_key_heads, transform.eps,
         HAS_SCALE=transform.scale is not None, HAS_BIAS=transform.bias is not None,
         HAS_NORM=transform.query_norm is not None, HAS_SUMS=sums is not None,

@@ -173,12 +173,7 @@ class LinearGroup:
         return torch.empty(tokens, self.num_in + self.padded_rank, dtype=self.dtype, device=self.device)
 
     def forward(self, augmented: Tensor, weight: Tensor) -> Tensor:
-        """Return the outputs [tokens, out] without bias and DoRA's scale; fills the right part of the input.
-
-        Args:
-            augmented: Augmented input [tokens, in + r], its left part filled.
-            weight: Augmented weight.
-        """
+        """Return the outputs [tokens, out] without bias and DoRA's scale; fills the right part of the input."""
         self.fill_low_rank(augmented, weight)
         return augmented @ self.views(weight).top.t()
 
@@ -187,11 +182,7 @@ class LinearGroup:
         self.scaled_matmul(augmented[:, : self.num_in], self.views(weight).a.t(), augmented[:, self.num_in :])
 
     def forward_separate(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute as :meth:`forward`, but with a second product, for an input that is not in an augmented buffer.
-
-        Args:
-            x: Input [tokens, in].
-            weight: Augmented weight.
+        """Compute as :meth:`forward` with a second product, for an input [tokens, in] that is not in such a buffer.
 
         Returns:
             Outputs [tokens, out], and low-rank activations [tokens, r].
@@ -202,14 +193,7 @@ class LinearGroup:
         return (x @ views.w.t()).addmm_(low_rank, views.b.t()), low_rank
 
     def scaled_matmul(self, left: Tensor, right: Tensor, out: Tensor, column: int = 0) -> None:
-        """Compute ``out = s * left @ right``.
-
-        Args:
-            left: [tokens, inner].
-            right: [inner, columns].
-            out: [tokens, columns].
-            column: Index of the first column among the group's r columns.
-        """
+        """Compute ``out = s * left @ right``, [tokens, columns], from a column of the group's r columns on."""
         if out.shape[1] == 0:
             return
         torch.addmm(out, left, right, beta=0, alpha=self.scaling, out=out)
@@ -225,9 +209,7 @@ class LinearGroup:
     def input_grad(self, augmented_grad: Tensor, weight: Tensor) -> Tensor:
         """Return the gradient of the input [tokens, in]; fills the right part of the buffer.
 
-        Args:
-            augmented_grad: [tokens, out + r], its left part filled with the gradient of the output before DoRA's scale.
-            weight: Augmented weight.
+        The left part of the buffer [tokens, out + r] holds the gradient of the output before DoRA's scale.
         """
         self.fill_low_rank_grad(augmented_grad, weight)
         return augmented_grad @ self.views(weight).left
@@ -237,11 +219,7 @@ class LinearGroup:
         self._low_rank_grad(augmented_grad[:, : self.num_out], weight, augmented_grad[:, self.num_out :])
 
     def input_grad_separate(self, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute as :meth:`input_grad`, but with a second product.
-
-        Args:
-            grad: Gradient of the output before DoRA's scale, [tokens, out].
-            weight: Augmented weight.
+        """Compute as :meth:`input_grad` with a second product, from the gradient of the output [tokens, out].
 
         Returns:
             Gradients of the input [tokens, in] and of the low-rank activations [tokens, r].
@@ -271,11 +249,8 @@ class LinearGroup:
     def adapter_grads(self, grad: Tensor, low_rank_grad: Tensor, x: Tensor, low_rank: Tensor) -> AdapterGrads:
         """Return the gradients of A and B in float32.
 
-        Args:
-            grad: Gradient of the output before DoRA's scale, [tokens, out].
-            low_rank_grad: Gradient of the low-rank activations, [tokens, r].
-            x: Input, [tokens, in].
-            low_rank: Low-rank activations, [tokens, r].
+        They come from those of the output before DoRA's scale [tokens, out] and of the low-rank activations [tokens,
+        r], from the input [tokens, in] and from the low-rank activations [tokens, r].
         """
         grads = AdapterGrads([], [])
         a_grad = matmul_float32(low_rank_grad.t(), x) if self.padded_rank else None  # [r, in]
@@ -341,12 +316,7 @@ def is_four_bit(layer: nn.Module) -> bool:
 
 
 def dequantize(layer: nn.Module, out: Tensor) -> None:
-    """Write the packed weight of a ``Linear4bit`` as numbers.
-
-    Args:
-        layer: The 4-bit layer.
-        out: [out, in]. It may be a view with its own row stride.
-    """
+    """Write the packed weight of a ``Linear4bit`` as numbers into [out, in], which may have its own row stride."""
     weight: Any = layer.weight
     state = weight.quant_state
     if not out.is_cuda or out.shape[1] % state.blocksize:

@@ -7,7 +7,7 @@ and three operations compute DoRA's scales. A copy and a norm for every layer wo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +34,17 @@ class GroupStack:
         self._scales: Tensor | None = None  # [layers, out]
         if hold:
             self._weights = self._hold_weights()
-        self._a = self._stack_a()  # [layers, rank, in]
-        self._b = [self._stack_b(index) for index in range(len(groups[0].layers))]  # [layers, out, rank] each
-        self._magnitudes = self._stack_magnitudes()  # [layers, out]
+        first, indices = groups[0], range(len(groups[0].layers))
+        self._a = _stack(  # [layers, rank, in]
+            groups, lambda group, at: (group.layers[at].a, group.b_slices[at][1]), (sum(first.ranks), first.num_in)
+        )
+        self._b = [  # [layers, out, rank] each
+            _stack(groups, lambda group, at: (group.layers[at].b, slice(None)), (size, rank), [index])
+            for index, size, rank in zip(indices, first.sizes, first.ranks, strict=True)
+        ]
+        self._magnitudes = _stack(  # [layers, out]
+            groups, lambda group, at: (group.layers[at].magnitude, group.b_slices[at][0]), (first.num_out,)
+        )
         if self._magnitudes is not None:
             self._row_squares = torch.stack([_row_squares(group) for group in self._groups])
             for group, magnitude, squares in zip(self._groups, self._magnitudes, self._row_squares, strict=True):
@@ -78,47 +86,33 @@ class GroupStack:
                     layer.base.weight.data = part
         return weights
 
-    def _stack_a(self) -> Tensor | None:
-        first = self._groups[0]
-        example = next((layer.a for layer in first.layers if layer.a is not None), None)
-        if example is None:
-            return None
-        shape = (len(self._groups), sum(first.ranks), first.num_in)
-        stacked = torch.empty(shape, dtype=example.dtype, device=example.device)
-        for group, a in zip(self._groups, stacked, strict=True):
-            for layer, (_, rows) in zip(group.layers, group.b_slices, strict=True):
-                if layer.a is not None:
-                    _move(layer.a, a[rows])
-        return stacked
 
-    def _stack_b(self, index: int) -> Tensor | None:
-        example = self._groups[0].layers[index].b
-        if example is None:
-            return None
-        stacked = torch.empty(len(self._groups), *example.shape, dtype=example.dtype, device=example.device)
-        for group, part in zip(self._groups, stacked, strict=True):
-            b = group.layers[index].b
-            assert b is not None, "all groups of a stack have the same adapters"
-            _move(b, part)
-        return stacked
+def _stack(
+    groups: Sequence[LinearGroup],
+    pick: Callable[[LinearGroup, int], tuple[nn.Parameter | None, slice]],
+    shape: tuple[int, ...],
+    indices: Sequence[int] | None = None,
+) -> Tensor | None:
+    """Move a parameter of layers of all groups into one tensor, [groups, *shape]; None if no layer has it.
 
-    def _stack_magnitudes(self) -> Tensor | None:
-        first = self._groups[0]
-        example = next((layer.magnitude for layer in first.layers if layer.magnitude is not None), None)
-        if example is None:
-            return None
-        stacked = torch.ones(len(self._groups), first.num_out, dtype=torch.float32, device=example.device)
-        for group, magnitudes in zip(self._groups, stacked, strict=True):
-            for layer, part in zip(group.layers, magnitudes.split(group.sizes), strict=True):
-                if layer.magnitude is not None:
-                    _move(layer.magnitude, part)
-        return stacked
-
-
-def _move(parameter: nn.Parameter, target: Tensor) -> None:
-    """Move a parameter into a part of a larger tensor."""
-    target.copy_(parameter.detach())
-    parameter.data = target
+    Args:
+        groups: The groups.
+        pick: Returns the parameter of a group's layer, and its place in the group's part of the tensor.
+        shape: Shape of that part.
+        indices: Indices of the layers in their group; all by default.
+    """
+    indices = range(len(groups[0].layers)) if indices is None else indices
+    example = next((found for index in indices if (found := pick(groups[0], index)[0]) is not None), None)
+    if example is None:
+        return None
+    dtype = torch.float32 if len(shape) == 1 else example.dtype  # magnitudes
+    stacked = torch.ones(len(groups), *shape, dtype=dtype, device=example.device)
+    for group, part in zip(groups, stacked, strict=True):
+        for parameter, place in (pick(group, index) for index in indices):
+            if parameter is not None:
+                part[place].copy_(parameter.detach())
+                parameter.data = part[place]
+    return stacked
 
 
 def _row_squares(group: LinearGroup) -> Tensor:

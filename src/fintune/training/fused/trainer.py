@@ -9,7 +9,6 @@ from torch import Tensor
 from trl import SFTTrainer
 
 from fintune.training.fused.batch import SequenceBounds
-from fintune.training.fused.loss import LabelLoss
 from fintune.training.fused.model import FusedModel
 
 
@@ -50,15 +49,11 @@ class FusedTrainer(SFTTrainer):  # type: ignore[misc]
                 num_labels,
                 training=model.training,
             )
-        if self.args.world_size > 1 and model.training:
-            # The mean of the processes' gradients has to be the gradient of the sum of their losses.
-            return self._record(inputs, loss, model) * self.args.world_size
-        return self._record(inputs, loss, model)
-
-    def _record(self, inputs: dict[str, Any], loss: LabelLoss, model: Any) -> Tensor:
-        if model.training:
-            self._losses.append((inputs["ids"], loss.mean.detach()))
-        return loss.mean
+        if not model.training:
+            return loss.mean
+        self._losses.append((inputs["ids"], loss.mean.detach()))
+        # The mean of the processes' gradients has to be the gradient of the sum of their losses.
+        return loss.mean * self.args.world_size if self.args.world_size > 1 else loss.mean
 
     def examples_of_bad_losses(self) -> list[str]:
         """Return the examples of the batches since the last call whose loss is not finite; waits for the GPU once."""

@@ -328,9 +328,7 @@ def choose_plan(
     limit_bytes: int,
     recompute: bool | None = None,
 ) -> MemoryPlan:
-    """Choose the fastest settings that fit; if none fit, the smallest ones with ``fits`` False.
-
-    There are few settings, so all of them are tried.
+    """Choose the fastest settings that fit, of all; if none fit, the smallest ones with ``fits`` False.
 
     Args:
         shape: Sizes of the model.

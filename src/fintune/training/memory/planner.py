@@ -177,9 +177,8 @@ class MemoryRequest:
         """
         recomputed, is_sharded = self.recomputes_layers(), self.num_shards > 1
         peak = self.transformers_peak(recomputed=recomputed)
-        where = "with the layers of transformers"
-        if is_sharded:
-            where = f"on each of {self.num_shards} GPUs, the frozen weights divided (FSDP2)"
+        divided = f"on each of {self.num_shards} GPUs, the frozen weights divided (FSDP2)"
+        where = divided if is_sharded else "with the layers of transformers"
         where += ", all layers recomputed" if recomputed else ""
         if peak <= self.limit:
             return f"fits: about {format_usage(peak, self.limit)} {where}"
@@ -244,14 +243,9 @@ def resolve_checkpointing(
     if model.device.type == "cuda" or (distributed.is_sharded(options) and torch.cuda.is_available()):
         request = MemoryRequest.from_model(model, options, lengths) if _is_predictable(model, options) else None
         recompute = request is None or request.recomputes_layers()
-        if request is None:
-            say(
-                "layers: all recomputed, because their memory cannot be predicted for this model or method "
-                "(train.gradient_checkpointing)"
-            )
-        else:
-            usable = format_gib(request.limit)
-            say(f"layers: {'all recomputed to fit' if recompute else 'none recomputed: all fit'} {usable}")
+        choice = "all recomputed to fit" if recompute else "none recomputed: all fit"
+        reason = "all recomputed, because their memory cannot be predicted (train.gradient_checkpointing)"
+        say(f"layers: {reason if request is None else f'{choice} {format_gib(request.limit)}'}")
     return options.model_copy(update={"gradient_checkpointing": recompute})
 
 
@@ -311,7 +305,7 @@ def advise_less_memory(
         model_config: The model's ``config.json``; None on a CPU, whose memory is not predicted.
         longest: Tokens of the longest example.
         limit: Bytes that could be allocated.
-        followed_plan: Whether the fused layers ran by a plan, which needed more than predicted.
+        followed_plan: Whether the fused layers ran by a plan.
     """
     if (model_config or {}).get("model_type") not in FUSED_FAMILIES or config.adapter.kind == "full":
         return _general_advice(config, on_gpu=model_config is not None)
