@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from fintune.data.page_file import csv_blocks, read_page
-from fintune.data.page_table import Grid, read_grid
+from fintune.data.page_layout import read_grid
+from fintune.data.page_table import Grid
 from fintune.errors import DataError
 
 TABLE = [["Item", "2019", "2018"], ["Revenue", "1,234", "1,100"], ["Costs", "900", "800"]]

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from fintune.data.page_layout import read_grid
 from fintune.data.page_markup import html_blocks
-from fintune.data.page_table import Grid, read_grid
+from fintune.data.page_table import Grid
 
 PAGE = (
     "<p>{text}</p><table><tr><th>in millions</th><th>{header}</th><th>2018</th></tr>"

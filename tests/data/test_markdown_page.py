@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from fintune.data.page_file import read_page
+from fintune.data.page_layout import read_grid
 from fintune.data.page_markup import markdown_blocks
-from fintune.data.page_table import Grid, read_grid
+from fintune.data.page_table import Grid
 from fintune.errors import DataError
 
 FIGURES = "| a | 2019 |\n|---|---|\n| {name} | {cell} |\n"

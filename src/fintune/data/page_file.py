@@ -17,9 +17,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fintune.data.files import read_whole_text
+from fintune.data.page_layout import read_grid
 from fintune.data.page_markup import Block, html_blocks, is_markdown, markdown_blocks
 from fintune.data.page_numbers import Mark, signed_table, with_points
-from fintune.data.page_table import UNITS, Grid, GridCell, NamedTable, clean_text, read_grid
+from fintune.data.page_table import UNITS, Grid, GridCell, NamedTable, clean_text
 from fintune.errors import DataError
 from fintune.finqa.text_similarity import rank_lines
 from fintune.records import FinQAQuestion, FinQARecord

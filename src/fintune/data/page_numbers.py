@@ -15,7 +15,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from fintune.data.page_table import MARKS, NamedTable, kind_of, listed
+from fintune.data.page_table import LONGEST_VALUE, MARKS, NamedTable, kind_of, listed
 from fintune.errors import DataError
 
 Mark: TypeAlias = Literal["point", "comma"]
@@ -243,7 +243,7 @@ def signed_table(page: NamedTable, path: Path) -> NamedTable:
         raise DataError(problem, path=path, hint="write the losses with a minus")
     for r, row in enumerate(rows[1:], start=1):
         for c, cell in enumerate(row[1:], start=1):
-            if not any(map(str.isdigit, cell)):
+            if len(cell) > LONGEST_VALUE or not any(map(str.isdigit, cell)):
                 continue
             bare = MARKS.sub("", cell).strip()
             if bare and bare != cell and kind_of(bare) in ("figure", "soft"):
