@@ -106,7 +106,7 @@ def read_page(
         blocks, sign = csv_blocks(path, content)
     else:
         blocks = (html_blocks if kind == "html" else markdown_blocks)(content, path)
-    at, notes = _choose_table(blocks, question, table, path)
+    at, notes = choose_table(blocks, question, table, path)
     grid = blocks[at]
     assert isinstance(grid, Grid), "chosen among the tables"
     page_table = read_grid(_without_nan(grid) if kind != "html" else grid, path)
@@ -131,7 +131,7 @@ def read_page(
     return PageReading(_with_numbers(record, path), units, tuple(notes), tables.index(at) + 1, len(tables))
 
 
-def _choose_table(blocks: Sequence[Block], question: str, number: int | None, path: Path) -> tuple[int, list[str]]:
+def choose_table(blocks: Sequence[Block], question: str, number: int | None, path: Path) -> tuple[int, list[str]]:
     """Return the index of the table to read, and a note if there are several."""
     tables = [k for k, block in enumerate(blocks) if isinstance(block, Grid)]
     if not tables:
@@ -149,8 +149,8 @@ def _choose_table(blocks: Sequence[Block], question: str, number: int | None, pa
     return tables[best], [f"{note}; --table N reads another"]
 
 
-def _words(grid: Block) -> list[str]:
-    return [cell.text for row in grid.rows for cell in row] if isinstance(grid, Grid) else []
+def _words(block: Block) -> list[str]:
+    return [cell.text for row in block.rows for cell in row] if isinstance(block, Grid) else []
 
 
 def _text_around(blocks: Sequence[Block], at: int, most: int | None = None) -> tuple[list[str], list[str]]:

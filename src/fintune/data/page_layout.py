@@ -25,7 +25,7 @@ from fintune.data.page_table import (
     Grid,
     GridCell,
     NamedTable,
-    Row,
+    NumberedRow,
     compressed,
     kind_of,
     listed,
@@ -93,11 +93,11 @@ def _is_body(row: Sequence[GridCell], first: int) -> bool:
     return False
 
 
-def _parts(rows: Sequence[Row]) -> list[list[Row]]:
+def _parts(rows: Sequence[NumberedRow]) -> list[list[NumberedRow]]:
     """Cut a table before every header that is not its first; a header that is repeated unchanged is left out."""
     first = min((row[0].start for _, row in rows), default=0)
     is_body = [_is_body(row, first) for _, row in rows]
-    parts: list[list[Row]] = [[]]
+    parts: list[list[NumberedRow]] = [[]]
     header: set[tuple[str, ...]] = set()
     seen_body = False
     for k, (_, row) in enumerate(rows):
@@ -120,7 +120,7 @@ def _parts(rows: Sequence[Row]) -> list[list[Row]]:
     return parts
 
 
-def _read_part(rows: Sequence[Row], path: Path, notes: list[str]) -> list[NamedTable]:
+def _read_part(rows: Sequence[NumberedRow], path: Path, notes: list[str]) -> list[NamedTable]:
     layout = _Layout(rows, path, notes)
     second = layout.second_table()
     if second is None:
@@ -147,7 +147,7 @@ class _Column:
 class _Layout:
     """The header and the columns of a table with one header."""
 
-    def __init__(self, rows: Sequence[Row], path: Path, notes: list[str]) -> None:
+    def __init__(self, rows: Sequence[NumberedRow], path: Path, notes: list[str]) -> None:
         self._path, self._notes = path, notes
         self._first = min((row[0].start for _, row in rows), default=0)
         num_header = self._num_header([row for _, row in rows])

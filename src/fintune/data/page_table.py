@@ -152,7 +152,7 @@ def listed(texts: Iterable[str], most: int = 6) -> str:
     return ", ".join(kinds[:most]) + (f" and {len(kinds) - most} more" if len(kinds) > most else "")
 
 
-Row = tuple[int, tuple[GridCell, ...]]
+NumberedRow = tuple[int, tuple[GridCell, ...]]
 """The number of a row for messages, and its cells."""
 
 
@@ -166,9 +166,9 @@ def without_footers(grid: Grid) -> tuple[Grid, list[str]]:
     return replace(grid, rows=grid.rows[:num], numbers=grid.numbers[:num]), footers
 
 
-def split_lines(grid: Grid, path: Path) -> list[Row]:
+def split_lines(grid: Grid, path: Path) -> list[NumberedRow]:
     """Make rows of the lines of a row's cells if all cells have equally many; else the lines are one text."""
-    rows: list[Row] = []
+    rows: list[NumberedRow] = []
     made: dict[tuple[GridCell, str], GridCell] = {}
 
     def with_text(cell: GridCell, text: str) -> GridCell:
@@ -195,7 +195,7 @@ def split_lines(grid: Grid, path: Path) -> list[Row]:
     return rows
 
 
-def compressed(rows: Sequence[Row], path: Path) -> list[Row]:
+def compressed(rows: Sequence[NumberedRow], path: Path) -> list[NumberedRow]:
     """Number the columns by the places at which a cell begins or ends, so that wide spans cost nothing."""
     bounds = sorted({bound for _, row in rows for cell in row for bound in (cell.start, cell.end)})
     if len(rows) * len(bounds) > _MAX_PLACES:
