@@ -328,3 +328,77 @@ def test_predict_has_the_flags_of_ask(data, tiny_model):
     for flag in (("--num", "2"), ("--num-candidates", "2"), ("--strategy", "vote")):
         refused = fintune("predict", "any.yaml", *flag)
         assert f"{flag[0]} needs --model" in refused.err
+
+
+@pytest.fixture
+def shard(data, tiny_model):
+    """Run a shard of seven questions about four pages, or all of them."""
+    rows = [record.model_dump(mode="json") for record in records(7)]
+    for number, row in enumerate(rows):
+        row["pre_text"], row["table"] = [f"page {number % 4} ."], rows[number % 4]["table"]
+        row["post_text"] = []
+    data.write_text(json.dumps([*rows, {"id": "broken"}]))
+
+    def run(part, *more):
+        words = ["--model", tiny_model, "--data", data, "--out", data.parent / "out.json"]
+        words += [] if part is None else ["--shard", part]
+        return fintune("predict", *words, "predict.max_new_tokens=3", *more)
+
+    return run
+
+
+def test_predict_shards_merge_to_the_whole(data, shard):
+    out = data.parent / "out.json"
+    assert shard(None).status == 0
+    whole, manifest = (json.loads(path.read_text()) for path in (out, data.parent / "out.manifest.json"))
+    out.unlink()
+    for part in ("3/3", "1/3", "2/3"):
+        assert shard(part).status == 0
+    pages = [
+        {row["question"] for row in json.loads((data.parent / f"out.{number}-of-3.json").read_text())}
+        for number in (1, 2, 3)
+    ]
+    assert sum(map(len, pages)) == len(set().union(*pages))
+    done = fintune("predict", "--merge", "--out", out)
+    assert done.status == 0
+    assert "7 predictions, execution accuracy" in done.out
+    merged = json.loads(out.read_text())
+    unlike = ("seconds", "logprob", "confidence")
+    assert [{k: v for k, v in row.items() if k not in unlike} for row in merged] == [
+        {k: v for k, v in row.items() if k not in unlike} for row in whole
+    ]
+    facts = json.loads((data.parent / "out.manifest.json").read_text())["facts"]
+    assert facts | {"predict_seconds": 0} == manifest["facts"] | {"predict_seconds": 0}
+    assert facts["num_dropped"] == manifest["facts"]["num_dropped"] != {}
+
+
+def test_predict_merge_refuses_what_is_not_one_run(data, shard):
+    def refused(*words):
+        done = fintune("predict", "--merge", "--out", data.parent / "out.json", *words)
+        assert (done.status, done.err.count("\n")) == (2, 1) or "Usage" in done.err
+        assert not (data.parent / "out.json").exists()
+        return done.err
+
+    assert "has no finished shards" in refused()
+    assert shard("1/3").status == 0
+    assert "lacks shards: 2/3, 3/3" in refused()
+    assert shard("2/3").status == 0
+    assert shard("3/3").status == 0
+    (data.parent / "out.3-of-3.json").write_text("[]")
+    assert "out.3-of-3.json does not hold the predictions of its manifest" in refused()
+    assert shard("3/3", "predict.seed=8").status == 0
+    assert "out.3-of-3.manifest.json and out.1-of-3.manifest.json differ in options" in refused()
+    assert shard("1/2").status == 0
+    assert "has shards of 2 and of 3" in refused()
+    assert "--merge needs --out, and nothing else" in refused("--data", data)
+
+
+@pytest.mark.parametrize("part", ["0/3", "4/3", "3", "-1/2", "1/0", "a/b"])
+def test_predict_shard_out_of_range(shard, part):
+    done = shard(part)
+    assert done.status == 2
+    assert f"{part} is no shard; write I/N with I from 1 to N, for example 2/8" in " ".join(done.err.split())
+
+
+def test_predict_more_shards_than_pages(shard):
+    assert "its questions are about 4 pages: use fewer shards" in shard("1/5").err

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -52,6 +52,10 @@ _SPLIT = re.compile(r"(?<![A-Za-z])(test|dev|valid|validation|eval)(?![A-Za-z])"
 @click.option(
     "--num", type=click.IntRange(min=1), metavar="N", help="Ask --model only N of the questions, drawn with run.seed."
 )
+@click.option(
+    "--shard", callback=lambda _, __, text: _parse_shard(text), metavar="I/N", help="Ask --model only part I of N."
+)
+@click.option("--merge", is_flag=True, help="Join the shards of --out, which are finished.")
 @page_mode_option
 @strategy_option
 @candidates_option
@@ -68,6 +72,8 @@ def predict_command(
     train: Path | None,
     out: Path | None,
     num: int | None,
+    shard: tuple[int, int] | None,
+    merge: bool,
     constrain: str | None,
     strategy: str | None,
     num_candidates: int | None,
@@ -77,9 +83,17 @@ def predict_command(
     An interrupted command resumes where it stopped.
     """
     flags = predict_overrides(constrain, strategy, num_candidates)
+    if merge:
+        if out is None or model is not None or data is not None or shard is not None:
+            raise click.UsageError("--merge needs --out, and nothing else")
+        from fintune.cli.predict_file import merge_shards
+
+        _echo_facts(out, merge_shards(out))
+        return
     if model is None and data is None and out is None and config is not None:
-        if num is not None or flags:
-            flag = "--num" if num is not None else f"--{flags[0][8:].partition('=')[0].replace('_', '-')}"
+        if num is not None or flags or shard is not None:
+            given = [name for name, value in (("--num", num), ("--shard", shard)) if value is not None]
+            flag = given[0] if given else f"--{flags[0][8:].partition('=')[0].replace('_', '-')}"
             raise click.UsageError(f"{flag} needs --model. For a run, use data.max_eval_samples and predict. options")
         run_stage("predict", config, overrides, redo=redo, dry_run=dry_run)
         return
@@ -96,6 +110,7 @@ def predict_command(
         engine=engine,
         load_in_4bit=load_in_4bit,
         max_questions=num,
+        shard=shard,
     )
 
 
@@ -111,6 +126,7 @@ def predict_plain(
     engine: EngineChoice = "auto",
     load_in_4bit: bool = False,
     max_questions: int | None = None,
+    shard: tuple[int, int] | None = None,
 ) -> None:
     """Ask a model every question of a FinQA file (see :mod:`fintune.cli.predict_file`) and print a summary.
 
@@ -132,12 +148,26 @@ def predict_plain(
     spec = ModelSpec.from_options(model, options, adapter=adapter, engine=engine, load_in_4bit=load_in_4bit)
     num_shots = options.predict.num_fewshot
     train = train or (training_file(data) if num_shots else None)
-    job = FileJob(spec, data, out, train=train, num_shots=num_shots, max_questions=max_questions)
+    job = FileJob(spec, data, out, train=train, num_shots=num_shots, max_questions=max_questions, shard=shard)
     with interrupt_message(RESUME_MESSAGE):
         done = predict_file(job, options)
     for problem in abridge_remarks(done.problems):
         click.echo(f"fintune: {problem}", err=True)
-    facts = done.facts
+    _echo_facts(job.written, done.facts)
+
+
+def _parse_shard(text: str | None) -> tuple[int, int] | None:
+    """Parse ``I/N``."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    number, num_shards = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= number <= num_shards:
+        raise click.BadParameter(f"{text} is no shard; write I/N with I from 1 to N, for example 2/8")
+    return number, num_shards
+
+
+def _echo_facts(out: Path, facts: Mapping[str, Any]) -> None:
     words = [f"{facts['num_predictions']} predictions"]
     if facts["num_gold"]:
         words.append(f"execution accuracy {facts['execution_accuracy']:.2%} of {facts['num_gold']}")

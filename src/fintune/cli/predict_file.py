@@ -4,12 +4,16 @@
 manifest beside it (``OUT`` with ``.manifest.json`` instead of ``.json``) records its inputs and options. Until all
 predictions are there, they are in ``.partial.jsonl``. The same command resumes from that file; a command with another
 model, prompt or decoding refuses it.
+
+A shard is a part of the file's pages. Its files have ``.I-of-N`` in their names, and :func:`merge_shards` joins them.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -17,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fintune.config import Config
-from fintune.data.dataset import draw_records
+from fintune.data.dataset import draw_records, group_by_page
 from fintune.data.few_shot import ShotSelector
 from fintune.data.finqa_json import read_finqa
 from fintune.errors import ArtifactError, DataError
@@ -34,9 +38,12 @@ from fintune.inference.open_model import LanguageModel, ModelSpec, open_model
 from fintune.inference.protocol import Decoding, PromptResult
 from fintune.records import FinQARecord, Message, Prediction
 from fintune.util.console import bar, track
-from fintune.util.files import check_outputs, sha256_file, write_output
+from fintune.util.files import check_outputs, read_json, sha256_file, write_output
 from fintune.util.memory import advice_on_memory
 from fintune.util.system import checkout_commit, installed_versions
+
+_SAME_IN_SHARDS = ("model", "data", "shots_from", "num_shots", "max_questions", "seed", "options")
+_ONE_RUN = "predict all shards with the same command but for --shard"
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ class FileJob:
         train: FinQA file for the few-shot examples.
         num_shots: Few-shot examples per prompt.
         max_questions: Maximum number of questions, drawn with ``run.seed`` as in a run (default: all).
+        shard: Number of this shard, from 1, and of all shards; None asks all questions.
     """
 
     spec: ModelSpec
@@ -58,20 +66,27 @@ class FileJob:
     train: Path | None = None
     num_shots: int = 0
     max_questions: int | None = None
+    shard: tuple[int, int] | None = None
+
+    @property
+    def written(self) -> Path:
+        """The file that this job writes: ``out``, or that of its shard."""
+        return self.out if self.shard is None else _beside(self.out, f".{self.shard[0]}-of-{self.shard[1]}.json")
 
     @property
     def manifest(self) -> Path:
-        """Path of the manifest of ``out``."""
-        return self._beside(".manifest.json")
+        """Path of the manifest of ``written``."""
+        return _beside(self.written, ".manifest.json")
 
     @property
     def partial(self) -> Path:
         """Path of the predictions until all of them are there."""
-        return self._beside(".partial.jsonl")
+        return _beside(self.written, ".partial.jsonl")
 
-    def _beside(self, ending: str) -> Path:
-        # with_suffix would give run.free and run.tight the same name.
-        return self.out.with_name(self.out.name.removesuffix(".json") + ending)
+
+def _beside(path: Path, ending: str) -> Path:
+    # with_suffix would give run.free and run.tight the same name.
+    return path.with_name(path.name.removesuffix(".json") + ending)
 
 
 @dataclass(frozen=True)
@@ -106,23 +121,98 @@ def predict_file(job: FileJob, config: Config) -> FilePredictions:
     """
     job.spec.engine_name  # noqa: B018 - refuses what does not go together, before the data are read
     read_too = [job.data, *([job.train] if job.train is not None else [])]
-    check_outputs([job.out, job.manifest], read_too)
+    check_outputs([job.written, job.manifest], read_too)
     read = read_finqa(job.data, needs_gold=False)
     shots = _shots(job, read.records)
+    asked = draw_records(read.records, job.max_questions, config.run.seed)
+    positions = _shard_positions(job, asked)
     with _advice_on_memory(job, config), bar("load the model", 1, slow=True):
         model = open_model(job.spec)
         model.load()
     try:
-        asked = draw_records(read.records, job.max_questions, config.run.seed)
-        prompts = _prompts(asked, model, config, shots)
-        prompts.dropped = {**read.dropped, **prompts.dropped}
-        prompts.problems = [*read.problems, *prompts.problems]
+        prompts = _prompts([asked[position] for position in positions], model, config, shots)
+        if job.shard is None or job.shard[0] == 1:  # each record that cannot be read counts once
+            prompts.dropped = {**read.dropped, **prompts.dropped}
+            prompts.problems = [*read.problems, *prompts.problems]
         predictions = _resumed(job, config, model, prompts)
     finally:
         model.close()
     facts = _facts(predictions, prompts)
-    _write(job, config, model, prompts, predictions, facts)
+    position_of = {asked[position].id: position for position in positions}
+    shard = None if job.shard is None else [*job.shard, [position_of[record.id] for record in prompts.records]]
+    _write(job, config, model, prompts, predictions, facts, shard)
     return FilePredictions(facts, prompts.problems)
+
+
+def _shard_positions(job: FileJob, records: Sequence[FinQARecord]) -> list[int]:
+    """Return the indices of the job's questions. The questions about a page are in one shard."""
+    if job.shard is None:
+        return [*range(len(records))]
+    number, num_shards = job.shard
+    pages = [*group_by_page(records)]
+    if len(pages) < num_shards:
+        raise DataError(f"its questions are about {len(pages)} pages", path=job.data, hint="use fewer shards")
+    return sorted(position for page in pages[number - 1 :: num_shards] for position in page)
+
+
+def merge_shards(out: Path) -> dict[str, Any]:
+    """Join the finished shards of ``out`` to the file that one process would write, and return its facts.
+
+    Raises:
+        ArtifactError: There are no shards, one is missing, or they are not of one run.
+    """
+    found: dict[tuple[int, int], tuple[dict[str, Any], Path]] = {}
+    for path in sorted(out.parent.glob(f"{glob.escape(out.name.removesuffix('.json'))}.*-of-*.manifest.json")):
+        manifest = read_json(path, ArtifactError)
+        if "shard" in manifest:
+            found[manifest["shard"][0], manifest["shard"][1]] = manifest, path
+    if not found:
+        raise ArtifactError(f"{out} has no finished shards", hint=f"predict them with --out {out} --shard I/N")
+    num_shards = {total for _, total in found}
+    if len(num_shards) > 1:
+        numbers = " and of ".join(map(str, sorted(num_shards)))
+        raise ArtifactError(f"{out} has shards of {numbers}", hint="remove those of another run")
+    missing = [number for number in range(1, max(num_shards) + 1) if (number, max(num_shards)) not in found]
+    if missing:
+        shards = ", ".join(f"{number}/{max(num_shards)}" for number in missing)
+        raise ArtifactError(f"{out} lacks shards: {shards}", hint="predict them with --shard")
+    (first, first_path), *others = [found[key] for key in sorted(found)]
+    for manifest, path in others:
+        changed = [name for name in _SAME_IN_SHARDS if manifest[name] != first[name]]
+        if changed:
+            raise ArtifactError(f"{path.name} and {first_path.name} differ in {', '.join(changed)}", hint=_ONE_RUN)
+    rows: dict[int, Any] = {}
+    for manifest, path in found.values():
+        positions, rows_path = manifest["shard"][2], path.with_name(path.name.replace(".manifest.json", ".json"))
+        try:
+            rows |= zip(positions, json.loads(rows_path.read_bytes()), strict=True)
+        except (OSError, ValueError, TypeError):
+            hint = "remove it and its manifest, and predict the shard again"
+            raise ArtifactError(f"{rows_path} does not hold the predictions of its manifest", hint=hint) from None
+    facts = _merge_facts([manifest["facts"] for manifest, _ in found.values()])
+    shots = {name: shot for manifest, _ in found.values() for name, shot in manifest["shots"].items()}
+    merged = {name: value for name, value in first.items() if name != "shard"}
+    merged |= {"facts": facts, "shots": shots, "num_shards": len(found)}
+    _write_json(out, [rows[position] for position in sorted(rows)])
+    _write_json(_beside(out, ".manifest.json"), merged)
+    return facts
+
+
+def _merge_facts(facts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Add up the facts of shards."""
+    merged = dict(facts[0])
+    for name in merged:
+        values = [each[name] for each in facts]
+        if name == "num_dropped":
+            merged[name] = dict(sum((Counter(value) for value in values), Counter()))
+        elif name == "shot_ids":
+            merged[name] = sorted({shot for value in values for shot in value})
+        elif name not in ("num_excluded", "execution_accuracy"):
+            merged[name] = sum(values)
+    if merged["num_gold"]:
+        right = sum(each["num_gold"] * (each["execution_accuracy"] or 0) for each in facts)
+        merged["execution_accuracy"] = round(round(right) / merged["num_gold"], 6)
+    return merged
 
 
 def _shots(job: FileJob, records: Sequence[FinQARecord]) -> ShotSelector | None:
@@ -220,6 +310,7 @@ def _write(
     prompts: _Prompts,
     predictions: Sequence[Prediction],
     facts: Mapping[str, Any],
+    shard: list[Any] | None,
 ) -> None:
     questions = {record.id: record.qa.question for record in prompts.records}
     rows = [
@@ -245,7 +336,11 @@ def _write(
         "versions": installed_versions(),
         "commit": checkout_commit(),
     }
-    write_output(job.out, json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
-    write_output(job.manifest, json.dumps(manifest, ensure_ascii=False, indent=1) + "\n")
+    _write_json(job.written, rows)
+    _write_json(job.manifest, manifest if shard is None else manifest | {"shard": shard})
     job.partial.unlink(missing_ok=True)
     job.partial.with_suffix(".key.json").unlink(missing_ok=True)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    write_output(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
