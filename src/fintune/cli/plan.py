@@ -56,7 +56,13 @@ def memory_plan_lines(config: Config, *, gib: float | None = None, longest: int 
     model_config = read_model_config(models.fetch_config(config.model.name, revision=config.model.revision))
     _check_supported(config, str(model_config.get("model_type")))
     check_combinations(config)
-    total = _total_bytes() if gib is None else int(gib * GIB)
+    if gib is None:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ResourceError("there is no CUDA GPU to plan for", hint="give the memory of yours: --gib 24")
+        gib = torch.cuda.mem_get_info()[0] / GIB
+    total = int(gib * GIB)
     limit = planner.usable_bytes(config.train.max_memory_gib, total)
     longest = longest or config.prompt.max_length
     gpus = config.train.gpus * config.train.machines
@@ -118,11 +124,3 @@ def _check_supported(config: Config, family: str) -> None:
     for is_refused, option, supported, hint in rules:
         if is_refused:
             raise ConfigError(f"the planner supports {supported}", hint=hint, option=option)
-
-
-def _total_bytes() -> int:
-    import torch
-
-    if not torch.cuda.is_available():
-        raise ResourceError("there is no CUDA GPU to plan for", hint="give the memory of yours: --gib 24")
-    return int(torch.cuda.mem_get_info()[0])

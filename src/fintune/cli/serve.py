@@ -84,7 +84,10 @@ def serve_command(
         access = f"API key in {key_name}" if key_name else "no API key"
         tokens = f"{server.context_tokens} tokens per request"
         echo(f"Serving {server.model} at {server.url}, {tokens}, {access}. Press Ctrl-C to stop.")
-        echo(f"To ask it: {_curl(server.url, key_name)}")
+        # To paste into a shell: the key stays in its variable.
+        header = f' -H "Authorization: Bearer ${key_name}"' if key_name else ""
+        json = f"-H 'Content-Type: application/json'{header} -d '{_QUESTION}'"
+        echo(f"To ask it: curl {server.url}/chat/completions {json}")
         while True:
             time.sleep(3600)
     except KeyboardInterrupt:
@@ -130,9 +133,3 @@ def key_from(variable: str | None) -> str | None:
     if variable is not None and not key:
         raise ResourceError(f"the environment variable {variable} is not set", hint="set it, or remove --api-key-env")
     return key or None
-
-
-def _curl(url: str, key_name: str | None) -> str:
-    """Return a request to paste into a shell. The key stays in its variable."""
-    key = f' -H "Authorization: Bearer ${key_name}"' if key_name else ""
-    return f"curl {url}/chat/completions -H 'Content-Type: application/json'{key} -d '{_QUESTION}'"

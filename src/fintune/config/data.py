@@ -65,17 +65,14 @@ class SourceOptions(Options):
 
 
 def _as_entries(value: Any) -> Any:
-    # Strict checking accepts only a tuple from Python.
-    entries = _split_paths(value) if isinstance(value, str) else [value] if isinstance(value, dict) else value
+    entries = [value] if isinstance(value, (str, dict)) else value
+    if isinstance(value, str) and not Path(value).expanduser().exists():
+        # Two paths with a comma between them, unless a file has that name.
+        entries = [part.strip() for part in value.split(",") if part.strip()] or [value]
     if not isinstance(entries, (list, tuple)):
         return () if entries is None else entries
+    # Strict checking accepts only a tuple from Python.
     return tuple({"path": entry} if isinstance(entry, str) else entry for entry in entries)
-
-
-def _split_paths(text: str) -> list[str]:
-    """Split ``a.csv,b.jsonl`` into two paths, unless a file has that name."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    return parts if len(parts) > 1 and not Path(text).expanduser().exists() else [text]
 
 
 class DataOptions(Options):

@@ -28,11 +28,6 @@ def _one_or_several(value: object) -> str:
     return "several" if isinstance(value, (list, tuple)) else "one"
 
 
-def _as_tuple(value: object) -> object:
-    # Strict checking accepts no list from a Python validator.
-    return tuple(value) if isinstance(value, list) else value
-
-
 class PredictOptions(Options):
     """Answers to the evaluation questions from each kind of model."""
 
@@ -53,7 +48,7 @@ class PredictOptions(Options):
     """Maximum tokens of a completion. The longest gold program of FinQA needs about 90."""
     constrain: Annotated[
         Annotated[DecodingMode, Tag("one")]
-        | Annotated[tuple[DecodingMode, ...], BeforeValidator(_as_tuple), Tag("several")],
+        | Annotated[tuple[DecodingMode, ...], BeforeValidator(tuple), Tag("several")],
         Discriminator(_one_or_several),
     ] = Field("none", json_schema_extra={"shown_type": f"{' or '.join(get_args(DecodingMode))}, or a list of these"})
     """What a completion may contain: anything (`none`), only programs (`general`), or only programs of the numbers and

@@ -72,7 +72,7 @@ def run(finished, tiny_model, tmp_path) -> Run:
 
 @pytest.fixture
 def hub(monkeypatch) -> Iterator[ModelHub]:
-    stage._check_token.cache_clear()
+    stage.check_push.cache_clear()
     with connected(monkeypatch) as running:
         yield running
 

@@ -106,7 +106,10 @@ def guard(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
     ref = models.fetch_base(config)
     tokenizer = models.load_tokenizer(ref, trust_remote_code=config.model.trust_remote_code)
     prompts = regression_prompts()
-    rows = _rows(tokenizer, prompts)
+    # Each prompt with its reference answer, encoded as training would.
+    encoder = ConversationEncoder(tokenizer, system="", train_on="last", max_length=_MAX_TOKENS)
+    turns = {prompt.id: [*prompt.messages, Message(role="assistant", content=prompt.answer)] for prompt in prompts}
+    rows = [row for name, messages in turns.items() for row in encoder.encode(name, messages).rows]
     with advice_on_memory(_memory_hint(config, prompts), during="asking the guard's prompts"):
         model: PreTrainedModel | PeftModel = _load(config, ref)  # a model trained in 4 bits may fit no other way
         before = _measure(config, model, tokenizer, prompts, rows, "before")
@@ -136,13 +139,6 @@ def _load(config: Config, ref: models.ModelFolder) -> PreTrainedModel:
         quantization=config.model.quantization,
         trust_remote_code=config.model.trust_remote_code,
     )
-
-
-def _rows(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[RegressionPrompt]) -> list[TokenRow]:
-    """Encode each prompt with its reference answer, as training would."""
-    encoder = ConversationEncoder(tokenizer, system="", train_on="last", max_length=_MAX_TOKENS)
-    turns = {prompt.id: [*prompt.messages, Message(role="assistant", content=prompt.answer)] for prompt in prompts}
-    return [row for name, messages in turns.items() for row in encoder.encode(name, messages).rows]
 
 
 _Measured = tuple[list[AnswerLoss], dict[str, bool]]

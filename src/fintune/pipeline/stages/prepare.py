@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fintune.config import Config
 from fintune.data.prepare import prepare_data
-from fintune.data.prepared import Prepared, write_prepared
+from fintune.data.prepared import write_prepared
 from fintune.errors import ConfigError
 from fintune.manifest import Facts
 from fintune.models import load as models
@@ -27,7 +27,16 @@ def prepare(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
     base = models.fetch_base(config)
     tokenizer = models.load_tokenizer(base, trust_remote_code=config.model.trust_remote_code)
     prepared = prepare_data(config, tokenizer)
-    _check_context(config, base, prepared)
+    context = context_tokens(read_model_config(base.path))
+    rows = (row for split in prepared.examples for row in prepared.rows(split))
+    longest = max(rows, key=lambda row: row.num_context_tokens)
+    if context is not None and longest.num_context_tokens > context:
+        raise ConfigError(
+            f"prompt.max_length is {config.prompt.max_length} and the longest row has {longest.num_context_tokens} "
+            f"tokens (id {longest.id}), but {config.model.name} reads at most {context}",
+            hint=f"set prompt.max_length to {context} or less",
+            option="prompt.max_length",
+        )
     write_prepared(folder, prepared)
     report = prepared.report
     for note in report.notes():
@@ -55,16 +64,3 @@ def prepare(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts:
     if report.sources:
         facts["licences"] = {source.path: source.licence.name for source in report.sources}
     return facts
-
-
-def _check_context(config: Config, base: models.ModelFolder, prepared: Prepared) -> None:
-    context = context_tokens(read_model_config(base.path))
-    rows = (row for split in prepared.examples for row in prepared.rows(split))
-    longest = max(rows, key=lambda row: row.num_context_tokens)
-    if context is not None and longest.num_context_tokens > context:
-        raise ConfigError(
-            f"prompt.max_length is {config.prompt.max_length} and the longest row has {longest.num_context_tokens} "
-            f"tokens (id {longest.id}), but {config.model.name} reads at most {context}",
-            hint=f"set prompt.max_length to {context} or less",
-            option="prompt.max_length",
-        )

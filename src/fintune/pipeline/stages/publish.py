@@ -18,18 +18,14 @@ from fintune.util.hub import RETRY_PAUSES, full_repo_name, require_token
 from fintune.util.text import format_bytes
 
 
+@lru_cache(maxsize=1)
 def check_push() -> None:
-    """Check before any work that there is a token, and that the hub accepts it.
+    """Check once, before any work, that there is a token and that the hub accepts it.
 
     Raises:
         ResourceError: There is no token, or the hub refuses it.
     """
     require_token()
-    _check_token()
-
-
-@lru_cache(maxsize=1)
-def _check_token() -> None:
     try:
         full_repo_name("")
     except ResourceError as error:
