@@ -6,7 +6,7 @@ import pytest
 
 from fintune.config import PredictOptions
 from fintune.export.gguf.writer import write_gguf
-from fintune.finqa.grammar import is_complete
+from fintune.finqa.grammar import shortest_ending
 from fintune.finqa.parse import ParseError, parse
 from fintune.inference.decoding_strategies import choose_prediction, make_grammars
 from fintune.inference.llama_cpp import LlamaCppEngine
@@ -83,4 +83,4 @@ def test_grammar_allows_nothing_else_and_the_end_of_turn(engine, tokenizer, cons
     assert any(each.finish_reason == "stop" for each in found)
     for each, grammar in zip(found, allowed, strict=True):
         assert (each.finish_reason == "stop") == (each.token_ids[-1] == end)
-        assert each.finish_reason == "length" or is_complete(grammar, each.text)
+        assert each.finish_reason == "length" or shortest_ending(grammar, each.text) == ""

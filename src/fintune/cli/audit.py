@@ -6,7 +6,7 @@ import json as json_module
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,9 +61,11 @@ def audit_command(files: tuple[Path, ...], write_splits: Path | None, by: Level,
     result = audit_files(files, write_splits=write_splits, by=by, **options)
     for problem in abridge_remarks(result.problems):
         sys.stderr.write(f"fintune: {problem}\n")
-    print_tables(*result.tables())
-    if result.resplit is not None:
-        repeated = result.resplit.num_repeated
+    splits, new = result.audit.splits, result.resplit
+    tables = [_findings_table(splits), _evidence_table(splits), *map(_overlap_table, result.audit.overlaps)]
+    print_tables(*tables, *([_resplit_table(new)] if new is not None else []))
+    if new is not None:
+        repeated = new.num_repeated
         left_out = f"; {repeated} repeated ids are left out" if repeated else ""
         echo(f"\n{write_splits}: no two of these files share a {by}{left_out}")
 
@@ -100,14 +102,6 @@ class AuditResult:
     audit: Audit
     problems: tuple[str, ...]
     resplit: Resplit | None = None
-
-    def tables(self) -> Iterator[Table]:
-        """Yield the tables to print."""
-        yield _findings_table(self.audit.splits)
-        yield _evidence_table(self.audit.splits)
-        yield from map(_overlap_table, self.audit.overlaps)
-        if self.resplit is not None:
-            yield _resplit_table(self.resplit)
 
 
 def audit_files(
@@ -206,11 +200,9 @@ def _check_folder(folder: Path, names: Collection[str]) -> None:
         raise FintuneError("--write-splits needs several files", hint="name the training and the evaluation file")
     if "splits" in names:
         raise FintuneError("a file called 'splits' would overwrite splits.json", hint="rename it")
-    if folder.exists() and not folder.is_dir():
-        raise FintuneError(f"{folder} is a file", hint="name a folder for --write-splits")
-    for name in (*names, "splits"):
-        if (folder / f"{name}.json").exists():
-            raise FintuneError(f"{folder / name}.json exists", hint="name another folder for --write-splits")
+    for path in (folder, *(folder / f"{name}.json" for name in (*names, "splits"))):
+        if path.exists() and not (path == folder and path.is_dir()):
+            raise FintuneError(f"{path} exists", hint="name another folder for --write-splits")
 
 
 def _write_splits(folder: Path, new: Resplit, by: Level, files: Sequence[Path]) -> None:
@@ -221,14 +213,10 @@ def _write_splits(folder: Path, new: Resplit, by: Level, files: Sequence[Path]) 
     for name, records in new.splits.items():
         rows = [objects[record.id] for record in records]
         write_output(folder / f"{name}.json", json_module.dumps(rows, ensure_ascii=False, indent=1) + "\n")
+    names = ("num_before", "num_records", "num_moved", "groups")
     summary = {
-        name: {
-            "num_before": new.num_before[name],
-            "num_records": len(records),
-            "num_moved": new.num_moved[name],
-            "groups": new.groups[name],
-        }
-        for name, records in new.splits.items()
+        name: dict(zip(names, (new.num_before[name], len(rows), new.num_moved[name], new.groups[name]), strict=True))
+        for name, rows in new.splits.items()
     }
     # splits.json comes last: if it exists, all other files do.
     content = {"by": by, "num_repeated": new.num_repeated, "splits": summary}

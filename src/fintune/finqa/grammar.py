@@ -279,11 +279,6 @@ def shortest_ending(grammar: Grammar, text: str) -> str | None:
     return min(ends, key=lambda end: (len(end), end), default=None)
 
 
-def is_complete(grammar: Grammar, text: str) -> bool:
-    """Return whether the grammar accepts this text as a whole program."""
-    return shortest_ending(grammar, text) == ""
-
-
 def _after(parts: _Parts, character: str, rules: Mapping[str, Expression]) -> Iterator[_Parts]:
     """Yield the parts that remain after a character, for every reading of it."""
     if not parts:
