@@ -54,7 +54,20 @@ def preflight(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts
     """
     ref = models.fetch_base(config)
     tokenizer = models.load_tokenizer(ref, trust_remote_code=config.model.trust_remote_code)
-    model, vocabulary = ref.path, _vocabulary(config, ref.path, folder)
+    with tempfile.TemporaryDirectory(prefix=".converted-", dir=folder) as temporary:
+        return _check(ref.path, tokenizer, _vocabulary(config, ref.path, Path(temporary)), folder)
+
+
+def _vocabulary(config: Config, model: Path, temporary: Path) -> GgufVocabulary:
+    """Return the vocabulary that the export will write, with or without a llama.cpp checkout."""
+    if config.export.llama_cpp_path is None:
+        return read_vocabulary(model, ModelConfig.read(model).vocab_size)
+    checkout = llama_cpp_checkout.check_checkout(config.export.llama_cpp_path)
+    llama_cpp_checkout.convert_model(checkout, model, temporary / "converted.gguf", vocabulary_only=True)
+    return read_converted_vocabulary(temporary / "converted.gguf")
+
+
+def _check(model: Path, tokenizer: PreTrainedTokenizerBase, vocabulary: GgufVocabulary, folder: Path) -> Facts:
     if vocabulary.chat_template is None or vocabulary.chat_template != tokenizer.chat_template:
         raise ModelError(
             f"{model}: the chat template of the GGUF would differ from the one for training",
@@ -108,17 +121,6 @@ def preflight(config: Config, inputs: Mapping[str, Path], folder: Path) -> Facts
     }
     write_atomically(folder / "preflight.json", json.dumps(facts, indent=1) + "\n")
     return facts
-
-
-def _vocabulary(config: Config, model: Path, folder: Path) -> GgufVocabulary:
-    """Return the vocabulary that the export will write, with or without a llama.cpp checkout."""
-    if config.export.llama_cpp_path is None:
-        return read_vocabulary(model, ModelConfig.read(model).vocab_size)
-    checkout = llama_cpp_checkout.check_checkout(config.export.llama_cpp_path)
-    with tempfile.TemporaryDirectory(prefix=".converted-", dir=folder) as temporary:
-        file = Path(temporary) / "converted.gguf"
-        llama_cpp_checkout.convert_model(checkout, model, file, vocabulary_only=True)
-        return read_converted_vocabulary(file)
 
 
 def _beside_added_tokens(tokenizer: PreTrainedTokenizerBase, *, space: str) -> Iterator[str]:
