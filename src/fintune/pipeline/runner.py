@@ -194,9 +194,9 @@ class Pipeline:
             return Outcome(step.name, action, finished.seconds, finished.facts)
         require_space(self.config.folder, step.needed_bytes(self.config), step.name, way_out=_ANOTHER_DISK)
         inputs = {name: self.slot(name) for name in self._present_inputs(step)}
-        for earlier in inputs.values() if step.verb != "publish" else ():  # a push compares what it sends
-            # The page shows only the size of weights.
-            earlier.verify(lambda name: step.verb != "report" or not name.endswith((".safetensors", ".gguf")))
+        for earlier in inputs.values():
+            # Of weights, the page shows only the size, and a push compares what it sends.
+            earlier.verify(lambda name: not (step.reads_what_exists and name.endswith((".safetensors", ".gguf"))))
         if action != "run":
             say(f"{step.name}: {action}")
         # Unfinished work beside a finished result belongs to an interrupted --redo; the same command resumes it.
