@@ -182,7 +182,8 @@ def join_heads_program(
         source = grad + (token * num_heads + head)[:, None] * WIDTH + at[None, :]
         first = tl.load(source, mask=here, other=0.0).to(tl.float32)
         second = tl.load(source + half, mask=here, other=0.0).to(tl.float32)
-        row = qkv + token * qkv_stride
+        if HAS_NORM or HAS_SUMS:  # otherwise there are no saved projections, and qkv is None
+            row = qkv + token * qkv_stride
         if turns:
             cos1, cos2, sin1, sin2 = load_turn_program(cos, sin, token, at, known, WIDTH)
             back = first * cos1 + second * sin2
