@@ -298,3 +298,40 @@ def test_ask_out_of_memory_is_one_line(tiny_model, page, monkeypatch, words, adv
     assert (done.status, done.err.count("\n")) == (2, 1)
     assert f"out of memory while asking {tiny_model} (DefaultCPUAllocator: can't allocate memory" in done.err
     assert advice in done.err
+
+
+def test_page_shows_how_files_are_read(tmp_path):
+    (tmp_path / "good.html").write_text(
+        "<p>Debt by year.</p><table><tr><td>(in millions)</td><td colspan=2>2021</td></tr>"
+        "<tr><td>Loans</td><td>$</td><td>1,250*</td></tr></table>"
+    )
+    (tmp_path / "bad.md").write_text("| a | 2021 |\n|---|---|\n| b | 5 | 7 |\n")
+    done = fintune("page", tmp_path / "good.html", tmp_path / "bad.md", "--json")
+    good, bad = map(json.loads, done.out.splitlines())
+    assert done.status == 2
+    assert good["table"] == [["(in millions)", "2021"], ["Loans", "$ 1250"]]
+    assert (good["pre_text"], good["units"]) == (["Debt by year."], ["(in millions)"])
+    assert good["notes"] == ["footnote marks were left out: *"]
+    assert bad["error"].endswith(
+        r"has 3 cells where the header has 2: write a bar inside a cell as \| and leave no cell out"
+    )
+    done = fintune("page", tmp_path / "good.html")
+    assert done.out.splitlines()[1:] == [
+        "Debt by year.",
+        "(in millions) | 2021",
+        "Loans | $ 1250",
+        "unit: (in millions)",
+        "note: footnote marks were left out: *",
+    ]
+
+
+def test_ask_prints_the_notes_of_its_page(tmp_path):
+    page = tmp_path / "page.html"
+    row = "<table><tr><td></td><td>2021</td></tr><tr><td>{}</td><td>{}</td></tr></table>"
+    page.write_text(f"<p>Debt.</p>{row.format('Loans', '15†')}<p>Cost.</p>{row.format('Rent', '25')}")
+    done, _ = asked(page, "add(15, 15)", question="what were the loans?")
+    assert "Loans, 2021: 15" in done.out
+    assert "page.html: table 1 of 2 was read, under 'Debt.'; --table N reads another" in done.err
+    assert "footnote marks were left out: †" in done.err
+    done, _ = asked(page, "add(25, 25)", "--table", "2", question="what were the loans?")
+    assert "Rent, 2021: 25" in done.out

@@ -135,14 +135,14 @@ def test_units_are_known_in_the_corner(tmp_path, unit):
     assert page.record.table[0][0] == unit
 
 
-def test_equal_names_are_numbered(tmp_path):
+def test_equal_names_get_letters(tmp_path):
     page = read(tmp_path, html(("", "2021", "Change", "2020", "Change"), ("A", "1", "2", "3", "4")))
-    assert page.record.table[0] == ("", "2021", "Change (1 of 2)", "2020", "Change (2 of 2)")
+    assert page.record.table[0] == ("", "2021", "Change (A)", "2020", "Change (B)")
 
 
 def test_several_values_under_one_name_are_several_columns(tmp_path):
     page = read(tmp_path, html(("", ("2021", 3)), ("A", "$", "15", "7.5%"), ("B", "", "25", "8.5%")))
-    assert page.record.table == (("", "2021 (1 of 2)", "2021 (2 of 2)"), ("A", "$ 15", "7.5%"), ("B", "25", "8.5%"))
+    assert page.record.table == (("", "2021 (A)", "2021 (B)"), ("A", "$ 15", "7.5%"), ("B", "25", "8.5%"))
 
 
 def test_figures_without_a_name_are_noted(tmp_path):

@@ -167,7 +167,7 @@ def _text_around(blocks: Sequence[Block], at: int, most: int | None = None) -> t
 def _units(page: NamedTable, above: Sequence[str]) -> tuple[str, ...]:
     """Return the texts that scale a table's numbers; one above the table is written into its corner, too."""
     places = [page.rows[0][0], *page.rows[0][1:], *page.titles, *above[-2:]]
-    found = [(place, match[0].strip()) for place, text in enumerate(places) for match in UNITS.finditer(text)]
+    found = [(place, match[0].strip(".: ")) for place, text in enumerate(places) for match in UNITS.finditer(text)]
     units = tuple(dict.fromkeys(unit for _, unit in found))
     if units and not any(place < len(page.rows[0]) for place, _ in found):
         page.rows[0][0] = f"{page.rows[0][0]} ( {units[0].strip('().: ')} )".strip()

@@ -144,6 +144,11 @@ class _Column:
         return sum(any(kind_of(cell.text) in kinds for cell in cells) for cells in self.cells.values())
 
 
+def _letters(number: int) -> str:
+    """Return A, B, ... Z, AA, AB: a digit in a name could be taken for a number of the page."""
+    return (_letters((number - 1) // 26) if number > 26 else "") + chr(ord("A") + (number - 1) % 26)
+
+
 class _Layout:
     """The header and the columns of a table with one header."""
 
@@ -394,7 +399,7 @@ class _Layout:
         for k, label in enumerate(labels):
             number[label] += 1
             if label and same[label] > 1:
-                labels[k] = f"{label} ({number[label]} of {same[label]})"
+                labels[k] = f"{label} ({_letters(number[label])})"
         if len(labels) == 1 and not labels[0] and self.titles:
             labels = [self.titles.pop()]
         nameless = [str(k) for k, label in enumerate(labels, start=2) if not label]

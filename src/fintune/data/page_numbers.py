@@ -268,7 +268,7 @@ def signed_number(cell: str) -> str:
     text = re.sub(r"(?<=\d)(\s?)[\u2010-\u2015]$", r"\1-", text)
     if loss := _BRACKETED.fullmatch(text):
         before, inside, number, unit, after = loss.groups()
-        currency, unit = before or inside, unit if unit.strip() else after.rstrip()
+        currency, unit = before or inside, unit.rstrip() or f" {after.strip()}"
         if unit.strip() in ("", "%"):
             unit = unit.strip()
             return f"{currency}-{number}{unit} ( {currency}{number}{unit} )"
@@ -290,6 +290,9 @@ def _unify_scales(rows: list[list[str]], page: NamedTable, notes: list[str]) -> 
         for c, cell in enumerate(row[1:], start=1)
         if (match := _SCALED.fullmatch(cell))
     }
+    if {"M", "MM"} <= {match[4] for match in found.values()}:
+        notes.append("M can be thousands or millions, because there is MM, too: the numbers were left as they are")
+        return
     powers = {place: _POWERS[match[4].lower().rstrip(".")] for place, match in found.items()}
     if len(set(powers.values())) < 2:
         return
