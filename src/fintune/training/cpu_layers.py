@@ -85,16 +85,9 @@ def _attention_forward(
 
 
 def cpu_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Compute causal attention with the scores held in memory.
+    """Compute causal attention with the scores held in memory, [batch, heads, length, head_dim].
 
-    Args:
-        query: [batch, heads, length, head_dim].
-        key: [batch, key heads, length, head_dim].
-        value: [batch, key heads, length, head_dim].
-        scaling: Factor of the scores.
-
-    Returns:
-        [batch, heads, length, head_dim].
+    Keys and values are [batch, key heads, length, head_dim]; ``scaling`` is the factor of the scores.
     """
     import torch
 

@@ -19,14 +19,7 @@ if TYPE_CHECKING:
 
 
 def train_all_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """Let every weight be trained.
-
-    Args:
-        model: A model with float32 weights, in which small updates are not rounded away.
-
-    Returns:
-        The same object.
-    """
+    """Let every weight be trained; the same object. They are float32: small updates are not rounded away."""
     for weight in model.parameters():
         weight.requires_grad_(True)
     return model

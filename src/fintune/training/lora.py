@@ -23,11 +23,7 @@ if TYPE_CHECKING:
 
 
 def attach_adapter(model: PreTrainedModel, options: AdapterOptions) -> PeftModel:
-    """Put a new adapter on a model. Its weights are float32, in which small updates are not rounded away.
-
-    Args:
-        model: The base model. It is frozen by this.
-        options: Kind, rank, scale, dropout and targets.
+    """Put a new adapter on a model and freeze it. The adapter is float32: small updates are not rounded away.
 
     Raises:
         ConfigError: A target is not a layer of the model; with the names of its layers.
@@ -225,12 +221,7 @@ def _say_frozen(model: PreTrainedModel, layers: Iterable[str], names: set[str]) 
 
 
 def say_unmergeable(model: PeftModel, folder: Path) -> None:
-    """Say before training which adapted layers cannot be merged, because the weight files have other names.
-
-    Args:
-        model: A model from :func:`attach_adapter`.
-        folder: Folder of the base model.
-    """
+    """Say before training which adapted layers cannot be merged, because the base's files have other names."""
     from peft.tuners.lora import LoraLayer
 
     stored = {tensor.name for path in weight_files(folder) for tensor in read_safetensors_header(path)}
@@ -244,12 +235,7 @@ def say_unmergeable(model: PeftModel, folder: Path) -> None:
 
 
 def save_adapter_start(model: PeftModel, folder: Path) -> None:
-    """Save the start of an adapter that does not start at zero, so that :func:`save_adapter` can subtract it.
-
-    Args:
-        model: The model before training.
-        folder: Folder to write. An older one is replaced.
-    """
+    """Save an adapter that does not start at zero before training, so that :func:`save_adapter` can subtract it."""
     shutil.rmtree(folder, ignore_errors=True)
     with quiet_libraries():
         model.save_pretrained(str(folder), save_embedding_layers=False)

@@ -23,17 +23,9 @@ _FLASH_TYPES = (torch.bfloat16, torch.float16)
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, bounds: SequenceBounds, scaling: float) -> Tensor:
-    """Let each token attend to itself and the earlier tokens of its sequence.
+    """Let each token attend to itself and the earlier tokens of its sequence, [tokens, heads * head_dim].
 
-    Args:
-        queries: [tokens, heads, head_dim].
-        keys: [tokens, key heads, head_dim].
-        values: [tokens, key heads, head_dim].
-        bounds: Bounds of the sequences.
-        scaling: Factor of the scores.
-
-    Returns:
-        [tokens, heads * head_dim].
+    Queries are [tokens, heads, head_dim], keys and values [tokens, key heads, head_dim].
     """
     if bounds.is_same_length:
         count, length = len(bounds.lengths), bounds.lengths[0]

@@ -104,17 +104,9 @@ def add(residual: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def norm_backward(grad: Tensor, residual: Tensor, inverse: Tensor, weight: Tensor, passing: Tensor) -> Tensor:
-    """Compute the gradient of the sum that :func:`add_norm` normalised.
+    """Compute the gradient of the sum that :func:`add_norm` normalised, [tokens, hidden] in the type of ``passing``.
 
-    Args:
-        grad: Gradient of the normalised rows, [tokens, hidden].
-        residual: The sum, [tokens, hidden].
-        inverse: 1 / root mean square, float32 [tokens].
-        weight: Weight of the norm, [hidden].
-        passing: Gradient that reaches the sum past the norm, [tokens, hidden].
-
-    Returns:
-        [tokens, hidden] in the type of ``passing``.
+    ``passing`` is the gradient that reaches the sum past the norm; other shapes as in :func:`add_norm`.
     """
     unit = residual.float() * inverse[:, None]
     inner = grad.float() * weight.float()
@@ -186,12 +178,9 @@ def join_heads(
 
 
 def gate(both: Tensor, scale: Tensor | None, out: Tensor) -> None:
-    """Compute SwiGLU, ``silu(gate) * up``.
+    """Write SwiGLU, ``silu(gate) * up``, into ``out`` [tokens, intermediate].
 
-    Args:
-        both: Gate and up side by side, [tokens, 2 * intermediate].
-        scale: DoRA's scale, float32 [2 * intermediate], or None for 1.
-        out: [tokens, intermediate]; gets the result.
+    ``both`` has gate and up side by side, [tokens, 2 * intermediate]; DoRA's scale is float32 [2 * intermediate].
     """
     gates, ups = (both.float() if scale is None else both.float() * scale).chunk(2, -1)
     out.copy_(torch.nn.functional.silu(gates) * ups)
@@ -205,15 +194,10 @@ def gate_backward(
     again: Tensor,
     sums: MagnitudeSums | None = None,
 ) -> None:
-    """Compute the gradients of gate and up, and the output of SwiGLU again.
+    """Write the gradient of ``both`` into ``out``, and the output of :func:`gate` again into ``again``.
 
-    Args:
-        grad: Gradient of the output, [tokens, intermediate].
-        both: Gate and up, [tokens, 2 * intermediate].
-        scale: DoRA's scale, float32 [2 * intermediate], or None for 1.
-        out: [tokens, 2 * intermediate]; gets the gradient of ``both``.
-        again: [tokens, intermediate]; gets the output. It may be ``grad`` itself.
-        sums: Where the gradients of DoRA's magnitudes go.
+    ``grad`` is the gradient of the output, [tokens, intermediate]; ``again`` may be the same tensor. ``sums`` gets the
+    gradients of DoRA's magnitudes. Other shapes are as in :func:`gate`.
     """
     gates, ups = (both.float() if scale is None else both.float() * scale).chunk(2, -1)
     share = torch.sigmoid(gates)
@@ -228,16 +212,10 @@ def gate_backward(
 
 
 def scale_grad(grad: Tensor, branch: Tensor, scale: Tensor, sums: MagnitudeSums) -> Tensor:
-    """Compute the backward pass of ``scale * branch`` with ``scale = magnitude / norm``.
+    """Return the gradient of ``branch`` in ``scale * branch`` with ``scale = magnitude / norm``.
 
-    Args:
-        grad: Gradient of the product, [tokens, features].
-        branch: [tokens, features].
-        scale: float32 [features].
-        sums: Where the gradients of the magnitudes go.
-
-    Returns:
-        Gradient of the branch in the type of ``grad``.
+    It has the type of ``grad``, [tokens, features], like ``branch``. The scale is float32 [features]; ``sums`` gets the
+    gradients of the magnitudes.
     """
     own = (grad.float() * scale).to(grad.dtype)
     _write_sums(own, branch, sums)

@@ -78,13 +78,7 @@ def _unsupported_adapters(model: PeftModel, num_layers: int) -> Iterator[str]:
 
 
 def differing_reason(model: PeftModel, ids: Sequence[int], compute: str) -> str | None:
-    """Return by how much the fused layers differ from the model's own logits on a row; None if by rounding alone.
-
-    Args:
-        model: A model that is supported.
-        ids: Tokens of the row.
-        compute: Name of the type of the products.
-    """
+    """Return by how much the fused layers differ from a supported model's own logits on a row; None if by rounding."""
     own = own_log_probs(model, ids, compute=compute)
     was_training = model.training
     fused = FusedModel(model.eval(), dtype=getattr(torch, compute), hold=False)
@@ -139,7 +133,7 @@ class FusedModel:
         *,
         training: bool = True,
     ) -> LabelLoss:
-        """Compute the loss of a batch of concatenated sequences.
+        """Compute the loss of a batch of concatenated sequences, see :func:`fintune.training.fused.loss.label_loss`.
 
         Args:
             input_ids: [tokens].
@@ -147,7 +141,7 @@ class FusedModel:
             bounds: Bounds of the sequences.
             rows: Indices of the tokens that predict a label, [labels].
             targets: The labels, [labels].
-            num_labels: Divisor of the sum, see :func:`fintune.training.fused.loss.label_loss`.
+            num_labels: Divisor of the sum.
             training: Whether the adapters' dropout is applied.
         """
         for stack in self._stacks:

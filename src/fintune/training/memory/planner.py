@@ -49,15 +49,9 @@ _SHORTEST_LENGTH = 128
 
 @dataclass(frozen=True)
 class MemoryRequest:
-    """A training whose settings are to fit a GPU.
+    """A training whose settings are to fit a GPU: batches of its ``longest`` example (tokens) in ``limit`` bytes.
 
-    Attributes:
-        shape: Sizes of the model.
-        method: What is trained.
-        options: Batch size, accumulation and gradient checkpointing as they are set.
-        longest: Tokens of the longest example. A batch of such examples must fit.
-        limit: Bytes that may be allocated, see :func:`usable_bytes`.
-        num_shards: GPUs among which the frozen weights are divided.
+    The frozen weights are divided among ``num_shards`` GPUs.
     """
 
     shape: DecoderShape
@@ -109,8 +103,6 @@ class MemoryRequest:
         """Return the same request with the base weights in 4 or 16 bits."""
         return replace(self, method=replace(self.method, four_bit=four_bit))
 
-    # -- with the fused layers
-
     def choose_plan(self) -> MemoryPlan:
         """Choose the fastest settings of the fused layers that fit; if none fit, the smallest ones."""
         return choose_plan(
@@ -149,8 +141,6 @@ class MemoryRequest:
         if self.in_four_bits(False).choose_plan().fits:
             return "4 bits are not needed: the 16-bit model fits"
         return "4 bits are needed: the 16-bit model does not fit"
-
-    # -- with the layers of transformers
 
     def transformers_peak(self, *, recomputed: bool) -> int:
         """Predict the largest allocation with the layers of transformers."""
@@ -209,9 +199,8 @@ def free_bytes(device: object = None) -> int:
 
 def fits_one_gpu(config: Config, model_config: Mapping[str, Any], longest: int, limit: int) -> bool:
     """Whether the base and the smallest pass fit one GPU; True for a model that the planner does not know."""
-    if model_config.get("model_type") not in FUSED_FAMILIES:
-        return True
-    return MemoryRequest.from_config(config, model_config, longest, limit).choose_plan().fits
+    is_known = model_config.get("model_type") in FUSED_FAMILIES
+    return not is_known or MemoryRequest.from_config(config, model_config, longest, limit).choose_plan().fits
 
 
 def plan_for_model(model: PeftModel, options: TrainOptions, lengths: Sequence[int]) -> MemoryPlan:
@@ -259,9 +248,6 @@ def _is_predictable(model: PeftModel | PreTrainedModel, options: TrainOptions) -
     return model.get_base_model().config.model_type in FUSED_FAMILIES and names <= set(LINEAR_LAYERS)
 
 
-# -- plan.json
-
-
 def write_plan(plan: MemoryPlan, folder: Path) -> None:
     """Write the plan for the manifest into the stage's folder."""
     facts = {
@@ -290,9 +276,6 @@ def read_plan(folder: Path) -> dict[str, Any]:
     """Read what :func:`write_plan` and :func:`record_peak` wrote; an empty dictionary if there is no file."""
     path = folder / PLAN_FILE
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-
-
-# -- after training ran out of memory
 
 
 def advise_less_memory(
