@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import pytest
 
 from fintune.config import PredictOptions
@@ -45,7 +47,7 @@ def engine(request, builtin_model, tokenizer, tmp_path_factory):
         return
     file = tmp_path_factory.mktemp("builtin") / "m.gguf"
     write_gguf(builtin_model, {"F16": file})
-    with LlamaCppEngine(file, context_tokens=512) as started:
+    with closing(LlamaCppEngine(file, context_tokens=512)) as started:
         yield started
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -51,7 +52,7 @@ def gguf_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(gguf_file):
-    with LlamaCppEngine(gguf_file, context_tokens=256, parallel=3) as started:
+    with closing(LlamaCppEngine(gguf_file, context_tokens=256, parallel=3)) as started:
         yield started
 
 
@@ -61,7 +62,7 @@ def test_llama_cpp_splits_text_as_the_tokenizer_does(tmp_path, pre):
     write_gguf(folder, {"F16": tmp_path / "m.gguf"})
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     texts = probe_strings()
-    with LlamaCppEngine(tmp_path / "m.gguf", context_tokens=64, parallel=1) as engine:
+    with closing(LlamaCppEngine(tmp_path / "m.gguf", context_tokens=64, parallel=1)) as engine:
         ours = engine.tokenise(texts)
     theirs = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
     assert len(texts) > 100
@@ -88,7 +89,7 @@ def test_completions_come_in_the_order_of_the_prompts(engine):
 @pytest.mark.parametrize("name", ["m.gguf", "q.gguf"])
 def test_batched_decoding_repeats_itself(gguf_file, name):
     def run():
-        with LlamaCppEngine(gguf_file.with_name(name), context_tokens=256, parallel=2) as fresh:
+        with closing(LlamaCppEngine(gguf_file.with_name(name), context_tokens=256, parallel=2)) as fresh:
             found = sorted_by_prompt(fresh.generate(PROMPTS * 2 + PAGES, Decoding(12)))
             return [(done.token_ids, done.margins) for done in found]
 
@@ -97,7 +98,7 @@ def test_batched_decoding_repeats_itself(gguf_file, name):
 
 @pytest.mark.parametrize("parallel", [1, 3])
 def test_a_page_is_computed_once_for_its_questions(gguf_file, monkeypatch, parallel):
-    with LlamaCppEngine(gguf_file, context_tokens=256, parallel=parallel) as fresh:
+    with closing(LlamaCppEngine(gguf_file, context_tokens=256, parallel=parallel)) as fresh:
         post, computed = fresh._post, []
 
         def counting(connection, route, body):
@@ -122,7 +123,7 @@ def test_a_page_is_computed_once_for_its_questions(gguf_file, monkeypatch, paral
 def test_what_a_slot_holds_moves_nothing_but_near_ties(gguf_file, engine):
     together = sorted_by_prompt(engine.generate(PAGES, Decoding(12)))
     for prompt, found in zip(PAGES, together, strict=True):
-        with LlamaCppEngine(gguf_file, context_tokens=256, parallel=1) as fresh:
+        with closing(LlamaCppEngine(gguf_file, context_tokens=256, parallel=1)) as fresh:
             (alone,) = sorted_by_prompt(fresh.generate([prompt], Decoding(12)))
         num_same = num_shared_tokens([*found.token_ids], [*alone.token_ids])
         assert found.margins[:num_same] == pytest.approx(alone.margins[:num_same], abs=0.01)
@@ -165,7 +166,7 @@ def test_llama_cpp_adds_no_bos(gguf_file, tmp_path):
     folder = shutil.copytree(gguf_file.parent / "model", tmp_path / "model")
     patch_json(folder / "tokenizer_config.json", add_bos_token=True)
     write_gguf(folder, {"F16": tmp_path / "m.gguf"})
-    with LlamaCppEngine(tmp_path / "m.gguf", context_tokens=128, parallel=1) as engine:
+    with closing(LlamaCppEngine(tmp_path / "m.gguf", context_tokens=128, parallel=1)) as engine:
         (completion,) = sorted_by_prompt(engine.generate(["in the"], Decoding(1)))
         assert completion.num_prompt_tokens == len(engine.tokenise(["in the"])[0])
         assert engine.tokenise(["in the"])[0][0] != 1
@@ -175,7 +176,7 @@ def test_sampling_defaults_of_the_file_are_not_used(gguf_file, tmp_path, engine)
     folder = shutil.copytree(gguf_file.parent / "model", tmp_path / "model")
     (folder / "generation_config.json").write_text(json.dumps({"temperature": 5.0, "penalty_repeat": 3.0}))
     write_gguf(folder, {"F16": tmp_path / "m.gguf"})
-    with LlamaCppEngine(tmp_path / "m.gguf", context_tokens=256, parallel=1) as other:
+    with closing(LlamaCppEngine(tmp_path / "m.gguf", context_tokens=256, parallel=1)) as other:
         (theirs,) = sorted_by_prompt(other.generate(PROMPTS[:1], Decoding(20)))
     (ours,) = sorted_by_prompt(engine.generate(PROMPTS[:1], Decoding(20)))
     assert theirs.token_ids == ours.token_ids
@@ -189,7 +190,7 @@ def test_a_consumer_may_stop_early(engine):
 
 
 def test_a_quantised_file_runs(gguf_file):
-    with LlamaCppEngine(gguf_file.with_name("q.gguf"), context_tokens=128, parallel=1) as engine:
+    with closing(LlamaCppEngine(gguf_file.with_name("q.gguf"), context_tokens=128, parallel=1)) as engine:
         assert len(sorted_by_prompt(engine.generate(PROMPTS[:1], Decoding(3)))) == 1
 
 
@@ -200,7 +201,7 @@ def test_a_prompt_longer_than_the_context_is_named(engine):
 
 def test_context_longer_than_the_models_is_refused(gguf_file):
     (trained,) = read_gguf_numbers(gguf_file, ["llama.context_length"]).values()
-    with LlamaCppEngine(gguf_file, context_tokens=trained[0] + 64, parallel=1) as engine:
+    with closing(LlamaCppEngine(gguf_file, context_tokens=trained[0] + 64, parallel=1)) as engine:
         long = "in the " * trained[0]
         with pytest.raises(ModelError, match=rf"the context of {trained[0]} that m.gguf was trained for: lower prompt"):
             engine.generate([long], Decoding(1))
@@ -232,7 +233,7 @@ DRAWN = Decoding(10, temperature=1.0, top_p=0.9, seed=5, num_candidates=3)
 
 def test_candidates_stand_together_differ_and_come_again(gguf_file):
     def run(decoding):
-        with LlamaCppEngine(gguf_file, context_tokens=256, parallel=2) as fresh:
+        with closing(LlamaCppEngine(gguf_file, context_tokens=256, parallel=2)) as fresh:
             return [
                 (each.token_ids, each.num_prompt_tokens) for each in sorted_by_prompt(fresh.generate(PROMPTS, decoding))
             ]

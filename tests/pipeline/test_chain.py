@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -235,7 +236,9 @@ def test_an_exported_file_answers_in_llama_cpp(finished, able_model, kind):
 
     tokenizer = models.load_tokenizer(models.fetch(str(able_model)))
     prompt = chat.render(tokenizer, [Message(role="user", content="what was net income in 2019?")])
-    with LlamaCppEngine(finished.folder / "export" / f"small-{kind}.gguf", context_tokens=256, threads=1) as engine:
+    with closing(
+        LlamaCppEngine(finished.folder / "export" / f"small-{kind}.gguf", context_tokens=256, threads=1)
+    ) as engine:
         (answer,) = sorted_by_prompt(engine.generate([prompt], Decoding(8)))
     assert 1 <= len(answer.token_ids) <= 8
     assert answer.num_prompt_tokens == len(tokenizer(prompt)["input_ids"])

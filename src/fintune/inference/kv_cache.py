@@ -130,14 +130,10 @@ def attend_to_slots(
 
 
 class SlotBatch:
-    """Completions in the slots of a :class:`SlotCache`.
+    """Completions in the slots of a :class:`SlotCache`, of at most ``num_columns`` tokens with their prompts.
 
-    Args:
-        model: A model in evaluation mode.
-        num_slots: Number of completions that run together.
-        num_columns: Longest prompt with its completion, in tokens.
-        has_fixed_shape: Whether a step computes all slots, running or not, which a GPU needs. Only then rows may be
-            replaced.
+    With ``has_fixed_shape``, a step computes all slots, running or not, which a GPU needs. Only then rows may be
+    replaced.
     """
 
     def __init__(self, model: Model, num_slots: int, num_columns: int, *, has_fixed_shape: bool) -> None:
@@ -178,12 +174,7 @@ class SlotBatch:
         return self._attend_to(tails, starts + torch.arange(num_tail, device=device), max(map(len, prompts)))
 
     def step(self, tokens: torch.Tensor, positions: torch.Tensor, num_read: int) -> torch.Tensor:
-        """Compute one more token of the first rows, or of all slots.
-
-        Args:
-            tokens: Shape [rows].
-            positions: Their positions, shape [rows].
-            num_read: Largest position of a running row + 1.
+        """Compute one more token of the first rows, or of all slots; ``num_read`` is the largest position + 1.
 
         Returns:
             The logits of the next token, shape [rows, vocabulary]. The next step overwrites them.

@@ -32,10 +32,8 @@ def answer_losses(
 ) -> Iterator[AnswerLoss]:
     """Yield the loss of each row's answer, given the tokens before it.
 
-    Args:
-        model: A model in evaluation mode, with a key-value cache.
-        rows: Token ids, and a mask that is 1 at the answer's tokens, which end the row. Rows that share a prefix should
-            follow each other.
+    A row has token ids, and a mask that is 1 at the answer's tokens, which end it. Rows that share a prefix should
+    follow each other.
     """
     import torch
 
@@ -52,11 +50,7 @@ def answer_losses(
 
 
 class LogitsReader:
-    """Compute the logits of rows one after another. The prefix that a row shares with the one before is computed once.
-
-    Args:
-        model: A model in evaluation mode, with a key-value cache.
-    """
+    """Compute the logits of rows one after another. A prefix shared with the row before is not computed again."""
 
     def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         from transformers import DynamicCache

@@ -22,7 +22,6 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -202,14 +201,3 @@ class LlamaCppEngine:
     def close(self) -> None:
         """Stop the server and free the weights."""
         self._server = None
-
-    def __enter__(self) -> LlamaCppEngine:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -109,11 +109,7 @@ class ModelSpec:
     def from_config(cls, config: Config, kind: ModelKind, inputs: Mapping[str, Path]) -> ModelSpec:
         """Return the spec of one of a run's own models.
 
-        Args:
-            config: The run.
-            kind: The base model, base + adapter, the merged folder (both also in 4 bits), a GGUF file by its type, or
-                what is served at ``predict.endpoint``.
-            inputs: Folders of the stages ``train``, ``merge`` or ``export``, as the kind needs them.
+        ``inputs`` are the folders of the stages ``train``, ``merge`` or ``export``, as the kind needs them.
         """
         if kind == "endpoint":
             assert config.predict.endpoint is not None, "the options require it"
@@ -309,13 +305,7 @@ def open_model(spec: ModelSpec) -> LanguageModel:
 def wrap_model(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int
 ) -> LanguageModel:
-    """Return a model that is loaded already, such as the one in training, as a :class:`LanguageModel`.
-
-    Args:
-        model: A transformers model in evaluation mode.
-        tokenizer: Its tokenizer.
-        batch_size: Number of completions that are decoded together.
-    """
+    """Return a model that is loaded already, such as the one in training, as a :class:`LanguageModel`."""
     from fintune.inference.transformers_engine import TransformersEngine
 
     engine = TransformersEngine(model, tokenizer, batch_size)

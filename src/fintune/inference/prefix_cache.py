@@ -43,13 +43,10 @@ class PrefixSplit:
 
 
 def group_by_prefix(prompts: Sequence[Ids]) -> list[list[int]]:
-    """Group the indices of prompts that share most of their tokens.
+    """Group the indices of prompts that share most of their tokens, from the shortest to the longest prompt.
 
     Prompts that are neighbours in sorted order belong together if they share at least half of the longer one. Questions
     about one page do; pages after the same short system message do not.
-
-    Returns:
-        Groups of indices, from the shortest to the longest prompt, each group sorted by its prompts' tokens.
     """
     order = sorted(range(len(prompts)), key=lambda index: _sort_key(prompts[index]))
     groups: list[list[int]] = []

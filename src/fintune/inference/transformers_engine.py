@@ -74,13 +74,7 @@ class _Row:
 
 
 class TransformersEngine:
-    """Decode prompts with a transformers model, on the device that it is on.
-
-    Args:
-        model: A model in evaluation mode.
-        tokenizer: Its tokenizer with a padding token and a chat template, whose end-of-turn token ends a completion.
-        batch_size: Number of completions that are decoded together.
-    """
+    """Decode prompts with a transformers model in evaluation mode, at most ``batch_size`` completions at a time."""
 
     def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
         self.name = "transformers"
@@ -239,8 +233,7 @@ class TransformersEngine:
 class _Running:
     """The rows that are in a batch, and what the device knows about them.
 
-    Attributes:
-        rows: The running rows. A batch without a fixed shape has them in its first slots.
+    A batch without a fixed shape has its rows in its first slots.
     """
 
     def __init__(
