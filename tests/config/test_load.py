@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -342,3 +343,37 @@ def test_effective_omits_neutral_options() -> None:
 
 def test_effective_prefixes_are_whole_names() -> None:
     assert effective(Config(), ["data.max"]) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a: " + "[" * 3000, "nested more than 50 levels deep"),
+        ("a: " + "{b: " * 3000, "nested more than 50 levels deep"),
+        ("".join(" " * depth + "a:\n" for depth in range(300)), "nested more than 50 levels deep"),
+        (
+            "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10)),
+            "aliases",
+        ),
+        ("#" * 300_000, "more than 200,000 letters"),
+        ("train: {seed: %s}" % ("9" * 5000), "4300 digits"),
+        ("train: {seed: 0x%s}" % ("f" * 6000), "4300 digits"),
+        ("run: {name: [{[a]: 1}]}", "keys must be"),
+        ("run: {name: 2020-99-99}", "month must be"),
+    ],
+)
+def test_yaml_work_is_bounded(tmp_path, text, reason):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=rf"not valid YAML \(.*{reason}"):
+        load(path)
+    key, _, value = text.partition(": ")
+    if reason != "aliases" and "\n" not in text and not text.startswith("#"):
+        with pytest.raises(ConfigError, match="not valid YAML"):
+            load(None, [f"{key}={value}"])
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\nb", "a\x1b[31mb", "a\u202eb", "x" * 300, "..", "a/b"])
+def test_run_name_is_a_folder_name(name):
+    with pytest.raises(ConfigError, match="is not a folder name"):
+        load(None, [f"run.name={json.dumps(name)}"])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fintune.errors import FintuneError
-from fintune.util.files import atomic_folder, check_outputs, make_folder, sha256_file, write_output
+from fintune.util.files import atomic_folder, check_outputs, make_folder, parse_json, sha256_file, write_output
 from fintune.util.text import MAX_REMARKS, abridge_remarks
 
 
@@ -206,3 +207,17 @@ def test_an_error_names_the_folder_that_was_named(tmp_path: Path) -> None:
         raise FintuneError(f"{folder}: full, {folder.name}", hint=f"look at {folder}")
     assert str(raised.value) == f"{tmp_path}/out: full, out: look at {tmp_path}/out"
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("text", ["[" * 201 + "]" * 201, '{"a":' * 250 + "1" + "}" * 250, "[" * 100_000])
+def test_parse_json_bounds_nesting_by_a_number(text):
+    with pytest.raises(ValueError, match="nested more than 200 levels deep"):
+        parse_json(text)
+
+
+def test_parse_json_is_pythons_parser_else():
+    text = '{"a": [1, -0.5, 1e400, NaN, "\\ud800", null], "b": 12345678901234567890123}'
+    assert repr(parse_json(text)) == repr(json.loads(text))
+    assert parse_json("[" * 199 + "]" * 199) == json.loads("[" * 199 + "]" * 199)
+    with pytest.raises(json.JSONDecodeError, match="column 3"):
+        parse_json("[1x]")

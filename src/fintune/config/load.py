@@ -15,14 +15,14 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
-from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from fintune.config import Config, Options, is_neutral
 from fintune.config.other_names import suggest_key, suggest_option
-from fintune.config.yaml_file import read_yaml
+from fintune.config.yaml_file import parse_yaml, read_yaml
 from fintune.errors import ConfigError
 
+_MAX_NAME_BYTES = 200
 DEFAULT = "default"
 OVERRIDE = "command line"
 _OPTION = re.compile(r"[a-z_]+(?:\.[a-z0-9_]+)+")
@@ -84,7 +84,8 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> Loaded:
         config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
         if path is not None:
             origin["run.name"] = f"{path}, its name"
-    if Path(config.run.name).name != config.run.name or config.run.name.startswith("."):
+    is_folder_name = Path(config.run.name).name == config.run.name and config.run.name.isprintable()
+    if not is_folder_name or config.run.name.startswith(".") or len(config.run.name.encode()) > _MAX_NAME_BYTES:
         raise ConfigError(
             f"run.name: {config.run.name!r} is not a folder name",
             hint="set run.dir for the path before it",
@@ -151,7 +152,7 @@ def _parse_override(override: str) -> tuple[str, dict[str, Any]]:
             f"{override!r}: not an override", hint="write dotted.key=value, for example train.learning_rate=1e-4"
         )
     try:
-        value = YAML(typ="safe").load(text) if text.strip() else None
+        value = parse_yaml(text, "safe") if text.strip() else None
     except YAMLError:
         hint = "quote it, for example 'run.name=\"a: b\"'"
         raise ConfigError(

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 
 from fintune.errors import ConfigError
 from fintune.manifest import MANIFEST, WORK
 
 TEMPLATES = ("chat", "finqa", "preference")
 """Names that ``fintune init`` accepts."""
+_MAX_LETTERS, _MAX_DEPTH, _MAX_VALUES = 200_000, 50, 100_000
 _DATA_ENDINGS = {".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"}
 
 
@@ -41,7 +43,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from None
     try:
-        tree = YAML(typ="rt").load(text)
+        tree = parse_yaml(text, "rt")
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else None
         reason, hint = str(error.problem), "check that line and the one before it"
@@ -61,6 +63,40 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise ConfigError(f"{path}: it has no sections such as 'model:'", hint="see docs/options.md")
     locations: dict[str, str] = {}
     return _plain(tree, path, "", locations), locations
+
+
+def parse_yaml(text: str, kind: Literal["rt", "safe"]) -> Any:
+    """Parse YAML of bounded size: aliases repeat what they name, so a short text can stand for any number of values.
+
+    Raises:
+        YAMLError: The text is no YAML, is too long, is nested deeper than 50 levels, or has too many values.
+    """
+    if len(text) > _MAX_LETTERS:
+        raise YAMLError(f"more than {_MAX_LETTERS:,} letters")
+    depth = 0
+    for event in YAML(typ=kind, pure=True).parse(text):
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            raise YAMLError(f"nested more than {_MAX_DEPTH} levels deep")
+    try:
+        tree = YAML(typ=kind, pure=True).load(text)
+        if _num_values(tree, {}) > _MAX_VALUES:
+            raise YAMLError(f"its aliases stand for more than {_MAX_VALUES:,} values")
+        json.dumps(tree, default=str)
+    except (TypeError, ValueError) as error:
+        raise YAMLError(str(error).partition(";")[0]) from None
+    return tree
+
+
+def _num_values(value: object, counted: dict[int, int]) -> int:
+    if not isinstance(value, dict | list | set):
+        return 1
+    if id(value) not in counted:
+        counted[id(value)] = _MAX_VALUES + 1  # for an alias inside of what it names
+        counted[id(value)] = 1 + sum(
+            _num_values(part, counted) for part in (value.values() if isinstance(value, dict) else value)
+        )
+    return counted[id(value)]
 
 
 def _plain(tree: CommentedMap, path: Path, prefix: str, locations: dict[str, str]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from fintune.data.files import COPY_AGAIN, read_whole_text
 from fintune.data.tokenize import DroppedRow
 from fintune.errors import DataError
 from fintune.records import FinQARecord
+from fintune.util.files import parse_json
 
 _HINT = "FinQA records look like those of github.com/czyssrs/FinQA, dataset/dev.json"
 _TABLES = {".csv", ".tsv"}
@@ -118,8 +119,8 @@ def _rows(path: Path, text: str) -> Iterator[tuple[int, object]]:
     start = text.lstrip()[0]
     if start == "[":
         try:
-            rows = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            rows = parse_json(text)
+        except ValueError as error:
             raise _not_json(path, text, error) from None
         if not rows:
             raise DataError("the list is empty", path=path, hint=_HINT)
@@ -137,8 +138,8 @@ def _lines(path: Path, text: str) -> Iterator[tuple[int, object]]:
     lines = [(row, line) for row, line in enumerate(text.split("\n"), 1) if line.strip()]
     for row, line in lines:
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            value = parse_json(line)
+        except ValueError as error:
             if line is lines[0][1]:
                 # The first line is no record: the file is an object over many lines, or no JSON at all.
                 raise _not_list(path, text, error) from None
@@ -160,8 +161,8 @@ def _not_json(path: Path, text: str, error: Exception) -> DataError:
 
 def _not_list(path: Path, text: str, error: Exception) -> DataError:
     try:
-        json.loads(text)
-    except (ValueError, RecursionError) as whole:
+        parse_json(text)
+    except ValueError as whole:
         return _not_json(path, text, whole)
     return DataError("holds one JSON object, not a list of records", path=path, hint=_HINT)
 

@@ -19,6 +19,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 from fintune.data.readers import BrokenRowError
 from fintune.records import Message
+from fintune.util.files import parse_json
 
 Role = Literal["system", "user", "assistant", "tool"]
 
@@ -330,8 +331,8 @@ def walk_leaves(value: object, path: str) -> Iterator[tuple[str, object]]:
 
 def parse_cell(text: str) -> Any:
     """Parse the JSON or Python text of a cell; return the text if it is neither."""
-    with contextlib.suppress(ValueError, RecursionError):
-        return json.loads(text)
+    with contextlib.suppress(ValueError):
+        return parse_json(text)
     with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
         return ast.literal_eval(text.strip())
     return text

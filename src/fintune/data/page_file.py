@@ -24,6 +24,7 @@ from fintune.data.page_table import UNITS, Grid, GridCell, NamedTable, clean_tex
 from fintune.errors import DataError
 from fintune.finqa.text_similarity import rank_lines
 from fintune.records import FinQAQuestion, FinQARecord
+from fintune.util.files import parse_json
 
 KINDS = "a FinQA record (.json), a table (.csv, .tsv), or a page with a table (.html, .md)"
 
@@ -223,11 +224,11 @@ def _kind(path: Path, content: str) -> str:
 
 def _finqa(path: Path, content: str, record_id: str | None) -> FinQARecord:
     try:
-        raw = json.loads(content)
-    except (ValueError, RecursionError):
+        raw = parse_json(content)
+    except ValueError:
         try:
-            raw = [json.loads(line) for line in content.split("\n") if line.strip()]
-        except (ValueError, RecursionError) as error:
+            raw = [parse_json(line) for line in content.split("\n") if line.strip()]
+        except ValueError as error:
             raise DataError(f"not JSON ({error})", path=path) from None
     rows = raw if isinstance(raw, list) else [raw]
     if record_id is not None:

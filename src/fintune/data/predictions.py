@@ -19,6 +19,7 @@ from pathlib import Path
 from fintune.data.files import read_text
 from fintune.errors import DataError
 from fintune.finqa.program import tokenize
+from fintune.util.files import parse_json
 
 _HINT = 'expected {"id": ..., "predicted": [tokens]} or {"id": ..., "program": "text"}, as a JSON list or a line each'
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -91,8 +92,8 @@ def _collect(file: PredictionFile, rows: Iterable[tuple[int, object]]) -> Predic
 
 def _list_rows(file: PredictionFile, text: str, damage: str | None) -> Iterator[tuple[int, object]]:
     try:
-        yield from enumerate(json.loads(text), 1)
-    except (ValueError, RecursionError) as error:
+        yield from enumerate(parse_json(text), 1)
+    except ValueError as error:
         yield from _broken_list_rows(file, text, damage or f"not JSON ({error})")
 
 
@@ -128,8 +129,8 @@ def _line_rows(file: PredictionFile, text: str, damage: str | None) -> Iterator[
     last = lines[-1][0]
     for row, line in lines:
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            value = parse_json(line)
+        except ValueError as error:
             if row == last and damage:
                 break  # reported below, once
             is_cut = row == last and not text.endswith("\n")

@@ -17,13 +17,14 @@ import re
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from fintune.data.files import COPY_AGAIN, KNOWN_SUFFIXES, WORKBOOKS, data_suffix
 from fintune.errors import DataError
+from fintune.util.files import parse_json
 
 if TYPE_CHECKING:
     import pyarrow
@@ -165,6 +166,8 @@ def _whole(path: Path) -> list[object]:
     values: list[object] = []
     try:
         text = data.decode("utf-8-sig").rstrip()
+        with suppress(json.JSONDecodeError):
+            return [parse_json(text)]
         position, decoder = 0, json.JSONDecoder()
         while position < len(text):
             value, position = decoder.raw_decode(text, _BLANKS.match(text, position).end())  # type: ignore[union-attr]
@@ -224,12 +227,12 @@ def _second_line(path: Path) -> bytes:
 
 def _value(line: bytes) -> object:
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
+        return parse_json(line)
+    except ValueError:
         return _NO_JSON
 
 
-def _problem(error: ValueError | RecursionError) -> str:
+def _problem(error: ValueError) -> str:
     # A row is one line, so the parser's line number would mislead.
     return f"{error.msg}, character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
 
@@ -247,11 +250,11 @@ def _lines(path: Path) -> Iterator[Row]:
                 continue
             ended = line.endswith(b"\n")
             try:
-                yield Row(str(path), number, json.loads(text.decode("utf-8")))
+                yield Row(str(path), number, parse_json(text.decode("utf-8")))
             except UnicodeDecodeError as error:
                 why = f"not UTF-8 text (byte {error.start} of the line)"
                 broken = Row(str(path), number, BrokenRowError("not UTF-8", why, hint="save the file as UTF-8"))
-            except (ValueError, RecursionError) as error:
+            except ValueError as error:
                 hint = "each line must hold one whole JSON object"
                 broken = Row(str(path), number, BrokenRowError("not JSON", f"not JSON ({_problem(error)})", hint=hint))
         if broken is not None:
@@ -334,7 +337,7 @@ def _arrow(path: Path, suffix: str) -> Iterator[Row]:
 
 
 def _batches(path: Path, schema: pyarrow.Schema, batches: Iterable[pyarrow.RecordBatch]) -> Iterator[Row]:
-    stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    stored = parse_json((schema.metadata or {}).get(b"huggingface", b"{}"))
     features = stored.get("info", {}).get("features") or {}
     classes = {name: feature["names"] for name, feature in features.items() if _is_class_label(feature)}
     number = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import secrets
 import shutil
@@ -137,6 +138,24 @@ def _sha256(path: Path, _state: tuple[int, ...]) -> str:
     return digest.hexdigest()
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON from outside, nested at most 200 levels deep.
+
+    Raises:
+        ValueError: It is no JSON (then mostly a ``json.JSONDecodeError``, which has a position), or nested deeper.
+    """
+    try:
+        # Unlike Python's own parser, this one limits the nesting by a number, not by the interpreter's stack.
+        return pydantic_core.from_json(text)
+    except ValueError as error:
+        if "recursion limit" in str(error):
+            raise ValueError("nested more than 200 levels deep") from None
+    try:
+        return json.loads(text)  # it accepts half of a surrogate pair, and its errors have a position
+    except RecursionError:
+        raise ValueError("nested more than 200 levels deep") from None
+
+
 def read_json(path: Path, error: type[FintuneError] = FintuneError) -> dict[str, Any]:
     """Read a JSON object from a file of at most 512 MB, nested at most 200 levels deep.
 
@@ -150,8 +169,9 @@ def read_json(path: Path, error: type[FintuneError] = FintuneError) -> dict[str,
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise ValueError(f"more than {_MAX_JSON_BYTES:,} bytes")
-        # Unlike Python's own reader, this one limits the nesting by a number, not by the interpreter's stack.
-        content = pydantic_core.from_json(path.read_bytes())
+        content = parse_json(path.read_bytes())
+    except UnicodeDecodeError as problem:
+        raise error(f"{path} cannot be read as JSON (not UTF-8 text, byte {problem.start})") from problem
     except (OSError, ValueError) as problem:
         reason = problem.strerror if isinstance(problem, OSError) else problem
         raise error(f"{path} cannot be read as JSON ({reason})") from problem
