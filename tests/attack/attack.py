@@ -2,9 +2,9 @@
 
     PYTHONPATH=src:tests python tests/attack/attack.py --num 1500 [--seed 1] [--only export/] [--json result.json]
 
-Valid files are made once. Each attack copies them, damages one file or one value of it, and runs one command in a process
-of its own, with limits of time and memory. A command may succeed, or end with status 2 and one line that begins with
-``fintune:``. All else is a finding: a traceback, further lines, words of libraries, a signal, or no end.
+Valid files are made once. Each attack copies them, damages one file or one value of it, and runs one command in a
+process of its own, with limits of time and memory. A command may succeed, or end with status 2 and one line that begins
+with ``fintune:``. All else is a finding: a traceback, further lines, words of libraries, a signal, or no end.
 """
 
 from __future__ import annotations
