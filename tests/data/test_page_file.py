@@ -149,6 +149,11 @@ def test_a_packed_file_is_read(tmp_path):
         ("p.json", '{"table": "| a |"}', "is no FinQA record: table is no list of rows: write it as"),
         ("p.json", '{"table": [["a"]], "pre_text": "One."}', "is no FinQA record: pre_text is no list of texts"),
         ("p.json", '{"table": ', "p.json: not JSON"),
+        (
+            "p.json",
+            '[{"table": {}, "questions": []}, {"table": {}}]',
+            "is no FinQA file: none of its 2 rows is a record",
+        ),
         ("p.json", "[" * 100_000, r"p.json: not JSON \(nested more than 200 levels deep"),
         ("p.csv", "", "p.csv: the file is empty"),
         ("p.pdf", "%PDF-1.7", "p.pdf: no kind of page that is known"),

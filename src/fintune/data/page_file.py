@@ -231,6 +231,9 @@ def _finqa(path: Path, content: str, record_id: str | None) -> FinQARecord:
         except ValueError as error:
             raise DataError(f"not JSON ({error})", path=path) from None
     rows = raw if isinstance(raw, list) else [raw]
+    if len(rows) > 1 and not any(isinstance(row, dict) and ("id" in row or row.get("pre_text")) for row in rows):
+        hint = "a FinQA record has id, pre_text, table and post_text"
+        raise DataError(f"is no FinQA file: none of its {len(rows)} rows is a record", path=path, hint=hint)
     if record_id is not None:
         names = [str(row["id"]) for row in rows if isinstance(row, dict) and "id" in row]
         rows = [row for row in rows if isinstance(row, dict) and "id" in row and str(row["id"]) == record_id]

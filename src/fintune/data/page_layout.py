@@ -131,6 +131,10 @@ def _read_part(rows: Sequence[NumberedRow], path: Path, notes: list[str]) -> lis
     return [table for half in split for table in _read_part([row for row in half if row[1]], path, notes)]
 
 
+_MAX_HEADER = 12
+"""Rows that are looked at for the end of the header, if years and periods could be names or values."""
+
+
 @dataclass
 class _Column:
     """Neighbouring columns of the grid under the same header cells, and their cells in every row."""
@@ -174,7 +178,7 @@ class _Layout:
         if not beyond:
             return min(end, 1)
         end = beyond[-1] + 1
-        for k in beyond[1:]:
+        for k in beyond[1:_MAX_HEADER]:
             is_named = rows[k][0].start == first and rows[k][0].end <= rows[k][-1].start
             is_value = any(kind_of(cell.text) == "soft" for cell in rows[k][1:])
             if is_named and is_value and not CORNER.search(rows[k][0].text) and self._has_names(rows[:k], rows[k:]):
@@ -183,12 +187,13 @@ class _Layout:
 
     def _has_names(self, header: Sequence[tuple[GridCell, ...]], body: Sequence[tuple[GridCell, ...]]) -> bool:
         """Whether the values of every row are under different names."""
+        above: dict[int, list[str]] = {}
+        for name in itertools.chain.from_iterable(header):
+            for column in range(name.start, name.end):
+                above.setdefault(column, []).append(name.text)
         for row in body:
             values = [cell for cell in row if cell.start > self._first and kind_of(cell.text) in VALUES]
-            names = [
-                tuple(name.text for r in header for name in r if name.start < value.end and value.start < name.end)
-                for value in values
-            ]
+            names = [tuple(above.get(value.start, above.get(value.end - 1, ()))) for value in values]
             if not all(names) or len(set(names)) < len(names):
                 return False
         return True
@@ -234,16 +239,19 @@ class _Layout:
         number, row = self._header[k]
         names = [cell for cell in row if cell.start > self._first]
         alone: list[tuple[GridCell, Sequence[int]]] = [(cell, (cell.start,)) for cell in row]
-        over = [cell for cell in names if cell.start in columns or len(names) == 1]
-        if not over or set(columns) <= {cell.start for cell in over}:
+        known = set(columns)
+        over = [cell for cell in names if cell.start in known or len(names) == 1]
+        if not over or known <= {cell.start for cell in over}:
             return alone
-        lower = {c: " ".join(n.text for _, r in self._header[k + 1 :] for n in r if n.start == c) for c in columns}
+        lower = dict.fromkeys(columns, "")
+        for _, lower_row in self._header[k + 1 :]:
+            lower |= {cell.start: f"{lower[cell.start]} {cell.text}" for cell in lower_row if cell.start in known}
         ways: list[list[Sequence[int]]] = []
         own = {cell.start: cell.text for cell in names}
-        if len({(own.get(c), lower[c]) for c in columns}) < len(columns) or all(
-            CORNER.search(cell.text) for cell in over
-        ):
-            ends = [min(c.start for c in (*names, END) if c.start > cell.start) for cell in over]
+        is_same = len({(own.get(c), lower[c]) for c in columns}) < len(columns)
+        if is_same or all(CORNER.search(cell.text) for cell in over):
+            starts = [*own, END.start]
+            ends = [starts[bisect.bisect(starts, cell.start)] for cell in over]
             if len(over) == 1 and len(names) == 1:
                 return [*alone, (over[0], columns)]
             if over[0].start <= columns[0]:
@@ -378,11 +386,11 @@ class _Layout:
     def second_table(self) -> int | None:
         """Return the column at which a second table begins, with names of rows and the same names of columns."""
         labels = [self._label(column) for column in self._columns]
-        for k, column in enumerate(self._columns):
-            is_names = column.count("text") > 1 and not column.count(*VALUES)
-            if k and is_names and labels[:k] == labels[k + 1 :]:
-                return column.start
-        return None
+        middle = len(labels) // 2
+        if not middle or labels[:middle] != labels[middle + 1 :]:
+            return None
+        column = self._columns[middle]
+        return column.start if column.count("text") > 1 and not column.count(*VALUES) else None
 
     def _label(self, column: _Column) -> str:
         texts = [cell.text for cell in column.header]

@@ -151,23 +151,19 @@ def _column_mark(
     if first is not None and first.mark is not None:
         other = next((number for number in in_column if number.mark not in (None, first.mark)), None)
         if other is not None:
-            problem = (
-                f"{_location(other, page)}: {other.text} contradicts {first.text} in row {page.numbers[first.row]}"
-            )
+            problem = f"{other.text} contradicts {first.text} in row {page.numbers[first.row]}"
+            problem = f"{location(page, other.row, other.column)}: {problem}"
             raise DataError(problem, path=path, hint=_HINT)
         return first.mark
     marks = [defaults["." if "." in number.text else ","] for number in in_column]
     for number, mark in zip(in_column, marks, strict=True):
         if mark is None:
             whole, decimals = re.split("[.,]", number.text)
-            problem = f"{_location(number, page)}: {number.text} can be {whole}{decimals} or {whole}.{decimals}"
+            problem = f"{number.text} can be {whole}{decimals} or {whole}.{decimals}"
+            problem = f"{location(page, number.row, number.column)}: {problem}"
             raise DataError(problem, path=path, hint=_HINT)
     assert marks[0] is not None, "checked above"
     return marks[0]
-
-
-def _location(number: _Number, page: NamedTable) -> str:
-    return location(page, number.row, number.column)
 
 
 def location(page: NamedTable, row: int, column: int) -> str:
