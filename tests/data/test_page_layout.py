@@ -105,6 +105,11 @@ def test_words_of_a_name_in_several_rows_stay_over_their_column(tmp_path):
         assert page.record.table[0] == ("", "Number of shares", "Weighted average price")
 
 
+def test_stacked_words_that_name_columns_do_not_spread(tmp_path):
+    rows = (("", "General", "Limited", ""), ("", "units", "units", "Total"), ("Granted", "15", "2.5", "17.5"))
+    assert read(tmp_path, html(*rows)).record.table[0] == ("", "General units", "Limited units", "Total")
+
+
 def test_what_a_name_covers_is_noted_if_nothing_says_it(tmp_path):
     page = read(
         tmp_path, markdown(("", "Audited group", "", ""), ("", "Oil", "Gas", "Sun"), ("A", "1", "2", "3")), "p.md"

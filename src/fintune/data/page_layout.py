@@ -243,14 +243,14 @@ class _Layout:
         over = [cell for cell in names if cell.start in known or len(names) == 1]
         if not over or known <= {cell.start for cell in over}:
             return alone
-        lower = dict.fromkeys(columns, "")
-        for _, lower_row in self._header[k + 1 :]:
-            lower |= {cell.start: f"{lower[cell.start]} {cell.text}" for cell in lower_row if cell.start in known}
+        lower, whole = dict.fromkeys(columns, ""), dict.fromkeys(columns, "")
+        for n, (_, other) in enumerate(self._header):
+            for texts in (whole, lower) if n > k else (whole,):
+                texts |= {cell.start: f"{texts[cell.start]} {cell.text}" for cell in other if cell.start in known}
         ways: list[list[Sequence[int]]] = []
-        own = {cell.start: cell.text for cell in names}
-        is_same = len({(own.get(c), lower[c]) for c in columns}) < len(columns)
+        is_same = len(set(whole.values())) < len(columns)
         if is_same or all(CORNER.search(cell.text) for cell in over):
-            starts = [*own, END.start]
+            starts = [*(cell.start for cell in names), END.start]
             ends = [starts[bisect.bisect(starts, cell.start)] for cell in over]
             if len(over) == 1 and len(names) == 1:
                 return [*alone, (over[0], columns)]
