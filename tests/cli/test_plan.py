@@ -123,7 +123,11 @@ def test_plan_refuses_unsupported_models_and_methods(lines):
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A hub that serves one model's configuration and weights; counts what is asked of it."""
-    server = HubServer("owner/model", {"config.json": json.dumps(LLAMA_3B).encode(), WEIGHTS: b"0" * 99}, kind="models")
+    server = HubServer(
+        "owner/model",
+        {"config.json": json.dumps({"max_position_embeddings": 131072, **LLAMA_3B}).encode(), WEIGHTS: b"0" * 99},
+        kind="models",
+    )
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
     pattern = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", pattern)

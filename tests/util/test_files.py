@@ -11,10 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel, ValidationError
 
 from fintune.errors import FintuneError
 from fintune.util.files import atomic_folder, check_outputs, make_folder, parse_json, sha256_file, write_output
-from fintune.util.text import MAX_REMARKS, abridge_remarks
+from fintune.util.text import MAX_REMARKS, abridge_line, abridge_remarks, first_line
 
 
 def test_a_file_that_is_read_is_no_target_by_whatever_name(tmp_path: Path) -> None:
@@ -221,3 +222,24 @@ def test_parse_json_is_pythons_parser_else():
     assert parse_json("[" * 199 + "]" * 199) == json.loads("[" * 199 + "]" * 199)
     with pytest.raises(json.JSONDecodeError, match="column 3"):
         parse_json("[1x]")
+
+
+def test_first_line_is_plain_words(tmp_path: Path) -> None:
+    class Fields(BaseModel):
+        num: int
+
+    with pytest.raises(ValidationError) as wrong:
+        Fields.model_validate({"num": "x"})
+    with pytest.raises(UnicodeDecodeError) as binary:
+        b"ab\xff".decode()
+    with pytest.raises(OSError) as folder:
+        tmp_path.read_bytes()
+    found = [first_line(each.value) for each in (wrong, binary, folder)]
+    assert found[0].startswith("num: Input should be a valid integer")
+    assert found[1:] == ["not UTF-8 text, byte 2", "is a directory"]
+
+
+def test_abridge_line_keeps_both_ends() -> None:
+    line = "what happened" + "x" * 2_000_000 + "the way out"
+    assert len(abridge_line(line)) <= 500 and abridge_line("short") == "short"
+    assert abridge_line(line).startswith("what happened") and abridge_line(line).endswith("the way out")

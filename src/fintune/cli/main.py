@@ -20,7 +20,7 @@ from fintune import __version__
 from fintune.errors import FintuneError, ResourceError
 from fintune.util.signals import Terminated, sigterm_as_interrupt
 from fintune.util.system import configure_environment
-from fintune.util.text import escape_control_chars
+from fintune.util.text import abridge_line, escape_control_chars
 
 USER_ERROR = 2
 INTERRUPTED, TERMINATED = 130, 143
@@ -154,7 +154,7 @@ def missing_extra(error: ModuleNotFoundError) -> ResourceError | None:
 
 
 def _stop(message: str, status: int) -> NoReturn:
-    sys.stderr.write(f"fintune: {escape_control_chars(' '.join(message.split()))}\n")
+    sys.stderr.write(f"fintune: {abridge_line(escape_control_chars(' '.join(message.split())))}\n")
     sys.exit(status)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,9 @@ import click
 from fintune.cli.common import config_arguments, echo
 from fintune.config import Config
 from fintune.config.load import load
-from fintune.errors import ConfigError, ResourceError
+from fintune.errors import ConfigError, ModelError, ResourceError
 from fintune.models import load as models
-from fintune.models.folder import read_model_config
+from fintune.models.folder import DecoderConfig, read_model_config
 from fintune.training.combinations import check_combinations
 from fintune.training.memory import planner
 from fintune.training.memory.model import (
@@ -22,6 +23,7 @@ from fintune.training.memory.model import (
     RESERVE_BYTES,
     format_usage,
 )
+from fintune.util.files import read_json_as
 
 
 @click.command("plan")
@@ -53,9 +55,12 @@ def memory_plan_lines(config: Config, *, gib: float | None = None, longest: int 
         ConfigError: The planner does not support the model or the method.
         ResourceError: There is no GPU and no ``gib``, or not even one example per pass fits.
     """
-    model_config = read_model_config(models.fetch_config(config.model.name, revision=config.model.revision))
+    model_config = read_model_config(folder := models.fetch_config(config.model.name, revision=config.model.revision))
     _check_supported(config, str(model_config.get("model_type")))
     check_combinations(config)
+    read_json_as(folder / "config.json", DecoderConfig, ModelError)
+    if gib is not None and not math.isfinite(gib):
+        raise ConfigError(f"--gib {gib}: not a size", hint="give the GPU's memory in GiB, such as 24")
     if gib is None:
         import torch
 

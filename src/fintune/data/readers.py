@@ -25,6 +25,7 @@ from typing import IO, TYPE_CHECKING, Any
 from fintune.data.files import COPY_AGAIN, KNOWN_SUFFIXES, WORKBOOKS, data_suffix
 from fintune.errors import DataError
 from fintune.util.files import parse_json
+from fintune.util.text import first_line
 
 if TYPE_CHECKING:
     import pyarrow
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 _GZIP_MAGIC = b"\x1f\x8b"
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _TURN_KEYS = {"role", "from"}
+_BAD_CELLS = (ArithmeticError, AttributeError, TypeError, ValueError)
+"""What pyarrow and datasets raise for cells that no Python value stands for, and for metadata of other types."""
 _BLANKS = re.compile(r"\s*")
 _NO_JSON = object()
 _DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error)
@@ -331,9 +334,9 @@ def _arrow(path: Path, suffix: str) -> Iterator[Row]:
                 table = pyarrow.ipc.open_file(mapped)
                 batches = (table.get_batch(index) for index in range(table.num_record_batches))
                 yield from _batches(path, table.schema, batches)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, *_BAD_CELLS) as error:
         what = "Parquet" if suffix == ".parquet" else "Arrow"
-        raise DataError(f"not a whole {what} file ({str(error).splitlines()[0]})", path=path, hint=COPY_AGAIN) from None
+        raise DataError(f"not a whole {what} file ({first_line(error)})", path=path, hint=COPY_AGAIN) from None
 
 
 def _batches(path: Path, schema: pyarrow.Schema, batches: Iterable[pyarrow.RecordBatch]) -> Iterator[Row]:
@@ -342,6 +345,7 @@ def _batches(path: Path, schema: pyarrow.Schema, batches: Iterable[pyarrow.Recor
     classes = {name: feature["names"] for name, feature in features.items() if _is_class_label(feature)}
     number = 0
     for batch in batches:
+        batch.validate(full=True)
         for row in batch.to_pylist():
             number += 1
             yield Row(str(path), number, _name_classes(row, classes))
@@ -365,8 +369,12 @@ def _saved_dataset(folder: Path, split: str) -> Iterator[Row]:
 
     try:
         data = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"the saved dataset cannot be read ({error})", path=folder, hint=COPY_AGAIN) from None
+        for part in data.values() if isinstance(data, datasets.DatasetDict) else (data,):
+            part.data.table.validate(full=True)  # it is mapped into memory: a damaged offset would end the process
+    except (OSError, LookupError, *_BAD_CELLS) as error:
+        raise DataError(
+            f"the saved dataset cannot be read ({first_line(error)})", path=folder, hint=COPY_AGAIN
+        ) from None
     file = str(folder)
     if isinstance(data, datasets.DatasetDict):
         name = split or ("train" if "train" in data else next(iter(data)))

@@ -7,7 +7,6 @@ Redirects are not followed, so no key travels further.
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import ssl
@@ -25,6 +24,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from fintune.errors import FintuneError, ModelError, ResourceError
+from fintune.util.files import parse_json
 
 if TYPE_CHECKING:
     import httpx
@@ -36,6 +36,7 @@ _BUSY = (429, 500, 502, 503, 504)
 """Status of a server that has too many requests or is starting, or of a gateway that lost it for a moment."""
 _MAX_CONNECT_SECONDS = 20.0
 _MAX_WAIT_SECONDS = 120.0
+_MAX_ANSWER_BYTES = 1 << 26
 _MAX_QUOTED_LETTERS = 300
 """Longest message of a server that is repeated."""
 _SLOW_HINT = "raise predict.timeout_seconds, or lower predict.batch_size (requests at a time) or predict.max_new_tokens"
@@ -144,7 +145,8 @@ class HttpPool:
             is_last = attempt == self._retries
             wait_seconds = 2.0 ** (attempt - 1) if attempt else 0.0
             try:
-                response = self._client.request(method, f"{self.url}{route}", json=body)
+                with self._client.stream(method, f"{self.url}{route}", json=body) as response:
+                    content = self._read(response)
             except httpx.TransportError as error:
                 is_connecting = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.ProxyError)
                 num_broken += not is_connecting
@@ -153,13 +155,21 @@ class HttpPool:
             else:
                 if response.status_code not in _BUSY or is_last:
                     try:
-                        return response.status_code, json.loads(response.content)
+                        return response.status_code, parse_json(content)
                     except ValueError:
                         return response.status_code, None
                 asked = _retry_after(response.headers.get("retry-after", ""))
                 wait_seconds = wait_seconds if asked is None else asked
             time.sleep(min(wait_seconds, _MAX_WAIT_SECONDS))
         raise AssertionError("the last attempt returns or raises")
+
+    def _read(self, response: httpx.Response) -> bytes:
+        content = bytearray()
+        for part in response.iter_bytes():
+            content += part
+            if len(content) > _MAX_ANSWER_BYTES:
+                raise ResourceError(f"{self.url} answers with more than {_MAX_ANSWER_BYTES:,} bytes")
+        return bytes(content)
 
     def _explain_failure(self, error: httpx.TransportError) -> ResourceError:
         import httpx

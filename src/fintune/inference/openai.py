@@ -127,7 +127,8 @@ class OpenAIEngine:
         self._parallel = parallel
         self._pool = HttpPool(endpoint, parallel=parallel, timeout_seconds=timeout_seconds, retries=retries)
         listed = self._pool.get("/models")
-        entries = listed.get("data") or [] if isinstance(listed, dict) else None
+        found = (listed.get("data") or []) if isinstance(listed, dict) else None
+        entries = [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else None
         if entries is None and endpoint.model is None:
             raise ModelError(f"{self.url} does not say which models it serves", hint="name one, as in URL#MODEL")
         self.model = endpoint.model or "" if entries is None else _find_model(endpoint, entries)
@@ -253,7 +254,7 @@ def _find_model(endpoint: Endpoint, entries: Sequence[Mapping[str, Any]]) -> str
 
 def _has_name(entry: Mapping[str, Any], name: str) -> bool:
     # Ollama accepts "llama3" for the model that it lists as "llama3:latest".
-    names = [str(entry.get("id")), *map(str, entry.get("aliases") or ())]
+    names = [str(entry.get("id")), *map(str, aliases if isinstance(aliases := entry.get("aliases"), list) else ())]
     return name in names or f"{name}:latest" in names
 
 
@@ -274,7 +275,7 @@ def _completion(url: str, answer: Mapping[str, Any], seconds: float) -> Completi
             seconds=seconds,
             logprobs=tuple(parse_logprob(step["logprob"]) for step in aligned_steps),
         )
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ResourceError(
             f"{url} does not answer as an OpenAI-compatible server does ({type(error).__name__}: {error})"
         ) from None

@@ -50,6 +50,7 @@ for pattern in map(re.compile, patterns):
     for name in names:
         pattern.match(name), pattern.fullmatch(name)
 """
+Alpha = Annotated[float, Field(ge=-1e6, le=1e6)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -64,8 +65,8 @@ class AdapterConfig(BaseModel):
     peft_type: str
     base_model_name_or_path: str | None = None
     r: Count = 8
-    lora_alpha: Finite = 8
-    alpha_pattern: dict[str, Finite] | None = None
+    lora_alpha: Alpha = 8
+    alpha_pattern: dict[str, Alpha] | None = None
     rank_pattern: dict[str, Count] | None = None
     use_rslora: bool = False
     use_dora: bool = False

@@ -103,6 +103,7 @@ class DecoderConfig(BaseModel):
 class TokenizerConfig(BaseModel):
     """The keys of ``tokenizer_config.json`` whose types the libraries do not check."""
 
+    tokenizer_class: str | None = None
     model_max_length: float | None = None
     bos_token: str | dict[str, Any] | None = None
     eos_token: str | dict[str, Any] | None = None

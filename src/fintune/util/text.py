@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pydantic import ValidationError
+
 _MAX_CHARACTERS = 300
 """Longest line that a message repeats from another library."""
 
+_MAX_LINE = 500
 MAX_REMARKS = 20
 """Remarks that are printed in full; the others are counted."""
 
@@ -24,9 +27,22 @@ def escape_control_chars(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's text, or its class name if it has no text."""
+    """Return the first line of an exception's text in plain words, or its class name if it has no text."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"]))
+        return f"{field}: {first['msg']}"[:_MAX_CHARACTERS] if field else first["msg"][:_MAX_CHARACTERS]
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 text, byte {error.start}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
     lines = str(error).strip().splitlines()
     return lines[0][:_MAX_CHARACTERS] if lines else type(error).__name__
+
+
+def abridge_line(line: str) -> str:
+    """Return a line of at most 500 letters: what happened is at its begin, and the way out at its end."""
+    return line if len(line) <= _MAX_LINE else f"{line[: _MAX_LINE - 170]} ... {line[-160:]}"
 
 
 def abridge_remarks(remarks: Sequence[str], source: str = "") -> list[str]:
