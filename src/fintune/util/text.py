@@ -42,7 +42,7 @@ def first_line(error: BaseException) -> str:
 
 def abridge_line(line: str) -> str:
     """Return a line of at most 500 letters: what happened is at its begin, and the way out at its end."""
-    return line if len(line) <= _MAX_LINE else f"{line[: _MAX_LINE - 170]} ... {line[-160:]}"
+    return line if len(line) <= _MAX_LINE else f"{line[: _MAX_LINE - 190]} ... {line[-160:]}"
 
 
 def abridge_remarks(remarks: Sequence[str], source: str = "") -> list[str]:
