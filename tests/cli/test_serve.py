@@ -13,7 +13,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -92,7 +92,7 @@ def test_serve_answers_like_the_engine_until_ctrl_c(run, monkeypatch):
         assert process.wait(60) == 0
         assert process.stdout.readline().startswith("To ask it: curl ")
         assert process.stdout.read() == "stopped\n" and process.stderr.read() == ""
-    with LlamaCppEngine(run / "export" / "demo-Q4_K_M.gguf", context_tokens=256, parallel=1) as local:
+    with closing(LlamaCppEngine(run / "export" / "demo-Q4_K_M.gguf", context_tokens=256, parallel=1)) as local:
         wanted = sorted_by_prompt(local.generate([local.render(each) for each in ASKED], Decoding(6)))
     assert found == [each.token_ids for each in wanted]
 

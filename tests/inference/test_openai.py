@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 import sys
+from contextlib import closing
 
 import pytest
 
@@ -53,7 +54,7 @@ def engine(url, **options):
 
 
 def test_served_completions_equal_the_file_in_process(url, gguf_file):
-    with LlamaCppEngine(gguf_file, context_tokens=256, parallel=1) as local:
+    with closing(LlamaCppEngine(gguf_file, context_tokens=256, parallel=1)) as local:
         expected = sorted_by_prompt(local.generate(RENDERED, Decoding(12)))
     found = sorted_by_prompt(engine(url, parallel=1).chat(CHATS, Decoding(12)))
     for ours, served in zip(expected, found, strict=True):
