@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from fintune.data.dedup import NearDuplicates, are_near_duplicates, digest_messages, jaccard
+from fintune.data.dedup import NearDuplicates, digest_messages, jaccard
 from fintune.records import Message
 
 WORDS = ["".join(random.Random(n).choices("abcdefghijklmnopqrstuvwxyz", k=3 + n % 7)) for n in range(3000)]
@@ -32,6 +32,11 @@ def edited(draw: random.Random, said: str, num_words: int) -> str:
     """The same words with commas, and some of them repeated."""
     words = [word + "," if draw.random() < 0.02 else word for word in said.split()]
     return " ".join([*words, *words[:num_words]])
+
+
+def are_near_duplicates(a: list[Message], b: list[Message], similarity: float) -> bool:
+    finder = NearDuplicates(similarity)
+    return finder.find(a) is None and finder.find(b) == 0
 
 
 def test_case_and_white_space_do_not_make_a_conversation_another():
@@ -67,6 +72,21 @@ def test_what_is_found_is_what_comparing_every_pair_finds(similarity):
     ]
     assert 10 < sum(number is not None for number in expected) < 55
     assert [finder.find(said) for said in copies] == expected
+
+
+@pytest.mark.parametrize("similarity", [0.5, 0.9])
+def test_many_answers_to_one_question_are_found_as_by_pairs(similarity):
+    draw = random.Random(8)
+    base = [conversation("Write a headline.", text(draw, draw.randrange(30, 200))) for _ in range(60)]
+    said = [*base, *(conversation("Write a headline", changed(draw, each[1].content, 1)) for each in base)]
+    finder, kept, expected = NearDuplicates(similarity), [], []
+    for each in said:
+        same = (n for n, other in enumerate(kept) if jaccard(other[1].content, each[1].content) >= similarity)
+        expected.append(next(same, None))
+        if expected[-1] is None:
+            kept.append(each)
+    assert 10 < sum(number is not None for number in expected) < 120
+    assert [finder.find(each) for each in said] == expected
 
 
 def test_conversations_with_other_numbers_are_both_kept():

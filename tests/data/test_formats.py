@@ -443,3 +443,9 @@ def test_a_broken_row_says_the_field_the_reason_and_what_to_do(row, reason, fiel
         convert_row(row)
     assert (caught.value.reason, caught.value.field) == (reason, field)
     assert hint is None or hint in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("more", [{"content": ["q"]}, {"content": ["q", "a", "b"]}, {"content": ["q", "a"], "n": 3}])
+def test_lists_of_turns_by_key_have_one_length(more):
+    with pytest.raises(BrokenRowError, match="not a list of turns"):
+        convert_row({"messages": {"role": ["user", "assistant"], **more}})

@@ -89,3 +89,9 @@ def test_a_table_of_one_column_is_none(tmp_path):
     path.write_text("| a |\n|---|\n| 12 |\n")
     with pytest.raises(DataError, match=r"p\.md: holds no table"):
         read_page(path, "what?")
+
+
+def test_a_form_feed_above_a_table_does_not_shift_its_lines(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("One\x0cTwo\u2028Three\n\n| | 2019 | 2018 |\n|---|---|---|\n| sales | 5 | 6 |\n", encoding="utf-8")
+    assert read_page(page).record.table == (("", "2019", "2018"), ("sales", "5", "6"))

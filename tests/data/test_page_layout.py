@@ -7,6 +7,7 @@ import re
 import pytest
 
 from fintune.data.page_file import read_page
+from fintune.data.page_table import UNITS
 from fintune.errors import DataError
 from support.paths import ROOT
 
@@ -324,3 +325,9 @@ def test_numbers_of_filings_are_under_their_names(tmp_path):
             num_right += bool(names["column"]) and all(plain(n) in plain(rows[0][at[number]]) for n in names["column"])
     assert num > 900
     assert num_right / num > 0.99
+
+
+@pytest.mark.parametrize("text", ["in a " + "of " * 60 + "x", "in " + "US $" * 60 + "x", "in " * 20_000])
+def test_a_text_that_is_almost_a_unit_takes_no_time(text):
+    assert UNITS.search(text) is None
+    assert UNITS.search(f"{text}; amounts in millions of US $ thousands")

@@ -45,6 +45,38 @@ def test_a_json_file_is_read_whatever_form_it_has(tmp_path, name, text):
     assert values(write(tmp_path / name, text)) == ROWS
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[\n{"question": "q", "answer": "a"}\n]',
+        '[{"question": "q", "answer": "a"}]',
+        '[\n  {"question": "q", "answer": "a"}\n]\n',
+    ],
+)
+def test_a_list_of_one_object_a_line_may_have_one_object(tmp_path, text):
+    assert values(write(tmp_path / "a.json", text)) == [{"question": "q", "answer": "a"}]
+
+
+def test_the_last_object_of_a_list_may_be_a_line(tmp_path):
+    assert values(write(tmp_path / "a.json", '[{"a": 1},\n{"a": 2}\n]')) == [{"a": 1}, {"a": 2}]
+
+
+def test_a_table_without_header_may_begin_with_two_lines(tmp_path):
+    rows = read_rows(write(tmp_path / "a.csv", '"a\nb",c\nd,e\n'), has_header=False)
+    assert [(row.number, row.value) for row in rows] == [
+        (1, {"column1": "a\nb", "column2": "c"}),
+        (2, {"column1": "d", "column2": "e"}),
+    ]
+
+
+def test_no_cell_of_a_table_in_json_is_lost(tmp_path):
+    broken, row = values(write(tmp_path / "a.json", '{"columns": ["a"], "data": [[1, 2], [3]]}'))
+    assert isinstance(broken, BrokenRowError)
+    assert row == {"a": 3}
+    by_column = write(tmp_path / "b.json", '{"a": {"0": 1}, "b": {"0": 2, "1": 3}}')
+    assert values(by_column) == [{"a": 1, "b": 2}, {"a": None, "b": 3}]
+
+
 def test_one_conversation_alone_in_a_file_is_a_row(tmp_path):
     row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
     for name, text in (("pretty.json", json.dumps(row, indent=2)), ("line.json", json.dumps(row))):

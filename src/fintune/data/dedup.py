@@ -9,6 +9,7 @@ most pieces are the same, and so does another figure on a page.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -25,6 +26,9 @@ _PIECE_BYTES = 8
 _SPACE = re.compile(r"\s+")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _WORD = re.compile(r"\w+")
+_MAX_COMPARED = 16
+"""Conversations with one question that are compared one by one; more of them have an index."""
+_ODD = 0x9E3779B97F4A7C15
 _FILLERS = {"a", "an", "the", "please"}
 """Words that make no other question."""
 
@@ -59,24 +63,57 @@ class NearDuplicates:
         self._similarity = similarity
         self._num_kept = 0
         self._kept: defaultdict[bytes, list[tuple[int, Sequence[Message]]]] = defaultdict(list)
+        self._indexes: dict[bytes, _Index] = {}
 
     def find(self, messages: Sequence[Message]) -> int | None:
         """Return the number of an earlier conversation that this one repeats. If there is none, keep this one.
 
         Numbers count the conversations that were kept, from 0.
         """
-        candidates = self._kept[_key(messages)]
-        for number, kept in candidates:
-            if _are_similar(kept, messages, self._similarity):
+        key = _key(messages)
+        kept = self._kept[key]
+        if len(kept) == _MAX_COMPARED:
+            self._indexes[key] = _Index(self._similarity)
+            for place, (_, other) in enumerate(kept):
+                self._indexes[key].add(place, other)
+        index = self._indexes.get(key)
+        for place in range(len(kept)) if index is None else index.find(messages):
+            number, other = kept[place]
+            if _are_similar(other, messages, self._similarity):
                 return number
-        candidates.append((self._num_kept, messages))
+        if index is not None:
+            index.add(len(kept), messages)
+        kept.append((self._num_kept, messages))
         self._num_kept += 1
         return None
 
 
-def are_near_duplicates(a: Sequence[Message], b: Sequence[Message], similarity: float) -> bool:
-    """Whether two conversations are near duplicates."""
-    return _key(a) == _key(b) and _are_similar(a, b, similarity)
+class _Index:
+    """Find, among many conversations with one question, those whose answers can be similar.
+
+    The pieces of all answers are in one order. If two answers share at least the needed part of their pieces, they also
+    share one of their first pieces, where "first" are so many that fewer than the needed part are left.
+    """
+
+    def __init__(self, similarity: float) -> None:
+        self._similarity = similarity
+        self._places: defaultdict[int, list[int]] = defaultdict(list)
+
+    def add(self, place: int, messages: Sequence[Message]) -> None:
+        for piece in self._first_pieces(messages):
+            self._places[piece].append(place)
+
+    def find(self, messages: Sequence[Message]) -> list[int]:
+        return sorted({place for piece in self._first_pieces(messages) for place in self._places.get(piece, ())})
+
+    def _first_pieces(self, messages: Sequence[Message]) -> list[int]:
+        import numpy as np
+
+        # The product orders the pieces like chance, so that a common beginning is not always among the first.
+        pieces = np.unique(_pieces(_join_contents(messages, "assistant")) * np.uint64(_ODD))
+        num_needed = math.ceil(self._similarity * pieces.size - 1e-6)
+        first: list[int] = pieces[: pieces.size - num_needed + 1].tolist()
+        return first
 
 
 def _key(messages: Sequence[Message]) -> bytes:

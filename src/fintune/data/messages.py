@@ -75,13 +75,21 @@ def find_turns(value: object) -> list[object] | None:
         is_turns = isinstance(parsed, list) and any(isinstance(turn, dict) and _has_turn(turn) for turn in parsed)
         return parsed if is_turns else None
     if isinstance(value, dict):
-        if columns := [value[key] for key in ("role", "from") if isinstance(value.get(key), list)]:
-            # Arrow may store a list of turns as lists by key.
-            return [{key: items[index] for key, items in value.items()} for index in range(len(columns[0]))]
+        if any(isinstance(value.get(key), list) for key in ("role", "from")):
+            return _turns_by_key(value)
         return [value] if _has_turn(value) else None
     if isinstance(value, list) and any(isinstance(turn, dict) and turn.keys() & {"role", "from"} for turn in value):
         return value
     return None
+
+
+def _turns_by_key(value: Mapping[str, object]) -> list[object] | None:
+    """Return a list of turns that Arrow stores as lists by key; None if the lists are not of one length."""
+    lists = {key: items for key, items in value.items() if items is not None}
+    columns = [items for items in lists.values() if isinstance(items, list)]
+    if len(columns) < len(lists) or len(set(map(len, columns))) > 1:
+        return None
+    return [dict(zip(lists, items, strict=True)) for items in zip(*columns, strict=True)]
 
 
 def _has_turn(value: Mapping[str, object]) -> bool:

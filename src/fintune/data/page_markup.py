@@ -298,7 +298,7 @@ def markdown_blocks(content: str, path: Path) -> list[Block]:
     markdown = MarkdownIt("commonmark", {"html": True}).enable("table").disable("code")
     content = _LONG_LIST_NUMBER.sub(r"\1\\\2", _PRODUCT.sub(r"\\*", content))
     tokens = markdown.parse(content)
-    lines = content.splitlines()
+    lines = re.split(r"\r\n?|\n", content)  # as markdown-it counts them; splitlines also cuts at a form feed
     num_cells = 0
     for token in tokens:
         if token.type == "table_open" and token.map:

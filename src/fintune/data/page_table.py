@@ -47,7 +47,7 @@ CORNER = re.compile(
 )
 _SCALES = r"thousands?|millions?|billions?|trillions?|crores?|lakhs?|hundreds|mio\.?|mrd\.?|tsd\.?|tausend|mn|bn|m|k"
 UNITS = re.compile(
-    rf"\(?\b(?:[a-z]+\s){{0,2}}(?:in|\$\s*in)\s+(?:[\w.]*\s?[$€£¥₹]|[a-z.]+\s(?:of\s)?)*(?:{_SCALES})\b"
+    rf"\(?\b(?:[a-z]+\s){{0,2}}(?:in|\$\s*in)\s+(?:[\w.]*[$€£¥₹]|[a-z.]+\s){{0,12}}(?:{_SCALES})\b"
     r"(?:,?\s(?:except|unless|other than|and)[^.;()\n]*)?[).:]?"
     rf"|\(?(?:(?:US|HK|C|A|S)?[$€£¥₹]|\b(?:USD|EUR|GBP|CHF|JPY|INR|RMB|CNY|T)\s?[$€£¥]?)\s?(?:['\u2019]?000s?|{_SCALES})\b\)?",
     re.IGNORECASE,

@@ -38,6 +38,7 @@ _BAD_CELLS = (ArithmeticError, AttributeError, TypeError, ValueError)
 """What pyarrow and datasets raise for cells that no Python value stands for, and for metadata of other types."""
 _BLANKS = re.compile(r"\s*")
 _NO_JSON = object()
+_QUOTE = "quote cells that hold the separator or a line break"
 _DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error)
 
 
@@ -158,7 +159,9 @@ def _json(path: Path, is_row: Callable[[Mapping[str, object]], bool]) -> Iterato
         # An object that ends in the first line is the whole file only if nothing follows.
         is_whole = not second and _rows_of(first, is_row) is not None
     else:
-        is_whole = not (isinstance(first, list) and second) and not isinstance(_value(second), dict)
+        # A list with one object a line begins with "[" alone or with "[{...},".
+        is_open = first is _NO_JSON and start.rstrip().endswith((b"[", b","))
+        is_whole = is_open or (not (isinstance(first, list) and second) and not isinstance(_value(second), dict))
     yield from _objects(path, _whole(path), is_row) if is_whole else _lines(path)
 
 
@@ -206,7 +209,7 @@ def _rows_of(value: dict[str, Any], is_row: Callable[[Mapping[str, object]], boo
     """Return the rows of an object around them: by column as pandas writes them, or the only list of objects."""
     columns = list(value.values())
     if columns and all(isinstance(cells, dict) and cells and all(key.isdigit() for key in cells) for cells in columns):
-        keys = list(columns[0])
+        keys = dict.fromkeys(itertools.chain.from_iterable(columns))
         return [{name: cells.get(key) for name, cells in value.items()} for key in keys]
     if columns and all(isinstance(cells, list) and len(cells) == len(columns[0]) > 0 for cells in columns):
         is_flat = len(columns) > 1 and not any(isinstance(cell, (dict, list)) for cells in columns for cell in cells)
@@ -214,7 +217,7 @@ def _rows_of(value: dict[str, Any], is_row: Callable[[Mapping[str, object]], boo
             return [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
     names, cells = value.get("columns"), value.get("data")
     if isinstance(names, list) and isinstance(cells, list) and all(isinstance(row, list) for row in cells):
-        return [dict(zip(map(str, names), row, strict=False)) for row in cells]
+        return [_by_name(list(map(str, names)), row, "give each row one cell for each name") for row in cells]
     if is_row(value):
         return None
     lists = [item for item in columns if isinstance(item, list) and item and isinstance(item[0], dict)]
@@ -283,16 +286,16 @@ def _table(path: Path, text: io.TextIOWrapper, has_header: bool) -> Iterator[Row
     if not head:
         raise DataError("the file is empty", path=path, hint="give a file with rows, or leave it out")
     delimiter = _delimiter(path, head)
-    lines = itertools.chain([head] if has_header else [_header(head, delimiter), head], text)
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    skipped -= not has_header
+    reader = csv.reader(itertools.chain([head], text), delimiter=delimiter, strict=True)
     try:
-        names = [name.strip() for name in next(reader)]
+        first = next(reader)
+        names = [name.strip() if has_header else f"column{k}" for k, name in enumerate(first, 1)]
         if repeated := next((name for name in names if names.count(name) > 1), None):
             raise DataError(
                 f"two columns are named {repeated!r}", path=path, row=1 + skipped, hint="rename one of them"
             )
-        for number, cells in enumerate(reader, 2 + skipped):
+        rows = reader if has_header else itertools.chain([first], reader)
+        for number, cells in enumerate(rows, 1 + has_header + skipped):
             if cells:
                 yield Row(str(path), number, _by_name(names, cells))
     except csv.Error as error:
@@ -304,16 +307,10 @@ def _delimiter(path: Path, head: str) -> str:
     return "\t" if data_suffix(path) == ".tsv" else max(",;\t|", key=head.count)
 
 
-def _header(first: str, delimiter: str) -> str:
-    """Return a header for a table that has none."""
-    num_columns = len(next(csv.reader([first], delimiter=delimiter)))
-    return delimiter.join(f"column{number}" for number in range(1, num_columns + 1)) + "\n"
-
-
-def _by_name(names: list[str], cells: list[str]) -> object:
+def _by_name(names: list[str], cells: list[Any], hint: str = _QUOTE) -> object:
     if len(cells) != len(names):
         why = f"{len(cells)} cells where the header has {len(names)}"
-        return BrokenRowError("wrong number of cells", why, hint="quote cells that hold the separator or a line break")
+        return BrokenRowError("wrong number of cells", why, hint=hint)
     return dict(zip(names, cells, strict=True))
 
 
