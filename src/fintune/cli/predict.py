@@ -55,7 +55,7 @@ _SPLIT = re.compile(r"(?<![A-Za-z])(test|dev|valid|validation|eval)(?![A-Za-z])"
 @click.option(
     "--shard", callback=lambda _, __, text: _parse_shard(text), metavar="I/N", help="Ask --model only part I of N."
 )
-@click.option("--merge", is_flag=True, help="Join the shards of --out, which are finished.")
+@click.option("--merge", is_flag=True, help="Join the finished shards of --out.")
 @page_mode_option
 @strategy_option
 @candidates_option
@@ -83,22 +83,27 @@ def predict_command(
     An interrupted command resumes where it stopped.
     """
     flags = predict_overrides(constrain, strategy, num_candidates)
+    no_run: dict[str, object] = {"--adapter": adapter, "--train": train, "--num": num, "--shard": shard}
+    no_run |= {"--engine": engine if engine != "auto" else None, "--load-in-4bit": load_in_4bit or None}
+    given = [name for name, value in no_run.items() if value is not None]
+    given += [f"--{flag[8:].partition('=')[0].replace('_', '-')}" for flag in flags]
     if merge:
-        if out is None or model is not None or data is not None or shard is not None:
+        if out is None or given or overrides or redo or dry_run or (config, model, data) != (None, None, None):
             raise click.UsageError("--merge needs --out, and nothing else")
         from fintune.cli.predict_file import merge_shards
 
         _echo_facts(out, merge_shards(out))
         return
     if model is None and data is None and out is None and config is not None:
-        if num is not None or flags or shard is not None:
-            given = [name for name, value in (("--num", num), ("--shard", shard)) if value is not None]
-            flag = given[0] if given else f"--{flags[0][8:].partition('=')[0].replace('_', '-')}"
-            raise click.UsageError(f"{flag} needs --model. For a run, use data.max_eval_samples and predict. options")
+        if given:
+            hint = "For a run, use data.max_eval_samples and predict. options"
+            raise click.UsageError(f"{given[0]} needs --model. {hint}")
         run_stage("predict", config, overrides, redo=redo, dry_run=dry_run)
         return
     if model is None or data is None or out is None:
         raise click.UsageError("give a CONFIG, or --model, --data and --out together")
+    if redo or dry_run:
+        raise click.UsageError(f"{'--redo' if redo else '--dry-run'} is for a run's CONFIG, without --model")
     predict_plain(
         model,
         data,

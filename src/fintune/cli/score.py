@@ -50,6 +50,8 @@ def score_command(
         return
     if config is not None or overrides or not files or gold is None:
         raise click.UsageError("give a CONFIG, or both --predictions and --gold")
+    if outputs["escape_formulas"] and outputs["csv"] is None:
+        raise click.UsageError("--escape-formulas needs --csv")
     named = [_split_name(file) for file in files]
     if len(named) == 1:
         print_score(named[0][1], gold, strict=strict, **outputs)
