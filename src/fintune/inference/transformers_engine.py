@@ -133,6 +133,12 @@ class TransformersEngine:
         is_replacing = self._has_slots and self._has_fixed_shape
         num_rows = max(self._batch_size * _WINDOW_BATCHES, _MIN_REPLACING_WINDOW if is_replacing else 0)
         window = max(1, num_rows // decoding.num_candidates)
+        self._batch = None
+        if is_replacing:
+            # One shape for all windows, since last bits depend on it and a resumed call skips windows.
+            num_slots = min(self._batch_size, len(prompts) * decoding.num_candidates)
+            num_columns = max((self._num_columns(ids, decoding) for ids in prompts), default=0)
+            self._batch = SlotBatch(self._model, num_slots, num_columns, has_fixed_shape=True)
         ended: dict[int, list[_Row]] = defaultdict(list)
         for start in range(0, len(prompts), window):
             indices = range(start, min(start + window, len(prompts)))
@@ -169,8 +175,12 @@ class TransformersEngine:
         if not decoding.is_greedy(candidate):
             # Seeded by the prompt, not by its index: a resumed run samples the same tokens.
             rng = random.Random(f"{decoding.seed} {candidate} {ids}")  # noqa: S311
-        max_new_tokens = min(decoding.max_new_tokens, self._context - len(ids))
+        max_new_tokens = self._num_columns(ids, decoding) - len(ids)
         return _Row(index, candidate, ids, max_new_tokens, grammar, rng)
+
+    def _num_columns(self, ids: list[int], decoding: Decoding) -> int:
+        """Return the largest number of tokens of a prompt and its completion."""
+        return min(len(ids) + decoding.max_new_tokens, self._context)
 
     def _decode(self, parts: list[list[_Row]], decoding: Decoding) -> Iterator[_Row]:
         """Decode parts of rows, each as soon as it has room, and yield each row when it has ended.
@@ -202,16 +212,17 @@ class TransformersEngine:
 
     def _open_batch(self, rows: list[_Row]) -> Batch:
         """Return a batch for rows: the latest one if it suits them, or a new one."""
+        if self._has_slots and self._has_fixed_shape and self._batch is not None:
+            return self._batch
         num_slots = min(len(rows), self._batch_size)
         if not self._has_slots:
             return GrowingBatch(self._model, num_slots)
         num_columns = max(len(row.prompt_ids) + row.max_new_tokens for row in rows)
         old = self._batch
-        max_slots = 2 * num_slots if self._has_fixed_shape else self._batch_size
-        if isinstance(old, SlotBatch) and old.num_columns >= num_columns and num_slots <= old.num_slots <= max_slots:
+        if isinstance(old, SlotBatch) and old.num_columns >= num_columns and old.num_slots >= num_slots:
             return old
         old = self._batch = None  # Its memory must be free before the new one takes its own.
-        return SlotBatch(self._model, num_slots, num_columns, has_fixed_shape=self._has_fixed_shape)
+        return SlotBatch(self._model, num_slots, num_columns, has_fixed_shape=False)
 
     def _prefill(self, rows: list[_Row]) -> torch.Tensor:
         """Compute the prompts of rows in their slots; returns their logits, shape [rows, vocabulary]."""
