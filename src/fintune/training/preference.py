@@ -233,6 +233,10 @@ def make_preference_trainer(
     from trl.trainer.utils import disable_dropout_in_model
 
     disable_dropout_in_model(model)  # model and reference have to be equal at first
+    # Copied before TRL rounds the adapter of 4-bit weights, see lora.adapter_in_float32.
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    starts_at_zero = not any(bool(weight.any()) for name, weight in trained.items() if "lora_B" in name)
+    first = {} if starts_at_zero else {name: weight.detach().clone() for name, weight in trained.items()}
     collator = PreferenceCollator(
         tokenizer.pad_token_id,
         options.per_device_train_batch_size,
@@ -248,9 +252,7 @@ def make_preference_trainer(
         callbacks=list(callbacks),
     )
     trainer.is_paired = row_labels(rows) is None
-    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    if any(bool(weight.any()) for name, weight in trained.items() if "lora_B" in name):
-        trainer.first_weights = [(weight, weight.detach().clone()) for weight in trained.values()]
+    trainer.first_weights = [(weight, first[name]) for name, weight in model.named_parameters() if name in first]
     return trainer
 
 
