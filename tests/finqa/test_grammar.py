@@ -227,7 +227,7 @@ def llama_cpp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     write_folder(folder / "model", num_layers=1)
     write_gguf(folder / "model", {"F16": folder / "m.gguf"})
     with (
-        LlamaCppEngine(folder / "m.gguf", context_tokens=512, parallel=1) as engine,
+        closing(LlamaCppEngine(folder / "m.gguf", context_tokens=512, parallel=1)) as engine,
         closing(engine._connect()) as line,
     ):
 
