@@ -16,6 +16,7 @@ import click
 from fintune.cli.common import (
     FILE,
     candidates_option,
+    echo,
     engine_option,
     four_bit_option,
     page_mode_option,
@@ -115,7 +116,7 @@ def ask_command(
     more = read_whole_text(text, hint="give plain text") if text is not None else ""
     reading = read_page(page, question, text=more, record_id=record_id, decimal=decimal, table=table)
     for note in abridge_remarks(reading.notes, "fintune page shows all"):
-        click.echo(f"fintune: {page}: {note}", err=True)
+        echo(f"fintune: {page}: {note}", err=True)
     answer = answer_question(reading.record, spec, options.prompt, options.predict)
     if json:
         click.echo(json_format.dumps(answer.as_json(), ensure_ascii=False, indent=2, allow_nan=False))
@@ -155,7 +156,7 @@ def page_command(
             if json:
                 click.echo(json_format.dumps({"file": str(path), "error": str(error)}, ensure_ascii=False))
             else:
-                click.echo(f"fintune: {escape_control_chars(str(error))}", err=True)
+                echo(f"fintune: {error}", err=True)
             continue
         if json:
             record = page.record

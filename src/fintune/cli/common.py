@@ -185,9 +185,9 @@ def _result_lines(run: Path, steps: Collection[str]) -> Iterator[str]:
             yield f"To use it in Ollama: ollama create {shlex.quote(run.name)} -f {shlex.quote(str(modelfile))}"
 
 
-def echo(text: str) -> None:
-    """Print a line to standard output; control characters of names do not steer the terminal."""
-    click.echo(escape_control_chars(text))
+def echo(text: str, *, err: bool = False) -> None:
+    """Print a line to standard output (or error); control characters of names do not steer the terminal."""
+    click.echo(escape_control_chars(text), err=err)
 
 
 def print_tables(*tables: Table) -> None:

@@ -13,6 +13,7 @@ from fintune.cli.common import (
     FILE,
     candidates_option,
     dry_run_option,
+    echo,
     engine_option,
     four_bit_option,
     optional_config_arguments,
@@ -157,7 +158,7 @@ def predict_plain(
     with interrupt_message(RESUME_MESSAGE):
         done = predict_file(job, options)
     for problem in abridge_remarks(done.problems):
-        click.echo(f"fintune: {problem}", err=True)
+        echo(f"fintune: {problem}", err=True)
     _echo_facts(job.written, done.facts)
 
 
@@ -183,7 +184,7 @@ def _echo_facts(out: Path, facts: Mapping[str, Any]) -> None:
         ("num_shots_left_out", "few-shot examples left out to fit"),
     ):
         words += [f"{facts[key]} {meaning}"] if facts.get(key) else []
-    click.echo(f"{out}: {', '.join(words)}")
+    echo(f"{out}: {', '.join(words)}")
 
 
 def _refuse_unread(loaded: Loaded) -> None:

@@ -66,7 +66,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def parse_yaml(text: str, kind: Literal["rt", "safe"]) -> Any:
-    """Parse YAML of bounded size: aliases repeat what they name, so a short text can stand for any number of values.
+    """Parse YAML of bounded size: an alias repeats what it names, so a short text can hold any number of values.
 
     Raises:
         YAMLError: The text is no YAML, is too long, is nested deeper than 50 levels, or has too many values.
@@ -81,7 +81,7 @@ def parse_yaml(text: str, kind: Literal["rt", "safe"]) -> Any:
     try:
         tree = YAML(typ=kind, pure=True).load(text)
         if _num_values(tree, {}) > _MAX_VALUES:
-            raise YAMLError(f"its aliases stand for more than {_MAX_VALUES:,} values")
+            raise YAMLError(f"its aliases repeat more than {_MAX_VALUES:,} values")
         json.dumps(tree, default=str)
     except (TypeError, ValueError) as error:
         raise YAMLError(str(error).partition(";")[0]) from None

@@ -92,7 +92,7 @@ class _Index:
     """Find, among many conversations with one question, those whose answers can be similar.
 
     The pieces of all answers are in one order. If two answers share at least the needed part of their pieces, they also
-    share one of their first pieces, where "first" are so many that fewer than the needed part are left.
+    share one of their first pieces. So many count as first that fewer than the needed part are left.
     """
 
     def __init__(self, similarity: float) -> None:

@@ -1,7 +1,7 @@
 """Parse the values of a row: turns under any of their names, texts, tool calls, thoughts, loss masks and labels.
 
-A value of a field is a text, one turn, or a list of turns. Turns may stand in a cell as JSON text, or as Python text as
-pandas writes them. Every function raises :class:`BrokenRowError` for a value that it cannot use.
+A value of a field is a text, one turn, or a list of turns. A cell may hold turns as JSON text, or as Python text,
+which pandas writes. Every function raises :class:`BrokenRowError` for a value that it cannot use.
 """
 
 from __future__ import annotations

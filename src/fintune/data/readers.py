@@ -353,7 +353,7 @@ def _is_class_label(feature: object) -> bool:
 
 
 def _name_classes(row: dict[str, Any], classes: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """Write the names of classes in place of their numbers; -1 stands for an unknown class."""
+    """Write the names of classes in place of their numbers; -1 is an unknown class."""
     for name, names in classes.items():
         number = row.get(name)
         if isinstance(number, int):

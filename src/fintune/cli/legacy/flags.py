@@ -21,8 +21,8 @@ TRUE_OR_FALSE = click.BOOL
 class Flag:
     """A row of a script's table of flags.
 
-    A type as default stands for None, False for a flag without a value, () for a flag that may be repeated. ``option``
-    is the key that the flag sets, such as ``adapter.r``; empty if the script reads the flag itself.
+    A default of a type means None. False marks a flag without a value, and () a repeatable flag. ``option`` is
+    the key that the flag sets, such as ``adapter.r``; empty if the script reads the flag itself.
     """
 
     name: str

@@ -62,7 +62,7 @@ class ModelLayout:
         folder: A Hugging Face folder.
         weights: The open weights of the folder.
         name: As for :func:`fintune.export.gguf.writer.write_gguf`.
-        imatrix: Likewise.
+        imatrix: As for the same function.
 
     Attributes:
         sources: GGUF name -> source, computed tensors first, then in the order of the folder.

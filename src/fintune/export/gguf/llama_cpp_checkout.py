@@ -153,7 +153,7 @@ def export_with_checkout(
 
 
 _PART = "PART"
-"""Stands for the unfinished file in a command of :func:`_run`."""
+""":func:`_run` replaces it by the path of the unfinished file."""
 
 
 def _run(command: list[str], name: str, target: Path) -> None:
